@@ -1,0 +1,1 @@
+"""Hook points of MAIRA-2, one door per host library."""

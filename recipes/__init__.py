@@ -1,0 +1,1 @@
+"""Whole workflows: a YAML file and a thin script beside it."""

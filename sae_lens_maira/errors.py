@@ -1,0 +1,67 @@
+"""Every error this package raises on purpose.
+
+    MairaError
+    ├── ConfigError         a configuration value or key is wrong
+    ├── CheckpointError     a model folder is incomplete, damaged or of another kind
+    ├── ImageError          an image cannot be read or has no contrast
+    ├── PromptError         a prompt cannot be built from what was given
+    ├── StudyError          a study record or a table of studies is inconsistent
+    ├── HookError           a hook point is unknown, does not fit the model, or never fired
+    ├── SAEError            an SAE's weights, configuration or hook do not fit
+    ├── StoreError          an activation store is damaged or does not match its request
+    ├── BackendError        a kernel backend cannot run what was asked
+    ├── PrivacyError        credentialed data would have left the machine
+    └── InterventionError   a steering intervention is impossible or did nothing
+
+Each message is one paragraph: what was seen, what was expected, what to do. The classes also derive from
+the built-in error that a caller would guess (ValueError, OSError), so that generic code keeps working.
+This module knows nothing about any other.
+"""
+
+
+class MairaError(Exception):
+    """Base class of all errors raised on purpose by sae-lens-maira."""
+
+
+class ConfigError(MairaError, ValueError):
+    """A configuration value or key is wrong."""
+
+
+class CheckpointError(MairaError, OSError):
+    """A model folder is incomplete, damaged or of another kind."""
+
+
+class ImageError(MairaError, ValueError):
+    """An image cannot be read or has no contrast."""
+
+
+class PromptError(MairaError, ValueError):
+    """A prompt cannot be built from what was given."""
+
+
+class StudyError(MairaError, ValueError):
+    """A study record or a table of studies is inconsistent."""
+
+
+class HookError(MairaError, ValueError):
+    """A hook point is unknown, does not fit the model, or never fired."""
+
+
+class SAEError(MairaError, ValueError):
+    """An SAE's weights, configuration or hook do not fit."""
+
+
+class StoreError(MairaError, ValueError):
+    """An activation store is damaged or does not match what was asked."""
+
+
+class BackendError(MairaError, RuntimeError):
+    """A kernel backend cannot run what was asked."""
+
+
+class PrivacyError(MairaError, PermissionError):
+    """Credentialed data would have left the machine."""
+
+
+class InterventionError(MairaError, ValueError):
+    """A steering intervention is impossible or did nothing."""
