@@ -1,0 +1,115 @@
+"""A batch of encoded studies: what the model reads, and what every position is.
+
+Rows are studies, columns are positions; `pixel_values` holds the images of all rows in row order. Beside each token
+stand its role, and for image positions the image's number within the study, its kind and the patch's row and
+column. This module knows nothing about tokenizers or prompts.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sae_lens_maira.errors import PromptError
+from sae_lens_maira.maira2.roles import TokenRole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maira2Encoding:
+    """B encoded studies of padded length L with N images in all.
+
+    Args:
+        input_ids: `(B, L)` int64.
+        attention_mask: `(B, L)` int64, 0 at padding.
+        pixel_values: `(N, 3, S, S)`, row by row and in prompt order within a row; None where there is no image.
+        roles: `(B, L)` int8, values of `TokenRole`.
+        image_index: `(B, L)` int8, 0-based image number within the study at image positions, else -1.
+        image_kind: `(B, L)` int8, 0 frontal, 1 lateral, 2 prior at image positions, else -1.
+        patch_row: `(B, L)` int16, patch row from the top at image positions, else -1.
+        patch_col: `(B, L)` int16, patch column from the left at image positions, else -1.
+        images_per_row: images of each row.
+        pad_token_id: id written at padding.
+        eos_token_id: id that closes a report.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    pixel_values: torch.Tensor | None
+    roles: torch.Tensor
+    image_index: torch.Tensor
+    image_kind: torch.Tensor
+    patch_row: torch.Tensor
+    patch_col: torch.Tensor
+    images_per_row: tuple[int, ...]
+    pad_token_id: int = 0
+    eos_token_id: int = 2
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """The arguments of the model's forward and generate: ids, mask, and pixels where there are any."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.pixel_values is not None:
+            inputs["pixel_values"] = self.pixel_values
+        return inputs
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Maira2Encoding":
+        """Move every tensor to `device`; `dtype` applies to the pixels only."""
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                moved[field.name] = value.to(device, dtype if field.name == "pixel_values" else None)
+        return dataclasses.replace(self, **moved)
+
+    def rows(self, start: int, stop: int) -> "Maira2Encoding":
+        """Rows `start` to `stop` (exclusive) with their images; padding stays as it is."""
+        first, last = sum(self.images_per_row[:start]), sum(self.images_per_row[:stop])
+        cut: dict[str, Any] = {
+            field.name: getattr(self, field.name)[start:stop]
+            for field in dataclasses.fields(self)
+            if field.name not in ("pixel_values", "pad_token_id", "eos_token_id")
+        }
+        cut["pixel_values"] = (
+            self.pixel_values[first:last] if self.pixel_values is not None and last > first else None
+        )
+        return dataclasses.replace(self, **cut)
+
+    def extend(self, generated_ids: torch.Tensor) -> "Maira2Encoding":
+        """Append generated tokens `(B, T)`, new ones only, as REPORT positions.
+
+        A row's report ends with its first closing `</s>`; what follows there is padding.
+
+        Raises:
+            PromptError: rows do not match, or a row is padded on the right, where the report would leave a gap.
+        """
+        if generated_ids.ndim != 2 or generated_ids.shape[0] != len(self):
+            raise PromptError(
+                f"Generated ids of shape {tuple(generated_ids.shape)} do not fit an encoding of {len(self)} rows. Pass"
+                " the new tokens of every row as a (rows, new tokens) tensor."
+            )
+        if not bool(self.attention_mask[:, -1].all()):
+            raise PromptError(
+                "The encoding is padded on the right, so generated tokens would stand behind padding. Encode with"
+                ' padding_side="left" to generate.'
+            )
+        new = generated_ids.to(self.input_ids.device, self.input_ids.dtype)
+        ended = (new == self.eos_token_id).int().cumsum(dim=1)
+        kept = (ended == 0) | ((ended == 1) & (new == self.eos_token_id))
+
+        def grow(old: torch.Tensor, added: torch.Tensor | int) -> torch.Tensor:
+            tail = torch.zeros_like(new, dtype=old.dtype) + added
+            return torch.cat([old, tail.to(old.dtype)], dim=1)
+
+        return dataclasses.replace(
+            self,
+            input_ids=grow(self.input_ids, torch.where(kept, new, self.pad_token_id)),
+            attention_mask=grow(self.attention_mask, kept.long()),
+            roles=grow(self.roles, torch.where(kept, int(TokenRole.REPORT), int(TokenRole.PAD))),
+            image_index=grow(self.image_index, -1),
+            image_kind=grow(self.image_kind, -1),
+            patch_row=grow(self.patch_row, -1),
+            patch_col=grow(self.patch_col, -1),
+        )

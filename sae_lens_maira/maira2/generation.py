@@ -1,0 +1,50 @@
+"""Write reports for studies: encode, generate greedily, read the text back.
+
+The token budgets are the model's own: 300 for findings, 450 for grounded findings, 150 for a grounded phrase. It
+knows nothing about hooks; steered generation lives with the interventions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sae_lens_maira.maira2.modeling import Maira2ForConditionalGeneration
+from sae_lens_maira.maira2.processing import Maira2Processor, Task
+from sae_lens_maira.maira2.prompts import StudyLike
+from sae_lens_maira.maira2.reports import ParsedReport
+
+MAX_NEW_TOKENS: dict[str, int] = {"findings": 300, "grounded": 450, "phrase": 150}
+
+
+@torch.no_grad()
+def generate_reports(
+    model: Maira2ForConditionalGeneration,
+    processor: Maira2Processor,
+    studies: StudyLike | Sequence[StudyLike],
+    task: Task = "findings",
+    phrase: str | Sequence[str] | None = None,
+    max_new_tokens: int | None = None,
+    **generate: Any,
+) -> list[ParsedReport]:
+    """Generate one report per study, greedily unless told otherwise, in one batch.
+
+    Args:
+        model: a loaded model.
+        processor: its processor.
+        studies: one study or several.
+        task: "findings", "grounded" or "phrase".
+        phrase: for task "phrase" the phrase, one for all or one per study.
+        max_new_tokens: token budget; None is the task's own.
+        **generate: further arguments of the model's `generate`.
+    """
+    encoding = processor.encode(studies, task=task, phrase=phrase).to(model.device, model.dtype)
+    arguments: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[task],
+        "do_sample": False,
+        "pad_token_id": encoding.pad_token_id,
+        "eos_token_id": encoding.eos_token_id,
+    } | generate
+    output: Any = model.generate(**encoding.model_inputs(), **arguments)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    sequences = getattr(output, "sequences", output)
+    return [processor.decode_report(row) for row in sequences[:, encoding.input_ids.shape[1] :]]

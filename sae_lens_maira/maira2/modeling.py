@@ -1,0 +1,169 @@
+"""MAIRA-2 as a transformers model: Dinov2 features, four linear layers, a Llama.
+
+    image features  p = W4 gelu(W3 gelu(W2 gelu(W1 f + b1) + b2) + b3) + b4,   f = LayerNorm(backbone)[1:]
+    sequence        every `<image>` position holds one row of p, in the order of the images; the rest are embeddings
+
+It is a `LlavaForConditionalGeneration` whose vision tower is a backbone (its *layer-normed* feature map is used,
+not `hidden_states[-1]`) and whose projector is deeper. Unlike LLaVA it refuses to run with image placeholders but
+no images, which would give wrong numbers without a word. It knows nothing about prompts, processors or files.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoBackbone, AutoModel, LlavaForConditionalGeneration, LlavaModel
+from transformers.activations import ACT2FN
+
+from sae_lens_maira.errors import PromptError
+from sae_lens_maira.maira2.configuration import Maira2Config
+from sae_lens_maira.maira2.versions import KEY_RENAMES, image_features_result
+
+
+class Maira2Projector(nn.Module):
+    """`projector_n_layers` linear layers with an activation between them: `(..., d_vision) -> (..., d_text)`.
+
+    The linear layers sit at `layers.0`, `layers.2`, `layers.4`, `layers.6`, as in the published checkpoint.
+    """
+
+    def __init__(self, config: Maira2Config) -> None:
+        super().__init__()
+        vision, text = _width(config.vision_config), _width(config.text_config)
+        bias = config.multimodal_projector_bias
+        layers: list[nn.Module] = [nn.Linear(vision, text, bias=bias)]
+        for _ in range(config.projector_n_layers - 1):
+            layers += [ACT2FN[config.projector_hidden_act], nn.Linear(text, text, bias=bias)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map vision features `(images, patches, d_vision)` to `(images, patches, d_text)`."""
+        return self.layers(features)
+
+
+class Maira2Model(LlavaModel):
+    """Vision tower, projector and language model, without the output head."""
+
+    config_class = Maira2Config
+
+    def __init__(self, config: Maira2Config) -> None:
+        super(LlavaModel, self).__init__(config)  # LlavaModel's own parts do not fit: skip its __init__
+        self.vision_tower = AutoBackbone.from_config(config.vision_config)
+        self.multi_modal_projector = Maira2Projector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **_: Any,
+    ) -> Any:
+        """Project images to the language model's width.
+
+        Args:
+            pixel_values: `(images, 3, side, side)`.
+            vision_feature_layer: index into the backbone's feature maps; None takes the configuration's.
+            vision_feature_select_strategy: "default" (CLS dropped) or "full"; None takes the configuration's.
+
+        Returns:
+            Per image one `(patches, d_text)` tensor: a list on transformers 4, an output object whose
+            `pooler_output` is that list on transformers 5.
+        """
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        backbone = self.vision_tower(pixel_values.to(self.vision_tower.dtype))
+        features = backbone.feature_maps[layer]
+        if strategy == "default":
+            features = features[:, 1:]
+        return image_features_result(list(self.multi_modal_projector(features)), backbone)
+
+    @functools.wraps(LlavaModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; see `LlavaModel.forward`.
+
+        Raises:
+            PromptError: placeholders without images, images without placeholders, or counts that do not match.
+        """
+        given = dict(zip(("input_ids", "pixel_values"), args, strict=False)) | kwargs
+        self._check_images(given)
+        return super().forward(*args, **kwargs)
+
+    def _check_images(self, given: dict[str, Any]) -> None:
+        input_ids, pixel_values = given.get("input_ids"), given.get("pixel_values")
+        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        if input_ids is None or torch.compiler.is_compiling():
+            return
+        cache = given.get("cache", given.get("past_key_values"))
+        if pixel_values is None and encoded is None:
+            # A step that continues a cache may repeat a placeholder that the model itself wrote; that is text.
+            continues = cache is not None and cache.get_seq_length() > 0
+            if not continues and bool((input_ids == self.config.image_token_index).any()):
+                count = int((input_ids == self.config.image_token_index).sum())
+                raise PromptError(
+                    f"The input holds {count} image placeholders (id {self.config.image_token_index}) but no"
+                    " pixel_values. Without images the model would run on meaningless embeddings; pass"
+                    " pixel_values, as `encoding.model_inputs()` does, or build the prompt without images."
+                )
+            return
+        per_row = (input_ids == self.config.image_token_index).sum(dim=1).tolist()
+        if pixel_values is not None:
+            n_images, patches = pixel_values.shape[0], self._patches(pixel_values, given)
+        else:
+            n_images, patches = len(encoded.pooler_output), len(encoded.pooler_output[0])
+        if sum(per_row) != n_images * patches or any(n % patches for n in per_row):
+            raise PromptError(
+                f"{n_images} images of {patches} patches need {n_images * patches} image placeholders, whole images in"
+                f" every row, but the rows hold {per_row}. Encode images and text together with"
+                " `Maira2Processor.encode`, whose image size is the model's."
+            )
+
+    def _patches(self, pixel_values: torch.Tensor, given: dict[str, Any]) -> int:
+        patch = self.config.vision_config.patch_size
+        strategy = given.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        return (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch) + (strategy == "full")
+
+
+class Maira2ForConditionalGeneration(LlavaForConditionalGeneration):
+    """MAIRA-2 with its language-model head.
+
+    Live paths on every supported transformers: `model.language_model.layers[i]`, `model.vision_tower`,
+    `model.multi_modal_projector.layers.{0,2,4,6}`, `lm_head`. Published checkpoint keys are renamed at loading and
+    written back by `save_pretrained`.
+    """
+
+    config_class = Maira2Config
+    _checkpoint_conversion_mapping = KEY_RENAMES
+
+    def __init__(self, config: Maira2Config) -> None:
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = Maira2Model(config)
+        self.lm_head = nn.Linear(_width(config.text_config), config.text_config.vocab_size, bias=False)  # pyright: ignore
+        self.post_init()
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeat rows for beams or several samples, keeping each row's images together.
+
+        The library repeats image by image (A A B B), which hands a row with two images the first one twice.
+        """
+        pixel_values = kwargs.pop("pixel_values", None)
+        rows = input_ids
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if pixel_values is not None and expand_size > 1 and rows is not None:
+            patches = self.model._patches(pixel_values, kwargs)
+            counts = ((rows == self.config.image_token_index).sum(dim=1) // patches).tolist()
+            pixel_values = torch.cat(
+                [part.repeat(expand_size, 1, 1, 1) for part in pixel_values.split(counts)]
+            )
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
+        return input_ids, kwargs
+
+
+def _width(config: Any) -> int:
+    return int(config.hidden_size)

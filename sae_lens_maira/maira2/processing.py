@@ -1,0 +1,265 @@
+"""MAIRA-2's processor: studies in, encodings out; generated ids in, parsed reports out.
+
+A ProcessorMixin around the checkpoint's image processor (whose numbers it reads) and its fast tokenizer, registered
+with AutoProcessor. `encode` is the door for studies; calling the processor with `text` and `images` is the plain
+transformers door, for prompts that a caller writes himself. It knows nothing about the model's weights.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from sae_lens_maira.errors import ConfigError, PromptError
+from sae_lens_maira.maira2.encoding import Maira2Encoding
+from sae_lens_maira.maira2.images import ImageRecipe, ImageSource
+from sae_lens_maira.maira2.prompts import Prompt, Segment, StudyLike, build_prompt
+from sae_lens_maira.maira2.reports import ParsedReport, format_grounded, parse_report
+from sae_lens_maira.maira2.roles import TokenRole
+from sae_lens_maira.maira2.tokenization import append_reports, pad_rows, tokenize_prompts
+from sae_lens_maira.maira2.tokens import GROUNDING_TOKENS
+from sae_lens_maira.maira2.versions import declare_processor_parts
+
+Task = Literal["findings", "grounded", "phrase"]
+
+
+class Maira2Processor(ProcessorMixin):
+    """Builds prompts, pixels and token roles of studies, and reads reports back.
+
+    Args:
+        image_processor: the checkpoint's image processor; its size, crop, mean, std and filter are used.
+        tokenizer: a fast tokenizer that holds the added tokens.
+        patch_size: side of a patch in pixels.
+        vision_feature_select_strategy: as in the model's configuration; kept for the file.
+        num_additional_image_tokens: positions of the vision tower that are no patch (CLS); kept for the file.
+        image_token: the placeholder.
+        chat_template: unused, kept for the file.
+    """
+
+    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 - read by transformers 4
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = 14,
+        vision_feature_select_strategy: str | None = "default",
+        num_additional_image_tokens: int | None = 1,
+        image_token: str | None = "<image>",
+        chat_template: Any = None,
+    ) -> None:
+        self.patch_size = patch_size or 14
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.num_additional_image_tokens = num_additional_image_tokens
+        self.image_token = image_token or "<image>"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"The tokenizer {type(tokenizer).__name__} is not a fast one. Token roles need its character offsets;"
+                " load it from a folder with a tokenizer.json."
+            )
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
+
+    @cached_property
+    def recipe(self) -> ImageRecipe:
+        """The image path's numbers, from the image processor."""
+        source = self.image_processor
+        size, crop = dict(source.size), dict(source.crop_size)
+        mean, std = (_three(getattr(source, name)) for name in ("image_mean", "image_std"))
+        return ImageRecipe(
+            size=int(size["shortest_edge"]),
+            crop=int(crop["height"]),
+            mean=mean,
+            std=std,
+            resample=int(source.resample),
+        )
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of an image, 37 at 518 px."""
+        return self.recipe.crop // self.patch_size
+
+    def image_to_pixels(self, image: ImageSource) -> torch.Tensor:
+        """The model's pixels of one image, `(3, S, S)` float32; see `images.py` for the path and the errors."""
+        return self.recipe.to_pixels(image)
+
+    def encode(
+        self,
+        studies: StudyLike | Sequence[StudyLike],
+        task: Task = "findings",
+        phrase: str | Sequence[str] | None = None,
+        report: Literal["teacher"] | Sequence[str] | None = None,
+        padding_side: Literal["left", "right"] = "left",
+    ) -> Maira2Encoding:
+        """Encode one study or a batch of studies.
+
+        Args:
+            studies: the studies, one per row.
+            task: "findings", "grounded" (findings with boxes) or "phrase" (one phrase with boxes).
+            phrase: for task "phrase" the phrase, one for all rows or one per row.
+            report: None for a prompt to generate from; "teacher" to append the study's own report (for "grounded"
+                its grounded report, for "phrase" the grounded finding whose text is the phrase); or one text per row.
+            padding_side: "left" to generate, "right" to train.
+
+        Raises:
+            PromptError: no study, no frontal image, a missing report, or text that holds one of the added tokens.
+            ImageError: an image cannot be read or has no contrast.
+        """
+        rows: list[Any] = list(studies) if isinstance(studies, list | tuple) else [studies]
+        if not rows:
+            raise PromptError("No study was given to encode; give at least one.")
+        if padding_side not in ("left", "right"):
+            raise ConfigError(
+                f'padding_side was {padding_side!r}; use "left" to generate or "right" to train.'
+            )
+        phrases = list(phrase) if isinstance(phrase, list | tuple) else [phrase] * len(rows)
+        if len(phrases) != len(rows):
+            raise PromptError(
+                f"{len(phrases)} phrases were given for {len(rows)} studies; give one, or one per study."
+            )
+        prompts = [self.build_prompt(study, task, words) for study, words in zip(rows, phrases, strict=True)]
+        encoded = tokenize_prompts(self.tokenizer, prompts, self.image_token_id, self.patches_per_side)
+        if report is not None:
+            encoded = append_reports(self.tokenizer, encoded, self._reports(rows, task, phrases, report))
+        pixels = [self.image_to_pixels(image) for prompt in prompts for _, image in prompt.images]
+        return Maira2Encoding(
+            **pad_rows(encoded, self.tokenizer.pad_token_id, padding_side),
+            pixel_values=torch.stack(pixels),
+            images_per_row=tuple(len(prompt.images) for prompt in prompts),
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+
+    def build_prompt(self, study: StudyLike, task: Task = "findings", phrase: str | None = None) -> Prompt:
+        """The prompt of one study, after a check that its texts hold none of the tokenizer's added tokens."""
+        prompt = build_prompt(study, task, phrase)
+        for segment in prompt.segments:
+            if segment.role not in (TokenRole.IMAGE, TokenRole.TEMPLATE, TokenRole.SEPARATOR):
+                self._refuse_tokens(segment.text, segment.role.name.lower())
+        return prompt
+
+    def decode_report(self, ids: torch.Tensor | Sequence[int]) -> ParsedReport:
+        """Read the generated ids of one row (new tokens only), up to its first `</s>`."""
+        numbers = torch.as_tensor(ids).reshape(-1).tolist()
+        closed = self.tokenizer.eos_token_id in numbers
+        if closed:
+            numbers = numbers[: numbers.index(self.tokenizer.eos_token_id)]
+        text = self.tokenizer.decode(numbers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return parse_report(text, closed)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        padding_side: Literal["left", "right"] = "left",
+        **_: Any,
+    ) -> BatchFeature:
+        """Encode prompts that already hold their `<image>` placeholders.
+
+        Args:
+            images: the images of all prompts in order, flat or one list per prompt.
+            text: one prompt or several.
+            return_tensors: "pt" only.
+            padding_side: "left" to generate, "right" to train.
+
+        Raises:
+            PromptError: no text, or the number of placeholders is not the number of images.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        flat = _flatten(images)
+        wanted = sum(prompt.count(self.image_token) for prompt in texts)
+        if not texts or wanted != len(flat):
+            raise PromptError(
+                f"{len(texts)} prompts with {wanted} {self.image_token} placeholders were given with {len(flat)} images."
+                " Give at least one prompt, and one image for every placeholder."
+            )
+        prompts = [_raw_prompt(prompt, self.image_token) for prompt in texts]
+        rows = tokenize_prompts(self.tokenizer, prompts, self.image_token_id, self.patches_per_side)
+        columns = pad_rows(rows, self.tokenizer.pad_token_id, padding_side)
+        data = {name: columns[name] for name in ("input_ids", "attention_mask")}
+        if flat:
+            data["pixel_values"] = torch.stack([self.image_to_pixels(image) for image in flat])
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model reads."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    @cached_property
+    def _added_tokens(self) -> re.Pattern[str]:
+        tokens = sorted(
+            {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}, key=len, reverse=True
+        )
+        return re.compile("|".join(re.escape(token) for token in tokens))
+
+    def _refuse_tokens(self, text: str, field: str, allowed: frozenset[str] = frozenset()) -> None:
+        for found in self._added_tokens.finditer(text):
+            if found.group() not in allowed:
+                raise PromptError(
+                    f"The {field} holds {found.group()!r}, which is a token of MAIRA-2's own vocabulary and would be"
+                    " read as such, not as text. Remove it from the text."
+                )
+
+    def _reports(
+        self, studies: Sequence[Any], task: str, phrases: Sequence[str | None], given: Any
+    ) -> list[str]:
+        if given == "teacher":
+            texts = [_teacher_text(study, task, words) for study, words in zip(studies, phrases, strict=True)]
+        elif isinstance(given, str) or len(given) != len(studies):
+            raise PromptError(
+                f"report was {given!r:.80} for {len(studies)} studies; expected 'teacher', None, or one text per study."
+            )
+        else:
+            texts = [str(text) for text in given]
+        for text in texts:
+            self._refuse_tokens(text, "report", frozenset() if task == "findings" else GROUNDING_TOKENS)
+        return texts
+
+
+declare_processor_parts(Maira2Processor)
+
+
+def _teacher_text(study: Any, task: str, phrase: str | None) -> str:
+    if task == "findings":
+        if not study.report:
+            raise PromptError(
+                "The study has no report to append; give one, or encode without report='teacher'."
+            )
+        return study.report
+    findings = study.grounded_report or ()
+    if task == "phrase":
+        findings = [finding for finding in findings if finding.text.strip() == str(phrase).strip()]
+    if not findings:
+        raise PromptError(
+            f"The study has no grounded finding to append for task {task!r}"
+            + (f" and phrase {phrase!r}" if task == "phrase" else "")
+            + "; give a grounded_report, or encode without report='teacher'."
+        )
+    return format_grounded(findings)
+
+
+def _raw_prompt(text: str, image_token: str) -> Prompt:
+    pieces = text.split(image_token)
+    segments = [Segment(pieces[0], TokenRole.TEMPLATE)]
+    for piece in pieces[1:]:
+        segments += [Segment(image_token, TokenRole.IMAGE, 0), Segment(piece, TokenRole.TEMPLATE)]
+    return Prompt(tuple(segments), tuple((0, None) for _ in pieces[1:]))
+
+
+def _flatten(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        return [image for part in images for image in _flatten(part)]
+    return [images]
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    channels = np.broadcast_to(np.asarray(values, dtype=np.float64), 3)
+    return float(channels[0]), float(channels[1]), float(channels[2])

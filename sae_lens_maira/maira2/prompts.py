@@ -1,0 +1,144 @@
+"""MAIRA-2's prompts, built as a list of segments that know their role.
+
+A prompt is the concatenation of its segments' texts, character by character the model's own template; because each
+segment carries a `TokenRole`, roles need never be searched for afterwards. The tasks are "findings", "grounded"
+(findings with boxes) and "phrase" (one given phrase with boxes). A missing or blank section reads `N/A`. A prior
+report is used only together with a prior image, as the template has no other place for it. This module knows
+nothing about tokenizers or pixels.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from sae_lens_maira.errors import ConfigError, PromptError
+from sae_lens_maira.maira2.roles import TokenRole
+from sae_lens_maira.maira2.tokens import IMAGE_TOKEN
+
+TASKS = ("findings", "grounded", "phrase")
+IMAGE_KINDS = ("frontal", "lateral", "prior")
+FRONTAL, LATERAL, PRIOR = range(3)
+
+_SYSTEM = "You are an expert radiology assistant tasked with interpreting a chest X-ray study."
+_FINDINGS = (
+    " Provide a structured description of the findings in the radiology study in comparison to the prior"
+    " frontal image."
+)
+_GROUNDING = (
+    " Each finding should be described as a self-contained plain-text sentence. If the finding is groundable,"
+    " locate the finding in the current frontal chest X-ray image, with bounding boxes indicating all locations"
+    " where it can be seen in the current frontal image. Otherwise, generate just the ungrounded finding without"
+    " bounding boxes."
+)
+_PHRASE = (
+    " Repeat the following finding as a grounded phrase with bounding boxes indicating all locations where it can"
+    " be seen in the given chest X-ray image. Finding: "
+)
+
+
+class StudyLike(Protocol):
+    """What the processor reads of a study. Images are anything `image_to_pixels` takes, or None."""
+
+    @property
+    def frontal(self) -> Any: ...
+    @property
+    def lateral(self) -> Any: ...
+    @property
+    def prior_frontal(self) -> Any: ...
+    @property
+    def indication(self) -> str | None: ...
+    @property
+    def technique(self) -> str | None: ...
+    @property
+    def comparison(self) -> str | None: ...
+    @property
+    def prior_report(self) -> str | None: ...
+    @property
+    def report(self) -> str | None: ...
+    @property
+    def grounded_report(self) -> Any: ...
+
+
+class Segment(NamedTuple):
+    """A piece of a prompt: its text, its role, and for an image placeholder the kind of image."""
+
+    text: str
+    role: TokenRole
+    image_kind: int = -1
+
+
+class Prompt(NamedTuple):
+    """The segments of one study's prompt and its images in prompt order, as `(kind, image)` pairs."""
+
+    segments: tuple[Segment, ...]
+    images: tuple[tuple[int, Any], ...]
+
+    @property
+    def text(self) -> str:
+        """The prompt as one string, with one `<image>` per image."""
+        return "".join(segment.text for segment in self.segments)
+
+
+def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = None) -> Prompt:
+    """Build the prompt of one study.
+
+    Args:
+        study: its images and texts.
+        task: "findings", "grounded" or "phrase".
+        phrase: the finding to ground; for task "phrase" only, which uses the frontal image alone.
+
+    Raises:
+        ConfigError: an unknown task.
+        PromptError: no frontal image, or a phrase where none belongs or none where one does.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"The task was {task!r}; MAIRA-2 knows {', '.join(TASKS)}. Choose one of these.")
+    if study.frontal is None:
+        raise PromptError(
+            "The study has no frontal image. MAIRA-2 always reads a current frontal image; give one, or leave the"
+            " study out."
+        )
+    if (task == "phrase") != bool(phrase and phrase.strip()):
+        raise PromptError(
+            f"Task {task!r} was given the phrase {phrase!r}. Task 'phrase' needs a phrase that is not blank and the"
+            " other tasks take none; change the task or the phrase."
+        )
+    lateral = None if task == "phrase" else study.lateral
+    prior = None if task == "phrase" else study.prior_frontal
+
+    segments = [_template(_SYSTEM + "  "), _separator("USER:  ")]
+    images: list[tuple[int, Any]] = []
+
+    def add_image(text: str, kind: int, image: Any) -> None:
+        segments.append(_template(text))
+        segments.append(Segment(IMAGE_TOKEN, TokenRole.IMAGE, kind))
+        images.append((kind, image))
+
+    alone = lateral is None and prior is None and task != "phrase"
+    add_image(f"Given the current frontal image{' only' if alone else ''}", FRONTAL, study.frontal)
+    if lateral is not None:
+        add_image(f"{' and' if prior is None else ''} the current lateral image", LATERAL, lateral)
+    if prior is not None:
+        add_image(" and the prior frontal image", PRIOR, prior)
+
+    if task == "phrase":
+        segments += [_template(_PHRASE), Segment(str(phrase), TokenRole.PHRASE)]
+    else:
+        if prior is not None:
+            segments += _section(" PRIOR_REPORT: ", study.prior_report, TokenRole.PRIOR_REPORT)
+        segments.append(_template(_FINDINGS + (_GROUNDING if task == "grounded" else "")))
+        segments += _section(" INDICATION: ", study.indication, TokenRole.INDICATION)
+        segments += _section(" TECHNIQUE: ", study.technique, TokenRole.TECHNIQUE)
+        segments += _section(" COMPARISON: ", study.comparison, TokenRole.COMPARISON)
+    segments.append(_separator("  ASSISTANT: "))
+    return Prompt(tuple(segments), tuple(images))
+
+
+def _template(text: str) -> Segment:
+    return Segment(text, TokenRole.TEMPLATE)
+
+
+def _separator(text: str) -> Segment:
+    return Segment(text, TokenRole.SEPARATOR)
+
+
+def _section(label: str, text: str | None, role: TokenRole) -> tuple[Segment, Segment]:
+    return _separator(label), Segment(text if text and text.strip() else "N/A", role)

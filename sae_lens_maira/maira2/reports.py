@@ -1,0 +1,133 @@
+"""Read and write MAIRA-2's output: plain text, or findings with boxes.
+
+    <obj>text<box><x10><y20><x40><y60></box>...</obj>      coordinate = (bin + 0.5) / 100
+
+Boxes are x_min, y_min, x_max, y_max, relative to the centre square crop of the frontal image (`images.py` maps them
+to the whole image). A generation may be cut off or loop: whole findings are kept, everything else is handed back as
+`leftover`. This module knows nothing about tokenizers or images.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens_maira.errors import PromptError
+from sae_lens_maira.maira2.tokens import BOX_END, BOX_START, COORDINATE_BINS, OBJECT_END, OBJECT_START
+
+Box = tuple[float, float, float, float]
+
+_OBJECT = re.compile(f"{OBJECT_START}((?:(?!{OBJECT_START}).)*?){OBJECT_END}", re.DOTALL)
+_BOX = re.compile(rf"{BOX_START}\s*<x(\d\d?)>\s*<y(\d\d?)>\s*<x(\d\d?)>\s*<y(\d\d?)>\s*{BOX_END}")
+_MARK = re.compile(r"</?obj>|</?box>|<[xy]\d\d?>")
+
+
+@dataclass(frozen=True)
+class GroundedFinding:
+    """One statement and the boxes that show it, `(x_min, y_min, x_max, y_max)` in 0..1; no box if ungrounded."""
+
+    text: str
+    boxes: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParsedReport:
+    """A report as read from the model's output.
+
+    Args:
+        text: the prose; for grounded output the whole findings' texts joined by a space.
+        findings: the whole findings of grounded output, empty for plain output.
+        complete: the output was closed by `</s>` and nothing was left over.
+        leftover: what could not be read, in the order it stood.
+    """
+
+    text: str
+    findings: tuple[GroundedFinding, ...] = ()
+    complete: bool = True
+    leftover: str = ""
+
+
+def parse_report(text: str, closed: bool = True) -> ParsedReport:
+    """Read the model's output text.
+
+    Args:
+        text: decoded output with its grounding tokens.
+        closed: whether the output ended with `</s>` (False: it was cut off).
+    """
+    if not _MARK.search(text):
+        return ParsedReport(text=text.strip(), complete=closed)
+    findings: list[GroundedFinding] = []
+    rest: list[str] = []
+    end = 0
+    for found in _OBJECT.finditer(text):
+        rest.append(text[end : found.start()])
+        finding, unread = _read_object(found.group(1))
+        findings += [finding] if finding is not None else []
+        rest.append(unread)
+        end = found.end()
+    rest.append(text[end:])
+    leftover = " ".join(piece.strip() for piece in rest if piece.strip())
+    prose = " ".join(finding.text for finding in findings)
+    return ParsedReport(
+        text=prose, findings=tuple(findings), complete=closed and not leftover, leftover=leftover
+    )
+
+
+def format_grounded(findings: Iterable[Any]) -> str:
+    """Write findings (objects with `text` and `boxes`) as the model would; the inverse of `parse_report`.
+
+    Raises:
+        PromptError: a blank text, a text with grounding tokens, or a box that is not ordered inside 0..1.
+    """
+    return "".join(_write_object(finding.text, finding.boxes or ()) for finding in findings)
+
+
+def box_to_bins(box: Sequence[float]) -> tuple[int, int, int, int]:
+    """The four coordinate bins (0..99) of a box `(x_min, y_min, x_max, y_max)` in 0..1.
+
+    Raises:
+        PromptError: the box is not ordered inside 0..1.
+    """
+    values = [float(value) for value in box]
+    ordered = len(values) == 4 and 0 <= values[0] <= values[2] <= 1 and 0 <= values[1] <= values[3] <= 1
+    if not ordered:
+        raise PromptError(
+            f"The box {tuple(values)} is not (x_min, y_min, x_max, y_max) with 0 <= min <= max <= 1. Give coordinates"
+            " relative to the frontal image's centre square; `box_to_crop` converts from the whole image."
+        )
+    x_min, y_min, x_max, y_max = (
+        min(int(value * COORDINATE_BINS + 1e-9), COORDINATE_BINS - 1) for value in values
+    )
+    return x_min, y_min, x_max, y_max
+
+
+def _read_object(inner: str) -> tuple[GroundedFinding | None, str]:
+    boxes, unread = [], []
+    start = _MARK.search(inner)
+    text, tail = (inner[: start.start()], inner[start.start() :]) if start else (inner, "")
+    end = 0
+    for found in _BOX.finditer(tail):
+        unread.append(tail[end : found.start()])
+        x_min, y_min, x_max, y_max = (int(number) for number in found.groups())
+        if x_min <= x_max and y_min <= y_max:
+            boxes.append(tuple((number + 0.5) / COORDINATE_BINS for number in (x_min, y_min, x_max, y_max)))
+        else:
+            unread.append(found.group(0))
+        end = found.end()
+    unread.append(tail[end:])
+    leftover = " ".join(piece.strip() for piece in unread if piece.strip())
+    text = text.strip()
+    return (GroundedFinding(text, tuple(boxes)) if text else None), leftover
+
+
+def _write_object(text: str, boxes: Iterable[Sequence[float]]) -> str:
+    if not text.strip() or _MARK.search(text):
+        raise PromptError(
+            f"A grounded finding has the text {text!r}; it must be prose without grounding tokens. Give the boxes"
+            " apart from the text."
+        )
+    written = []
+    for box in boxes:
+        x_min, y_min, x_max, y_max = box_to_bins(box)
+        written.append(f"{BOX_START}<x{x_min}><y{y_min}><x{x_max}><y{y_max}>{BOX_END}")
+    return f"{OBJECT_START}{text.strip()}{''.join(written)}{OBJECT_END}"

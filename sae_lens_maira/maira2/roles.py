@@ -1,0 +1,103 @@
+"""What every position of an encoding is: its role, and named filters over roles.
+
+    PAD · BOS · TEMPLATE · IMAGE · INDICATION · TECHNIQUE · COMPARISON · PRIOR_REPORT · PHRASE · SEPARATOR · REPORT
+
+Roles partition a sequence: every position has exactly one. TEMPLATE is boilerplate prose, SEPARATOR the turn
+markers and section labels (`USER:`, `INDICATION:`, ...), a section's role covers its text or its `N/A`, and REPORT
+covers generated or teacher-forced text with its closing `</s>`. Roles are assigned where the prompt is built
+(`prompts.py`, `tokenization.py`); this module only names them and knows nothing about tokenizers.
+"""
+
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_lens_maira.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae_lens_maira.maira2.encoding import Maira2Encoding
+
+
+class TokenRole(IntEnum):
+    """The role of one position; the numbers are stored in files and never change."""
+
+    PAD = 0
+    BOS = 1
+    TEMPLATE = 2
+    IMAGE = 3
+    INDICATION = 4
+    TECHNIQUE = 5
+    COMPARISON = 6
+    PRIOR_REPORT = 7
+    PHRASE = 8
+    SEPARATOR = 9
+    REPORT = 10
+
+
+SECTIONS = frozenset(
+    {
+        TokenRole.INDICATION,
+        TokenRole.TECHNIQUE,
+        TokenRole.COMPARISON,
+        TokenRole.PRIOR_REPORT,
+        TokenRole.PHRASE,
+    }
+)
+
+ROLE_PRESETS: dict[str, frozenset[TokenRole]] = {
+    # The study's filter: no intermediate image tokens, no boilerplate.
+    "paper": SECTIONS | {TokenRole.REPORT},
+    "text_only": frozenset(TokenRole) - {TokenRole.PAD, TokenRole.BOS, TokenRole.IMAGE},
+    "image_only": frozenset({TokenRole.IMAGE}),
+    "generated_only": frozenset({TokenRole.REPORT}),
+    "all": frozenset(TokenRole) - {TokenRole.PAD},
+}
+
+RoleFilter = str | TokenRole | Iterable[TokenRole | str]
+
+
+def resolve_roles(roles: RoleFilter) -> frozenset[TokenRole]:
+    """Turn a preset's name, a role, or role names into a set of roles.
+
+    Raises:
+        ConfigError: the name is neither a preset nor a role.
+    """
+    if isinstance(roles, TokenRole):
+        return frozenset({roles})
+    if isinstance(roles, str):
+        if roles in ROLE_PRESETS:
+            return ROLE_PRESETS[roles]
+        return frozenset({_role(roles)})
+    return frozenset(_role(role) for role in roles)
+
+
+def role_mask(encoding: "Maira2Encoding", roles: RoleFilter) -> torch.Tensor:
+    """Select positions by role.
+
+    Args:
+        encoding: a batch of B rows of length L.
+        roles: a preset ("paper", "text_only", "image_only", "generated_only", "all"), a role, or several roles.
+
+    Returns:
+        A `(B, L)` bool tensor on the encoding's device.
+
+    Raises:
+        ConfigError: the name is neither a preset nor a role.
+    """
+    table = torch.zeros(len(TokenRole), dtype=torch.bool, device=encoding.roles.device)
+    table[[int(role) for role in resolve_roles(roles)]] = True
+    return table[encoding.roles.long()]
+
+
+def _role(role: TokenRole | str) -> TokenRole:
+    if isinstance(role, TokenRole):
+        return role
+    try:
+        return TokenRole[role.upper()]
+    except (KeyError, AttributeError):
+        names = ", ".join([*ROLE_PRESETS, *(r.name.lower() for r in TokenRole)])
+        raise ConfigError(
+            f"{role!r} is neither a preset of token roles nor a role; known are {names}. Use one of these."
+        ) from None
