@@ -1,0 +1,102 @@
+"""Rule reader of phantom reports: which findings a text states, denies or compares.
+
+A text is cut into clauses; in each clause patterns name findings, a negation cue makes them absent, a comparison
+word gives the change, and side words choose the key. It reads the phantom's own phrasings exactly and generated
+text sensibly; it is a scorer for this test bench, not a labeller for clinical reports.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from sae_lens_maira.studies.study import SIDED_KEYS
+
+_FINDINGS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (name, re.compile(pattern))
+    for name, pattern in (
+        ("pleural effusion", r"\beffusions?\b"),
+        ("pneumothorax", r"\bpneumothora(x|ces)\b"),
+        ("consolidation", r"\bconsolidations?\b"),
+        (
+            "cardiomegaly",
+            r"\bcardiomegaly\b|\b(heart|silhouette)\b.*\benlarged\b|\benlarged (heart|cardiac)\b",
+        ),
+        ("oedema", r"\b(o?edema)\b"),
+        ("atelectasis", r"\batelecta(sis|ses|tic)\b"),
+        ("nodule", r"\bnodules?\b"),
+        ("pacemaker", r"\bpacemaker\b"),
+        ("endotracheal tube", r"\bendotracheal\b"),
+        ("central venous line", r"\bcentral venous\b|\binternal jugular\b|\bsubclavian\b"),
+        ("nasogastric tube", r"\bnasogastric\b"),
+        ("rib fracture", r"\bfractures?\b"),
+    )
+)
+_GONE = re.compile(r"\b(resolved|resolution|no longer|removed|removal)\b")
+_ABSENT = re.compile(r"\b(no|not|without|absence of|free of|negative for|neither)\b")
+_NOT_A_DENIAL = re.compile(r"\b(no|without) (interval |significant )?change\b|\bnot changed\b")
+_CHANGES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        "unchanged",
+        re.compile(r"\b(unchanged|stable|remains|no (interval |significant )?change|not changed)\b"),
+    ),
+    ("new", re.compile(r"\b(new|newly)\b")),
+    ("larger", re.compile(r"\b(increased?|increasing|larger|worsened)\b")),
+    ("smaller", re.compile(r"\b(decreased?|decreasing|smaller|improved)\b")),
+)
+_CLAUSES = re.compile(r"[.;\n]+|,? but\b|,? (?=without\b|with no\b)")
+_SIDED_NAMES = (*SIDED_KEYS, "atelectasis", "nodule", "rib fracture")
+
+
+@dataclass(frozen=True)
+class ReportLabels:
+    """What a report says; keys are those of FINDING_KEYS."""
+
+    present: frozenset[str]
+    """Findings stated as present, doubtful ones included."""
+    changes: dict[str, str] = field(default_factory=dict)
+    """Key -> "new", "larger", "smaller", "unchanged" or "removed", where the text compares."""
+    sides: dict[str, str] = field(default_factory=dict)
+    """Key -> "left" or "right" for one-sided findings, also those whose key carries no side."""
+    denied: frozenset[str] = frozenset()
+    """Findings the text says are absent; both sides of a sided one where no side is named."""
+
+
+def _sides_of(clause: str) -> list[str]:
+    if re.search(r"\b(bilateral|both)\b", clause):
+        return ["left", "right"]
+    return [side for side in ("left", "right") if re.search(rf"\b{side}\b", clause)]
+
+
+def read_report(text: str) -> ReportLabels:
+    """Read a report in the phantom's language.
+
+    A sided finding without a side word is not counted as present; a finding both denied and stated counts as
+    stated. An empty text yields empty labels.
+    """
+    present: set[str] = set()
+    denied: set[str] = set()
+    changes: dict[str, str] = {}
+    sides: dict[str, str] = {}
+    for clause in _CLAUSES.split(text.lower()):
+        gone = bool(_GONE.search(clause))
+        absent = gone or bool(_ABSENT.search(_NOT_A_DENIAL.sub(" ", clause)))
+        change = "removed" if gone else next((word for word, cue in _CHANGES if cue.search(clause)), None)
+        for name, pattern in _FINDINGS:
+            if not pattern.search(clause):
+                continue
+            stem = name.replace(" ", "_")
+            here = _sides_of(clause) if name in _SIDED_NAMES else []
+            if name in SIDED_KEYS:
+                keys = [f"{stem}_{side}" for side in (here or (["left", "right"] if absent else []))]
+            else:
+                keys = [stem]
+            for key, side in zip(keys, here if name in SIDED_KEYS else here[:1], strict=False):
+                sides[key] = side
+            (denied if absent else present).update(keys)
+            if change is not None and (gone or not absent):
+                changes.update(dict.fromkeys(keys, change))
+    gone_again = {key for key, word in changes.items() if word == "removed"}
+    return ReportLabels(
+        frozenset(present - gone_again), changes, sides, frozenset(denied - present | gone_again)
+    )
