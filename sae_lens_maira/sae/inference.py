@@ -1,0 +1,220 @@
+"""A trained Matryoshka SAE that still knows its levels: decode from a prefix, cut it down, ask where a latent lives.
+
+    f = relu(h) [h > threshold],  h = (x - b_dec) W_enc + b_enc
+    x_i = f[:w_i] W_dec[:w_i] + b_dec                              level i of 0 .. L-1, the last being the whole
+
+It computes what SAELens' JumpReLU SAE computes, and `load_matryoshka` makes one from any such SAE whose metadata
+names its levels. It knows nothing about how the SAE was trained or in which layout it was published.
+"""
+
+import copy
+import json
+import operator
+from bisect import bisect_right
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAE
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_maira.errors import SAEError
+from sae_lens_maira.sae.config import MatryoshkaSAEConfig
+from sae_lens_maira.sae.levels import METADATA_KEY, widths_from_metadata
+
+
+class MatryoshkaSAE(JumpReLUSAE):
+    """JumpReLU SAE with nested levels.
+
+    Weights: W_enc (d_in, d_sae), b_enc and threshold (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,).
+    Levels are counted from 0; a negative level counts from the end, so that -1 is the whole SAE.
+    """
+
+    cfg: MatryoshkaSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride] - narrowed, as SAELens does
+
+    def __init__(self, cfg: MatryoshkaSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        _remember_levels(cfg)
+
+    @property
+    def level_widths(self) -> tuple[int, ...]:
+        """Cumulative widths, the last one d_sae."""
+        return self.cfg.level_widths()
+
+    @property
+    def n_levels(self) -> int:
+        """Number of levels."""
+        return len(self.level_widths)
+
+    def width_of(self, level: int) -> int:
+        """Number of latents in the prefix of a level.
+
+        Raises:
+            SAEError: there is no such level.
+        """
+        try:
+            return self.level_widths[operator.index(level)]
+        except IndexError:
+            raise SAEError(
+                f"Level {level} was asked of an SAE with {self.n_levels} levels of widths {self.level_widths}. "
+                f"Levels run from 0 to {self.n_levels - 1}."
+            ) from None
+
+    @overload
+    def level_of(self, latent: int) -> int: ...
+    @overload
+    def level_of(self, latent: Tensor) -> Tensor: ...
+    def level_of(self, latent: int | Tensor) -> int | Tensor:
+        """The level that introduced a latent: 0 for the innermost, for an index or a tensor of indices.
+
+        Raises:
+            SAEError: an index is outside 0 .. d_sae - 1.
+        """
+        lowest, highest = (
+            (int(latent.min()), int(latent.max())) if isinstance(latent, Tensor) and latent.numel() else (0, 0)
+        )
+        if isinstance(latent, int):
+            lowest = highest = latent
+        if lowest < 0 or highest >= self.cfg.d_sae:
+            raise SAEError(
+                f"Latents {lowest} to {highest} were asked of an SAE with {self.cfg.d_sae} latents. "
+                f"Indices run from 0 to {self.cfg.d_sae - 1}."
+            )
+        if isinstance(latent, int):
+            return bisect_right(self.level_widths, latent)
+        return torch.bucketize(latent, torch.tensor(self.level_widths, device=latent.device), right=True)
+
+    def latents_of(self, level: int) -> range:
+        """The latents that a level adds to the one inside it."""
+        width = self.width_of(level)
+        return range((0, *self.level_widths)[self.level_widths.index(width)], width)
+
+    @override
+    def decode(self, feature_acts: Tensor, level: int | None = None) -> Tensor:
+        """Reconstruction (..., d_in) from activations (..., d_sae), or from a level's prefix of them.
+
+        Args:
+            feature_acts: activations of all latents; with a level, those of its prefix are enough.
+            level: which prefix to use; None uses all latents.
+        """
+        if level is None:
+            return super().decode(feature_acts)
+        width = self.width_of(level)
+        out = self.hook_sae_recons(feature_acts[..., :width] @ self.W_dec[:width] + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+    @torch.no_grad()
+    def truncate(self, level: int) -> "MatryoshkaSAE":
+        """A smaller SAE of its own: the prefix of a level, with copied weights and the levels inside it."""
+        width = self.width_of(level)
+        config = copy.deepcopy(self.cfg)
+        config.d_sae = width
+        config.matryoshka_widths = [w for w in self.level_widths if w <= width]
+        facts = config.metadata[METADATA_KEY]
+        facts["truncated_from"] = self.cfg.d_sae
+        if facts.get("level_weights"):
+            facts["level_weights"] = facts["level_weights"][: len(config.matryoshka_widths)]
+        return _from_state_dict(
+            config,
+            {
+                "W_enc": self.W_enc[:, :width],
+                "b_enc": self.b_enc[:width],
+                "threshold": self.threshold[:width],
+                "W_dec": self.W_dec[:width],
+                "b_dec": self.b_dec,
+            },
+        )
+
+    def save_jumprelu(self, path: str | Path) -> tuple[Path, Path]:
+        """Save as plain JumpReLU, which SAELens loads without this package; the levels stay in the metadata.
+
+        Returns:
+            Paths of the weights and of the configuration.
+        """
+        weights_path, config_path = self.save_model(path)
+        plain = {name: value for name, value in self.cfg.to_dict().items() if name not in _own_field_names()}
+        plain["architecture"] = JumpReLUSAEConfig.architecture()
+        config_path.write_text(json.dumps(plain))
+        return weights_path, config_path
+
+
+def load_matryoshka(
+    source: str | Path | SAE[Any], *, device: str = "cpu", dtype: str | None = None
+) -> MatryoshkaSAE:
+    """A `MatryoshkaSAE` from a saved folder or from an SAE in memory.
+
+    Args:
+        source: a folder that SAELens can load, a JumpReLU SAE (its weights are then shared, not copied), or a
+            training SAE (its weights are copied and its threshold becomes JumpReLU's).
+        device: where to load a folder to.
+        dtype: dtype to load a folder in; None keeps the saved one.
+
+    Raises:
+        SAEError: the SAE is not a JumpReLU one, or its metadata names no levels.
+    """
+    if isinstance(source, TrainingSAE):
+        return _from_training(source)
+    sae = source if isinstance(source, SAE) else SAE.load_from_disk(source, device=device, dtype=dtype)
+    if isinstance(sae, MatryoshkaSAE):
+        return sae
+    if not isinstance(sae, JumpReLUSAE):
+        raise SAEError(
+            f"An SAE of architecture {sae.cfg.architecture()!r} was given; levels are read from SAEs saved as "
+            "jumprelu or matryoshka. Train with MatryoshkaTrainingSAEConfig, or load a release with load_release."
+        )
+    widths = widths_from_metadata(sae.cfg.metadata, sae.cfg.d_sae)
+    if widths is None:
+        raise SAEError(
+            f"The metadata of this SAE names no levels; it has the keys {sorted(sae.cfg.metadata.keys())}. "
+            "If it has none, use it as it is; if you know them, build MatryoshkaSAEConfig(matryoshka_widths=...)."
+        )
+    k = (sae.cfg.metadata.get(METADATA_KEY) or sae.cfg.metadata.get("training_architecture_details") or {}).get("k")
+    config = MatryoshkaSAEConfig(**_base_fields(sae.cfg), matryoshka_widths=list(widths), k=k)
+    result = _from_state_dict(config, {name: value.detach() for name, value in sae.state_dict().items()}, share=True)
+    return result.train(sae.training)
+
+
+def _from_training(sae: TrainingSAE[Any]) -> MatryoshkaSAE:
+    state_dict: dict[str, Any] = {name: value.detach().clone() for name, value in sae.state_dict().items()}
+    sae.process_state_dict_for_saving_inference(state_dict)
+    plain = sae.cfg.get_inference_sae_cfg_dict()
+    metadata = SAEMetadata(**copy.deepcopy(plain["metadata"]))
+    widths = widths_from_metadata(metadata, sae.cfg.d_sae)
+    if widths is None or "threshold" not in state_dict:
+        raise SAEError(
+            f"A training SAE of architecture {sae.cfg.architecture()!r} was given, which has no levels or no "
+            "threshold. Only Matryoshka BatchTopK SAEs can be turned into a MatryoshkaSAE."
+        )
+    config = MatryoshkaSAEConfig(
+        **(_base_fields(sae.cfg) | {"metadata": metadata}), matryoshka_widths=list(widths), k=sae.cfg.k
+    )
+    return _from_state_dict(config, state_dict, share=True)
+
+
+def _from_state_dict(config: MatryoshkaSAEConfig, state: dict[str, Tensor], share: bool = False) -> MatryoshkaSAE:
+    # Built on the meta device, so that no random weights are drawn: neither memory nor the generator's state is spent.
+    device, config.device = config.device, "meta"
+    sae = MatryoshkaSAE(config)
+    config.device, sae.device = device, torch.device(device)
+    sae.load_state_dict(
+        {name: value if share else value.clone().contiguous() for name, value in state.items()}, assign=True
+    )
+    return sae
+
+
+def _base_fields(config: SAEConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(SAEConfig)}
+
+
+def _own_field_names() -> set[str]:
+    return {field.name for field in fields(MatryoshkaSAEConfig)} - {field.name for field in fields(JumpReLUSAEConfig)}
+
+
+def _remember_levels(config: MatryoshkaSAEConfig) -> None:
+    kept = config.metadata.get(METADATA_KEY) or {}
+    config.metadata[METADATA_KEY] = kept | {"level_widths": list(config.level_widths()), "k": config.k}

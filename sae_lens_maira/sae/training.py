@@ -1,0 +1,200 @@
+"""A Matryoshka BatchTopK SAE under training: SAELens' trainer drives it, three loss conventions fit into it.
+
+    f = BatchTopK(h n),  h = (x - b_dec) W_enc + b_enc,  n = |W_dec[j]| or 1
+    L = sum_i weight_i L_i + aux
+
+The losses are those of `losses.py`, weighed as `cfg.effective_level_weights()` says. What dictionary_learning's
+trainer does around a step (first b_dec, unit decoder rows, tokens since a latent fired) happens inside the step
+here, so that any trainer of SAELens' kind gives that library's result. This class knows nothing about files of
+other libraries, models or fused kernels; it is the dense reference for the latter.
+"""
+
+from typing import Any
+
+import torch
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_maira.sae.config import MatryoshkaTrainingSAEConfig
+from sae_lens_maira.sae.losses import (
+    nested_reconstructions,
+    per_level_aux_loss,
+    squared_error,
+    variance_normalised_aux_loss,
+)
+from sae_lens_maira.sae.unit_decoder import geometric_median, unit_rows, with_tangent_gradient
+
+
+class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
+    """BatchTopK SAE whose every level reconstructs on its own.
+
+    With `loss_convention="saelens"` losses and gradients are those of SAELens' `matryoshka_batchtopk`, and so is
+    the state dict. With "dictionary_learning" the state dict also holds `tokens_since_fired` (d_sae,) int64.
+    In `TrainStepOutput.losses` every `mse_loss` and `inner_mse_loss_{width}` is unweighted, comparable between
+    conventions; `loss` is their weighted sum plus the auxiliary term.
+    """
+
+    cfg: MatryoshkaTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride] - narrowed, as SAELens does
+    tokens_since_fired: Tensor
+
+    def __init__(self, cfg: MatryoshkaTrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        if self.has_unit_decoder:
+            # -1 marks "never set": the first minimum is then taken as it is, and a gate at -1 passes every ReLU output.
+            self.topk_threshold.fill_(-1.0)
+            silent = torch.zeros(cfg.d_sae, dtype=torch.long, device=self.W_dec.device)
+            self.register_buffer("tokens_since_fired", silent)
+
+    @property
+    def has_unit_decoder(self) -> bool:
+        """Whether decoder rows are held at norm 1, as dictionary_learning does."""
+        return self.cfg.loss_convention == "dictionary_learning"
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        if self.has_unit_decoder:
+            self.W_dec.data = unit_rows(self.W_dec.data)
+            self.W_enc.data = self.W_dec.data.T.clone().contiguous()
+
+    @override
+    def _apply(self, fn: Any, recurse: bool = True) -> "MatryoshkaTrainingSAE":
+        # .to(dtype) would round the threshold, which is a float64 running mean: resuming would not be exact.
+        threshold = self.topk_threshold
+        super()._apply(fn, recurse)
+        if not threshold.is_meta:
+            self.topk_threshold = threshold.to(self.topk_threshold.device)
+        return self
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One forward pass; sae_in is (batch, d_in)."""
+        self.prepare_step(step_input)
+        feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
+        self.record_step(feature_acts, step_input.n_training_steps)
+        reconstructions = self.level_reconstructions(feature_acts)
+        aux_loss = self._aux_loss(step_input, hidden_pre, reconstructions)
+
+        *inner, outer = (squared_error(level, step_input.sae_in) for level in reconstructions)
+        *inner_weights, outer_weight = self.cfg.effective_level_weights()
+        losses = {"mse_loss": outer, "auxiliary_reconstruction_loss": aux_loss}
+        loss = outer_weight * outer + aux_loss
+        for width, weight, inner_loss in zip(self.cfg.level_widths(), inner_weights, inner, strict=False):
+            losses[f"inner_mse_loss_{width}"] = inner_loss
+            loss = loss + weight * inner_loss
+        return TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=reconstructions[-1],
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
+            loss=loss,
+            losses=losses,
+            metrics={"topk_threshold": self.topk_threshold},
+        )
+
+    @torch.no_grad()
+    def prepare_step(self, step_input: TrainStepInput) -> None:
+        """What dictionary_learning does between steps: b_dec before the first one, unit decoder rows after each."""
+        if not self.has_unit_decoder:
+            return
+        if step_input.n_training_steps == 0:
+            self.b_dec.data = geometric_median(step_input.sae_in.to(self.b_dec.dtype))
+        else:
+            self.W_dec.data = unit_rows(self.W_dec.data)
+
+    @torch.no_grad()
+    def record_step(self, feature_acts: Tensor, n_training_steps: int) -> None:
+        """Update the threshold and, with dictionary_learning, the count of rows since each latent fired.
+
+        Args:
+            feature_acts: (batch, d_sae) selected activations.
+            n_training_steps: steps completed before this one.
+        """
+        if not self.has_unit_decoder:
+            self.update_topk_threshold(feature_acts)
+            return
+        self.tokens_since_fired += feature_acts.shape[0]
+        self.tokens_since_fired[feature_acts.sum(0) > 0] = 0
+        if n_training_steps <= self.cfg.threshold_start_step:
+            return
+        active = feature_acts[feature_acts > 0]
+        lowest = active.min().to(self.topk_threshold.dtype) if active.numel() else torch.zeros_like(self.topk_threshold)
+        rate = 1.0 if self.topk_threshold < 0 else float(self.cfg.topk_threshold_lr or 0.0)
+        self.topk_threshold = (1 - rate) * self.topk_threshold + rate * lowest
+
+    def dead_latents(self, step_input: TrainStepInput) -> Tensor | None:
+        """(d_sae,) bool mask of dead latents by the convention's own rule, None where nobody counts."""
+        if self.has_unit_decoder:
+            return self.tokens_since_fired >= self.cfg.dead_after_tokens
+        return step_input.dead_neuron_mask
+
+    def level_reconstructions(self, feature_acts: Tensor) -> list[Tensor]:
+        """Nested reconstructions (batch, d_in), one per level; `hook_sae_recons` fires on the last, the full one."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            feature_acts = feature_acts * (1 / self.W_dec.norm(dim=-1))
+        reconstructions = nested_reconstructions(
+            feature_acts, self._decoder_in_graph(), self.b_dec, self.cfg.level_widths()
+        )
+        reconstructions[-1] = self.hook_sae_recons(reconstructions[-1])
+        return reconstructions
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        reconstructions = [sae_out]
+        if self.cfg.use_matryoshka_aux_loss:
+            reconstructions = self.level_reconstructions(feature_acts)
+        return {"auxiliary_reconstruction_loss": self._aux_loss(step_input, hidden_pre, reconstructions)}
+
+    def _aux_loss(self, step_input: TrainStepInput, hidden_pre: Tensor, reconstructions: list[Tensor]) -> Tensor:
+        dead, sae_in, sae_out = self.dead_latents(step_input), step_input.sae_in, reconstructions[-1]
+        if dead is None or not bool(dead.any()):
+            return sae_out.new_tensor(0.0)
+        coefficient = float(self.cfg.aux_loss_coefficient or 0.0)
+        if self.has_unit_decoder:
+            decoder = self._decoder_in_graph()
+            return coefficient * variance_normalised_aux_loss(sae_in, sae_out, hidden_pre, dead, decoder)
+        if self.cfg.use_matryoshka_aux_loss:
+            decoder = self.W_dec
+            if self.cfg.rescale_acts_by_decoder_norm:
+                decoder = decoder / decoder.norm(dim=-1, keepdim=True)
+            widths = self.cfg.level_widths()
+            return coefficient * per_level_aux_loss(sae_in, reconstructions, hidden_pre, dead, decoder, widths)
+        return self.calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead)
+
+    def _decoder_in_graph(self) -> Tensor:
+        return with_tangent_gradient(self.W_dec) if self.has_unit_decoder else self.W_dec
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Fold the factor that scaled the training activations, so that the SAE takes raw ones.
+
+        With dictionary_learning the biases and the threshold take it, and the decoder rows keep norm 1 (that
+        library's `scale_biases`); otherwise the weights do, as in SAELens.
+        """
+        if not self.has_unit_decoder:
+            super().fold_activation_norm_scaling_factor(scaling_factor)
+            return
+        self.W_dec.data = unit_rows(self.W_dec.data)
+        self.b_enc.data /= scaling_factor
+        self.b_dec.data /= scaling_factor
+        if self.topk_threshold >= 0:
+            self.topk_threshold = self.topk_threshold / scaling_factor
+        self.cfg.normalize_activations = "none"
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        if self.has_unit_decoder:
+            state_dict.pop("tokens_since_fired")
+            state_dict["W_dec"] = unit_rows(state_dict["W_dec"])
+
+    def inference_state_dict(self) -> dict[str, Tensor]:
+        """Weights as JumpReLU takes them: W_enc, b_enc, W_dec, b_dec, threshold. They share no memory with this SAE."""
+        state_dict: dict[str, Any] = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        self.process_state_dict_for_saving_inference(state_dict)
+        return state_dict
