@@ -1,4 +1,4 @@
-"""MAIRA-2 itself, as a native transformers model: configuration, model, processor, prompts and token roles."""
+"""MAIRA-2 itself, a native transformers model: configuration, model, processor, prompts, token roles."""
 
 from sae_lens_maira.maira2.configuration import Maira2Config, make_config
 from sae_lens_maira.maira2.encoding import Maira2Encoding

@@ -1,9 +1,9 @@
 """The configuration of MAIRA-2, whose defaults are the published model itself.
 
 `Maira2Config()` is Vicuna-7B-v1.5's shape with 207 added tokens and linear position scaling by 1.5, a Dinov2
-ViT-B/14 at 518 px, and a projector of four linear layers. Keys that a published `config.json` carries and we do
-not know are kept as attributes and never refused; keywords that a *user* writes are checked by `make_config`.
-This module knows nothing about weights.
+ViT-B/14 at 518 px, and a projector of four linear layers. Keys that a published `config.json` carries and we
+do not know are kept as attributes and never refused; keywords that a *user* writes are checked by
+`make_config`. This module knows nothing about weights.
 """
 
 import difflib
@@ -91,7 +91,7 @@ class Maira2Config(LlavaConfig):
             image_seq_length=image_seq_length,
             projector_hidden_act=projector_hidden_act,
             vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,  # pyright: ignore[reportArgumentType]
+            vision_feature_select_strategy=vision_feature_select_strategy,
             multimodal_projector_bias=multimodal_projector_bias,
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,

@@ -41,16 +41,17 @@ def read_dicom(path: Path) -> np.ndarray:
         photometric = str(dataset.get("PhotometricInterpretation", "MONOCHROME2")).upper()
         if frames > 1 or not photometric.startswith("MONOCHROME"):
             raise ImageError(
-                f"{path} has {frames} frames and photometric interpretation {photometric}; a single grey frame was"
-                " expected. Extract one frame and save it as a grey picture."
+                f"{path} has {frames} frames and photometric interpretation {photometric}; a single grey"
+                " frame was expected. Extract one frame and save it as a grey picture."
             )
         pixels = np.asarray(apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset))
     except ImageError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds
         raise ImageError(
-            f"{path} could not be read as a DICOM image ({type(error).__name__}: {error}). A whole file whose transfer"
-            " syntax the installed decoders know was expected. Fetch it again, or convert it to PNG."
+            f"{path} could not be read as a DICOM image ({type(error).__name__}: {error}). A whole file whose"
+            " transfer syntax the installed decoders know was expected. Fetch it again, or convert it to"
+            " PNG."
         ) from error
     pixels = pixels.astype(np.float64)
     if photometric == "MONOCHROME1":  # low values are shown bright there

@@ -1,8 +1,8 @@
 """A batch of encoded studies: what the model reads, and what every position is.
 
-Rows are studies, columns are positions; `pixel_values` holds the images of all rows in row order. Beside each token
-stand its role, and for image positions the image's number within the study, its kind and the patch's row and
-column. This module knows nothing about tokenizers or prompts.
+Rows are studies, columns are positions; `pixel_values` holds the images of all rows in row order. Beside each
+token stand its role, and for image positions the image's number within the study, its kind and the patch's
+row and column. This module knows nothing about tokenizers or prompts.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ class Maira2Encoding:
     Args:
         input_ids: `(B, L)` int64.
         attention_mask: `(B, L)` int64, 0 at padding.
-        pixel_values: `(N, 3, S, S)`, row by row and in prompt order within a row; None where there is no image.
+        pixel_values: `(N, 3, S, S)`, row by row and in prompt order within a row; None where there is no
+            image.
         roles: `(B, L)` int8, values of `TokenRole`.
         image_index: `(B, L)` int8, 0-based image number within the study at image positions, else -1.
         image_kind: `(B, L)` int8, 0 frontal, 1 lateral, 2 prior at image positions, else -1.
@@ -83,17 +84,18 @@ class Maira2Encoding:
         A row's report ends with its first closing `</s>`; what follows there is padding.
 
         Raises:
-            PromptError: rows do not match, or a row is padded on the right, where the report would leave a gap.
+            PromptError: rows do not match, or a row is padded on the right, where the report would leave a
+                gap.
         """
         if generated_ids.ndim != 2 or generated_ids.shape[0] != len(self):
             raise PromptError(
-                f"Generated ids of shape {tuple(generated_ids.shape)} do not fit an encoding of {len(self)} rows. Pass"
-                " the new tokens of every row as a (rows, new tokens) tensor."
+                f"Generated ids of shape {tuple(generated_ids.shape)} do not fit an encoding of {len(self)}"
+                " rows. Pass the new tokens of every row as a (rows, new tokens) tensor."
             )
         if not bool(self.attention_mask[:, -1].all()):
             raise PromptError(
-                "The encoding is padded on the right, so generated tokens would stand behind padding. Encode with"
-                ' padding_side="left" to generate.'
+                "The encoding is padded on the right, so generated tokens would stand behind padding. Encode"
+                ' with padding_side="left" to generate.'
             )
         new = generated_ids.to(self.input_ids.device, self.input_ids.dtype)
         ended = (new == self.eos_token_id).int().cumsum(dim=1)

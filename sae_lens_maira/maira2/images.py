@@ -3,9 +3,10 @@
     grey -> (v - min) / (max - min) * 255 -> uint8 -> shortest edge to S, bicubic -> centre crop S x S
          -> (v / 255 - mean) / std -> three equal channels
 
-Takes PIL images, numpy arrays, paths to picture files and DICOM files. Sixteen-bit pictures keep their range until
-the min-max step (PIL's own conversion to "L" would clip them). Boxes refer to the centre crop; `box_to_image` and
-`box_to_crop` map between it and the whole image. This module knows nothing about prompts or models.
+Takes PIL images, numpy arrays, paths to picture files and DICOM files. Sixteen-bit pictures keep their range
+until the min-max step (PIL's own conversion to "L" would clip them). Boxes refer to the centre crop;
+`box_to_image` and `box_to_crop` map between it and the whole image. This module knows nothing about prompts
+or models.
 """
 
 import os
@@ -83,8 +84,8 @@ def read_grey(image: ImageSource) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _grey_of_array(image)
     raise ImageError(
-        f"An image of type {type(image).__name__} was given; a PIL image, a numpy array or the path of a picture or"
-        " DICOM file was expected. Convert it to one of these."
+        f"An image of type {type(image).__name__} was given; a PIL image, a numpy array or the path of a"
+        " picture or DICOM file was expected. Convert it to one of these."
     )
 
 
@@ -103,8 +104,8 @@ def stretch_contrast(grey: np.ndarray) -> np.ndarray:
         )
     if low == high:
         raise ImageError(
-            f"The image is constant (every pixel is {low}), so its contrast cannot be stretched to 0..255. A radiograph"
-            " was expected; check the file, or leave the study out."
+            f"The image is constant (every pixel is {low}), so its contrast cannot be stretched to 0..255. A"
+            " radiograph was expected; check the file, or leave the study out."
         )
     if grey.dtype in (np.uint8, np.uint16):
         # Few possible values: stretch the table, not the pixels. Same numbers, a tenth of the time.
@@ -116,7 +117,7 @@ def stretch_contrast(grey: np.ndarray) -> np.ndarray:
 
 
 def resized_size(width: int, height: int, shortest: int) -> tuple[int, int]:
-    """Width and height after the shortest edge is scaled to `shortest`, the other truncated as the library does."""
+    """Width and height after scaling the shortest edge to `shortest`; the other is truncated."""
     if width <= height:
         return shortest, int(shortest * height / width)
     return int(shortest * width / height), shortest
@@ -165,8 +166,8 @@ def _read_file(path: Path) -> np.ndarray:
         if isinstance(error, ImageError):
             raise
         raise ImageError(
-            f"{path} could not be read as a picture ({error}). A whole PNG, JPEG, TIFF or DICOM file was expected; the"
-            " file may be truncated or of another kind. Fetch it again or leave the study out."
+            f"{path} could not be read as a picture ({error}). A whole PNG, JPEG, TIFF or DICOM file was"
+            " expected; the file may be truncated or of another kind. Fetch it again or leave the study out."
         ) from error
 
 
@@ -192,7 +193,7 @@ def _grey_of_array(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
     if array.ndim != 2 or array.dtype.kind not in "biuf":
         raise ImageError(
-            f"An array of shape {array.shape} and dtype {array.dtype} was given; a grey (H, W) or colour (H, W, 3)"
-            " image of numbers was expected. Select one image and drop further axes."
+            f"An array of shape {array.shape} and dtype {array.dtype} was given; a grey (H, W) or colour (H,"
+            " W, 3) image of numbers was expected. Select one image and drop further axes."
         )
     return array.astype(np.uint8) if array.dtype.kind == "b" else array

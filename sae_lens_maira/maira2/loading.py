@@ -1,8 +1,8 @@
 """Load a MAIRA-2 checkpoint, published or ours, and refuse one that does not fit to the last tensor.
 
-transformers fills missing tensors with random numbers and only warns; here a missing, unexpected or misshapen tensor
-is an error, as are a missing shard, a folder without a processor and a model of another type. Remote code is never
-run. It knows nothing about studies or prompts.
+transformers fills missing tensors with random numbers and only warns; here a missing, unexpected or misshapen
+tensor is an error, as are a missing shard, a folder without a processor and a model of another type. Remote
+code is never run. It knows nothing about studies or prompts.
 """
 
 import json
@@ -49,22 +49,23 @@ def load_maira2(
 
     Args:
         path_or_id: a local folder or a hub id.
-        dtype: precision of the loaded weights (tensors are converted while they are read); "auto" keeps the file's.
+        dtype: precision of the loaded weights (tensors are converted while they are read); "auto" keeps the
+            file's.
         device: where to put the whole model; leave None with a `device_map`.
         revision: hub revision; None is the pinned one for `microsoft/maira-2` and "main" elsewhere.
         device_map: transformers' device map, for models spread over devices (needs accelerate).
-        **keywords: `attn_implementation`, `max_memory`, `offload_folder`, `offload_state_dict`, `use_safetensors`,
-            `cache_dir`, `force_download`, `local_files_only`, `token`, handed to transformers.
+        **keywords: `attn_implementation`, `max_memory`, `offload_folder`, `offload_state_dict`,
+            `use_safetensors`, `cache_dir`, `force_download`, `local_files_only`, `token`, for transformers.
 
     Raises:
         ConfigError: an unknown keyword, `trust_remote_code=True`, or both a device and a device map.
-        CheckpointError: a missing shard or processor, a model of another type, a damaged file, or tensors that do not
-            match the model exactly.
+        CheckpointError: a missing shard or processor, a model of another type, a damaged file, or tensors
+            that do not match the model exactly.
     """
     if keywords.pop("trust_remote_code", False):
         raise ConfigError(
-            "trust_remote_code=True was given, but MAIRA-2 runs here without remote code, and the published code stops"
-            " working at transformers 4.52. Leave the keyword out."
+            "trust_remote_code=True was given, but MAIRA-2 runs here without remote code, and the published"
+            " code stops working at transformers 4.52. Leave the keyword out."
         )
     check_keywords(keywords, {*_HUB_KEYWORDS, *_MODEL_KEYWORDS, "trust_remote_code"}, "load_maira2")
     if device is not None and device_map is not None:
@@ -88,8 +89,8 @@ def load_maira2(
         )
     except Exception as error:  # safetensors, OS, hub and shape errors have no common base
         raise CheckpointError(
-            f"The weights in {source} could not be loaded ({type(error).__name__}: {error}). A complete MAIRA-2 checkpoint"
-            " was expected; fetch it again if a file is damaged."
+            f"The weights in {source} could not be loaded ({type(error).__name__}: {error}). A complete"
+            " MAIRA-2 checkpoint was expected; fetch it again if a file is damaged."
         ) from error
     model, info = loaded
     _check_tensors(source, info)
@@ -110,14 +111,14 @@ def load_processor(path_or_id: str | Path, **hub: Any) -> Maira2Processor:
         processor = Maira2Processor.from_pretrained(str(path_or_id), **hub)
     except Exception as error:  # missing files and bad JSON surface as many kinds
         raise CheckpointError(
-            f"No processor could be loaded from {path_or_id} ({type(error).__name__}: {error}). Expected were a"
-            " preprocessor_config.json (or processor_config.json) and the tokenizer's files beside the weights; copy them"
-            " there, or write them with `save_processor`."
+            f"No processor could be loaded from {path_or_id} ({type(error).__name__}: {error}). Expected were"
+            " a preprocessor_config.json (or processor_config.json) and the tokenizer's files beside the"
+            " weights; copy them there, or write them with `save_processor`."
         ) from error
     if processor.image_token_id in (None, processor.tokenizer.unk_token_id):
         raise CheckpointError(
-            f"The tokenizer in {path_or_id} does not know {processor.image_token!r}. The tokenizer of a MAIRA-2"
-            " checkpoint, with its 207 added tokens, was expected; copy it beside the weights."
+            f"The tokenizer in {path_or_id} does not know {processor.image_token!r}. The tokenizer of a"
+            " MAIRA-2 checkpoint, with its 207 added tokens, was expected; copy it beside the weights."
         )
     return processor
 
@@ -127,14 +128,14 @@ def _load_config(source: str, hub: dict[str, Any]) -> Maira2Config:
         raw, _ = Maira2Config.get_config_dict(source, **hub)
     except Exception as error:  # hub, OS and JSON errors
         raise CheckpointError(
-            f"No configuration could be read from {source} ({type(error).__name__}: {error}). A local folder with a"
-            " config.json, or a hub id that this machine may fetch, was expected; for the gated microsoft/maira-2 log in"
-            " and accept its terms first."
+            f"No configuration could be read from {source} ({type(error).__name__}: {error}). A local folder"
+            " with a config.json, or a hub id that this machine may fetch, was expected; for the gated"
+            " microsoft/maira-2 log in and accept its terms first."
         ) from error
     if raw.get("model_type") != Maira2Config.model_type:
         raise CheckpointError(
-            f"The configuration in {source} is of model type {raw.get('model_type')!r}, not 'maira2'. Give a MAIRA-2"
-            " checkpoint."
+            f"The configuration in {source} is of model type {raw.get('model_type')!r}, not 'maira2'. Give a"
+            " MAIRA-2 checkpoint."
         )
     config = Maira2Config.from_dict(raw)
     assert isinstance(config, Maira2Config)
@@ -152,8 +153,8 @@ def _check_folder(folder: Path) -> None:
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} names {len(shards)} shards and lacks {len(missing)} of them: {', '.join(missing)}. Download the"
-            " missing files."
+            f"{folder} names {len(shards)} shards and lacks {len(missing)} of them: {', '.join(missing)}."
+            " Download the missing files."
         )
 
 
@@ -163,6 +164,7 @@ def _check_tensors(source: str, info: Any) -> None:
         if keys:
             shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
             raise CheckpointError(
-                f"Loading {source} left {len(keys)} {kind.replace('_', ' ')}: {shown}. Every tensor of the configuration's"
-                " model, and no other, was expected; check that config.json and the weights belong together."
+                f"Loading {source} left {len(keys)} {kind.replace('_', ' ')}: {shown}. Every tensor of the"
+                " configuration's model, and no other, was expected; check that config.json and the weights"
+                " belong together."
             )

@@ -1,11 +1,12 @@
 """MAIRA-2 as a transformers model: Dinov2 features, four linear layers, a Llama.
 
     image features  p = W4 gelu(W3 gelu(W2 gelu(W1 f + b1) + b2) + b3) + b4,   f = LayerNorm(backbone)[1:]
-    sequence        every `<image>` position holds one row of p, in the order of the images; the rest are embeddings
+    sequence        every `<image>` position holds one row of p, in image order; the rest are embeddings
 
-It is a `LlavaForConditionalGeneration` whose vision tower is a backbone (its *layer-normed* feature map is used,
-not `hidden_states[-1]`) and whose projector is deeper. Unlike LLaVA it refuses to run with image placeholders but
-no images, which would give wrong numbers without a word. It knows nothing about prompts, processors or files.
+It is a `LlavaForConditionalGeneration` whose vision tower is a backbone (its *layer-normed* feature map is
+used, not `hidden_states[-1]`) and whose projector is deeper. Unlike LLaVA it refuses to run with image
+placeholders but no images, which would give wrong numbers without a word. It knows nothing about prompts,
+processors or files.
 """
 
 import functools
@@ -84,7 +85,8 @@ class Maira2Model(LlavaModel):
         """Run the model; see `LlavaModel.forward`.
 
         Raises:
-            PromptError: placeholders without images, images without placeholders, or counts that do not match.
+            PromptError: placeholders without images, images without placeholders, or counts that do not
+                match.
         """
         given = dict(zip(("input_ids", "pixel_values"), args, strict=False)) | kwargs
         self._check_images(given)
@@ -97,7 +99,8 @@ class Maira2Model(LlavaModel):
             return
         cache = given.get("cache", given.get("past_key_values"))
         if pixel_values is None and encoded is None:
-            # A step that continues a cache may repeat a placeholder that the model itself wrote; that is text.
+            # A step that continues a cache may repeat a placeholder that the model itself wrote; that is
+            # text.
             continues = cache is not None and cache.get_seq_length() > 0
             if not continues and bool((input_ids == self.config.image_token_index).any()):
                 count = int((input_ids == self.config.image_token_index).sum())
@@ -114,9 +117,10 @@ class Maira2Model(LlavaModel):
             n_images, patches = len(encoded.pooler_output), len(encoded.pooler_output[0])
         if sum(per_row) != n_images * patches or any(n % patches for n in per_row):
             raise PromptError(
-                f"{n_images} images of {patches} patches need {n_images * patches} image placeholders, whole images in"
-                f" every row, but the rows hold {per_row}. Encode images and text together with"
-                " `Maira2Processor.encode`, whose image size is the model's."
+                f"{n_images} images of {patches} patches need {n_images * patches} image placeholders (id"
+                f" {self.config.image_token_index}), whole images in every row, but the rows hold {per_row}."
+                " Encode images and text together with `Maira2Processor.encode`, with the processor that belongs"
+                " to this model: same image size, same id of <image>."
             )
 
     def _patches(self, pixel_values: torch.Tensor, given: dict[str, Any]) -> int:
@@ -129,8 +133,8 @@ class Maira2ForConditionalGeneration(LlavaForConditionalGeneration):
     """MAIRA-2 with its language-model head.
 
     Live paths on every supported transformers: `model.language_model.layers[i]`, `model.vision_tower`,
-    `model.multi_modal_projector.layers.{0,2,4,6}`, `lm_head`. Published checkpoint keys are renamed at loading and
-    written back by `save_pretrained`.
+    `model.multi_modal_projector.layers.{0,2,4,6}`, `lm_head`. Published checkpoint keys are renamed at
+    loading and written back by `save_pretrained`.
     """
 
     config_class = Maira2Config

@@ -1,8 +1,9 @@
 """MAIRA-2's processor: studies in, encodings out; generated ids in, parsed reports out.
 
-A ProcessorMixin around the checkpoint's image processor (whose numbers it reads) and its fast tokenizer, registered
-with AutoProcessor. `encode` is the door for studies; calling the processor with `text` and `images` is the plain
-transformers door, for prompts that a caller writes himself. It knows nothing about the model's weights.
+A ProcessorMixin around the checkpoint's image processor (whose numbers it reads) and its fast tokenizer,
+registered with AutoProcessor. `encode` is the door for studies; calling the processor with `text` and
+`images` is the plain transformers door, for prompts that a caller writes himself. It knows nothing about the
+model's weights.
 """
 
 import re
@@ -59,8 +60,8 @@ class Maira2Processor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
-                f"The tokenizer {type(tokenizer).__name__} is not a fast one. Token roles need its character offsets;"
-                " load it from a folder with a tokenizer.json."
+                f"The tokenizer {type(tokenizer).__name__} is not a fast one. Token roles need its character"
+                " offsets; load it from a folder with a tokenizer.json."
             )
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
 
@@ -84,7 +85,7 @@ class Maira2Processor(ProcessorMixin):
         return self.recipe.crop // self.patch_size
 
     def image_to_pixels(self, image: ImageSource) -> torch.Tensor:
-        """The model's pixels of one image, `(3, S, S)` float32; see `images.py` for the path and the errors."""
+        """The model's pixels of one image, `(3, S, S)` float32; `images.py` tells the path and the errors."""
         return self.recipe.to_pixels(image)
 
     def encode(
@@ -101,12 +102,14 @@ class Maira2Processor(ProcessorMixin):
             studies: the studies, one per row.
             task: "findings", "grounded" (findings with boxes) or "phrase" (one phrase with boxes).
             phrase: for task "phrase" the phrase, one for all rows or one per row.
-            report: None for a prompt to generate from; "teacher" to append the study's own report (for "grounded"
-                its grounded report, for "phrase" the grounded finding whose text is the phrase); or one text per row.
+            report: None for a prompt to generate from; "teacher" to append the study's own report (for
+                "grounded" its grounded report, for "phrase" the grounded finding whose text is the phrase);
+                or one text per row.
             padding_side: "left" to generate, "right" to train.
 
         Raises:
-            PromptError: no study, no frontal image, a missing report, or text that holds one of the added tokens.
+            PromptError: no study, no frontal image, a missing report, or text that holds one of the added
+                tokens.
             ImageError: an image cannot be read or has no contrast.
         """
         rows: list[Any] = list(studies) if isinstance(studies, list | tuple) else [studies]
@@ -175,8 +178,8 @@ class Maira2Processor(ProcessorMixin):
         wanted = sum(prompt.count(self.image_token) for prompt in texts)
         if not texts or wanted != len(flat):
             raise PromptError(
-                f"{len(texts)} prompts with {wanted} {self.image_token} placeholders were given with {len(flat)} images."
-                " Give at least one prompt, and one image for every placeholder."
+                f"{len(texts)} prompts with {wanted} {self.image_token} placeholders were given with"
+                f" {len(flat)} images. Give at least one prompt, and one image for every placeholder."
             )
         prompts = [_raw_prompt(prompt, self.image_token) for prompt in texts]
         rows = tokenize_prompts(self.tokenizer, prompts, self.image_token_id, self.patches_per_side)
@@ -202,8 +205,8 @@ class Maira2Processor(ProcessorMixin):
         for found in self._added_tokens.finditer(text):
             if found.group() not in allowed:
                 raise PromptError(
-                    f"The {field} holds {found.group()!r}, which is a token of MAIRA-2's own vocabulary and would be"
-                    " read as such, not as text. Remove it from the text."
+                    f"The {field} holds {found.group()!r}, which is a token of MAIRA-2's own vocabulary and"
+                    " would be read as such, not as text. Remove it from the text."
                 )
 
     def _reports(
@@ -213,7 +216,8 @@ class Maira2Processor(ProcessorMixin):
             texts = [_teacher_text(study, task, words) for study, words in zip(studies, phrases, strict=True)]
         elif isinstance(given, str) or len(given) != len(studies):
             raise PromptError(
-                f"report was {given!r:.80} for {len(studies)} studies; expected 'teacher', None, or one text per study."
+                f"report was {given!r:.80} for {len(studies)} studies; expected 'teacher', None, or one text"
+                " per study."
             )
         else:
             texts = [str(text) for text in given]

@@ -1,10 +1,10 @@
 """MAIRA-2's prompts, built as a list of segments that know their role.
 
-A prompt is the concatenation of its segments' texts, character by character the model's own template; because each
-segment carries a `TokenRole`, roles need never be searched for afterwards. The tasks are "findings", "grounded"
-(findings with boxes) and "phrase" (one given phrase with boxes). A missing or blank section reads `N/A`. A prior
-report is used only together with a prior image, as the template has no other place for it. This module knows
-nothing about tokenizers or pixels.
+A prompt is the concatenation of its segments' texts, character by character the model's own template; because
+each segment carries a `TokenRole`, roles need never be searched for afterwards. The tasks are "findings",
+"grounded" (findings with boxes) and "phrase" (one given phrase with boxes). A missing or blank section reads
+`N/A`. A prior report is used only together with a prior image, as the template has no other place for it.
+This module knows nothing about tokenizers or pixels.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -23,14 +23,14 @@ _FINDINGS = (
     " frontal image."
 )
 _GROUNDING = (
-    " Each finding should be described as a self-contained plain-text sentence. If the finding is groundable,"
-    " locate the finding in the current frontal chest X-ray image, with bounding boxes indicating all locations"
-    " where it can be seen in the current frontal image. Otherwise, generate just the ungrounded finding without"
-    " bounding boxes."
+    " Each finding should be described as a self-contained plain-text sentence. If the finding is"
+    " groundable, locate the finding in the current frontal chest X-ray image, with bounding boxes"
+    " indicating all locations where it can be seen in the current frontal image. Otherwise, generate just"
+    " the ungrounded finding without bounding boxes."
 )
 _PHRASE = (
-    " Repeat the following finding as a grounded phrase with bounding boxes indicating all locations where it can"
-    " be seen in the given chest X-ray image. Finding: "
+    " Repeat the following finding as a grounded phrase with bounding boxes indicating all locations where"
+    " it can be seen in the given chest X-ray image. Finding: "
 )
 
 
@@ -93,13 +93,13 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
         raise ConfigError(f"The task was {task!r}; MAIRA-2 knows {', '.join(TASKS)}. Choose one of these.")
     if study.frontal is None:
         raise PromptError(
-            "The study has no frontal image. MAIRA-2 always reads a current frontal image; give one, or leave the"
-            " study out."
+            "The study has no frontal image. MAIRA-2 always reads a current frontal image; give one, or"
+            " leave the study out."
         )
     if (task == "phrase") != bool(phrase and phrase.strip()):
         raise PromptError(
-            f"Task {task!r} was given the phrase {phrase!r}. Task 'phrase' needs a phrase that is not blank and the"
-            " other tasks take none; change the task or the phrase."
+            f"Task {task!r} was given the phrase {phrase!r}. Task 'phrase' needs a phrase that is not blank"
+            " and the other tasks take none; change the task or the phrase."
         )
     lateral = None if task == "phrase" else study.lateral
     prior = None if task == "phrase" else study.prior_frontal

@@ -1,8 +1,9 @@
 """Make MAIRA-2 known to transformers' Auto classes, once.
 
-After `register()`, `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`, `AutoModelForCausalLM` (SAELens' way in)
-and `AutoProcessor` build this package's classes for model type `maira2`, and transformers 5 knows how published keys
-are called in the live module. No remote code is involved. This module knows nothing about files.
+After `register()`, `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`, `AutoModelForCausalLM` (SAELens'
+way in) and `AutoProcessor` build this package's classes for model type `maira2`, and transformers 5 knows how
+published keys are called in the live module. No remote code is involved. This module knows nothing about
+files.
 """
 
 from transformers import (

@@ -2,9 +2,9 @@
 
     <obj>text<box><x10><y20><x40><y60></box>...</obj>      coordinate = (bin + 0.5) / 100
 
-Boxes are x_min, y_min, x_max, y_max, relative to the centre square crop of the frontal image (`images.py` maps them
-to the whole image). A generation may be cut off or loop: whole findings are kept, everything else is handed back as
-`leftover`. This module knows nothing about tokenizers or images.
+Boxes are x_min, y_min, x_max, y_max, relative to the centre square crop of the frontal image (`images.py`
+maps them to the whole image). A generation may be cut off or loop: whole findings are kept, everything else
+is handed back as `leftover`. This module knows nothing about tokenizers or images.
 """
 
 import re
@@ -24,7 +24,7 @@ _MARK = re.compile(r"</?obj>|</?box>|<[xy]\d\d?>")
 
 @dataclass(frozen=True)
 class GroundedFinding:
-    """One statement and the boxes that show it, `(x_min, y_min, x_max, y_max)` in 0..1; no box if ungrounded."""
+    """One statement and its boxes, `(x_min, y_min, x_max, y_max)` in 0..1; none if it is ungrounded."""
 
     text: str
     boxes: tuple[Box, ...] = ()
@@ -92,8 +92,9 @@ def box_to_bins(box: Sequence[float]) -> tuple[int, int, int, int]:
     ordered = len(values) == 4 and 0 <= values[0] <= values[2] <= 1 and 0 <= values[1] <= values[3] <= 1
     if not ordered:
         raise PromptError(
-            f"The box {tuple(values)} is not (x_min, y_min, x_max, y_max) with 0 <= min <= max <= 1. Give coordinates"
-            " relative to the frontal image's centre square; `box_to_crop` converts from the whole image."
+            f"The box {tuple(values)} is not (x_min, y_min, x_max, y_max) with 0 <= min <= max <= 1. Give"
+            " coordinates relative to the frontal image's centre square; `box_to_crop` converts from the"
+            " whole image."
         )
     x_min, y_min, x_max, y_max = (
         min(int(value * COORDINATE_BINS + 1e-9), COORDINATE_BINS - 1) for value in values
@@ -123,8 +124,8 @@ def _read_object(inner: str) -> tuple[GroundedFinding | None, str]:
 def _write_object(text: str, boxes: Iterable[Sequence[float]]) -> str:
     if not text.strip() or _MARK.search(text):
         raise PromptError(
-            f"A grounded finding has the text {text!r}; it must be prose without grounding tokens. Give the boxes"
-            " apart from the text."
+            f"A grounded finding has the text {text!r}; it must be prose without grounding tokens. Give the"
+            " boxes apart from the text."
         )
     written = []
     for box in boxes:

@@ -1,11 +1,12 @@
 """What every position of an encoding is: its role, and named filters over roles.
 
-    PAD · BOS · TEMPLATE · IMAGE · INDICATION · TECHNIQUE · COMPARISON · PRIOR_REPORT · PHRASE · SEPARATOR · REPORT
+    PAD · BOS · TEMPLATE · IMAGE · INDICATION · TECHNIQUE · COMPARISON · PRIOR_REPORT · PHRASE
+    SEPARATOR · REPORT
 
 Roles partition a sequence: every position has exactly one. TEMPLATE is boilerplate prose, SEPARATOR the turn
-markers and section labels (`USER:`, `INDICATION:`, ...), a section's role covers its text or its `N/A`, and REPORT
-covers generated or teacher-forced text with its closing `</s>`. Roles are assigned where the prompt is built
-(`prompts.py`, `tokenization.py`); this module only names them and knows nothing about tokenizers.
+markers and section labels (`USER:`, `INDICATION:`, ...), a section's role covers its text or its `N/A`, and
+REPORT covers generated or teacher-forced text with its closing `</s>`. Roles are assigned where the prompt is
+built (`prompts.py`, `tokenization.py`); this module only names them and knows nothing about tokenizers.
 """
 
 from collections.abc import Iterable
@@ -78,7 +79,8 @@ def role_mask(encoding: "Maira2Encoding", roles: RoleFilter) -> torch.Tensor:
 
     Args:
         encoding: a batch of B rows of length L.
-        roles: a preset ("paper", "text_only", "image_only", "generated_only", "all"), a role, or several roles.
+        roles: a preset ("paper", "text_only", "image_only", "generated_only", "all"), a role, or several
+            roles.
 
     Returns:
         A `(B, L)` bool tensor on the encoding's device.

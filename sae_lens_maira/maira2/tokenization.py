@@ -1,10 +1,11 @@
 """Tokenise prompts whole and give every token the role of the segment it came from.
 
-The ids of a prompt are exactly the tokenizer's ids of the prompt's string: tokenising segment by segment would give
-others wherever a merge or a space marker crosses a border. Roles are assigned afterwards through character offsets:
-a token belongs to the segment of its first character that is not a space (of its first character if it is all
-spaces). A report is tokenised as a string of its own and put behind the prompt, so that the prompt's ids are the
-same with and without it, as generation sees them. This module knows nothing about studies or pixels.
+The ids of a prompt are exactly the tokenizer's ids of the prompt's string: tokenising segment by segment
+would give others wherever a merge or a space marker crosses a border. Roles are assigned afterwards through
+character offsets: a token belongs to the segment of its first character that is not a space (of its first
+character if it is all spaces). A report is tokenised as a string of its own and put behind the prompt, so
+that the prompt's ids are the same with and without it, as generation sees them. This module knows nothing
+about studies or pixels.
 """
 
 from collections.abc import Sequence
@@ -74,8 +75,9 @@ def tokenize_prompts(
         found = int((ids == image_token_id).sum())
         if found != len(kinds):
             raise PromptError(
-                f"A prompt with {len(kinds)} images was tokenised to {found} image placeholders (id {image_token_id})."
-                " The tokenizer must hold <image> as one added token of that id; use the checkpoint's own tokenizer."
+                f"A prompt with {len(kinds)} images was tokenised to {found} image placeholders (id"
+                f" {image_token_id}). The tokenizer must hold <image> as one added token of that id; use the"
+                " checkpoint's own tokenizer."
             )
         rows.append(_expand(ids, roles, ids == image_token_id, kinds, patches_per_side))
     return rows

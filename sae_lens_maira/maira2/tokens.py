@@ -2,9 +2,9 @@
 
     <obj> </obj> <x0>..<x99> <y0>..<y99> <box> </box> <image> <prev_im> <lat_image>
 
-In the published tokenizer they take the ids 32000 to 32206; a smaller tokenizer keeps the order behind its own
-vocabulary. They are added tokens but not "special" ones: `skip_special_tokens=True` keeps them in decoded text,
-which is how boxes survive decoding. This module knows nothing about prompts or models.
+In the published tokenizer they take the ids 32000 to 32206; a smaller tokenizer keeps the order behind its
+own vocabulary. They are added tokens but not "special" ones: `skip_special_tokens=True` keeps them in decoded
+text, which is how boxes survive decoding. This module knows nothing about prompts or models.
 """
 
 OBJECT_START, OBJECT_END = "<obj>", "</obj>"

@@ -1,9 +1,9 @@
 """Everything that differs between the supported versions of the host libraries, and nothing else.
 
-transformers 4.56 and 5 disagree on how checkpoint keys are renamed, on what `get_image_features` returns and on
-the name of the rotary settings in a saved configuration; TransformerLens 2.17 has no TransformerBridge. Each
-difference is one function here, so that no other module asks for a version number. This module knows nothing
-about MAIRA-2 beyond the names of its parts.
+transformers 4.56 and 5 disagree on how checkpoint keys are renamed, on what `get_image_features` returns and
+on the name of the rotary settings in a saved configuration; TransformerLens 2.17 has no TransformerBridge.
+Each difference is one function here, so that no other module asks for a version number. This module knows
+nothing about MAIRA-2 beyond the names of its parts.
 """
 
 from importlib.metadata import version
@@ -15,8 +15,8 @@ from packaging.version import Version
 TRANSFORMERS = Version(version("transformers"))
 TRANSFORMERS_5 = Version("5.0.0.dev0") <= TRANSFORMERS
 
-# Published prefix -> live module path. No escapes: transformers 4.56 writes the left sides back as literal text
-# when it saves. Order matters: the first pattern that fits wins.
+# Published prefix -> live module path. No escapes: transformers 4.56 writes the left sides back as literal
+# text when it saves. Order matters: the first pattern that fits wins.
 KEY_RENAMES: dict[str, str] = {
     "^language_model.lm_head": "lm_head",
     "^language_model.model": "model.language_model",
@@ -33,7 +33,8 @@ def has_transformer_bridge() -> bool:
 def register_key_renames(model_type: str) -> None:
     """Tell transformers 5 how the published keys of `model_type` are called in the live module.
 
-    transformers 4.56 reads the class attribute `_checkpoint_conversion_mapping` instead and needs nothing here.
+    transformers 4.56 reads the class attribute `_checkpoint_conversion_mapping` instead and needs nothing
+    here.
     """
     if not TRANSFORMERS_5:
         return
@@ -45,7 +46,7 @@ def register_key_renames(model_type: str) -> None:
 
 
 def image_features_result(features: list[torch.Tensor], backbone_output: Any) -> Any:
-    """Wrap per-image features (each `(patches, d)`) the way `LlavaModel.forward` of this version reads them."""
+    """Wrap per-image features, each `(patches, d)`, as this version's `LlavaModel.forward` reads them."""
     if not TRANSFORMERS_5:
         return features
     from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -74,7 +75,7 @@ def portable_text_config(text_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def declare_processor_parts(processor_class: Any) -> None:
-    """Name the parts' classes on a processor class, as transformers 4 wants and transformers 5 warns about."""
+    """Name the parts' classes on a processor class: transformers 4 wants it, transformers 5 warns of it."""
     if not TRANSFORMERS_5:
         processor_class.image_processor_class = "AutoImageProcessor"
         processor_class.tokenizer_class = "AutoTokenizer"

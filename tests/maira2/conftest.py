@@ -23,10 +23,10 @@ from sae_lens_maira.maira2 import (
 SIDE = 56  # four by four patches of 14
 
 CORPUS = [
-    "The heart size is normal. No pleural effusion or pneumothorax. There is a small left pleural effusion, new.",
-    "Cardiomegaly is unchanged. Right internal jugular central venous line with tip in the SVC. Chest pain, fever?",
-    "PA and lateral views of the chest. 68-year-old woman with dyspnoea. Compared to the radiograph of the day before.",
-    "Opacité basale gauche, 2,5 cm; épanchement pleural droit. INDICATION: N/A TECHNIQUE: N/A COMPARISON: N/A",
+    "The heart size is normal. No pleural effusion or pneumothorax. A small left pleural effusion is new.",
+    "Cardiomegaly is unchanged. Right internal jugular central venous line, tip in the SVC. Pain, fever?",
+    "PA and lateral views of the chest. 68-year-old woman with dyspnoea. Compared to the day before.",
+    "Opacité basale gauche, 2,5 cm; épanchement pleural droit. INDICATION: N/A COMPARISON: N/A",
 ]
 
 
