@@ -10,6 +10,7 @@ from sae_lens_maira.maira2.loading import (
     Maira2,
     load_maira2,
     load_processor,
+    save_processor,
 )
 from sae_lens_maira.maira2.modeling import Maira2ForConditionalGeneration, Maira2Model
 from sae_lens_maira.maira2.processing import Maira2Processor
@@ -48,4 +49,5 @@ __all__ = [
     "register",
     "resolve_roles",
     "role_mask",
+    "save_processor",
 ]

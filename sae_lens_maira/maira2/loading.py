@@ -123,6 +123,11 @@ def load_processor(path_or_id: str | Path, **hub: Any) -> Maira2Processor:
     return processor
 
 
+def save_processor(processor: Maira2Processor, folder: str | Path) -> None:
+    """Write a processor's files so that transformers 4.56 and 5 both read them."""
+    processor.save_pretrained(folder)
+
+
 def _load_config(source: str, hub: dict[str, Any]) -> Maira2Config:
     try:
         raw, _ = Maira2Config.get_config_dict(source, **hub)

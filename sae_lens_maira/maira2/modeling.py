@@ -119,8 +119,8 @@ class Maira2Model(LlavaModel):
             raise PromptError(
                 f"{n_images} images of {patches} patches need {n_images * patches} image placeholders (id"
                 f" {self.config.image_token_index}), whole images in every row, but the rows hold {per_row}."
-                " Encode images and text together with `Maira2Processor.encode`, with the processor that belongs"
-                " to this model: same image size, same id of <image>."
+                " Encode images and text together with `Maira2Processor.encode`, with this"
+                " model's own processor: same image size, same id of <image>."
             )
 
     def _patches(self, pixel_values: torch.Tensor, given: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ model's weights.
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +19,11 @@ from transformers import BatchFeature, ProcessorMixin
 from sae_lens_maira.errors import ConfigError, PromptError
 from sae_lens_maira.maira2.encoding import Maira2Encoding
 from sae_lens_maira.maira2.images import ImageRecipe, ImageSource
-from sae_lens_maira.maira2.prompts import Prompt, Segment, StudyLike, build_prompt
-from sae_lens_maira.maira2.reports import ParsedReport, format_grounded, parse_report
+from sae_lens_maira.maira2.prompts import Prompt, StudyLike, build_prompt, raw_prompt
+from sae_lens_maira.maira2.reports import ParsedReport, parse_report, teacher_text
 from sae_lens_maira.maira2.roles import TokenRole
 from sae_lens_maira.maira2.tokenization import append_reports, pad_rows, tokenize_prompts
+from sae_lens_maira.maira2.tokenizer_files import tokenizer_as_filed, write_portable_files
 from sae_lens_maira.maira2.tokens import GROUNDING_TOKENS
 from sae_lens_maira.maira2.versions import declare_processor_parts
 
@@ -64,6 +66,38 @@ class Maira2Processor(ProcessorMixin):
                 " offsets; load it from a folder with a tokenizer.json."
             )
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **keywords: Any) -> "Maira2Processor":
+        """Load from a folder or hub id, with the tokenizer exactly as its `tokenizer.json` describes it.
+
+        Raises:
+            ConfigError: `trust_remote_code=True`.
+        """
+        if keywords.get("trust_remote_code"):
+            raise ConfigError(
+                "trust_remote_code=True was given, but MAIRA-2's processor runs here without remote code."
+                " Leave the keyword out."
+            )
+        source = str(pretrained_model_name_or_path)
+        loaded: Any = super().from_pretrained(source, **keywords)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        processor.tokenizer = tokenizer_as_filed(processor.tokenizer, source, **keywords)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **keywords: Any) -> list[str]:
+        """Write files that every supported transformers reads, whichever wrote them.
+
+        Raises:
+            ConfigError: `push_to_hub=True`; call the method `push_to_hub` instead.
+        """
+        if push_to_hub:
+            raise ConfigError(
+                "push_to_hub=True was given to save_pretrained; call processor.push_to_hub(repo_id)."
+            )
+        folder = Path(save_directory)
+        write_portable_files(self, folder)
+        return [str(folder / "processor_config.json")]
 
     @cached_property
     def recipe(self) -> ImageRecipe:
@@ -181,7 +215,7 @@ class Maira2Processor(ProcessorMixin):
                 f"{len(texts)} prompts with {wanted} {self.image_token} placeholders were given with"
                 f" {len(flat)} images. Give at least one prompt, and one image for every placeholder."
             )
-        prompts = [_raw_prompt(prompt, self.image_token) for prompt in texts]
+        prompts = [raw_prompt(prompt, self.image_token) for prompt in texts]
         rows = tokenize_prompts(self.tokenizer, prompts, self.image_token_id, self.patches_per_side)
         columns = pad_rows(rows, self.tokenizer.pad_token_id, padding_side)
         data = {name: columns[name] for name in ("input_ids", "attention_mask")}
@@ -213,7 +247,7 @@ class Maira2Processor(ProcessorMixin):
         self, studies: Sequence[Any], task: str, phrases: Sequence[str | None], given: Any
     ) -> list[str]:
         if given == "teacher":
-            texts = [_teacher_text(study, task, words) for study, words in zip(studies, phrases, strict=True)]
+            texts = [teacher_text(study, task, words) for study, words in zip(studies, phrases, strict=True)]
         elif isinstance(given, str) or len(given) != len(studies):
             raise PromptError(
                 f"report was {given!r:.80} for {len(studies)} studies; expected 'teacher', None, or one text"
@@ -227,33 +261,6 @@ class Maira2Processor(ProcessorMixin):
 
 
 declare_processor_parts(Maira2Processor)
-
-
-def _teacher_text(study: Any, task: str, phrase: str | None) -> str:
-    if task == "findings":
-        if not study.report:
-            raise PromptError(
-                "The study has no report to append; give one, or encode without report='teacher'."
-            )
-        return study.report
-    findings = study.grounded_report or ()
-    if task == "phrase":
-        findings = [finding for finding in findings if finding.text.strip() == str(phrase).strip()]
-    if not findings:
-        raise PromptError(
-            f"The study has no grounded finding to append for task {task!r}"
-            + (f" and phrase {phrase!r}" if task == "phrase" else "")
-            + "; give a grounded_report, or encode without report='teacher'."
-        )
-    return format_grounded(findings)
-
-
-def _raw_prompt(text: str, image_token: str) -> Prompt:
-    pieces = text.split(image_token)
-    segments = [Segment(pieces[0], TokenRole.TEMPLATE)]
-    for piece in pieces[1:]:
-        segments += [Segment(image_token, TokenRole.IMAGE, 0), Segment(piece, TokenRole.TEMPLATE)]
-    return Prompt(tuple(segments), tuple((0, None) for _ in pieces[1:]))
 
 
 def _flatten(images: Any) -> list[Any]:

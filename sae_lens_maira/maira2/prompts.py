@@ -132,6 +132,15 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
     return Prompt(tuple(segments), tuple(images))
 
 
+def raw_prompt(text: str, image_token: str) -> Prompt:
+    """A prompt that a caller wrote himself, placeholders included; its images have no kind but frontal."""
+    pieces = text.split(image_token)
+    segments = [Segment(pieces[0], TokenRole.TEMPLATE)]
+    for piece in pieces[1:]:
+        segments += [Segment(image_token, TokenRole.IMAGE, 0), Segment(piece, TokenRole.TEMPLATE)]
+    return Prompt(tuple(segments), tuple((0, None) for _ in pieces[1:]))
+
+
 def _template(text: str) -> Segment:
     return Segment(text, TokenRole.TEMPLATE)
 

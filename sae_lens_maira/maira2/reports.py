@@ -82,6 +82,35 @@ def format_grounded(findings: Iterable[Any]) -> str:
     return "".join(_write_object(finding.text, finding.boxes or ()) for finding in findings)
 
 
+def teacher_text(study: Any, task: str, phrase: str | None) -> str:
+    """The text a study itself holds as the answer to a task.
+
+    Args:
+        study: with `report` and `grounded_report`.
+        task: "findings", "grounded" or "phrase".
+        phrase: for task "phrase" the text of the grounded finding that is meant.
+
+    Raises:
+        PromptError: the study has no such report.
+    """
+    if task == "findings":
+        if not study.report:
+            raise PromptError(
+                "The study has no report to append; give one, or encode without report='teacher'."
+            )
+        return study.report
+    findings = study.grounded_report or ()
+    if task == "phrase":
+        findings = [finding for finding in findings if finding.text.strip() == str(phrase).strip()]
+    if not findings:
+        raise PromptError(
+            f"The study has no grounded finding to append for task {task!r}"
+            + (f" and phrase {phrase!r}" if task == "phrase" else "")
+            + "; give a grounded_report, or encode without report='teacher'."
+        )
+    return format_grounded(findings)
+
+
 def box_to_bins(box: Sequence[float]) -> tuple[int, int, int, int]:
     """The four coordinate bins (0..99) of a box `(x_min, y_min, x_max, y_max)` in 0..1.
 
