@@ -1,8 +1,8 @@
 """Pixels in body coordinates: the drawing primitives of the phantom.
 
-A `Canvas` is a square image whose pixel centres are carried back into body coordinates (u, v) by the inverse of
-a small similarity,  (x, y) = c + t + s R(a) ((u, v) - c),  so that every organ is drawn once, in its own place,
-at any resolution. u runs to image right (patient left), v runs down, the film is the unit square.
+A `Canvas` is a square image whose pixel centres are carried back into body coordinates (u, v) by the inverse
+of a small similarity,  (x, y) = c + t + s R(a) ((u, v) - c),  so that every organ is drawn once, in its own
+place, at any resolution. u runs to image right (patient left), v runs down, the film is the unit square.
 It knows nothing about anatomy.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -73,12 +74,15 @@ class Canvas:
         return np.exp(np.float32(-0.5) * (du * du + dv * dv))
 
     def curve(self, points: Points, width: float, soft: float = 0.4) -> Array:
-        """Polyline through body points with full width `width`; 0..1, only the touched windows are computed."""
+        """Polyline through body points, full width `width`; 0..1.
+
+        Only the windows that a piece touches are computed, which makes a catheter cheap.
+        """
         film, half = self.place(points), width * self.scale / 2
         out = np.zeros((self.size, self.size), dtype=np.float32)
         reach = half * (1 + soft) + 1.0 / self.size
         edge = max(2 * half * soft, 0.7 / self.size)
-        for (x0, y0), (x1, y1) in zip(film[:-1], film[1:], strict=True):
+        for (x0, y0), (x1, y1) in pairwise(film):
             left = max(int((min(x0, x1) - reach) * self.size), 0)
             right = min(int((max(x0, x1) + reach) * self.size) + 1, self.size)
             top = max(int((min(y0, y1) - reach) * self.size), 0)

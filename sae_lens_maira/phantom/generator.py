@@ -2,8 +2,9 @@
 
 Study `index` of seed `seed` is a function of these two numbers alone: every part draws from its own stream
 SeedSequence((seed, index or patient, part)), so asking for more studies, or for other sizes, changes none.
-Studies 2k and 2k+1 share one patient (one anatomy, one patient id) for about half of all k; their findings are drawn
-apart. The films are a test bench for software and say nothing about medicine. Knows nothing about models.
+Studies 2k and 2k+1 share one patient (one anatomy, one patient id) for about half of all k; their findings
+are drawn apart, so the prior film of one is not the other's film. The films are a test bench for software and
+say nothing about medicine. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def generate_study(seed: int, index: int, size: int = 112, split: str | None = N
     """
     if seed < 0 or index < 0 or size < 32:
         raise StudyError(
-            f"A phantom study was asked for with seed={seed}, index={index}, size={size}; expected seed and index "
-            f">= 0 and a film of at least 32 pixels. Correct these values."
+            f"A phantom study was asked for with seed={seed}, index={index}, size={size}; expected seed and "
+            f"index >= 0 and a film of at least 32 pixels. Correct these values."
         )
     patient = _patient(seed, index)
     body = draw_body(_stream(seed, patient, _BODY))
@@ -150,6 +151,6 @@ def generate_studies(
 
 
 def truth_labels(study: Study) -> np.ndarray:
-    """Truth of a study as bool (len(FINDING_KEYS),), in the order of FINDING_KEYS; StudyError without a truth."""
+    """Truth of a study as bool (len(FINDING_KEYS),), in that order; StudyError without a truth."""
     present = study.present_keys
     return np.array([key in present for key in FINDING_KEYS], dtype=bool)

@@ -1,8 +1,8 @@
 """The lateral film of the phantom: front to image left, spine to the right, drawn as simply as it may be.
 
-It shares the patient's proportions with the frontal film and repeats the findings that a lateral view really shows
-(fluid in the posterior angle, a large heart, a pacemaker, a dense lung). It carries no truth of its own: boxes
-belong to the frontal film.
+It shares the patient's proportions with the frontal film and repeats the findings that a lateral view really
+shows (fluid in the posterior angle, a large heart, a pacemaker, a dense lung). It carries no truth of its
+own: boxes belong to the frontal film.
 """
 
 from __future__ import annotations

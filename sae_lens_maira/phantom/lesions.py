@@ -1,8 +1,9 @@
 """What disease and devices look like on the phantom's film, and the box each one is seen in.
 
-A `Lesion` is one finding with its drawn geometry (body coordinates, so that a prior film shows the same lesion in
-the same place). `paint` adds it to a film; `boxes` encloses it by formula, not by threshold, so that a box means the
-same at every resolution. Everything is exaggerated to stay visible at 112 px. It knows nothing about reports.
+A `Lesion` is one finding with its drawn geometry (body coordinates, so that a prior film shows the same
+lesion in the same place). `paint` adds it to a film; `lesion_box` encloses it by formula, not by threshold,
+so that a box means the same at every resolution. Everything is exaggerated to stay visible at 112 px. It
+knows nothing about reports.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ DRAW_ORDER = (
 """Soft shadows first, bone and metal last: what lies over is painted later."""
 
 
-def line_course(lesion: Lesion, fields_body_dome: float) -> list[tuple[float, float]]:
-    """Body points along a device's course; `fields_body_dome` is the left dome, below which the stomach lies."""
+def line_course(lesion: Lesion, dome: float) -> list[tuple[float, float]]:
+    """Body points along a device's course; `dome` is the height of the left dome, above the stomach."""
     if lesion.name == "pacemaker":
         tip = (0.565 + lesion.d, 0.655 + lesion.v)
         return smooth_course([*PACER_LEAD, tip])
@@ -84,7 +85,6 @@ def line_course(lesion: Lesion, fields_body_dome: float) -> list[tuple[float, fl
     if lesion.name == "central venous line":
         start = NECK_LINE if lesion.variant == 0 else SUBCLAVIAN_LINE
         return smooth_course([*start[:-1], (start[-1][0], start[-1][1] + lesion.v)])
-    dome = fields_body_dome
     stomach = [
         (0.545, dome + 0.03),
         (0.60 + lesion.d, dome + 0.10),

@@ -1,8 +1,8 @@
 """Rule reader of phantom reports: which findings a text states, denies or compares.
 
-A text is cut into clauses; in each clause patterns name findings, a negation cue makes them absent, a comparison
-word gives the change, and side words choose the key. It reads the phantom's own phrasings exactly and generated
-text sensibly; it is a scorer for this test bench, not a labeller for clinical reports.
+A text is cut into clauses; in each clause patterns name findings, a negation cue makes them absent, a
+comparison word gives the change, and side words choose the key. It reads the phantom's own phrasings exactly
+and generated text sensibly; it is a scorer for this test bench, not a labeller for clinical reports.
 """
 
 from __future__ import annotations

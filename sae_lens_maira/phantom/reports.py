@@ -1,9 +1,9 @@
 """Sentences for a phantom case: several phrasings, negations, doubt, comparison with the prior.
 
-A report is an ordered list of (sentence, entries it states): devices, heart, lungs, pleura, bones. Every present
-finding is stated; with a prior each one is told in its own sentence together with its change; some absent findings
-are denied, the common ones mostly. Sentences are built from a noun phrase and a frame, plain ASCII, a few hundred
-words in all. It knows nothing about pixels.
+A report is an ordered list of (sentence, entries it states): devices, heart, lungs, pleura, bones. Every
+present finding is stated; with a prior each one is told in its own sentence together with its change; some
+absent findings are denied, the common ones mostly. Sentences are a noun phrase in a frame of `phrases`; the
+shipped model was trained on them, so that changing one means training again. It knows nothing about pixels.
 """
 
 from __future__ import annotations
@@ -11,118 +11,40 @@ from __future__ import annotations
 import numpy as np
 
 from sae_lens_maira.phantom.lesions import Lesion
+from sae_lens_maira.phantom.phrases import (
+    CHANGED,
+    CLEAR_LUNGS,
+    COMPARED,
+    DOUBT_RATE,
+    DOUBTED,
+    GROUP,
+    HEART,
+    HINT_RATE,
+    HINTS,
+    IN_PLACE,
+    INDICATIONS,
+    MASS_NOUNS,
+    NO_AIR,
+    NO_CONSOLIDATION,
+    NO_DEVICE,
+    NO_FLUID,
+    NO_FLUID_NO_AIR,
+    NO_FRACTURE,
+    NO_NODULE,
+    NO_OEDEMA,
+    NORMAL_HEART,
+    NOT_COMPARED,
+    ONE_VIEW,
+    PRESENT,
+    TAKEN_OUT,
+    TWO_VIEWS,
+)
 from sae_lens_maira.phantom.sampling import DEVICES, Case, Entry, zone_of
 
 Sentence = tuple[str, tuple[Entry, ...]]
 
 LONGEST = 68
 """Words of a report; optional denials are dropped beyond it."""
-DOUBT_RATE = 0.08
-MASS_NOUNS = ("oedema", "atelectasis", "cardiomegaly")
-
-GROUP = {
-    "pacemaker": 0,
-    "endotracheal tube": 0,
-    "central venous line": 0,
-    "nasogastric tube": 0,
-    "cardiomegaly": 1,
-    "oedema": 2,
-    "consolidation": 2,
-    "atelectasis": 2,
-    "nodule": 2,
-    "pleural effusion": 3,
-    "pneumothorax": 3,
-    "rib fracture": 4,
-}
-
-PRESENT = ("There is {a}.", "{A} is present.", "{A} is seen.", "{A} is noted.")
-IN_PLACE = ("{A} is in place.", "{A} is present.", "There is {a}.", "{A} is seen.")
-DOUBTED = ("Possible {np}.", "There may be {a}.", "Findings may represent {a}.")
-CHANGED = {
-    "new": ("New {np}.", "There is {new}.", "{A} is new since the prior."),
-    "larger": (
-        "{The} has increased since the prior.",
-        "{The} is larger than before.",
-        "Interval increase in {the}.",
-    ),
-    "smaller": (
-        "{The} has decreased since the prior.",
-        "{The} is smaller than before.",
-        "Interval decrease in {the}.",
-    ),
-    "unchanged": ("Unchanged {np}.", "Stable {np}.", "{The} is unchanged."),
-    "removed": (
-        "The previously seen {np} has resolved.",
-        "Interval resolution of {the}.",
-        "The previously seen {np} is no longer seen.",
-    ),
-}
-TAKEN_OUT = (
-    "The previously seen {np} has been removed.",
-    "{The} has been removed.",
-    "Interval removal of {the}.",
-)
-HEART = {
-    None: (
-        "The heart is enlarged.",
-        "Cardiomegaly is present.",
-        "The cardiac silhouette is enlarged.",
-        "There is cardiomegaly.",
-    ),
-    "new": ("The heart is newly enlarged.", "New cardiomegaly.", "There is new cardiomegaly."),
-    "unchanged": ("The heart remains enlarged.", "Unchanged cardiomegaly.", "Stable cardiomegaly."),
-}
-
-NORMAL_HEART = (
-    "The heart size is normal.",
-    "Heart size is within normal limits.",
-    "The cardiac silhouette is normal in size.",
-    "The heart is not enlarged.",
-)
-CLEAR_LUNGS = (
-    "The lungs are clear.",
-    "Both lungs are clear.",
-    "The lungs are clear without focal consolidation.",
-)
-NO_CONSOLIDATION = ("No focal consolidation.", "There is no consolidation.", "No consolidation is seen.")
-NO_FLUID = ("No pleural effusion.", "There is no pleural effusion.", "No pleural effusion is seen.")
-NO_AIR = ("No pneumothorax.", "There is no pneumothorax.", "No pneumothorax is seen.")
-NO_FLUID_NO_AIR = (
-    "No pleural effusion or pneumothorax.",
-    "There is no pleural effusion or pneumothorax.",
-    "No pneumothorax or pleural effusion is seen.",
-)
-NO_OEDEMA = ("No pulmonary edema.", "There is no pulmonary edema.")
-NO_FRACTURE = ("No rib fracture.", "The bones are intact.", "No acute rib fracture is seen.")
-NO_NODULE = ("No lung nodule.", "There is no nodule.")
-NO_DEVICE = ("No support devices are seen.", "No lines or tubes.")
-
-INDICATIONS = (
-    "Shortness of breath.",
-    "Chest pain.",
-    "Fever and cough.",
-    "Evaluate for pneumonia.",
-    "Evaluate line placement.",
-    "Check tube position.",
-    "Fall with chest wall pain.",
-    "Heart failure.",
-    "Routine follow up.",
-    "Before surgery.",
-    "Evaluate for pneumothorax.",
-)
-HINTS = {
-    "pleural effusion": 0,
-    "pneumothorax": 10,
-    "consolidation": 3,
-    "cardiomegaly": 7,
-    "oedema": 7,
-    "central venous line": 4,
-    "endotracheal tube": 5,
-    "nasogastric tube": 5,
-    "rib fracture": 6,
-}
-HINT_RATE = 0.25
-"""How often the indication leans towards a finding; otherwise it is drawn blindly from the same list."""
 
 
 def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
@@ -317,25 +239,10 @@ def write_sections(
         indication = INDICATIONS[hints[int(rng.integers(len(hints)))]]
     if rng.random() < 0.1:
         indication = None
-    technique: str | None = (
-        _pick(("Frontal and lateral views of the chest.", "Two views of the chest."), rng)
-        if with_lateral
-        else _pick(("Single frontal view of the chest.", "Portable frontal radiograph of the chest."), rng)
-    )
+    technique: str | None = _pick(TWO_VIEWS if with_lateral else ONE_VIEW, rng)
     if rng.random() < 0.15:
         technique = None
-    comparison: str | None = (
-        _pick(
-            (
-                "Prior frontal radiograph.",
-                "Chest radiograph of the previous day.",
-                "Chest radiograph of last week.",
-            ),
-            rng,
-        )
-        if case.has_prior
-        else _pick(("None.", "No prior studies."), rng)
-    )
+    comparison: str | None = _pick(COMPARED if case.has_prior else NOT_COMPARED, rng)
     if rng.random() < 0.15:
         comparison = None
     return indication, technique, comparison

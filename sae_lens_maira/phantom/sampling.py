@@ -1,9 +1,9 @@
-"""Which findings a phantom study has, where they sit and how they changed: the truth before anything is drawn.
+"""Which findings a phantom study has, where they sit and how they changed: the truth before any drawing.
 
-About one study in eight is wholly normal; in the others every finding is an independent coin, and draws that no film
-could show (air and fluid free in the same hemithorax, a lesion under a large effusion) are thrown again. A case with
-a prior gives every finding a change; sized ones move by one whole size step, so that change can be seen.
-It knows nothing about pixels or sentences.
+About one study in eight is wholly normal; in the others every finding is an independent coin, and draws that
+no film could show (air and fluid free in the same hemithorax, a lesion under a large effusion) are thrown
+again. A case with a prior gives every finding a change; sized ones move by one whole size step, so that it
+can be seen. It knows nothing about pixels or sentences.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Case:
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """ "pleural_effusion_left" -> ("pleural effusion", "left"); unsided keys give None."""
+    """Name and side of a key: ("pleural effusion", "left") of "pleural_effusion_left"; None where unsided."""
     for side in ("left", "right"):
         if key.endswith("_" + side):
             return key[: -len(side) - 1].replace("_", " "), side

@@ -1,8 +1,8 @@
 """One radiological study: what goes into the model and, where it is known, what is true about it.
 
 A `Study` carries images (paths, arrays or PIL images), the sections of its report, a licence that later rooms
-obey, and an optional truth: one `Finding` per statement. Boxes are (x_min, y_min, x_max, y_max) in 0..1 of the
-frontal image with image left = patient right. This module knows nothing about models, prompts or file formats.
+obey, and an optional truth: one `Finding` per statement. Boxes are (x_min, y_min, x_max, y_max) in 0..1 of
+the frontal image with image left = patient right. It knows nothing about models, prompts or file formats.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def check_box(box: Box) -> None:
     """Raise StudyError unless box is (x_min, y_min, x_max, y_max) with 0 <= min < max <= 1."""
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise StudyError(
-            f"A box reads {box!r}; expected (x_min, y_min, x_max, y_max) with 0 <= min < max <= 1, relative to "
-            f"the frontal image. Divide pixel coordinates by the image's width and height."
+            f"A box reads {box!r}; expected (x_min, y_min, x_max, y_max) with 0 <= min < max <= 1, relative "
+            f"to the frontal image. Divide pixel coordinates by the image's width and height."
         )
 
 
@@ -81,7 +81,7 @@ class Finding:
         if self.present == (self.change == "removed"):
             raise StudyError(
                 f"The finding {self.name!r} has present={self.present} and change={self.change!r}; a removed "
-                f"finding is absent and every other one is present. Set present=False for change='removed' only."
+                f"finding is absent, every other one is present. Set present=False for change='removed' only."
             )
         if self.box is not None:
             check_box(self.box)
@@ -120,7 +120,7 @@ class Study:
     prior_report: str | None = None
     report: str | None = None
     grounded_report: tuple[Any, ...] | None = None
-    """Statements with `.text` and `.boxes`, for instance `GroundedStatement` or maira2's `GroundedFinding`."""
+    """Statements with `.text` and `.boxes`: `GroundedStatement`, or maira2's `GroundedFinding`."""
     split: str | None = None
     licence: Licence = Licence.CREDENTIALED
     """Unless told otherwise, a study is treated as credentialed and stays on the machine."""
@@ -130,8 +130,8 @@ class Study:
         for name in ("study_id", "patient_id"):
             if not getattr(self, name):
                 raise StudyError(
-                    f"A study has an empty {name}; expected a non-empty string. Give every study an id and its "
-                    f"patient's id, so that splits can keep a patient on one side."
+                    f"A study has an empty {name}; expected a non-empty string. Give every study an id and "
+                    f"its patient's id, so that splits can keep a patient on one side."
                 )
         try:
             object.__setattr__(self, "licence", Licence(self.licence))
@@ -144,8 +144,9 @@ class Study:
             told = [finding.name for finding in self.truth if finding.change is not None]
             if told:
                 raise StudyError(
-                    f"Study {self.study_id} states a change of {', '.join(told)} but has neither a prior image nor "
-                    f"a prior report; expected change=None without a prior. Add the prior or drop the change."
+                    f"Study {self.study_id} states a change of {', '.join(told)} but has neither a prior "
+                    f"image nor a prior report; expected change=None without a prior. Add the prior, or drop "
+                    f"the change."
                 )
 
     @property
@@ -163,7 +164,7 @@ class Study:
         """Keys of the findings that are present; raises StudyError where the truth is not known."""
         if self.truth is None:
             raise StudyError(
-                f"Study {self.study_id} has no truth; expected findings to read labels from. Use a phantom study, "
-                f"or label its report first."
+                f"Study {self.study_id} has no truth; expected findings to read labels from. Use a phantom "
+                f"study, or label its report first."
             )
         return frozenset(finding.key for finding in self.truth if finding.present)
