@@ -1,4 +1,4 @@
-"""Films and truth: determinism, independence of n and size, prevalence, and that every finding shows in its box."""
+"""Films and truth: determinism, independence of n and size, prevalence, every finding visible in its box."""
 
 import hashlib
 from itertools import combinations
@@ -89,14 +89,14 @@ def test_the_real_processors_size_renders() -> None:
 
 
 def test_what_the_shipped_model_was_trained_on_is_frozen() -> None:
-    """Texts and truths of 60 studies to the letter, and the mean grey of six films: change them = train again."""
+    """Texts and truths of 60 studies to the letter, mean grey of six films: to change them is to train again."""
     lines = []
     for study in generate_studies(60, seed=11, size=32):
         truth = ";".join(f"{f.key},{f.side},{f.size},{f.change}" for f in study.truth or ())
         lines.append("|".join(str(text) for text in texts(study)) + "|" + truth)
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert digest == "4c09c61c9a8f321c934c399651d6f121de855e6017c2c6c5561f1ecc29cd3d8b"
-    means = [float(np.mean(study.frontal)) for study in generate_studies(6, seed=11)]  # pyright: ignore[reportArgumentType, reportCallIssue]  # arrays here
+    means = [films(study)[0].mean() for study in generate_studies(6, seed=11)]
     np.testing.assert_allclose(means, [122.03, 137.105, 143.226, 116.716, 124.173, 129.809], atol=0.05)
 
 
@@ -215,4 +215,4 @@ def test_every_name_has_a_place_in_the_drawing_order() -> None:
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"index": -2}, {"size": 8}])
 def test_impossible_requests_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(StudyError, match="expected seed and index"):
-        generate_study(**{"seed": 0, "index": 0, "size": 112, **wrong})
+        generate_study(wrong.get("seed", 0), wrong.get("index", 0), wrong.get("size", 112))

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from sae_lens_maira.phantom import read_report
-from sae_lens_maira.phantom.phrases import HINT_RATE, HINTS, INDICATIONS
+from sae_lens_maira.phantom.phrases import HINTS, INDICATIONS
 from sae_lens_maira.studies import Study
 
 pytestmark = pytest.mark.compat
@@ -71,7 +71,7 @@ def test_with_a_prior_every_finding_has_its_own_sentence(many_studies: list[Stud
 
 
 def test_size_words_are_true(many_studies: list[Study]) -> None:
-    """A size word beside a single growing finding is that finding's size now, also when it has grown or shrunk."""
+    """A size word in a sentence about one finding is its size now, also when it has grown or shrunk."""
     checked = 0
     for study in many_studies:
         for finding in study.truth or ():
@@ -93,12 +93,13 @@ def test_negations_and_doubt_occur(many_studies: list[Study]) -> None:
 
 
 def test_indications_lean_but_do_not_tell(many_studies: list[Study]) -> None:
-    """No indication raises any hinted finding's rate beyond what its leaning share allows, and all occur without."""
+    """Under its own hint a finding is still often absent, and it is most often present under another one."""
     for name, number in HINTS.items():
-        asked = [s for s in many_studies if s.indication == INDICATIONS[number]]
-        rate = sum(any(f.name == name and f.present for f in s.truth or ()) for s in asked) / len(asked)
-        assert rate < 0.75
-    assert HINT_RATE <= 0.25
+        has = [any(f.name == name and f.present for f in study.truth or ()) for study in many_studies]
+        hinted = [study.indication == INDICATIONS[number] for study in many_studies]
+        both = sum(a and b for a, b in zip(has, hinted, strict=True))
+        assert both < 0.75 * sum(hinted)
+        assert both < 0.50 * sum(has)
 
 
 def test_sections_fit_the_study(many_studies: list[Study]) -> None:
