@@ -1,0 +1,257 @@
+"""MAIRA-2 as a TransformerLens model: names for activations, caches, hooks, early stop, SAEs, generation.
+
+`HookedMaira2` wraps the transformers model and runs it as it is, so its logits are the wrapped model's, bit
+for bit; hooks listen through `attach.py`. It works with TransformerLens 2.17 and 3.9, beside nnsight on the
+same model, and as `override_model` of SAELens' runners. It takes a study, a list of studies, an encoding or
+tensors. It knows nothing about training or steering.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_lens_maira.errors import HookError
+from sae_lens_maira.hooks.attach import StopForward, stopping_at
+from sae_lens_maira.hooks.inputs import ModelInputs, gather_inputs
+from sae_lens_maira.hooks.lens import LensMixin
+from sae_lens_maira.hooks.positions import Bypass, Positions
+from sae_lens_maira.hooks.splice import SplicingPoints
+from sae_lens_maira.maira2 import (
+    MAX_NEW_TOKENS,
+    Maira2,
+    Maira2ForConditionalGeneration,
+    Maira2Processor,
+    load_maira2,
+    role_mask,
+)
+
+
+@dataclass
+class HookedMaira2Config:
+    """What TransformerLens and SAELens read from a model's `cfg`."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    model_name: str
+    device: torch.device
+    dtype: torch.dtype
+    original_architecture: str = "Maira2ForConditionalGeneration"
+    positional_embedding_type: str = "rotary"
+    normalization_type: str = "RMS"
+    is_multimodal: bool = True
+    use_attn_result: bool = False
+
+
+class HookedMaira2(LensMixin, SplicingPoints):
+    """A MAIRA-2 with named hook points.
+
+    Args:
+        model: the result of `load_maira2`, or a `Maira2ForConditionalGeneration`.
+        processor: its processor; needed for studies and text, taken from `model` if that is a `Maira2`.
+        model_name: what SAEs trained on it are told.
+
+    Raises:
+        HookError: the model is not MAIRA-2's module graph.
+
+    Example:
+        ```python
+        hooked = HookedMaira2.from_pretrained("microsoft/maira-2")
+        logits, cache = hooked.run_with_cache(study, names_filter="blocks.15.hook_resid_post",
+        stop_at_layer=16) ```
+    """
+
+    def __init__(
+        self,
+        model: Maira2 | Maira2ForConditionalGeneration,
+        processor: Maira2Processor | None = None,
+        model_name: str = "microsoft/maira-2",
+    ) -> None:
+        if isinstance(model, Maira2):
+            model, processor = model.model, processor or model.processor
+        super().__init__(model)
+        self.processor = processor
+        self.tokenizer: Any = None if processor is None else processor.tokenizer
+        text: Any = model.config.text_config
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.cfg = HookedMaira2Config(
+            n_layers=text.num_hidden_layers,
+            d_model=text.hidden_size,
+            n_heads=text.num_attention_heads,
+            n_key_value_heads=text.num_key_value_heads,
+            d_head=head,
+            d_mlp=text.intermediate_size,
+            d_vocab=text.vocab_size,
+            n_ctx=text.max_position_embeddings,
+            model_name=model_name,
+            device=self.W_E.device,
+            dtype=self.W_E.dtype,
+        )
+        self._positions = Positions()
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path = "microsoft/maira-2", **kwargs: Any) -> "HookedMaira2":
+        """Load a checkpoint with `load_maira2` (whose keyword arguments these are) and wrap it."""
+        return cls(load_maira2(path_or_id, **kwargs), model_name=str(path_or_id))
+
+    def inputs(self, given: Any, **kwargs: Any) -> ModelInputs:
+        """The model's tensors for whatever was given; see `gather_inputs`."""
+        return gather_inputs(given, self.processor, self.W_E.device, **kwargs)
+
+    def forward(
+        self,
+        input: Any = None,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        stop_at_layer: int | None = None,
+        prepend_bos: bool | None = None,
+        loss_roles: Any = None,
+        task: str | None = None,
+        phrase: Any = None,
+        report: Any = None,
+        padding_side: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One forward pass.
+
+        Args:
+            input: a study, a list of studies, a `Maira2Encoding`, a mapping of tensors, token ids `(B, L)`,
+                text.
+            return_type: "logits", "loss", "both" or None.
+            loss_per_token: whether the loss keeps its `(B, L - 1)` axes.
+            stop_at_layer: run only the blocks before this one (negative: from the end) and return the
+                residual stream `(B, L, d_model)` there.
+            prepend_bos: accepted for TransformerLens' sake; prompts carry their own BOS.
+            loss_roles: token roles whose tokens count as targets of the mean loss; needs an encoding or
+                studies.
+            task: for studies, see `Maira2Processor.encode`.
+            phrase: for studies, as above.
+            report: for studies, as above.
+            padding_side: for studies, as above.
+            **kwargs: `attention_mask`, `pixel_values` beside token ids; further arguments of the model.
+
+        Returns:
+            Logits `(B, L, d_vocab)`, the loss (mean over targets, in nats), a pair of both, or None.
+
+        Raises:
+            HookError: an input no door takes, `prepend_bos=True`, a hook that never fired, a stop out of
+                range.
+            PromptError: image placeholders and images do not agree.
+        """
+        if prepend_bos:
+            raise HookError(
+                "prepend_bos=True was asked for, but MAIRA-2's prompts carry their own BOS. Leave it out, or"
+                " put the token in front yourself."
+            )
+        if return_type not in ("logits", "loss", "both", None):
+            raise HookError(f"return_type is {return_type!r}; use 'logits', 'loss', 'both' or None.")
+        encode = {"task": task, "phrase": phrase, "report": report, "padding_side": padding_side}
+        tensors = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "pixel_values")}
+        inputs = self.inputs(input, encode=encode, **tensors)
+        stop = self.stop_before(stop_at_layer)
+        with self._running(inputs), self._watching(), stopping_at(self.model, stop, self.cfg.n_layers):
+            try:
+                # No cache unless asked for: at 4,000 positions it is 2 GB in bf16 that nobody reads.
+                output = self.model(**inputs.tensors, **{"use_cache": False, **kwargs})
+            except StopForward as stopped:
+                return stopped.residual
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return output.logits
+        loss = self._loss(output.logits, inputs, loss_per_token, loss_roles)
+        return loss if return_type == "loss" else (output.logits, loss)
+
+    def _loss(self, logits: torch.Tensor, inputs: ModelInputs, per_token: bool, roles: Any) -> torch.Tensor:
+        ids = inputs.tensors["input_ids"].to(logits.device)
+        nll = -logits.log_softmax(dim=-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        if per_token and roles is None:
+            return nll
+        if per_token:
+            raise HookError(
+                "loss_per_token=True and loss_roles were both given; a loss per token keeps every"
+                " position. Take it without loss_roles and select with role_mask."
+            )
+        if roles is not None:
+            if inputs.encoding is None:
+                raise HookError(
+                    "loss_roles needs token roles, which tensors do not carry. Pass a study or a"
+                    " Maira2Encoding."
+                )
+            counted = role_mask(inputs.encoding, roles).to(nll.device)[:, 1:]
+        else:
+            mask = inputs.tensors.get("attention_mask", torch.ones_like(ids)).to(nll.device).bool()
+            counted = mask[:, 1:] & mask[:, :-1]
+        if not bool(counted.any()):
+            raise HookError(
+                f"No target of the loss has one of the roles {roles!r}. Encode with report='teacher', so that"
+                " there is a report to predict."
+            )
+        return nll[counted].mean()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input: Any = None,
+        max_new_tokens: int | None = None,
+        return_type: str = "tokens",
+        task: str | None = None,
+        phrase: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate, greedily unless told otherwise, with every hook and SAE in force.
+
+        Vision and projector points fire once, with the prompt; the others fire again for every new token.
+
+        Args:
+            input: as in `forward`.
+            max_new_tokens: token budget; None is the task's own.
+            return_type: "tokens" for transformers' result, `(B, L + T)` ids with the prompt; "reports" for
+                one `ParsedReport` per row.
+            task: for studies: "findings", "grounded" or "phrase".
+            phrase: for studies and task "phrase".
+            **kwargs: `attention_mask`, `pixel_values` beside token ids; arguments of transformers'
+                `generate`.
+
+        Raises:
+            HookError: an input no door takes, or a hook added by name that never fired.
+            PromptError: image placeholders and images do not agree.
+        """
+        if return_type not in ("tokens", "reports"):
+            raise HookError(f"return_type is {return_type!r}; use 'tokens' or 'reports'.")
+        encode = {"task": task, "phrase": phrase}
+        tensors = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "pixel_values")}
+        inputs = self.inputs(input, encode=encode, **tensors)
+        arguments = {
+            "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[task or "findings"],
+            "do_sample": False,
+        }
+        model: Any = self.model
+        with self._running(inputs), self._watching():
+            output = model.generate(**inputs.tensors, **arguments, **kwargs)
+        if return_type == "tokens":
+            return output
+        if self.processor is None:
+            raise HookError(
+                "Reports are read by a processor, and this model was wrapped without one. Pass one."
+            )
+        new = getattr(output, "sequences", output)[:, inputs.tensors["input_ids"].shape[1] :]
+        return [self.processor.decode_report(row) for row in new]
+
+    @contextmanager
+    def _running(self, inputs: ModelInputs) -> Iterator[None]:
+        roles = None if inputs.encoding is None else inputs.encoding.roles
+        with self._positions.following(self.model, roles):
+            yield
+
+    def _bypass(self, site: str, exclude: bool | Sequence[int], roles: Any) -> Bypass:
+        return self._positions.bypass(self.points.points[site], self.tokenizer, exclude, roles)
