@@ -1,8 +1,8 @@
 """The words of the phantom: frames for statements, denials, indications and the other sections.
 
-Frames hold slots: {np} the bare noun phrase, {a} and {A} with its article, {the} and {The}, {new} with the
-word "new". The shipped model was trained on these very sentences: changing one means training again. Plain ASCII,
-fewer than 200 words in all, sections included. It knows nothing about cases or chance.
+Frames hold slots: {np} the bare noun phrase, {a} and {A} with its article, {the} and {The}, {new} with "new".
+The shipped model was trained on these very sentences: changing one means training again. Plain ASCII, fewer
+than 200 words in all, sections included. It knows nothing about cases or chance.
 """
 
 from __future__ import annotations

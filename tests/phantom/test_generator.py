@@ -89,7 +89,7 @@ def test_the_real_processors_size_renders() -> None:
 
 
 def test_what_the_shipped_model_was_trained_on_is_frozen() -> None:
-    """Texts and truths of 60 studies to the letter, mean grey of six films: to change them is to train again."""
+    """Texts and truths of 60 studies, mean grey of six films: to change them is to train again."""
     lines = []
     for study in generate_studies(60, seed=11, size=32):
         truth = ";".join(f"{f.key},{f.side},{f.size},{f.change}" for f in study.truth or ())
