@@ -3,7 +3,7 @@
 Three conventions of the same idea are in use, and they give different SAEs from the same numbers:
 
     saelens               L = sum_i L_i + aux                     aux: raw residual, coefficient 1
-    dictionary_learning   L = (1/G) sum_i w_i L_i + aux / 32      aux: variance-normalised; decoder rows of norm 1
+    dictionary_learning   L = (1/G) sum_i w_i L_i + aux / 32      aux: variance-normalised; |W_dec[j]| = 1
     explicit              L = sum_i w_i L_i + aux                 aux as saelens
 
 L_i is the squared error of the reconstruction from the first level_widths()[i] latents. What is left at None
@@ -32,7 +32,7 @@ class MatryoshkaSAEConfig(JumpReLUSAEConfig):
     """Configuration of a trained Matryoshka SAE that is saved with its levels.
 
     Args:
-        matryoshka_widths: cumulative widths of the levels; empty means one level. d_sae is added where missing.
+        matryoshka_widths: cumulative widths of the levels; empty means one level; a missing d_sae is added.
         k: mean number of active latents it was trained with, None where unknown.
     """
 
@@ -62,18 +62,24 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     """Configuration for training a `MatryoshkaTrainingSAE`.
 
     Args:
-        matryoshka_widths: levels as cumulative widths, [1024, 4096, 16384]; d_sae is added where it is missing.
-        group_fractions: levels as shares of d_sae that sum to 1, [0.0625, 0.0625, 0.125, 0.25, 0.5]. Give one of the two.
+        matryoshka_widths: levels as cumulative widths, [1024, 4096, 16384]; a missing d_sae is added.
+        group_fractions: levels as shares of d_sae that sum to 1, [0.0625, 0.0625, 0.125, 0.25, 0.5].
+            Exactly one of the two is to be given.
         loss_convention: "saelens", "dictionary_learning" or "explicit"; see the module's table.
-        level_weights: one weight per level. Required with "explicit", where they are used as given; optional with
-            "dictionary_learning" (its group_weights, default 1/G each); must be empty with "saelens".
-        use_matryoshka_aux_loss: dead latents reconstruct the error of their own level. Not with "dictionary_learning".
+        level_weights: one weight per level. Required with "explicit", where they are used as given;
+            optional with "dictionary_learning" (its group_weights, default 1/G each); must be empty with
+            "saelens".
+        use_matryoshka_aux_loss: dead latents reconstruct the error of their own level. Not with
+            "dictionary_learning".
         aux_loss_coefficient: None means 1 ("saelens", "explicit") or 1/32 ("dictionary_learning").
-        rescale_acts_by_decoder_norm: None means True, or False with "dictionary_learning", whose decoder rows have norm 1.
-        topk_threshold_lr: rate of the threshold's moving average. None means 0.01, or 0.001 with "dictionary_learning".
-        threshold_start_step: "dictionary_learning" only: the threshold is first set in the step after this one.
+        rescale_acts_by_decoder_norm: None means True, or False with "dictionary_learning", whose decoder
+            rows have norm 1.
+        topk_threshold_lr: rate of the threshold's moving average. None means 0.01, or 0.001 with
+            "dictionary_learning".
+        threshold_start_step: "dictionary_learning" only: the threshold is first set one step later.
         dead_after_tokens: "dictionary_learning" only: a latent silent for this many activation rows is dead.
-        inference_architecture: "jumprelu" saves what plain SAELens loads; "matryoshka" needs this package to load.
+        inference_architecture: "jumprelu" saves what plain SAELens loads; "matryoshka" is read by this
+            package only.
 
     Raises:
         ConfigError: two fields contradict each other; the message names both.
@@ -84,10 +90,10 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     loss_convention: LossConvention = "saelens"
     level_weights: list[float] = field(default_factory=list)
     use_matryoshka_aux_loss: bool = False
-    # None stands for "as the convention has it" until __post_init__; readers see numbers.
-    aux_loss_coefficient: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    rescale_acts_by_decoder_norm: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    topk_threshold_lr: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    # None stands for "as the convention has it" until __post_init__ puts a number there: readers see numbers.
+    aux_loss_coefficient: float = None  # pyright: ignore[reportAssignmentType]
+    rescale_acts_by_decoder_norm: bool = None  # pyright: ignore[reportAssignmentType]
+    topk_threshold_lr: float = None  # pyright: ignore[reportAssignmentType]
     threshold_start_step: int = 1000
     dead_after_tokens: int = 10_000_000
     inference_architecture: Literal["jumprelu", "matryoshka"] = "jumprelu"
@@ -149,16 +155,16 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             )
         if (needs_weights or self.level_weights) and len(self.level_weights) != n_levels:
             raise ConfigError(
-                f"level_weights={self.level_weights} has {len(self.level_weights)} entries for {n_levels} levels "
-                f"{self.level_widths()}. Give one weight per level, the full width included."
+                f"level_weights={self.level_weights} has {len(self.level_weights)} entries for {n_levels} "
+                f"levels {self.level_widths()}. Give one weight per level, the full width included."
             )
 
     def _check_normalisation(self) -> None:
         if self.normalize_activations in ("layer_norm", "constant_norm_rescale"):
             raise ConfigError(
-                f"normalize_activations={self.normalize_activations!r} does not work with nested reconstructions: "
-                "SAELens forgets its per-row state after the first of them. Use none, expected_average_only_in or "
-                "covariance_whitening."
+                f"normalize_activations={self.normalize_activations!r} does not work with nested "
+                "reconstructions: SAELens forgets its per-row state after the first of them. Use none, "
+                "expected_average_only_in or covariance_whitening."
             )
         if self.loss_convention != "dictionary_learning":
             return
@@ -171,8 +177,9 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         for name, allowed in wanted.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    f'loss_convention="dictionary_learning" and {name}={getattr(self, name)!r}: that library has only '
-                    f'{" or ".join(map(repr, allowed))}. Leave {name} out, or use loss_convention="explicit".'
+                    f'loss_convention="dictionary_learning" and {name}={getattr(self, name)!r}: that '
+                    f"library has only {' or '.join(map(repr, allowed))}. Leave {name} out, or use "
+                    'loss_convention="explicit".'
                 )
 
     def matryoshka_metadata(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""A trained Matryoshka SAE that still knows its levels: decode from a prefix, cut it down, ask where a latent lives.
+"""A trained Matryoshka SAE that still knows its levels: decode from a prefix, cut it down, place a latent.
 
     f = relu(h) [h > threshold],  h = (x - b_dec) W_enc + b_enc
-    x_i = f[:w_i] W_dec[:w_i] + b_dec                              level i of 0 .. L-1, the last being the whole
+    x_i = f[:w_i] W_dec[:w_i] + b_dec                             level i of 0 .. L-1, the last one whole
 
-It computes what SAELens' JumpReLU SAE computes, and `load_matryoshka` makes one from any such SAE whose metadata
-names its levels. It knows nothing about how the SAE was trained or in which layout it was published.
+It computes what SAELens' JumpReLU SAE computes, and `load_matryoshka` makes one from any such SAE whose
+metadata names its levels. It knows nothing about how the SAE was trained or in which layout it was
+published.
 """
 
 import copy
@@ -17,7 +18,6 @@ from typing import Any, overload
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAE
 from torch import Tensor
@@ -61,8 +61,8 @@ class MatryoshkaSAE(JumpReLUSAE):
             return self.level_widths[operator.index(level)]
         except IndexError:
             raise SAEError(
-                f"Level {level} was asked of an SAE with {self.n_levels} levels of widths {self.level_widths}. "
-                f"Levels run from 0 to {self.n_levels - 1}."
+                f"Level {level} was asked of an SAE with {self.n_levels} levels of widths "
+                f"{self.level_widths}. Levels run from 0 to {self.n_levels - 1}."
             ) from None
 
     @overload
@@ -75,11 +75,8 @@ class MatryoshkaSAE(JumpReLUSAE):
         Raises:
             SAEError: an index is outside 0 .. d_sae - 1.
         """
-        lowest, highest = (
-            (int(latent.min()), int(latent.max())) if isinstance(latent, Tensor) and latent.numel() else (0, 0)
-        )
-        if isinstance(latent, int):
-            lowest = highest = latent
+        indices = torch.as_tensor(latent)
+        lowest, highest = (int(indices.min()), int(indices.max())) if indices.numel() else (0, 0)
         if lowest < 0 or highest >= self.cfg.d_sae:
             raise SAEError(
                 f"Latents {lowest} to {highest} were asked of an SAE with {self.cfg.d_sae} latents. "
@@ -164,18 +161,21 @@ def load_matryoshka(
         return sae
     if not isinstance(sae, JumpReLUSAE):
         raise SAEError(
-            f"An SAE of architecture {sae.cfg.architecture()!r} was given; levels are read from SAEs saved as "
-            "jumprelu or matryoshka. Train with MatryoshkaTrainingSAEConfig, or load a release with load_release."
+            f"An SAE of architecture {sae.cfg.architecture()!r} was given; levels are read from SAEs saved "
+            "as jumprelu or matryoshka. Train with MatryoshkaTrainingSAEConfig, or use load_release."
         )
     widths = widths_from_metadata(sae.cfg.metadata, sae.cfg.d_sae)
     if widths is None:
         raise SAEError(
             f"The metadata of this SAE names no levels; it has the keys {sorted(sae.cfg.metadata.keys())}. "
-            "If it has none, use it as it is; if you know them, build MatryoshkaSAEConfig(matryoshka_widths=...)."
+            "If it has none, use it as it is; if you know them, build "
+            "MatryoshkaSAEConfig(matryoshka_widths=...)."
         )
-    k = (sae.cfg.metadata.get(METADATA_KEY) or sae.cfg.metadata.get("training_architecture_details") or {}).get("k")
-    config = MatryoshkaSAEConfig(**_base_fields(sae.cfg), matryoshka_widths=list(widths), k=k)
-    result = _from_state_dict(config, {name: value.detach() for name, value in sae.state_dict().items()}, share=True)
+    facts = sae.cfg.metadata.get(METADATA_KEY) or sae.cfg.metadata.get("training_architecture_details")
+    config = MatryoshkaSAEConfig(**_base_fields(sae.cfg), matryoshka_widths=list(widths), k=facts.get("k"))
+    result = _from_state_dict(
+        config, {name: value.detach() for name, value in sae.state_dict().items()}, share=True
+    )
     return result.train(sae.training)
 
 
@@ -196,8 +196,11 @@ def _from_training(sae: TrainingSAE[Any]) -> MatryoshkaSAE:
     return _from_state_dict(config, state_dict, share=True)
 
 
-def _from_state_dict(config: MatryoshkaSAEConfig, state: dict[str, Tensor], share: bool = False) -> MatryoshkaSAE:
-    # Built on the meta device, so that no random weights are drawn: neither memory nor the generator's state is spent.
+def _from_state_dict(
+    config: MatryoshkaSAEConfig, state: dict[str, Tensor], share: bool = False
+) -> MatryoshkaSAE:
+    # Built on the meta device, so that no random weights are drawn: neither memory nor the generator's
+    # state is spent.
     device, config.device = config.device, "meta"
     sae = MatryoshkaSAE(config)
     config.device, sae.device = device, torch.device(device)
@@ -212,7 +215,9 @@ def _base_fields(config: SAEConfig) -> dict[str, Any]:
 
 
 def _own_field_names() -> set[str]:
-    return {field.name for field in fields(MatryoshkaSAEConfig)} - {field.name for field in fields(JumpReLUSAEConfig)}
+    return {field.name for field in fields(MatryoshkaSAEConfig)} - {
+        field.name for field in fields(JumpReLUSAEConfig)
+    }
 
 
 def _remember_levels(config: MatryoshkaSAEConfig) -> None:

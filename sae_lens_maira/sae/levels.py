@@ -1,8 +1,9 @@
 """Where the levels of a Matryoshka SAE begin and end, and where any SAELens SAE keeps that knowledge.
 
-Level i is the prefix of the first w_i latents, 0 < w_0 < w_1 < ... < w_{L-1} = d_sae. Two ways of writing the same
-thing meet here: cumulative widths (SAELens) and increments as fractions of d_sae (dictionary_learning).
-This module is arithmetic and dictionary lookups; it knows nothing about weights, losses or files.
+Level i is the prefix of the first w_i latents, 0 < w_0 < w_1 < ... < w_{L-1} = d_sae. Two ways of writing
+the same thing meet here: cumulative widths (SAELens) and increments as fractions of d_sae
+(dictionary_learning). This module is arithmetic and dictionary lookups; it knows nothing about weights,
+losses or files.
 """
 
 import math
@@ -31,15 +32,17 @@ def check_widths(widths: Sequence[int], d_sae: int, where: str = "matryoshka_wid
     """
     result = [int(width) for width in widths]
     if any(width != original for width, original in zip(result, widths, strict=True)):
-        raise SAEError(f"{where}={list(widths)} holds numbers that are not whole. Give widths as whole numbers.")
+        raise SAEError(
+            f"{where}={list(widths)} holds numbers that are not whole. Give widths as whole numbers."
+        )
     if not result:
         raise SAEError(f"{where} is empty. Name at least one level, for example [{d_sae}].")
     if result[-1] < d_sae:
         result.append(d_sae)
-    if result[0] <= 0 or any(a >= b for a, b in zip(result, result[1:], strict=False)) or result[-1] != d_sae:
+    if result[0] <= 0 or sorted(set(result)) != result or result[-1] != d_sae:
         raise SAEError(
-            f"{where}={list(widths)} with d_sae={d_sae}: cumulative widths must be positive, strictly increasing and "
-            "at most d_sae. Increments (group sizes) have to be summed up first."
+            f"{where}={list(widths)} with d_sae={d_sae}: cumulative widths must be positive, strictly "
+            "increasing and at most d_sae. Increments (group sizes) have to be summed up first."
         )
     return tuple(result)
 
@@ -54,15 +57,15 @@ def widths_from_fractions(fractions: Sequence[float], d_sae: int) -> tuple[int, 
     """
     if not fractions or not math.isclose(sum(fractions), 1.0, rel_tol=1e-6):
         raise SAEError(
-            f"group_fractions={list(fractions)} sum to {sum(fractions)}. They are the sizes of the groups as shares "
-            "of d_sae and must sum to 1, for example [0.0625, 0.0625, 0.125, 0.25, 0.5]."
+            f"group_fractions={list(fractions)} sum to {sum(fractions)}. They are the sizes of the "
+            "groups as shares of d_sae and must sum to 1, for example [0.0625, 0.0625, 0.125, 0.25, 0.5]."
         )
     sizes = [int(fraction * d_sae) for fraction in fractions[:-1]]
     sizes.append(d_sae - sum(sizes))
     if min(sizes) <= 0:
         raise SAEError(
-            f"group_fractions={list(fractions)} with d_sae={d_sae} give the group sizes {sizes}: every group needs "
-            "at least one latent. Use a larger d_sae or fewer groups."
+            f"group_fractions={list(fractions)} with d_sae={d_sae} give the group sizes {sizes}: every "
+            "group needs at least one latent. Use a larger d_sae or fewer groups."
         )
     return widths_from_sizes(sizes)
 
@@ -84,23 +87,25 @@ def sizes_from_widths(widths: Sequence[int]) -> tuple[int, ...]:
 def widths_from_metadata(metadata: SAEMetadata | Mapping[str, Any], d_sae: int) -> tuple[int, ...] | None:
     """Cumulative widths that an SAE's metadata remembers, None where it remembers none.
 
-    Reads this package's own entry, and the training details that SAELens' `matryoshka_batchtopk` leaves behind.
+    Reads this package's own entry, and the training details that SAELens' `matryoshka_batchtopk` leaves
+    behind.
     """
     own = metadata.get(METADATA_KEY) or {}
     if own.get("level_widths"):
         return check_widths(own["level_widths"], d_sae, f"metadata.{METADATA_KEY}.level_widths")
     details = metadata.get("training_architecture_details") or {}
     if details.get("matryoshka_widths"):
-        return check_widths(details["matryoshka_widths"], d_sae, "training_architecture_details.matryoshka_widths")
+        return check_widths(
+            details["matryoshka_widths"], d_sae, "training_architecture_details.matryoshka_widths"
+        )
     return None
 
 
 def level_widths_of(sae: SAE[Any]) -> tuple[int, ...]:
     """Cumulative level widths of any SAELens SAE; one level of full width where it has no levels."""
     cfg = sae.cfg
-    own = getattr(cfg, "level_widths", None)
-    if callable(own):
-        return tuple(own())  # pyright: ignore[reportGeneralTypeIssues] - a method of our two config classes
+    if hasattr(cfg, "level_widths"):
+        return cfg.level_widths()
     widths = getattr(cfg, "matryoshka_widths", None)
     if widths:
         return check_widths(widths, cfg.d_sae)

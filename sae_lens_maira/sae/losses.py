@@ -2,11 +2,11 @@
 
     x_i = b_dec + sum_{j < w_i} f_j W_dec[j]            nested reconstructions
     L_i = mean_rows sum_d (x_i - x)^2
-    aux: dead latents, k_aux = min(d_in // 2, dead) of them per row, reconstruct the detached error without b_dec
+    aux: min(d_in // 2, dead) dead latents per row reconstruct the detached error, without b_dec
 
-The auxiliary terms differ between libraries in what is easily overlooked: whether the dead latents' activations
-pass a ReLU first, whether the error is divided by its variance, whether few dead latents scale the term down.
-This module knows nothing about SAEs, configurations or training steps.
+The auxiliary terms differ between libraries in what is easily overlooked: whether the dead latents'
+activations pass a ReLU first, whether the error is divided by its variance, whether few dead latents scale
+the term down. This module knows nothing about SAEs, configurations or training steps.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,12 @@ def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
 
 
 def per_level_aux_loss(
-    x: Tensor, reconstructions: Sequence[Tensor], hidden_pre: Tensor, dead: Tensor, W_dec: Tensor, widths: Sequence[int]
+    x: Tensor,
+    reconstructions: Sequence[Tensor],
+    hidden_pre: Tensor,
+    dead: Tensor,
+    W_dec: Tensor,
+    widths: Sequence[int],
 ) -> Tensor:
     """SAELens' Matryoshka auxiliary term: the dead latents of each level reconstruct that level's own error.
 
@@ -74,9 +79,10 @@ def per_level_aux_loss(
 def variance_normalised_aux_loss(
     x: Tensor, reconstruction: Tensor, hidden_pre: Tensor, dead: Tensor, W_dec: Tensor
 ) -> Tensor:
-    """dictionary_learning's auxiliary term: squared error of the dead latents' fit, over the error's variance.
+    """dictionary_learning's auxiliary term: squared error of the dead latents' fit, over its variance.
 
-    The activations pass a ReLU first; a batch whose error has no variance counts 0. Computed in float32 at least.
+    The activations pass a ReLU first; a batch whose error has no variance counts 0. Computed in float32 at
+    least.
 
     Args:
         x: (batch, d_in) rows to reconstruct.

@@ -1,8 +1,8 @@
 """Make SAELens know this package's classes and releases; calling it again changes nothing.
 
-Classes go through SAELens' public registry. Releases have no public one: they are entries of two dictionaries and
-of a cached directory, all of which SAELens' own lookups read. A test guards that these three still exist.
-This module knows nothing about what the classes do.
+Classes go through SAELens' public registry. Releases have no public one: they are entries of two
+dictionaries and of a cached directory, all of which SAELens' own lookups read. A test guards that these
+three still exist. This module knows nothing about what the classes do.
 """
 
 from typing import Any
@@ -27,7 +27,11 @@ def register() -> None:
         SAEError: another package holds the name.
     """
     _claim(SAE_CLASS_REGISTRY, (MatryoshkaSAE, MatryoshkaSAEConfig), register_sae_class)
-    _claim(SAE_TRAINING_CLASS_REGISTRY, (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig), register_sae_training_class)
+    _claim(
+        SAE_TRAINING_CLASS_REGISTRY,
+        (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig),
+        register_sae_training_class,
+    )
 
 
 def _claim(registry: Any, ours: tuple[type, type], add: Any) -> None:
@@ -36,6 +40,7 @@ def _claim(registry: Any, ours: tuple[type, type], add: Any) -> None:
         add(ARCHITECTURE, *ours)
     elif held != ours:
         raise SAEError(
-            f"SAELens' registry holds {held[0].__module__}.{held[0].__qualname__} under {ARCHITECTURE!r}, where "
-            f"{ours[0].__module__}.{ours[0].__qualname__} belongs. Two packages claim the name; load only one."
+            f"SAELens' registry holds {held[0].__module__}.{held[0].__qualname__} under {ARCHITECTURE!r}, "
+            f"where {ours[0].__module__}.{ours[0].__qualname__} belongs. Two packages claim the name; load "
+            "only one."
         )

@@ -3,10 +3,11 @@
     f = BatchTopK(h n),  h = (x - b_dec) W_enc + b_enc,  n = |W_dec[j]| or 1
     L = sum_i weight_i L_i + aux
 
-The losses are those of `losses.py`, weighed as `cfg.effective_level_weights()` says. What dictionary_learning's
-trainer does around a step (first b_dec, unit decoder rows, tokens since a latent fired) happens inside the step
-here, so that any trainer of SAELens' kind gives that library's result. This class knows nothing about files of
-other libraries, models or fused kernels; it is the dense reference for the latter.
+The losses are those of `losses.py`, weighed as `cfg.effective_level_weights()` says. What
+dictionary_learning's trainer does around a step (first b_dec, unit decoder rows, tokens since a latent
+fired) happens inside the step here, so that any trainer of SAELens' kind gives that library's result. This
+class knows nothing about files of other libraries, models or fused kernels; it is the dense reference for
+the latter.
 """
 
 from typing import Any
@@ -30,10 +31,10 @@ from sae_lens_maira.sae.unit_decoder import geometric_median, unit_rows, with_ta
 class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     """BatchTopK SAE whose every level reconstructs on its own.
 
-    With `loss_convention="saelens"` losses and gradients are those of SAELens' `matryoshka_batchtopk`, and so is
-    the state dict. With "dictionary_learning" the state dict also holds `tokens_since_fired` (d_sae,) int64.
-    In `TrainStepOutput.losses` every `mse_loss` and `inner_mse_loss_{width}` is unweighted, comparable between
-    conventions; `loss` is their weighted sum plus the auxiliary term.
+    With `loss_convention="saelens"` losses and gradients are those of SAELens' `matryoshka_batchtopk`, and
+    so is the state dict. With "dictionary_learning" the state dict also holds `tokens_since_fired` (d_sae,)
+    int64. In `TrainStepOutput.losses` every `mse_loss` and `inner_mse_loss_{width}` is unweighted,
+    comparable between conventions; `loss` is their weighted sum plus the auxiliary term.
     """
 
     cfg: MatryoshkaTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride] - narrowed, as SAELens does
@@ -42,7 +43,8 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         if self.has_unit_decoder:
-            # -1 marks "never set": the first minimum is then taken as it is, and a gate at -1 passes every ReLU output.
+            # -1 marks "never set": the first minimum is then taken as it is, and a gate at -1 passes every
+            # ReLU output.
             self.topk_threshold.fill_(-1.0)
             silent = torch.zeros(cfg.d_sae, dtype=torch.long, device=self.W_dec.device)
             self.register_buffer("tokens_since_fired", silent)
@@ -96,7 +98,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
     @torch.no_grad()
     def prepare_step(self, step_input: TrainStepInput) -> None:
-        """What dictionary_learning does between steps: b_dec before the first one, unit decoder rows after each."""
+        """What dictionary_learning does between steps: b_dec before the first, unit rows after each."""
         if not self.has_unit_decoder:
             return
         if step_input.n_training_steps == 0:
@@ -120,8 +122,12 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         if n_training_steps <= self.cfg.threshold_start_step:
             return
         active = feature_acts[feature_acts > 0]
-        lowest = active.min().to(self.topk_threshold.dtype) if active.numel() else torch.zeros_like(self.topk_threshold)
-        rate = 1.0 if self.topk_threshold < 0 else float(self.cfg.topk_threshold_lr or 0.0)
+        lowest = (
+            active.min().to(self.topk_threshold.dtype)
+            if active.numel()
+            else torch.zeros_like(self.topk_threshold)
+        )
+        rate = 1.0 if self.topk_threshold < 0 else self.cfg.topk_threshold_lr
         self.topk_threshold = (1 - rate) * self.topk_threshold + rate * lowest
 
     def dead_latents(self, step_input: TrainStepInput) -> Tensor | None:
@@ -131,7 +137,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         return step_input.dead_neuron_mask
 
     def level_reconstructions(self, feature_acts: Tensor) -> list[Tensor]:
-        """Nested reconstructions (batch, d_in), one per level; `hook_sae_recons` fires on the last, the full one."""
+        """Nested reconstructions (batch, d_in), one per level; `hook_sae_recons` fires on the full one."""
         if self.cfg.rescale_acts_by_decoder_norm:
             feature_acts = feature_acts * (1 / self.W_dec.norm(dim=-1))
         reconstructions = nested_reconstructions(
@@ -149,11 +155,13 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             reconstructions = self.level_reconstructions(feature_acts)
         return {"auxiliary_reconstruction_loss": self._aux_loss(step_input, hidden_pre, reconstructions)}
 
-    def _aux_loss(self, step_input: TrainStepInput, hidden_pre: Tensor, reconstructions: list[Tensor]) -> Tensor:
+    def _aux_loss(
+        self, step_input: TrainStepInput, hidden_pre: Tensor, reconstructions: list[Tensor]
+    ) -> Tensor:
         dead, sae_in, sae_out = self.dead_latents(step_input), step_input.sae_in, reconstructions[-1]
         if dead is None or not bool(dead.any()):
             return sae_out.new_tensor(0.0)
-        coefficient = float(self.cfg.aux_loss_coefficient or 0.0)
+        coefficient = self.cfg.aux_loss_coefficient
         if self.has_unit_decoder:
             decoder = self._decoder_in_graph()
             return coefficient * variance_normalised_aux_loss(sae_in, sae_out, hidden_pre, dead, decoder)
@@ -162,7 +170,9 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             if self.cfg.rescale_acts_by_decoder_norm:
                 decoder = decoder / decoder.norm(dim=-1, keepdim=True)
             widths = self.cfg.level_widths()
-            return coefficient * per_level_aux_loss(sae_in, reconstructions, hidden_pre, dead, decoder, widths)
+            return coefficient * per_level_aux_loss(
+                sae_in, reconstructions, hidden_pre, dead, decoder, widths
+            )
         return self.calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead)
 
     def _decoder_in_graph(self) -> Tensor:
@@ -187,6 +197,16 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         self.cfg.normalize_activations = "none"
 
     @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        # SAE.load_from_disk has cast every tensor to the SAE's dtype by now; resume with
+        # load_weights_from_checkpoint, which casts nothing, where the running mean and the counts must be
+        # exact.
+        super().process_state_dict_for_loading(state_dict)
+        state_dict["topk_threshold"] = state_dict["topk_threshold"].to(torch.float64)
+        if "tokens_since_fired" in state_dict:
+            state_dict["tokens_since_fired"] = state_dict["tokens_since_fired"].to(torch.long)
+
+    @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
         if self.has_unit_decoder:
@@ -194,7 +214,9 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             state_dict["W_dec"] = unit_rows(state_dict["W_dec"])
 
     def inference_state_dict(self) -> dict[str, Tensor]:
-        """Weights as JumpReLU takes them: W_enc, b_enc, W_dec, b_dec, threshold. They share no memory with this SAE."""
-        state_dict: dict[str, Any] = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        """Copies of the weights as JumpReLU takes them: W_enc, b_enc, W_dec, b_dec, threshold."""
+        state_dict: dict[str, Any] = {
+            name: value.detach().clone() for name, value in self.state_dict().items()
+        }
         self.process_state_dict_for_saving_inference(state_dict)
         return state_dict

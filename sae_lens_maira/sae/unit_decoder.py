@@ -47,7 +47,7 @@ def geometric_median(points: Tensor, max_iter: int = 100, tol: float = 1e-5) -> 
         tol: stop when the guess moves less than this.
 
     Returns:
-        (d,). A guess that falls on a row gives that row an infinite weight there; here it is returned as it is.
+        (d,). A guess that falls exactly on a row is returned as it is: its weight would be infinite.
     """
     guess = points.mean(dim=0)
     for _ in range(max_iter):

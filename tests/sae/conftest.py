@@ -51,7 +51,9 @@ def step_input() -> Callable[..., TrainStepInput]:
 def make_trainer(make_rows: Callable[..., torch.Tensor]) -> Callable[..., SAETrainer]:
     """A trainer of SAELens' own over an endless stream of rows that starts after `skip` batches."""
 
-    def make(sae: MatryoshkaTrainingSAE, steps: int = 20, batch: int = 64, skip: int = 0, **changes: object) -> SAETrainer:
+    def make(
+        sae: MatryoshkaTrainingSAE, steps: int = 20, batch: int = 64, skip: int = 0, **changes: object
+    ) -> SAETrainer:
         def rows() -> Iterator[torch.Tensor]:
             index = skip
             while True:
@@ -76,7 +78,9 @@ def make_trainer(make_rows: Callable[..., torch.Tensor]) -> Callable[..., SAETra
 
 
 @pytest.fixture
-def trained(make_config: Callable[..., MatryoshkaTrainingSAEConfig], make_trainer: Callable[..., SAETrainer]) -> MatryoshkaTrainingSAE:
+def trained(
+    make_config: Callable[..., MatryoshkaTrainingSAEConfig], make_trainer: Callable[..., SAETrainer]
+) -> MatryoshkaTrainingSAE:
     """A briefly trained SAE whose threshold and decoder norms are away from their first values."""
     sae = MatryoshkaTrainingSAE(make_config())
     make_trainer(sae, steps=60).fit()

@@ -1,10 +1,12 @@
 """loss_convention="dictionary_learning" is that library's own trainer step, run by SAELens' trainer.
 
-The whole comparison needs the library (`pip install --no-deps dictionary-learning`); without it, the parts that
-can be stated as identities are still checked.
+The whole comparison needs the library (`pip install --no-deps dictionary-learning`); without it, the parts
+that can be stated as identities are still checked.
 """
 
 import importlib
+import importlib.util
+import importlib.util
 import sys
 import types
 
@@ -23,7 +25,7 @@ FRACTIONS = [0.25, 0.25, 0.5]
 
 @pytest.fixture
 def their_trainer_module():
-    """dictionary_learning's Matryoshka trainer, imported without the parts of that package that want nnsight < 0.4."""
+    """Their Matryoshka trainer, imported without the parts of that package that want nnsight < 0.4."""
     spec = importlib.util.find_spec("dictionary_learning")
     if spec is None or spec.submodule_search_locations is None:
         pytest.skip("dictionary_learning is not installed")
@@ -53,12 +55,15 @@ def make_theirs(module, **changes):
 
 
 @pytest.mark.parametrize("group_weights", [None, [0.2, 0.3, 0.5]])
-def test_same_parameters_after_every_step(their_trainer_module, group_weights, make_config, make_trainer, make_rows):
-    """Twelve steps: first b_dec, dead latents from step 1, threshold from step 4, projected and clipped gradients."""
+def test_same_parameters_after_every_step(
+    their_trainer_module, group_weights, make_config, make_trainer, make_rows
+):
+    """Twelve steps: first b_dec, dead latents from step 1, threshold from 4, projected, clipped gradients."""
     theirs = make_theirs(their_trainer_module, group_weights=group_weights)
     config = make_config(
-        matryoshka_widths=[], group_fractions=FRACTIONS, loss_convention="dictionary_learning", dtype="float64",
-        level_weights=group_weights or [], threshold_start_step=3, dead_after_tokens=DEAD_AFTER, k=1,
+        matryoshka_widths=[], group_fractions=FRACTIONS, loss_convention="dictionary_learning",
+        dtype="float64", level_weights=group_weights or [], threshold_start_step=3,
+        dead_after_tokens=DEAD_AFTER, k=1,
     )  # fmt: skip
     ours = MatryoshkaTrainingSAE(config)
     with torch.no_grad():
@@ -74,14 +79,14 @@ def test_same_parameters_after_every_step(their_trainer_module, group_weights, m
         dead_seen = max(dead_seen, theirs.dead_features)
         aux_seen = max(aux_seen, our_step.losses["auxiliary_reconstruction_loss"].item())
         # Their auxiliary term is computed in float32; before it sets in, agreement is to double precision.
-        tolerance = {"rtol": 1e-6, "atol": 1e-6} if dead_seen else {"rtol": 1e-12, "atol": 1e-12}
-        torch.testing.assert_close(our_step.loss, torch.tensor(their_loss, dtype=torch.float64), **tolerance)
-        for name in ("W_enc", "b_enc", "b_dec"):
-            torch.testing.assert_close(getattr(ours, name), getattr(theirs.ae, name), **tolerance)
-        torch.testing.assert_close(unit_rows(ours.W_dec), theirs.ae.W_dec.data, **tolerance)
+        tol = 1e-6 if dead_seen else 1e-12
         torch.testing.assert_close(
-            ours.topk_threshold, theirs.ae.threshold.double(), rtol=1e-6, atol=1e-6
+            our_step.loss, torch.tensor(their_loss, dtype=torch.float64), rtol=tol, atol=tol
         )
+        for name in ("W_enc", "b_enc", "b_dec"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs.ae, name), rtol=tol, atol=tol)
+        torch.testing.assert_close(unit_rows(ours.W_dec), theirs.ae.W_dec.data, rtol=tol, atol=tol)
+        torch.testing.assert_close(ours.topk_threshold, theirs.ae.threshold.double(), rtol=1e-6, atol=1e-6)
         assert torch.equal(ours.tokens_since_fired, theirs.num_tokens_since_fired)
     assert aux_seen > 0, "no dead latents: the auxiliary term was not compared"
     assert ours.topk_threshold > 0, "the threshold was not compared"
@@ -98,7 +103,9 @@ def test_same_first_weights_from_the_same_seed(their_trainer_module, make_config
     assert float(got.topk_threshold) == float(expected.threshold) == -1.0
 
 
-def test_saved_sae_equals_their_inference(their_trainer_module, make_config, make_trainer, make_rows, tmp_path):
+def test_saved_sae_equals_their_inference(
+    their_trainer_module, make_config, make_trainer, make_rows, tmp_path
+):
     from sae_lens_maira.sae import load_matryoshka
 
     sae = MatryoshkaTrainingSAE(make_config(loss_convention="dictionary_learning", threshold_start_step=3))
@@ -120,7 +127,9 @@ def test_gradient_is_orthogonal_to_decoder_rows():
     (with_tangent_gradient(decoder) * torch.randn(7, 5, dtype=torch.float64)).sum().backward()
     assert decoder.grad is not None
     assert decoder.grad.norm() > 0.1
-    assert (decoder.grad * decoder).sum(-1).abs().max() < 1e-5  # the library's 1e-6 in the norm leaves this much
+    assert (decoder.grad * decoder).sum(
+        -1
+    ).abs().max() < 1e-5  # the library's 1e-6 in the norm leaves this much
 
 
 def test_saved_decoder_rows_have_norm_one(make_config, make_trainer):
@@ -157,7 +166,11 @@ def test_dead_latents_count_rows_not_steps(make_config, make_rows, step_input):
     sae = MatryoshkaTrainingSAE(make_config(loss_convention="dictionary_learning", dead_after_tokens=70, k=1))
     with torch.no_grad():
         sae.b_enc[5] = -1e6
+    out = None
     for step in range(3):
         out = sae.training_forward_pass(step_input(make_rows(33, seed=step), None, step))
-        assert bool(sae.dead_latents(step_input(make_rows(1)))[5]) == (33 * (step + 1) >= 70)
+        dead = sae.dead_latents(step_input(make_rows(1)))
+        assert dead is not None
+        assert bool(dead[5]) == (33 * (step + 1) >= 70)
+    assert out is not None
     assert out.losses["auxiliary_reconstruction_loss"] > 0

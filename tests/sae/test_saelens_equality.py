@@ -24,7 +24,9 @@ def make_pair(**fields):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = MatryoshkaBatchTopKTrainingSAE(
-            MatryoshkaBatchTopKTrainingSAEConfig(**common | {"matryoshka_widths": list(fields["matryoshka_widths"])})
+            MatryoshkaBatchTopKTrainingSAEConfig(
+                **common | {"matryoshka_widths": list(fields["matryoshka_widths"])}
+            )
         )
     ours = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**common))
     with torch.no_grad():
@@ -46,11 +48,14 @@ def dead_mask(kind):
 def assert_same_step(theirs, ours, step):
     expected, got = theirs.training_forward_pass(step), ours.training_forward_pass(step)
     assert list(got.losses) == list(expected.losses)
-    close = {"rtol": 1e-12, "atol": 1e-12}
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
     for name, value in expected.losses.items():
-        torch.testing.assert_close(got.losses[name], value, **close)
-    torch.testing.assert_close(got.loss, expected.loss, **close)
-    torch.testing.assert_close(got.sae_out, expected.sae_out, **close)
+        close(got.losses[name], value)
+    close(got.loss, expected.loss)
+    close(got.sae_out, expected.sae_out)
     assert torch.equal(got.feature_acts, expected.feature_acts)
     assert torch.equal(got.hidden_pre, expected.hidden_pre)
     assert torch.equal(ours.topk_threshold, theirs.topk_threshold)
@@ -58,7 +63,7 @@ def assert_same_step(theirs, ours, step):
     got.loss.backward()
     assert {name for name, _ in ours.named_parameters()} == {"W_enc", "b_enc", "W_dec", "b_dec"}
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, **close)
+        close(ours.get_parameter(name).grad, parameter.grad)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,10 @@ def assert_same_step(theirs, ours, step):
 )
 def test_losses_and_gradients(levels, rescale, level_aux, dead, make_rows, step_input):
     theirs, ours = make_pair(
-        matryoshka_widths=LEVELS[levels], k=4, rescale_acts_by_decoder_norm=rescale, use_matryoshka_aux_loss=level_aux
+        matryoshka_widths=LEVELS[levels],
+        k=4,
+        rescale_acts_by_decoder_norm=rescale,
+        use_matryoshka_aux_loss=level_aux,
     )
     assert_same_step(theirs, ours, step_input(make_rows(33, dtype=torch.float64), dead_mask(dead)))
 
@@ -102,7 +110,9 @@ def test_same_first_weights_from_the_same_seed():
         MatryoshkaBatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4, matryoshka_widths=[8, 48])
     )
     torch.manual_seed(3)
-    ours = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4, matryoshka_widths=[8, 48]))
+    ours = MatryoshkaTrainingSAE(
+        MatryoshkaTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4, matryoshka_widths=[8, 48])
+    )
     assert theirs.state_dict().keys() == ours.state_dict().keys()
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value)
