@@ -1,5 +1,6 @@
 """Small real parts for the tests of the model room: tokenizers, a processor, studies and a tiny model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,26 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Maira2Config:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=16,
     )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_study() -> type[PlainStudy]:
+    return PlainStudy
+
+
+@pytest.fixture(scope="session")
+def make_picture() -> Callable[..., np.ndarray]:
+    return picture
+
+
+@pytest.fixture(scope="session")
+def make_processor() -> Callable[..., Maira2Processor]:
+    return processor_of
 
 
 @pytest.fixture(scope="session")
