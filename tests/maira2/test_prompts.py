@@ -68,8 +68,7 @@ def test_grounded_prompts_equal_the_template(make_study: Any) -> None:
 def test_phrase_prompt_equals_the_template_and_reads_the_frontal_image_alone(make_study: Any) -> None:
     prompt = build_prompt(make_study(frontal="f", lateral="l", prior_frontal="p"), "phrase", "Small nodule.")
     assert prompt.text == (
-        HEAD
-        + "Given the current frontal image<image> Repeat the following finding as a grounded phrase with"
+        HEAD + "Given the current frontal image<image> Repeat the following finding as a grounded phrase with"
         " bounding boxes indicating all locations where it can be seen in the given chest X-ray image."
         " Finding: Small nodule." + TAIL
     )
