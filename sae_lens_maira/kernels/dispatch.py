@@ -1,0 +1,110 @@
+"""One door to the backends: which one runs is asked for, decided and reported explicitly.
+
+`auto` means triton on a CUDA device where triton is installed, and sparse everywhere else. Any other name
+runs that backend or fails with the reason; nothing switches silently. It knows nothing about what the
+backends do.
+"""
+
+import importlib.util
+from typing import Literal, get_args
+
+import torch
+
+from sae_lens_maira.errors import BackendError
+from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator
+from sae_lens_maira.kernels.problem import DeadMask, Gradients, StepResult, StepSpec, Weights
+from sae_lens_maira.kernels.reference import reference_step
+from sae_lens_maira.kernels.step import SPARSE, Workspace, run_stages
+
+Backend = Literal["auto", "triton", "sparse", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton", "sparse", "reference"]:
+    """The backend that `backend` means on this device.
+
+    Raises:
+        BackendError: the name is unknown, or triton was asked for where it cannot run.
+    """
+    kind = torch.device(device).type
+    installed = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        return "triton" if kind == "cuda" and installed else "sparse"
+    if backend == "triton":
+        if not installed:
+            raise BackendError(
+                "backend='triton' was asked for, but the triton package is not installed. "
+                "Install sae-lens-maira[triton], or use backend='sparse'."
+            )
+        if kind != "cuda":
+            raise BackendError(
+                f"backend='triton' was asked for on a {kind} device; its kernels run on CUDA. "
+                "Move the SAE to a GPU, or use backend='sparse'."
+            )
+        return "triton"
+    if backend == "sparse":
+        return "sparse"
+    if backend == "reference":
+        return "reference"
+    raise BackendError(f"Backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
+
+
+def fused_step(
+    weights: Weights,
+    x: torch.Tensor,
+    spec: StepSpec,
+    dead: DeadMask = None,
+    *,
+    backend: Backend = "auto",
+    workspace: Workspace | None = None,
+    comm: Communicator | None = None,
+    out: Gradients | None = None,
+) -> StepResult:
+    """Losses, gradients and sparse activations of one batch.
+
+    Args:
+        weights: The SAE's parameters. W_enc (d_in, d_sae) is read fastest as the transposed view of a
+            contiguous (d_sae, d_in) tensor.
+        x: This rank's rows (batch, d_in), float32 or float64, the weights' type.
+        spec: Selection, levels, losses.
+        dead: Dead latents (d_sae,), or a function that gives them from this batch's fire counts.
+        backend: Which implementation runs; see `resolve_backend`. The result names it.
+        workspace: Buffers reused between steps.
+        comm: Reductions over ranks; None means one process.
+        out: Buffers (d_sae, d_in) that W_enc_t's and W_dec's gradients are written to.
+
+    Raises:
+        BackendError: shapes, types or the backend do not fit.
+    """
+    name = resolve_backend(backend, x.device)
+    comm = comm or LocalCommunicator()
+    _check(weights, x, spec)
+    if name == "reference":
+        if comm.size > 1:
+            raise BackendError(
+                "The reference backend sees one process only, but the step spans "
+                f"{comm.size} ranks. Use backend='sparse'."
+            )
+        return reference_step(weights, x, spec, dead)
+    stages = SPARSE
+    if name == "triton":
+        from sae_lens_maira.kernels.triton_stages import TRITON  # triton is imported only when it runs
+
+        stages = TRITON
+    return run_stages(stages, weights, x, spec, dead, workspace or Workspace(), comm, out)
+
+
+def _check(weights: Weights, x: torch.Tensor, spec: StepSpec) -> None:
+    d_sae, d_in = weights.W_dec.shape
+    if x.ndim != 2 or x.shape[1] != d_in:
+        raise BackendError(f"The batch has shape {tuple(x.shape)}; expected (tokens, {d_in}).")
+    if spec.widths[-1] != d_sae:
+        raise BackendError(
+            f"The last level width is {spec.widths[-1]} but the SAE has {d_sae} latents; they must agree."
+        )
+    types = {x.dtype, *(weight.dtype for weight in weights)}
+    if len(types) != 1 or x.dtype not in (torch.float32, torch.float64):
+        raise BackendError(
+            f"The batch and the weights have types {sorted(map(str, types))}; "
+            "expected one type, float32 or float64."
+        )

@@ -1,0 +1,152 @@
+"""The step as data: what is trained (`StepSpec`), with what (`Weights`), and what comes out (`StepResult`).
+
+With xc = x - b_dec (or x), h = xc W_enc + b_enc and n_j = |W_dec[j]| (or 1), the int(k B) largest positive
+entries of h n over the whole batch are kept. Level l decodes the kept latents below widths[l]:
+r_l = b_dec + sum h_j W_dec[j].
+
+    loss = sum_l level_weights[l] mean_b |r_l - x|^2 + aux
+
+The activation that is reported, thresholded and logged is h n; the coefficient that multiplies W_dec is h.
+This module computes nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+
+from sae_lens_maira.errors import ConfigError
+
+AuxKind = Literal["none", "topk", "matryoshka", "dictionary_learning"]
+Candidates = Literal["off", "bf16", "tf32"]
+DeadMask = torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None
+"""A mask (d_sae,), or a function from this batch's fire counts (d_sae,) to one, or no dead latents at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxSpec:
+    """The auxiliary loss that lets dead latents reconstruct what is left over.
+
+    kind "topk" is SAELens' (raw pre-activations, residual of the last level, scaled by min(dead / k_aux, 1));
+    "matryoshka" does so once per level with that level's residual and dead latents; "dictionary_learning"
+    uses rectified pre-activations and divides by the variance of the residual.
+    """
+
+    kind: AuxKind = "none"
+    coefficient: float = 1.0
+    k_aux: int | None = None
+    """Dead latents used per token; None means d_in // 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """Everything about the step that is not a tensor."""
+
+    k: float
+    """Mean number of latents kept per token; int(k * tokens) are kept per batch."""
+    widths: tuple[int, ...]
+    """Cumulative level widths; the last one is d_sae."""
+    level_weights: tuple[float, ...] | None = None
+    """Weight of each level's loss; None means 1 each."""
+    rescale: bool = True
+    """Whether entries are ranked by h |W_dec[j]| (True) or by h."""
+    centre: bool = True
+    """Whether b_dec is subtracted from the input."""
+    aux: AuxSpec = field(default_factory=AuxSpec)
+    autocast: bool = False
+    """Whether the encoder product may round its operands to bfloat16, as torch.autocast does."""
+    candidates: Candidates = "off"
+    """Find candidates with a low-precision product, then score and select them exactly. Still exact."""
+
+    def __post_init__(self) -> None:
+        """Checks the values against each other.
+
+        Raises:
+            ConfigError: widths are not increasing, or there is not one weight per level.
+        """
+        pairs = zip((0, *self.widths), self.widths, strict=False)
+        if not self.widths or any(after <= before for before, after in pairs):
+            raise ConfigError(f"Level widths are {self.widths}; they must be positive and increase.")
+        if self.level_weights is not None and len(self.level_weights) != len(self.widths):
+            raise ConfigError(
+                f"There are {len(self.level_weights)} level weights for {len(self.widths)} level widths; "
+                "give one each."
+            )
+        if self.autocast and self.candidates != "off":
+            raise ConfigError(
+                "Both autocast and exact low-precision candidates were asked for. Autocast rounds the "
+                "encoder product anyway, so there is nothing exact to recover; switch one of them off."
+            )
+
+    @property
+    def weights_of_levels(self) -> tuple[float, ...]:
+        """One weight per level."""
+        return self.level_weights if self.level_weights is not None else (1.0,) * len(self.widths)
+
+    def count(self, tokens: int) -> int:
+        """Entries kept in a batch of so many tokens; the same floored product as SAELens'."""
+        return int(self.k * tokens)
+
+
+class Weights(NamedTuple):
+    """W_enc (d_in, d_sae) in any memory order, b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,)."""
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of the total loss; W_enc's is transposed, (d_sae, d_in), as the pass over latents writes it."""
+
+    W_enc_t: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor
+
+
+class SparseActs(NamedTuple):
+    """The kept positive entries in row-major order: rows, cols (nnz,) int64 and values h n (nnz,)."""
+
+    rows: torch.Tensor
+    cols: torch.Tensor
+    values: torch.Tensor
+    shape: tuple[int, int]
+
+    def to_coo(self) -> torch.Tensor:
+        """A coalesced sparse (batch, d_sae) tensor."""
+        indices = torch.stack((self.rows, self.cols))
+        return torch.sparse_coo_tensor(
+            indices, self.values, self.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Losses, gradients and the sparse activations of one batch; over all ranks except where said.
+
+    Attributes:
+        loss: Total loss, 0-d.
+        level_losses: (levels,) mean squared error of each level, summed over d_in, not weighted.
+        aux_loss: Auxiliary loss with its coefficient, 0-d.
+        sae_out: (rows of this rank, d_in) reconstruction of the last level.
+        acts: Kept entries of this rank's rows.
+        gradients: Gradients of `loss`, summed over ranks.
+        fired: (d_sae,) tokens each latent fired on.
+        min_positive: Smallest kept activation, 0-d; inf if nothing fired.
+        tokens: Rows of the whole batch.
+        backend: The backend that ran.
+    """
+
+    loss: torch.Tensor
+    level_losses: torch.Tensor
+    aux_loss: torch.Tensor
+    sae_out: torch.Tensor
+    acts: SparseActs
+    gradients: Gradients
+    fired: torch.Tensor
+    min_positive: torch.Tensor
+    tokens: int
+    backend: str

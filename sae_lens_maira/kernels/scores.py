@@ -1,0 +1,176 @@
+"""Where scores h = xc W_enc + b_enc come from: computed in full, or bounded first and computed where it
+matters.
+
+`DenseScores` holds h. `BoundedScores` holds an upper bound U >= h from a low-precision product and computes h
+in full precision for the candidates only. With x~, w~ the rounded operands,
+
+    x.w <= x~.w~ + |x - x~| |w| + |x~| |w - w~| + c |x~| |w~|      (Cauchy-Schwarz; c bounds the accumulation)
+
+and all norms are the measured ones, not worst cases. The margin is two more columns of the same product,
+rounded up, so it costs nothing. An entry whose U is below the threshold cannot be selected: the selection
+stays exact.
+"""
+
+import torch
+
+from sae_lens_maira.errors import BackendError
+from sae_lens_maira.kernels.selection import compact
+from sae_lens_maira.kernels.sparse import sampled_product
+
+PAD = 32
+"""Extra columns of the augmented product: two hold the margin, the rest keep rows aligned to 64 bytes."""
+
+
+class DenseScores:
+    """Scores that were computed in full: h (rows, d_sae) and norms (d_sae,), None standing for 1."""
+
+    def __init__(self, h: torch.Tensor, norms: torch.Tensor | None) -> None:
+        self.h = h
+        self.norms = norms
+        self.shape = (h.shape[0], h.shape[1])
+
+    def sample(self, rows: int) -> torch.Tensor:
+        """H * norm of evenly spaced rows, flattened."""
+        h = self.h[:: max(1, self.shape[0] // rows)]
+        return (h if self.norms is None else h * self.norms).flatten()
+
+    def above(self, lo: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Flat indices, h and h * norm of the entries above lo."""
+        bound = lo if self.norms is None or lo == 0 else lo / self.norms
+        index = compact(self.h > bound)
+        return _with_values(index, self.h.view(-1)[index], self.norms, self.shape[1])
+
+    def columns(self, latents: torch.Tensor) -> torch.Tensor:
+        """H (rows, latents) of some latents."""
+        return self.h.index_select(1, latents)
+
+    def poison(self) -> torch.Tensor:
+        """0, or NaN if a weight of the encoder is not finite; such a latent shows in every row."""
+        return self.h[:1].sum() * 0
+
+
+class BoundedScores:
+    """Scores bounded by a bfloat16 or TF32 product; exact where the bound reaches the threshold."""
+
+    def __init__(
+        self,
+        xc: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        norms: torch.Tensor | None,
+        kind: str,
+    ) -> None:
+        self.xc, self.W_enc, self.b_enc, self.norms = xc, W_enc, b_enc, norms
+        self.shape = (xc.shape[0], W_enc.shape[1])
+        left, right = augment(xc, W_enc, kind)
+        self.upper = low_precision_product(left, right, kind)
+        self._checksum = right[:, W_enc.shape[0]].sum(dtype=torch.float32) + b_enc.sum()
+
+    def sample(self, rows: int) -> torch.Tensor:
+        """H * norm of evenly spaced rows, computed exactly, flattened."""
+        h = torch.addmm(self.b_enc, self.xc[:: max(1, self.shape[0] // rows)], self.W_enc)
+        return (h if self.norms is None else h * self.norms).flatten()
+
+    def above(self, lo: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Flat indices, exact h and h * norm of every entry whose bound lets it exceed lo.
+
+        Raises:
+            BackendError: an exact score lies above its bound, so the low-precision product of this machine is
+                not what the proof assumes.
+        """
+        bound = lo - self.b_enc if self.norms is None or lo == 0 else lo / self.norms - self.b_enc
+        # Rounding is monotone: U >= bound implies round(U) >= round(bound), so nothing is lost by rounding
+        # the bound.
+        index = compact(self.upper >= bound.to(self.upper.dtype))
+        rows, cols = index // self.shape[1], index % self.shape[1]
+        products = sampled_product(rows, cols, self.xc, self.W_enc)
+        if len(index) and bool((products.to(self.upper.dtype) > self.upper.view(-1)[index]).any()):
+            raise BackendError(
+                "A score is larger than its low-precision upper bound, so exact selection by candidates is not "
+                "safe with this machine's matrix product. Expected the product to accumulate in float32. "
+                "Set candidates='off'."
+            )
+        h = products + self.b_enc[cols]
+        index, h, values = _with_values(index, h, self.norms, self.shape[1])
+        inside = values > lo
+        return index[inside], h[inside], values[inside]
+
+    def columns(self, latents: torch.Tensor) -> torch.Tensor:
+        """Exact h (rows, latents) of some latents."""
+        return torch.addmm(self.b_enc[latents], self.xc, self.W_enc.index_select(1, latents))
+
+    def poison(self) -> torch.Tensor:
+        """0, or NaN if a weight of the encoder is not finite."""
+        return self._checksum * 0
+
+
+def augment(xc: torch.Tensor, W_enc: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounded (rows, d_in + PAD) and (d_sae, d_in + PAD) whose product bounds xc @ W_enc from above."""
+    d_in = xc.shape[1]
+    # One rounding error of 2^-23 per term covers fused and unfused float32 accumulation in any order.
+    accumulation = (d_in + PAD) * 2.0**-23
+    left = xc.new_zeros(xc.shape[0], d_in + PAD, dtype=storage(kind))
+    right = xc.new_zeros(W_enc.shape[1], d_in + PAD, dtype=storage(kind))
+    lost_x, norm_x, _ = _round_rows(xc, left, kind)
+    lost_w, norm_w, full_w = _round_rows(W_enc.T, right, kind)
+    left[:, d_in], right[:, d_in] = _up(lost_x, kind), _up(full_w, kind)
+    left[:, d_in + 1], right[:, d_in + 1] = _up(norm_x, kind), _up(lost_w + accumulation * norm_w, kind)
+    return left, right
+
+
+def storage(kind: str) -> torch.dtype:
+    """Type that holds rounded operands."""
+    return torch.bfloat16 if kind == "bf16" else torch.float32
+
+
+def round_to(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Values as the low-precision product reads them: bfloat16, or float32 with TF32's 10 explicit bits."""
+    if kind == "bf16":
+        return values.to(torch.bfloat16)
+    return (values.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def low_precision_product(left: torch.Tensor, right: torch.Tensor, kind: str) -> torch.Tensor:
+    """Left @ right.T on matrix units: bfloat16 anywhere, TF32 on CUDA."""
+    if kind == "bf16":
+        return left @ right.T
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        # The operands are already rounded, so it does not matter whether the hardware truncates or rounds.
+        # The last step may round the sum; 2^-10 more keeps the bound a bound.
+        product = left @ right.T
+        return product + product.abs() * 2.0**-10
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _round_rows(
+    values: torch.Tensor, out: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Writes rounded rows into out; norms of what rounding lost, of the rounded rows and of the rows."""
+    rows, width = values.shape
+    lost, kept, full = (values.new_empty(rows) for _ in range(3))
+    block = max(1, (1 << 20) // max(width, 1))  # 4 MB of float32: the temporaries stay in cache
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        part = values[start:stop]
+        rounded = round_to(part, kind)
+        out[start:stop, :width] = rounded
+        back = rounded.to(values.dtype)
+        torch.linalg.vector_norm(back, dim=1, out=kept[start:stop])
+        torch.linalg.vector_norm(part, dim=1, out=full[start:stop])
+        torch.linalg.vector_norm(back.sub_(part), dim=1, out=lost[start:stop])
+    return lost, kept, full
+
+
+def _up(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Rounds non-negative values up: 2^-6 covers the rounding to storage and the float32 norm's own error."""
+    return round_to(values * (1 + (2.0**-6 if kind == "bf16" else 2.0**-8)), kind)
+
+
+def _with_values(
+    index: torch.Tensor, h: torch.Tensor, norms: torch.Tensor | None, d_sae: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    values = h if norms is None else h * norms[index % d_sae]
+    return index, h, values

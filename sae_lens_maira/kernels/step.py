@@ -1,0 +1,143 @@
+"""The step, stage by stage: encode, select, lay out, decode, go back, auxiliary loss, biases.
+
+    db_enc[j] = sum_b dh[b, j],     db_dec = sum_b S_0[b] - W_enc db_enc   (second term if x is centred)
+
+so the input's gradient, a full product in SAELens, is one matrix-vector product. The stages are the same on
+every backend; `Stages` says which implementation of the two passes over kept entries runs. Sums over ranks
+happen here, and before anything that outlives the step is changed. It knows nothing about optimisers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from sae_lens_maira.errors import BackendError
+from sae_lens_maira.kernels import sparse
+from sae_lens_maira.kernels.auxiliary import add_aux_loss
+from sae_lens_maira.kernels.comm import Communicator
+from sae_lens_maira.kernels.layout import build_layout
+from sae_lens_maira.kernels.problem import DeadMask, Gradients, SparseActs, StepResult, StepSpec, Weights
+from sae_lens_maira.kernels.scores import BoundedScores, DenseScores
+from sae_lens_maira.kernels.selection import select
+from sae_lens_maira.kernels.sparse import Decoded, LatentGradients
+
+
+class Stages(NamedTuple):
+    """One backend's implementation of the passes over kept entries."""
+
+    name: str
+    dense_scores: Callable[[torch.Tensor, torch.Tensor | None], DenseScores]
+    prefix_decode: Callable[..., Decoded]
+    latent_backward: Callable[..., LatentGradients]
+
+
+SPARSE = Stages("sparse", DenseScores, sparse.prefix_decode, sparse.latent_backward)
+
+
+class Workspace:
+    """Buffers that live from step to step, and the last threshold. Losing it costs time, never exactness."""
+
+    def __init__(self) -> None:
+        self.threshold: float | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def buffer(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor of this shape, the same storage as last time if it fits."""
+        found = self._buffers.get(name)
+        if found is None or found.shape != shape or found.dtype != like.dtype or found.device != like.device:
+            found = torch.empty(shape, dtype=like.dtype, device=like.device)
+            self._buffers[name] = found
+        return found
+
+
+@torch.no_grad()
+def run_stages(
+    stages: Stages,
+    weights: Weights,
+    x: torch.Tensor,
+    spec: StepSpec,
+    dead: DeadMask,
+    workspace: Workspace,
+    comm: Communicator,
+    gradients: Gradients | None = None,
+) -> StepResult:
+    """Losses and gradients of one batch on one backend; see `dispatch.fused_step`."""
+    batch, d_sae = x.shape[0], weights.W_dec.shape[0]
+    tokens = sum(comm.counts(batch))
+    n = spec.count(tokens)
+    if n > tokens * d_sae:
+        raise BackendError(
+            f"k = {spec.k} asks for {n} entries of a batch of {tokens} tokens and {d_sae} latents, which has "
+            f"{tokens * d_sae}. Expected k <= d_sae."
+        )
+    xc = x - weights.b_dec if spec.centre else x
+    norms = torch.linalg.vector_norm(weights.W_dec, dim=1) if spec.rescale else None
+    scores = _encode(stages, weights, xc, norms, spec, workspace)
+    selection = select(scores, n, tokens, comm, workspace.threshold)
+    workspace.threshold = selection.threshold or workspace.threshold
+
+    layout = build_layout(selection.index, batch, d_sae, spec.widths)
+    scales = tuple(2 * weight / tokens for weight in spec.weights_of_levels)
+    per_level = spec.aux.kind == "matryoshka" and dead is not None
+    decoded = stages.prefix_decode(layout, selection.h, weights.W_dec, weights.b_dec, x, scales, per_level)
+    out = None if gradients is None else (gradients.W_dec, gradients.W_enc_t)
+    grads = stages.latent_backward(layout, selection.h, decoded.suffix, xc, weights.W_dec, out)
+    db_dec = decoded.suffix[:, 0].sum(dim=0)
+    level_losses = comm.sum_(decoded.squared) / tokens
+    fired = comm.sum_(layout.fired)
+
+    mask = dead(fired) if callable(dead) else dead
+    aux_loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    if mask is not None and spec.aux.kind != "none" and bool(mask.any()):
+        aux_loss = add_aux_loss(spec, mask, scores, xc, weights.W_dec, decoded.errors, tokens, comm, grads)
+        aux_loss = comm.sum_(aux_loss)
+
+    if spec.centre:
+        db_dec -= weights.W_enc @ grads.b_enc
+    for gradient in (grads.W_dec, grads.W_enc_t, grads.b_enc, db_dec):
+        comm.sum_(gradient)
+    smallest = selection.values.min() if len(selection.values) else x.new_tensor(torch.inf)
+    loss = (level_losses * level_losses.new_tensor(spec.weights_of_levels)).sum() + aux_loss
+    # Comparisons drop NaN silently; a dense step would carry it into the loss, and so does this one.
+    loss = loss + scores.poison() + (0 if norms is None else norms.sum() * 0)
+    return StepResult(
+        loss=loss.to(x.dtype),
+        level_losses=level_losses.to(x.dtype),
+        aux_loss=aux_loss.to(x.dtype),
+        sae_out=decoded.errors[-1].add_(x),
+        acts=SparseActs(layout.rows, layout.cols, selection.values, (batch, d_sae)),
+        gradients=Gradients(grads.W_enc_t, grads.b_enc, grads.W_dec, db_dec),
+        fired=fired,
+        min_positive=comm.min_(smallest),
+        tokens=tokens,
+        backend=stages.name,
+    )
+
+
+def _encode(
+    stages: Stages,
+    weights: Weights,
+    xc: torch.Tensor,
+    norms: torch.Tensor | None,
+    spec: StepSpec,
+    workspace: Workspace,
+) -> DenseScores | BoundedScores:
+    if spec.candidates != "off":
+        if spec.candidates == "tf32" and xc.device.type != "cuda":
+            raise BackendError(
+                f"candidates='tf32' was asked for on a {xc.device.type} device; only CUDA has TF32. "
+                "Use 'bf16' or 'off'."
+            )
+        if xc.dtype != torch.float32:
+            raise BackendError(
+                f"Exact low-precision candidates are for float32 SAEs; this one is {xc.dtype}."
+            )
+        return BoundedScores(xc, weights.W_enc, weights.b_enc, norms, spec.candidates)
+    h = workspace.buffer("h", (xc.shape[0], weights.W_dec.shape[0]), xc)
+    if spec.autocast:
+        product = xc.to(torch.bfloat16) @ weights.W_enc.to(torch.bfloat16)
+        torch.add(product, weights.b_enc, out=h)
+    else:
+        torch.addmm(weights.b_enc, xc, weights.W_enc, out=h)
+    return stages.dense_scores(h, norms)
