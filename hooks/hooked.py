@@ -7,7 +7,6 @@ may stay silent), and `run_with_cache` holds just the named tensors. It knows no
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks.attach import LivePoint, attach_points
+from sae_lens_maira.hooks.firing import Firings, silence
 from sae_lens_maira.hooks.names import PointTable
 from sae_lens_maira.hooks.pattern import is_eager
 from sae_lens_maira.maira2.versions import has_transformer_bridge
@@ -129,22 +129,19 @@ class HookedPoints(HookedRootModule):
             HookError: an unknown name; or, at the end of a block that raised nothing, a hook asked for by
                 name that never fired.
         """
-        counts: dict[tuple[str, str], int] = {}
-        forward = self._counted(fwd_hooks, "forward", counts)
-        backward = self._counted(bwd_hooks, "backward", counts)
+        firings = Firings(self.points)
+        forward = self._named(fwd_hooks, firings, "forward")
+        backward = self._named(bwd_hooks, firings, "backward")
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
-        for (direction, name), calls in counts.items():
-            if calls == 0 and (direction == "forward" or reset_hooks_end):
-                raise HookError(self._silent(name, direction))
+        firings.require(backward=reset_hooks_end)
 
-    def _counted(self, pairs: Any, direction: str, counts: dict[tuple[str, str], int]) -> list[Any]:
+    def _named(self, pairs: Any, firings: Firings, direction: str) -> list[Any]:
         made: list[Any] = []
         for name, hook in pairs:
             if isinstance(name, str):
-                key = (direction, self.resolve(name))
-                counts.setdefault(key, 0)
-                made.append((key[1], _counting(hook, counts, key)))
+                known = self.resolve(name)
+                made.append((known, firings.watch(known, hook, direction)))
             else:
                 made += [(chosen, hook) for chosen in self._choose(name)]
         return made
@@ -163,18 +160,6 @@ class HookedPoints(HookedRootModule):
         """Whether the language model's attention is eager, so that `attn.hook_pattern` exists."""
         return is_eager(self.model.get_submodule("model.language_model.layers.0.self_attn"))
 
-    def _silent(self, name: str, direction: str) -> str:
-        point = self.points.points.get(name.partition(".hook_sae_")[0])
-        if direction == "backward":
-            return (
-                f"The backward hook at {name!r} never fired. Call backward() inside the `hooks()` block, on a"
-                f" result that depends on this point with gradients enabled."
-            )
-        why = "The model did not run inside the block, or it stopped before this point."
-        if point is not None and point.prefill_only:
-            why = "It fires only when the model sees pixel_values; this run had none."
-        return f"The hook at {name!r} never fired. {why} A silent hook would look like an effect of zero."
-
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """Check that every hook added by name fires while the model runs."""
@@ -184,7 +169,7 @@ class HookedPoints(HookedRootModule):
         yield
         for name, calls in before.items():
             if self.live[name].calls == calls:
-                raise HookError(self._silent(name, "forward"))
+                raise HookError(silence(self.points, name))
 
     def run_with_cache(
         self,
@@ -285,13 +270,3 @@ class HookedPoints(HookedRootModule):
                 f" or leave stop_at_layer out."
             )
         return wanted
-
-
-def _counting(hook: HookFn, counts: dict[tuple[str, str], int], key: tuple[str, str]) -> HookFn:
-    def counted(
-        value: Any, hook: Any, _hook: HookFn = hook
-    ) -> Any:  # TransformerLens passes hook= by keyword
-        counts[key] += 1
-        return _hook(value, hook=hook)
-
-    return wraps(hook)(counted) if hasattr(hook, "__name__") else counted
