@@ -1,4 +1,9 @@
-"""MAIRA-2 itself, a native transformers model: configuration, model, processor, prompts, token roles."""
+"""MAIRA-2 itself, a native transformers model: configuration, model, processor, prompts, token roles.
+
+Importing this package registers its classes with transformers. Without that, transformers 5 would not know
+how the published keys are called in the live module: it would load random weights with a warning, and save
+other names.
+"""
 
 from sae_lens_maira.maira2.configuration import Maira2Config, make_config
 from sae_lens_maira.maira2.encoding import Maira2Encoding
@@ -51,3 +56,5 @@ __all__ = [
     "role_mask",
     "save_processor",
 ]
+
+register()

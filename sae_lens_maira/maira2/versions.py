@@ -6,6 +6,7 @@ Each difference is one function here, so that no other module asks for a version
 nothing about MAIRA-2 beyond the names of its parts.
 """
 
+import inspect
 from importlib.metadata import version
 from typing import Any
 
@@ -23,6 +24,13 @@ KEY_RENAMES: dict[str, str] = {
     "^vision_tower": "model.vision_tower",
     "^multi_modal_projector": "model.multi_modal_projector",
 }
+
+
+def cache_keyword() -> str:
+    """The name under which a model's forward takes the key-value cache: `cache` in new transformers 5."""
+    from transformers import LlavaModel
+
+    return "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
 
 
 def has_transformer_bridge() -> bool:
