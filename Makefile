@@ -1,0 +1,58 @@
+# Five words do everything: setup, fmt, check, test, bench. And quickstart, the main job on the phantom.
+# Two stacks: .venv (what a plain sae-lens gives) and .venv-dashboard (what sae-dashboard 0.8 forces).
+
+PYTHON ?= python3
+VENV := .venv
+DASH := .venv-dashboard
+OUT ?= quickstart_out
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup setup-dashboard fmt check typecheck-tree test test-dashboard bench quickstart clean
+
+setup: $(VENV)/.installed
+setup-dashboard: $(DASH)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints/current.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints/current.txt $(VENV)/bin/pip install -q -e '.[dev,dicom,triton]'
+	touch $@
+
+# sae-dashboard brings a CUDA torchvision that cannot be imported beside a CPU torch, and transformers tries to.
+$(DASH)/.installed: pyproject.toml constraints/dashboard.txt
+	$(PYTHON) -m venv $(DASH)
+	PIP_CONSTRAINT=constraints/dashboard.txt $(DASH)/bin/pip install -q -U pip
+	PIP_CONSTRAINT=constraints/dashboard.txt $(DASH)/bin/pip install -q -e '.[dev,dicom,dashboard]'
+	$(DASH)/bin/pip uninstall -q -y torchvision torchaudio
+	touch $@
+
+# pyright reads source trees, not editable finders: show it the package as it is installed.
+typecheck-tree:
+	@mkdir -p .typecheck/sae_lens_maira
+	@find .typecheck -type l -delete
+	@ln -sfn $(CURDIR)/sae_lens_maira/* .typecheck/sae_lens_maira/
+	@ln -sfn $(CURDIR)/hooks $(CURDIR)/recipes .typecheck/sae_lens_maira/
+
+fmt: setup
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+check: setup typecheck-tree
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/pytest -q tests/test_imports.py
+
+test: setup
+	$(VENV)/bin/pytest
+
+test-dashboard: setup-dashboard
+	$(DASH)/bin/pytest -m compat
+
+bench: setup
+	$(VENV)/bin/python -m benchmarks
+
+quickstart: setup
+	$(VENV)/bin/sae-lens-maira quickstart --out $(OUT)
+
+clean:
+	rm -rf $(VENV) $(DASH) .typecheck build *.egg-info

@@ -1,0 +1,122 @@
+"""Which units fire in which study: from activation rows to a boolean (studies, units) table.
+
+Units are an SAE's latents, or for comparison the raw dimensions of the residual stream with either sign under one
+global threshold that lets as many of them fire per row as the SAE's L0, or one supervised direction. Rows are
+encoded in chunks, so memory is O(studies x units) whatever the number of rows. It knows nothing about findings.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from sae_lens_maira.activations import ActivationRows
+
+
+class Encoder(Protocol):
+    """Anything that turns rows (n, d_in) into unit activations (n, n_units), 0 where a unit is silent."""
+
+    def __call__(self, values: torch.Tensor, /) -> torch.Tensor: ...
+
+
+def study_firing(
+    encode: Encoder, rows: ActivationRows, n_studies: int, chunk: int = 4096
+) -> tuple[np.ndarray, float]:
+    """Find the studies in which each unit is active at least once.
+
+    Args:
+        encode: of the dictionary.
+        rows: N rows of the wanted positions.
+        n_studies: size of the sequence that `rows.study` counts in.
+        chunk: rows encoded at once.
+
+    Returns:
+        `(fires, l0)`: (n_studies, n_units) bool, and the mean number of active units per row.
+    """
+    fires: torch.Tensor | None = None
+    active = 0
+    study = torch.from_numpy(rows.study)
+    with torch.no_grad():
+        for start in range(0, len(rows), chunk):
+            on = encode(rows.values[start : start + chunk]) > 0
+            if fires is None:
+                fires = torch.zeros(n_studies, on.shape[1])
+            active += int(on.sum())
+            fires.index_add_(0, study[start : start + chunk], on.float())
+    if fires is None:
+        return np.zeros((n_studies, 0), dtype=bool), 0.0
+    return (fires > 0).numpy(), active / len(rows)
+
+
+class RawDimensions:
+    """The residual stream's own axes as a dictionary of 2 d_in units: each dimension, with either sign.
+
+    Values are centred and scaled per dimension, and one global threshold lets `l0` units fire per row on average.
+    """
+
+    def __init__(self, rows: ActivationRows, l0: float) -> None:
+        self._mean = rows.values.mean(0)
+        self._std = rows.values.std(0).clamp(min=1e-6)
+        sample = self._scaled(rows.values[:: max(1, len(rows) // 20_000)])
+        share = max(0.0, 1 - l0 / sample.shape[1])
+        # torch.quantile refuses large inputs; a sort of the sample does not.
+        flat = sample.flatten().sort().values
+        self._threshold = flat[min(len(flat) - 1, int(share * len(flat)))]
+
+    def _scaled(self, values: torch.Tensor) -> torch.Tensor:
+        z = (values - self._mean) / self._std
+        return torch.cat([z, -z], 1)
+
+    def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
+        return torch.relu(self._scaled(values) - self._threshold)
+
+
+class MeanDifference:
+    """One supervised direction per finding: mean of rows of positive studies minus mean of rows of negative ones.
+
+    It has seen the labels of the first half, and its threshold is tuned there for F1: it is the reference that
+    unsupervised units are held against, not their rival.
+    """
+
+    def __init__(self, rows: ActivationRows, truth: np.ndarray, choose: np.ndarray) -> None:
+        """Fit on the first half.
+
+        Args:
+            rows: N rows of the wanted positions.
+            truth: (n_studies, F) bool.
+            choose: (n_studies,) bool, the first half.
+        """
+        n_studies, n_findings = truth.shape
+        study = torch.from_numpy(rows.study)
+        sums = torch.zeros(n_studies, rows.values.shape[1]).index_add_(0, study, rows.values)
+        counts = torch.zeros(n_studies).index_add_(0, study, torch.ones(len(rows)))
+        directions = []
+        for column in range(n_findings):
+            means = [
+                sums[mask].sum(0) / counts[mask].sum().clamp(min=1)
+                for mask in (
+                    torch.from_numpy(choose & truth[:, column]),
+                    torch.from_numpy(choose & ~truth[:, column]),
+                )
+            ]
+            directions.append(means[0] - means[1])
+        self._direction = torch.stack(directions, 1)
+        peaks = torch.full((n_studies, n_findings), -torch.inf)
+        peaks.index_reduce_(0, study, rows.values @ self._direction, "amax")
+        self._threshold = torch.tensor(
+            [_best_threshold(peaks[choose, column].numpy(), truth[choose, column]) for column in range(n_findings)]
+        )
+
+    def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
+        return torch.relu(values @ self._direction - self._threshold)
+
+
+def _best_threshold(score: np.ndarray, truth: np.ndarray) -> float:
+    """The threshold of `score` with the highest F1 against `truth`, halfway between neighbouring scores."""
+    order = np.argsort(-score, kind="stable")
+    hits = np.cumsum(truth[order])
+    f1 = 2 * hits / (np.arange(1, len(order) + 1) + truth.sum())
+    best = int(f1.argmax())
+    upper = score[order[best]]
+    lower = score[order[min(best + 1, len(order) - 1)]]
+    return float((upper + lower) / 2) if np.isfinite(lower) else float(upper - 1e-6)

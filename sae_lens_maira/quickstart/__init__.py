@@ -1,0 +1,5 @@
+"""The main job, once through, on the phantom: studies, activations, SAE, findings, steering, a report folder."""
+
+from sae_lens_maira.quickstart.run import QuickstartConfig, QuickstartResult, run_quickstart
+
+__all__ = ["QuickstartConfig", "QuickstartResult", "run_quickstart"]

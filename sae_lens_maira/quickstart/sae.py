@@ -1,0 +1,143 @@
+"""Train the quickstart's SAE with SAELens' own trainer, and make its untrained twin.
+
+The twin has the same shape and the same sparsity: random unit decoder rows, the encoder their transpose, and a
+global threshold calibrated so that as many latents fire per row as in the trained one. What it scores is what
+chance and a large number of units give. This module knows nothing about findings.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from sae_lens import SAE
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_maira.activations import ActivationRows, RowProvider
+from sae_lens_maira.latents import Encoder
+
+BATCH = 1024
+
+
+@dataclass(frozen=True)
+class TrainedSAE:
+    """An SAE and how long its dictionary is at every Matryoshka level.
+
+    Attributes:
+        training: SAELens' training object, which can be saved for inference.
+        inference: the SAE as plain SAELens loads it.
+        widths: cumulative level widths.
+        hook_name: where it was trained.
+    """
+
+    training: MatryoshkaBatchTopKTrainingSAE
+    inference: SAE
+    widths: tuple[int, ...]
+    hook_name: str
+
+    def encode(self, values: torch.Tensor, /) -> torch.Tensor:
+        """Latent activations (n, d_sae) of rows (n, d_in)."""
+        return self.inference.encode(values)
+
+    @property
+    def decoder(self) -> torch.Tensor:
+        """(d_sae, d_in) decoder rows."""
+        return self.inference.W_dec.detach()
+
+    def explained_variance(self, values: torch.Tensor, chunk: int = 8192) -> float:
+        """1 - residual variance / total variance of rows (n, d_in), summed over dimensions."""
+        total = ((values - values.mean(0)) ** 2).sum()
+        rest = torch.zeros(())
+        with torch.no_grad():
+            for start in range(0, len(values), chunk):
+                part = values[start : start + chunk]
+                rest += ((part - self.inference.decode(self.inference.encode(part))) ** 2).sum()
+        return float(1 - rest / total)
+
+
+def level_widths(d_sae: int) -> tuple[int, ...]:
+    """Cumulative widths of four levels: 1/16, 3/16, 1/2 and all of the dictionary."""
+    return (d_sae // 16, 3 * d_sae // 16, d_sae // 2, d_sae)
+
+
+def train_sae(
+    rows: ActivationRows, d_sae: int, k: int, steps: int, seed: int, folder: str, progress: bool
+) -> TrainedSAE:
+    """Train a Matryoshka BatchTopK SAE on rows and save it to `folder`.
+
+    Args:
+        rows: the training rows.
+        d_sae: latents.
+        k: mean active latents per row.
+        steps: steps of 1,024 rows.
+        seed: of the initial weights and of the shuffle.
+        folder: where the inference SAE is saved; plain SAELens loads it from there.
+        progress: show SAELens' progress bar.
+    """
+    torch.manual_seed(seed)
+    widths = level_widths(d_sae)
+    config = MatryoshkaBatchTopKTrainingSAEConfig(
+        d_in=rows.values.shape[1],
+        d_sae=d_sae,
+        k=k,
+        matryoshka_widths=list(widths),
+        normalize_activations="expected_average_only_in",
+        device="cpu",
+    )
+    config.metadata.hook_name = rows.hook_name
+    config.metadata.model_name = "maira2-phantom"
+    sae = MatryoshkaBatchTopKTrainingSAE(config)
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=steps * BATCH,
+            train_batch_size_samples=BATCH,
+            device="cpu",
+            lr=1e-3,
+            lr_end=0.0,
+            lr_scheduler_name="constant",
+            lr_warm_up_steps=min(100, steps // 10),
+            lr_decay_steps=steps // 5,
+            n_checkpoints=0,
+            checkpoint_path=None,
+            save_final_checkpoint=False,
+            autocast=False,
+            dead_feature_window=1000,
+            feature_sampling_window=2000,
+            logger=LoggingConfig(log_to_wandb=False),
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+        ),
+        sae=sae,
+        data_provider=RowProvider(rows.values, BATCH, seed),
+        evaluator=None,
+    )
+    trainer.fit()
+    sae.save_inference_model(folder)
+    return TrainedSAE(sae, SAE.load_from_disk(folder), widths, rows.hook_name)
+
+
+class UntrainedDictionary:
+    """Random directions under a global threshold: a dictionary of the trained one's shape that learned nothing."""
+
+    def __init__(self, rows: ActivationRows, d_sae: int, l0: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed + 77)
+        directions = torch.randn(rows.values.shape[1], d_sae, generator=generator)
+        self._directions = directions / directions.norm(dim=0)
+        self._mean = rows.values.mean(0)
+        sample = rows.values[:: max(1, len(rows) // 2000)]
+        flat = ((sample - self._mean) @ self._directions).flatten().sort().values
+        self._threshold = flat[min(len(flat) - 1, int((1 - l0 / d_sae) * len(flat)))].clamp(min=0)
+
+    def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
+        return torch.relu((values - self._mean) @ self._directions - self._threshold)
+
+
+def untrained_encoder(trained: TrainedSAE, rows: ActivationRows, seed: int) -> Encoder:
+    """The untrained twin of an SAE, calibrated on the same rows to the same L0."""
+    sample = rows.values[:: max(1, len(rows) // 20_000)]
+    with torch.no_grad():
+        l0 = float((trained.encode(sample) > 0).float().sum(1).mean())
+    return UntrainedDictionary(rows, trained.decoder.shape[0], l0, seed)
