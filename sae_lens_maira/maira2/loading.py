@@ -130,13 +130,18 @@ def save_processor(processor: Maira2Processor, folder: str | Path) -> None:
 
 def _load_config(source: str, hub: dict[str, Any]) -> Maira2Config:
     try:
-        raw, _ = Maira2Config.get_config_dict(source, **hub)
+        raw: dict[str, Any] = Maira2Config.get_config_dict(source, **hub)[0]
     except Exception as error:  # hub, OS and JSON errors
         raise CheckpointError(
             f"No configuration could be read from {source} ({type(error).__name__}: {error}). A local folder"
             " with a config.json, or a hub id that this machine may fetch, was expected; for the gated"
             " microsoft/maira-2 log in and accept its terms first."
         ) from error
+    if not raw:
+        raise CheckpointError(
+            f"No configuration is in {source}. A folder with a config.json, the weights and the processor's"
+            " files was expected; check the path."
+        )
     if raw.get("model_type") != Maira2Config.model_type:
         raise CheckpointError(
             f"The configuration in {source} is of model type {raw.get('model_type')!r}, not 'maira2'. Give a"

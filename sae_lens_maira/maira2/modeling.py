@@ -21,6 +21,8 @@ from sae_lens_maira.errors import PromptError
 from sae_lens_maira.maira2.configuration import Maira2Config
 from sae_lens_maira.maira2.versions import KEY_RENAMES, image_features_result
 
+_ON_ONE_DEVICE = ["LlamaDecoderLayer", "Dinov2Layer", "Dinov2Embeddings"]
+
 
 class Maira2Projector(nn.Module):
     """`projector_n_layers` linear layers with an activation between them: `(..., d_vision) -> (..., d_text)`.
@@ -46,6 +48,7 @@ class Maira2Model(LlavaModel):
     """Vision tower, projector and language model, without the output head."""
 
     config_class = Maira2Config
+    _no_split_modules = _ON_ONE_DEVICE
 
     def __init__(self, config: Maira2Config) -> None:
         super(LlavaModel, self).__init__(config)  # LlavaModel's own parts do not fit: skip its __init__
@@ -138,6 +141,7 @@ class Maira2ForConditionalGeneration(LlavaForConditionalGeneration):
     """
 
     config_class = Maira2Config
+    _no_split_modules = _ON_ONE_DEVICE
     _checkpoint_conversion_mapping = KEY_RENAMES
 
     def __init__(self, config: Maira2Config) -> None:
