@@ -5,8 +5,33 @@
 when it is asked for, since TransformerLens 2.17 has none.
 """
 
+from typing import Any
+
+from sae_lens_maira.hooks.evaluation import Maira2Evaluator
 from sae_lens_maira.hooks.names import Point, PointTable
+from sae_lens_maira.hooks.nnsight import Maira2NNsight
 from sae_lens_maira.hooks.points import SPECS, PointSpec
+from sae_lens_maira.hooks.sae_lens import Maira2ActivationsStore, Maira2TrainingRunner, maira2_runner
 from sae_lens_maira.hooks.transformer_lens import HookedMaira2
 
-__all__ = ["SPECS", "HookedMaira2", "Point", "PointSpec", "PointTable"]
+__all__ = [
+    "SPECS",
+    "HookedMaira2",
+    "Maira2ActivationsStore",
+    "Maira2Evaluator",
+    "Maira2NNsight",
+    "Maira2TrainingRunner",
+    "Point",
+    "PointSpec",
+    "PointTable",
+    "maira2_runner",
+    "to_bridge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "to_bridge":
+        from sae_lens_maira.hooks.bridge import to_bridge
+
+        return to_bridge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

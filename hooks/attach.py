@@ -112,7 +112,7 @@ class LivePoint(HookPoint):
         return y.to(x.dtype).reshape(x.shape)
 
 
-class _MidEdits:
+class MidEdits:
     """Edits of the residual stream between attention and MLP, which no module hands on.
 
     Inside a block the stream is a local variable: r = pre + attn;  post = r + mlp(ln2(r)). A new r reaches
@@ -155,11 +155,11 @@ def attach_points(model: nn.Module, table: PointTable) -> dict[str, LivePoint]:
         HookError: the model lacks a module that the table names.
     """
     table.validate(model)
-    mids = {i: _MidEdits() for i in range(table.counts["block"])}
+    mids = {i: MidEdits() for i in range(table.counts["block"])}
     return {name: _live(point, model, mids) for name, point in table.points.items()}
 
 
-def _live(point: Point, model: nn.Module, mids: dict[int, _MidEdits]) -> LivePoint:
+def _live(point: Point, model: nn.Module, mids: dict[int, MidEdits]) -> LivePoint:
     module = model.get_submodule(point.module)
     config: Any = model.config
     if point.spec.tap == "pattern":
@@ -172,7 +172,7 @@ def _live(point: Point, model: nn.Module, mids: dict[int, _MidEdits]) -> LivePoi
         return LivePoint(point, lambda live: [_tap_feature_map(module, live, config.vision_feature_layer)])
     if point.spec.name == "blocks.{i}.hook_resid_mid":
         block = model.get_submodule(f"model.language_model.layers.{point.index}")
-        return LivePoint(point, lambda live: _tap_mid(block, live, mids[point.index or 0]))
+        return LivePoint(point, lambda live: tap_mid(block, live, mids[point.index or 0]))
     heads = _head_count(config, point)
     if point.spec.tap == "input":
         return LivePoint(point, lambda live: [_tap_input(module, live, heads)])
@@ -232,7 +232,9 @@ def _tap_feature_map(module: nn.Module, live: LivePoint, layer: int) -> Removabl
     return module.register_forward_hook(hook, prepend=True)
 
 
-def _tap_mid(block: nn.Module, live: LivePoint, mid: _MidEdits) -> list[RemovableHandle]:
+def tap_mid(block: nn.Module, live: LivePoint, mid: MidEdits) -> list[RemovableHandle]:
+    """Listen between attention and MLP of a decoder block; an edit reaches both the MLP and the stream."""
+
     def before_norm(_: nn.Module, args: tuple[Any, ...]) -> Any:
         y = live.pass_on(args[0])
         mid.stream, mid.mlp_out = (None if y is args[0] else y), None

@@ -16,9 +16,10 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_maira.errors import HookError, SAEError
+from sae_lens_maira.hooks.attach import LivePoint, MidEdits, tap_mid
 from sae_lens_maira.hooks.firing import Firings
 from sae_lens_maira.hooks.inputs import ModelInputs, gather_inputs
-from sae_lens_maira.hooks.names import PointTable
+from sae_lens_maira.hooks.names import Point, PointTable
 from sae_lens_maira.maira2 import MAX_NEW_TOKENS
 
 Named = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
@@ -55,6 +56,9 @@ class BridgedMaira2(SAETransformerBridge):
             # Set here it is taken as it is; given to the builder it would be loaded again from disk.
             taken.tokenizer = processor.tokenizer
             taken.cfg.tokenizer_prepends_bos, taken.cfg.tokenizer_appends_eos = True, False
+        for i, block in enumerate(taken.blocks):
+            mid = taken.points.points[f"blocks.{i}.hook_resid_mid"]
+            taken._hook_registry[mid.name] = _mid_point(mid, block.original_component)
         return taken
 
     @property
@@ -113,11 +117,13 @@ class BridgedMaira2(SAETransformerBridge):
 
         Raises:
             SAEError: the SAE names no hook, or its width is not the point's.
-            HookError: the hook is unknown.
+            HookError: the hook is unknown, or is `hook_resid_mid`, which SAELens cannot reach here.
         """
         name = sae.cfg.metadata.hook_name
         if not name:
             raise SAEError("The SAE's cfg.metadata.hook_name is empty; set it to the point it belongs to.")
+        if self.points.resolve(name).spec.name.endswith("hook_resid_mid"):
+            raise HookError(f"SAELens cannot splice at {name!r} of a bridge. Use HookedMaira2, which can.")
         width = self.points.width(name)
         if sae.cfg.d_in != width:
             raise SAEError(
@@ -239,3 +245,7 @@ class BridgedMaira2(SAETransformerBridge):
             )
         finally:
             self._generating = False
+
+
+def _mid_point(point: Point, block: Any) -> LivePoint:
+    return LivePoint(point, lambda live: tap_mid(block, live, MidEdits()))

@@ -155,13 +155,6 @@ SPECS: tuple[PointSpec, ...] = (
         heads="key",
     ),
     _block(
-        "attn.hook_pattern",
-        ".self_attn",
-        "(B, heads, L, L seen so far)",
-        "attention pattern after softmax; eager attention only",
-        tap="pattern",
-    ),
-    _block(
         "attn.hook_z",
         ".self_attn.o_proj",
         _HEADS,
@@ -169,6 +162,14 @@ SPECS: tuple[PointSpec, ...] = (
         "attn.o.hook_in",
         tap="input",
         heads="query",
+    ),
+    # Formed before z, but handed out with the attention's output, which is where nnsight can read it.
+    _block(
+        "attn.hook_pattern",
+        ".self_attn",
+        "(B, heads, L, L seen so far)",
+        "attention pattern after softmax; eager attention only",
+        tap="pattern",
     ),
     _block(
         "hook_attn_out",
