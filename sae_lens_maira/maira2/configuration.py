@@ -8,7 +8,7 @@ do not know are kept as attributes and never refused; keywords that a *user* wri
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import Dinov2Config, LlamaConfig, LlavaConfig
 
@@ -65,6 +65,10 @@ class Maira2Config(LlavaConfig):
 
     model_type = "maira2"
 
+    if TYPE_CHECKING:  # the library types these as dicts, which they are only before __init__
+        text_config: Any = None
+        vision_config: Any = None
+
     def __init__(
         self,
         text_config: LlamaConfig | dict[str, Any] | None = None,
@@ -75,7 +79,7 @@ class Maira2Config(LlavaConfig):
         projector_hidden_act: str = "gelu",
         multimodal_projector_bias: bool = True,
         vision_feature_layer: int = -1,
-        vision_feature_select_strategy: str = "default",
+        vision_feature_select_strategy: Literal["default", "full"] = "default",
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -101,8 +105,7 @@ class Maira2Config(LlavaConfig):
     @property
     def patches_per_side(self) -> int:
         """Patches along one side of the square image, 37 for MAIRA-2."""
-        vision: Any = self.vision_config
-        return vision.image_size // vision.patch_size
+        return self.vision_config.image_size // self.vision_config.patch_size
 
 
 def make_config(**overrides: Any) -> Maira2Config:

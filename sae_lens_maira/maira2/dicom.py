@@ -29,7 +29,7 @@ def read_dicom(path: Path) -> np.ndarray:
     """
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+        from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
     except ImportError as error:
         raise ImageError(
             f"{path} is a DICOM file and pydicom is not installed. Install it with"

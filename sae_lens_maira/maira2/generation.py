@@ -45,6 +45,6 @@ def generate_reports(
         "pad_token_id": encoding.pad_token_id,
         "eos_token_id": encoding.eos_token_id,
     } | generate
-    output: Any = model.generate(**encoding.model_inputs(), **arguments)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    output: Any = model.generate(**encoding.model_inputs(), **arguments)
     sequences = getattr(output, "sequences", output)
     return [processor.decode_report(row) for row in sequences[:, encoding.input_ids.shape[1] :]]

@@ -84,7 +84,7 @@ def load_maira2(
     processor = load_processor(source, **hub)
     rest = {name: value for name, value in keywords.items() if name in _MODEL_KEYWORDS}
     try:
-        loaded = Maira2ForConditionalGeneration.from_pretrained(
+        loaded: Any = Maira2ForConditionalGeneration.from_pretrained(
             source, config=config, dtype=dtype, device_map=device_map, output_loading_info=True, **hub, **rest
         )
     except Exception as error:  # safetensors, OS, hub and shape errors have no common base

@@ -10,7 +10,7 @@ processors or files.
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -50,6 +50,9 @@ class Maira2Model(LlavaModel):
     config_class = Maira2Config
     _no_split_modules = _ON_ONE_DEVICE
 
+    if TYPE_CHECKING:  # the library's own types take the parts of a configuration for dicts
+        config: Any
+
     def __init__(self, config: Maira2Config) -> None:
         super(LlavaModel, self).__init__(config)  # LlavaModel's own parts do not fit: skip its __init__
         self.vision_tower = AutoBackbone.from_config(config.vision_config)
@@ -57,7 +60,7 @@ class Maira2Model(LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_image_features(
+    def get_image_features(  # pyright: ignore[reportIncompatibleMethodOverride] - differs between versions
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
@@ -84,7 +87,7 @@ class Maira2Model(LlavaModel):
         return image_features_result(list(self.multi_modal_projector(features)), backbone)
 
     @functools.wraps(LlavaModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - wraps
         """Run the model; see `LlavaModel.forward`.
 
         Raises:
@@ -97,7 +100,7 @@ class Maira2Model(LlavaModel):
 
     def _check_images(self, given: dict[str, Any]) -> None:
         input_ids, pixel_values = given.get("input_ids"), given.get("pixel_values")
-        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        encoded: Any = (given.get("mm_encoder_outputs") or {}).get("image")
         if input_ids is None or torch.compiler.is_compiling():
             return
         cache = given.get("cache", given.get("past_key_values"))
@@ -144,10 +147,15 @@ class Maira2ForConditionalGeneration(LlavaForConditionalGeneration):
     _no_split_modules = _ON_ONE_DEVICE
     _checkpoint_conversion_mapping = KEY_RENAMES
 
+    if TYPE_CHECKING:  # the library types generate for a protocol that its own models do not meet
+        config: Any
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def __init__(self, config: Maira2Config) -> None:
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = Maira2Model(config)
-        self.lm_head = nn.Linear(_width(config.text_config), config.text_config.vocab_size, bias=False)  # pyright: ignore
+        self.lm_head = nn.Linear(_width(config.text_config), config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def _expand_inputs_for_generation(
@@ -159,7 +167,8 @@ class Maira2ForConditionalGeneration(LlavaForConditionalGeneration):
         """
         pixel_values = kwargs.pop("pixel_values", None)
         rows = input_ids
-        input_ids, kwargs = super()._expand_inputs_for_generation(
+        library: Any = super()
+        input_ids, kwargs = library._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         if pixel_values is not None and expand_size > 1 and rows is not None:

@@ -68,7 +68,9 @@ class Maira2Processor(ProcessorMixin):
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **keywords: Any) -> "Maira2Processor":
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest are keywords
+        cls, pretrained_model_name_or_path: Any, **keywords: Any
+    ) -> Any:
         """Load from a folder or hub id, with the tokenizer exactly as its `tokenizer.json` describes it.
 
         Raises:
@@ -153,7 +155,7 @@ class Maira2Processor(ProcessorMixin):
             raise ConfigError(
                 f'padding_side was {padding_side!r}; use "left" to generate or "right" to train.'
             )
-        phrases = list(phrase) if isinstance(phrase, list | tuple) else [phrase] * len(rows)
+        phrases: list[Any] = list(phrase) if isinstance(phrase, list | tuple) else [phrase] * len(rows)
         if len(phrases) != len(rows):
             raise PromptError(
                 f"{len(phrases)} phrases were given for {len(rows)} studies; give one, or one per study."
@@ -188,7 +190,7 @@ class Maira2Processor(ProcessorMixin):
         text = self.tokenizer.decode(numbers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return parse_report(text, closed)
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] - no video, no audio
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,

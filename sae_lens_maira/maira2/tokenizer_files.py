@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")

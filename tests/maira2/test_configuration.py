@@ -112,7 +112,7 @@ def test_positions_are_scaled_whichever_version_wrote_the_configuration(rope: di
 
 
 def test_configurations_survive_writing_and_reading(tmp_path: Path) -> None:
-    config = make_config(text_config={"num_hidden_layers": 3}, projector_n_layers=2, image_token_index=7)
+    config: Any = make_config(text_config={"num_hidden_layers": 3}, projector_n_layers=2, image_token_index=7)
     config.save_pretrained(tmp_path)
     register()
     read: Any = AutoConfig.from_pretrained(tmp_path)

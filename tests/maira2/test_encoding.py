@@ -28,7 +28,8 @@ def test_a_row_in_a_batch_is_the_row_alone_plus_padding(
         real = batch.attention_mask[number].bool()
         assert torch.equal(batch.input_ids[number][real], alone.input_ids[0])
         assert torch.equal(batch.roles[number][real], alone.roles[0])
-        assert torch.equal(batch.rows(number, number + 1).pixel_values, alone.pixel_values)
+        pixels: Any = batch.rows(number, number + 1).pixel_values
+        assert torch.equal(pixels, alone.model_inputs()["pixel_values"])
         assert batch.input_ids[number][~real].unique().tolist() in ([], [processor.tokenizer.pad_token_id])
     assert batch.attention_mask[1, -1 if side == "left" else 0] == 1
     assert batch.attention_mask[1, 0 if side == "left" else -1] == 0
@@ -157,5 +158,5 @@ def test_calling_the_processor_encodes_a_written_prompt(
 
 def test_objects_with_the_right_attributes_are_studies(processor: Maira2Processor, make_picture: Any) -> None:
     names = ("lateral", "prior_frontal", "indication", "technique", "comparison", "prior_report", "report")
-    study = SimpleNamespace(frontal=make_picture(0), grounded_report=None, **dict.fromkeys(names))
+    study: Any = SimpleNamespace(frontal=make_picture(0), grounded_report=None, **dict.fromkeys(names))
     assert len(processor.encode((study, study))) == 2

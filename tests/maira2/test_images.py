@@ -41,7 +41,8 @@ def test_pixels_equal_the_librarys_image_processor(make_picture: Any, height: in
 def test_channels_may_differ_in_mean_and_std(make_picture: Any) -> None:
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     coloured = ImageRecipe(size=56, crop=56, mean=mean, std=std).to_pixels(make_picture())
-    plain = ImageRecipe(size=56, crop=56, mean=(0.0,) * 3, std=(1.0,) * 3).to_pixels(make_picture())  # pyright: ignore[reportArgumentType]
+    plain_recipe = ImageRecipe(size=56, crop=56, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    plain = plain_recipe.to_pixels(make_picture())
     wanted = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(coloured, wanted)
 

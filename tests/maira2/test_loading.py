@@ -85,7 +85,7 @@ def test_a_device_map_spreads_the_model_without_changing_it(
     tiny: Maira2, saved: Path, tmp_path: Path, study: Any, device_map: Any
 ) -> None:
     """With too little memory for all of it, a part is left on disk and fetched in time."""
-    memory = {"max_memory": {"cpu": "500KB"}} if device_map == "auto" else {}
+    memory: dict[str, Any] = {"max_memory": {"cpu": "500KB"}} if device_map == "auto" else {}
     loaded = load_maira2(
         saved, dtype=torch.float32, device_map=device_map, offload_folder=str(tmp_path), **memory
     )

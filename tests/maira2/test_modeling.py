@@ -89,7 +89,7 @@ def test_a_left_padded_row_predicts_what_it_predicts_alone(tiny: Maira2, pair: l
 def test_greedy_generation_follows_the_logits(tiny: Maira2, study: Any) -> None:
     """Each generated token is the argmax of a cache-free forward over everything before it."""
     encoding = tiny.processor.encode(study)
-    out = tiny.model.generate(**encoding.model_inputs(), max_new_tokens=6, do_sample=False, eos_token_id=None)  # pyright: ignore
+    out = tiny.model.generate(**encoding.model_inputs(), max_new_tokens=6, do_sample=False, eos_token_id=None)
     new = out[:, encoding.input_ids.shape[1] :]
     longer = encoding.extend(new)
     logits = tiny.model(**longer.model_inputs()).logits[0, -7:-1]
@@ -107,14 +107,14 @@ def test_beams_keep_the_images_of_a_row_together(
 
     def run(studies: list[Any]) -> list[list[int]]:
         encoding = tiny.processor.encode(studies)
-        out: Any = tiny.model.generate(**encoding.model_inputs(), **arguments)  # pyright: ignore
+        out: Any = tiny.model.generate(**encoding.model_inputs(), **arguments)
         return out[:, encoding.input_ids.shape[1] :].tolist()
 
     assert run([study, other]) == run([study]) + run([other])
 
 
 def test_expanded_rows_repeat_whole_image_groups(tiny: Maira2, pair: list[Any]) -> None:
-    inputs = tiny.processor.encode(pair).model_inputs()
+    inputs: dict[str, Any] = tiny.processor.encode(pair).model_inputs()
     pixels = inputs["pixel_values"]
     ids, more = tiny.model._expand_inputs_for_generation(expand_size=2, **inputs)
     assert torch.equal(ids, inputs["input_ids"].repeat_interleave(2, dim=0))
