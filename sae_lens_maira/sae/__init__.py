@@ -4,9 +4,17 @@ Importing this package registers the architecture "matryoshka" and the release "
 """
 
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig, MatryoshkaTrainingSAEConfig
+from sae_lens_maira.sae.export import export_dictionary_learning
 from sae_lens_maira.sae.inference import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
+from sae_lens_maira.sae.pretrained import (
+    maira2_sae_disk_loader,
+    maira2_sae_loader,
+    register_release,
+)
 from sae_lens_maira.sae.registry import register
+from sae_lens_maira.sae.release import ReleaseRequest, convert_release, load_release
+from sae_lens_maira.sae.tables import read_interpretations
 from sae_lens_maira.sae.training import MatryoshkaTrainingSAE
 
 __all__ = [
@@ -14,9 +22,18 @@ __all__ = [
     "MatryoshkaSAEConfig",
     "MatryoshkaTrainingSAE",
     "MatryoshkaTrainingSAEConfig",
+    "ReleaseRequest",
+    "convert_release",
+    "export_dictionary_learning",
     "level_widths_of",
     "load_matryoshka",
+    "load_release",
+    "maira2_sae_disk_loader",
+    "maira2_sae_loader",
+    "read_interpretations",
     "register",
+    "register_release",
 ]
 
 register()
+register_release()

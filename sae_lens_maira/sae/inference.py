@@ -116,7 +116,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         facts["truncated_from"] = self.cfg.d_sae
         if facts.get("level_weights"):
             facts["level_weights"] = facts["level_weights"][: len(config.matryoshka_widths)]
-        return _from_state_dict(
+        return matryoshka_from_state_dict(
             config,
             {
                 "W_enc": self.W_enc[:, :width],
@@ -173,7 +173,7 @@ def load_matryoshka(
         )
     facts = sae.cfg.metadata.get(METADATA_KEY) or sae.cfg.metadata.get("training_architecture_details")
     config = MatryoshkaSAEConfig(**_base_fields(sae.cfg), matryoshka_widths=list(widths), k=facts.get("k"))
-    result = _from_state_dict(
+    result = matryoshka_from_state_dict(
         config, {name: value.detach() for name, value in sae.state_dict().items()}, share=True
     )
     return result.train(sae.training)
@@ -193,10 +193,10 @@ def _from_training(sae: TrainingSAE[Any]) -> MatryoshkaSAE:
     config = MatryoshkaSAEConfig(
         **(_base_fields(sae.cfg) | {"metadata": metadata}), matryoshka_widths=list(widths), k=sae.cfg.k
     )
-    return _from_state_dict(config, state_dict, share=True)
+    return matryoshka_from_state_dict(config, state_dict, share=True)
 
 
-def _from_state_dict(
+def matryoshka_from_state_dict(
     config: MatryoshkaSAEConfig, state: dict[str, Tensor], share: bool = False
 ) -> MatryoshkaSAE:
     # Built on the meta device, so that no random weights are drawn: neither memory nor the generator's

@@ -6,7 +6,6 @@ that can be stated as identities are still checked.
 
 import importlib
 import importlib.util
-import importlib.util
 import sys
 import types
 

@@ -56,7 +56,8 @@ def test_hooked_sae_transformer(tiny_config, sae):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("transformer_lens.model_bridge") is None, reason="TransformerLens 2 has no bridge"
+    importlib.util.find_spec("transformer_lens.model_bridge") is None,
+    reason="TransformerLens 2 has no bridge",
 )
 def test_sae_transformer_bridge(sae):
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
@@ -77,7 +78,10 @@ def test_saelens_runner_trains_and_saves(convention, tiny_config, make_config, t
     rows = torch.randint(0, 20, (64, 16), generator=torch.Generator().manual_seed(0)).tolist()
     config = LanguageModelSAERunnerConfig(
         sae=make_config(
-            loss_convention=convention, threshold_start_step=2, matryoshka_widths=[], group_fractions=[0.25, 0.75]
+            loss_convention=convention,
+            threshold_start_step=2,
+            matryoshka_widths=[],
+            group_fractions=[0.25, 0.75],
         ),
         model_name="tiny",
         hook_name=HOOK,

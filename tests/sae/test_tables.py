@@ -1,0 +1,140 @@
+"""Interpretation tables with columns of any name become one frame."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from sae_lens_maira.errors import SAEError
+from sae_lens_maira.sae import read_interpretations
+
+pytestmark = pytest.mark.compat
+
+TEXTS = ["pacemaker leads over the left chest", "small right pleural effusion", "no finding"]
+SCORES = [0.91, 0.74, 0.5]
+ROWS = [
+    {"latent": 3 * i, "interpretation": text, "score": s}
+    for i, (text, s) in enumerate(zip(TEXTS, SCORES, strict=True))
+]
+
+
+def renamed(latent="latent", interpretation="interpretation", score="score"):
+    return [{latent: r["latent"], interpretation: r["interpretation"], score: r["score"]} for r in ROWS]
+
+
+def write(path, records):
+    frame = pd.DataFrame(records)
+    writers = {
+        ".csv": lambda: frame.to_csv(path, index=False),
+        ".tsv": lambda: frame.to_csv(path, index=False, sep="\t"),
+        ".parquet": lambda: frame.to_parquet(path),
+        ".json": lambda: path.write_text(json.dumps(records)),
+        ".jsonl": lambda: path.write_text("\n".join(map(json.dumps, records))),
+    }
+    writers[path.suffix]()
+    return path
+
+
+def check(frame):
+    assert list(frame.columns[:4]) == ["latent", "interpretation", "score", "source"]
+    assert frame["latent"].tolist() == [0, 3, 6]
+    assert frame["latent"].dtype == "int64"
+    assert frame["interpretation"].tolist() == TEXTS
+    assert frame["score"].tolist() == SCORES
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "json", "jsonl"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("latent", "interpretation", "score"),
+        ("Feature ID", "Explanation", "Detection Score"),
+        ("feature_idx", "llm_description", "f1"),
+        ("index", "label", "balanced_accuracy"),
+        ("zz", "qq", "detection_score_mean"),
+    ],
+    ids=lambda names: names[0],
+)
+def test_column_names(suffix, names, tmp_path):
+    check(read_interpretations(write(tmp_path / f"table.{suffix}", renamed(*names))))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {str(r["latent"]): {"text": r["interpretation"], "score": r["score"]} for r in ROWS},
+        {f"latent_{r['latent']}": {"explanation": r["interpretation"], "f1": r["score"]} for r in ROWS},
+        {"meta": {"model": "m"}, "interpretations": ROWS},
+        {"feature": [0, 3, 6], "explanation": TEXTS, "score": SCORES},
+    ],
+    ids=["by latent", "by named latent", "below a key", "columns"],
+)
+def test_shapes_of_json(value, tmp_path):
+    (tmp_path / "table.json").write_text(json.dumps(value))
+    check(read_interpretations(tmp_path / "table.json"))
+
+
+def test_plain_mapping_has_no_scores(tmp_path):
+    (tmp_path / "table.json").write_text(json.dumps({"5": "a text", "2": "another"}))
+    frame = read_interpretations(tmp_path / "table.json")
+    assert frame["latent"].tolist() == [2, 5]
+    assert all(map(math.isnan, frame["score"]))
+
+
+def test_latents_written_as_words(tmp_path):
+    records = [
+        {"id": f"feature {r['latent']}", "text": r["interpretation"], "score": r["score"]} for r in ROWS
+    ]
+    check(read_interpretations(write(tmp_path / "t.csv", records)))
+
+
+def test_other_columns_stay(tmp_path):
+    records = [row | {"frequency": 0.1, "source": "x"} for row in ROWS]
+    frame = read_interpretations(write(tmp_path / "t.csv", records))
+    check(frame)
+    assert frame["frequency"].tolist() == [0.1] * 3
+    assert frame["source_original"].tolist() == ["x"] * 3
+
+
+def test_a_folder_gives_one_frame(tmp_path):
+    (tmp_path / "ef2").mkdir()
+    write(tmp_path / "ef2" / "a.csv", ROWS[:1])
+    write(tmp_path / "b.parquet", renamed("feature", "explanation")[1:])
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"k": 3}}))
+    frame = read_interpretations(tmp_path)
+    assert frame["source"].tolist() == ["b.parquet", "b.parquet", "ef2/a.csv"]
+    assert sorted(frame["latent"]) == [0, 3, 6]
+
+
+def test_columns_can_be_named(tmp_path):
+    records = [{"a": 7, "b": 1, "good": "x", "longer but wrong": "xxxxxxxx", "s1": 0.1, "s2": 0.9}] * 2
+    frame = read_interpretations(
+        write(tmp_path / "t.csv", records), latent="b", interpretation="good", score="s2"
+    )
+    assert frame.iloc[0][["latent", "interpretation", "score"]].tolist() == [1, "x", 0.9]
+    with pytest.raises(SAEError, match="not nope"):
+        read_interpretations(tmp_path / "t.csv", latent="nope")
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([{"alpha": 0.5, "beta": "t"}], ["alpha", "latent indices"]),
+        ([{"latent": 1, "score": 0.5}], ["no column of texts"]),
+        ([{"m": 1, "n": 2, "text": "a"}, {"m": 2, "n": 3, "text": "b"}], ["m", "n", "Pass latent="]),
+    ],
+    ids=["no index", "no text", "two indices"],
+)
+def test_ambiguity_is_named(records, words, tmp_path):
+    with pytest.raises(SAEError) as error:
+        read_interpretations(write(tmp_path / "t.csv", records))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_no_table(tmp_path):
+    with pytest.raises(SAEError, match="no table"):
+        read_interpretations(tmp_path)
+    (tmp_path / "t.json").write_text("{")
+    with pytest.raises(SAEError, match="not a readable"):
+        read_interpretations(tmp_path / "t.json")
