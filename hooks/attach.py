@@ -9,6 +9,7 @@ an edit behind those would be lost. It knows nothing about inputs, SAEs or gener
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class LivePoint(HookPoint):
         point: the point.
         tap: puts the torch hooks on the model and returns their handles.
         check: raises HookError if the point cannot be listened to as the model stands.
+        show: a view of the model's tensor in which hooks see it, if not as it is.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class LivePoint(HookPoint):
         point: Point,
         tap: Callable[["LivePoint"], list[RemovableHandle]],
         check: Callable[[], None] | None = None,
+        show: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.name = point.name
@@ -45,6 +48,7 @@ class LivePoint(HookPoint):
         """How often a value has passed since the point was made."""
         self._tap = tap
         self._check = check
+        self._show = show
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -86,12 +90,11 @@ class LivePoint(HookPoint):
             self._check()
         self._handles = self._tap(self)
 
-    def pass_on(self, x: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Send a value through the hooks.
+    def pass_on(self, x: torch.Tensor) -> torch.Tensor:
+        """Send a value through the hooks, in the shape of the point.
 
         Args:
             x: the model's tensor.
-            shape: the shape in which hooks see it, if not its own.
 
         Returns:
             `x` itself if no hook replaced it, else the replacement in `x`'s shape and dtype.
@@ -99,7 +102,7 @@ class LivePoint(HookPoint):
         Raises:
             HookError: a hook returned a tensor of another shape.
         """
-        shown = x if shape is None else x.view(shape)
+        shown = x if self._show is None else self._show(x)
         y = self(shown)
         if y is shown:
             return x
@@ -156,10 +159,10 @@ def attach_points(model: nn.Module, table: PointTable) -> dict[str, LivePoint]:
     """
     table.validate(model)
     mids = {i: MidEdits() for i in range(table.counts["block"])}
-    return {name: _live(point, model, mids) for name, point in table.points.items()}
+    return {name: _live(point, model, table, mids) for name, point in table.points.items()}
 
 
-def _live(point: Point, model: nn.Module, mids: dict[int, MidEdits]) -> LivePoint:
+def _live(point: Point, model: nn.Module, table: PointTable, mids: dict[int, MidEdits]) -> LivePoint:
     module = model.get_submodule(point.module)
     config: Any = model.config
     if point.spec.tap == "pattern":
@@ -173,35 +176,24 @@ def _live(point: Point, model: nn.Module, mids: dict[int, MidEdits]) -> LivePoin
     if point.spec.name == "blocks.{i}.hook_resid_mid":
         block = model.get_submodule(f"model.language_model.layers.{point.index}")
         return LivePoint(point, lambda live: tap_mid(block, live, mids[point.index or 0]))
-    heads = _head_count(config, point)
+    show = partial(table.shown, point) if point.spec.heads else None
     if point.spec.tap == "input":
-        return LivePoint(point, lambda live: [_tap_input(module, live, heads)])
+        return LivePoint(point, lambda live: [_tap_input(module, live)], show=show)
     settle = mids[point.index or 0].settle if point.spec.name == "blocks.{i}.hook_resid_post" else None
-    return LivePoint(point, lambda live: [_tap_output(module, live, heads, settle)])
+    return LivePoint(point, lambda live: [_tap_output(module, live, settle)], show=show)
 
 
-def _head_count(config: Any, point: Point) -> int | None:
-    text = config.text_config
-    return {"": None, "query": text.num_attention_heads, "key": text.num_key_value_heads}[point.spec.heads]
-
-
-def _per_head(x: torch.Tensor, heads: int | None) -> tuple[int, ...] | None:
-    return None if heads is None else (*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def _tap_output(
-    module: nn.Module, live: LivePoint, heads: int | None, settle: Callable[[Any], Any] | None
-) -> RemovableHandle:
+def _tap_output(module: nn.Module, live: LivePoint, settle: Callable[[Any], Any] | None) -> RemovableHandle:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         settled = output if settle is None else settle(output)
         x = first(settled)
-        y = live.pass_on(x, _per_head(x, heads))
+        y = live.pass_on(x)
         return None if y is x and settled is output else put_first(settled, y)
 
     return module.register_forward_hook(hook, prepend=True)
 
 
-def _tap_input(module: nn.Module, live: LivePoint, heads: int | None) -> RemovableHandle:
+def _tap_input(module: nn.Module, live: LivePoint) -> RemovableHandle:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = None if args else next((name for name in INPUT_NAMES if name in kwargs), None)
         if not args and key is None:
@@ -210,7 +202,7 @@ def _tap_input(module: nn.Module, live: LivePoint, heads: int | None) -> Removab
                 f" as the first argument or under one of {', '.join(INPUT_NAMES)}, as transformers does."
             )
         x = args[0] if key is None else kwargs[key]
-        y = live.pass_on(x, _per_head(x, heads))
+        y = live.pass_on(x)
         if y is x:
             return None
         return ((y, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: y})

@@ -93,11 +93,15 @@ def to_bridge(
     twin = model if in_place else share_weights(model)
     twin.set_attn_implementation("eager")
     config: Any = twin.config
+
+    def fit(adapter: Any) -> None:
+        adapter.fit(config.projector_n_layers, config.vision_feature_layer)
+
     bridge: Any = build_bridge_from_module(
         twin,
         ARCHITECTURE,
         hf_config=config,
         model_name=model_name,
-        post_adapter_hook=lambda adapter: adapter.fit(config.projector_n_layers, config.vision_feature_layer),
+        post_adapter_hook=fit,
     )
     return BridgedMaira2.take_over(bridge, processor)

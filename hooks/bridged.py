@@ -161,11 +161,12 @@ class BridgedMaira2(SAETransformerBridge):
         Raises:
             HookError: an unknown name, or a named point that never fired.
         """
-        asked = [names_filter] if isinstance(names_filter, str) else names_filter
-        if asked is None or callable(asked):
-            return super().run_with_cache(input, *args, names_filter=asked, **kwargs)
+        host: Any = super()
+        if names_filter is None or callable(names_filter):
+            return host.run_with_cache(input, *args, names_filter=names_filter, **kwargs)
+        asked: list[str] = [names_filter] if isinstance(names_filter, str) else list(names_filter)
         names = {name: self.resolve(name) for name in asked}
-        out, cache = super().run_with_cache(input, *args, names_filter=list(names.values()), **kwargs)
+        out, cache = host.run_with_cache(input, *args, names_filter=list(names.values()), **kwargs)
         kept: Any = cache if isinstance(cache, dict) else cache.cache_dict
         firings = Firings(self.points)
         firings.counts = {("forward", name): int(known in kept) for name, known in names.items()}
@@ -205,7 +206,7 @@ class BridgedMaira2(SAETransformerBridge):
                 made.append((name, hook))
         return made
 
-    def run_with_hooks(
+    def run_with_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest goes by keyword
         self,
         input: Any = None,
         fwd_hooks: Named = (),

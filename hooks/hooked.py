@@ -215,8 +215,9 @@ class HookedPoints(HookedRootModule):
             aliases = {name: self.resolve(name) for name in asked}
             named = wanted = list(dict.fromkeys(aliases.values()))
         stop = self.stop_before(stop_at_layer, named)
+        place = None if device is None else torch.device(device)
         cache, forward, backward = self.get_caching_hooks(
-            wanted, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice
+            wanted, incl_bwd, place, remove_batch_dim, pos_slice=pos_slice
         )
         # Only hooks asked for by name must fire; gradients stay away from frozen parts.
         by_name = self.hooks(forward if named else (), (), reset_hooks_end, clear_contexts)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from sae_lens_maira.errors import HookError
@@ -74,6 +75,7 @@ class PointTable:
             "heads, d_head": text.num_attention_heads * head,
             "kv_heads, d_head": text.num_key_value_heads * head,
         }
+        self._heads = {"": None, "query": text.num_attention_heads, "key": text.num_key_value_heads}
         self.counts = {
             "block": int(config.text_config.num_hidden_layers),
             "vision block": int(config.vision_config.num_hidden_layers),
@@ -133,6 +135,11 @@ class PointTable:
         if point is not None:
             return point
         raise HookError(self._explain(name))
+
+    def shown(self, point: Point, x: torch.Tensor) -> torch.Tensor:
+        """A module's tensor in the shape of the point: the last axis split into heads where it has any."""
+        heads = self._heads[point.spec.heads]
+        return x if heads is None else x.view(*x.shape[:-1], heads, x.shape[-1] // heads)
 
     def width(self, name: str) -> int | None:
         """Numbers per position at a point, heads taken together; None for attention patterns.

@@ -20,9 +20,10 @@ from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks.firing import silence
 from sae_lens_maira.hooks.inputs import gather_inputs
 from sae_lens_maira.hooks.names import Point, PointTable
+from sae_lens_maira.hooks.pattern import require_eager
 from sae_lens_maira.maira2 import MAX_NEW_TOKENS, Maira2, Maira2ForConditionalGeneration, Maira2Processor
 
-NAMES = {
+NAMES: dict[str, str] = {
     "model.language_model.layers": "blocks",
     "model.language_model.norm": "ln_final",
     "model.language_model.embed_tokens": "embed",
@@ -60,7 +61,7 @@ class Maira2NNsight(NNsight):
             model, processor = model.model, processor or model.processor
         points = PointTable(model.config)
         points.validate(model)
-        super().__init__(model, rename=dict(NAMES))
+        super().__init__(model, rename={**NAMES})
         self.processor = processor
         self.points = points
         self.at = PointAccess(self, "{}")
@@ -190,11 +191,11 @@ class PointAccess:
         if point.spec.tap == "pattern":
             return self._pattern_of(point, envoy)
         if point.spec.tap == "input":
-            return self._per_head(point, envoy.input)
+            return self._root.points.shown(point, envoy.input)
         output = envoy.output
         if point.spec.tap == "feature_map":
             return output.feature_maps[self._layer()]
-        return self._per_head(point, output[0] if isinstance(output, tuple) else output)
+        return self._root.points.shown(point, output[0] if isinstance(output, tuple) else output)
 
     def __setitem__(self, key: Any, value: torch.Tensor) -> None:
         point, envoy = self._find(key)
@@ -218,20 +219,12 @@ class PointAccess:
         envoy.output = (value, *output[1:]) if isinstance(output, tuple) else value
 
     def _layer(self) -> int:
-        return self._root._module.config.vision_feature_layer
+        config: Any = self._root._module.config
+        return int(config.vision_feature_layer)
 
     def _pattern_of(self, point: Point, envoy: Any) -> torch.Tensor:
-        from sae_lens_maira.hooks.pattern import require_eager
-
         require_eager(envoy._module, point.name)
         return envoy.output[1]
-
-    def _per_head(self, point: Point, x: torch.Tensor) -> torch.Tensor:
-        if not point.spec.heads:
-            return x
-        text = self._root._module.config.text_config
-        heads = text.num_attention_heads if point.spec.heads == "query" else text.num_key_value_heads
-        return x.view(*x.shape[:-1], heads, x.shape[-1] // heads)
 
     @staticmethod
     def _flat(point: Point, value: torch.Tensor) -> torch.Tensor:
