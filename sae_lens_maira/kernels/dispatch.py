@@ -77,13 +77,13 @@ def fused_step(
         BackendError: shapes, types or the backend do not fit.
     """
     name = resolve_backend(backend, x.device)
-    comm = comm or LocalCommunicator()
+    group: Communicator = LocalCommunicator() if comm is None else comm
     _check(weights, x, spec)
     if name == "reference":
-        if comm.size > 1:
+        if group.size > 1:
             raise BackendError(
                 "The reference backend sees one process only, but the step spans "
-                f"{comm.size} ranks. Use backend='sparse'."
+                f"{group.size} ranks. Use backend='sparse'."
             )
         return reference_step(weights, x, spec, dead)
     stages = SPARSE
@@ -91,7 +91,7 @@ def fused_step(
         from sae_lens_maira.kernels.triton_stages import TRITON  # triton is imported only when it runs
 
         stages = TRITON
-    return run_stages(stages, weights, x, spec, dead, workspace or Workspace(), comm, out)
+    return run_stages(stages, weights, x, spec, dead, workspace or Workspace(), group, out)
 
 
 def _check(weights: Weights, x: torch.Tensor, spec: StepSpec) -> None:

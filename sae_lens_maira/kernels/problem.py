@@ -99,7 +99,7 @@ class Weights(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the total loss; W_enc's is transposed, (d_sae, d_in), as the pass over latents writes it."""
+    """Gradients of the total loss; W_enc's is transposed, (d_sae, d_in), as its pass writes it."""
 
     W_enc_t: torch.Tensor
     b_enc: torch.Tensor

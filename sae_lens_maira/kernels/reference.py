@@ -37,7 +37,7 @@ def reference_step(weights: Weights, x: torch.Tensor, spec: StepSpec, dead: Dead
             start = width
         level_losses = torch.stack([(prefix - x).square().sum(dim=-1).mean() for prefix in prefixes])
         fired = kept.sum(dim=0)
-        mask = dead(fired) if callable(dead) else dead
+        mask = dead if dead is None or isinstance(dead, torch.Tensor) else dead(fired)
         aux_loss = _aux_loss(spec, mask, scaled, norms, W_dec, [(x - prefix).detach() for prefix in prefixes])
         loss = (level_losses * level_losses.new_tensor(spec.weights_of_levels)).sum() + aux_loss
 

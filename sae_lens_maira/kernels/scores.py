@@ -86,8 +86,8 @@ class BoundedScores:
         products = sampled_product(rows, cols, self.xc, self.W_enc)
         if len(index) and bool((products.to(self.upper.dtype) > self.upper.view(-1)[index]).any()):
             raise BackendError(
-                "A score is larger than its low-precision upper bound, so exact selection by candidates is not "
-                "safe with this machine's matrix product. Expected the product to accumulate in float32. "
+                "A score is larger than its low-precision upper bound, so exact selection by candidates is "
+                "not safe with this machine's matrix product. Expected the product to accumulate in float32. "
                 "Set candidates='off'."
             )
         h = products + self.b_enc[cols]

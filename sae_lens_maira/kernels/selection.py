@@ -45,7 +45,7 @@ class Scores(Protocol):
 class Selection(NamedTuple):
     """Kept entries of this rank: flat indices ascending, h, h * norm; and the threshold over all ranks."""
 
-    index: torch.Tensor
+    flat: torch.Tensor
     h: torch.Tensor
     values: torch.Tensor
     threshold: float

@@ -77,7 +77,7 @@ def run_stages(
     selection = select(scores, n, tokens, comm, workspace.threshold)
     workspace.threshold = selection.threshold or workspace.threshold
 
-    layout = build_layout(selection.index, batch, d_sae, spec.widths)
+    layout = build_layout(selection.flat, batch, d_sae, spec.widths)
     scales = tuple(2 * weight / tokens for weight in spec.weights_of_levels)
     per_level = spec.aux.kind == "matryoshka" and dead is not None
     decoded = stages.prefix_decode(layout, selection.h, weights.W_dec, weights.b_dec, x, scales, per_level)
@@ -87,7 +87,7 @@ def run_stages(
     level_losses = comm.sum_(decoded.squared) / tokens
     fired = comm.sum_(layout.fired)
 
-    mask = dead(fired) if callable(dead) else dead
+    mask = dead if dead is None or isinstance(dead, torch.Tensor) else dead(fired)
     aux_loss = torch.zeros((), dtype=torch.float64, device=x.device)
     if mask is not None and spec.aux.kind != "none" and bool(mask.any()):
         aux_loss = add_aux_loss(spec, mask, scores, xc, weights.W_dec, decoded.errors, tokens, comm, grads)

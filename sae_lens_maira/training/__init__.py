@@ -1,1 +1,23 @@
-"""To be written."""
+"""Training of SAEs with the fused step, inside SAELens' own trainer and runners.
+
+`FusedSAETrainer` is SAELens' `SAETrainer` with another `_train_step`; `fused_training()` makes SAELens' runners use it.
+Multi-process training, checkpoints that survive a kill, and the step's benchmark live here too.
+"""
+
+from sae_lens_maira.training.checkpoints import latest_checkpoint, resume
+from sae_lens_maira.training.distributed import ProcessGroupCommunicator, ShardedBatches, distributed
+from sae_lens_maira.training.optimizer import RowMajorAdam
+from sae_lens_maira.training.runners import FusedLanguageModelSAETrainingRunner, fused_training
+from sae_lens_maira.training.trainer import FusedSAETrainer
+
+__all__ = [
+    "FusedLanguageModelSAETrainingRunner",
+    "FusedSAETrainer",
+    "ProcessGroupCommunicator",
+    "RowMajorAdam",
+    "ShardedBatches",
+    "distributed",
+    "fused_training",
+    "latest_checkpoint",
+    "resume",
+]

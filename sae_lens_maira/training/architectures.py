@@ -1,0 +1,149 @@
+"""What the fused step has to know of each SAE class that it can train, and why it cannot train the others.
+
+    SAELens batchtopk               one level
+    SAELens matryoshka_batchtopk    levels, weights 1, SAELens' auxiliary losses
+    our matryoshka                  levels, weights and auxiliary loss by convention; unit decoder rows
+
+A `StepPlan` holds the numbers (`StepSpec`) and the three things a class does around the arithmetic: before the step, to
+W_dec's gradient, and after. It mirrors each class's `training_forward_pass`. It knows nothing about trainers.
+"""
+
+from typing import Any
+
+import torch
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, mse_loss
+
+from sae_lens_maira.errors import SAEError
+from sae_lens_maira.kernels import AuxSpec, StepResult, StepSpec, Weights
+from sae_lens_maira.kernels.problem import Candidates, DeadMask
+from sae_lens_maira.sae import MatryoshkaTrainingSAE
+
+SUPPORTED = (BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaTrainingSAE)
+PER_ROW_NORMALISATION = ("layer_norm", "constant_norm_rescale")
+
+
+class StepPlan:
+    """How one step of one SAE object runs. Cheap to make; made anew for every step, since users edit SAEs."""
+
+    def __init__(self, sae: TrainingSAE[Any], autocast: bool = False, candidates: Candidates = "off") -> None:
+        cfg = sae.cfg
+        self.sae = sae
+        self.ours = isinstance(sae, MatryoshkaTrainingSAE)
+        self.unit_decoder = isinstance(sae, MatryoshkaTrainingSAE) and sae.has_unit_decoder
+        if isinstance(sae, MatryoshkaTrainingSAE):
+            self.widths, weights = sae.cfg.level_widths(), sae.cfg.effective_level_weights()
+        else:
+            self.widths = tuple(getattr(cfg, "matryoshka_widths", None) or [cfg.d_sae])
+            weights = None
+        if self.unit_decoder:
+            kind = "dictionary_learning"
+        else:
+            kind = "matryoshka" if getattr(cfg, "use_matryoshka_aux_loss", False) else "topk"
+        self.spec = StepSpec(
+            k=sae.activation_fn.k,
+            widths=self.widths,
+            level_weights=weights,
+            rescale=cfg.rescale_acts_by_decoder_norm,
+            centre=bool(cfg.apply_b_dec_to_input),
+            aux=AuxSpec(kind=kind, coefficient=cfg.aux_loss_coefficient),
+            autocast=autocast,
+            candidates=candidates,
+        )
+
+    def before(self, x: torch.Tensor, step_input: TrainStepInput) -> None:
+        """What the class does to its weights before a step; x holds the rows of all ranks if this is the first."""
+        if isinstance(self.sae, MatryoshkaTrainingSAE):
+            step_input.sae_in = x
+            self.sae.prepare_step(step_input)
+
+    def weights(self) -> Weights:
+        """The parameters, detached."""
+        sae = self.sae
+        return Weights(sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach())
+
+    def dead(self, mask: torch.Tensor | None, tokens: int) -> DeadMask:
+        """Dead latents by the class's rule: the trainer's mask, or tokens since a latent fired, this batch included."""
+        if not self.unit_decoder:
+            return mask if mask is not None and bool(mask.any()) else None
+        sae = self.sae
+        silent, limit = sae.tokens_since_fired, sae.cfg.dead_after_tokens
+        if int(silent.max()) + tokens < limit:
+            return None
+        return lambda fired: torch.where(fired > 0, torch.zeros_like(silent), silent + tokens) >= limit
+
+    def adjust_(self, W_dec_gradient: torch.Tensor) -> None:
+        """Removes the part of each row's gradient along the row, where the class holds rows at norm 1."""
+        if self.unit_decoder:
+            rows = self.sae.W_dec.detach()
+            direction = rows / (rows.norm(dim=-1, keepdim=True) + 1e-6)
+            W_dec_gradient.sub_((W_dec_gradient * direction).sum(dim=-1, keepdim=True) * direction)
+
+    def losses(self, result: StepResult) -> dict[str, torch.Tensor]:
+        """Losses by the names that the class gives them."""
+        named = {"mse_loss": result.level_losses[-1], "auxiliary_reconstruction_loss": result.aux_loss}
+        for width, loss in zip(self.widths[:-1], result.level_losses[:-1], strict=True):
+            named[f"inner_mse_loss_{width}"] = loss
+        return named
+
+    @torch.no_grad()
+    def after(self, result: StepResult, n_training_steps: int) -> None:
+        """Updates the threshold's moving average and, with unit decoder rows, the tokens since a latent fired."""
+        sae, rate = self.sae, self.sae.cfg.topk_threshold_lr
+        threshold = sae.topk_threshold
+        lowest = result.min_positive.to(threshold.dtype)
+        fired_at_all = torch.isfinite(lowest)
+        if self.unit_decoder:
+            sae.tokens_since_fired += result.tokens
+            sae.tokens_since_fired[result.fired > 0] = 0
+            if n_training_steps <= sae.cfg.threshold_start_step:
+                return
+            lowest = torch.where(fired_at_all, lowest, torch.zeros_like(lowest))
+            rate = 1.0 if threshold < 0 else rate
+            sae.topk_threshold = (1 - rate) * threshold + rate * lowest
+        else:
+            sae.topk_threshold = torch.where(fired_at_all, (1 - rate) * threshold + rate * lowest, threshold)
+
+
+def check_architecture(sae: TrainingSAE[Any]) -> None:
+    """Refuses what no path can train.
+
+    Raises:
+        SAEError: nested levels with a per-row normalisation, which SAELens forgets after the first level.
+    """
+    kind = sae.cfg.normalize_activations
+    if isinstance(sae, MatryoshkaBatchTopKTrainingSAE) and kind in PER_ROW_NORMALISATION:
+        raise SAEError(
+            f"normalize_activations={kind!r} does not work with nested reconstructions: SAELens drops its "
+            "per-row state after the first of them and fails at the second. Use 'none', "
+            "'expected_average_only_in' or 'covariance_whitening'."
+        )
+
+
+def reason_for_dense(sae: TrainingSAE[Any], x: torch.Tensor) -> str | None:
+    """Why this step has to run densely, in words for the user; None if the fused step applies."""
+    if type(sae) not in SUPPORTED:
+        names = ", ".join(cls.__name__ for cls in SUPPORTED)
+        return f"the SAE is a {type(sae).__name__}; the fused step knows {names}"
+    if sae.cfg.normalize_activations in PER_ROW_NORMALISATION:
+        return f"normalize_activations={sae.cfg.normalize_activations!r} rescales every row inside the SAE"
+    hooked = [name for name, point in sae.hook_dict.items() if _has_hooks(point)]
+    if hooked:
+        return f"hooks are attached to {', '.join(hooked)}, and the fused step never makes those tensors"
+    if sae.dtype not in (torch.float32, torch.float64):
+        return f"the SAE's dtype is {sae.dtype}; the fused step has float32 and float64"
+    if x.ndim != 2:
+        return f"the batch has {x.ndim} dimensions; the fused step takes (rows, d_in)"
+    if not all(parameter.requires_grad for parameter in sae.parameters()):
+        return "some parameters are frozen"
+    replaced = sae.__dict__.get("training_forward_pass")
+    if replaced is not None and not hasattr(replaced, "_torchdynamo_orig_callable"):
+        return "training_forward_pass was replaced on this object"
+    if sae.mse_loss_fn is not mse_loss or type(sae.activation_fn) is not BatchTopK:
+        return "the loss or the activation function was replaced on this object"
+    return None
+
+
+def _has_hooks(point: torch.nn.Module) -> bool:
+    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)

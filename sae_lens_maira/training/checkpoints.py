@@ -1,0 +1,73 @@
+"""Checkpoints that a killed process cannot leave half-written, and the newest of them.
+
+A folder is complete when it carries its final name. Writing happens under `<name>.partial-<owner>` and ends with one
+rename, which a file system does entirely or not at all. The files inside are SAELens'. This module knows names and
+files, nothing about tensors.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_lens.constants import SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
+
+from sae_lens_maira.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sae_lens_maira.training.trainer import FusedSAETrainer
+
+_NAME = re.compile(r"(?:rescue_)?(\d+)")
+
+
+@contextmanager
+def complete_atomically(base: Path, name: str, owner: str = "0") -> Iterator[str]:
+    """Name of a folder under base to write to, renamed to `name` on success; a complete `name` is replaced.
+
+    A failure removes what was written. With several owners the last to finish wins, which is harmless where they write
+    the same.
+    """
+    partial, final = base / f"{name}.partial-{owner}", base / name
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial.name
+        if final.exists():
+            stale = base / f"{name}.stale-{owner}"
+            final.rename(stale)
+            partial.rename(final)
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def latest_checkpoint(base: Path | str) -> Path | None:
+    """The complete checkpoint of an unfinished run with the most samples, `<samples>` or `rescue_<samples>`."""
+    found = []
+    for folder in Path(base).glob("*"):
+        name = _NAME.fullmatch(folder.name)
+        files = [folder / SAE_WEIGHTS_FILENAME, folder / TRAINER_STATE_FILENAME]
+        if name is not None and all(file.exists() for file in files):
+            found.append((int(name.group(1)), folder))
+    return max(found)[1] if found else None
+
+
+def resume(trainer: "FusedSAETrainer", checkpoint: Path | str) -> None:
+    """Loads weights and trainer state in place; the data provider is the caller's to move on.
+
+    Raises:
+        CheckpointError: the folder is not a training checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    missing = [n for n in (SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME) if not (checkpoint / n).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint} lacks {' and '.join(missing)}; expected a training checkpoint of SAELens or of "
+            "this package. A saved SAE alone cannot be resumed."
+        )
+    trainer.sae.load_weights_from_checkpoint(checkpoint)
+    trainer.load_trainer_state(checkpoint)

@@ -1,0 +1,337 @@
+"""SAELens' trainer with the fused step: same configuration, logging, schedules, evaluation and checkpoints.
+
+Only what happens between a batch and the updated weights is replaced: losses and gradients come from
+`kernels.fused_step`, clipping and Adam run in one pass, and firing statistics come from the kept entries.
+Where the fused step does not apply (hooks on the SAE, an unknown class) SAELens' own step runs and the reason
+is said once. W_enc is kept in memory as (d_sae, d_in), so that its gradient is written row by row; every
+state dict shows it contiguous.
+"""
+
+import signal
+import threading
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.training._interruption import interrupt_callback
+from sae_lens.training.optim import get_lr_scheduler
+from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
+from sae_lens.training.types import DataProvider
+from typing_extensions import override
+
+from sae_lens_maira.errors import BackendError, SAEError
+from sae_lens_maira.kernels import (
+    Gradients,
+    LocalCommunicator,
+    StepResult,
+    Workspace,
+    fused_step,
+    resolve_backend,
+)
+from sae_lens_maira.kernels.dispatch import Backend
+from sae_lens_maira.kernels.problem import Candidates
+from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
+from sae_lens_maira.training.checkpoints import complete_atomically
+from sae_lens_maira.training.distributed import ProcessGroupCommunicator
+from sae_lens_maira.training.optimizer import RowMajorAdam
+
+MAX_GRADIENT_NORM = 1.0
+"""SAELens' fixed clipping norm."""
+
+
+class FusedSAETrainer(SAETrainer[Any, Any]):
+    """Drop-in for `sae_lens.training.sae_trainer.SAETrainer`.
+
+    Over N processes (`comm` from `distributed()`), `cfg.train_batch_size_samples` is the batch of all ranks
+    together, every rank's data provider yields its share of the rows, and losses, selection and gradients are those of
+    one process with all rows. Rank 0 writes checkpoints and logs.
+
+    `TrainStepOutput` holds detached tensors; `feature_acts` is a coalesced sparse tensor, and `hidden_pre` is the same
+    tensor, since a kept pre-activation is positive and thus equals its activation.
+
+    Attributes:
+        backend: The backend that runs: "triton", "sparse" or "reference".
+        dense_reason: Why the last step ran densely; None if it did not.
+    """
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: TrainingSAE[Any],
+        data_provider: DataProvider,
+        evaluator: Evaluator[Any] | None = None,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+        *,
+        backend: Backend = "auto",
+        candidates: Candidates = "off",
+        comm: ProcessGroupCommunicator | None = None,
+    ) -> None:
+        """Builds SAELens' trainer, then its optimiser and scheduler again over the fused Adam.
+
+        Args:
+            cfg: SAELens' configuration.
+            sae: Any TrainingSAE; see `architectures.SUPPORTED` for those that run fused.
+            data_provider: Batches (rows, d_in).
+            evaluator: As in SAELens.
+            save_checkpoint_fn: As in SAELens.
+            backend: Which kernels run.
+            candidates: "bf16" or "tf32" find candidates in low precision first; the result stays exact.
+            comm: The other ranks.
+
+        Raises:
+            BackendError: the backend cannot run on the SAE's device.
+            SAEError: the SAE's normalisation works with no trainer.
+        """
+        check_architecture(sae)
+        self.comm: ProcessGroupCommunicator | LocalCommunicator = (
+            LocalCommunicator() if comm is None else comm
+        )
+        if self.comm.rank > 0 and cfg.logger.log_to_wandb:
+            cfg = replace(cfg, logger=replace(cfg.logger, log_to_wandb=False))
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        self.backend = resolve_backend(backend, cfg.device)
+        self.candidates: Candidates = candidates
+        self.dense_reason: str | None = None
+        self._reasons_said: set[str] = set()
+        self._workspace = Workspace()
+        self._buffers: Gradients | None = None
+        assert cfg.lr_end is not None  # set by SAELens' configuration classes
+        self.optimizer = RowMajorAdam(sae.parameters(), cfg.lr, (cfg.adam_beta1, cfg.adam_beta2))
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            lr=cfg.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            training_steps=cfg.total_training_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
+        sae.register_state_dict_post_hook(_contiguous_W_enc)
+        if isinstance(self.comm, ProcessGroupCommunicator):
+            for tensor in (*sae.parameters(), *sae.buffers()):
+                self.comm.broadcast_(tensor.data)
+
+    @override
+    def fit(self) -> TrainingSAE[Any]:
+        """Trains to the end. Over several ranks, a failure leaves a checkpoint `rescue_<samples>` and is raised."""
+        if not isinstance(self.comm, ProcessGroupCommunicator):
+            return self._plain(super().fit())
+        self._agree_on_scaling(self.comm)
+        if threading.current_thread() is threading.main_thread():
+            # torchrun ends the survivors of a failed rank with SIGTERM; as an exception it leaves time to save.
+            signal.signal(signal.SIGTERM, interrupt_callback)
+        try:
+            return self._plain(super().fit())
+        except Exception:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._save_rescue()
+            raise
+
+    @override
+    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        """One step on this rank's raw rows; counts the rows of all ranks, and none if the step fails."""
+        before = self.n_training_samples
+        try:
+            output = super().step(batch)
+        except BaseException:
+            self.n_training_samples = before
+            raise
+        self.n_training_samples = before + self._tokens
+        return output
+
+    @override
+    def _train_step(self, sae: TrainingSAE[Any], sae_in: torch.Tensor) -> TrainStepOutput:
+        self._tokens = sum(self.comm.counts(len(sae_in)))
+        reason = self.dense_reason = reason_for_dense(sae, sae_in)
+        if reason is not None:
+            self._say_once(reason)
+            return super()._train_step(sae, sae_in)
+        sae.train()
+        self._lay_out_W_enc(sae)
+        x = sae_in.detach().to(sae.dtype)
+        plan = StepPlan(sae, self.cfg.autocast, self.candidates)
+        self._prepare(plan, x)
+        result = fused_step(
+            plan.weights(),
+            x,
+            plan.spec,
+            plan.dead(self.dead_neurons, self._tokens),
+            backend=self.backend,
+            workspace=self._workspace,
+            comm=self.comm,
+            out=self._gradient_buffers(sae),
+        )
+        if not bool(torch.isfinite(result.loss)):
+            raise self._not_finite(sae, x)
+        # Everything that can fail, ranks included, lies behind us: from here on state changes.
+        plan.after(result, self.n_training_steps)
+        self._record_firing(result)
+        self._update(sae, plan, result)
+        acts = result.acts.to_coo()
+        return TrainStepOutput(
+            sae_in=sae_in,
+            sae_out=result.sae_out,
+            feature_acts=acts,
+            hidden_pre=acts,
+            loss=result.loss,
+            losses=plan.losses(result),
+            metrics={"topk_threshold": sae.topk_threshold},
+        )
+
+    def _prepare(self, plan: StepPlan, x: torch.Tensor) -> None:
+        first = self.n_training_steps == 0
+        if plan.unit_decoder and first and not bool(torch.isfinite(x).all()):
+            raise self._not_finite(plan.sae, x)
+        rows = x
+        if plan.unit_decoder and first and isinstance(self.comm, ProcessGroupCommunicator):
+            rows = self.comm.gather_rows(x)
+        step_input = TrainStepInput(
+            sae_in=rows,
+            dead_neuron_mask=None,
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
+        plan.before(rows, step_input)
+
+    @torch.no_grad()
+    def _record_firing(self, result: StepResult) -> None:
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[result.fired > 0] = 0
+        self.act_freq_scores += result.fired
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+
+    @torch.no_grad()
+    def _update(self, sae: TrainingSAE[Any], plan: StepPlan, result: StepResult) -> None:
+        gradients = result.gradients
+        plan.adjust_(gradients.W_dec)
+        sae.W_enc.grad, sae.b_enc.grad = gradients.W_enc_t.T, gradients.b_enc
+        sae.W_dec.grad, sae.b_dec.grad = gradients.W_dec, gradients.b_dec
+        self.optimizer.clip_(MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+
+    def _gradient_buffers(self, sae: TrainingSAE[Any]) -> Gradients:
+        W_dec = sae.W_dec
+        if (
+            self._buffers is None
+            or self._buffers.W_dec.device != W_dec.device
+            or self._buffers.W_dec.dtype != W_dec.dtype
+        ):
+            self._buffers = Gradients(
+                torch.empty_like(W_dec.detach()),
+                sae.b_enc.detach(),
+                torch.empty_like(W_dec.detach()),
+                sae.b_dec.detach(),
+            )
+        return self._buffers
+
+    @torch.no_grad()
+    def _lay_out_W_enc(self, sae: TrainingSAE[Any]) -> None:
+        if not sae.W_enc.T.is_contiguous():
+            sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+            self.optimizer.follow_parameters()
+
+    @torch.no_grad()
+    def _plain(self, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
+        sae.W_enc.data = sae.W_enc.data.contiguous()
+        return sae
+
+    def _say_once(self, reason: str) -> None:
+        if self.comm.size > 1:
+            raise BackendError(
+                f"Training over {self.comm.size} ranks needs the fused step, which does not apply: {reason}. "
+                "Train in one process, or remove the cause."
+            )
+        if reason not in self._reasons_said:
+            self._reasons_said.add(reason)
+            warnings.warn(
+                f"The fused step does not apply: {reason}. SAELens' dense step runs instead; it gives the same "
+                "result, more slowly.",
+                stacklevel=2,
+            )
+
+    def _not_finite(self, sae: TrainingSAE[Any], x: torch.Tensor) -> SAEError:
+        bad_rows = int((~torch.isfinite(x)).any(dim=1).sum())
+        bad = [name for name, p in sae.named_parameters() if not bool(torch.isfinite(p).all())]
+        found = f"{bad_rows} of {len(x)} rows of the batch hold NaN or infinity"
+        if bad:
+            found += f", and so do {', '.join(bad)}"
+        elif not bad_rows:
+            found = "batch and weights are finite, so a product overflowed"
+        return SAEError(
+            f"The loss of step {self.n_training_steps} is not finite: {found}. No weight was changed by this step. "
+            "Drop or repair such rows where activations are harvested, or resume from the last checkpoint."
+        )
+
+    def _agree_on_scaling(self, comm: ProcessGroupCommunicator) -> None:
+        kind, cfg = self.sae.cfg.normalize_activations, self.sae.cfg
+        if kind == "covariance_whitening" and self.activation_scaler.whitening is None:
+            raise SAEError(
+                "normalize_activations='covariance_whitening' cannot be estimated over several ranks, since each "
+                "sees its own rows. Estimate it in one process and resume from that checkpoint."
+            )
+        if kind == "expected_average_only_in" and self.activation_scaler.scaling_factor is None:
+            self.activation_scaler.estimate_scaling_factor(
+                cfg.d_in, self.data_provider, self.cfg.n_batches_for_norm_estimate
+            )
+            mean_norm = torch.tensor(
+                cfg.d_in**0.5 / self.activation_scaler.scaling_factor, dtype=torch.float64
+            )
+            self.activation_scaler.scaling_factor = cfg.d_in**0.5 * comm.size / float(comm.sum_(mean_norm))
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """SAELens' checkpoint, written aside and then renamed: a kill leaves the old or the new, never half."""
+        if self.comm.rank > 0:
+            return
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+            return
+        with complete_atomically(Path(base), checkpoint_name) as partial_name:
+            super().save_checkpoint(partial_name, base, wandb_aliases)
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        # SAELens writes before it counts the step, so its own mid-run checkpoints are one step short of their weights.
+        self.n_training_steps += 1
+        super()._checkpoint_if_needed()
+        self.n_training_steps -= 1
+
+    def _save_rescue(self) -> None:
+        """Any survivor may write it: all ranks hold the same state, and the first complete one wins."""
+        if self.cfg.checkpoint_path is None:
+            return
+        name = f"rescue_{self.n_training_samples}"
+        rank = self.comm.rank
+        with complete_atomically(Path(self.cfg.checkpoint_path), name, owner=str(rank)) as partial_name:
+            SAETrainer.save_checkpoint(self, partial_name, self.cfg.checkpoint_path)
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Reads a checkpoint of this trainer or of SAELens'."""
+        super().load_trainer_state(checkpoint_path)
+        done = self.n_training_samples
+        self.checkpoint_thresholds = [at for at in self.checkpoint_thresholds if at >= done]
+
+
+def _contiguous_W_enc(
+    module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    """Safetensors refuses other memory orders, and other readers should find SAELens' own."""
+    state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()

@@ -1,0 +1,116 @@
+"""Two ranks of half a batch are one rank of the whole: selection, losses, weights; and what a kill -9 leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_lens_maira.errors import BackendError, ConfigError
+from sae_lens_maira.training import FusedSAETrainer, ShardedBatches, distributed, latest_checkpoint
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).with_name("torchrun_worker.py")
+
+
+def torchrun(*arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(WORKER),
+    ]
+    done = subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode == 0) == ok, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def worker():
+    spec = util.spec_from_file_location("torchrun_worker", WORKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """Folder of an undisturbed run of two ranks, both conventions."""
+    out = tmp_path_factory.mktemp("two")
+    torchrun(str(out), "--convention", "saelens", "dictionary_learning")
+    return out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "done" / "sae_weights.safetensors")
+
+
+@pytest.mark.parametrize("convention", ["saelens", "dictionary_learning"])
+def test_two_ranks_are_one(convention, two_ranks, worker, tmp_path):
+    """Shares of 32 + 32, 31 + 32 and 0 + 1 rows, with dead latents and the auxiliary loss."""
+    losses = worker.train(convention, tmp_path, None, None)
+    both = [json.loads((two_ranks / convention / f"losses_{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0] == both[1]
+    assert both[0] == pytest.approx(losses, rel=1e-5)
+    alone, together = weights(tmp_path), weights(two_ranks / convention)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_killed_rank_leaves_a_checkpoint_that_ends_in_the_same_weights(two_ranks, tmp_path):
+    torchrun(str(tmp_path), "--kill-step", "6", "--kill-ranks", "0", ok=False)
+    found = latest_checkpoint(tmp_path / "saelens")
+    assert found is not None
+    assert found.name.startswith("rescue_")  # all six steps done are kept, by the rank that survived
+    assert not list((tmp_path / "saelens").glob("*.partial-*"))
+    torchrun(str(tmp_path))
+    for name, tensor in weights(two_ranks / "saelens").items():
+        assert torch.equal(weights(tmp_path / "saelens")[name], tensor), name
+
+
+def test_a_killed_run_resumes_to_the_same_weights(two_ranks, tmp_path):
+    torchrun(str(tmp_path), "--kill-step", "9", "--kill-ranks", "0", "1", ok=False)
+    found = latest_checkpoint(tmp_path / "saelens")
+    assert found is not None
+    assert found.name.isdigit()  # a scheduled one: nobody was left to write another
+    torchrun(str(tmp_path))
+    for name, tensor in weights(two_ranks / "saelens").items():
+        assert torch.equal(weights(tmp_path / "saelens")[name], tensor), name
+
+
+def test_outside_torchrun_is_said(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="expects torchrun"), distributed():
+        pass
+
+
+def test_shards_are_all_rows_in_rank_order():
+    batches = [torch.arange(5)[:, None], torch.arange(1)[:, None]]
+    shares = [list(ShardedBatches(iter(batches), rank, 3)) for rank in range(3)]
+    for index, batch in enumerate(batches):
+        assert torch.equal(torch.cat([share[index] for share in shares]), batch)
+
+
+def test_ranks_cannot_fall_back_to_a_dense_step(make_sae, make_config, planted_data):
+    trainer = FusedSAETrainer(make_config(1), make_sae("saelens"), planted_data(24, 64))
+    trainer.comm.size = 2
+    trainer.sae.hook_sae_acts_post.add_hook(lambda acts, hook: acts)
+    with pytest.raises(BackendError, match="Training over 2 ranks needs the fused step"):
+        trainer.step(next(trainer.data_provider))
