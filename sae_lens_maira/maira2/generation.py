@@ -4,7 +4,7 @@ The token budgets are the model's own: 300 for findings, 450 for grounded findin
 It knows nothing about hooks; steered generation lives with the interventions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ MAX_NEW_TOKENS: dict[str, int] = {"findings": 300, "grounded": 450, "phrase": 15
 def generate_reports(
     model: Maira2ForConditionalGeneration,
     processor: Maira2Processor,
-    studies: StudyLike | Sequence[StudyLike],
+    studies: StudyLike | Iterable[StudyLike],
     task: Task = "findings",
     phrase: str | Sequence[str] | None = None,
     max_new_tokens: int | None = None,

@@ -51,7 +51,8 @@ def load_maira2(
         path_or_id: a local folder or a hub id.
         dtype: precision of the loaded weights (tensors are converted while they are read); "auto" keeps the
             file's.
-        device: where to put the whole model; leave None with a `device_map`.
+        device: where to move the whole model once it is loaded in main memory; `device_map={"": "cuda"}`
+            loads it there directly, without room for it in main memory.
         revision: hub revision; None is the pinned one for `microsoft/maira-2` and "main" elsewhere.
         device_map: transformers' device map, for models spread over devices (needs accelerate).
         **keywords: `attn_implementation`, `max_memory`, `offload_folder`, `offload_state_dict`,

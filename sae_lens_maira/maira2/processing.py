@@ -7,7 +7,7 @@ model's weights.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +126,7 @@ class Maira2Processor(ProcessorMixin):
 
     def encode(
         self,
-        studies: StudyLike | Sequence[StudyLike],
+        studies: StudyLike | Iterable[StudyLike],
         task: Task = "findings",
         phrase: str | Sequence[str] | None = None,
         report: Literal["teacher"] | Sequence[str] | None = None,
@@ -148,7 +148,7 @@ class Maira2Processor(ProcessorMixin):
                 tokens.
             ImageError: an image cannot be read or has no contrast.
         """
-        rows: list[Any] = list(studies) if isinstance(studies, list | tuple) else [studies]
+        rows: list[Any] = [studies] if hasattr(studies, "frontal") else list(studies)  # pyright: ignore[reportArgumentType] - not a StudyLike then
         if not rows:
             raise PromptError("No study was given to encode; give at least one.")
         if padding_side not in ("left", "right"):

@@ -87,7 +87,8 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
 
     Raises:
         ConfigError: an unknown task.
-        PromptError: no frontal image, or a phrase where none belongs or none where one does.
+        PromptError: no frontal image, a section that is no text, or a phrase where none belongs or none where
+            one does.
     """
     if task not in TASKS:
         raise ConfigError(f"The task was {task!r}; MAIRA-2 knows {', '.join(TASKS)}. Choose one of these.")
@@ -150,4 +151,9 @@ def _separator(text: str) -> Segment:
 
 
 def _section(label: str, text: str | None, role: TokenRole) -> tuple[Segment, Segment]:
+    if text is not None and not isinstance(text, str):
+        raise PromptError(
+            f"The {role.name.lower()} is {text!r} of type {type(text).__name__}; a text or None was expected."
+            " Replace empty cells of a table (NaN) by None."
+        )
     return _separator(label), Segment(text if text and text.strip() else "N/A", role)

@@ -10,7 +10,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from sae_lens_maira.errors import ImageError
-from sae_lens_maira.maira2 import ImageRecipe, Maira2Processor
+from sae_lens_maira.maira2 import ImageRecipe, Maira2, generate_reports
 from sae_lens_maira.maira2.dicom import read_dicom
 
 pytestmark = pytest.mark.compat
@@ -41,13 +41,13 @@ def write_dicom(path: Path, pixels: np.ndarray, photometric: str = "MONOCHROME2"
     return path
 
 
-def test_the_real_film_goes_through_the_processor(
-    processor: Maira2Processor, film: Path, make_study: Any
-) -> None:
-    encoding = processor.encode(make_study(frontal=film, indication="Masses."))
+def test_the_real_film_goes_through_processor_and_model(tiny: Maira2, film: Path, make_study: Any) -> None:
+    study = make_study(frontal=film, indication="Masses.")
+    encoding = tiny.processor.encode(study)
     assert encoding.pixel_values is not None
     assert encoding.pixel_values.shape == (1, 3, 56, 56)
     assert encoding.pixel_values.std() > 0.5
+    assert len(generate_reports(*tiny, study, max_new_tokens=2)) == 1
 
 
 def test_the_real_film_shows_air_dark_and_the_mediastinum_bright(film: Path) -> None:

@@ -108,3 +108,9 @@ def test_a_phrase_belongs_to_its_task_only(make_study: Any, task: str, phrase: s
 def test_an_unknown_task_is_refused(make_study: Any) -> None:
     with pytest.raises(ConfigError, match="findings, grounded, phrase"):
         build_prompt(make_study(frontal=1), "grounding")
+
+
+def test_a_section_that_is_no_text_is_refused(make_study: Any) -> None:
+    """An empty cell of a pandas table arrives as NaN."""
+    with pytest.raises(PromptError, match="technique is nan of type float"):
+        build_prompt(make_study(frontal=1, technique=float("nan")))
