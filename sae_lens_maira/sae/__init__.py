@@ -4,6 +4,7 @@ Importing this package registers the architecture "matryoshka" and the release "
 """
 
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig, MatryoshkaTrainingSAEConfig
+from sae_lens_maira.sae.evaluation import ReconstructionRecord, SAEEvaluation, evaluate_sae
 from sae_lens_maira.sae.export import export_dictionary_learning
 from sae_lens_maira.sae.inference import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
@@ -14,16 +15,25 @@ from sae_lens_maira.sae.pretrained import (
 )
 from sae_lens_maira.sae.registry import register
 from sae_lens_maira.sae.release import ReleaseRequest, convert_release, load_release
+from sae_lens_maira.sae.splice import SpliceBatch, SpliceEvaluation, SpliceRecord, evaluate_splice
 from sae_lens_maira.sae.tables import read_interpretations
 from sae_lens_maira.sae.training import MatryoshkaTrainingSAE
+from sae_lens_maira.sae.untrained import untrained_like
 
 __all__ = [
     "MatryoshkaSAE",
     "MatryoshkaSAEConfig",
     "MatryoshkaTrainingSAE",
     "MatryoshkaTrainingSAEConfig",
+    "ReconstructionRecord",
     "ReleaseRequest",
+    "SAEEvaluation",
+    "SpliceBatch",
+    "SpliceEvaluation",
+    "SpliceRecord",
     "convert_release",
+    "evaluate_sae",
+    "evaluate_splice",
     "export_dictionary_learning",
     "level_widths_of",
     "load_matryoshka",
@@ -33,6 +43,7 @@ __all__ = [
     "read_interpretations",
     "register",
     "register_release",
+    "untrained_like",
 ]
 
 register()
