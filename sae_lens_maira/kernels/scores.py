@@ -37,8 +37,11 @@ class DenseScores:
     def above(self, lo: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Flat indices, h and h * norm of the entries above lo."""
         bound = lo if self.norms is None or lo == 0 else lo / self.norms
-        index = compact(self.h > bound)
+        index = self._flat_above(bound)
         return _with_values(index, self.h.view(-1)[index], self.norms, self.shape[1])
+
+    def _flat_above(self, bound: torch.Tensor | float) -> torch.Tensor:
+        return compact(self.h > bound)
 
     def columns(self, latents: torch.Tensor) -> torch.Tensor:
         """H (rows, latents) of some latents."""

@@ -30,6 +30,8 @@ class Stages(NamedTuple):
     dense_scores: Callable[[torch.Tensor, torch.Tensor | None], DenseScores]
     prefix_decode: Callable[..., Decoded]
     latent_backward: Callable[..., LatentGradients]
+    bf16_operands: bool = False
+    """Whether the passes read bfloat16 copies of W_dec, S and xc under autocast, for half the traffic."""
 
 
 SPARSE = Stages("sparse", DenseScores, sparse.prefix_decode, sparse.latent_backward)
@@ -80,10 +82,12 @@ def run_stages(
     layout = build_layout(selection.flat, batch, d_sae, spec.widths)
     scales = tuple(2 * weight / tokens for weight in spec.weights_of_levels)
     per_level = spec.aux.kind == "matryoshka" and dead is not None
-    decoded = stages.prefix_decode(layout, selection.h, weights.W_dec, weights.b_dec, x, scales, per_level)
+    halve = spec.autocast and stages.bf16_operands
+    W_dec, operand = (weights.W_dec.bfloat16(), xc.bfloat16()) if halve else (weights.W_dec, xc)
+    decoded = stages.prefix_decode(layout, selection.h, W_dec, weights.b_dec, x, scales, per_level)
     out = None if gradients is None else (gradients.W_dec, gradients.W_enc_t)
-    grads = stages.latent_backward(layout, selection.h, decoded.suffix, xc, weights.W_dec, out)
-    db_dec = decoded.suffix[:, 0].sum(dim=0)
+    grads = stages.latent_backward(layout, selection.h, decoded.suffix, operand, W_dec, out)
+    db_dec = decoded.suffix[:, 0].sum(dim=0, dtype=x.dtype)
     level_losses = comm.sum_(decoded.squared) / tokens
     fired = comm.sum_(layout.fired)
 
