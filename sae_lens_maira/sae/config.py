@@ -116,6 +116,10 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             self.rescale_acts_by_decoder_norm = not unit_decoder
         if self.topk_threshold_lr is None:
             self.topk_threshold_lr = 0.001 if unit_decoder else 0.01
+        if not 0 < self.k <= self.d_sae:
+            raise ConfigError(
+                f"k={self.k} active latents of d_sae={self.d_sae}: k must be above 0 and at most d_sae."
+            )
         self._check_levels()
         self._check_normalisation()
         super().__post_init__()

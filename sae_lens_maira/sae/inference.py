@@ -18,6 +18,7 @@ from typing import Any, overload
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAE
 from torch import Tensor
@@ -127,6 +128,15 @@ class MatryoshkaSAE(JumpReLUSAE):
             },
         )
 
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        if "topk_threshold" in state_dict:
+            raise SAEError(
+                "This folder is a checkpoint of an SAE under training. Open it with load_matryoshka, which makes a "
+                "JumpReLU SAE of it, or with TrainingSAE.load_from_disk to train on."
+            )
+
     def save_jumprelu(self, path: str | Path) -> tuple[Path, Path]:
         """Save as plain JumpReLU, which SAELens loads without this package; the levels stay in the metadata.
 
@@ -146,17 +156,18 @@ def load_matryoshka(
     """A `MatryoshkaSAE` from a saved folder or from an SAE in memory.
 
     Args:
-        source: a folder that SAELens can load, a JumpReLU SAE (its weights are then shared, not copied), or a
-            training SAE (its weights are copied and its threshold becomes JumpReLU's).
+        source: a folder that SAELens wrote (an inference SAE or a training checkpoint), a JumpReLU SAE (its
+            weights are then shared, not copied), or a training SAE (its weights are copied and its threshold
+            becomes JumpReLU's).
         device: where to load a folder to.
         dtype: dtype to load a folder in; None keeps the saved one.
 
     Raises:
         SAEError: the SAE is not a JumpReLU one, or its metadata names no levels.
     """
-    if isinstance(source, TrainingSAE):
-        return _from_training(source)
-    sae = source if isinstance(source, SAE) else SAE.load_from_disk(source, device=device, dtype=dtype)
+    sae = source if isinstance(source, SAE) else _open(Path(source), device, dtype)
+    if isinstance(sae, TrainingSAE):
+        return _from_training(sae)
     if isinstance(sae, MatryoshkaSAE):
         return sae
     if not isinstance(sae, JumpReLUSAE):
@@ -177,6 +188,18 @@ def load_matryoshka(
         config, {name: value.detach() for name, value in sae.state_dict().items()}, share=True
     )
     return result.train(sae.training)
+
+
+def _open(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
+    config_path = folder / SAE_CFG_FILENAME
+    if not config_path.is_file():
+        raise SAEError(
+            f"{folder} has no {SAE_CFG_FILENAME}: it is no folder that SAELens wrote. Use load_release for the "
+            "layouts of other libraries."
+        )
+    # Only configurations of SAEs under training have this field.
+    is_checkpoint = "decoder_init_norm" in json.loads(config_path.read_text(encoding="utf-8"))
+    return (TrainingSAE if is_checkpoint else SAE).load_from_disk(folder, device=device, dtype=dtype)
 
 
 def _from_training(sae: TrainingSAE[Any]) -> MatryoshkaSAE:

@@ -189,6 +189,7 @@ def _convert(weights: Path, request: ReleaseRequest, target: Path) -> None:
     matryoshka_from_state_dict(
         _config_of(raw, weights, request),
         {name: getattr(raw, name).float() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")},
+        share=True,
     ).save_jumprelu(target)
 
 

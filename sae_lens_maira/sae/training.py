@@ -101,7 +101,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         """What dictionary_learning does between steps: b_dec before the first, unit rows after each."""
         if not self.has_unit_decoder:
             return
-        if step_input.n_training_steps == 0:
+        if step_input.n_training_steps == 0 and not bool(self.b_dec.any()):  # a loaded SAE keeps its own
             self.b_dec.data = geometric_median(step_input.sae_in.to(self.b_dec.dtype))
         else:
             self.W_dec.data = unit_rows(self.W_dec.data)

@@ -173,3 +173,14 @@ def test_dead_latents_count_rows_not_steps(make_config, make_rows, step_input):
         assert bool(dead[5]) == (33 * (step + 1) >= 70)
     assert out is not None
     assert out.losses["auxiliary_reconstruction_loss"] > 0
+
+
+def test_a_loaded_sae_keeps_its_b_dec(make_config, make_rows, step_input):
+    """The geometric median is the first guess of a fresh SAE, not of one whose training goes on."""
+    sae = MatryoshkaTrainingSAE(make_config(loss_convention="dictionary_learning"))
+    with torch.no_grad():
+        sae.b_dec.fill_(0.25)
+        sae.W_dec.mul_(2)
+    sae.training_forward_pass(step_input(make_rows(33)))
+    assert torch.equal(sae.b_dec.data, torch.full((D_IN,), 0.25))
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(D_SAE))

@@ -25,6 +25,8 @@ def test_last_group_takes_the_remainder(make_config):
     [
         ({"group_fractions": [0.5, 0.5]}, ["matryoshka_widths", "group_fractions"]),
         ({"matryoshka_widths": []}, ["matryoshka_widths", "group_fractions"]),
+        ({"k": 0}, ["k=0"]),
+        ({"k": 49}, ["k=49", "d_sae=48"]),
         ({"loss_convention": "mean"}, ["'mean'", "dictionary_learning"]),
         ({"level_weights": [1, 1, 1]}, ["saelens", "level_weights"]),
         ({"loss_convention": "explicit"}, ["level_weights", "3 levels"]),

@@ -132,6 +132,20 @@ def test_an_sae_in_memory_shares_its_weights(trained, tmp_path):
     assert load_matryoshka(trained).b_dec.data_ptr() != trained.b_dec.data_ptr()
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_training_checkpoint_opens_for_inference(
+    convention, make_config, make_trainer, make_rows, tmp_path
+):
+    sae = train(make_config, make_trainer, convention)
+    sae.save_model(tmp_path)
+    rows = make_rows(20)
+    torch.testing.assert_close(load_matryoshka(tmp_path).encode(rows), load_matryoshka(sae).encode(rows))
+    with pytest.raises(SAEError, match="checkpoint"):
+        SAE.load_from_disk(tmp_path)
+    with pytest.raises(SAEError, match="load_release"):
+        load_matryoshka(tmp_path / "absent")
+
+
 def test_saes_without_levels_are_refused(tmp_path):
     from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
     from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
@@ -274,3 +288,19 @@ def test_bfloat16_keeps_the_threshold_in_double(trained):
     assert trained.W_dec.dtype == torch.bfloat16
     assert trained.topk_threshold.dtype == torch.float64
     assert torch.equal(trained.topk_threshold, threshold)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_autocast_training_saves_a_finite_float32_sae(convention, make_config, make_trainer, make_rows):
+    weights = [0.5, 1.0, 2.0] if convention == "explicit" else []
+    sae = MatryoshkaTrainingSAE(
+        make_config(
+            loss_convention=convention, level_weights=weights, threshold_start_step=5, dead_after_tokens=200
+        )
+    )
+    make_trainer(sae, steps=30, autocast=True, dead_feature_window=3).fit()
+    assert sae.topk_threshold.dtype == torch.float64
+    assert sae.topk_threshold > 0
+    saved = load_matryoshka(sae)
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}
+    assert torch.isfinite(saved(make_rows(10))).all()
