@@ -55,7 +55,8 @@ def geometric_median(points: Tensor, max_iter: int = 100, tol: float = 1e-5) -> 
         if bool((distances == 0).any()):
             return guess
         weights = 1 / distances
-        previous, guess = guess, (weights / weights.sum()) @ points
+        # A sum of products, not a matrix product: autocast would turn the latter into bfloat16.
+        previous, guess = guess, ((weights / weights.sum())[:, None] * points).sum(dim=0)
         if (guess - previous).norm() < tol:
             break
     return guess
