@@ -227,9 +227,19 @@ class BridgedMaira2(SAETransformerBridge):
         self.hook_dict[self.resolve(name)].add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
 
     def generate(self, input: Any = None, max_new_tokens: int | None = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As TransformerBridge's, but greedy, silent and giving tokens `(B, L + T)` unless told otherwise."""
+        """As TransformerBridge's, but greedy, silent and giving tokens `(B, L + T)` unless told otherwise.
+
+        Raises:
+            HookError: images and `use_past_kv_cache=False`, with which TransformerLens forgets the images
+                after the first token.
+        """
         task = kwargs.get("task")
         inputs = self._gather(input, kwargs)
+        if "pixel_values" in inputs.tensors and not kwargs.get("use_past_kv_cache", True):
+            raise HookError(
+                "TransformerBridge passes images with the first token only, so it cannot generate without"
+                " a KV cache. Leave use_past_kv_cache on, or use HookedMaira2.generate(..., use_cache=False)."
+            )
         tensors = dict(inputs.tensors)
         config: Any = self.original_model.config  # pyright: ignore[reportAttributeAccessIssue]
         defaults = {

@@ -98,27 +98,27 @@ class Maira2NNsight(NNsight):
         Raises:
             HookError: an unknown name, a point that cannot be edited, or an edit that never ran.
         """
-        points = sorted(
-            (self.points.resolve(name) for name in edits), key=lambda p: self.points.order[p.name]
+        plan = sorted(
+            ((self.points.resolve(name), edit) for name, edit in edits.items()),
+            key=lambda pair: self.points.order[pair[0].name],
         )
-        by_name = {self.points.resolve(name).name: edit for name, edit in edits.items()}
-        plan = [(point, by_name[point.name]) for point in points]
-        fired = {point.name: 0 for point in points}
-        arguments = {
-            "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[kwargs.get("task") or "findings"],
-            **kwargs,
-        }
-        images = self._gather((input,), kwargs)[0].get("pixel_values") is not None
-        for point in points:
-            if point.prefill_only and not images:
-                raise HookError(silence(self.points, point.name))
+        # Apart, since `generate` may run the images before or after it embeds the tokens.
+        with_prompt = [pair for pair in plan if pair[0].prefill_only]
+        every_step = [pair for pair in plan if not pair[0].prefill_only]
+        fired = {point.name: 0 for point, _ in plan}
+        budget = (
+            MAX_NEW_TOKENS[kwargs.get("task") or "findings"] if max_new_tokens is None else max_new_tokens
+        )
+        if with_prompt and self._gather((input,), kwargs)[0].get("pixel_values") is None:
+            raise HookError(silence(self.points, with_prompt[0][0].name))
         with warnings.catch_warnings():
             # The loop over tokens ends when the model does, which nnsight reports each time.
             warnings.filterwarnings("ignore", module=r"nnsight\..*")
-            with self.generate() as tracer:
-                with tracer.invoke(input, **arguments):
-                    for step in tracer.iter[:]:
-                        self._edit(plan, step, fired)
+            with self.generate(max_new_tokens=budget) as tracer:
+                with tracer.invoke(input, **kwargs):
+                    self._edit_every_step(tracer, every_step, fired)
+                with tracer.invoke():
+                    self._edit(with_prompt, 0, fired)
                 with tracer.invoke():
                     out = tracer.result.save()
         for name, times in fired.items():
@@ -126,10 +126,13 @@ class Maira2NNsight(NNsight):
                 raise HookError(silence(self.points, name))
         return out
 
+    def _edit_every_step(self, tracer: Any, plan: list[tuple[Point, Edit]], fired: dict[str, int]) -> None:
+        if plan:  # a loop that asks for nothing would never end
+            for step in tracer.iter[:]:
+                self._edit(plan, step, fired)
+
     def _edit(self, plan: list[tuple[Point, Edit]], step: int, fired: dict[str, int]) -> None:
         for point, edit in plan:
-            if point.prefill_only and step > 0:
-                continue
             value = self.at[point.name]
             new = edit(value, step)
             fired[point.name] += 1
