@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BitImageProcessor
 
-from sae_lens_maira.hooks import HookedMaira2
+from sae_lens_maira.hooks import HookedMaira2, PointTable
 from sae_lens_maira.maira2 import (
     Maira2,
     Maira2Encoding,
@@ -17,6 +17,7 @@ from sae_lens_maira.maira2 import (
     make_config,
     register,
 )
+from sae_lens_maira.maira2.versions import has_transformer_bridge
 from sae_lens_maira.phantom.tokenizer import build_tokenizer
 
 SIDE = 56  # 4 x 4 patches of 14
@@ -159,3 +160,63 @@ def encoding(processor: Maira2Processor, studies: list[PlainStudy]) -> Maira2Enc
 def prompt(processor: Maira2Processor, studies: list[PlainStudy]) -> Maira2Encoding:
     """Two studies without reports, to generate from."""
     return processor.encode(studies[:2])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What plain torch hooks, written out here, see of one run."""
+
+    logits: torch.Tensor
+    values: dict[str, torch.Tensor]
+
+    def assert_same(self, found: dict[str, torch.Tensor]) -> None:
+        """Every point's value is there, bit for bit."""
+        assert set(self.values) <= set(found)
+        for name, value in self.values.items():
+            assert found[name].shape == value.shape, name
+            assert torch.equal(found[name], value), name
+
+
+@pytest.fixture(scope="session")
+def reference(eager: Maira2, encoding: Maira2Encoding) -> Reference:
+    model, found, handles = eager.model, {}, []
+    table = PointTable(model.config)
+
+    def keep(name: str, value: Any) -> None:
+        point = table.points[name]
+        if point.spec.tap == "feature_map":
+            value = value.feature_maps[-1]
+        if isinstance(value, tuple):
+            value = value[1 if point.spec.tap == "pattern" else 0]
+        if point.spec.heads:
+            value = value.reshape(*value.shape[:-1], 4, 16)
+        found[name] = value.detach().clone()
+
+    for name, point in table.points.items():
+        module = model.get_submodule(point.module)
+        if point.spec.tap == "input":
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0])))
+        else:
+            handles.append(module.register_forward_hook(lambda _, __, out, name=name: keep(name, out)))
+    with torch.no_grad():
+        logits = model(**encoding.model_inputs()).logits
+    for handle in handles:
+        handle.remove()
+    return Reference(logits, found)
+
+
+def _hosts() -> list[str]:
+    return ["hooked", "bridge"] if has_transformer_bridge() else ["hooked"]
+
+
+@pytest.fixture(params=_hosts())
+def host(request: pytest.FixtureRequest, eager: Maira2) -> Any:
+    """HookedMaira2, and where TransformerLens has one, the bridge."""
+    return HookedMaira2(eager) if request.param == "hooked" else request.getfixturevalue("bridge")
+
+
+@pytest.fixture(scope="session")
+def bridge(eager: Maira2) -> Any:
+    from sae_lens_maira.hooks import to_bridge
+
+    return to_bridge(eager)

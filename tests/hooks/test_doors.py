@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_lens_maira.hooks import SPECS, HookedMaira2, Maira2NNsight, PointTable
+from sae_lens_maira.hooks import SPECS, HookedMaira2, Maira2NNsight
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding
 from sae_lens_maira.maira2.versions import has_transformer_bridge
 
@@ -16,67 +16,15 @@ pytestmark = [
 ]
 
 
-def by_torch_hooks(maira2: Maira2, encoding: Maira2Encoding) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits and the value at every point, by hooks written out here."""
-    model, found, handles = maira2.model, {}, []
-    table = PointTable(model.config)
-
-    def keep(name: str, value: Any) -> None:
-        point = table.points[name]
-        value = value[0] if isinstance(value, tuple) and point.spec.tap != "pattern" else value
-        if point.spec.tap == "pattern":
-            value = value[1]
-        if point.spec.tap == "feature_map":
-            value = value.feature_maps[-1]
-        if point.spec.heads:
-            value = value.reshape(*value.shape[:-1], 4, 16)
-        found[name] = value.detach().clone()
-
-    for name, point in table.points.items():
-        module = model.get_submodule(point.module)
-        if point.spec.tap == "input":
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0])))
-        else:
-            handles.append(module.register_forward_hook(lambda _, __, out, name=name: keep(name, out)))
-    try:
-        with torch.no_grad():
-            logits = model(**encoding.model_inputs()).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return logits, found
-
-
-@pytest.fixture(scope="module")
-def reference(eager: Maira2, encoding: Maira2Encoding) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return by_torch_hooks(eager, encoding)
-
-
 @pytest.fixture(scope="module")
 def nnsight_model(eager: Maira2) -> Maira2NNsight:
     return Maira2NNsight(eager)
 
 
-@pytest.fixture(scope="module")
-def bridge(eager: Maira2) -> Any:
-    if not has_transformer_bridge():
-        pytest.skip("TransformerLens 2.17 has no bridge")
-    from sae_lens_maira.hooks import to_bridge
-
-    return to_bridge(eager)
-
-
-def assert_same(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
-    assert set(reference) <= set(found)
-    for name, value in reference.items():
-        assert found[name].shape == value.shape, name
-        assert torch.equal(found[name], value), name
-
-
 def test_hooked_maira2(eager: Maira2, encoding: Maira2Encoding, reference: Any) -> None:
     logits, cache = HookedMaira2(eager).run_with_cache(encoding)
-    assert torch.equal(logits, reference[0])
-    assert_same(cache, reference[1])
+    assert torch.equal(logits, reference.logits)
+    reference.assert_same(cache)
 
 
 def test_nnsight(nnsight_model: Maira2NNsight, encoding: Maira2Encoding, reference: Any) -> None:
@@ -85,24 +33,16 @@ def test_nnsight(nnsight_model: Maira2NNsight, encoding: Maira2Encoding, referen
         for name in nnsight_model.points.names:
             found[name] = nnsight_model.at[name].save()
         out = nnsight_model.output.save()
-    assert torch.equal(out.logits, reference[0])
-    assert_same(found, reference[1])
-
-
-def test_bridge(bridge: Any, encoding: Maira2Encoding, reference: Any) -> None:
-    with torch.no_grad():
-        logits, cache = bridge.run_with_cache(encoding)
-        assert torch.equal(bridge(encoding), reference[0])
-    assert torch.equal(logits, reference[0])
-    assert_same(dict(cache.items()), reference[1])
+    assert torch.equal(out.logits, reference.logits)
+    reference.assert_same(found)
 
 
 def test_transformers_hidden_states(eager: Maira2, encoding: Maira2Encoding, reference: Any) -> None:
     with torch.no_grad():
         out = eager.model(**encoding.model_inputs(), output_hidden_states=True)
     for i in range(4):
-        assert torch.equal(out.hidden_states[i], reference[1][f"blocks.{i}.hook_resid_pre"])
-    assert torch.equal(out.hidden_states[4], reference[1]["ln_final.hook_out"])
+        assert torch.equal(out.hidden_states[i], reference.values[f"blocks.{i}.hook_resid_pre"])
+    assert torch.equal(out.hidden_states[4], reference.values["ln_final.hook_out"])
 
 
 # The last vision block: transformers 5 collects its output in a hook, behind which an edit would be lost.
@@ -123,7 +63,7 @@ def test_an_edit_is_the_same_edit_through_every_door(
 
     with torch.no_grad():
         hooked = HookedMaira2(eager).run_with_hooks(encoding, fwd_hooks=[(point, edit)])
-        assert not torch.equal(hooked, reference[0]), "the edit changed nothing"
+        assert not torch.equal(hooked, reference.logits), "the edit changed nothing"
         if not point.endswith(("hook_resid_mid", "hook_pattern")):  # nnsight can only read these two
             with nnsight_model.trace(encoding):
                 nnsight_model.at[point] = edit(nnsight_model.at[point])
@@ -154,17 +94,6 @@ def test_generate_gives_transformers_greedy_ids(
         )
     assert torch.equal(HookedMaira2(eager).generate(prompt, 8, use_cache=use_cache), expected)
     assert torch.equal(nnsight_model.generate(prompt, max_new_tokens=8, use_cache=use_cache), expected)
-
-
-def test_bridge_generates_transformers_greedy_ids(eager: Maira2, bridge: Any, prompt: Maira2Encoding) -> None:
-    """Under transformers 5.24 TransformerLens 3.9 alone loses the KV cache and writes other tokens."""
-    with torch.no_grad():
-        expected = eager.model.generate(**prompt.model_inputs(), max_new_tokens=8, do_sample=False)
-        assert torch.equal(bridge.generate(prompt, 8), expected)
-        tensors = prompt.model_inputs()
-        ids = tensors.pop("input_ids")
-        found = bridge.hf_generate(ids, **tensors, max_new_tokens=8, do_sample=False, return_type="tokens")
-    assert torch.equal(found, expected)
 
 
 def test_steering_every_token_is_the_same_through_every_door(

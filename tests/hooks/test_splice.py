@@ -14,8 +14,7 @@ from sae_lens import (
 
 from sae_lens_maira.errors import HookError, SAEError
 from sae_lens_maira.hooks import HookedMaira2
-from sae_lens_maira.maira2 import Maira2, TokenRole, role_mask
-from sae_lens_maira.maira2.versions import has_transformer_bridge
+from sae_lens_maira.maira2 import TokenRole, role_mask
 
 pytestmark = [
     pytest.mark.compat,
@@ -33,18 +32,6 @@ def make_sae(hook_name: str = RESID, d_in: int = 64, seed: int = 0) -> SAE[Any]:
         torch.nn.init.normal_(parameter, std=0.1)
     sae.cfg.metadata.hook_name = hook_name
     return sae
-
-
-@pytest.fixture(params=["hooked", "bridge"])
-def host(request: pytest.FixtureRequest, eager: Maira2) -> Any:
-    """HookedMaira2, and where TransformerLens has one, the bridge."""
-    if request.param == "hooked":
-        return HookedMaira2(eager)
-    if not has_transformer_bridge():
-        pytest.skip("TransformerLens 2.17 has no bridge")
-    from sae_lens_maira.hooks import to_bridge
-
-    return to_bridge(eager)
 
 
 @pytest.mark.parametrize(
