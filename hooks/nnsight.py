@@ -1,15 +1,15 @@
 """MAIRA-2 under nnsight: traces and traced generation with images, standard names, tuple-safe values.
 
-    with m.trace(study):                          with m.generate(study, max_new_tokens=20) as tracer:
-        h = m.resid_post[15].save()                   m.resid_post[15] = m.resid_post[15] + v   # first token
-        m.resid_post[15] = h + v                  ids = m.generate_edited(study, {name: edit})  # every token
+    with m.trace(study):                      with m.generate(study, max_new_tokens=20) as tracer:
+        h = m.resid_post[15].save()               m.resid_post[15] = m.resid_post[15] + v  # first token
+        m.resid_post[15] = h + v              ids = m.generate_edited(study, {name: edit})  # every token
 
 A study, an encoding or tensors go into a trace as they go into the other doors, and any name of the one
 table of points can be read and written with `m.at[name]`. It knows nothing about SAEs or steering.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,24 @@ class Maira2NNsight(NNsight):
         model: Any = self._module
         defaults = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS["findings"]}
         return model.generate(*args, **defaults | kwargs)
+
+    def read(self, input: Any, names: Sequence[str], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Values at hook points in one forward pass, without writing a trace.
+
+        Args:
+            input: as in `generate_edited`.
+            names: hook points, in any order.
+            **kwargs: how studies are encoded, tensors beside token ids.
+
+        Raises:
+            HookError: an unknown name, or attention that never forms a pattern.
+        """
+        order = sorted(names, key=lambda name: self.points.order[self.points.resolve(name).name])
+        found: dict[str, torch.Tensor] = {}
+        with self.trace(input, **kwargs):
+            for name in order:
+                found[name] = self.at[name].save()
+        return found
 
     def generate_edited(
         self, input: Any, edits: Mapping[str, Edit], max_new_tokens: int | None = None, **kwargs: Any
