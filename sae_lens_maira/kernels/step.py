@@ -37,12 +37,44 @@ class Stages(NamedTuple):
 SPARSE = Stages("sparse", DenseScores, sparse.prefix_decode, sparse.latent_backward)
 
 
+class Refreshed(NamedTuple):
+    """What an optimiser computed from a weight (d_sae, d_in) while it had it in hand."""
+
+    norms: torch.Tensor
+    """(d_sae,) row norms."""
+    shadow: torch.Tensor | None
+    """(d_sae, d_in) bfloat16 copy."""
+    pointer: int
+    version: int
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether the weight is still the tensor that this came from, unchanged as far as torch counts changes."""
+        return weight.data_ptr() == self.pointer and weight._version == self.version
+
+
 class Workspace:
     """Buffers that live from step to step, and the last threshold. Losing it costs time, never exactness."""
 
     def __init__(self) -> None:
         self.threshold: float | None = None
+        self.refreshed: dict[str, Refreshed] = {}
         self._buffers: dict[str, torch.Tensor] = {}
+
+    def norms(self, W_dec: torch.Tensor) -> torch.Tensor:
+        """(d_sae,) row norms, from the optimiser's pass if it left them."""
+        known = self.refreshed.get("W_dec")
+        return (
+            known.norms
+            if known is not None and known.is_of(W_dec)
+            else torch.linalg.vector_norm(W_dec, dim=1)
+        )
+
+    def bf16(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A bfloat16 copy of a (d_sae, d_in) weight, from the optimiser's pass if it left one."""
+        known = self.refreshed.get(name)
+        if known is not None and known.shadow is not None and known.is_of(weight):
+            return known.shadow
+        return weight.to(torch.bfloat16)
 
     def buffer(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """An uninitialised tensor of this shape, the same storage as last time if it fits."""
@@ -74,7 +106,7 @@ def run_stages(
             f"{tokens * d_sae}. Expected k <= d_sae."
         )
     xc = x - weights.b_dec if spec.centre else x
-    norms = torch.linalg.vector_norm(weights.W_dec, dim=1) if spec.rescale else None
+    norms = workspace.norms(weights.W_dec) if spec.rescale else None
     scores = _encode(stages, weights, xc, norms, spec, workspace)
     selection = select(scores, n, tokens, comm, workspace.threshold)
     workspace.threshold = selection.threshold or workspace.threshold
@@ -83,7 +115,7 @@ def run_stages(
     scales = tuple(2 * weight / tokens for weight in spec.weights_of_levels)
     per_level = spec.aux.kind == "matryoshka" and dead is not None
     halve = spec.autocast and stages.bf16_operands
-    W_dec, operand = (weights.W_dec.bfloat16(), xc.bfloat16()) if halve else (weights.W_dec, xc)
+    W_dec, operand = (workspace.bf16("W_dec", weights.W_dec), xc.bfloat16()) if halve else (weights.W_dec, xc)
     decoded = stages.prefix_decode(layout, selection.h, W_dec, weights.b_dec, x, scales, per_level)
     out = None if gradients is None else (gradients.W_dec, gradients.W_enc_t)
     grads = stages.latent_backward(layout, selection.h, decoded.suffix, operand, W_dec, out)
@@ -140,7 +172,7 @@ def _encode(
         return BoundedScores(xc, weights.W_enc, weights.b_enc, norms, spec.candidates)
     h = workspace.buffer("h", (xc.shape[0], weights.W_dec.shape[0]), xc)
     if spec.autocast:
-        product = xc.to(torch.bfloat16) @ weights.W_enc.to(torch.bfloat16)
+        product = xc.to(torch.bfloat16) @ workspace.bf16("W_enc", weights.W_enc.T).T
         torch.add(product, weights.b_enc, out=h)
     else:
         torch.addmm(weights.b_enc, xc, weights.W_enc, out=h)

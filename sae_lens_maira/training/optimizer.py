@@ -12,13 +12,25 @@ from typing import Any
 
 import torch
 
+from sae_lens_maira.kernels.step import Refreshed
+
 
 class RowMajorAdam(torch.optim.Adam):
-    """torch's fused Adam, kept safe for transposed parameters; `clip_` folds a norm limit into the next step."""
+    """torch's fused Adam, kept safe for transposed parameters; `clip_` folds a norm limit into the next step.
+
+    Attributes:
+        use_triton: Whether matrices are updated by this package's kernel, which also leaves row norms and bfloat16
+            copies behind.
+        keep_bf16: Whether that kernel writes bfloat16 copies.
+        refreshed: What the kernel left behind, by parameter.
+    """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(params, lr=lr, betas=betas, fused=True)
         self.grad_scale: torch.Tensor | None = None
+        self.use_triton = False
+        self.keep_bf16 = False
+        self.refreshed: dict[torch.nn.Parameter, Refreshed] = {}
         self.register_state_dict_post_hook(_as_plain_adam)
         self.register_load_state_dict_post_hook(_as_fused)
 
@@ -44,9 +56,51 @@ class RowMajorAdam(torch.optim.Adam):
     def step(self, closure: Any = None) -> Any:
         """One update; the clip factor is used up by it."""
         self._check_order()
-        result = super().step(closure)
+        by_kernel = self._step_matrices() if self.use_triton else []
+        result = super().step(closure)  # skips parameters without a gradient
+        for parameter, gradient in by_kernel:
+            parameter.grad = gradient
         self.grad_scale = None
         return result
+
+    @torch.no_grad()
+    def _step_matrices(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Updates every float32 matrix by the kernel and takes its gradient away; pairs to give it back."""
+        from sae_lens_maira.kernels.triton_adam import adam_rows  # triton is imported only when it runs
+
+        done = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or p.ndim != 2 or p.dtype != torch.float32:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] = state["step"].cpu() + 1
+                rows, gradient, mean, square = (
+                    _in_memory_order(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
+                )
+                known = self.refreshed.get(p)
+                shadow = known.shadow if known is not None else None
+                if shadow is None and self.keep_bf16:
+                    shadow = torch.empty_like(rows, dtype=torch.bfloat16)
+                norms = adam_rows(
+                    rows,
+                    gradient,
+                    mean,
+                    square,
+                    self.grad_scale if self.grad_scale is not None else rows.new_ones(()),
+                    int(state["step"]),
+                    float(group["lr"]),
+                    group["betas"],
+                    group["eps"],
+                    shadow,
+                )
+                self.refreshed[p] = Refreshed(norms, shadow, p.data_ptr(), p._version)
+                done.append((p, p.grad))
+                p.grad = None
+        return done
 
     @torch.no_grad()
     def follow_parameters(self) -> None:

@@ -68,6 +68,7 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         *,
         backend: Backend = "auto",
         candidates: Candidates = "off",
+        sole_writer: bool = False,
         comm: ProcessGroupCommunicator | None = None,
     ) -> None:
         """Builds SAELens' trainer, then its optimiser and scheduler again over the fused Adam.
@@ -80,6 +81,9 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
             save_checkpoint_fn: As in SAELens.
             backend: Which kernels run.
             candidates: "bf16" or "tf32" find candidates in low precision first; the result stays exact.
+            sole_writer: Promises that nothing but this trainer writes to the weights between steps. Adam's triton
+                kernel then leaves row norms and bfloat16 copies for the next step. Writes through `.data`, which
+                torch does not count, would go unnoticed. Triton only.
             comm: The other ranks.
 
         Raises:
@@ -94,6 +98,11 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
             cfg = replace(cfg, logger=replace(cfg.logger, log_to_wandb=False))
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         self.backend = resolve_backend(backend, cfg.device)
+        if sole_writer and self.backend != "triton":
+            raise BackendError(
+                f"sole_writer was set, but the backend is {self.backend}. Only triton's Adam leaves norms and copies "
+                "behind; leave sole_writer out."
+            )
         self.candidates: Candidates = candidates
         self.dense_reason: str | None = None
         self._reasons_said: set[str] = set()
@@ -111,6 +120,8 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
             lr_end=cfg.lr_end,
             num_cycles=cfg.n_restart_cycles,
         )
+        self.optimizer.use_triton = sole_writer
+        self.optimizer.keep_bf16 = cfg.autocast
         sae.register_state_dict_post_hook(_contiguous_W_enc)
         if isinstance(self.comm, ProcessGroupCommunicator):
             for tensor in (*sae.parameters(), *sae.buffers()):
@@ -202,9 +213,16 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
 
     @torch.no_grad()
     def _record_firing(self, result: StepResult) -> None:
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[result.fired > 0] = 0
-        self.act_freq_scores += result.fired
+        if self.backend == "triton":
+            from sae_lens_maira.kernels.triton_stats import (
+                record_firing_,
+            )  # triton is imported only when it runs
+
+            record_firing_(result.fired, self.act_freq_scores, self.n_forward_passes_since_fired)
+        else:
+            self.n_forward_passes_since_fired += 1
+            self.n_forward_passes_since_fired[result.fired > 0] = 0
+            self.act_freq_scores += result.fired
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
     @torch.no_grad()
@@ -215,6 +233,9 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         sae.W_dec.grad, sae.b_dec.grad = gradients.W_dec, gradients.b_dec
         self.optimizer.clip_(MAX_GRADIENT_NORM)
         self.optimizer.step()
+        for name in ("W_enc", "W_dec"):
+            if (refreshed := self.optimizer.refreshed.get(getattr(sae, name))) is not None:
+                self._workspace.refreshed[name] = refreshed
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():

@@ -16,7 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sae_lens_maira.kernels import triton_latent_backward, triton_prefix_decode, triton_select
+from sae_lens_maira.kernels import (
+    triton_adam,
+    triton_latent_backward,
+    triton_prefix_decode,
+    triton_select,
+    triton_stats,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 D_IN = 4096
@@ -44,6 +50,16 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     select = {"found": L, "counter": "*i32", "scores": F, "bounds": F, "capacity": "i32", "d_sae": "i32"}
     constants = {"BLOCK": triton_select.BLOCK}
     found["compact"] = (triton_select.compact_kernel, select, constants, triton_select.WARPS)
+    adam = dict.fromkeys(("parameter", "gradient", "mean", "square", "norms", "scale"), F) | {
+        "shadow": "*bf16"
+    }
+    adam |= dict.fromkeys(("step_size", "beta1", "beta2", "root_correction2", "eps"), "fp32") | {
+        "width": "i32"
+    }
+    constants = {"SHADOW": True, "BLOCK": triton_adam.BLOCK}
+    found["adam_rows"] = (triton_adam.adam_rows_kernel, adam, constants, triton_adam.WARPS)
+    stats = {"counts": L, "frequency": F, "since_fired": F, "size": "i32"}
+    found["firing"] = (triton_stats.firing_kernel, stats, {"BLOCK": triton_stats.BLOCK}, 4)
     return found
 
 
@@ -73,7 +89,7 @@ def main(capability: int) -> None:
         attributes = {
             (place,): [["tt.divisibility", 16]]
             for place, argument in enumerate(kernel.arg_names)
-            if types.get(argument, "").startswith("*") or argument in ("d_in", "d_sae")
+            if types.get(argument, "").startswith("*") or argument in ("d_in", "d_sae", "width", "size")
         }
         source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=target, options={"num_warps": warps})

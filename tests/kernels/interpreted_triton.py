@@ -10,9 +10,12 @@ import torch
 from sae_lens_maira.kernels import AuxSpec, LocalCommunicator, StepSpec, Workspace, reference_step
 from sae_lens_maira.kernels.layout import build_layout
 from sae_lens_maira.kernels.step import run_stages
+from sae_lens_maira.kernels.triton_adam import adam_rows
 from sae_lens_maira.kernels.triton_latent_backward import cut, latent_backward
 from sae_lens_maira.kernels.triton_select import compact_above
 from sae_lens_maira.kernels.triton_stages import TRITON
+from sae_lens_maira.kernels.triton_stats import record_firing_
+from sae_lens_maira.training import RowMajorAdam
 
 
 def triton_step(weights, x, spec, dead=None):
@@ -89,3 +92,58 @@ def test_compaction_survives_a_full_buffer(density):
     scores = torch.rand(9, 700)
     bounds = torch.full((700,), 1.0 - density)
     assert torch.equal(compact_above(scores, bounds), (scores > bounds).view(-1).nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("width", [7, 64, 1030])
+def test_adam_equals_clip_and_torch_adam(width):
+    torch.manual_seed(0)
+    plain = torch.nn.Parameter(torch.randn(5, width))
+    ours, mean, square = plain.detach().clone(), torch.zeros(5, width), torch.zeros(5, width)
+    reference = torch.optim.Adam([plain], lr=0.1, betas=(0.8, 0.99))
+    for step in (1, 2, 3):
+        gradient = torch.randn(5, width)
+        plain.grad = gradient.clone()
+        scale = ((torch.nn.utils.clip_grad_norm_([plain], 1.0) + 1e-6) / 1.0).clamp(min=1.0)
+        reference.step()
+        norms = adam_rows(ours, gradient, mean, square, scale, step, 0.1, (0.8, 0.99), 1e-8)
+        torch.testing.assert_close(ours, plain.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norms, ours.norm(dim=1))
+
+
+def test_the_optimiser_takes_the_kernel_for_matrices():
+    """A transposed matrix, a row-major one and a vector; what the kernel leaves behind is used until a change."""
+    torch.manual_seed(0)
+    plain = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((6, 10), (10, 6), (10,))]
+    ours = [torch.nn.Parameter(p.detach().clone()) for p in plain]
+    ours[0].data = ours[0].data.T.contiguous().T
+    reference = torch.optim.Adam(plain, lr=0.1, betas=(0.8, 0.99))
+    adam = RowMajorAdam(ours, lr=0.1, betas=(0.8, 0.99))
+    adam.use_triton = True
+    for _ in range(3):
+        for a, b in zip(ours, plain, strict=True):
+            b.grad = torch.randn(b.shape)
+            a.grad = b.grad.clone()
+        torch.nn.utils.clip_grad_norm_(plain, 1.0)
+        adam.clip_(1.0)
+        reference.step()
+        adam.step()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert a.grad is not None
+    workspace = Workspace()
+    workspace.refreshed["W_dec"] = adam.refreshed[ours[1]]
+    assert workspace.norms(ours[1].detach()) is adam.refreshed[ours[1]].norms
+    with torch.no_grad():
+        ours[1].mul_(2)
+    torch.testing.assert_close(workspace.norms(ours[1].detach()), ours[1].detach().norm(dim=1))
+    state = adam.state_dict()["state"]
+    assert all(float(entry["step"]) == 3 for entry in state.values())
+    adam.load_state_dict(adam.state_dict())
+
+
+def test_firing_statistics():
+    counts = torch.tensor([0, 3, 0, 1])
+    frequency, since = torch.tensor([5.0, 1.0, 0.0, 0.0]), torch.tensor([7.0, 7.0, 0.0, 1.0])
+    record_firing_(counts, frequency, since)
+    assert frequency.tolist() == [5, 4, 0, 1]
+    assert since.tolist() == [8, 0, 1, 0]

@@ -79,12 +79,16 @@ def test_the_runner_subclass_equals_the_runner(model, tmp_path):
     assert "trainer_state.pt" in written[0]
 
 
-def test_the_name_is_put_back(model):
-    with pytest.raises(ZeroDivisionError), fused_training(candidates="bf16"):
-        made = llm_sae_training_runner.SAETrainer
-        assert made.func is FusedSAETrainer
-        assert made.keywords["candidates"] == "bf16"
-        raise ZeroDivisionError
+def test_the_name_is_put_back(make_sae, make_config):
+    def fail_inside() -> None:
+        with fused_training(candidates="bf16"):
+            made = llm_sae_training_runner.SAETrainer(make_config(1), make_sae("saelens"), iter(()))
+            assert isinstance(made, FusedSAETrainer)
+            assert made.candidates == "bf16"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert llm_sae_training_runner.SAETrainer is sae_trainer.SAETrainer
     assert multi_sae_trainer.SAETrainer is sae_trainer.SAETrainer
 

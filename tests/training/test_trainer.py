@@ -232,6 +232,8 @@ def test_backends_are_explicit(make_sae, make_config, planted_data):
     run(trainer, 1)
     with pytest.raises(BackendError, match="'triton' was asked for"):
         FusedSAETrainer(make_config(1), make_sae("saelens"), planted_data(24, 64), backend="triton")
+    with pytest.raises(BackendError, match="the backend is sparse"):
+        FusedSAETrainer(make_config(1), make_sae("saelens"), planted_data(24, 64), sole_writer=True)
 
 
 def test_a_quiet_run_warns_of_nothing(make_sae, make_config, planted_data):

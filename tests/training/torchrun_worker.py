@@ -15,6 +15,7 @@ import torch
 from sae_lens.config import SAETrainerConfig
 
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_maira.sae.config import LossConvention
 from sae_lens_maira.training import (
     FusedSAETrainer,
     ProcessGroupCommunicator,
@@ -45,9 +46,9 @@ def samples(steps: int) -> int:
 
 
 def train(
-    convention: str, out: Path, comm: ProcessGroupCommunicator | None, kill_step: int | None
+    convention: LossConvention, out: Path, comm: ProcessGroupCommunicator | None, kill_step: int | None
 ) -> list[float]:
-    """One run to the end, or to the kill; losses of the steps done here."""
+    """One run to the end, or to the kill; the loss and auxiliary loss of every step done here."""
     torch.manual_seed(0 if comm is None else comm.rank)  # ranks start apart: rank 0's weights must win
     cfg = MatryoshkaTrainingSAEConfig(
         d_in=D_IN,
@@ -56,11 +57,8 @@ def train(
         matryoshka_widths=[8, 24, D_SAE],
         loss_convention=convention,
         use_matryoshka_aux_loss=convention == "saelens",
-        **(
-            {"threshold_start_step": 3, "dead_after_tokens": 120}
-            if convention == "dictionary_learning"
-            else {}
-        ),
+        threshold_start_step=3,
+        dead_after_tokens=60,
     )
     trainer_cfg = SAETrainerConfig(
         total_training_samples=samples(STEPS),
@@ -85,6 +83,7 @@ def train(
             os.kill(os.getpid(), signal.SIGKILL)
         output = plain_step(batch)
         losses.append(float(output.loss))
+        losses.append(float(output.losses["auxiliary_reconstruction_loss"]))
         return output
 
     trainer.step = step

@@ -1,0 +1,328 @@
+"""Times one whole training step: SAELens' trainer as it comes, SAELens tuned, and ours, in one run.
+
+    step = forward, backward, clip, Adam, schedules and firing statistics; ratio = median SAELens / median ours
+
+Arms take turns within every round, so that a machine that slows down slows all of them; figures are quantiles over
+rounds. The bare encoder product is timed in the same rounds: no step can be faster. Gradients are compared with
+SAELens' autograd on the same batch. Data are Gaussian. It knows nothing about how steps work.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_maira.kernels import fused_step
+from sae_lens_maira.training.architectures import StepPlan
+from sae_lens_maira.training.benchmark_report import draw, table
+from sae_lens_maira.training.peak_memory import peak_above
+from sae_lens_maira.training.trainer import FusedSAETrainer
+
+QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One problem size."""
+
+    d_in: int
+    d_sae: int
+    batch: int
+    k: float
+    widths: tuple[int, ...]
+    device: str
+    autocast: bool
+
+    def sae(self) -> MatryoshkaBatchTopKTrainingSAE:
+        """A fresh SAE with unequal decoder norms and non-zero biases, the same every time."""
+        torch.manual_seed(0)
+        cfg = MatryoshkaBatchTopKTrainingSAEConfig(
+            d_in=self.d_in,
+            d_sae=self.d_sae,
+            k=self.k,
+            matryoshka_widths=list(self.widths),
+            device=self.device,
+        )
+        sae = MatryoshkaBatchTopKTrainingSAE(cfg)
+        with torch.no_grad():
+            sae.W_dec.mul_(0.5 + torch.rand(self.d_sae, 1, device=self.device))
+            sae.b_enc.normal_(0, 0.02)
+            sae.b_dec.normal_(0, 0.02)
+        return sae
+
+    def rows(self) -> torch.Tensor:
+        """A batch."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(self.batch, self.d_in, generator=generator).to(self.device)
+
+
+class Arm:
+    """One way to train, with its own SAE; the same optimisation settings as the others."""
+
+    def __init__(self, shape: Shape, make: Callable[[Shape, SAETrainerConfig], SAETrainer[Any, Any]]) -> None:
+        self.shape = shape
+        cfg = SAETrainerConfig(
+            total_training_samples=10**9,
+            train_batch_size_samples=shape.batch,
+            lr=1e-4,
+            lr_end=1e-4,
+            device=shape.device,
+            autocast=shape.autocast,
+            dead_feature_window=10**6,
+        )
+        self.trainer = make(shape, cfg)
+
+    def step(self, x: torch.Tensor, n_dead: int) -> None:
+        """One whole step; the first `n_dead` of every few latents count as dead."""
+        silent = self.trainer.n_forward_passes_since_fired
+        silent.zero_()
+        if n_dead:
+            silent[:: max(1, self.shape.d_sae // n_dead)][:n_dead] = 2.0 * 10**6
+        self.trainer._train_step(self.trainer.sae, x)
+
+
+def arms_for(shape: Shape) -> dict[str, Callable[[Shape, SAETrainerConfig], SAETrainer[Any, Any]]]:
+    """What is compared on this device; "saelens" and "fused" are always there."""
+
+    def saelens(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+        return SAETrainer(cfg, shape.sae(), iter(()))
+
+    def saelens_fused_adam(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+        trainer = SAETrainer(cfg, shape.sae(), iter(()))
+        for group in trainer.optimizer.param_groups:
+            group["fused"] = True
+        return trainer
+
+    def saelens_compiled(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+        trainer = saelens_fused_adam(shape, cfg)
+        vars(trainer.sae)["training_forward_pass"] = torch.compile(trainer.sae.training_forward_pass)
+        return trainer
+
+    def fused(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+        return FusedSAETrainer(cfg, shape.sae(), iter(()))
+
+    def fused_candidates(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+        kind = "tf32" if shape.device == "cuda" else "bf16"
+        return FusedSAETrainer(cfg, shape.sae(), iter(()), candidates=kind)
+
+    found = {"saelens": saelens, "saelens_fused_adam": saelens_fused_adam}
+    if shape.device == "cuda":
+        found["saelens_compiled"] = saelens_compiled
+    found["fused"] = fused
+    if not shape.autocast:
+        found["fused_candidates"] = fused_candidates
+    return found
+
+
+def measure(shape: Shape, rounds: int, warm_up: int, aux: str) -> dict[str, Any]:
+    """Times every arm; milliseconds by arm, and what the issue's keys need."""
+    x = shape.rows()
+    arms = {name: Arm(shape, make) for name, make in arms_for(shape).items()}
+    settings = {"idle": 0, "on": shape.d_in // 2}
+    wanted = list(settings) if aux == "both" else [aux]
+    timings: dict[str, dict[str, list[float]]] = {setting: {name: [] for name in arms} for setting in wanted}
+    products: list[float] = []
+    encoder = arms["fused"].trainer.sae
+    h = torch.empty(shape.batch, shape.d_sae, device=shape.device)
+
+    def product() -> None:
+        with torch.no_grad(), torch.autocast(shape.device, torch.bfloat16, enabled=shape.autocast):
+            if shape.autocast:
+                torch.mm(x, encoder.W_enc)
+            else:
+                torch.addmm(encoder.b_enc, x, encoder.W_enc, out=h)
+
+    order = list(arms)
+    for turn in range(-warm_up, rounds):
+        for setting in wanted:
+            for name in order:
+                taken = timed(lambda arm=arms[name], n=settings[setting]: arm.step(x, n), shape.device)
+                if turn >= 0:
+                    timings[setting][name].append(taken)
+        taken = timed(product, shape.device)
+        if turn >= 0:
+            products.append(taken)
+        order = order[1:] + order[:1]
+
+    result = {
+        setting: {name: quantiles(values) for name, values in by_arm.items()}
+        for setting, by_arm in timings.items()
+    }
+    first = result[wanted[0]]
+    saelens, fused, gemm = first["saelens"]["p50"], first["fused"]["p50"], quantiles(products)["p50"]
+    peaks = {
+        name: peak_above(arms[name].trainer, lambda arm=arms[name]: arm.step(x, 0))
+        for name in ("saelens", "fused")
+    }
+    return {
+        "saelens_ms": saelens,
+        "fused_ms": fused,
+        "ratio": round(saelens / fused, 2),
+        "encoder_gemm_ms": gemm,
+        "encoder_share": round(gemm / fused, 3),
+        "grad_rel_err": gradient_error(shape, x),
+        "peak_bytes": peaks["fused"],
+        "saelens_peak_bytes": peaks["saelens"],
+        "backend": arms["fused"].trainer.backend,
+        "milliseconds": result,
+        "rounds": rounds,
+    }
+
+
+def timed(run: Callable[[], None], device: str) -> float:
+    """Milliseconds that `run` takes, the device's queue drained before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    ordered = torch.tensor(values, dtype=torch.float64)
+    return {name: round(float(ordered.quantile(q)), 3) for name, q in QUANTILES.items()}
+
+
+def gradient_error(shape: Shape, x: torch.Tensor) -> float:
+    """Largest relative error of a parameter's gradient against SAELens' autograd, a quarter of the latents dead."""
+    sae = shape.sae()
+    dead = torch.zeros(shape.d_sae, dtype=torch.bool, device=shape.device)
+    dead[::4] = True
+    with torch.autocast(shape.device, torch.bfloat16, enabled=shape.autocast):
+        output = sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False
+            )
+        )
+    output.loss.backward()
+    plan = StepPlan(sae, shape.autocast)
+    ours = fused_step(plan.weights(), x, plan.spec, dead).gradients
+    pairs = [
+        (ours.W_enc_t.T, sae.W_enc),
+        (ours.b_enc, sae.b_enc),
+        (ours.W_dec, sae.W_dec),
+        (ours.b_dec, sae.b_dec),
+    ]
+    errors = [float((a - p.grad).norm() / p.grad.norm()) for a, p in pairs if p.grad is not None]
+    return max(errors)
+
+
+def default_widths(d_sae: int) -> tuple[int, ...]:
+    """A sixteenth, three sixteenths, a half, all."""
+    return (d_sae // 16, d_sae * 3 // 16, d_sae // 2, d_sae)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was measured."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "sae-lens", "sae-lens-maira", "triton"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def device_name(device: str) -> str:
+    """The device in words, with the number of threads on a CPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        model = named[0] if named else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="sae-lens-maira bench step", description=__doc__.split("\n", 1)[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--d-in", type=int, default=4096 if gpu else 1024)
+    parser.add_argument("--d-sae", type=int, default=16384 if gpu else 8192)
+    parser.add_argument("--batch", type=int, default=4096 if gpu else 1024)
+    parser.add_argument("--k", type=float, default=64 if gpu else 32)
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=None, help="cumulative; default 1/16, 3/16, 1/2, 1"
+    )
+    parser.add_argument("--dtype", choices=["float32", "autocast"], default="float32")
+    parser.add_argument(
+        "--aux", choices=["idle", "on", "both"], default="both", help="dead latents: none, d_in / 2"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--scaling", action="store_true", help="also half and double d_sae and batch")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--png", type=Path, default=Path("step_bench.png"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark: a table on stderr, a figure, and with --json one object on stdout."""
+    args = parse(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    widths = tuple(args.widths) if args.widths else default_widths(args.d_sae)
+
+    def shape_of(d_sae: int, batch: int) -> Shape:
+        own = widths if d_sae == args.d_sae else default_widths(d_sae)
+        autocast = args.dtype == "autocast"
+        return Shape(
+            d_in=args.d_in,
+            d_sae=d_sae,
+            batch=batch,
+            k=args.k,
+            widths=own,
+            device=args.device,
+            autocast=autocast,
+        )
+
+    report = measure(shape_of(args.d_sae, args.batch), args.rounds, args.warm_up, args.aux)
+    report["shape"] = {
+        "d_in": args.d_in,
+        "d_sae": args.d_sae,
+        "batch": args.batch,
+        "k": args.k,
+        "widths": list(widths),
+        "dtype": args.dtype,
+    }
+    report["device"] = device_name(args.device)
+    report["versions"] = versions()
+    report["scaling"] = {"d_sae": [], "batch": []}
+    if args.scaling:
+        for axis, sizes in (
+            ("d_sae", [(args.d_sae * m // 2, args.batch) for m in (1, 2, 4)]),
+            ("batch", [(args.d_sae, args.batch * m // 2) for m in (1, 2, 4)]),
+        ):
+            for d_sae, batch in sizes:
+                point = measure(shape_of(d_sae, batch), max(3, args.rounds // 2), 1, "idle")
+                point = {key: point[key] for key in ("saelens_ms", "fused_ms", "encoder_gemm_ms", "ratio")}
+                report["scaling"][axis].append({"d_sae": d_sae, "batch": batch, **point})
+    sys.stderr.write(table(report))
+    draw(report, args.png)
+    if args.json:
+        sys.stdout.write(json.dumps(report) + "\n")
+    return 0
