@@ -29,6 +29,7 @@ from sae_lens_maira.sae.levels import level_widths_of
 from sae_lens_maira.sae.losses import nested_reconstructions
 from sae_lens_maira.sae.untrained import untrained_like
 
+_SAMPLE_ROWS = 4096
 Rows = Tensor | np.ndarray | Iterable[Any]
 ALL = "all"
 
@@ -93,7 +94,8 @@ def evaluate_sae(
             (rows, roles).
         roles: (n,) integers, one per row of an array. None counts all rows together only.
         role_names: names of the integers; an integer without a name is called by its number.
-        baseline: an SAE to stand beside, "untrained" for `untrained_like`, or None.
+        baseline: an SAE to stand beside, None, or "untrained" for `untrained_like` of each role's own rows, which
+            then starts from that role's mean and sparsity.
         batch_rows: rows encoded at once.
         seed: of the untrained SAE.
 
@@ -103,11 +105,17 @@ def evaluate_sae(
     if isinstance(sae, TrainingSAE):
         sae = load_matryoshka(sae)
     batches = _Batches(rows, roles, batch_rows)
-    means, sample = _first_pass(batches, sae.cfg.d_in, role_names or {})
-    records = _second_pass("trained", sae, batches, means, role_names or {})
-    if baseline is not None:
-        other = untrained_like(sae, sample, seed=seed) if isinstance(baseline, str) else baseline
-        records += _second_pass(beside_label(other), other, batches, means, role_names or {})
+    names = role_names or {}
+    means, samples = _first_pass(batches, sae.cfg.d_in, names)
+    records = _second_pass("trained", sae, batches, means, names)
+    if isinstance(baseline, SAE):
+        records += _second_pass(beside_label(baseline), baseline, batches, means, names)
+    elif baseline is not None:
+        # One per role: rows of one role lie far from the mean of all, and an SAE that cannot know that is too
+        # easy to beat.
+        for group, mean in means.items():
+            other = untrained_like(sae, samples[group], seed=seed)
+            records += _second_pass(beside_label(other), other, batches, {group: mean}, names)
     return SAEEvaluation(tuple(records))
 
 
@@ -154,11 +162,13 @@ def _groups(roles: Tensor | None, names: Mapping[int, str], n: int) -> Iterator[
             yield names.get(role, str(role)), roles.cpu() == role
 
 
-def _first_pass(batches: _Batches, d_in: int, names: Mapping[int, str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Mean of each role's rows, in the order of roles, and a sample of rows from every batch."""
+def _first_pass(
+    batches: _Batches, d_in: int, names: Mapping[int, str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean of each role's rows, and a sample of them from many batches."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    sample: list[Tensor] = []
+    samples: dict[str, list[Tensor]] = {}
     for x, roles in batches:
         if x.ndim != 2 or x.shape[1] != d_in:
             raise SAEError(
@@ -173,11 +183,13 @@ def _first_pass(batches: _Batches, d_in: int, names: Mapping[int, str]) -> tuple
             part = x.cpu()[mask].double()
             sums[group] = sums.get(group, 0) + part.sum(0)
             counts[group] = counts.get(group, 0) + len(part)
-        if sum(map(len, sample)) < 8192:
-            sample.append(x[torch.linspace(0, len(x) - 1, min(len(x), 256)).round().long()].cpu().float())
+            if sum(map(len, samples.setdefault(group, []))) < _SAMPLE_ROWS:
+                evenly = torch.linspace(0, len(part) - 1, min(len(part), 512)).round().long()
+                samples[group].append(part[evenly].float())
     if not counts:
         raise SAEError("No rows were given. Evaluation needs at least one.")
-    return {group: sums[group] / counts[group] for group in sums}, torch.cat(sample)
+    means = {group: sums[group] / counts[group] for group in sums}
+    return means, {group: torch.cat(parts) for group, parts in samples.items()}
 
 
 @torch.no_grad()
@@ -187,14 +199,17 @@ def _second_pass(
     widths = level_widths_of(sae)
     sums = {group: _Sums(len(widths), sae.cfg.d_sae) for group in means}
     for x, roles in batches:
-        x = x.to(sae.device, torch.float32)
+        groups = [(group, mask) for group, mask in _groups(roles, names, len(x)) if group in means]
+        wanted = torch.stack([mask for _, mask in groups]).any(0) if groups else torch.zeros(len(x)).bool()
+        x = x.cpu()[wanted].to(sae.device, torch.float32)
         acts = sae.encode(x)
         fired = (acts != 0).cpu()
         errors = torch.stack(
             [(r.float() - x).pow(2).sum(-1) for r in level_reconstructions(sae, x, acts, widths)]
         )
         l0 = torch.stack([fired[:, :width].sum(-1) for width in widths])
-        for group, mask in _groups(roles, names, len(x)):
+        for group, mask in groups:
+            mask = mask[wanted]
             variance = (x.cpu()[mask].double() - means[group]).pow(2).sum(-1)
             sums[group].add(errors.cpu()[:, mask].double(), variance, l0[:, mask], fired[mask])
     return [

@@ -76,7 +76,7 @@ def evaluate_splice(
     batches: Iterable[SpliceBatch | tuple[Mapping[str, Any], Tensor, Tensor | None]],
     sae: SAE[Any],
     *,
-    baseline: SAE[Any] | None = None,
+    baseline: SAE[Any] | Mapping[str, SAE[Any]] | None = None,
     positions: Mapping[str, Collection[int] | None] | None = None,
     levels: Sequence[int] | None = None,
     ablation: Literal["zero", "mean"] = "zero",
@@ -88,7 +88,7 @@ def evaluate_splice(
         module: the submodule whose output (B, L, d_in), or first output, the SAE reconstructs.
         batches: `SpliceBatch`es or tuples (model_inputs, labels, roles).
         sae: any SAELens SAE.
-        baseline: an SAE to stand beside, such as `untrained_like(sae, rows)`.
+        baseline: an SAE to stand beside, such as `untrained_like(sae, rows)`, or one per set of positions.
         positions: name -> roles whose positions are replaced, None for every position that the attention mask
             keeps. Default {"all": None}. An SAE should be judged on the roles that it was trained on.
         levels: which levels to splice; None means all.
@@ -102,16 +102,12 @@ def evaluate_splice(
         HookError: the module did not run, or its output is not (B, L, d).
         SAEError: the SAE has another d_in, or no target or no position remains.
     """
-    saes = {"trained": load_matryoshka(sae) if isinstance(sae, TrainingSAE) else sae}
-    if baseline is not None:
-        saes[beside_label(baseline)] = baseline
+    sae = load_matryoshka(sae) if isinstance(sae, TrainingSAE) else sae
     positions = positions or {"all": None}
-    variants = [
-        (name, level, width)
-        for name, one in saes.items()
-        for level, width in enumerate(level_widths_of(one))
-        if levels is None or level in [wanted % len(level_widths_of(one)) for wanted in levels]
-    ]
+    variants = {
+        where: _variants(sae, baseline[where] if isinstance(baseline, Mapping) else baseline, levels)
+        for where in positions
+    }
     sums: dict[Any, float] = {}
     counts: dict[str, int] = {"targets": 0}
     with _in_eval_mode(model):
@@ -124,10 +120,9 @@ def evaluate_splice(
                 counts[where] = counts.get(where, 0) + int(mask.sum())
                 with _replaced(module, mask, lambda rows: _ablated(rows, ablation)):
                     _add(sums, ("ablated", where), _loss(model, batch))
-                for name, level, width in variants:
-                    one = saes[name]
-                    with _replaced(module, mask, lambda rows, s=one, w=width: _reconstructed(s, rows, w)):
-                        _add(sums, (name, level, where), _loss(model, batch))
+                for variant in variants[where]:
+                    with _replaced(module, mask, variant.reconstruct):
+                        _add(sums, (variant.name, variant.level, where), _loss(model, batch))
     empty = [where for where in positions if not counts.get(where)]
     if counts["targets"] == 0 or empty:
         raise SAEError(
@@ -135,20 +130,47 @@ def evaluate_splice(
             "ids at targets, and roles the numbers that positions= names."
         )
     return SpliceEvaluation(
-        tuple(_record(sums, counts, where, *variant) for where in positions for variant in variants)
+        tuple(_record(sums, counts, where, variant) for where in positions for variant in variants[where])
     )
 
 
+@dataclass(frozen=True)
+class _Variant:
+    name: str
+    sae: SAE[Any]
+    level: int
+    width: int
+
+    def reconstruct(self, rows: Tensor) -> Tensor:
+        if rows.shape[-1] != self.sae.cfg.d_in:
+            raise SAEError(
+                f"The module's output has {rows.shape[-1]} numbers per position, the SAE "
+                f"d_in={self.sae.cfg.d_in}. It was trained on another model or another hook point."
+            )
+        rows = rows.to(self.sae.device, self.sae.dtype)
+        return level_reconstructions(self.sae, rows, self.sae.encode(rows), [self.width])[0]
+
+
+def _variants(sae: SAE[Any], baseline: SAE[Any] | None, levels: Sequence[int] | None) -> list[_Variant]:
+    named = [("trained", sae)] + ([] if baseline is None else [(beside_label(baseline), baseline)])
+    result = []
+    for name, one in named:
+        widths = level_widths_of(one)
+        wanted = range(len(widths)) if levels is None else {level % len(widths) for level in levels}
+        result += [_Variant(name, one, level, widths[level]) for level in sorted(wanted)]
+    return result
+
+
 def _record(
-    sums: Mapping[Any, float], counts: Mapping[str, int], where: str, name: str, level: int, width: int
+    sums: Mapping[Any, float], counts: Mapping[str, int], where: str, variant: _Variant
 ) -> SpliceRecord:
     targets = counts["targets"]
-    keys = ("clean", ("ablated", where), (name, level, where))
+    keys = ("clean", ("ablated", where), (variant.name, variant.level, where))
     clean, ablated, spliced = (sums[key] / targets for key in keys)
     return SpliceRecord(
-        sae=name,
-        level=level,
-        width=width,
+        sae=variant.name,
+        level=variant.level,
+        width=variant.width,
         positions=where,
         replaced=counts[where],
         targets=targets,
@@ -181,16 +203,6 @@ def _mask(batch: SpliceBatch, where: str, roles: Collection[int] | None) -> Tens
 
 def _ablated(rows: Tensor, ablation: str) -> Tensor:
     return torch.zeros_like(rows) if ablation == "zero" else rows.mean(0, keepdim=True).expand_as(rows)
-
-
-def _reconstructed(sae: SAE[Any], rows: Tensor, width: int) -> Tensor:
-    if rows.shape[-1] != sae.cfg.d_in:
-        raise SAEError(
-            f"The module's output has {rows.shape[-1]} numbers per position, the SAE d_in={sae.cfg.d_in}. "
-            "It was trained on another model or another hook point."
-        )
-    rows = rows.to(sae.device, sae.dtype)
-    return level_reconstructions(sae, rows, sae.encode(rows), [width])[0]
 
 
 @contextmanager

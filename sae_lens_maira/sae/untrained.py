@@ -29,7 +29,8 @@ def untrained_like(
     Args:
         sae: the SAE to stand beside.
         rows: (n, d_in) activation rows to calibrate on.
-        l0: latents that fire per row; None measures the given SAE on the rows.
+        l0: latents that fire per row; None measures the given SAE on the rows. About half of all latents is the
+            most that random directions give.
         seed: of the random directions.
         max_rows: use at most this many rows, evenly spaced.
 
@@ -44,7 +45,7 @@ def untrained_like(
     if l0 is None:
         l0 = float((sae.encode(rows) != 0).sum(-1).float().mean())
     n_active = round(l0 * len(rows))
-    if not 0 < n_active < len(rows) * d_sae:
+    if not 0 <= n_active < len(rows) * d_sae:
         raise SAEError(f"l0={l0} active latents per row cannot be set in an SAE of {d_sae} latents.")
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(d_sae, d_in, generator=generator)

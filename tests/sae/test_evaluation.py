@@ -91,6 +91,18 @@ def test_untrained_sae_has_the_same_shape_and_sparsity_and_explains_less(
     assert whole[1].explained_variance > 0  # the fitted gain keeps it from overshooting
 
 
+def test_each_role_has_its_own_untrained_sae(sae, make_rows, roles):
+    """A role far from the others' mean: its untrained SAE starts from there, with the role's own sparsity."""
+    x = make_rows(300, seed=5)
+    x[roles == 3] += 2.0
+    result = evaluate_sae(sae, x, roles, role_names=NAMES)
+    for role in ("-1", "IMAGE", "7"):
+        ours, other = result.get(role=role), result.get(role=role, sae="untrained")
+        assert other.rows == ours.rows == int((roles == {"-1": -1, "IMAGE": 3, "7": 7}[role]).sum())
+        assert other.explained_variance > -0.05
+        assert other.l0 == pytest.approx(ours.l0, abs=0.05)
+
+
 def test_untrained_sae_is_reproducible_and_calibrated(sae, make_rows):
     x = make_rows(500)
     first, again, other = (untrained_like(sae, x, l0=5.0, seed=seed) for seed in (1, 1, 2))
@@ -98,8 +110,10 @@ def test_untrained_sae_is_reproducible_and_calibrated(sae, make_rows):
     assert not torch.equal(first.W_dec, other.W_dec)
     assert float((first.encode(x) > 0).sum(-1).float().mean()) == pytest.approx(5.0, abs=0.01)
     assert first.level_widths == sae.level_widths
+    silent = untrained_like(sae, x, l0=0.0)
+    assert not silent.encode(x).any()
     with pytest.raises(SAEError, match="cannot be set"):
-        untrained_like(sae, x, l0=0.0)
+        untrained_like(sae, x, l0=48.0)
     with pytest.raises(SAEError, match="expected"):
         untrained_like(sae, x[:, :3])
 

@@ -127,6 +127,20 @@ def test_mean_ablation_and_baseline(model, batches, identity):
     ]
     ours, other = result.records
     assert ours.loss_recovered > other.loss_recovered
+    own = {"all": untrained_like(identity, rows), "REPORT": untrained_like(identity, rows + 9)}
+    both = evaluate_splice(
+        model,
+        layer(model),
+        batches,
+        identity,
+        baseline=own,
+        levels=[-1],
+        positions={"all": None, "REPORT": {10}},
+    )
+    assert [(r.sae, r.positions) for r in both.records] == [
+        ("trained", "all"), ("untrained", "all"), ("trained", "REPORT"), ("untrained", "REPORT"),
+    ]  # fmt: skip
+    assert both.records[1].ce_spliced == pytest.approx(other.ce_spliced, abs=1e-5)
     zero = evaluate_splice(model, layer(model), batches, identity, levels=[-1]).records[0]
     assert zero.ce_ablated != ours.ce_ablated
     assert zero.ce_clean == ours.ce_clean
