@@ -10,16 +10,16 @@ the fused trainer in every module that uses it, and is put back on the way out. 
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.training.prefetch import PrefetchingIterator
 from typing_extensions import override
 
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels.dispatch import Backend
 from sae_lens_maira.kernels.problem import Candidates
-from sae_lens_maira.training.distributed import ProcessGroupCommunicator
+from sae_lens_maira.training.distributed import ProcessGroupCommunicator, ShardedBatches
 from sae_lens_maira.training.trainer import FusedSAETrainer
 
 USERS_OF_THE_TRAINER = (
@@ -36,10 +36,19 @@ def fused_training(
 ) -> Iterator[None]:
     """Inside, every SAELens runner builds a `FusedSAETrainer` with these arguments. Not for threads that race.
 
+    Over several ranks every rank's runner harvests the same whole batches (equal seeds) and trains on its share.
+
     Raises:
-        BackendError: this SAELens builds its trainer elsewhere.
+        BackendError: this SAELens builds its trainer elsewhere, or ranks and prefetching were asked for together.
     """
-    fused = partial(FusedSAETrainer, backend=backend, candidates=candidates, comm=comm)
+
+    def fused(*args: Any, data_provider: Any, **kwargs: Any) -> FusedSAETrainer:
+        if comm is not None:
+            data_provider = _share_of(data_provider, comm)
+        return FusedSAETrainer(
+            *args, data_provider=data_provider, backend=backend, candidates=candidates, comm=comm, **kwargs
+        )
+
     modules = [importlib.import_module(name) for name in USERS_OF_THE_TRAINER]
     before: list[Any] = [getattr(module, "SAETrainer", None) for module in modules]
     lost = [m.__name__ for m, trainer in zip(modules, before, strict=True) if trainer is None]
@@ -55,6 +64,15 @@ def fused_training(
     finally:
         for module, trainer in zip(modules, before, strict=True):
             vars(module)["SAETrainer"] = trainer
+
+
+def _share_of(data_provider: Any, comm: ProcessGroupCommunicator) -> ShardedBatches:
+    if isinstance(data_provider, PrefetchingIterator):
+        raise BackendError(
+            "prefetch_llm_batches is on over several ranks. SAELens pauses its prefetcher during an evaluation and "
+            "would not recognise a rank's share of it; set prefetch_llm_batches=False."
+        )
+    return ShardedBatches(data_provider, comm.rank, comm.size)
 
 
 class FusedLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):

@@ -7,8 +7,6 @@ is said once. W_enc is kept in memory as (d_sae, d_in), so that its gradient is 
 state dict shows it contiguous.
 """
 
-import signal
-import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
-from sae_lens.training._interruption import interrupt_callback
+from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
@@ -37,6 +35,7 @@ from sae_lens_maira.kernels.problem import Candidates
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
 from sae_lens_maira.training.checkpoints import complete_atomically
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator
+from sae_lens_maira.training.interruption import SafePoints
 from sae_lens_maira.training.optimizer import RowMajorAdam
 
 MAX_GRADIENT_NORM = 1.0
@@ -106,6 +105,8 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         self.candidates: Candidates = candidates
         self.dense_reason: str | None = None
         self._reasons_said: set[str] = set()
+        self._safe_points = SafePoints()
+        self._tokens = 0
         self._workspace = Workspace()
         self._buffers: Gradients | None = None
         assert cfg.lr_end is not None  # set by SAELens' configuration classes
@@ -129,20 +130,27 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
 
     @override
     def fit(self) -> TrainingSAE[Any]:
-        """Trains to the end. Over several ranks, a failure leaves a checkpoint `rescue_<samples>` and is raised."""
-        if not isinstance(self.comm, ProcessGroupCommunicator):
-            return self._plain(super().fit())
-        self._agree_on_scaling(self.comm)
-        if threading.current_thread() is threading.main_thread():
-            # torchrun ends the survivors of a failed rank with SIGTERM; as an exception it leaves time to save.
-            signal.signal(signal.SIGTERM, interrupt_callback)
-        try:
-            return self._plain(super().fit())
-        except Exception:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._save_rescue()
-            raise
+        """Trains to the end.
+
+        An interrupt (SIGINT, SIGTERM) takes effect between two updates. With a checkpoint path it leaves a checkpoint
+        `<samples>` and is raised. Over several ranks, so is any failure, as `rescue_<samples>`.
+        """
+        group = self.comm if isinstance(self.comm, ProcessGroupCommunicator) else None
+        with self._safe_points.installed():
+            try:
+                if group is not None:
+                    self._agree_on_scaling(group)
+                return self._plain(super().fit())
+            except (KeyboardInterrupt, InterruptedException):
+                if group is None and self.cfg.checkpoint_path is not None:
+                    self.save_checkpoint(str(self.n_training_samples))
+                elif group is not None:
+                    self._save_rescue()
+                raise
+            except Exception:
+                if group is not None:
+                    self._save_rescue()
+                raise
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
@@ -158,28 +166,32 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
 
     @override
     def _train_step(self, sae: TrainingSAE[Any], sae_in: torch.Tensor) -> TrainStepOutput:
-        self._tokens = sum(self.comm.counts(len(sae_in)))
         reason = self.dense_reason = reason_for_dense(sae, sae_in)
         if reason is not None:
             self._say_once(reason)
+            self._tokens = len(sae_in)
+            with self._safe_points.safe():
+                pass
             return super()._train_step(sae, sae_in)
         sae.train()
         self._lay_out_W_enc(sae)
         x = sae_in.detach().to(sae.dtype)
         plan = StepPlan(sae, self.cfg.autocast, self.candidates)
-        self._prepare(plan, x)
-        result = fused_step(
-            plan.weights(),
-            x,
-            plan.spec,
-            plan.dead(self.dead_neurons, self._tokens),
-            backend=self.backend,
-            workspace=self._workspace,
-            comm=self.comm,
-            out=self._gradient_buffers(sae),
-        )
-        if not bool(torch.isfinite(result.loss)):
-            raise self._not_finite(sae, x)
+        with self._safe_points.safe():
+            self._tokens = sum(self.comm.counts(len(x)))
+            self._prepare(plan, x)
+            result = fused_step(
+                plan.weights(),
+                x,
+                plan.spec,
+                plan.dead(self.dead_neurons, self._tokens),
+                backend=self.backend,
+                workspace=self._workspace,
+                comm=self.comm,
+                out=self._gradient_buffers(sae),
+            )
+            if not bool(torch.isfinite(result.loss)):
+                raise self._not_finite(sae, x)
         # Everything that can fail, ranks included, lies behind us: from here on state changes.
         plan.after(result, self.n_training_steps)
         self._record_firing(result)

@@ -51,7 +51,7 @@ def make_sae() -> Callable[..., TrainingSAE[Any]]:
         if kind == "explicit":
             shared["level_weights"] = [0.2, 0.3, 1.5]
         if kind == "dictionary_learning":
-            shared.update(threshold_start_step=3, dead_after_tokens=100)
+            shared = {"threshold_start_step": 3, "dead_after_tokens": 100, **shared}
         shared["loss_convention"] = "saelens" if kind == "ours" else kind
         return MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**shared))
 

@@ -82,7 +82,9 @@ def test_the_runner_subclass_equals_the_runner(model, tmp_path):
 def test_the_name_is_put_back(make_sae, make_config):
     def fail_inside() -> None:
         with fused_training(candidates="bf16"):
-            made = llm_sae_training_runner.SAETrainer(make_config(1), make_sae("saelens"), iter(()))
+            made = llm_sae_training_runner.SAETrainer(
+                make_config(1), make_sae("saelens"), data_provider=iter(())
+            )
             assert isinstance(made, FusedSAETrainer)
             assert made.candidates == "bf16"
             raise ZeroDivisionError
