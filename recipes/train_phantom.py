@@ -13,7 +13,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Read the settings, train (or resume), write the phantom's folder."""
     parser = ArgumentParser(description=__doc__, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_argument("--out", type=Path, default=Path("runs/phantom"), help="checkpoints and the final weights")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/phantom"), help="checkpoints and the final weights"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0 = torch's choice)")
     parser.add_class_arguments(PhantomTraining, "train")
     options = parser.parse_args(arguments)

@@ -14,3 +14,11 @@ import torch
 def seeded() -> None:
     """The same random numbers for every test, whichever others ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def phantom():
+    """The shipped phantom, in float32 on the CPU."""
+    from sae_lens_maira.phantom import load_phantom
+
+    return load_phantom()

@@ -34,7 +34,9 @@ def split_by_patient(patients: Sequence[str], seed: int = 0) -> Halves:
     """
     names = sorted(set(patients))
     if len(names) < 2:
-        raise StudyError(f"{len(names)} patient(s) cannot be split into two halves; give studies of two or more.")
+        raise StudyError(
+            f"{len(names)} patient(s) cannot be split into two halves; give studies of two or more."
+        )
     order = np.random.default_rng(seed).permutation(len(names))
     chosen = {names[i] for i in order[: len(names) // 2]}
     choose = np.array([patient in chosen for patient in patients])
@@ -84,8 +86,16 @@ class Agreement:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per finding."""
-        columns = {"unit": self.unit, "f1": self.f1, "low": self.low, "high": self.high, "positives": self.positives}
-        return pd.DataFrame(columns, index=pd.Index(self.findings, name="finding")).assign(dictionary=self.name)
+        columns = {
+            "unit": self.unit,
+            "f1": self.f1,
+            "low": self.low,
+            "high": self.high,
+            "positives": self.positives,
+        }
+        return pd.DataFrame(columns, index=pd.Index(self.findings, name="finding")).assign(
+            dictionary=self.name
+        )
 
 
 def best_units(
@@ -119,7 +129,9 @@ def best_units(
     hits, total = (fired & known).astype(np.float64), fired.astype(np.float64) + known
     f1 = _ratio(2 * hits.sum(0), total.sum(0))
     # Resampling studies with replacement is a multinomial weight per study: one matrix product does all resamples.
-    weights = np.random.default_rng(seed).multinomial(len(known), np.full(len(known), 1 / len(known)), size=n_boot)
+    weights = np.random.default_rng(seed).multinomial(
+        len(known), np.full(len(known), 1 / len(known)), size=n_boot
+    )
     samples = _ratio(2 * (weights @ hits), weights @ total)
     low, high = np.quantile(samples, [0.025, 0.975], axis=0)
     return Agreement(name, tuple(findings), unit, f1, low, high, samples, len(known), known.sum(0))

@@ -101,11 +101,10 @@ class MeanDifference:
             ]
             directions.append(means[0] - means[1])
         self._direction = torch.stack(directions, 1)
-        peaks = torch.full((n_studies, n_findings), -torch.inf)
-        peaks.index_reduce_(0, study, rows.values @ self._direction, "amax")
-        self._threshold = torch.tensor(
-            [_best_threshold(peaks[choose, column].numpy(), truth[choose, column]) for column in range(n_findings)]
-        )
+        peaks = np.full((n_studies, n_findings), -np.inf, dtype=np.float32)
+        np.maximum.at(peaks, rows.study, (rows.values @ self._direction).numpy())
+        thresholds = [_best_threshold(peaks[choose, column], truth[choose, column]) for column in range(n_findings)]
+        self._threshold = torch.tensor(thresholds)
 
     def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
         return torch.relu(values @ self._direction - self._threshold)

@@ -24,6 +24,7 @@ from sae_lens_maira.maira2 import (
 )
 from sae_lens_maira.phantom.corpus import SIZES, Corpus
 from sae_lens_maira.phantom.generator import generate_study
+from sae_lens_maira.phantom.initial import initialise
 from sae_lens_maira.phantom.model import IMAGE_SIZE, PATCH_SIZE, make_processor, tiny_config
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.phantom.tokenizer import build_tokenizer
@@ -41,7 +42,7 @@ class PhantomTraining:
         sight_batch: films a step of phase 1.
         steps: steps of phase 2.
         batch: sequences a step of phase 2.
-        lr: peak learning rate of phase 2 (phase 1 uses 1e-3); cosine to zero after the warm-up.
+        lr: peak learning rate of phase 2 (1.5 times as much in phase 1); cosine to zero after the warm-up.
         warmup: steps of linear warm-up in either phase.
         autocast: bfloat16 matrix products on the CPU; a third faster where the processor has them.
         checkpoint_every: steps between checkpoints.
@@ -50,11 +51,11 @@ class PhantomTraining:
     studies: int = 16_000
     seed: int = 0
     vocab_size: int = 1024
-    sight_steps: int = 1500
-    sight_batch: int = 64
-    steps: int = 3000
-    batch: int = 32
-    lr: float = 1.5e-3
+    sight_steps: int = 6000
+    sight_batch: int = 20
+    steps: int = 4000
+    batch: int = 12
+    lr: float = 1e-3
     warmup: int = 100
     autocast: bool = True
     checkpoint_every: int = 100
@@ -88,7 +89,7 @@ def train_sight(
     parts = nn.ModuleDict(
         {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector, "heads": heads}
     )
-    loop = _Loop(parts, 1e-3, config.sight_steps, config, folder / "sight.pt")
+    loop = _Loop(parts, 1.5 * config.lr, config.sight_steps, config, folder / "sight.pt")
     with loop.bar("learning to see") as bar:
         for step in bar:
             rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -212,6 +213,7 @@ def train_phantom(config: PhantomTraining, out: Path) -> Path:
     processor = build_processor(config)
     model = Maira2ForConditionalGeneration(tiny_config(len(processor.tokenizer), processor.image_token_id))
     corpus = Corpus(processor, config.studies, config.seed, IMAGE_SIZE // PATCH_SIZE)
+    initialise(model, corpus.pixels[corpus.frontal[:1500]])
     if config.sight_steps:
         train_sight(model, corpus, config, out)
     train_reports(model, corpus, config, out)

@@ -7,18 +7,11 @@ the same sparsity, a supervised difference of means, and for steering a random d
 strengths are chosen on one half of the patients and reported on the other. It composes rooms and owns no science.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows, harvest_rows
-from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents import (
-    Agreement,
-    Difference,
     Encoder,
     Halves,
     MeanDifference,
@@ -28,11 +21,12 @@ from sae_lens_maira.latents import (
     split_by_patient,
     study_firing,
 )
-from sae_lens_maira.maira2 import Maira2, TokenRole
+from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, truth_labels
+from sae_lens_maira.quickstart.report import write_report
+from sae_lens_maira.quickstart.results import PlaceResult, QuickstartConfig, QuickstartResult
 from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae, untrained_encoder
-from sae_lens_maira.quickstart.steer import SteeringResult, steer_finding
-from sae_lens_maira.studies import Study
+from sae_lens_maira.quickstart.steer import steer_finding
 
 # Everything a report is written from: the film, the sections, the report itself; no boilerplate.
 KEPT = (
@@ -43,80 +37,6 @@ KEPT = (
     TokenRole.PRIOR_REPORT,
     TokenRole.REPORT,
 )
-
-
-@dataclass(frozen=True)
-class QuickstartConfig:
-    """Settings of a quickstart run.
-
-    Attributes:
-        out: folder of the report; made if missing.
-        studies: phantom studies to read, none of which the phantom was trained on.
-        layer: decoder layer whose output is read and steered, 0 to 7.
-        d_sae: latents.
-        k: mean active latents per token.
-        steps: training steps of 1,024 rows.
-        finding: the finding to steer into reports that do not have it.
-        steer_studies: negative studies to steer, from either half.
-        seed: of everything drawn here.
-        progress: show progress bars.
-    """
-
-    out: Path = Path("quickstart_out")
-    studies: int = 1200
-    layer: int = 3
-    d_sae: int = 2048
-    k: int = 16
-    steps: int = 1500
-    finding: str = "cardiomegaly"
-    steer_studies: int = 60
-    seed: int = 0
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.finding not in FINDING_KEYS:
-            raise ConfigError(f"Unknown finding {self.finding!r}; the phantom's are {', '.join(FINDING_KEYS)}.")
-        if not 0 <= self.layer <= 7:
-            raise ConfigError(f"layer is {self.layer}; the phantom has decoder layers 0 to 7.")
-        for name, least in (("studies", 40), ("d_sae", 64), ("k", 1), ("steps", 1), ("steer_studies", 4)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-
-
-@dataclass(frozen=True)
-class PlaceResult:
-    """Agreement with the findings at one kind of position ("text" or "image").
-
-    Attributes:
-        place: "text" or "image".
-        trained, untrained, raw, supervised: best units of each dictionary.
-        gain: trained minus untrained, mean over the findings, paired over studies.
-        l0: active latents per row of the trained SAE here.
-        explained_variance: of the trained SAE on the held-out half's rows here.
-        n_rows: rows of this kind.
-    """
-
-    place: str
-    trained: Agreement
-    untrained: Agreement
-    raw: Agreement
-    supervised: Agreement
-    gain: Difference
-    l0: float
-    explained_variance: float
-    n_rows: int
-
-
-@dataclass(frozen=True)
-class QuickstartResult:
-    """What a quickstart found, and the folder where it is written."""
-
-    config: QuickstartConfig
-    sae: TrainedSAE
-    text: PlaceResult
-    image: PlaceResult
-    steering: SteeringResult
-    folder: Path
 
 
 def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
@@ -131,8 +51,6 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     Raises:
         ConfigError: a setting is out of range.
     """
-    from sae_lens_maira.quickstart.report import write_report
-
     torch.manual_seed(config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
     maira = load_phantom()
@@ -143,14 +61,23 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     hook_name = f"blocks.{config.layer}.hook_resid_post"
     rows = harvest_rows(maira, studies, hook_name, roles=KEPT, seed=config.seed, progress=config.progress)
     training_rows = rows.where(halves.choose[rows.study])
-    trained = train_sae(training_rows, config, hook_name)
+    trained = train_sae(training_rows, config.d_sae, config.k, config.steps, config.seed, config.out / "sae")
     untrained = untrained_encoder(trained, training_rows, config.seed)
-    text, image = (
-        _agreement(place, rows, truth, halves, trained, untrained) for place in ("text", "image")
+    text, image = (_agreement(place, rows, truth, halves, trained, untrained) for place in ("text", "image"))
+    steering = steer_finding(
+        maira,
+        studies,
+        rows.where(rows.is_image),
+        truth,
+        halves,
+        trained,
+        finding=config.finding,
+        n_studies=config.steer_studies,
+        seed=config.seed,
+        progress=config.progress,
     )
-    steering = steer_finding(maira, studies, rows.where(rows.is_image), truth, halves, trained, config)
     result = QuickstartResult(config, trained, text, image, steering, config.out)
-    write_report(result, maira, studies, rows)
+    write_report(result, studies, rows, halves)
     return result
 
 
@@ -191,12 +118,3 @@ def _agreement(
         explained_variance=trained.explained_variance(held_out),
         n_rows=len(here),
     )
-
-
-def negatives(studies: Sequence[Study], truth: np.ndarray, finding: str, mask: np.ndarray) -> list[int]:
-    """Numbers of the studies in `mask` that do not have `finding` and have no earlier film to compare with."""
-    column = FINDING_KEYS.index(finding)
-    return [i for i, study in enumerate(studies) if mask[i] and not truth[i, column] and study.prior_frontal is None]
-
-
-__all__ = ["Maira2", "PlaceResult", "QuickstartConfig", "QuickstartResult", "negatives", "run_quickstart"]

@@ -6,35 +6,35 @@ chance and a large number of units give. This module knows nothing about finding
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from sae_lens import SAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.matryoshka_batchtopk_sae import (
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-)
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.activations import ActivationRows, RowProvider
 from sae_lens_maira.latents import Encoder
+from sae_lens_maira.sae import (
+    MatryoshkaSAE,
+    MatryoshkaTrainingSAE,
+    MatryoshkaTrainingSAEConfig,
+    load_matryoshka,
+)
 
 BATCH = 1024
 
 
 @dataclass(frozen=True)
 class TrainedSAE:
-    """An SAE and how long its dictionary is at every Matryoshka level.
+    """A trained SAE and its Matryoshka levels.
 
     Attributes:
-        training: SAELens' training object, which can be saved for inference.
-        inference: the SAE as plain SAELens loads it.
+        inference: the SAE, read back from the folder that plain SAELens loads too.
         widths: cumulative level widths.
         hook_name: where it was trained.
     """
 
-    training: MatryoshkaBatchTopKTrainingSAE
-    inference: SAE
+    inference: MatryoshkaSAE
     widths: tuple[int, ...]
     hook_name: str
 
@@ -63,9 +63,7 @@ def level_widths(d_sae: int) -> tuple[int, ...]:
     return (d_sae // 16, 3 * d_sae // 16, d_sae // 2, d_sae)
 
 
-def train_sae(
-    rows: ActivationRows, d_sae: int, k: int, steps: int, seed: int, folder: str, progress: bool
-) -> TrainedSAE:
+def train_sae(rows: ActivationRows, d_sae: int, k: int, steps: int, seed: int, folder: Path) -> TrainedSAE:
     """Train a Matryoshka BatchTopK SAE on rows and save it to `folder`.
 
     Args:
@@ -75,11 +73,10 @@ def train_sae(
         steps: steps of 1,024 rows.
         seed: of the initial weights and of the shuffle.
         folder: where the inference SAE is saved; plain SAELens loads it from there.
-        progress: show SAELens' progress bar.
     """
     torch.manual_seed(seed)
     widths = level_widths(d_sae)
-    config = MatryoshkaBatchTopKTrainingSAEConfig(
+    config = MatryoshkaTrainingSAEConfig(
         d_in=rows.values.shape[1],
         d_sae=d_sae,
         k=k,
@@ -89,7 +86,7 @@ def train_sae(
     )
     config.metadata.hook_name = rows.hook_name
     config.metadata.model_name = "maira2-phantom"
-    sae = MatryoshkaBatchTopKTrainingSAE(config)
+    sae = MatryoshkaTrainingSAE(config)
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=steps * BATCH,
@@ -100,15 +97,7 @@ def train_sae(
             lr_scheduler_name="constant",
             lr_warm_up_steps=min(100, steps // 10),
             lr_decay_steps=steps // 5,
-            n_checkpoints=0,
-            checkpoint_path=None,
-            save_final_checkpoint=False,
-            autocast=False,
-            dead_feature_window=1000,
-            feature_sampling_window=2000,
             logger=LoggingConfig(log_to_wandb=False),
-            adam_beta1=0.9,
-            adam_beta2=0.999,
         ),
         sae=sae,
         data_provider=RowProvider(rows.values, BATCH, seed),
@@ -116,7 +105,7 @@ def train_sae(
     )
     trainer.fit()
     sae.save_inference_model(folder)
-    return TrainedSAE(sae, SAE.load_from_disk(folder), widths, rows.hook_name)
+    return TrainedSAE(load_matryoshka(folder), widths, rows.hook_name)
 
 
 class UntrainedDictionary:

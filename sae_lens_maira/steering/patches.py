@@ -56,14 +56,17 @@ def mean_patch_maps(
     Args:
         rows: image rows with all patches of the frontal films.
         encode: the dictionary, or the identity for the residual stream itself.
-        positive, negative: (n_studies,) masks.
+        positive: (n_studies,) mask.
+        negative: (n_studies,) mask.
 
     Returns:
         Two (patches, units) tensors.
     """
     frontal = rows.where(rows.kind == FRONTAL)
     if len(frontal) == 0:
-        raise InterventionError("The rows hold no patch of a frontal image; harvest image positions for steering.")
+        raise InterventionError(
+            "The rows hold no patch of a frontal image; harvest image positions for steering."
+        )
     cols = int(frontal.patch_col.max()) + 1
     patch = torch.from_numpy(frontal.patch_row.astype(np.int64) * cols + frontal.patch_col)
     n_patches = int(patch.max()) + 1
@@ -71,7 +74,9 @@ def mean_patch_maps(
     for mask in (positive, negative):
         chosen = torch.from_numpy(mask[frontal.study])
         if not chosen.any():
-            raise InterventionError("There is no study on one side of the comparison, so no map can be formed.")
+            raise InterventionError(
+                "There is no study on one side of the comparison, so no map can be formed."
+            )
         where, values = patch[chosen], frontal.values[chosen]
         total: torch.Tensor | None = None
         for start in range(0, len(values), 8192):
@@ -99,7 +104,8 @@ def latent_patch_map(
         rows: image rows with all patches of the frontal films.
         encode: the SAE's encoder.
         decoder: (d_sae, d_model) its decoder rows.
-        positive, negative: (n_studies,) masks of the studies to learn from.
+        positive: (n_studies,) mask of studies with the finding to learn from.
+        negative: (n_studies,) mask of studies without it.
         n_latents: how many.
     """
     present, absent = mean_patch_maps(rows, encode, positive, negative)
@@ -142,7 +148,9 @@ def steered(maira: Maira2, patch_map: PatchMap, strength: float, frontal: torch.
     layer = _layer(maira, patch_map.hook_name)
     fired = 0
 
-    def add(_module: torch.nn.Module, _inputs: object, output: torch.Tensor | tuple) -> torch.Tensor | tuple | None:
+    def add(
+        _module: torch.nn.Module, _inputs: object, output: torch.Tensor | tuple
+    ) -> torch.Tensor | tuple | None:
         nonlocal fired
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.shape[1] < frontal.shape[1]:
@@ -186,7 +194,12 @@ def steer_reports(
 def _layer(maira: Maira2, hook_name: str) -> torch.nn.Module:
     parts = hook_name.split(".")
     layers = maira.model.model.language_model.layers
-    if len(parts) != 3 or parts[0] != "blocks" or parts[2] != "hook_resid_post" or int(parts[1]) >= len(layers):
+    if (
+        len(parts) != 3
+        or parts[0] != "blocks"
+        or parts[2] != "hook_resid_post"
+        or int(parts[1]) >= len(layers)
+    ):
         raise InterventionError(
             f"{hook_name!r} is not a residual stream of this model; expected blocks.0.hook_resid_post to "
             f"blocks.{len(layers) - 1}.hook_resid_post."

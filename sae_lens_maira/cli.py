@@ -1,0 +1,148 @@
+"""The command line: `sae-lens-maira COMMAND --help` says what each command does.
+
+Results go to stdout, progress to stderr. Errors that a user can mend are one paragraph on stderr and exit code 2;
+anything else is a fault of ours and shows its traceback. Every command's options are the arguments of one function
+below; a YAML file of them can be given with `--config`. Heavy modules are imported when their command runs.
+"""
+
+import difflib
+import inspect
+import json
+import re
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from sae_lens_maira import __version__
+from sae_lens_maira.errors import MairaError
+
+
+def quickstart(
+    out: Path = Path("quickstart_out"),
+    studies: int = 1200,
+    layer: int = 3,
+    finding: str = "cardiomegaly",
+    seed: int = 0,
+    as_json: bool = False,
+) -> None:
+    """Train a Matryoshka SAE on the phantom and show what it found, in about five minutes.
+
+    Example: sae-lens-maira quickstart --out quickstart_out
+
+    Args:
+        out: folder of the report; made if missing.
+        studies: phantom studies to read.
+        layer: decoder layer whose output is read and steered, 0 to 7.
+        finding: finding to steer into reports that do not have it.
+        seed: of everything that is drawn.
+        as_json: print the main figures as JSON instead of the report's path.
+    """
+    from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
+    from sae_lens_maira.quickstart.report import summary
+
+    config = QuickstartConfig(out=out, studies=studies, layer=layer, finding=finding, seed=seed)
+    result = run_quickstart(config)
+    _say(json.dumps(summary(result)) if as_json else str(result.folder / "report.md"))
+
+
+def measure_phantom(
+    studies: int = 500, seed: int = 10_000, model: Path | None = None, as_json: bool = False
+) -> None:
+    """Measure what the phantom can do: findings, change words and boxes on held-out studies.
+
+    Example: sae-lens-maira measure-phantom --studies 500
+
+    Args:
+        studies: held-out studies.
+        seed: of the studies; the phantom was trained on seed 0.
+        model: folder of another phantom; the shipped one if not given.
+        as_json: print JSON instead of a table.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from sae_lens_maira.maira2 import load_maira2
+    from sae_lens_maira.phantom import generate_studies, load_phantom
+    from sae_lens_maira.phantom.measure import measure
+
+    maira = load_phantom() if model is None else load_maira2(model, dtype=torch.float32)
+    score = measure(maira, generate_studies(studies, seed=seed))
+    if as_json:
+        _say(json.dumps(asdict(score) | {"mean_accuracy": score.mean_accuracy}))
+        return
+    _say(score.to_frame().to_string(float_format=lambda x: f"{x:.3f}"))
+    _say(f"mean accuracy {score.mean_accuracy:.3f} (n = {score.n}, greedy)")
+    _say(f"change words {score.change_accuracy:.3f} (n = {score.n_changes})")
+    _say(f"grounded boxes, mean IoU {score.box_iou:.3f} (n = {score.n_boxes})")
+    _say(f"reports that ended by themselves {score.complete:.3f}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"quickstart": quickstart, "measure-phantom": measure_phantom}
+
+
+class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of a command's example as they are written."""
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser, which also names the option that an unknown one may have meant."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        unknown = re.search(r"(?:unrecognized arguments: |Key ')(-*[\w.-]+)", message)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            wanted = "--" + unknown.group(1).lstrip("-")
+            close = difflib.get_close_matches(wanted, known, n=1)
+            message += f" Did you mean {close[0]}?" if close else ""
+        super().error(message, *args, **kwargs)
+        raise SystemExit(2)  # never reached: the parser exits
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(prog="sae-lens-maira", description="MAIRA-2 under SAELens.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subcommands(metavar="COMMAND")
+    for name, function in COMMANDS.items():
+        about = inspect.getdoc(function) or ""
+        command = _Parser(description=about.split("\nArgs:")[0].strip(), formatter_class=_Formatter)
+        command.add_argument("--config", action="config", help="YAML file with any of the options below")
+        command.add_function_arguments(function, as_group=False, skip={"as_json"})
+        command.add_argument("--json", action="store_true", help="print JSON instead of text")
+        commands.add_subcommand(name, command, help=about.splitlines()[0])
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after the program's name; those of the process if not given.
+
+    Returns:
+        0, or 2 if the user can mend what went wrong.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    name = options.subcommand
+    chosen: dict[str, Any] = dict(vars(options[name]))
+    chosen.pop("config", None)
+    chosen["as_json"] = chosen.pop("json")
+    try:
+        COMMANDS[name](**chosen)
+    except MairaError as error:
+        sys.stderr.write(f"sae-lens-maira {name}: {error}\n")
+        return 2
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+__all__ = ["COMMANDS", "build_parser", "main"]

@@ -1,0 +1,199 @@
+"""Write a quickstart's folder: `report.md`, `results.json`, tables as CSV, figures as PNG.
+
+The text states what was measured, on what, and beside which control; it claims nothing that the numbers do not
+show. It computes nothing.
+"""
+
+import json
+from collections.abc import Sequence
+
+import pandas as pd
+
+from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.latents import Halves
+from sae_lens_maira.phantom import FINDING_KEYS
+from sae_lens_maira.quickstart.figures import draw_agreement, draw_heatmaps, draw_steering
+from sae_lens_maira.quickstart.results import PlaceResult, QuickstartResult
+from sae_lens_maira.quickstart.steer import SteeringResult
+from sae_lens_maira.studies import Study
+
+
+def write_report(
+    result: QuickstartResult, studies: Sequence[Study], rows: ActivationRows, halves: Halves
+) -> None:
+    """Write everything into `result.folder`."""
+    folder = result.folder
+    for name in ("figures", "tables"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    places = (result.text, result.image)
+    for place in places:
+        agreement_frame(place).to_csv(folder / "tables" / f"agreement_{place.place}.csv")
+    draw_agreement(places, folder / "figures" / "agreement.png")
+    image_rows = rows.where(rows.is_image)
+    for column, finding in enumerate(FINDING_KEYS):
+        latent = int(result.image.trained.unit[column])
+        file = folder / "figures" / f"latent_{finding}.png"
+        draw_heatmaps(finding, latent, result.sae, image_rows, studies, halves.report, file)
+    draw_steering(result.steering, folder / "figures" / "steering.png")
+    (folder / "results.json").write_text(json.dumps(summary(result), indent=2) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(result), encoding="utf-8")
+
+
+def agreement_frame(place: PlaceResult) -> pd.DataFrame:
+    """One row per finding: the latent, its F1 with interval, and the controls' F1."""
+    best = place.trained
+    return pd.DataFrame(
+        {
+            "latent": best.unit,
+            "f1": best.f1.round(3),
+            "low": best.low.round(3),
+            "high": best.high.round(3),
+            "untrained": place.untrained.f1.round(3),
+            "raw": place.raw.f1.round(3),
+            "supervised": place.supervised.f1.round(3),
+            "positives": best.positives,
+        },
+        index=pd.Index(best.findings, name="finding"),
+    )
+
+
+def summary(result: QuickstartResult) -> dict[str, object]:
+    """The main figures, for machines."""
+    places = {
+        place.place: {
+            "mean_f1": float(place.trained.f1.mean()),
+            "mean_f1_untrained": float(place.untrained.f1.mean()),
+            "mean_f1_raw": float(place.raw.f1.mean()),
+            "mean_f1_supervised": float(place.supervised.f1.mean()),
+            "gain": place.gain.mean,
+            "gain_low": place.gain.low,
+            "gain_high": place.gain.high,
+            "l0": place.l0,
+            "explained_variance": place.explained_variance,
+            "n_studies": place.trained.n,
+            "n_rows": place.n_rows,
+        }
+        for place in (result.text, result.image)
+    }
+    steering = [
+        {
+            "label": row.label,
+            "strength": row.strength,
+            "on_target": row.on_target,
+            "low": row.low,
+            "high": row.high,
+            "off_target": row.off_target,
+            "n": row.n,
+        }
+        for row in result.steering.rows
+    ]
+    return {
+        "model": "phantom",
+        "hook_name": result.sae.hook_name,
+        "d_sae": result.sae.widths[-1],
+        "widths": list(result.sae.widths),
+        "agreement": places,
+        "steering": {"finding": result.steering.finding, "rows": steering},
+    }
+
+
+def _markdown(result: QuickstartResult) -> str:
+    config = result.config
+    return f"""# Quickstart on the phantom
+
+The phantom is a small MAIRA-2 trained on synthetic radiographs. It is a test bench: nothing here says anything about
+medicine, or about MAIRA-2 itself.
+
+- {config.studies} studies that the phantom was not trained on; latents and strengths chosen on one half of the
+  patients, every figure below from the other half ({result.text.trained.n} studies)
+- hook point `{result.sae.hook_name}`; Matryoshka BatchTopK SAE, widths {", ".join(map(str, result.sae.widths))},
+  k = {config.k}, {config.steps} steps of 1,024 rows, seed {config.seed}
+
+## Which latents agree with findings
+
+F1 of firing: a latent fires in a study if it is active at one or more positions. No threshold is tuned.
+*untrained* has random directions and the same L0, *raw* are the residual stream's own dimensions at the same L0,
+*supervised* is the difference of means, which has seen the labels of the first half.
+
+![agreement](figures/agreement.png)
+
+{_place(result.text, "report tokens")}
+{_place(result.image, "image patches")}
+## Where a latent looks
+
+The four held-out films on which each finding's image latent is most active. Blue boxes are the truth.
+
+{chr(10).join(f"![{finding}](figures/latent_{finding}.png)" for finding in FINDING_KEYS)}
+
+{_steering(result.steering)}
+## Load the SAE
+
+In plain SAELens, without this package:
+
+```python
+from sae_lens import SAE
+
+sae = SAE.load_from_disk("{(result.folder / "sae").name}")
+```
+
+With it, `sae_lens_maira.sae.load_matryoshka` reads the same folder and knows the levels.
+"""
+
+
+def _place(place: PlaceResult, what: str) -> str:
+    gain = place.gain
+    return f"""### {place.place.capitalize()} positions ({what})
+
+Mean F1 {place.trained.f1.mean():.3f}; untrained {place.untrained.f1.mean():.3f}, raw {place.raw.f1.mean():.3f},
+supervised {place.supervised.f1.mean():.3f}. Trained minus untrained {gain.mean:+.3f}
+(95 % paired bootstrap over studies {gain.low:+.3f} to {gain.high:+.3f}). Explained variance
+{place.explained_variance:.3f} at L0 {place.l0:.1f} on {place.n_rows:,} rows.
+
+{_table(agreement_frame(place))}
+"""
+
+
+def _steering(steering: SteeringResult) -> str:
+    rows = pd.DataFrame(
+        {
+            "intervention": [row.label for row in steering.rows],
+            "strength": [f"{row.strength:g}" for row in steering.rows],
+            "states the finding": [
+                f"{row.on_target:.0%} ({row.low:.0%} to {row.high:.0%})" for row in steering.rows
+            ],
+            "other findings changed": [f"{row.off_target:.1%}" for row in steering.rows],
+            "delta / h": [f"{row.relative_norm:.2f}" for row in steering.rows],
+            "studies": [row.n for row in steering.rows],
+        }
+    ).set_index("intervention")
+    sweep = ", ".join(f"{strength:g}: {share:.0%}" for strength, share in steering.sweep)
+    return f"""## Steering from the image positions
+
+`{steering.finding}` into held-out studies that do not have it: a map of the latents
+{", ".join(map(str, steering.latents))} added at the frontal film's patches during the prefill. The strength was chosen
+on other studies ({sweep}). Intervals are 95 % (Wilson).
+
+![steering](figures/steering.png)
+
+{_table(rows)}
+
+Study {steering.example}, before:
+
+> {steering.before}
+
+and steered:
+
+> {steering.after}
+
+"""
+
+
+def _table(frame: pd.DataFrame) -> str:
+    """A Markdown table (pandas' own needs one more package)."""
+    frame = frame.reset_index()
+    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + " --- |" * len(frame.columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in frame.itertuples(index=False)]
+    return "\n".join(lines)
+
+
+__all__ = ["agreement_frame", "summary", "write_report"]

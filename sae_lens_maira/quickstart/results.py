@@ -1,0 +1,86 @@
+"""Settings of a quickstart run, and what it found: plain records that the report is written from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.latents import Agreement, Difference
+from sae_lens_maira.phantom import FINDING_KEYS
+from sae_lens_maira.quickstart.sae import TrainedSAE
+from sae_lens_maira.quickstart.steer import SteeringResult
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Settings of a quickstart run.
+
+    Attributes:
+        out: folder of the report; made if missing.
+        studies: phantom studies to read, none of which the phantom was trained on.
+        layer: decoder layer whose output is read and steered, 0 to 7.
+        d_sae: latents.
+        k: mean active latents per token.
+        steps: training steps of 1,024 rows.
+        finding: the finding to steer into reports that do not have it.
+        steer_studies: negative studies to steer, from either half.
+        seed: of everything drawn here.
+        progress: show progress bars.
+    """
+
+    out: Path = Path("quickstart_out")
+    studies: int = 1200
+    layer: int = 3
+    d_sae: int = 2048
+    k: int = 16
+    steps: int = 1500
+    finding: str = "cardiomegaly"
+    steer_studies: int = 60
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.finding not in FINDING_KEYS:
+            raise ConfigError(
+                f"Unknown finding {self.finding!r}; the phantom's are {', '.join(FINDING_KEYS)}."
+            )
+        if not 0 <= self.layer <= 7:
+            raise ConfigError(f"layer is {self.layer}; the phantom has decoder layers 0 to 7.")
+        for name, least in (("studies", 40), ("d_sae", 64), ("k", 1), ("steps", 1), ("steer_studies", 4)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+
+@dataclass(frozen=True)
+class PlaceResult:
+    """Agreement with the findings at one kind of position ("text" or "image").
+
+    Attributes:
+        place: "text" or "image".
+        trained, untrained, raw, supervised: best units of each dictionary.
+        gain: trained minus untrained, mean over the findings, paired over studies.
+        l0: active latents per row of the trained SAE here.
+        explained_variance: of the trained SAE on the held-out half's rows here.
+        n_rows: rows of this kind.
+    """
+
+    place: str
+    trained: Agreement
+    untrained: Agreement
+    raw: Agreement
+    supervised: Agreement
+    gain: Difference
+    l0: float
+    explained_variance: float
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What a quickstart found, and the folder where it is written."""
+
+    config: QuickstartConfig
+    sae: TrainedSAE
+    text: PlaceResult
+    image: PlaceResult
+    steering: SteeringResult
+    folder: Path
