@@ -95,6 +95,8 @@ def test_each_role_has_its_own_untrained_sae(sae, make_rows, roles):
     """A role far from the others' mean: its untrained SAE starts from there, with the role's own sparsity."""
     x = make_rows(300, seed=5)
     x[roles == 3] += 2.0
+    with torch.no_grad():
+        sae.threshold.fill_(6.0)
     result = evaluate_sae(sae, x, roles, role_names=NAMES)
     for role in ("-1", "IMAGE", "7"):
         ours, other = result.get(role=role), result.get(role=role, sae="untrained")
