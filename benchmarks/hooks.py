@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight
 
+from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight
 from sae_lens_maira.maira2 import Maira2ForConditionalGeneration, make_config, register
 from sae_lens_maira.maira2.versions import has_transformer_bridge
 
@@ -28,27 +28,27 @@ NAME = "blocks.7.hook_resid_post"
 
 
 def make_model(device: str) -> Maira2ForConditionalGeneration:
-    """Sixteen blocks of width 512 over four vision blocks, 224 px, random weights."""
+    """Sixteen blocks of width 256 over four vision blocks of width 128, 112 px, random weights."""
     register()
     config = make_config(
         text_config={
             "vocab_size": 2207,
-            "hidden_size": 512,
-            "intermediate_size": 1376,
+            "hidden_size": 256,
+            "intermediate_size": 688,
             "num_hidden_layers": 16,
             "num_attention_heads": 8,
             "num_key_value_heads": 8,
         },
         vision_config={
-            "hidden_size": 256,
+            "hidden_size": 128,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "mlp_ratio": 4,
-            "image_size": 224,
+            "image_size": 112,
             "out_features": ["stage4"],
         },
         image_token_index=2204,
-        image_seq_length=256,
+        image_seq_length=64,
     )
     torch.manual_seed(0)
     return Maira2ForConditionalGeneration(config).eval().to(device)
@@ -57,9 +57,9 @@ def make_model(device: str) -> Maira2ForConditionalGeneration:
 def make_inputs(device: str, rows: int) -> dict[str, torch.Tensor]:
     """One image and 128 tokens of text a row."""
     text = torch.randint(3, 2000, (rows, 128))
-    ids = torch.cat([torch.ones(rows, 1, dtype=torch.long), torch.full((rows, 256), 2204), text], dim=1)
+    ids = torch.cat([torch.ones(rows, 1, dtype=torch.long), torch.full((rows, 64), 2204), text], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["pixel_values"] = torch.randn(rows, 3, 224, 224)
+    inputs["pixel_values"] = torch.randn(rows, 3, 112, 112)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=30, help="runs of each side")
-    parser.add_argument("--rows", type=int, default=4, help="rows of the batch")
+    parser.add_argument("--rows", type=int, default=2, help="rows of the batch")
     options = parser.parse_args(arguments)
     found = measure(options.device, options.repeats, options.rows)
     if options.json:

@@ -37,6 +37,7 @@ class BridgedMaira2(SAETransformerBridge):
 
     points: PointTable
     _generating = False
+    _hooks_by_name: dict[str, HookPoint] | None = None
 
     @classmethod
     def take_over(cls, bridge: TransformerBridge, processor: Any = None) -> "BridgedMaira2":
@@ -63,7 +64,16 @@ class BridgedMaira2(SAETransformerBridge):
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
-        """Every accepted TransformerLens name -> hook point; SAELens' own property drops the aliases."""
+        """Every accepted TransformerLens name -> hook point; SAELens' own property drops the aliases.
+
+        TransformerLens makes this dict anew, and slowly, several times a call; here it is kept until an SAE
+        goes in or out.
+        """
+        if self._hooks_by_name is None:
+            self._hooks_by_name = self._list_hooks()
+        return self._hooks_by_name
+
+    def _list_hooks(self) -> dict[str, HookPoint]:
         inside = super().hook_dict
         covered = {name for name in self._hook_registry if name not in inside}
         base = {name: point for name, point in self._aliased().items() if name not in covered}
@@ -131,6 +141,11 @@ class BridgedMaira2(SAETransformerBridge):
                 " that the SAE belongs to this model and hook."
             )
         super().add_sae(sae, use_error_term)
+        self._hooks_by_name = None
+
+    def _reset_sae(self, *args: Any, **kwargs: Any) -> None:
+        super()._reset_sae(*args, **kwargs)
+        self._hooks_by_name = None
 
     def _gather(self, given: Any, kwargs: dict[str, Any]) -> ModelInputs:
         encode = {key: kwargs.pop(key) for key in (*_ENCODE, "padding_side") if kwargs.get(key) is not None}

@@ -77,6 +77,12 @@ class HookedPoints(HookedRootModule):
             f"{name!r} lies inside an SAE, but none is spliced in at {canonical!r}. Add it first."
         )
 
+    def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens, but only where there are hooks: every context ends with this call."""
+        for point in self.hook_points():
+            if point.fwd_hooks or point.bwd_hooks:
+                point.remove_hooks(*args, **kwargs)
+
     def add_hook(
         self,
         name: str | Callable[[str], bool],
@@ -220,9 +226,8 @@ class HookedPoints(HookedRootModule):
             wanted, incl_bwd, place, remove_batch_dim, pos_slice=pos_slice
         )
         # Only hooks asked for by name must fire; gradients stay away from frozen parts.
-        by_name = self.hooks(forward if named else (), (), reset_hooks_end, clear_contexts)
-        chosen = super().hooks([] if named else forward, backward, reset_hooks_end, clear_contexts)
-        with by_name, chosen:
+        unchecked = super().hooks([] if named else forward, backward, reset_hooks_end, clear_contexts)
+        with self.hooks(forward if named else (), (), reset_hooks_end, clear_contexts), unchecked:
             out = self(*args, stop_at_layer=stop, **kwargs)
             if incl_bwd:
                 out.backward()
