@@ -212,11 +212,3 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         if self.has_unit_decoder:
             state_dict.pop("tokens_since_fired")
             state_dict["W_dec"] = unit_rows(state_dict["W_dec"])
-
-    def inference_state_dict(self) -> dict[str, Tensor]:
-        """Copies of the weights as JumpReLU takes them: W_enc, b_enc, W_dec, b_dec, threshold."""
-        state_dict: dict[str, Any] = {
-            name: value.detach().clone() for name, value in self.state_dict().items()
-        }
-        self.process_state_dict_for_saving_inference(state_dict)
-        return state_dict

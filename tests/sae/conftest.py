@@ -1,6 +1,13 @@
 """Small SAEs and activation rows that the tests of this room share."""
 
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +92,100 @@ def trained(
     sae = MatryoshkaTrainingSAE(make_config())
     make_trainer(sae, steps=60).fit()
     return sae.eval()
+
+
+@pytest.fixture
+def their_trainer_module() -> Iterator[types.ModuleType]:
+    """Their Matryoshka trainer, imported without the parts of that package that want nnsight < 0.4."""
+    spec = importlib.util.find_spec("dictionary_learning")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("dictionary_learning is not installed")
+    root = spec.submodule_search_locations[0]
+    before = set(sys.modules)
+    for name, path in (("dictionary_learning", root), ("dictionary_learning.trainers", f"{root}/trainers")):
+        package = types.ModuleType(name)
+        package.__path__ = [path]
+        sys.modules[name] = package
+    yield importlib.import_module("dictionary_learning.trainers.matryoshka_batch_top_k")
+    for name in set(sys.modules) - before:
+        if name.startswith("dictionary_learning"):
+            del sys.modules[name]
+
+
+class Harmful:
+    """Its pickle runs a command that leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.system, (f"touch {self.path}",))
+
+
+class Published:
+    """Small SAEs as others publish them: d_in 6, three groups, expansions 2, 4 and 8."""
+
+    d_in = 6
+    harmful = Harmful
+    sizes = {2: [3, 3, 6], 4: [6, 6, 12], 8: [12, 12, 24]}  # noqa: RUF012 - never changed
+
+    @staticmethod
+    def state_of(expansion=4, seed=0):
+        """A state dict as dictionary_learning's MatryoshkaBatchTopKSAE writes it."""
+        generator = torch.Generator().manual_seed(seed + expansion)
+        d_sae = expansion * Published.d_in
+        return {
+            "k": torch.tensor(3, dtype=torch.int),
+            "threshold": torch.tensor(0.4),
+            "group_sizes": torch.tensor(Published.sizes[expansion]),
+            "W_enc": torch.randn(Published.d_in, d_sae, generator=generator),
+            "b_enc": 0.1 * torch.randn(d_sae, generator=generator),
+            "W_dec": torch.randn(d_sae, Published.d_in, generator=generator),
+            "b_dec": torch.randn(Published.d_in, generator=generator),
+        }
+
+    @staticmethod
+    def config_of(expansion=4, **changes):
+        trainer = {
+            "dict_class": "MatryoshkaBatchTopKSAE",
+            "activation_dim": Published.d_in,
+            "dict_size": expansion * Published.d_in,
+            "k": 3,
+            "group_sizes": Published.sizes[expansion],
+            "group_fractions": [0.25, 0.25, 0.5],
+            "layer": 15,
+            "lm_name": "maira-2",
+        } | changes
+        return {"trainer": {name: value for name, value in trainer.items() if value is not None}}
+
+    @staticmethod
+    def reference(state, rows, scale=1.0):
+        """dictionary_learning's inference: relu, strict threshold, decode."""
+        b_dec, b_enc = state["b_dec"] * scale, state["b_enc"] * scale
+        acts = torch.relu((rows - b_dec) @ state["W_enc"] + b_enc)
+        acts = acts * (acts > state["threshold"] * scale)
+        return acts, acts @ state["W_dec"] + b_dec
+
+    @staticmethod
+    def without_groups(state):
+        return {name: value for name, value in state.items() if name != "group_sizes"}
+
+    @staticmethod
+    def write_pt(folder, state, config=None, name="ae.pt"):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / name)
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def published() -> type[Published]:
+    return Published
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of converted SAEs of this test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SAE_LENS_MAIRA_CACHE", str(folder))
+    return folder

@@ -4,15 +4,10 @@ The whole comparison needs the library (`pip install --no-deps dictionary-learni
 that can be stated as identities are still checked.
 """
 
-import importlib
-import importlib.util
-import sys
-import types
-
 import pytest
 import torch
 
-from sae_lens_maira.sae import MatryoshkaTrainingSAE
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, load_matryoshka
 from sae_lens_maira.sae.unit_decoder import geometric_median, unit_rows, with_tangent_gradient
 
 pytestmark = pytest.mark.compat
@@ -20,24 +15,6 @@ pytestmark = pytest.mark.compat
 D_IN, D_SAE, BATCH = 12, 48, 16
 DEAD_AFTER = 2 * BATCH  # rows; few enough for latents with positive pre-activations to count as dead
 FRACTIONS = [0.25, 0.25, 0.5]
-
-
-@pytest.fixture
-def their_trainer_module():
-    """Their Matryoshka trainer, imported without the parts of that package that want nnsight < 0.4."""
-    spec = importlib.util.find_spec("dictionary_learning")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("dictionary_learning is not installed")
-    root = spec.submodule_search_locations[0]
-    before = set(sys.modules)
-    for name, path in (("dictionary_learning", root), ("dictionary_learning.trainers", f"{root}/trainers")):
-        package = types.ModuleType(name)
-        package.__path__ = [path]
-        sys.modules[name] = package
-    yield importlib.import_module("dictionary_learning.trainers.matryoshka_batch_top_k")
-    for name in set(sys.modules) - before:
-        if name.startswith("dictionary_learning"):
-            del sys.modules[name]
 
 
 def make_theirs(module, **changes):
@@ -105,8 +82,6 @@ def test_same_first_weights_from_the_same_seed(their_trainer_module, make_config
 def test_saved_sae_equals_their_inference(
     their_trainer_module, make_config, make_trainer, make_rows, tmp_path
 ):
-    from sae_lens_maira.sae import load_matryoshka
-
     sae = MatryoshkaTrainingSAE(make_config(loss_convention="dictionary_learning", threshold_start_step=3))
     make_trainer(sae, steps=30).fit()
     ours = load_matryoshka(sae)
@@ -134,7 +109,7 @@ def test_gradient_is_orthogonal_to_decoder_rows():
 def test_saved_decoder_rows_have_norm_one(make_config, make_trainer):
     sae = MatryoshkaTrainingSAE(make_config(loss_convention="dictionary_learning"))
     make_trainer(sae, steps=5).fit()
-    torch.testing.assert_close(sae.inference_state_dict()["W_dec"].norm(dim=-1), torch.ones(D_SAE))
+    torch.testing.assert_close(load_matryoshka(sae).W_dec.norm(dim=-1), torch.ones(D_SAE))
 
 
 def test_geometric_median_minimises_the_sum_of_distances(make_rows):

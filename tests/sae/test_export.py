@@ -1,7 +1,5 @@
 """A dictionary_learning folder written from our SAE is that SAE: in our reader, in SAELens', in the library."""
 
-import importlib
-import importlib.util
 import json
 
 import pytest
@@ -36,30 +34,13 @@ def test_state_dict_is_the_librarys(trained, tmp_path):
     }  # fmt: skip
 
 
-def test_the_library_loads_it(trained, make_rows, tmp_path):
-    spec = importlib.util.find_spec("dictionary_learning")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("dictionary_learning is not installed")
-    # Its package imports nnsight's text buffers; the class needs none of them.
-    import sys
-    import types
-
-    root = spec.submodule_search_locations[0]
-    for name, path in (("dictionary_learning", root), ("dictionary_learning.trainers", f"{root}/trainers")):
-        package = types.ModuleType(name)
-        package.__path__ = [path]
-        sys.modules[name] = package
-    try:
-        module = importlib.import_module("dictionary_learning.trainers.matryoshka_batch_top_k")
-        sae = load_matryoshka(trained)
-        export_dictionary_learning(sae, tmp_path)
-        theirs = module.MatryoshkaBatchTopKSAE.from_pretrained(tmp_path / "ae.pt", k=4)
-        rows = make_rows(30)
-        torch.testing.assert_close(theirs.encode(rows), sae.encode(rows))
-        torch.testing.assert_close(theirs(rows), sae(rows))
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "dictionary_learning"]:
-            del sys.modules[name]
+def test_the_library_loads_it(their_trainer_module, trained, make_rows, tmp_path):
+    sae = load_matryoshka(trained)
+    export_dictionary_learning(sae, tmp_path)
+    theirs = their_trainer_module.MatryoshkaBatchTopKSAE.from_pretrained(tmp_path / "ae.pt", k=4)
+    rows = make_rows(30)
+    torch.testing.assert_close(theirs.encode(rows), sae.encode(rows))
+    torch.testing.assert_close(theirs(rows), sae(rows))
 
 
 def test_saelens_own_reader_of_such_folders(trained, make_rows, tmp_path, monkeypatch):
