@@ -162,8 +162,7 @@ def _assemble(state: dict[str, Any], config: dict[str, Any], scale: float, path:
         )
     if str(config_value(config, "input_unit_norm")).lower() == "true":
         raise SAEError(
-            f"The configuration beside {path} has input_unit_norm=true: that SAE normalises every row "
-            "before it "
+            f"The configuration beside {path} has input_unit_norm=true: that SAE normalises every row before it "
             "encodes, which JumpReLU cannot express. Train without it, or use that library's own class."
         )
     found = {name: _first(state, aliases) for name, aliases in _ALIASES.items()}
