@@ -51,7 +51,8 @@ def make_model(device: str) -> Maira2ForConditionalGeneration:
         image_seq_length=64,
     )
     torch.manual_seed(0)
-    return Maira2ForConditionalGeneration(config).eval().to(device)
+    model: Any = Maira2ForConditionalGeneration(config).eval()
+    return model.to(device)
 
 
 def make_inputs(device: str, rows: int) -> dict[str, torch.Tensor]:
@@ -76,7 +77,8 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 def compare(base: Callable[[], Any], other: Callable[[], Any], repeats: int, device: str) -> dict[str, float]:
     """Alternate two runs; medians in milliseconds and quantiles of other/base."""
-    base(), other()
+    base()
+    other()
     pairs = []
     for i in range(repeats):
         first, second = (base, other) if i % 2 == 0 else (other, base)

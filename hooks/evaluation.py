@@ -8,6 +8,7 @@ It knows nothing about training.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class Maira2Evaluator:
 
         Args:
             sae: the SAE; `cfg.metadata.hook_name` says where it belongs.
-            data_provider: ignored; SAELens passes its own.
+            data_provider: paused meanwhile if it prefetches; SAELens passes its own.
             activation_scaler: SAELens' scaler of the training run, if activations were scaled.
 
         Returns:
@@ -55,6 +56,11 @@ class Maira2Evaluator:
         Raises:
             HookError: no position or no target has a wanted role.
         """
+        # A prefetching provider runs the same model, and its hooks, in another thread.
+        with data_provider.paused() if hasattr(data_provider, "paused") else nullcontext():
+            return self._evaluate(sae, activation_scaler)
+
+    def _evaluate(self, sae: Any, activation_scaler: Any) -> dict[str, float]:
         name = self.model.resolve(sae.cfg.metadata.hook_name)
         sums: dict[str, float] = {}
         moments = _Moments()

@@ -26,6 +26,7 @@ else:
     from transformer_lens.hook_points import HookedRootModule
 
 HookFn = Callable[..., Any]
+Hooks = Sequence[tuple[str | Callable[[str], bool], HookFn]]
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -117,8 +118,8 @@ class HookedPoints(HookedRootModule):
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: Sequence[tuple[str | Callable[[str], bool], HookFn]] = (),
-        bwd_hooks: Sequence[tuple[str | Callable[[str], bool], HookFn]] = (),
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator["HookedPoints"]:
@@ -141,6 +142,19 @@ class HookedPoints(HookedRootModule):
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
         firings.require(backward=reset_hooks_end)
+
+    def run_with_hooks(
+        self,
+        *args: Any,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """One call of the model with hooks; see `hooks` for these, and the call for the other arguments."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*args, **kwargs)
 
     def _named(self, pairs: Any, firings: Firings, direction: str) -> list[Any]:
         made: list[Any] = []

@@ -207,7 +207,7 @@ class PointAccess:
         point = self._root.points.resolve(self._pattern.format(key))
         return point, self._root.get(point.module)
 
-    def __getitem__(self, key: Any) -> torch.Tensor:
+    def __getitem__(self, key: Any) -> Any:  # a tensor, with the `save` that nnsight gives it
         point, envoy = self._find(key)
         if point.spec.tap == "pattern":
             return self._pattern_of(point, envoy)

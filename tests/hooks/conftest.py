@@ -193,11 +193,11 @@ def reference(eager: Maira2, encoding: Maira2Encoding) -> Reference:
         found[name] = value.detach().clone()
 
     for name, point in table.points.items():
-        module = model.get_submodule(point.module)
+        module: Any = model.get_submodule(point.module)
         if point.spec.tap == "input":
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0])))
+            handles.append(module.register_forward_pre_hook(lambda _, args, n=name: keep(n, args[0])))
         else:
-            handles.append(module.register_forward_hook(lambda _, __, out, name=name: keep(name, out)))
+            handles.append(module.register_forward_hook(lambda _, __, out, n=name: keep(n, out)))
     with torch.no_grad():
         logits = model(**encoding.model_inputs()).logits
     for handle in handles:

@@ -1,5 +1,8 @@
 """The bridge: a twin of the model, registered without boot_transformers, with names that always work."""
 
+# pyright: reportPossiblyUnboundVariable=false
+# nnsight's traces may swallow exceptions by their type; they do not.
+
 import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -108,6 +111,13 @@ def test_bridge_generates_transformers_greedy_ids(eager: Maira2, bridge: Any, pr
     assert torch.equal(found, expected)
 
 
+def test_the_tokenizer_is_the_callers_own(bridge: Any, eager: Maira2) -> None:
+    """Given to TransformerLens' builder it would be loaded again from a path that it may not have."""
+    assert bridge.tokenizer is eager.processor.tokenizer
+    assert bridge.processor is eager.processor
+    assert bridge.to_tokens("The heart size is normal.")[0, 0] == eager.processor.tokenizer.bos_token_id
+
+
 def test_in_place_gives_the_model_up(processor: Any, eager: Maira2, encoding: Any) -> None:
     from sae_lens_maira.hooks import to_bridge
     from sae_lens_maira.hooks.twin import share_weights
@@ -142,7 +152,7 @@ def test_a_dispatched_model_is_refused(eager: Maira2) -> None:
     from sae_lens_maira.hooks.twin import share_weights
 
     model = share_weights(eager.model)
-    model.lm_head._hf_hook = object()  # pyright: ignore[reportAttributeAccessIssue]
+    object.__setattr__(model.lm_head, "_hf_hook", object())
     with pytest.raises(HookError, match="dispatched by accelerate"):
         to_bridge(model)
 

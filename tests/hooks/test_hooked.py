@@ -378,7 +378,7 @@ def test_inputs_that_no_door_takes(tiny: Maira2, hooked: HookedMaira2, study: An
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_batching_leave_real_tokens_alone(hooked: HookedMaira2, studies: Any, side: str) -> None:
+def test_padding_and_batching_leave_real_tokens_alone(hooked: HookedMaira2, studies: Any, side: Any) -> None:
     """Unequal studies of one, two and three images: together or alone, the same values at real positions."""
     assert hooked.processor is not None
     names = [RESID, "blocks.3.hook_resid_post", "ln_final"]

@@ -1,11 +1,16 @@
 """nnsight's door: images in a trace, names, tuple-safe values, every token, and its known traps."""
 
+# pyright: reportPossiblyUnboundVariable=false
+# nnsight's traces may swallow exceptions by their type; they do not.
+
 import warnings
 from typing import Any
 
+import nnsight
 import pytest
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
+from sae_lens import StandardSAE, StandardSAEConfig
 
 from sae_lens_maira.errors import HookError, PromptError
 from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight
@@ -70,10 +75,10 @@ def test_accessors_are_safe_for_modules_that_give_tuples(model: Maira2NNsight, e
         model.attn_out[1] = model.attn_out[1] * 0
         output = model.blocks[1].self_attn.output
         whole = isinstance(output, tuple)
-        zero = output[0].abs().max().save()
-        kept = torch.tensor(whole).save()
-    assert bool(kept)
-    assert float(zero) == 0
+        zero = output[0].abs().max()
+        found = [whole, float(zero)]
+        kept = nnsight.save(found)
+    assert kept == [True, 0.0]
 
 
 def test_studies_batched_in_one_trace(model: Maira2NNsight, hooked: HookedMaira2, studies: Any) -> None:
@@ -219,6 +224,53 @@ def test_gradients_in_a_trace(model: Maira2NNsight, encoding: Any) -> None:
     model._module.zero_grad()
     assert gradient.shape == value.shape
     assert gradient.abs().sum() > 0
+
+
+def test_edits_that_stay_hold_for_the_prompt_or_for_every_token(
+    model: Maira2NNsight, hooked: HookedMaira2, prompt: Any
+) -> None:
+    """nnsight's `edit` acts on the prompt's step alone; with `iter` inside, on every step."""
+    vector = torch.randn(64) * 3
+    with model.edit() as (tracer, once):
+        once.resid_post[1] = once.resid_post[1] + vector
+    with model.edit() as (tracer, always):
+        for _ in tracer.iter[:]:
+            always.resid_post[1] = always.resid_post[1] + vector
+    calls: list[int] = []
+
+    def first_only(x: torch.Tensor, hook: Any) -> torch.Tensor | None:
+        calls.append(1)
+        return x + vector if len(calls) == 1 else None
+
+    with hooked.hooks([(RESID, first_only)]):
+        expected_once = hooked.generate(prompt, 6)
+    with hooked.hooks([(RESID, lambda x, hook: x + vector)]):
+        expected_always = hooked.generate(prompt, 6)
+    assert not torch.equal(expected_once, expected_always)
+    assert torch.equal(once.generate(prompt, max_new_tokens=6), expected_once)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the open loop's end
+        assert torch.equal(always.generate(prompt, max_new_tokens=6), expected_always)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6), hooked.generate(prompt, 6))
+
+
+def test_a_trace_on_one_line_is_refused(model: Maira2NNsight, encoding: Any) -> None:
+    # fmt: off
+    with pytest.raises(ValueError, match="own line"):  # noqa: SIM117
+        with model.trace(encoding): model.resid_post[1].save()  # noqa: E701
+    # fmt: on
+
+
+def test_saes_work_inside_a_trace(model: Maira2NNsight, hooked: HookedMaira2, prompt: Any) -> None:
+    """Spliced at every step through nnsight, token for token what HookedMaira2 gives."""
+    sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=128))
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    sae.cfg.metadata.hook_name = RESID
+    with torch.no_grad():
+        ids = model.generate_edited(prompt, {RESID: lambda x, _: sae.decode(sae.encode(x))}, 6)
+    with hooked.saes(sae):
+        assert torch.equal(ids, hooked.generate(prompt, 6))
 
 
 def test_the_callers_tokenizer_is_left_alone(tiny: Maira2) -> None:

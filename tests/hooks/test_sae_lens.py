@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE, BatchTopKTrainingSAEConfig, StandardSAE, StandardSAEConfig
+from sae_lens.training.prefetch import PrefetchingIterator
 
-from sae_lens_maira.errors import HookError
+from sae_lens_maira.errors import HookError, PromptError
 from sae_lens_maira.hooks import HookedMaira2, Maira2ActivationsStore, Maira2Evaluator, maira2_runner
 from sae_lens_maira.maira2 import TokenRole, role_mask
 from sae_lens_maira.maira2.versions import has_transformer_bridge
@@ -49,7 +50,8 @@ def test_saelens_runner_trains_on_studies(
     assert metadata.model_class_name == "HookedMaira2"
     assert "IMAGE" in metadata.token_roles
     assert "PAD" not in metadata.token_roles
-    metrics = runner.evaluator(sae)
+    evaluator: Any = runner.evaluator
+    metrics = evaluator(sae)
     assert metrics["maira2/explained_variance"] > 0.05
     hosts: list[Any] = [hooked]
     if has_transformer_bridge():
@@ -111,7 +113,8 @@ def test_encodings_and_vision_points_are_sources_too(hooked: HookedMaira2, encod
     rows, ids = runner.activations_store.get_raw_llm_batch()
     assert rows.shape == (6 * 17, 32)
     assert ids is None
-    assert set(runner.evaluator(trained)) >= {"maira2/ce_loss_score", "maira2/l0"}
+    evaluator: Any = runner.evaluator
+    assert set(evaluator(trained)) >= {"maira2/ce_loss_score", "maira2/l0"}
 
 
 def test_heads_are_rows_of_their_own_width(hooked: HookedMaira2, encoding: Any) -> None:
@@ -173,6 +176,50 @@ def test_what_cannot_be_meant_is_refused(hooked: HookedMaira2, studies: Any, pro
     store = Maira2ActivationsStore.over(studies, hooked, cfg)
     with pytest.raises(HookError, match="without images"):
         store.get_batch_tokens(2)
+
+
+def test_prefetching_and_normalisation(hooked: HookedMaira2, studies: Any) -> None:
+    """Rows made in another thread, evaluated between, with the norm estimated from the same store."""
+    sae_config = BatchTopKTrainingSAEConfig(
+        d_in=64, d_sae=128, k=4, normalize_activations="expected_average_only_in"
+    )
+    runner = maira2_runner(
+        hooked,
+        studies,
+        sae_config,
+        RESID,
+        training_tokens=20 * 64,
+        eval_studies=studies[:1],
+        prefetch_llm_batches=True,
+        n_batches_for_norm_estimate=3,
+        **SMALL,
+    )
+    before = hooked(studies[0])
+    trained = runner.run()
+    evaluator: Any = runner.evaluator
+    provider = PrefetchingIterator(iter(runner.activations_store))
+    try:
+        assert next(provider).shape == (64, 64)
+        assert evaluator(trained, provider) == evaluator(trained)
+    finally:
+        provider.close()
+    assert trained.cfg.metadata.hook_name == RESID
+    assert torch.equal(hooked(studies[0]), before)
+    assert not any(live.active for live in hooked.live.values())
+
+
+def test_saelens_proxy_cannot_drop_the_images(tiny: Any, prompt: Any) -> None:
+    """HookedProxyLM swallows pixel_values without a word; the model itself refuses to run without them."""
+    from sae_lens.load_model import HookedProxyLM
+
+    proxy = HookedProxyLM(tiny.model, tiny.processor.tokenizer, hook_names=["model.language_model.layers.1"])
+    try:
+        with pytest.raises(PromptError, match="no pixel_values"):
+            proxy(prompt.input_ids, pixel_values=prompt.pixel_values)
+    finally:
+        for module in tiny.model.modules():
+            for key in [k for k, f in module._forward_hooks.items() if "get_hook_fn" in repr(f)]:
+                del module._forward_hooks[key]
 
 
 def test_saelens_own_evaluation_runs_on_text(hooked: HookedMaira2) -> None:
