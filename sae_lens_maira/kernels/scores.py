@@ -21,6 +21,10 @@ PAD = 32
 """Extra columns of the augmented product: two hold the margin, the rest keep rows aligned to 64 bytes."""
 
 
+MASK_AT_ONCE = 1 << 20
+"""Booleans of one slice of the comparison: 1 MB stays in a core's cache until it is searched."""
+
+
 class DenseScores:
     """Scores that were computed in full: h (rows, d_sae) and norms (d_sae,), None standing for 1."""
 
@@ -41,7 +45,12 @@ class DenseScores:
         return _with_values(index, self.h.view(-1)[index], self.norms, self.shape[1])
 
     def _flat_above(self, bound: torch.Tensor | float) -> torch.Tensor:
-        return compact(self.h > bound)
+        rows, d_sae = self.shape
+        block = max(1, MASK_AT_ONCE // d_sae)
+        parts = [
+            compact(self.h[start : start + block] > bound) + start * d_sae for start in range(0, rows, block)
+        ]
+        return torch.cat(parts) if parts else compact(self.h > bound)
 
     def columns(self, latents: torch.Tensor) -> torch.Tensor:
         """H (rows, latents) of some latents."""

@@ -2,25 +2,30 @@
 
     p <- p - lr m^ / (sqrt(v^) + eps)   on   g * min(1, c / (|g| + 1e-6))
 
-torch's fused Adam walks raw memory: with a moment or gradient in another order than its parameter it silently updates
-wrong entries. Here moments always follow their parameter. State dicts are written contiguous and without the fused
-flag, as SAELens' own Adam would, so either can read the other's. It knows nothing about SAEs.
+torch's fused Adam walks raw memory: with a gradient or moment in another order than its parameter it silently updates
+wrong entries, and a transposed parameter costs it copies. Here gradients and moments follow their parameter, and the
+update sees each matrix as it lies in memory. State dicts are written contiguous and without the fused flag, as
+SAELens' own Adam would, so either can read the other's. It knows nothing about SAEs.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.optim.adam import adam
+from typing_extensions import override
 
 from sae_lens_maira.kernels.step import Refreshed
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class RowMajorAdam(torch.optim.Adam):
-    """torch's fused Adam, kept safe for transposed parameters; `clip_` folds a norm limit into the next step.
+    """torch's fused Adam, safe and fast for transposed parameters; `clip_` folds a norm limit into the next step.
 
     Attributes:
-        use_triton: Whether matrices are updated by this package's kernel, which also leaves row norms and bfloat16
-            copies behind.
+        use_triton: Whether float32 matrices are updated by this package's kernel, which also leaves row norms and
+            bfloat16 copies behind.
         keep_bf16: Whether that kernel writes bfloat16 copies.
         refreshed: What the kernel left behind, by parameter.
     """
@@ -40,8 +45,8 @@ class RowMajorAdam(torch.optim.Adam):
 
         The division happens inside the update instead of in a pass of its own.
         """
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = [torch.linalg.vector_norm(_in_memory_order(p.grad)) for p in parameters]
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = [torch.linalg.vector_norm(_in_memory_order(gradient)) for gradient in gradients]
         total = torch.linalg.vector_norm(torch.stack(norms))
         scale = ((total + 1e-6) / max_norm).clamp(min=1.0)
         if total.device.type == "cpu" and float(scale) == 1.0:
@@ -49,77 +54,90 @@ class RowMajorAdam(torch.optim.Adam):
         if total.dtype == torch.float32:
             self.grad_scale = scale
         else:  # torch's fused Adam reads its scale as float32, too coarse for float64
-            for p in parameters:
-                p.grad.div_(scale)
+            for gradient in gradients:
+                gradient.div_(scale)
         return total
 
-    def step(self, closure: Any = None) -> Any:
-        """One update; the clip factor is used up by it."""
-        self._check_order()
-        by_kernel = self._step_matrices() if self.use_triton else []
-        result = super().step(closure)  # skips parameters without a gradient
-        for parameter, gradient in by_kernel:
-            parameter.grad = gradient
-        self.grad_scale = None
-        return result
-
+    @override
     @torch.no_grad()
-    def _step_matrices(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Updates every float32 matrix by the kernel and takes its gradient away; pairs to give it back."""
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - no closure
+        """One update; the clip scale is used up by it."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                self._prepare(p)
+                if self._has_kernel(p):
+                    self._step_by_kernel(p, group)
+            self._step_fused([p for p in parameters if not self._has_kernel(p)], group)
+        self.grad_scale = None
+
+    def _has_kernel(self, p: torch.nn.Parameter) -> bool:
+        return self.use_triton and p.ndim == 2 and p.dtype == torch.float32
+
+    def _prepare(self, p: torch.nn.Parameter) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        for name in MOMENTS:
+            state[name] = _ordered_like(p, state[name])
+        assert p.grad is not None
+        p.grad = _ordered_like(p, p.grad)
+
+    def _step_fused(self, parameters: list[torch.nn.Parameter], group: dict[str, Any]) -> None:
+        adam(
+            [_in_memory_order(p.detach()) for p in parameters],
+            [_in_memory_order(p.grad) for p in parameters if p.grad is not None],
+            *([_in_memory_order(self.state[p][name]) for p in parameters] for name in MOMENTS),
+            [],
+            [self.state[p]["step"] for p in parameters],
+            fused=True,
+            grad_scale=self.grad_scale,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_by_kernel(self, p: torch.nn.Parameter, group: dict[str, Any]) -> None:
         from sae_lens_maira.kernels.triton_adam import adam_rows  # triton is imported only when it runs
 
-        done = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None or p.ndim != 2 or p.dtype != torch.float32:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["step"] = state["step"].cpu() + 1
-                rows, gradient, mean, square = (
-                    _in_memory_order(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
-                )
-                known = self.refreshed.get(p)
-                shadow = known.shadow if known is not None else None
-                if shadow is None and self.keep_bf16:
-                    shadow = torch.empty_like(rows, dtype=torch.bfloat16)
-                norms = adam_rows(
-                    rows,
-                    gradient,
-                    mean,
-                    square,
-                    self.grad_scale if self.grad_scale is not None else rows.new_ones(()),
-                    int(state["step"]),
-                    float(group["lr"]),
-                    group["betas"],
-                    group["eps"],
-                    shadow,
-                )
-                self.refreshed[p] = Refreshed(norms, shadow, p.data_ptr(), p._version)
-                done.append((p, p.grad))
-                p.grad = None
-        return done
+        state, known = self.state[p], self.refreshed.get(p)
+        assert p.grad is not None
+        state["step"] = state["step"].cpu() + 1  # the kernel takes its corrections as numbers
+        rows = _in_memory_order(p.detach())
+        shadow = known.shadow if known is not None else None
+        if shadow is None and self.keep_bf16:
+            shadow = torch.empty_like(rows, dtype=torch.bfloat16)
+        norms = adam_rows(
+            rows,
+            _in_memory_order(p.grad),
+            *(_in_memory_order(state[name]) for name in MOMENTS),
+            scale=self.grad_scale if self.grad_scale is not None else rows.new_ones(()),
+            step=int(state["step"]),
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            shadow=shadow,
+        )
+        self.refreshed[p] = Refreshed(norms, shadow, p.data_ptr(), p._version)
 
-    @torch.no_grad()
-    def follow_parameters(self) -> None:
-        """Brings every moment into the memory order of its parameter."""
-        for parameter, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in state and state[name].stride() != parameter.stride():
-                    state[name] = torch.empty_like(parameter).copy_(state[name])
 
-    def _check_order(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.stride() != p.stride():
-                    p.grad = torch.empty_like(p).copy_(p.grad)
-        self.follow_parameters()
+def _ordered_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it lies in memory as the parameter does, else a copy that does."""
+    return (
+        tensor
+        if tensor.stride() == parameter.stride()
+        else torch.empty_like(parameter.detach()).copy_(tensor)
+    )
 
 
 def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor or its transpose, whichever is contiguous: a norm then is one sequential read."""
+    """The tensor or its transpose, whichever is contiguous."""
     return tensor if tensor.is_contiguous() or tensor.ndim != 2 else tensor.T
 
 
@@ -145,5 +163,3 @@ def _as_fused(optimizer: torch.optim.Optimizer) -> None:
             state = optimizer.state.get(parameter, {})
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
-    if isinstance(optimizer, RowMajorAdam):
-        optimizer.follow_parameters()

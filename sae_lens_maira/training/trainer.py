@@ -272,7 +272,6 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
     def _lay_out_W_enc(self, sae: TrainingSAE[Any]) -> None:
         if not sae.W_enc.T.is_contiguous():
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
-            self.optimizer.follow_parameters()
 
     @torch.no_grad()
     def _plain(self, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:

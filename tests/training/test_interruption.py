@@ -41,6 +41,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         FusedSAETrainer(cfg, make_sae("saelens"), data).fit()
     assert signal.getsignal(number) is before
     found = latest_checkpoint(tmp_path)
+    assert found is not None
     assert found == tmp_path / str(6 * 64)
     rest = FusedSAETrainer(cfg, make_sae("saelens", seed=2), planted_data(24, 64, start=6))
     resume(rest, found)

@@ -1,5 +1,7 @@
 """On activations of the shipped phantom model: 200 steps of either trainer give one loss curve and equal SAEs."""
 
+from typing import Any
+
 import pytest
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
@@ -17,12 +19,15 @@ def rows() -> torch.Tensor:
     model, processor = load_phantom()
     encoding = processor.encode(generate_studies(24, seed=5), report="teacher")
     caught: list[torch.Tensor] = []
-    layer = model.get_submodule(f"model.language_model.layers.{LAYER}")
-    handle = layer.register_forward_hook(lambda module, args, output: caught.append(output))
+
+    def catch(module: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = model.get_submodule(f"model.language_model.layers.{LAYER}").register_forward_hook(catch)
     with torch.no_grad():
         model(**encoding.model_inputs())
     handle.remove()
-    hidden = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+    hidden = caught[0]
     found = hidden[encoding.attention_mask.bool()].float()
     return found * found.shape[1] ** 0.5 / found.norm(dim=1).mean()
 
