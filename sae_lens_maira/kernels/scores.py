@@ -46,7 +46,7 @@ class DenseScores:
 
     def _flat_above(self, bound: torch.Tensor | float) -> torch.Tensor:
         rows, d_sae = self.shape
-        block = max(1, MASK_AT_ONCE // d_sae)
+        block = max(1, MASK_AT_ONCE // d_sae) if self.h.device.type == "cpu" else max(1, rows)
         parts = [
             compact(self.h[start : start + block] > bound) + start * d_sae for start in range(0, rows, block)
         ]
@@ -109,7 +109,7 @@ class BoundedScores:
 
     def columns(self, latents: torch.Tensor) -> torch.Tensor:
         """Exact h (rows, latents) of some latents."""
-        return torch.addmm(self.b_enc[latents], self.xc, self.W_enc.index_select(1, latents))
+        return torch.addmm(self.b_enc[latents], self.xc, self.W_enc.T.index_select(0, latents).T)
 
     def poison(self) -> torch.Tensor:
         """0, or NaN if a weight of the encoder is not finite."""
@@ -143,18 +143,21 @@ def round_to(values: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def low_precision_product(left: torch.Tensor, right: torch.Tensor, kind: str) -> torch.Tensor:
-    """Left @ right.T on matrix units: bfloat16 anywhere, TF32 on CUDA."""
+    """The product left @ right.T on matrix units: bfloat16 anywhere, TF32 on CUDA."""
     if kind == "bf16":
         return left @ right.T
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    # torch 2.9 renamed the switch, and mixing the two names is an error there.
+    matmul = torch.backends.cuda.matmul
+    name, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, on)
     try:
-        # The operands are already rounded, so it does not matter whether the hardware truncates or rounds.
-        # The last step may round the sum; 2^-10 more keeps the bound a bound.
+        # The operands are already rounded, so it does not matter whether the hardware truncates or rounds. The last
+        # step may round the sum; 2^-10 more keeps the bound a bound.
         product = left @ right.T
         return product + product.abs() * 2.0**-10
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, name, before)
 
 
 def _round_rows(

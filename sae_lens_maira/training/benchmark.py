@@ -34,6 +34,7 @@ from sae_lens_maira.training.peak_memory import peak_above
 from sae_lens_maira.training.trainer import FusedSAETrainer
 
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+MakeTrainer = Callable[["Shape", SAETrainerConfig], SAETrainer[Any, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,65 +75,88 @@ class Shape:
 class Arm:
     """One way to train, with its own SAE; the same optimisation settings as the others."""
 
-    def __init__(self, shape: Shape, make: Callable[[Shape, SAETrainerConfig], SAETrainer[Any, Any]]) -> None:
-        self.shape = shape
+    def __init__(
+        self, shape: Shape, make: MakeTrainer, autocast: bool | None = None, tf32: bool = False
+    ) -> None:
+        """Builds the trainer.
+
+        Args:
+            shape: Problem size.
+            make: The trainer from the size and a configuration.
+            autocast: None means as the shape says.
+            tf32: Whether float32 products may use TF32 while this arm runs.
+        """
+        self.shape, self.tf32 = shape, tf32
         cfg = SAETrainerConfig(
             total_training_samples=10**9,
             train_batch_size_samples=shape.batch,
             lr=1e-4,
             lr_end=1e-4,
             device=shape.device,
-            autocast=shape.autocast,
+            autocast=shape.autocast if autocast is None else autocast,
             dead_feature_window=10**6,
         )
         self.trainer = make(shape, cfg)
 
     def step(self, x: torch.Tensor, n_dead: int) -> None:
-        """One whole step; the first `n_dead` of every few latents count as dead."""
+        """One whole step; `n_dead` evenly spaced latents count as dead."""
         silent = self.trainer.n_forward_passes_since_fired
         silent.zero_()
         if n_dead:
             silent[:: max(1, self.shape.d_sae // n_dead)][:n_dead] = 2.0 * 10**6
+        if self.tf32:
+            torch.set_float32_matmul_precision("high")
         self.trainer._train_step(self.trainer.sae, x)
+        if self.tf32:
+            torch.set_float32_matmul_precision("highest")
 
 
-def arms_for(shape: Shape) -> dict[str, Callable[[Shape, SAETrainerConfig], SAETrainer[Any, Any]]]:
+def _saelens(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+    return SAETrainer(cfg, shape.sae(), iter(()))
+
+
+def _saelens_fused_adam(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+    trainer = _saelens(shape, cfg)
+    for group in trainer.optimizer.param_groups:
+        group["fused"] = True
+    return trainer
+
+
+def _saelens_compiled(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+    trainer = _saelens_fused_adam(shape, cfg)
+    vars(trainer.sae)["training_forward_pass"] = torch.compile(trainer.sae.training_forward_pass)
+    return trainer
+
+
+def _ours(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+    return FusedSAETrainer(cfg, shape.sae(), iter(()))
+
+
+def _ours_candidates(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+    return FusedSAETrainer(
+        cfg, shape.sae(), iter(()), candidates="tf32" if shape.device == "cuda" else "bf16"
+    )
+
+
+def arms_for(shape: Shape) -> dict[str, Arm]:
     """What is compared on this device; "saelens" and "fused" are always there."""
-
-    def saelens(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
-        return SAETrainer(cfg, shape.sae(), iter(()))
-
-    def saelens_fused_adam(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
-        trainer = SAETrainer(cfg, shape.sae(), iter(()))
-        for group in trainer.optimizer.param_groups:
-            group["fused"] = True
-        return trainer
-
-    def saelens_compiled(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
-        trainer = saelens_fused_adam(shape, cfg)
-        vars(trainer.sae)["training_forward_pass"] = torch.compile(trainer.sae.training_forward_pass)
-        return trainer
-
-    def fused(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
-        return FusedSAETrainer(cfg, shape.sae(), iter(()))
-
-    def fused_candidates(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
-        kind = "tf32" if shape.device == "cuda" else "bf16"
-        return FusedSAETrainer(cfg, shape.sae(), iter(()), candidates=kind)
-
-    found = {"saelens": saelens, "saelens_fused_adam": saelens_fused_adam}
+    arms = {"saelens": Arm(shape, _saelens), "saelens_fused_adam": Arm(shape, _saelens_fused_adam)}
     if shape.device == "cuda":
-        found["saelens_compiled"] = saelens_compiled
-    found["fused"] = fused
+        arms["saelens_tf32"] = Arm(shape, _saelens_fused_adam, autocast=False, tf32=True)
+        arms["saelens_autocast"] = Arm(shape, _saelens_fused_adam, autocast=True)
+        arms["saelens_autocast_compiled"] = Arm(shape, _saelens_compiled, autocast=True)
+    arms["fused"] = Arm(shape, _ours)
     if not shape.autocast:
-        found["fused_candidates"] = fused_candidates
-    return found
+        arms["fused_candidates"] = Arm(shape, _ours_candidates)
+        if shape.device == "cuda":
+            arms["fused_autocast"] = Arm(shape, _ours, autocast=True)
+    return arms
 
 
 def measure(shape: Shape, rounds: int, warm_up: int, aux: str) -> dict[str, Any]:
     """Times every arm; milliseconds by arm, and what the issue's keys need."""
     x = shape.rows()
-    arms = {name: Arm(shape, make) for name, make in arms_for(shape).items()}
+    arms = arms_for(shape)
     settings = {"idle": 0, "on": shape.d_in // 2}
     wanted = list(settings) if aux == "both" else [aux]
     timings: dict[str, dict[str, list[float]]] = {setting: {name: [] for name in arms} for setting in wanted}

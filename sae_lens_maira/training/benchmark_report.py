@@ -9,8 +9,11 @@ from typing import Any
 LABELS = {
     "saelens": "SAELens, default",
     "saelens_fused_adam": "SAELens, fused Adam",
-    "saelens_compiled": "SAELens, fused Adam, compiled",
+    "saelens_tf32": "SAELens, fused Adam, TF32",
+    "saelens_autocast": "SAELens, fused Adam, autocast",
+    "saelens_autocast_compiled": "SAELens, fused Adam, autocast, compiled",
     "fused": "this package",
+    "fused_autocast": "this package, autocast",
     "fused_candidates": "this package, low-precision candidates (exact)",
 }
 
