@@ -8,12 +8,14 @@ bridge is built.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import LlavaForConditionalGeneration
 
 from sae_lens_maira.errors import HookError, SAEError
 from sae_lens_maira.hooks.attach import LivePoint, MidEdits, tap_mid
@@ -37,6 +39,7 @@ class BridgedMaira2(SAETransformerBridge):
 
     points: PointTable
     _generating = False
+    _takes_cache = False
     _hooks_by_name: dict[str, HookPoint] | None = None
 
     @classmethod
@@ -57,6 +60,7 @@ class BridgedMaira2(SAETransformerBridge):
             # Set here it is taken as it is; given to the builder it would be loaded again from disk.
             taken.tokenizer = processor.tokenizer
             taken.cfg.tokenizer_prepends_bos, taken.cfg.tokenizer_appends_eos = True, False
+        taken._takes_cache = "cache" in signature(LlavaForConditionalGeneration.forward).parameters
         for i, block in enumerate(taken.blocks):
             mid = taken.points.points[f"blocks.{i}.hook_resid_mid"]
             taken._hook_registry[mid.name] = _mid_point(mid, block.original_component)
@@ -165,6 +169,8 @@ class BridgedMaira2(SAETransformerBridge):
         inputs = self._gather(input, kwargs)
         tensors = dict(inputs.tensors)
         ids = tensors.pop("input_ids")
+        if "past_key_values" in kwargs and self._takes_cache:
+            kwargs["cache"] = kwargs.pop("past_key_values")  # its name since transformers 5.24
         if not self._generating:  # generate counts positions without padding, as transformers' own does
             kwargs.setdefault("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
         return super().forward(ids, *args, **tensors, **kwargs)

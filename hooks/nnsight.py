@@ -61,7 +61,10 @@ class Maira2NNsight(NNsight):
             model, processor = model.model, processor or model.processor
         points = PointTable(model.config)
         points.validate(model)
-        super().__init__(model, rename={**NAMES})
+        with warnings.catch_warnings():
+            # transformers 4 calls a part of Dinov2's attention `output`; nobody needs it by that name here.
+            warnings.filterwarnings("ignore", message=".*has a submodule named 'output'")
+            super().__init__(model, rename={**NAMES})
         self.processor = processor
         self.points = points
         self.at = PointAccess(self, "{}")

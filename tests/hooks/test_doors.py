@@ -12,11 +12,7 @@ from sae_lens_maira.hooks import SPECS, HookedMaira2, Maira2NNsight
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding
 from sae_lens_maira.maira2.versions import has_transformer_bridge
 
-pytestmark = [
-    pytest.mark.compat,
-    # transformers 5.24 renames a keyword that TransformerLens 3.9 still uses.
-    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.compat
 
 
 @pytest.fixture(scope="module")

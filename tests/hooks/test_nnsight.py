@@ -231,9 +231,9 @@ def test_edits_that_stay_hold_for_the_prompt_or_for_every_token(
 ) -> None:
     """nnsight's `edit` acts on the prompt's step alone; with `iter` inside, on every step."""
     vector = torch.randn(64) * 3
-    with model.edit() as (tracer, once):
+    with model.edit() as (tracer, once):  # pyright: ignore[reportGeneralTypeIssues] - its __enter__ gives a pair
         once.resid_post[1] = once.resid_post[1] + vector
-    with model.edit() as (tracer, always):
+    with model.edit() as (tracer, always):  # pyright: ignore[reportGeneralTypeIssues]
         for _ in tracer.iter[:]:
             always.resid_post[1] = always.resid_post[1] + vector
     calls: list[int] = []

@@ -18,7 +18,6 @@ pytestmark = [
         not (phantom_path() / "model.safetensors").exists(), reason="the phantom is not trained yet"
     ),
     pytest.mark.filterwarnings("ignore:All samples in the training dataset:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
 ]
 
 

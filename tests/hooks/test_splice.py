@@ -16,10 +16,7 @@ from sae_lens_maira.errors import HookError, SAEError
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.maira2 import TokenRole, role_mask
 
-pytestmark = [
-    pytest.mark.compat,
-    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.compat
 
 RESID = "blocks.1.hook_resid_post"
 ACTS = f"{RESID}.hook_sae_acts_post"
