@@ -82,7 +82,48 @@ def measure_phantom(
     _say(f"reports that ended by themselves {score.complete:.3f}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"quickstart": quickstart, "measure-phantom": measure_phantom}
+def evaluate(
+    sae: Path,
+    model: str = "phantom",
+    studies: int = 100,
+    seed: int = 10_000,
+    hook: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Judge an SAE: explained variance, L0, dead latents and loss recovered, per level and role.
+
+    Example: sae-lens-maira evaluate --sae quickstart_out/sae --studies 100
+
+    Args:
+        sae: folder of the SAE.
+        model: the model it was trained on: "phantom", a folder or a hub id.
+        studies: phantom studies to read.
+        seed: of the studies; the phantom was trained on seed 0.
+        hook: hook point, if the SAE does not name its own.
+        as_json: print JSON instead of tables.
+    """
+    import torch
+
+    from sae_lens_maira.commands.evaluate import evaluate as run
+    from sae_lens_maira.maira2 import load_maira2
+    from sae_lens_maira.phantom import generate_studies, load_phantom
+
+    maira = load_phantom() if model == "phantom" else load_maira2(model, dtype=torch.float32)
+    side = maira.processor.recipe.crop
+    tables = run(maira, sae, generate_studies(studies, seed=seed, size=side), hook)
+    if as_json:
+        _say(json.dumps({"rows": tables.rows.to_dict("records"), "splice": tables.splice.to_dict("records")}))
+        return
+    for name, table in (("reconstruction", tables.rows), ("spliced into the model", tables.splice)):
+        _say(f"{name} at {tables.hook_name}, {tables.n_studies} studies")
+        _say(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
+    "evaluate": evaluate,
+    "measure-phantom": measure_phantom,
+}
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -115,6 +156,9 @@ def build_parser() -> ArgumentParser:
         command.add_function_arguments(function, as_group=False, skip={"as_json"})
         command.add_argument("--json", action="store_true", help="print JSON instead of text")
         commands.add_subcommand(name, command, help=about.splitlines()[0])
+    commands.add_subcommand(
+        "bench", _Parser(), help="Time one training step against SAELens: bench step --help"
+    )
     return parser
 
 
@@ -127,8 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0, or 2 if the user can mend what went wrong.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["bench"]:
+        return _bench(words[1:])
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     name = options.subcommand
     chosen: dict[str, Any] = dict(vars(options[name]))
     chosen.pop("config", None)
@@ -141,8 +188,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _bench(words: list[str]) -> int:
+    """Benchmarks have parsers of their own: they also run as scripts, where jsonargparse is not wanted."""
+    if words[:1] != ["step"]:
+        sys.stderr.write(
+            f"sae-lens-maira bench: {' '.join(words) or 'nothing'} is no benchmark; try bench step --help.\n"
+        )
+        return 2
+    from sae_lens_maira.training.benchmark import main as step
+
+    return step(words[1:])
+
+
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
 __all__ = ["COMMANDS", "build_parser", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,7 +25,7 @@ ALLOWED = {
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
 }
 # The top of the house composes every room.
-TOP = {"cli", "quickstart", "recipes", "__init__"}
+TOP = {"cli", "commands", "quickstart", "recipes", "__init__"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -92,7 +92,7 @@ def harvest_rows(
     """
     hooked = HookedMaira2(maira.model, maira.processor)
     # Nothing behind the hook point is needed; a forward to a middle layer costs half of a whole one.
-    stop = hooked.points.points[hooked.resolve(hook_name)].stop
+    stop = hooked.points.resolve(hook_name).stop
     rng = np.random.default_rng(seed)
     parts: list[dict[str, np.ndarray | torch.Tensor]] = []
     order = np.argsort([len(study.report or "") + 400 * _n_images(study) for study in studies], kind="stable")

@@ -9,7 +9,13 @@ from sae_lens_maira.latents.agreement import (
     paired_difference,
     split_by_patient,
 )
-from sae_lens_maira.latents.firing import Encoder, MeanDifference, RawDimensions, study_firing
+from sae_lens_maira.latents.firing import (
+    Encoder,
+    MeanDifference,
+    RandomDirections,
+    RawDimensions,
+    study_firing,
+)
 
 __all__ = [
     "Agreement",
@@ -17,6 +23,7 @@ __all__ = [
     "Encoder",
     "Halves",
     "MeanDifference",
+    "RandomDirections",
     "RawDimensions",
     "best_units",
     "f1_of_firing",

@@ -1,7 +1,7 @@
 """Which units fire in which study: from activation rows to a boolean (studies, units) table.
 
-Units are an SAE's latents, or for comparison the raw dimensions of the residual stream with either sign under one
-global threshold that lets as many of them fire per row as the SAE's L0, or one supervised direction. Rows are
+Units are an SAE's latents or, for comparison, random directions or the raw dimensions of the residual stream under
+one global threshold that lets as many of them fire per row as the SAE's L0, or one supervised direction. Rows are
 encoded in chunks, so memory is O(studies x units) whatever the number of rows. It knows nothing about findings.
 """
 
@@ -48,6 +48,27 @@ def study_firing(
     return (fires > 0).numpy(), active / len(rows)
 
 
+class RandomDirections:
+    """An untrained SAE: random unit directions on centred rows, sparse by one global threshold.
+
+    It has the trained SAE's number of units and, through `l0`, its sparsity on the same rows, so what it scores is
+    what chance and a large number of units give.
+    """
+
+    def __init__(self, rows: ActivationRows, n_units: int, l0: float, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(rows.values.shape[1], n_units, generator=generator)
+        self._directions = directions / directions.norm(dim=0)
+        self._mean = rows.values.mean(0)
+        self._threshold = _threshold_for(self._project(_sample(rows, 2000)), l0)
+
+    def _project(self, values: torch.Tensor) -> torch.Tensor:
+        return (values - self._mean) @ self._directions
+
+    def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
+        return torch.relu(self._project(values) - self._threshold)
+
+
 class RawDimensions:
     """The residual stream's own axes as a dictionary of 2 d_in units: each dimension, with either sign.
 
@@ -57,11 +78,7 @@ class RawDimensions:
     def __init__(self, rows: ActivationRows, l0: float) -> None:
         self._mean = rows.values.mean(0)
         self._std = rows.values.std(0).clamp(min=1e-6)
-        sample = self._scaled(rows.values[:: max(1, len(rows) // 20_000)])
-        share = max(0.0, 1 - l0 / sample.shape[1])
-        # torch.quantile refuses large inputs; a sort of the sample does not.
-        flat = sample.flatten().sort().values
-        self._threshold = flat[min(len(flat) - 1, int(share * len(flat)))]
+        self._threshold = _threshold_for(self._scaled(_sample(rows, 20_000)), l0)
 
     def _scaled(self, values: torch.Tensor) -> torch.Tensor:
         z = (values - self._mean) / self._std
@@ -69,6 +86,18 @@ class RawDimensions:
 
     def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
         return torch.relu(self._scaled(values) - self._threshold)
+
+
+def _sample(rows: ActivationRows, n: int) -> torch.Tensor:
+    """About n rows, evenly spaced."""
+    return rows.values[:: max(1, len(rows) // n)]
+
+
+def _threshold_for(scores: torch.Tensor, l0: float) -> torch.Tensor:
+    """The value that `l0` of each row's scores (n, units) exceed on average, over all rows together."""
+    # A sort: torch.quantile refuses this many values.
+    ordered = scores.flatten().sort().values
+    return ordered[min(len(ordered) - 1, int((1 - l0 / scores.shape[1]) * len(ordered)))].clamp(min=0)
 
 
 class MeanDifference:
@@ -103,7 +132,9 @@ class MeanDifference:
         self._direction = torch.stack(directions, 1)
         peaks = np.full((n_studies, n_findings), -np.inf, dtype=np.float32)
         np.maximum.at(peaks, rows.study, (rows.values @ self._direction).numpy())
-        thresholds = [_best_threshold(peaks[choose, column], truth[choose, column]) for column in range(n_findings)]
+        thresholds = [
+            _best_threshold(peaks[choose, column], truth[choose, column]) for column in range(n_findings)
+        ]
         self._threshold = torch.tensor(thresholds)
 
     def __call__(self, values: torch.Tensor, /) -> torch.Tensor:

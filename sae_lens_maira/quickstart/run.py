@@ -15,6 +15,7 @@ from sae_lens_maira.latents import (
     Encoder,
     Halves,
     MeanDifference,
+    RandomDirections,
     RawDimensions,
     best_units,
     paired_difference,
@@ -25,7 +26,7 @@ from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, truth_labels
 from sae_lens_maira.quickstart.report import write_report
 from sae_lens_maira.quickstart.results import PlaceResult, QuickstartConfig, QuickstartResult
-from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae, untrained_encoder
+from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
 from sae_lens_maira.quickstart.steer import steer_finding
 
 # Everything a report is written from: the film, the sections, the report itself; no boilerplate.
@@ -62,8 +63,9 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     rows = harvest_rows(maira, studies, hook_name, roles=KEPT, seed=config.seed, progress=config.progress)
     training_rows = rows.where(halves.choose[rows.study])
     trained = train_sae(training_rows, config.d_sae, config.k, config.steps, config.seed, config.out / "sae")
-    untrained = untrained_encoder(trained, training_rows, config.seed)
-    text, image = (_agreement(place, rows, truth, halves, trained, untrained) for place in ("text", "image"))
+    text, image = (
+        _agreement(place, rows, truth, halves, trained, config.seed) for place in ("text", "image")
+    )
     steering = steer_finding(
         maira,
         studies,
@@ -87,14 +89,14 @@ def _agreement(
     truth: np.ndarray,
     halves: Halves,
     trained: TrainedSAE,
-    untrained: Encoder,
+    seed: int,
 ) -> PlaceResult:
     here = rows.where(rows.is_image if place == "image" else rows.role == TokenRole.REPORT)
     n = len(truth)
     fires, l0 = study_firing(trained.encode, here, n)
     chosen_half = here.where(halves.choose[here.study])
     others: dict[str, Encoder] = {
-        "untrained SAE": untrained,
+        "untrained SAE": RandomDirections(chosen_half, len(trained.decoder), l0, seed),
         "raw dimensions": RawDimensions(chosen_half, l0),
     }
     scored = {

@@ -1,8 +1,7 @@
-"""Train the quickstart's SAE with SAELens' own trainer, and make its untrained twin.
+"""Train the quickstart's SAE with SAELens' own trainer, and read it back as users will.
 
-The twin has the same shape and the same sparsity: random unit decoder rows, the encoder their transpose, and a
-global threshold calibrated so that as many latents fire per row as in the trained one. What it scores is what
-chance and a large number of units give. This module knows nothing about findings.
+The training object is thrown away after it was saved: every figure of the quickstart comes from the SAE that lies in
+the folder. This module knows nothing about findings.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.activations import ActivationRows, RowProvider
-from sae_lens_maira.latents import Encoder
 from sae_lens_maira.sae import (
     MatryoshkaSAE,
     MatryoshkaTrainingSAE,
@@ -39,8 +37,9 @@ class TrainedSAE:
     hook_name: str
 
     def encode(self, values: torch.Tensor, /) -> torch.Tensor:
-        """Latent activations (n, d_sae) of rows (n, d_in)."""
-        return self.inference.encode(values)
+        """Latent activations (n, d_sae) of rows (n, d_in), without gradients."""
+        with torch.no_grad():
+            return self.inference.encode(values)
 
     @property
     def decoder(self) -> torch.Tensor:
@@ -106,27 +105,3 @@ def train_sae(rows: ActivationRows, d_sae: int, k: int, steps: int, seed: int, f
     trainer.fit()
     sae.save_inference_model(folder)
     return TrainedSAE(load_matryoshka(folder), widths, rows.hook_name)
-
-
-class UntrainedDictionary:
-    """Random directions under a global threshold: a dictionary of the trained one's shape that learned nothing."""
-
-    def __init__(self, rows: ActivationRows, d_sae: int, l0: float, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed + 77)
-        directions = torch.randn(rows.values.shape[1], d_sae, generator=generator)
-        self._directions = directions / directions.norm(dim=0)
-        self._mean = rows.values.mean(0)
-        sample = rows.values[:: max(1, len(rows) // 2000)]
-        flat = ((sample - self._mean) @ self._directions).flatten().sort().values
-        self._threshold = flat[min(len(flat) - 1, int((1 - l0 / d_sae) * len(flat)))].clamp(min=0)
-
-    def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
-        return torch.relu((values - self._mean) @ self._directions - self._threshold)
-
-
-def untrained_encoder(trained: TrainedSAE, rows: ActivationRows, seed: int) -> Encoder:
-    """The untrained twin of an SAE, calibrated on the same rows to the same L0."""
-    sample = rows.values[:: max(1, len(rows) // 20_000)]
-    with torch.no_grad():
-        l0 = float((trained.encode(sample) > 0).float().sum(1).mean())
-    return UntrainedDictionary(rows, trained.decoder.shape[0], l0, seed)

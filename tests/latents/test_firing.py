@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.latents import MeanDifference, RawDimensions, study_firing
+from sae_lens_maira.latents import MeanDifference, RandomDirections, RawDimensions, study_firing
 from sae_lens_maira.latents.firing import _best_threshold
 
 
@@ -44,6 +44,14 @@ def test_raw_dimensions_have_the_wanted_sparsity(rows):
         encode = RawDimensions(rows, l0)
         assert encode(rows.values).shape == (700, 24)
         assert study_firing(encode, rows, 70)[1] == pytest.approx(l0, abs=0.05)
+
+
+def test_random_directions_have_the_wanted_size_and_sparsity(rows):
+    """The untrained SAE has as many units as asked and its threshold gives the L0 asked for; seeds differ."""
+    encode = RandomDirections(rows, 50, 3.0, seed=1)
+    assert encode(rows.values).shape == (700, 50)
+    assert study_firing(encode, rows, 70)[1] == pytest.approx(3.0, abs=0.1)
+    assert not torch.equal(encode(rows.values), RandomDirections(rows, 50, 3.0, seed=2)(rows.values))
 
 
 def test_mean_difference_finds_a_planted_direction(rows):

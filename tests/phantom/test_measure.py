@@ -3,7 +3,7 @@
 import pytest
 
 from sae_lens_maira.phantom.measure import box_overlaps, iou
-from sae_lens_maira.studies import Finding, Study
+from sae_lens_maira.studies import Finding, Licence, Study
 
 pytestmark = pytest.mark.compat
 
@@ -19,7 +19,7 @@ def test_a_box_counts_for_its_own_finding_only():
     """The right box under another finding's name scores 0; a missing box scores 0."""
     box = (0.1, 0.1, 0.3, 0.3)
     finding = Finding(name="cardiomegaly", side=None, box=box, size=None, change=None)
-    study = Study(study_id="s", patient_id="p", frontal=None, truth=(finding,), licence="synthetic")
+    study = Study(study_id="s", patient_id="p", frontal=None, truth=(finding,), licence=Licence.SYNTHETIC)
     assert box_overlaps(study, [("There is cardiomegaly.", [box])]) == [1.0]
     assert box_overlaps(study, [("A nasogastric tube is seen.", [box])]) == [0.0]
     assert box_overlaps(study, []) == [0.0]
