@@ -21,7 +21,7 @@ from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointF
 from sae_lens.training.types import DataProvider
 from typing_extensions import override
 
-from sae_lens_maira.errors import BackendError, SAEError
+from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import (
     Gradients,
     LocalCommunicator,
@@ -35,6 +35,7 @@ from sae_lens_maira.kernels.problem import Candidates
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
 from sae_lens_maira.training.checkpoints import complete_atomically
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator
+from sae_lens_maira.training.inputs import agree_on_scaling, not_finite_error
 from sae_lens_maira.training.interruption import SafePoints
 from sae_lens_maira.training.optimizer import RowMajorAdam
 
@@ -139,7 +140,7 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         with self._safe_points.installed():
             try:
                 if group is not None:
-                    self._agree_on_scaling(group)
+                    agree_on_scaling(self, group)
                 return self._plain(super().fit())
             except (KeyboardInterrupt, InterruptedException):
                 if group is None and self.cfg.checkpoint_path is not None:
@@ -191,7 +192,7 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
                 out=self._gradient_buffers(sae),
             )
             if not bool(torch.isfinite(result.loss)):
-                raise self._not_finite(sae, x)
+                raise not_finite_error(sae, x, self.n_training_steps)
         # Everything that can fail, ranks included, lies behind us: from here on state changes.
         plan.after(result, self.n_training_steps)
         self._record_firing(result)
@@ -210,7 +211,7 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
     def _prepare(self, plan: StepPlan, x: torch.Tensor) -> None:
         first = self.n_training_steps == 0
         if plan.unit_decoder and first and not bool(torch.isfinite(x).all()):
-            raise self._not_finite(plan.sae, x)
+            raise not_finite_error(plan.sae, x, self.n_training_steps)
         rows = x
         if plan.unit_decoder and first and isinstance(self.comm, ProcessGroupCommunicator):
             rows = self.comm.gather_rows(x)
@@ -291,35 +292,6 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
                 "result, more slowly.",
                 stacklevel=2,
             )
-
-    def _not_finite(self, sae: TrainingSAE[Any], x: torch.Tensor) -> SAEError:
-        bad_rows = int((~torch.isfinite(x)).any(dim=1).sum())
-        bad = [name for name, p in sae.named_parameters() if not bool(torch.isfinite(p).all())]
-        found = f"{bad_rows} of {len(x)} rows of the batch hold NaN or infinity"
-        if bad:
-            found += f", and so do {', '.join(bad)}"
-        elif not bad_rows:
-            found = "batch and weights are finite, so a product overflowed"
-        return SAEError(
-            f"The loss of step {self.n_training_steps} is not finite: {found}. No weight was changed by this step. "
-            "Drop or repair such rows where activations are harvested, or resume from the last checkpoint."
-        )
-
-    def _agree_on_scaling(self, comm: ProcessGroupCommunicator) -> None:
-        kind, cfg = self.sae.cfg.normalize_activations, self.sae.cfg
-        if kind == "covariance_whitening" and self.activation_scaler.whitening is None:
-            raise SAEError(
-                "normalize_activations='covariance_whitening' cannot be estimated over several ranks, since each "
-                "sees its own rows. Estimate it in one process and resume from that checkpoint."
-            )
-        if kind == "expected_average_only_in" and self.activation_scaler.scaling_factor is None:
-            self.activation_scaler.estimate_scaling_factor(
-                cfg.d_in, self.data_provider, self.cfg.n_batches_for_norm_estimate
-            )
-            mean_norm = torch.tensor(
-                cfg.d_in**0.5 / self.activation_scaler.scaling_factor, dtype=torch.float64
-            )
-            self.activation_scaler.scaling_factor = cfg.d_in**0.5 * comm.size / float(comm.sum_(mean_norm))
 
     @override
     def save_checkpoint(
