@@ -61,19 +61,21 @@ class Splice(nn.Module):
         passed = self.bypass(x)
         if passed is not None:
             passed = passed.view(*passed.shape, *[1] * (x.ndim - passed.ndim))
-        out = sae.decode(sae.encode(source)).to(x)
+        out = sae.decode(sae.encode(source))
         if self.use_error_term:
             with torch.no_grad():
                 clean = out
                 if any(point._forward_hooks for point in sae.hook_dict.values()):
                     # An edit of the activations must show, so the error is that of the unedited pass.
                     with _silenced(sae):
-                        clean = sae.decode(sae.encode(source)).to(x)
-                error = x - clean
+                        clean = sae.decode(sae.encode(source))
+                # In the SAE's precision: a bf16 stream comes back as it was, not rounded twice.
+                error = x.to(clean) - clean
                 if passed is not None:
                     error = error.masked_fill(passed, 0)
                 error = self.inner["hook_sae_error"](error)
             out = out + error
+        out = out.to(x)
         if passed is not None:
             out = torch.where(passed, x, out)
         return self.inner["hook_sae_output"](out)

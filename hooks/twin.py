@@ -31,7 +31,7 @@ def share_weights(model: Model) -> Model:
     """Copy a model's modules and configuration, and share its parameters and buffers.
 
     Hooks stay behind, ours and everyone's; so does nnsight's instrumentation. transformers installs its own
-    capturing hooks again when the twin first runs.
+    capturing hooks again when the twin first runs. Moving or casting one of the two moves or casts both.
 
     Args:
         model: any transformers model on devices of its own choosing, but not dispatched by accelerate.

@@ -1,5 +1,6 @@
 """SAEs in the model: the error-term identity, the points inside, several at once, and chosen positions."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -55,6 +56,15 @@ def test_with_the_error_term_nothing_changes(host: Any, encoding: Any, hook_name
         assert (without - plain).abs().max() > 0.01
         assert torch.equal(host(encoding), plain)
     assert host.acts_to_saes == {}
+
+
+def test_a_bf16_stream_comes_back_exactly(eager: Any, encoding: Any) -> None:
+    """An fp32 SAE in a bf16 model: with the error term the logits are the model's own."""
+    half = HookedMaira2(copy.deepcopy(eager.model).bfloat16())
+    with torch.no_grad():
+        plain = half(encoding)
+        assert torch.equal(half.run_with_saes(encoding, saes=make_sae(), use_error_term=True), plain)
+        assert half.run_with_saes(encoding, saes=make_sae()).dtype == torch.bfloat16
 
 
 def test_without_the_error_term_the_stream_is_the_reconstruction(host: Any, encoding: Any) -> None:
