@@ -1,5 +1,6 @@
 """SAELens' runners use the fused trainer inside `fused_training()` and give the same SAE as without it."""
 
+import socket
 from typing import Any
 
 import pytest
@@ -14,10 +15,16 @@ from sae_lens import (
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.training import multi_sae_trainer, sae_trainer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.prefetch import PrefetchingIterator
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from sae_lens_maira.errors import BackendError
-from sae_lens_maira.training import FusedLanguageModelSAETrainingRunner, FusedSAETrainer, fused_training
+from sae_lens_maira.errors import BackendError, SAEError
+from sae_lens_maira.training import (
+    FusedLanguageModelSAETrainingRunner,
+    FusedSAETrainer,
+    distributed,
+    fused_training,
+)
 
 CONTEXT, VOCABULARY = 16, 50
 
@@ -111,3 +118,43 @@ def test_a_sae_lens_without_the_name_is_noticed(monkeypatch):
     monkeypatch.delattr(multi_sae_trainer, "SAETrainer")
     with pytest.raises(BackendError, match="multi_sae_trainer no longer names SAETrainer"), fused_training():
         pass
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """A process group of this process alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with distributed(timeout_s=30) as comm:
+        yield comm
+
+
+def test_a_runner_over_ranks_trains_on_shares(one_rank, model, tmp_path):
+    dense = run(LanguageModelSAETrainingRunner, model, tmp_path / "dense")
+    with fused_training(comm=one_rank):
+        shared = run(LanguageModelSAETrainingRunner, model, tmp_path / "shared")
+    for name, tensor in dense.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_prefetching_over_ranks_is_refused(one_rank, make_sae, make_config, planted_data):
+    data = PrefetchingIterator(planted_data(24, 64))
+    try:
+        with fused_training(comm=one_rank), pytest.raises(BackendError, match="prefetch_llm_batches=False"):
+            llm_sae_training_runner.SAETrainer(make_config(1), make_sae("saelens"), data_provider=data)
+    finally:
+        data.close()
+
+
+def test_scaling_is_agreed_on_and_whitening_refused(one_rank, make_sae, make_config, planted_data):
+    cfg = make_config(4, n_batches_for_norm_estimate=2)
+    options = {"normalize_activations": "expected_average_only_in"}
+    alone = FusedSAETrainer(cfg, make_sae("saelens", **options), planted_data(24, 64)).fit()
+    shared = FusedSAETrainer(cfg, make_sae("saelens", **options), planted_data(24, 64), comm=one_rank).fit()
+    torch.testing.assert_close(shared.W_dec, alone.W_dec)
+    whitened = make_sae("saelens", normalize_activations="covariance_whitening")
+    with pytest.raises(SAEError, match="cannot be estimated over several ranks"):
+        FusedSAETrainer(cfg, whitened, planted_data(24, 64), comm=one_rank).fit()
