@@ -11,6 +11,8 @@ rounded up, so it costs nothing. An entry whose U is below the threshold cannot 
 stays exact.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from sae_lens_maira.errors import BackendError
@@ -19,6 +21,15 @@ from sae_lens_maira.kernels.sparse import sampled_product
 
 PAD = 32
 """Extra columns of the augmented product: two hold the margin, the rest keep rows aligned to 64 bytes."""
+
+
+Buffer = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]
+"""Gives a tensor by name and shape, of the type of another; its contents are whatever was there."""
+
+
+def fresh(name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A new tensor every time."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 MASK_AT_ONCE = 1 << 20
@@ -71,11 +82,12 @@ class BoundedScores:
         b_enc: torch.Tensor,
         norms: torch.Tensor | None,
         kind: str,
+        buffer: Buffer = fresh,
     ) -> None:
         self.xc, self.W_enc, self.b_enc, self.norms = xc, W_enc, b_enc, norms
         self.shape = (xc.shape[0], W_enc.shape[1])
-        left, right = augment(xc, W_enc, kind)
-        self.upper = low_precision_product(left, right, kind)
+        left, right = augment(xc, W_enc, kind, buffer)
+        self.upper = low_precision_product(left, right, kind, buffer)
         self._checksum = right[:, W_enc.shape[0]].sum(dtype=torch.float32) + b_enc.sum()
 
     def sample(self, rows: int) -> torch.Tensor:
@@ -116,13 +128,17 @@ class BoundedScores:
         return self._checksum * 0
 
 
-def augment(xc: torch.Tensor, W_enc: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(
+    xc: torch.Tensor, W_enc: torch.Tensor, kind: str, buffer: Buffer = fresh
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounded (rows, d_in + PAD) and (d_sae, d_in + PAD) whose product bounds xc @ W_enc from above."""
     d_in = xc.shape[1]
     # One rounding error of 2^-23 per term covers fused and unfused float32 accumulation in any order.
     accumulation = (d_in + PAD) * 2.0**-23
-    left = xc.new_zeros(xc.shape[0], d_in + PAD, dtype=storage(kind))
-    right = xc.new_zeros(W_enc.shape[1], d_in + PAD, dtype=storage(kind))
+    like = xc.new_empty(0, dtype=storage(kind))
+    left = buffer("left", (xc.shape[0], d_in + PAD), like)
+    right = buffer("right", (W_enc.shape[1], d_in + PAD), like)
+    left[:, d_in:], right[:, d_in:] = 0, 0
     lost_x, norm_x, _ = _round_rows(xc, left, kind)
     lost_w, norm_w, full_w = _round_rows(W_enc.T, right, kind)
     left[:, d_in], right[:, d_in] = _up(lost_x, kind), _up(full_w, kind)
@@ -142,10 +158,12 @@ def round_to(values: torch.Tensor, kind: str) -> torch.Tensor:
     return (values.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def low_precision_product(left: torch.Tensor, right: torch.Tensor, kind: str) -> torch.Tensor:
+def low_precision_product(
+    left: torch.Tensor, right: torch.Tensor, kind: str, buffer: Buffer = fresh
+) -> torch.Tensor:
     """The product left @ right.T on matrix units: bfloat16 anywhere, TF32 on CUDA."""
     if kind == "bf16":
-        return left @ right.T
+        return torch.mm(left, right.T, out=buffer("upper", (left.shape[0], right.shape[0]), left))
     # torch 2.9 renamed the switch, and mixing the two names is an error there.
     matmul = torch.backends.cuda.matmul
     name, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)

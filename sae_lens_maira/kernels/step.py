@@ -169,7 +169,7 @@ def _encode(
             raise BackendError(
                 f"Exact low-precision candidates are for float32 SAEs; this one is {xc.dtype}."
             )
-        return BoundedScores(xc, weights.W_enc, weights.b_enc, norms, spec.candidates)
+        return BoundedScores(xc, weights.W_enc, weights.b_enc, norms, spec.candidates, workspace.buffer)
     h = workspace.buffer("h", (xc.shape[0], weights.W_dec.shape[0]), xc)
     if spec.autocast:
         product = xc.to(torch.bfloat16) @ workspace.bf16("W_enc", weights.W_enc.T).T
