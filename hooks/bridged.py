@@ -149,6 +149,11 @@ class BridgedMaira2(SAETransformerBridge):
 
     def _reset_sae(self, *args: Any, **kwargs: Any) -> None:
         super()._reset_sae(*args, **kwargs)
+        # The fresh hook point took its short name when it was put in place; TransformerLens then takes the long
+        # one for an alias of nothing and drops hooks that are added under it.
+        for name, point in self._hook_registry.items():
+            if isinstance(point, HookPoint) and point.name != name and name.endswith(f".{point.name}"):
+                point.name = name
         self._hooks_by_name = None
 
     def _gather(self, given: Any, kwargs: dict[str, Any]) -> ModelInputs:

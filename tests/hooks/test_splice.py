@@ -112,6 +112,17 @@ def test_several_saes_and_generation(host: Any, prompt: Any) -> None:
     assert torch.equal(same, plain)
 
 
+def test_hooks_work_at_a_point_that_an_sae_has_left(host: Any, encoding: Any) -> None:
+    """SAELens' bridge puts a hook point back under a name that TransformerLens does not find."""
+    seen = []
+    with torch.no_grad():
+        host.run_with_saes(encoding, saes=make_sae())
+        host.run_with_hooks(encoding, fwd_hooks=[(RESID, lambda x, hook: seen.append(hook.name))])
+        _, cache = host.run_with_cache(encoding, names_filter=[RESID])
+    assert len(seen) == 1
+    assert RESID in cache
+
+
 def test_saes_that_were_covered_come_back(hooked: HookedMaira2, encoding: Any) -> None:
     first, second, other = make_sae(), make_sae(seed=1), make_sae("blocks.2.hook_resid_post")
     hooked.add_sae(first, use_error_term=True)
