@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    settings = parser.instantiate_classes(options).train
+    settings = parser.instantiate(options).train
     folder = train_phantom(settings, options.out)
     sys.stdout.write(f"{folder}\n")
     return 0

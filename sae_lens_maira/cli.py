@@ -92,7 +92,7 @@ def evaluate(
 ) -> None:
     """Judge an SAE: explained variance, L0, dead latents and loss recovered, per level and role.
 
-    Example: sae-lens-maira evaluate --sae quickstart_out/sae --studies 100
+    Example: sae-lens-maira evaluate --sae quickstart_out/sae_text --studies 100
 
     Args:
         sae: folder of the SAE.

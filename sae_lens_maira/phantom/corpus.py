@@ -17,6 +17,7 @@ from sae_lens_maira.phantom.generator import generate_study
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.studies import Study
 
+PRIOR = 2  # the kind of a prior frontal film's patches
 SIZES = ("small", "moderate", "large")
 TASK_SHARE = {"findings": 0.72, "grounded": 0.2, "phrase": 0.08}
 
@@ -29,11 +30,13 @@ class Example:
         ids: (L,) token ids.
         scored: (L,) True where the token is report text, which the loss is taken over.
         images: rows of `Corpus.pixels` that fill its image tokens, in order.
+        compares: whether a prior film is among them.
     """
 
     ids: torch.Tensor
     scored: torch.Tensor
     images: tuple[int, ...]
+    compares: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Corpus:
 
     def __init__(self, processor: Maira2Processor, n: int, seed: int, grid: int) -> None:
         self.examples: dict[str, list[Example]] = {task: [] for task in TASK_SHARE}
+        self._pools: dict[tuple[str, bool], list[Example]] = {}
         pixels: list[torch.Tensor] = []
         frontal: list[int] = []
         n_keys = len(FINDING_KEYS)
@@ -117,9 +121,12 @@ class Corpus:
         for task, encoding in encodings.items():
             scored = encoding.roles[0] == TokenRole.REPORT
             images = rows[: encoding.images_per_row[0]]
-            self.examples[task] += [Example(encoding.input_ids[0].int(), scored, images)] * copies
+            compares = bool((encoding.image_kind == PRIOR).any())
+            self.examples[task] += [Example(encoding.input_ids[0].int(), scored, images, compares)] * copies
 
-    def batches(self, size: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
+    def batches(
+        self, size: int, seed: int, start: int, stop: int, compare: float | None = None
+    ) -> Iterator[Batch]:
         """Batches `start` to `stop` of an endless deterministic stream.
 
         Sequences of one batch have like length: 16 batches are drawn together, sorted, and dealt in random order.
@@ -129,6 +136,7 @@ class Corpus:
             seed: of the stream.
             start: first batch; a resumed run passes the steps it has made.
             stop: end of the stream.
+            compare: share of sequences with a prior film; None leaves it as the studies have it.
         """
         tasks = list(TASK_SHARE)
         share = np.array([TASK_SHARE[t] for t in tasks])
@@ -138,11 +146,20 @@ class Corpus:
             chosen: list[Example] = []
             for task in rng.choice(len(tasks), size=size * group, p=share / share.sum()):
                 pool = self.examples[tasks[task]]
+                if compare is not None and tasks[task] != "phrase":
+                    wanted = bool(rng.random() < compare)
+                    pool = self._pool(tasks[task], wanted)
                 chosen.append(pool[int(rng.integers(len(pool)))])
             chosen.sort(key=lambda example: len(example.ids))
             for offset, place in enumerate(rng.permutation(group)):
                 if start <= number * group + offset < stop:
                     yield self.collate(chosen[place * size : (place + 1) * size])
+
+    def _pool(self, task: str, compares: bool) -> list[Example]:
+        key = (task, compares)
+        if key not in self._pools:
+            self._pools[key] = [example for example in self.examples[task] if example.compares == compares]
+        return self._pools[key]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples on the right and gather their images."""

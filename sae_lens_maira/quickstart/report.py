@@ -33,7 +33,7 @@ def write_report(
     for column, finding in enumerate(FINDING_KEYS):
         latent = int(result.image.trained.unit[column])
         file = folder / "figures" / f"latent_{finding}.png"
-        draw_heatmaps(finding, latent, result.sae, image_rows, studies, halves.report, file)
+        draw_heatmaps(finding, latent, result.image.sae, image_rows, studies, halves.report, file)
     draw_steering(result.steering, folder / "figures" / "steering.png")
     (folder / "results.json").write_text(json.dumps(summary(result), indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(_markdown(result), encoding="utf-8")
@@ -89,9 +89,9 @@ def summary(result: QuickstartResult) -> dict[str, object]:
     ]
     return {
         "model": "phantom",
-        "hook_name": result.sae.hook_name,
-        "d_sae": result.sae.widths[-1],
-        "widths": list(result.sae.widths),
+        "hook_name": result.text.sae.hook_name,
+        "d_sae": result.text.sae.widths[-1],
+        "widths": list(result.text.sae.widths),
         "agreement": places,
         "steering": {"finding": result.steering.finding, "rows": steering},
     }
@@ -106,8 +106,9 @@ medicine, or about MAIRA-2 itself.
 
 - {config.studies} studies that the phantom was not trained on; latents and strengths chosen on one half of the
   patients, every figure below from the other half ({result.text.trained.n} studies)
-- hook point `{result.sae.hook_name}`; Matryoshka BatchTopK SAE, widths {", ".join(map(str, result.sae.widths))},
-  k = {config.k}, {config.steps} steps of 1,024 rows, seed {config.seed}
+- hook point `{result.text.sae.hook_name}`; two Matryoshka BatchTopK SAEs, one for text and one for image positions,
+  of widths {", ".join(map(str, result.text.sae.widths))}, k = {config.k},
+  {config.steps} steps of 1,024 rows, seed {config.seed}
 
 ## Which latents agree with findings
 
@@ -126,17 +127,18 @@ The four held-out films on which each finding's image latent is most active. Blu
 {chr(10).join(f"![{finding}](figures/latent_{finding}.png)" for finding in FINDING_KEYS)}
 
 {_steering(result.steering)}
-## Load the SAE
+## Load the SAEs
 
 In plain SAELens, without this package:
 
 ```python
 from sae_lens import SAE
 
-sae = SAE.load_from_disk("{(result.folder / "sae").name}")
+text_sae = SAE.load_from_disk("sae_text")
+image_sae = SAE.load_from_disk("sae_image")
 ```
 
-With it, `sae_lens_maira.sae.load_matryoshka` reads the same folder and knows the levels.
+With it, `sae_lens_maira.sae.load_matryoshka` reads the same folders and knows the levels.
 """
 
 

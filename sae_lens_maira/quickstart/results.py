@@ -18,9 +18,9 @@ class QuickstartConfig:
         out: folder of the report; made if missing.
         studies: phantom studies to read, none of which the phantom was trained on.
         layer: decoder layer whose output is read and steered, 0 to 7.
-        d_sae: latents.
+        d_sae: latents of either SAE.
         k: mean active latents per token.
-        steps: training steps of 1,024 rows.
+        steps: training steps of 1,024 rows, for either SAE.
         finding: the finding to steer into reports that do not have it.
         steer_studies: negative studies to steer, from either half.
         seed: of everything drawn here.
@@ -30,9 +30,9 @@ class QuickstartConfig:
     out: Path = Path("quickstart_out")
     studies: int = 1200
     layer: int = 3
-    d_sae: int = 2048
-    k: int = 16
-    steps: int = 1500
+    d_sae: int = 1024
+    k: int = 8
+    steps: int = 3000
     finding: str = "cardiomegaly"
     steer_studies: int = 60
     seed: int = 0
@@ -56,6 +56,7 @@ class PlaceResult:
 
     Attributes:
         place: "text" or "image".
+        sae: the SAE trained on positions of this kind.
         trained, untrained, raw, supervised: best units of each dictionary.
         gain: trained minus untrained, mean over the findings, paired over studies.
         l0: active latents per row of the trained SAE here.
@@ -64,6 +65,7 @@ class PlaceResult:
     """
 
     place: str
+    sae: TrainedSAE
     trained: Agreement
     untrained: Agreement
     raw: Agreement
@@ -79,7 +81,6 @@ class QuickstartResult:
     """What a quickstart found, and the folder where it is written."""
 
     config: QuickstartConfig
-    sae: TrainedSAE
     text: PlaceResult
     image: PlaceResult
     steering: SteeringResult

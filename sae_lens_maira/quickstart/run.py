@@ -61,24 +61,28 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     truth = np.stack([truth_labels(study) for study in studies])
     hook_name = f"blocks.{config.layer}.hook_resid_post"
     rows = harvest_rows(maira, studies, hook_name, roles=KEPT, seed=config.seed, progress=config.progress)
-    training_rows = rows.where(halves.choose[rows.study])
-    trained = train_sae(training_rows, config.d_sae, config.k, config.steps, config.seed, config.out / "sae")
-    text, image = (
-        _agreement(place, rows, truth, halves, trained, config.seed) for place in ("text", "image")
-    )
+    # One SAE a kind of position: patches have four times the norm of report tokens in the phantom, and one SAE for
+    # both would spend itself on them.
+    places = []
+    for place, mine in (("text", ~rows.is_image), ("image", rows.is_image)):
+        learned = rows.where(mine & halves.choose[rows.study])
+        folder = config.out / f"sae_{place}"
+        trained = train_sae(learned, config.d_sae, config.k, config.steps, config.seed, folder)
+        places.append(_agreement(place, rows, truth, halves, trained, config.seed))
+    text, image = places
     steering = steer_finding(
         maira,
         studies,
         rows.where(rows.is_image),
         truth,
         halves,
-        trained,
+        image.sae,
         finding=config.finding,
         n_studies=config.steer_studies,
         seed=config.seed,
         progress=config.progress,
     )
-    result = QuickstartResult(config, trained, text, image, steering, config.out)
+    result = QuickstartResult(config, text, image, steering, config.out)
     write_report(result, studies, rows, halves)
     return result
 
@@ -111,6 +115,7 @@ def _agreement(
     held_out = here.where(halves.report[here.study]).values
     return PlaceResult(
         place=place,
+        sae=trained,
         trained=best,
         untrained=scored["untrained SAE"],
         raw=scored["raw dimensions"],

@@ -1,4 +1,4 @@
-"""Train the quickstart's SAE with SAELens' own trainer, and read it back as users will.
+"""Train the quickstart's SAEs with SAELens' trainer in its fused form, and read them back as users will.
 
 The training object is thrown away after it was saved: every figure of the quickstart comes from the SAE that lies in
 the folder. This module knows nothing about findings.
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.activations import ActivationRows, RowProvider
 from sae_lens_maira.sae import (
@@ -18,6 +17,7 @@ from sae_lens_maira.sae import (
     MatryoshkaTrainingSAEConfig,
     load_matryoshka,
 )
+from sae_lens_maira.training import FusedSAETrainer
 
 BATCH = 1024
 
@@ -86,7 +86,7 @@ def train_sae(rows: ActivationRows, d_sae: int, k: int, steps: int, seed: int, f
     config.metadata.hook_name = rows.hook_name
     config.metadata.model_name = "maira2-phantom"
     sae = MatryoshkaTrainingSAE(config)
-    trainer = SAETrainer(
+    trainer = FusedSAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=steps * BATCH,
             train_batch_size_samples=BATCH,

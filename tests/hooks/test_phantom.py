@@ -9,14 +9,11 @@ from sae_lens import BatchTopKTrainingSAEConfig
 from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight, maira2_runner
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.maira2.versions import has_transformer_bridge
-from sae_lens_maira.phantom import generate_studies, load_phantom, phantom_path
+from sae_lens_maira.phantom import generate_studies, load_phantom
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.compat,
-    pytest.mark.skipif(
-        not (phantom_path() / "model.safetensors").exists(), reason="the phantom is not trained yet"
-    ),
     pytest.mark.filterwarnings("ignore:All samples in the training dataset:UserWarning"),
 ]
 

@@ -13,9 +13,17 @@ from sae_lens_maira.phantom.corpus import Corpus, box_cover
 from sae_lens_maira.phantom.training import build_processor
 
 SMALL = PhantomTraining(
-    studies=24, vocab_size=700, sight_steps=3, sight_batch=4, steps=4, batch=4, warmup=2, autocast=False,
+    studies=24,
+    vocab_size=700,
+    sight_steps=3,
+    sight_batch=4,
+    steps=4,
+    polish_steps=2,
+    batch=4,
+    warmup=2,
+    autocast=False,
     checkpoint_every=2,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

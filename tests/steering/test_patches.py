@@ -81,10 +81,12 @@ def test_cache_on_and_off_write_the_same_tokens(phantom, studies, patch_map):
 
 
 def test_model_is_restored_after_an_exception(phantom, studies, patch_map):
+    """The hooks on the layer are the ones that were there before (transformers 5 keeps one of its own)."""
     encoding = phantom.processor.encode(studies[:1])
+    before = dict(phantom.model.model.language_model.layers[3]._forward_hooks)
     with pytest.raises(ZeroDivisionError), steered(phantom, patch_map, 1.0, encoding.image_kind == 0):
         raise ZeroDivisionError
-    assert not phantom.model.model.language_model.layers[3]._forward_hooks
+    assert phantom.model.model.language_model.layers[3]._forward_hooks == before
 
 
 def test_silent_no_op_is_refused(phantom, studies, patch_map):

@@ -1,0 +1,99 @@
+"""The main job as a user runs it: one command, a folder to read, and the figures that the phantom promises."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.phantom import FINDING_KEYS
+from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
+from sae_lens_maira.quickstart.sae import level_widths
+from sae_lens_maira.quickstart.steer import wilson
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ({"finding": "pleural_efusion"}, "finding"),
+        ({"layer": 8}, "layers 0 to 7"),
+        ({"studies": 3}, "at least 40"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_runs(setting, match):
+    with pytest.raises(ConfigError, match=match):
+        QuickstartConfig(**setting)
+
+
+def test_levels_are_nested_and_end_at_d_sae():
+    assert level_widths(2048) == (128, 384, 1024, 2048)
+
+
+def test_wilson_interval_by_hand():
+    """0 of 10 and 10 of 10 mirror each other, and the interval is that of the formula (0 to 0.2775)."""
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
+    low, high = wilson(10, 10)
+    assert (1 - high, 1 - low) == pytest.approx(wilson(0, 10), abs=1e-9)
+
+
+@pytest.mark.slow
+def test_small_run_writes_everything(tmp_path):
+    """A run of 60 studies leaves report, tables, one heatmap per finding, and SAEs for plain SAELens."""
+    config = QuickstartConfig(
+        out=tmp_path / "out", studies=60, steps=40, d_sae=256, k=8, steer_studies=4, progress=False
+    )
+    result = run_quickstart(config)
+    figures = {file.name for file in (config.out / "figures").iterdir()}
+    assert figures == {"agreement.png", "steering.png"} | {f"latent_{key}.png" for key in FINDING_KEYS}
+    report = (config.out / "report.md").read_text(encoding="utf-8")
+    assert "says anything about\nmedicine" in report
+    for name in figures:
+        assert f"figures/{name}" in report
+    code = (
+        "import sys; sys.modules['sae_lens_maira'] = None\n"
+        "from sae_lens import SAE\n"
+        f"sae = SAE.load_from_disk({str(config.out / 'sae_image')!r})\n"
+        "assert sae.cfg.metadata.hook_name == 'blocks.3.hook_resid_post', sae.cfg.metadata\n"
+        "assert sae.cfg.d_sae == 256\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert result.text.trained.n + int(result.image.trained.n) == 2 * result.text.trained.n
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Figures of the default run, as a user gets them."""
+    out = tmp_path_factory.mktemp("quickstart")
+    done = subprocess.run(
+        [sys.executable, "-m", "sae_lens_maira.cli", "quickstart", "--out", str(out), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_trained_latents_beat_untrained_ones_at_text_positions(found):
+    """The gain's paired bootstrap interval lies above zero."""
+    text = found["agreement"]["text"]
+    assert text["gain_low"] > 0
+    assert text["explained_variance"] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="mean F1 at text positions is about 0.75, 0.85 is wanted: docs/log.md")
+def test_text_latents_agree_with_findings(found):
+    assert found["agreement"]["text"]["mean_f1"] >= 0.85
+
+
+@pytest.mark.slow
+def test_latents_steer_and_a_random_direction_does_not(found):
+    """The finding appears in at least 80 % of negative studies, under the control in at most 5 %."""
+    rows = {row["label"]: row for row in found["steering"]["rows"]}
+    latents = next(row for label, row in rows.items() if label.endswith("latents"))
+    control = next(row for label, row in rows.items() if label.startswith("random direction"))
+    assert latents["on_target"] >= 0.80
+    assert control["on_target"] <= 0.05
