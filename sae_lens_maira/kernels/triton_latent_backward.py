@@ -7,6 +7,9 @@ on every token would keep one program busy long after the rest: its entries are 
 `SEGMENT`, whose partial sums a second kernel adds in order. No atomics: the same bits every time.
 """
 
+# pyright: reportCallIssue=false
+# triton's own types know neither launch options (num_warps) nor that a jitted function is launched, not called.
+
 from typing import NamedTuple
 
 import torch
@@ -135,7 +138,7 @@ def width_and_warps(d_in: int) -> tuple[int, int]:
     Raises:
         BackendError: d_in is too wide for one program.
     """
-    block = triton.next_power_of_2(d_in)
+    block = int(triton.next_power_of_2(d_in))
     if block > LARGEST_WIDTH:
         raise BackendError(
             f"d_in is {d_in}; the triton backend holds rows of at most {LARGEST_WIDTH} in registers. "

@@ -7,6 +7,9 @@ stretch is the slow grid axis, so that a quarter of W_dec at a time is what the 
 written per program and summed on the host side in float64: no atomics, the same bits every time.
 """
 
+# pyright: reportCallIssue=false
+# triton's own types know neither launch options (num_warps) nor that a jitted function is launched, not called.
+
 import torch
 import triton
 import triton.language as tl
@@ -43,7 +46,7 @@ def prefix_decode_kernel(
     error = tl.load(b_dec + place, mask=inside, other=0.0) - tl.load(
         x + row * d_in + place, mask=inside, other=0.0
     )
-    for level in tl.static_range(LEVELS):
+    for level in tl.static_range(LEVELS):  # pyright: ignore[reportGeneralTypeIssues]
         bag = row * LEVELS + level
         first = tl.load(offsets + bag)
         last = tl.load(offsets + bag + 1)
@@ -70,7 +73,7 @@ def prefix_decode_kernel(
 
 def block_and_warps(d_in: int) -> tuple[int, int]:
     """Stretch of d_in per program, and warps for 8 elements per thread: two 128-bit loads of float32."""
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(d_in))
+    block = min(LARGEST_BLOCK, int(triton.next_power_of_2(d_in)))
     return block, max(1, block // 256)
 
 
@@ -86,7 +89,7 @@ def prefix_decode(
     """Same contract as `sparse.prefix_decode`. W_dec may be a bfloat16 copy; S then is bfloat16 too."""
     batch, levels, d_in = layout.batch, layout.levels, x.shape[1]
     block, warps = block_and_warps(d_in)
-    stretches = triton.cdiv(d_in, block)
+    stretches = int(triton.cdiv(d_in, block))
     suffix = torch.empty(batch, levels, d_in, dtype=W_dec.dtype, device=x.device)
     errors = torch.empty(levels if keep_errors else 1, batch, d_in, dtype=x.dtype, device=x.device)
     squares = torch.zeros(levels, batch, stretches, dtype=x.dtype, device=x.device)

@@ -124,7 +124,7 @@ def best_units(
         The scores with intervals.
     """
     if unit is None:
-        unit = f1_of_firing(fires[halves.choose], truth[halves.choose]).argmax(0)
+        unit = np.asarray(f1_of_firing(fires[halves.choose], truth[halves.choose]).argmax(0))
     fired, known = fires[halves.report][:, unit], truth[halves.report]
     hits, total = (fired & known).astype(np.float64), fired.astype(np.float64) + known
     f1 = _ratio(2 * hits.sum(0), total.sum(0))

@@ -36,7 +36,7 @@ def tiny_config(vocab_size: int = 1231, image_token: int = 1228) -> Maira2Config
         patch_size=PATCH_SIZE,
         layerscale_value=1.0,
         drop_path_rate=0.0,
-        out_features=["stage4"],
+        out_features=["stage4"],  # pyright: ignore[reportCallIssue] - set by a mixin
         apply_layernorm=True,
         reshape_hidden_states=False,
     )
@@ -49,7 +49,7 @@ def tiny_config(vocab_size: int = 1231, image_token: int = 1228) -> Maira2Config
         num_key_value_heads=4,
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
-        rope_scaling={"rope_type": "linear", "factor": 1.5},
+        rope_scaling={"rope_type": "linear", "factor": 1.5},  # pyright: ignore[reportCallIssue] - the name on 4.56
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

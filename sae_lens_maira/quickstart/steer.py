@@ -120,6 +120,7 @@ def steer_finding(
         part = [studies[i] for i in held_out]
         plain = _steered(maira, part, latents, 0.0)
         bar.update()
+        after = plain
         rows = [_row("no intervention", 0.0, plain, plain, finding, 0.0)]
         for patch_map in (latents, means, latents.random_like(seed)):
             texts = _steered(maira, part, patch_map, chosen)
@@ -137,7 +138,7 @@ def steer_finding(
 
 def _negatives(studies: Sequence[Study], mask: np.ndarray, n: int) -> list[int]:
     """The first `n` studies of `mask` without a prior film: with one, "unchanged" could be right as well."""
-    found = [i for i in np.flatnonzero(mask) if studies[i].prior_frontal is None][:n]
+    found = [i for i in np.flatnonzero(mask) if studies[int(i)].prior_frontal is None][:n]
     if not found:
         raise InterventionError("There is no study without the finding to steer; ask for more studies.")
     return [int(i) for i in found]

@@ -29,7 +29,8 @@ class StepPlan:
 
     def __init__(self, sae: TrainingSAE[Any], autocast: bool = False, candidates: Candidates = "off") -> None:
         cfg = sae.cfg
-        self.sae = sae
+        # The classes served here have attributes of their own that TrainingSAE does not declare.
+        self.sae: Any = sae
         self.ours = isinstance(sae, MatryoshkaTrainingSAE)
         self.unit_decoder = isinstance(sae, MatryoshkaTrainingSAE) and sae.has_unit_decoder
         if isinstance(sae, MatryoshkaTrainingSAE):
@@ -42,7 +43,7 @@ class StepPlan:
         else:
             kind = "matryoshka" if getattr(cfg, "use_matryoshka_aux_loss", False) else "topk"
         self.spec = StepSpec(
-            k=sae.activation_fn.k,
+            k=cfg.k,
             widths=self.widths,
             level_weights=weights,
             rescale=cfg.rescale_acts_by_decoder_norm,
@@ -68,7 +69,8 @@ class StepPlan:
         if not self.unit_decoder:
             return mask if mask is not None and bool(mask.any()) else None
         sae = self.sae
-        silent, limit = sae.tokens_since_fired, sae.cfg.dead_after_tokens
+        silent: torch.Tensor = sae.tokens_since_fired
+        limit: int = sae.cfg.dead_after_tokens
         if int(silent.max()) + tokens < limit:
             return None
         return lambda fired: torch.where(fired > 0, torch.zeros_like(silent), silent + tokens) >= limit

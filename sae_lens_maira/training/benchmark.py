@@ -157,7 +157,9 @@ def device_name(device: str) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="sae-lens-maira bench step", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        prog="sae-lens-maira bench step", description=(__doc__ or "").split("\n", 1)[0]
+    )
     gpu = torch.cuda.is_available()
     parser.add_argument("--d-in", type=int, default=4096 if gpu else 1024)
     parser.add_argument("--d-sae", type=int, default=16384 if gpu else 8192)

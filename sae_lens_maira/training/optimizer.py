@@ -89,7 +89,8 @@ class RowMajorAdam(torch.optim.Adam):
         adam(
             [_in_memory_order(p.detach()) for p in parameters],
             [_in_memory_order(p.grad) for p in parameters if p.grad is not None],
-            *([_in_memory_order(self.state[p][name]) for p in parameters] for name in MOMENTS),
+            [_in_memory_order(self.state[p][MOMENTS[0]]) for p in parameters],
+            [_in_memory_order(self.state[p][MOMENTS[1]]) for p in parameters],
             [],
             [self.state[p]["step"] for p in parameters],
             fused=True,

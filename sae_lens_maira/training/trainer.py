@@ -97,7 +97,7 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         if self.comm.rank > 0 and cfg.logger.log_to_wandb:
             cfg = replace(cfg, logger=replace(cfg.logger, log_to_wandb=False))
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
-        self.backend = resolve_backend(backend, cfg.device)
+        self.backend: Backend = resolve_backend(backend, cfg.device)
         if sole_writer and self.backend != "triton":
             raise BackendError(
                 f"sole_writer was set, but the backend is {self.backend}. Only triton's Adam leaves norms and copies "
@@ -254,7 +254,7 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
 
-    def _gradient_buffers(self, sae: TrainingSAE[Any]) -> Gradients:
+    def _gradient_buffers(self, sae: Any) -> Gradients:
         W_dec = sae.W_dec
         if (
             self._buffers is None
