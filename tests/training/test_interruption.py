@@ -12,6 +12,17 @@ from sae_lens_maira.training.interruption import SafePoints
 pytestmark = pytest.mark.compat
 
 
+@pytest.fixture(autouse=True)
+def python_handlers():
+    """Python's own handlers: SAELens' runners, run by other tests of this process, leave theirs behind."""
+    left = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in left.items():
+        signal.signal(number, handler)
+
+
 class Interrupting:
     """A data provider that sends a signal to this process before one batch."""
 
