@@ -83,7 +83,7 @@ def draw_heatmaps(
     np.maximum.at(peak, frontal.study, activation)
     top = np.argsort(-peak, kind="stable")[:N_TOP]
     side = int(frontal.patch_row.max()) + 1
-    figure = Figure(figsize=(2.7 * N_TOP, 3.1))
+    figure = Figure(figsize=(2.7 * N_TOP, 3.4))
     axes = figure.subplots(1, N_TOP)
     for axis, number in zip(axes, top, strict=True):
         grid = np.zeros((side, side))
@@ -103,7 +103,7 @@ def draw_heatmaps(
         axis.set_title(f"{studies[number].study_id}\n{verdict}, peak {peak[number]:.2f}", fontsize=8)
         axis.set_axis_off()
     figure.suptitle(f"latent {latent}: {finding.replace('_', ' ')}", fontsize=10, x=0.01, ha="left")
-    _save(figure, file)
+    _save(figure, file, top=0.95)
 
 
 def draw_steering(result: SteeringResult, file: Path) -> None:
@@ -140,7 +140,7 @@ def draw_steering(result: SteeringResult, file: Path) -> None:
     _save(figure, file)
 
 
-def _save(figure: Figure, file: Path) -> None:
+def _save(figure: Figure, file: Path, top: float = 1.0) -> None:
     # A Figure without pyplot: a notebook's own backend and open figures stay as they are.
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, top))
     figure.savefig(file, dpi=110)
