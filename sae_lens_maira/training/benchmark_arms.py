@@ -80,7 +80,8 @@ class Arm:
             autocast=shape.autocast if autocast is None else autocast,
             dead_feature_window=10**6,
         )
-        self.trainer = make(shape, cfg)
+        # Arms differ in class: only ours has a backend.
+        self.trainer: Any = make(shape, cfg)
 
     def step(self, x: torch.Tensor, n_dead: int) -> None:
         """One whole step; `n_dead` evenly spaced latents count as dead."""
