@@ -62,6 +62,7 @@ def run(cls: type[LanguageModelSAETrainingRunner], model: HookedTransformer, che
         n_batches_in_buffer=16,
         n_checkpoints=1,
         checkpoint_path=str(checkpoints),
+        output_path=str(checkpoints / "output"),
         save_final_checkpoint=True,
         exclude_special_tokens=False,
         logger=LoggingConfig(log_to_wandb=False),
