@@ -6,8 +6,10 @@ below; a YAML file of them can be given with `--config`. Heavy modules are impor
 """
 
 import difflib
+import importlib
 import inspect
 import json
+import pkgutil
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -17,7 +19,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from sae_lens_maira import __version__
+from sae_lens_maira import __version__, commands
 from sae_lens_maira.errors import MairaError
 
 
@@ -119,11 +121,22 @@ def evaluate(
         _say(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "quickstart": quickstart,
-    "evaluate": evaluate,
-    "measure-phantom": measure_phantom,
-}
+def _discover() -> dict[str, Callable[..., None]]:
+    """Commands of this file and of every module of `commands` that has a table `COMMANDS` of its own.
+
+    A name of two words, such as "studies import", is a command of a group.
+    """
+    found: dict[str, Callable[..., None]] = {
+        "quickstart": quickstart,
+        "evaluate": evaluate,
+        "measure-phantom": measure_phantom,
+    }
+    for module in sorted(pkgutil.iter_modules(commands.__path__), key=lambda m: m.name):
+        found |= getattr(importlib.import_module(f"{commands.__name__}.{module.name}"), "COMMANDS", {})
+    return found
+
+
+COMMANDS: dict[str, Callable[..., None]] = _discover()
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -148,17 +161,28 @@ def build_parser() -> ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(prog="sae-lens-maira", description="MAIRA-2 under SAELens.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subcommands(metavar="COMMAND")
+    top = parser.add_subcommands(metavar="COMMAND")
+    groups: dict[str, dict[str, ArgumentParser]] = {}
     for name, function in COMMANDS.items():
         about = inspect.getdoc(function) or ""
         command = _Parser(description=about.split("\nArgs:")[0].strip(), formatter_class=_Formatter)
         command.add_argument("--config", action="config", help="YAML file with any of the options below")
         command.add_function_arguments(function, as_group=False, skip={"as_json"})
-        command.add_argument("--json", action="store_true", help="print JSON instead of text")
-        commands.add_subcommand(name, command, help=about.splitlines()[0])
-    commands.add_subcommand(
-        "bench", _Parser(), help="Time one training step against SAELens: bench step --help"
-    )
+        if "as_json" in inspect.signature(function).parameters:
+            command.add_argument("--json", action="store_true", help="print JSON instead of text")
+        group, _, word = name.partition(" ")
+        if word:
+            groups.setdefault(group, {})[word] = command
+        else:
+            top.add_subcommand(name, command, help=about.splitlines()[0])
+    for group, members in groups.items():
+        words = ", ".join(members)
+        outer = _Parser(description=f"One of: {words}. `{group} WORD --help` says more.")
+        inner = outer.add_subcommands(metavar="WORD")
+        for word, command in members.items():
+            inner.add_subcommand(word, command, help=(command.description or "").splitlines()[0])
+        top.add_subcommand(group, outer, help=f"one of: {words}")
+    top.add_subcommand("bench", _Parser(), help="Time one training step against SAELens: bench step --help")
     return parser
 
 
@@ -176,10 +200,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _bench(words[1:])
     parser = build_parser()
     options = parser.parse_args(words)
-    name = options.subcommand
-    chosen: dict[str, Any] = dict(vars(options[name]))
+    name, chosen = options.subcommand, dict(vars(options[options.subcommand]))
+    if "subcommand" in chosen:
+        word = chosen["subcommand"]
+        name, chosen = f"{name} {word}", dict(vars(chosen[word]))
     chosen.pop("config", None)
-    chosen["as_json"] = chosen.pop("json")
+    if "json" in chosen:
+        chosen["as_json"] = chosen.pop("json")
     try:
         COMMANDS[name](**chosen)
     except MairaError as error:

@@ -10,6 +10,8 @@
     ├── SAEError            an SAE's weights, configuration or hook do not fit
     ├── StoreError          an activation store is damaged or does not match its request
     ├── BackendError        a kernel backend cannot run what was asked
+    ├── RecordError         latent records or interpretations are incomplete or do not fit together
+    ├── ServerError         a language-model or upload server refused or could not be understood
     ├── PrivacyError        credentialed data would have left the machine
     └── InterventionError   a steering intervention is impossible or did nothing
 
@@ -57,6 +59,14 @@ class StoreError(MairaError, ValueError):
 
 class BackendError(MairaError, RuntimeError):
     """A kernel backend cannot run what was asked."""
+
+
+class RecordError(MairaError, ValueError):
+    """Latent records or interpretations are incomplete or do not fit together."""
+
+
+class ServerError(MairaError, RuntimeError):
+    """A language-model or upload server refused, or its answer could not be understood."""
 
 
 class PrivacyError(MairaError, PermissionError):

@@ -22,6 +22,8 @@ ALLOWED = {
     "activations": {"maira2", "studies", "hooks"},
     "training": {"sae", "kernels", "activations"},
     "latents": {"activations", "sae", "maira2", "studies"},
+    "interp": {"latents", "studies"},
+    "dashboards": {"latents", "interp"},
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
 }
 # The top of the house composes every room.

@@ -116,8 +116,11 @@ class Corpus:
         if located:
             phrase = located[int(rng.integers(len(located)))].text
             encodings["phrase"] = processor.encode(study, task="phrase", phrase=phrase, report="teacher")
-        # Comparison with a prior is the hardest thing to learn; such studies are dealt half as often again.
+        # Comparison with a prior is the hardest thing to learn; such studies are dealt half as often again,
+        # and so are rib fractures, the smallest lesion.
         copies = 1 + (study.prior_frontal is not None and rng.random() < 0.5)
+        if any(finding.name == "rib fracture" for finding in study.truth or ()):
+            copies += int(rng.random() < 0.5)
         for task, encoding in encodings.items():
             scored = encoding.roles[0] == TokenRole.REPORT
             images = rows[: encoding.images_per_row[0]]

@@ -32,6 +32,10 @@ from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.phantom.tokenizer import build_tokenizer
 
 
+POLISH_SEED = 500
+"""Added to the seed for phase 3's own studies."""
+
+
 @dataclass(frozen=True)
 class PhantomTraining:
     """Settings of a phantom's training.
@@ -46,6 +50,7 @@ class PhantomTraining:
         batch: sequences a step of phase 2.
         polish_steps: steps of phase 3 (0 = skip it).
         polish_compare: share of phase 3's sequences that have a prior film.
+        polish_studies: studies drawn for phase 3, none of which phases 1 and 2 saw.
         lr: peak learning rate of phase 2 (1.5 times as much in phase 1); cosine to zero after the warm-up.
         warmup: steps of linear warm-up in either phase.
         autocast: bfloat16 matrix products on the CPU; a third faster where the processor has them.
@@ -59,15 +64,16 @@ class PhantomTraining:
     sight_batch: int = 20
     steps: int = 4000
     batch: int = 12
-    polish_steps: int = 1500
+    polish_steps: int = 5000
     polish_compare: float = 0.7
+    polish_studies: int = 24_000
     lr: float = 1e-3
     warmup: int = 100
     autocast: bool = True
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("studies", "steps", "batch", "sight_batch", "checkpoint_every"):
+        for name in ("studies", "steps", "batch", "sight_batch", "polish_studies", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
 
@@ -153,6 +159,28 @@ def _write(
             loop.step(step, loss, bar)
 
 
+def _restore(
+    model: Maira2ForConditionalGeneration, config: PhantomTraining, checkpoint: Path, steps: int
+) -> bool:
+    """Put a finished phase's weights into the model; False if the phase has not ended."""
+    saved = _read_checkpoint(checkpoint, config) if checkpoint.exists() else None
+    if saved is None or saved["step"] < steps:
+        return False
+    model.load_state_dict(saved["module"])
+    return True
+
+
+def _read_checkpoint(checkpoint: Path, config: PhantomTraining) -> dict:
+    saved = torch.load(checkpoint, weights_only=True)
+    ours = asdict(config)
+    if any(ours.get(name) != value for name, value in saved["config"].items()):
+        raise ConfigError(
+            f"{checkpoint} was written with other settings ({saved['config']}); "
+            "pass the same settings to resume, or another output folder to start anew."
+        )
+    return saved
+
+
 class _Loop:
     """Optimizer, schedule and checkpoints of one phase."""
 
@@ -183,13 +211,7 @@ class _Loop:
         self.start, self.mean_loss = 0, 0.0
         module.train()
         if checkpoint.exists():
-            saved = torch.load(checkpoint, weights_only=True)
-            ours = asdict(config)
-            if any(ours.get(name) != value for name, value in saved["config"].items()):
-                raise ConfigError(
-                    f"{checkpoint} was written with other settings ({saved['config']}); "
-                    "pass the same settings to resume, or another output folder to start anew."
-                )
+            saved = _read_checkpoint(checkpoint, config)
             module.load_state_dict(saved["module"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.start = saved["step"]
@@ -239,13 +261,18 @@ def train_phantom(config: PhantomTraining, out: Path) -> Path:
     torch.manual_seed(config.seed)
     processor = build_processor(config)
     model = Maira2ForConditionalGeneration(tiny_config(len(processor.tokenizer), processor.image_token_id))
-    corpus = Corpus(processor, config.studies, config.seed, IMAGE_SIZE // PATCH_SIZE)
-    initialise(model, corpus.pixels[corpus.frontal[:1500]])
-    if config.sight_steps:
-        train_sight(model, corpus, config, out)
-    train_reports(model, corpus, config, out)
+    grid = IMAGE_SIZE // PATCH_SIZE
+    if not _restore(model, config, out / "reports.pt", config.steps):
+        corpus = Corpus(processor, config.studies, config.seed, grid)
+        initialise(model, corpus.pixels[corpus.frontal[:1500]])
+        if config.sight_steps:
+            train_sight(model, corpus, config, out)
+        train_reports(model, corpus, config, out)
+        del corpus  # a gigabyte that the next one needs
     if config.polish_steps:
-        polish(model, corpus, config, out)
+        # The seeds of other phases and of held-out studies are never POLISH_SEED apart.
+        fresh = Corpus(processor, config.polish_studies, config.seed + POLISH_SEED, grid)
+        polish(model, fresh, config, out)
     folder = out / "weights"
     model.eval().half().save_pretrained(folder)
     save_processor(processor, folder)
