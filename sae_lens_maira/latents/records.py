@@ -143,7 +143,8 @@ class TokenWeight:
 @dataclass(frozen=True)
 class Neighbour:
     """Another latent and how it relates: "co-fires" (Jaccard over rows), "similar" (cosine of decoder rows),
-    "refines" (a coarser level's latent that fires wherever this one does: share of this one's rows)."""
+    "refines" (a coarser level's latent that fires wherever this one does: share of this one's rows).
+    """
 
     latent: int
     relation: str
@@ -310,7 +311,7 @@ def _build(hint: Any, value: Any) -> Any:
     if value is None:
         return None
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if origin is types.UnionType:
         return _build(next(a for a in args if a is not type(None)), value)
     if origin is tuple:
         inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
