@@ -31,7 +31,6 @@ from sae_lens_maira.phantom.model import IMAGE_SIZE, PATCH_SIZE, make_processor,
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.phantom.tokenizer import build_tokenizer
 
-
 POLISH_SEED = 500
 """Added to the seed for phase 3's own studies."""
 
