@@ -16,18 +16,26 @@ from sae_lens_maira.latents.firing import (
     RawDimensions,
     study_firing,
 )
+from sae_lens_maira.latents.records import Context, LatentRecord, RecordsMeta, StudyEntry
+from sae_lens_maira.latents.recordset import RecordSet, write_records
 
 __all__ = [
     "Agreement",
+    "Context",
     "Difference",
     "Encoder",
     "Halves",
+    "LatentRecord",
     "MeanDifference",
     "RandomDirections",
     "RawDimensions",
+    "RecordSet",
+    "RecordsMeta",
+    "StudyEntry",
     "best_units",
     "f1_of_firing",
     "paired_difference",
     "split_by_patient",
     "study_firing",
+    "write_records",
 ]

@@ -1,0 +1,147 @@
+"""Record sets: what is written is read back, damage is named, and nothing half-written can be opened."""
+
+from dataclasses import replace
+
+import pytest
+
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents import records as r
+from sae_lens_maira.latents.recordset import RecordSet, write_records
+
+META = r.RecordsMeta(
+    model="phantom",
+    hook_name="blocks.3.hook_resid_post",
+    layer=3,
+    sae="sae",
+    control="trained",
+    d_in=4,
+    d_sae=600,
+    level_widths=(100, 600),
+    rows_text=10,
+    rows_image=20,
+    studies=2,
+    findings=("cardiomegaly",),
+    seed=0,
+    versions={"sae_lens": "6"},
+)
+STUDIES = [
+    r.StudyEntry("s1", "p1", "synthetic", report="Groß.", boxes=(("cardiomegaly", 0.1, 0.2, 0.3, 0.4),)),
+    r.StudyEntry("s2", "p2", "synthetic", images=(("frontal", "images/s2.png"),)),
+]
+
+
+def make_record(latent: int, value: float = 1.5) -> r.LatentRecord:
+    context = r.Context(
+        study="s1",
+        value=value,
+        kind="image",
+        peak=-1,
+        patch=("frontal", 1, 2),
+        tokens=("heart", "größer"),
+        positions=(7, 8),
+        roles=("report", "report"),
+        values=(0.0, None),
+        heat=(r.PatchHeat("frontal", 8, 8, (10,), (value,)),),
+    )
+    return r.LatentRecord(
+        latent=latent,
+        level=int(latent >= 100),
+        status="alive",
+        density=0.1,
+        max=value,
+        histogram=r.Histogram((0.0, 1.0, 2.0), (3, 4)),
+        firing=(
+            r.Firing("text", 10, 1, 2, 1, 1.0, 1.0, 1.0),
+            r.Firing("image", 20, 2, 2, 1, 1.5, value, 1.5),
+        ),
+        top_tokens=(r.TokenWeight("heart", 5, 0.5),),
+        bottom_tokens=(),
+        agreement=(r.FindingAgreement("cardiomegaly", "image", 0.5, 0.2, 0.7, 0.5, 0.5, 1, 2),),
+        neighbours=(r.Neighbour(3, "co-fires", 0.4),),
+        maps=(r.MeanMap("frontal", 1, 2, (0.0, 1.0), 2),),
+        top=(context,),
+        intervals=(r.Interval(0.0, 2.0, 0.1, (context,)),),
+        zero=(),
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    """Records across file borders, by number and as a stream; numbers may have gaps."""
+    written = [make_record(latent, 1.0 + latent) for latent in range(0, 600, 2)]
+    write_records(tmp_path / "set", META, iter(STUDIES), iter(written))
+    records = RecordSet.open(tmp_path / "set")
+    assert len(records) == 300
+    assert len(list((tmp_path / "set").glob("records-*.jsonl"))) == 2
+    assert list(records.stream()) == written
+    assert records[598] == written[-1]
+    assert records[0] == written[0]
+    assert records.meta == META
+    assert list(records.studies.values()) == STUDIES
+    row = records.table.set_index("latent").loc[4]
+    assert row["level"] == 0
+    assert row["finding_image"] == "cardiomegaly"
+    assert row["max_image"] == 5.0
+    assert row["fired_text"] == 1
+    assert 598 in records
+    assert 599 not in records
+    with pytest.raises(RecordError, match="Latent 599"):
+        records[599]
+
+
+def test_an_interrupted_rewrite_leaves_the_old_set(tmp_path):
+    """A source that fails half-way changes nothing and leaves no scratch; other files stay."""
+    write_records(tmp_path, META, STUDIES, [make_record(0)])
+    (tmp_path / "interpretations.jsonl").write_text("kept")
+
+    def failing():
+        yield make_record(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_records(tmp_path, META, STUDIES, failing())
+    assert list(RecordSet.open(tmp_path).stream()) == [make_record(0)]
+    assert not list(tmp_path.glob(".writing-*"))
+    write_records(tmp_path, META, STUDIES, [make_record(1)])
+    assert [record.latent for record in RecordSet.open(tmp_path)] == [1]
+    assert (tmp_path / "interpretations.jsonl").read_text() == "kept"
+
+
+def test_an_empty_set_opens(tmp_path):
+    assert len(write_records(tmp_path, META, [], [])) == 0
+
+
+@pytest.mark.parametrize("name", ["records-00000.jsonl", "studies.jsonl", "latents.parquet", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damage_is_named(tmp_path, name, damage):
+    """Each file, cut off or missing, gives a RecordError that names it."""
+    write_records(tmp_path, META, STUDIES, [make_record(0)])
+    path = tmp_path / name
+    whole = path.read_bytes()
+    path.unlink() if damage == "gone" else path.write_bytes(whole[: len(whole) // 3])
+
+    def read():
+        records = RecordSet.open(tmp_path)
+        return list(records.stream()), records.studies
+
+    with pytest.raises(RecordError, match=name.split(".")[0]):
+        read()
+
+
+def test_wrong_order_doubles_and_infinity_are_refused(tmp_path):
+    with pytest.raises(RecordError, match="ascending"):
+        write_records(tmp_path, META, STUDIES, [make_record(1), make_record(1)])
+    with pytest.raises(RecordError, match="twice"):
+        write_records(tmp_path, META, [STUDIES[0]] * 2, [])
+    with pytest.raises(RecordError, match="finite"):
+        write_records(tmp_path, META, STUDIES, [replace(make_record(1), max=float("inf"))])
+    with pytest.raises(RecordError, match=r"meta\.json"):
+        RecordSet.open(tmp_path)
+
+
+def test_files_of_two_sets_do_not_mix(tmp_path):
+    write_records(tmp_path / "a", META, STUDIES, [make_record(1)])
+    write_records(tmp_path / "b", META, STUDIES, [make_record(2)])
+    name = "records-00000.jsonl"
+    (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.raises(RecordError, match="different record sets"):
+        RecordSet.open(tmp_path / "a")[1]
