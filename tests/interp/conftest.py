@@ -1,0 +1,122 @@
+"""Hand-made records: latents that follow one finding exactly, in a language of two findings and two sides."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from sae_lens_maira.latents import records as r
+from sae_lens_maira.latents.recordset import RecordSet, write_records
+
+SENTENCES = {
+    "pleural_effusion_left": "There is a left pleural effusion .",
+    "pleural_effusion_right": "There is a right pleural effusion .",
+    "pneumothorax_left": "There is a left pneumothorax .",
+    "pneumothorax_right": "There is a right pneumothorax .",
+    "pacemaker": "A pacemaker is seen .",
+    "nodule": "A nodule is seen .",
+}
+KEYS = tuple(SENTENCES)
+
+
+def make_studies(n: int = 240, seed: int = 0, licence: str = "synthetic") -> dict[str, r.StudyEntry]:
+    """Studies of n / 2 patients; every finding in a quarter of them, independently."""
+    rng = random.Random(seed)
+    entries = {}
+    for i in range(n):
+        found = tuple(key for key in KEYS if rng.random() < 0.25)
+        text = " ".join(SENTENCES[key] for key in found) or "The chest is clear ."
+        entries[f"s{i}"] = r.StudyEntry(
+            f"s{i}", f"p{i // 2}", licence, text, findings=found, labelled_by="truth"
+        )
+    return entries
+
+
+def context(study: r.StudyEntry, value: float, word: str, kind: str = "text") -> r.Context:
+    tokens = tuple((study.report or "").split())
+    hit = kind == "text" and value > 0
+    peak = tokens.index(word) if hit else -1
+    patch = ("frontal", 6, 6) if kind == "image" and value > 0 else None
+    heat = r.PatchHeat("frontal", 8, 8, (54,) if patch else (), (value,) if patch else ())
+    return r.Context(
+        study=study.study,
+        value=value,
+        kind=kind,
+        peak=peak,
+        patch=patch,
+        tokens=tokens,
+        positions=tuple(range(len(tokens))),
+        roles=("report",) * len(tokens),
+        values=tuple(value if i == peak else 0.0 for i in range(len(tokens))),
+        heat=(heat,),
+    )
+
+
+def make_record(
+    latent: int, finding: str, studies: dict[str, r.StudyEntry], kind: str = "text"
+) -> r.LatentRecord:
+    """A latent that fires exactly in the studies with `finding`, at the finding's last word or at a patch."""
+    word = SENTENCES[finding].split()[-2] if "_" in finding else SENTENCES[finding].split()[1]
+    rng = random.Random(latent)
+    hits = [context(s, 0.5 + rng.random() * 9, word, kind) for s in studies.values() if finding in s.findings]
+    hits.sort(key=lambda c: -c.value)
+    silent = tuple(context(s, 0.0, word, kind) for s in studies.values() if finding not in s.findings)
+    largest = hits[0].value
+    cuts = [largest * i / 5 for i in range(6)]
+    intervals = tuple(
+        r.Interval(low, high, 0.1, tuple(c for c in hits if low <= c.value < high))
+        for low, high in reversed(list(itertools.pairwise(cuts)))
+    )
+    return r.LatentRecord(
+        latent=latent,
+        level=0,
+        status="alive",
+        density=0.1,
+        max=largest,
+        histogram=r.Histogram((0.0, largest), (len(hits),)),
+        firing=(),
+        top_tokens=(),
+        bottom_tokens=(),
+        agreement=(),
+        neighbours=(),
+        maps=(),
+        top=tuple(hits[:10]),
+        intervals=intervals,
+        zero=silent[:80],
+    )
+
+
+def make_meta(control: str = "trained", d_sae: int = 8) -> r.RecordsMeta:
+    return r.RecordsMeta(
+        model="phantom",
+        hook_name="blocks.3.hook_resid_post",
+        layer=3,
+        sae="sae",
+        control=control,
+        d_in=4,
+        d_sae=d_sae,
+        level_widths=(d_sae,),
+        rows_text=10,
+        rows_image=20,
+        studies=240,
+        findings=KEYS,
+        seed=0,
+        versions={},
+    )
+
+
+@pytest.fixture
+def hand_made(tmp_path) -> Callable[..., RecordSet]:
+    """Write records of one latent per finding; returns the opened set."""
+
+    def make(
+        findings: Iterable[str] = KEYS, kind: str = "text", licence: str = "synthetic", name: str = "records"
+    ) -> RecordSet:
+        studies = make_studies(licence=licence)
+        records = [make_record(i, finding, studies, kind) for i, finding in enumerate(findings)]
+        return write_records(tmp_path / name, make_meta(), studies.values(), records)
+
+    return make
