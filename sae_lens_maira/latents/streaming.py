@@ -1,0 +1,228 @@
+"""Statistics of all latents in one pass over activation rows, in memory that does not grow with the rows.
+
+    active entries (row, latent, value)  ->  scatter-adds and scatter-maxima over latents, per kind of position
+    peak[study, kind, latent]            ->  studies fired, agreement, top studies, samples per octave, zero studies
+
+Activations are counted in bins of a quarter octave, so the fraction of rows in an interval [2^i, 2^(i+1)) is exact
+and the 99th percentile is known to its bin. Nothing loops over latents. It knows nothing about models or text.
+"""
+
+import numpy as np
+import torch
+
+from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.draws import LowestPriorities, RowSample, priority
+
+LOWEST_OCTAVE, HIGHEST_OCTAVE, BINS_PER_OCTAVE = -10, 14, 4
+OCTAVES = HIGHEST_OCTAVE - LOWEST_OCTAVE
+EDGES = 2.0 ** (LOWEST_OCTAVE + np.arange(OCTAVES * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE)
+"""Edges of the bins; smaller activations count into the first bin, larger ones into the last."""
+
+VIEWS = ("frontal", "lateral", "prior")
+TEXT, IMAGE = 0, 1
+
+
+def active_entries(acts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(row, latent, value)` of activations (n, d_sae) above zero, dense or sparse, ascending by row, on the CPU."""
+    if acts.layout == torch.strided:
+        row, latent = (acts > 0).nonzero(as_tuple=True)
+        return row.cpu(), latent.cpu(), acts[row, latent].float().cpu()
+    sparse = (acts if acts.layout == torch.sparse_coo else acts.to_sparse_coo()).coalesce()
+    row, latent = sparse.indices().cpu()
+    value = sparse.values().float().cpu()
+    kept = value > 0
+    return row[kept], latent[kept], value[kept]
+
+
+class LatentStatistics:
+    """Running statistics of d_sae latents.
+
+    Arrays with two rows hold text positions first and image positions second.
+
+    Attributes:
+        rows, studies: (2,) rows and studies seen.
+        fired, studies_fired: (2, d_sae) int64.
+        sum: (2, d_sae) float64 sum of activations.
+        max: (2, d_sae) float32.
+        histogram: (2, d_sae, bins) int64 counts between `EDGES`.
+        any_fired: (d_sae,) studies in which the latent fires at either kind.
+        top_value, top_study: (d_sae, top) largest peak of a study, descending, and the study; -1 where none.
+        octaves: per (latent, octave) a sample of studies whose peak lies there; key latent * OCTAVES + octave.
+        zero: per latent a sample of studies in which it never fires.
+        positives, labelled: (2, F) and (2,) labelled studies with a row of that kind.
+        true_positive: (2, d_sae, F) int64; labelled_fired: (2, d_sae).
+        maps: view -> (d_sae, patches) float32 sums; map_studies: view -> studies with that view.
+    """
+
+    def __init__(
+        self,
+        d_sae: int,
+        grid: tuple[int, int] = (0, 0),
+        truth: np.ndarray | None = None,
+        labelled: np.ndarray | None = None,
+        top: int = 20,
+        per_octave: int = 5,
+        zero: int = 20,
+        sample_rows: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        """Start counting.
+
+        Args:
+            d_sae: number of latents.
+            grid: rows and columns of the patch grid; (0, 0) leaves the maps out.
+            truth: (n_studies, F) bool, findings by number of the study.
+            labelled: (n_studies,) bool, where the truth is known; everywhere if None.
+            top: studies kept per latent by largest peak.
+            per_octave: studies sampled per latent and octave.
+            zero: studies sampled per latent in which it never fires.
+            sample_rows: rows per kind kept for co-firing.
+            seed: of every draw.
+        """
+        self.d_sae, self.grid, self.seed = d_sae, grid, seed
+        self.truth = np.zeros((0, 0), dtype=bool) if truth is None else truth
+        self._labelled = np.ones(len(self.truth), dtype=bool) if labelled is None else labelled
+        n_findings = self.truth.shape[1]
+        self.rows, self.studies = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
+        self.n_studies, self._last = 0, -1
+        self.fired, self.studies_fired = (torch.zeros(2, d_sae, dtype=torch.int64) for _ in range(2))
+        self.sum = torch.zeros(2, d_sae, dtype=torch.float64)
+        self.max = torch.zeros(2, d_sae)
+        self.histogram = torch.zeros(2, d_sae, len(EDGES) - 1, dtype=torch.int64)
+        self.any_fired = torch.zeros(d_sae, dtype=torch.int64)
+        self.top_value = torch.zeros(d_sae, top)
+        self.top_study = torch.full((d_sae, top), -1, dtype=torch.int64)
+        self.octaves = LowestPriorities(d_sae * OCTAVES, per_octave)
+        self.zero = LowestPriorities(d_sae, zero)
+        self.positives, self.labelled = np.zeros((2, n_findings), dtype=np.int64), np.zeros(2, dtype=np.int64)
+        self.true_positive = torch.zeros(2, d_sae, n_findings, dtype=torch.int64)
+        self.labelled_fired = torch.zeros(2, d_sae, dtype=torch.int64)
+        self.maps: dict[str, torch.Tensor] = {}
+        self.map_studies = dict.fromkeys(VIEWS, 0)
+        self.samples = (RowSample(sample_rows, seed), RowSample(sample_rows, seed + 1))
+        self._edges = torch.from_numpy(EDGES[1:-1]).float()
+        self._octave_edges = self._edges[BINS_PER_OCTAVE - 1 :: BINS_PER_OCTAVE].contiguous()
+
+    def update(self, rows: ActivationRows, acts: torch.Tensor) -> None:
+        """Count a block of whole studies.
+
+        Args:
+            rows: n rows; studies ascend within a block and from block to block.
+            acts: (n, d_sae) activations of these rows, dense or sparse; `rows.values` is not read.
+
+        Raises:
+            RecordError: sizes do not fit, a study comes back, or an activation is not finite.
+        """
+        if tuple(acts.shape) != (len(rows), self.d_sae):
+            raise RecordError(
+                f"Activations of shape {tuple(acts.shape)} came with {len(rows)} rows; expected "
+                f"({len(rows)}, {self.d_sae}). Encode the same rows with the same SAE."
+            )
+        if not len(rows):
+            return
+        if rows.study[0] <= self._last or (np.diff(rows.study) < 0).any():
+            raise RecordError(
+                f"Rows of study {rows.study.min()} came after study {max(self._last, rows.study.max())}; blocks hold "
+                "whole studies in ascending order. Harvest in study order, each study in one block."
+            )
+        row, latent, value = active_entries(acts)
+        if not bool(torch.isfinite(value).all()):
+            raise RecordError("An activation is not finite; the model or the SAE overflowed. Use float32.")
+        self._last = int(rows.study[-1])
+        kind = torch.from_numpy(rows.is_image.astype(np.int64))
+        self.rows += np.bincount(kind.numpy(), minlength=2)
+        at = kind[row] * self.d_sae + latent
+        ones = torch.ones_like(at)
+        self.fired.view(-1).index_add_(0, at, ones)
+        self.sum.view(-1).index_add_(0, at, value.double())
+        self.max.view(-1).scatter_reduce_(0, at, value, "amax")
+        bins = torch.bucketize(value, self._edges, right=True)
+        self.histogram.view(-1).index_add_(0, at * (len(EDGES) - 1) + bins, ones)
+        self._count_maps(rows, row, latent, value)
+        for k, sample in enumerate(self.samples):
+            mine, entries = (kind == k).numpy(), (kind[row] == k).numpy()
+            local = np.cumsum(mine) - 1
+            sample.add(
+                rows.study[mine], rows.position[mine], local[row.numpy()[entries]], latent.numpy()[entries]
+            )
+        names, inverse = np.unique(rows.study, return_inverse=True)
+        study = torch.from_numpy(inverse)
+        peak = torch.zeros(len(names), 2, self.d_sae)
+        peak.view(-1).scatter_reduce_(0, study[row] * 2 * self.d_sae + at, value, "amax")
+        has = torch.zeros(len(names), 2, dtype=torch.bool)
+        has[study, kind] = True
+        self._count_studies(names, peak, has.numpy())
+
+    def _count_maps(
+        self, rows: ActivationRows, row: torch.Tensor, latent: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        height, width = self.grid
+        if not height * width:
+            return
+        view = torch.from_numpy(rows.kind.astype(np.int64))
+        patch = torch.from_numpy(rows.patch_row.astype(np.int64) * width + rows.patch_col)
+        for number, name in enumerate(VIEWS):
+            here = rows.kind == number
+            if not here.any():
+                continue
+            if int(patch[view == number].max()) >= height * width or rows.patch_col[here].max() >= width:
+                raise RecordError(
+                    f"A patch of the {name} image lies outside the {height} x {width} grid; give the grid of the model."
+                )
+            self.map_studies[name] += len(np.unique(rows.study[here]))
+            total = self.maps.setdefault(name, torch.zeros(self.d_sae, height * width))
+            mine = view[row] == number
+            total.view(-1).index_add_(0, latent[mine] * (height * width) + patch[row[mine]], value[mine])
+
+    def _count_studies(self, names: np.ndarray, peak: torch.Tensor, has: np.ndarray) -> None:
+        """Count peaks (s, 2, d_sae) of the studies `names` (s,), which have rows of the kinds `has` (s, 2)."""
+        fires = peak > 0
+        self.n_studies += len(names)
+        self.studies += has.sum(0)
+        self.studies_fired += fires.sum(0)
+        highest = peak.amax(1)
+        self.any_fired += (highest > 0).sum(0)
+        if self.truth.shape[1]:
+            known = has & self._labelled[names][:, None]
+            self.labelled += known.sum(0)
+            for k in (TEXT, IMAGE):
+                truth = torch.from_numpy(self.truth[names[known[:, k]]]).float()
+                mine = fires[torch.from_numpy(known[:, k]), k].float()
+                self.positives[k] += truth.sum(0).long().numpy()
+                self.labelled_fired[k] += mine.sum(0).long()
+                self.true_positive[k] += (mine.T @ truth).round().long()
+        # By the histogram's own edges: a peak on an edge falls into the octave that its bin belongs to.
+        octave = torch.bucketize(highest, self._octave_edges, right=True)
+        everyone = np.arange(self.d_sae)
+        for number, value, bucket in zip(names.tolist(), highest, octave.numpy(), strict=True):
+            order = priority(self.seed, np.full(self.d_sae, number), everyone)
+            on = (value > 0).numpy()
+            latents = everyone[on]
+            self.octaves.offer(latents * OCTAVES + bucket[on], order[on], number, value.numpy()[on])
+            self.zero.offer(everyone[~on], order[~on], number)
+            self._offer_top(number, value)
+
+    def _offer_top(self, number: int, value: torch.Tensor) -> None:
+        if not self.top_value.shape[1]:
+            return
+        hot = (value > self.top_value[:, -1]).nonzero().squeeze(1)
+        values = torch.cat([self.top_value[hot], value[hot, None]], 1)
+        studies = torch.cat([self.top_study[hot], torch.full((len(hot), 1), number)], 1)
+        # Stable: of equal peaks the earlier study stays in front.
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        self.top_value[hot] = values[:, :-1]
+        self.top_study[hot] = studies.gather(1, order)[:, :-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, without the sample of rows, which is bounded by its size and the SAE's L0."""
+        tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)] + list(self.maps.values())
+        return sum(t.nbytes for t in tensors) + self.octaves.nbytes + self.zero.nbytes
+
+    def p99(self) -> np.ndarray:
+        """(2, d_sae) 99th percentile of activations above zero: the upper edge of its bin, or the maximum if lower."""
+        counts = self.histogram.cumsum(-1)
+        wanted = (0.99 * counts[..., -1:]).ceil()
+        upper = torch.from_numpy(EDGES[1:]).float()[(counts >= wanted).int().argmax(-1)]
+        return torch.where(counts[..., -1] > 0, torch.minimum(upper, self.max), 0.0).numpy()

@@ -1,0 +1,41 @@
+"""Rows of phantom studies at one hook point and an SAE that has learnt nothing, for the streaming pass."""
+
+import pytest
+import torch
+
+from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.phantom import generate_studies
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, untrained_like
+
+HOOK = "blocks.3.hook_resid_post"
+ROLES = ("image", "indication", "technique", "comparison", "prior_report", "report")
+
+
+@pytest.fixture(scope="session")
+def studies():
+    return generate_studies(40, seed=77)
+
+
+@pytest.fixture(scope="session")
+def rows(phantom, studies):
+    from sae_lens_maira.maira2 import resolve_roles
+
+    return harvest_rows(phantom, studies, HOOK, roles=resolve_roles(ROLES), progress=False)
+
+
+@pytest.fixture(scope="session")
+def sae(rows):
+    """96 latents in three levels, 6 active per row."""
+    config = MatryoshkaTrainingSAEConfig(
+        d_in=rows.values.shape[1], d_sae=96, k=6, matryoshka_widths=[16, 48, 96], device="cpu"
+    )
+    config.metadata.hook_name = HOOK
+    like = MatryoshkaTrainingSAE(config)
+    torch.manual_seed(0)
+    return untrained_like(like, rows.values, l0=6.0, seed=1)
+
+
+@pytest.fixture(scope="session")
+def acts(sae, rows):
+    with torch.no_grad():
+        return sae.encode(rows.values)
