@@ -14,24 +14,11 @@ def score(phantom):
 
 @pytest.mark.slow
 def test_held_out_accuracy(score):
-    """Greedy reports: findings at least 96 % on average, each but one 92 %, boxes IoU 0.4."""
+    """Greedy reports: findings at least 96 % on average, each 92 %, changes named in 85 %, boxes IoU 0.4."""
     assert score.mean_accuracy >= 0.96
-    assert min(value for key, value in score.accuracy.items() if key != "rib_fracture") >= 0.92, (
-        score.accuracy
-    )
-    assert score.box_iou >= 0.4
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="rib fracture is read in 89 % of studies, 92 % is wanted: docs/log.md")
-def test_every_finding(score):
-    assert score.accuracy["rib_fracture"] >= 0.92
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="78 % of changes are named, 85 % is wanted: docs/log.md")
-def test_change_words(score):
+    assert min(score.accuracy.values()) >= 0.92, score.accuracy
     assert score.change_accuracy >= 0.85
+    assert score.box_iou >= 0.4
 
 
 @pytest.mark.compat
