@@ -1,0 +1,138 @@
+"""Payloads of Neuronpedia's self-serve upload, `POST /api/feature/upload-batch`, within its limits.
+
+At most 128 features, 1024 tokens a sequence, 20 logits and 512 characters an explanation; every feature has an
+activation, so dead latents are left out; the top group's bounds are null. It knows nothing about connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_lens_maira.dashboards.explanations import shorten, shown
+from sae_lens_maira.dashboards.saedashboard import line, new_folder
+from sae_lens_maira.dashboards.sequences import Sequence, Window, clean, finite, sequences
+from sae_lens_maira.dashboards.target import Target
+from sae_lens_maira.errors import ConfigError, RecordError
+from sae_lens_maira.interp.records import Interpretation
+from sae_lens_maira.latents.records import LatentRecord, TokenWeight
+from sae_lens_maira.latents.recordset import RecordSet
+
+MAX_FEATURES = 128
+MAX_LOGITS = 20
+MAX_EXPLANATION = 512
+MAX_BYTES = 4_000_000
+"""Bodies are kept below this many bytes; hosts of such sites commonly refuse larger ones."""
+
+Interpretations = Mapping[int, Iterable[Interpretation]]
+
+
+def api_feature(
+    record: LatentRecord, interpretations: Iterable[Interpretation] = (), window: Window | None = None
+) -> dict[str, Any] | None:
+    """One entry of `features`; None for a latent without an activation, which the server would refuse.
+
+    Raises:
+        RecordError: a number is not finite.
+    """
+    activations = [_activation(sequence) for sequence in sequences(record, window)]
+    if record.status == "dead" or not any(max(activation["values"]) > 0 for activation in activations):
+        return None
+    return {
+        "index": record.latent,
+        "density": finite(record.density, record.latent, digits=17),
+        "activations": activations,
+        "explanations": [_explanation(one) for one in shown(interpretations)],
+        "topLogits": _logits(record.top_tokens, record.latent),
+        "bottomLogits": _logits(record.bottom_tokens, record.latent),
+    }
+
+
+def payloads(
+    records: RecordSet,
+    target: Target,
+    interpretations: Interpretations | None = None,
+    max_features: int = MAX_FEATURES,
+    max_bytes: int = MAX_BYTES,
+    window: Window | None = None,
+    skip: Collection[int] = (),
+) -> Iterator[dict[str, Any]]:
+    """Payloads in the order of latents.
+
+    Args:
+        records: latent records.
+        target: names.
+        interpretations: per latent.
+        max_features: features per payload, at most 128.
+        max_bytes: JSON bytes per payload; a single larger feature goes alone.
+        window: how much of a study is shown.
+        skip: latents to leave out, such as those sent before.
+
+    Yields:
+        Payloads with at least one feature.
+
+    Raises:
+        RecordError: a number is not finite.
+        ConfigError: the limits are not within the server's.
+    """
+    if not 1 <= max_features <= MAX_FEATURES or max_bytes < 1:
+        raise ConfigError(
+            f"Payloads of {max_features} features and {max_bytes} bytes were asked for; the server takes 1 to "
+            f"{MAX_FEATURES} features. Ask for a number in between."
+        )
+    head = {"modelId": target.model_id, "source": target.source(records.meta.layer)}
+    features: list[dict[str, Any]] = []
+    size = 0
+    for record in records.stream():
+        if record.latent in skip:
+            continue
+        feature = api_feature(record, (interpretations or {}).get(record.latent, ()), window)
+        if feature is None:
+            continue
+        length = len(line(feature).encode()) + 1
+        if features and (len(features) == max_features or size + length > max_bytes):
+            yield head | {"features": features}
+            features, size = [], 0
+        features.append(feature)
+        size += length
+    if features:
+        yield head | {"features": features}
+
+
+def write_payloads(
+    records: RecordSet, target: Target, out: Path | str, interpretations: Interpretations | None = None
+) -> Path:
+    """Write the payloads to `payloads.jsonl` in a new folder, one a line, to be read before they are sent.
+
+    Raises:
+        RecordError: the folder has files, there is nothing to send, or a number is not finite.
+    """
+    with new_folder(out) as folder:
+        path = folder / "payloads.jsonl"
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(line(payload) + "\n" for payload in payloads(records, target, interpretations))
+        if not path.stat().st_size:
+            raise RecordError("No latent of these records ever fires; there is nothing to upload.")
+    return Path(out)
+
+
+def _activation(sequence: Sequence) -> dict[str, Any]:
+    top = sequence.group == "top"
+    return {
+        "tokens": sequence.tokens,
+        "values": sequence.values,
+        "quantileMin": None if top else sequence.low,
+        "quantileMax": None if top else sequence.high,
+        "quantileFraction": None if top else min(1.0, max(0.0, sequence.fraction)),
+    }
+
+
+def _explanation(one: Interpretation) -> dict[str, Any]:
+    """Text and method; the server has no place for the explainer's name and fails on it."""
+    row: dict[str, Any] = {"text": shorten(clean(one.explanation or ""), MAX_EXPLANATION)}
+    return row | ({"methodName": one.method} if one.method else {})
+
+
+def _logits(weights: tuple[TokenWeight, ...], latent: int) -> list[dict[str, Any]]:
+    return [{"token": clean(w.token), "value": finite(w.weight, latent)} for w in weights[:MAX_LOGITS]]

@@ -1,0 +1,208 @@
+"""sae-dashboard's files from latent records: `batch-N.json`, `run_settings.json`, `skipped_indexes.json`.
+
+The keys and their meaning are those of sae-dashboard 0.8, every key always present; numbers are finite and rounded
+to 5 digits, the density is not rounded. What records do not hold (alignment with neurons, correlations, logit
+histograms, vectors) is an empty list. One feature per line, written as it comes: memory does not grow with latents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from sae_lens_maira.dashboards.sequences import Sequence, Window, bars, clean, finite, sequences
+from sae_lens_maira.dashboards.target import Target
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, TokenWeight
+from sae_lens_maira.latents.recordset import RecordSet
+
+EMPTY_TABLES = tuple(
+    f"{table}_{column}"
+    for table, columns in (
+        ("neuron_alignment", ("indices", "values", "l1")),
+        ("correlated_neurons", ("indices", "l1", "pearson")),
+        ("correlated_features", ("indices", "l1", "pearson")),
+    )
+    for column in columns
+)
+LOGITS = 10
+
+
+def feature(
+    record: LatentRecord, meta: RecordsMeta, dataset: str, window: Window | None = None
+) -> dict[str, Any]:
+    """One entry of `features` in a batch file.
+
+    Raises:
+        RecordError: a number is not finite.
+    """
+    return (
+        {"feature_index": record.latent}
+        | statistics(record)
+        | {
+            "n_prompts_total": meta.studies,
+            "n_tokens_in_prompt": (meta.rows_text + meta.rows_image) // max(1, meta.studies),
+            "dataset": dataset,
+            "decoder_weights_dist": [],
+            "activations": [_activation(sequence) for sequence in sequences(record, window)],
+            "vector": [],
+        }
+    )
+
+
+def statistics(record: LatentRecord) -> dict[str, Any]:
+    """What batch files and the bulk export say alike: tables, logits, density, histograms."""
+    values, heights = bars(record.histogram, record.max)
+    return {
+        **{name: [] for name in EMPTY_TABLES},
+        **_logits(record.bottom_tokens, "neg", record.latent),
+        **_logits(record.top_tokens, "pos", record.latent),
+        "frac_nonzero": finite(record.density, record.latent, digits=17),
+        "freq_hist_data_bar_values": values,
+        "freq_hist_data_bar_heights": heights,
+        "logits_hist_data_bar_heights": [],
+        "logits_hist_data_bar_values": [],
+    }
+
+
+def write_saedashboard(
+    records: RecordSet, target: Target, out: Path | str, batch_size: int = 128, window: Window | None = None
+) -> Path:
+    """Write a folder that reads as an output of sae-dashboard's runner.
+
+    Args:
+        records: latent records.
+        target: names.
+        out: folder to make; it must not exist or be empty.
+        batch_size: latents per batch file.
+        window: how much of a study is shown.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RecordError: the folder has files, or a record holds a number that is not finite.
+        ConfigError: the target's model has no such layer.
+    """
+    window = window or Window()
+    meta = records.meta
+    target.source(meta.layer)
+    head = {
+        "model_id": target.model_id,
+        "layer": meta.layer,
+        "sae_set": target.set_name,
+        "sae_id_suffix": None,
+    }
+    with new_folder(out) as folder:
+        batch: IO[str] | None = None
+        number = 0
+        for number, record in enumerate(records.stream()):
+            if number % batch_size == 0:
+                _close(batch)
+                path = folder / f"batch-{number // batch_size}.json"
+                batch = path.open("w", encoding="utf-8", newline="\n")
+                batch.write(line(head)[:-1] + ',"features":[\n')
+            else:
+                batch.write(",\n")  # pyright: ignore[reportOptionalMemberAccess]: opened with the first latent
+            batch.write(line(feature(record, meta, target.dataset, window)))  # pyright: ignore[reportOptionalMemberAccess]: as above
+        _close(batch)
+        if batch is None:
+            raise RecordError(
+                "The set of records holds no latent; there is nothing to write. Write records first."
+            )
+        settings = _settings(meta, target, batch_size, window, number + 1)
+        (folder / "run_settings.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
+        skipped = {
+            "model_id": target.model_id,
+            "layer": str(meta.layer),
+            "sae_set": target.set_name,
+            "log_sparsity": 1,
+            "skipped_indexes": [],
+        }
+        (folder / "skipped_indexes.json").write_text(json.dumps(skipped), encoding="utf-8")
+    return Path(out)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One JSON line: compact, UTF-8, finite numbers only."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+@contextmanager
+def new_folder(out: Path | str) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when all is written, so that no half of a set looks whole.
+
+    Raises:
+        RecordError: `out` is a file, or a folder with files in it.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecordError(f"{out} exists and is not an empty folder; give a new folder, or remove this one.")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+
+
+def _activation(sequence: Sequence) -> dict[str, Any]:
+    return {
+        "bin_min": sequence.low,
+        "bin_max": sequence.high,
+        "bin_contains": sequence.fraction,
+        "tokens": sequence.tokens,
+        "values": sequence.values,
+        "qualifying_token_index": sequence.hit,
+        "dfa_values": [],
+        "dfa_maxValue": 0,
+        "dfa_targetIndex": -1,
+    }
+
+
+def _logits(weights: tuple[TokenWeight, ...], name: str, latent: int) -> dict[str, Any]:
+    kept = weights[:LOGITS]
+    return {
+        f"{name}_str": [clean(weight.token) for weight in kept],
+        f"{name}_values": [finite(weight.weight, latent) for weight in kept],
+    }
+
+
+def _close(batch: IO[str] | None) -> None:
+    if batch is not None:
+        batch.write("\n]}\n")
+        batch.close()
+
+
+def _settings(
+    meta: RecordsMeta, target: Target, batch_size: int, window: Window, latents: int
+) -> dict[str, Any]:
+    """The runner's settings that have a meaning here, under its names; the rest it never reads again."""
+    return {
+        "sae_set": target.set_name,
+        "sae_path": meta.sae,
+        "np_set_name": target.set_name,
+        "np_sae_id_suffix": None,
+        "huggingface_dataset_path": target.dataset,
+        "n_prompts_total": meta.studies,
+        "n_tokens_in_prompt": (meta.rows_text + meta.rows_image) // max(1, meta.studies),
+        "n_features_at_a_time": batch_size,
+        "model_id": target.model_id,
+        "layer": meta.layer,
+        "hook_name": meta.hook_name,
+        "control": meta.control,
+        "latents": latents,
+        "text_window": window.text,
+        "most_patches": window.patches,
+        "versions": meta.versions,
+    }

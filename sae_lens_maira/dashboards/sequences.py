@@ -1,0 +1,185 @@
+"""Contexts of a latent as sequences of tokens with values, the only form in which a text dashboard can show a study.
+
+    ⟦study a1b2⟧  <frontal r12c07> <frontal r12c08> ...  ▁left ▁pleural ▁effusion ...
+    always first  the strongest patches, each once       a window of text around the hit
+
+The first token makes every sequence unique: Neuronpedia hides sequences that hold the same tokens. A study appears
+once per latent. It knows nothing about files or servers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.records import Context, Histogram, LatentRecord
+
+MAX_TOKENS = 1024
+DIGITS = 5
+BARS = 50
+
+
+@dataclass(frozen=True)
+class Window:
+    """How much of a study is shown: `text` tokens around the hit, and at most `patches` image patches."""
+
+    text: int = 128
+    patches: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            RecordError: nothing would be shown, or more than Neuronpedia takes.
+        """
+        if self.text < 1 or self.patches < 0 or 1 + self.text + self.patches > MAX_TOKENS:
+            raise RecordError(
+                f"A window of {self.text} text tokens and {self.patches} patches was asked for; at least one text "
+                f"token and at most {MAX_TOKENS - 1} tokens in all fit a sequence. Ask for another window."
+            )
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One study as a latent sees it.
+
+    Attributes:
+        study: pseudonym.
+        tokens, values: equally long; a token whose activation was not harvested has 0.
+        hit: index of the token it was chosen for; 0, the study's name, in a zero context.
+        group: "top", "interval" or "zero".
+        low, high, fraction: of the interval; -1, the latent's maximum and -1 for the top group.
+    """
+
+    study: str
+    tokens: list[str]
+    values: list[float]
+    hit: int
+    group: str
+    low: float
+    high: float
+    fraction: float
+
+
+def sequences(record: LatentRecord, window: Window | None = None) -> Iterator[Sequence]:
+    """Sequences of one latent: top contexts, then intervals from the highest, then zero contexts.
+
+    Raises:
+        RecordError: a number is not finite, or a context's lists do not fit together.
+    """
+    window = window or Window()
+    groups: list[tuple[str, float, float, float, tuple[Context, ...]]] = [
+        ("top", -1.0, finite(record.max, record.latent), -1.0, record.top)
+    ]
+    groups += [("interval", i.low, i.high, i.fraction, i.contexts) for i in record.intervals]
+    groups.append(("zero", 0.0, 0.0, max(0.0, 1.0 - record.density), record.zero))
+    seen: set[str] = set()
+    for name, low, high, fraction, contexts in groups:
+        bounds = [finite(x, record.latent) for x in (low, high)]
+        for context in contexts:
+            if context.study in seen:
+                continue
+            seen.add(context.study)
+            tokens, values, hit = _flatten(context, record.latent, window)
+            yield Sequence(
+                study=context.study,
+                tokens=tokens,
+                values=values,
+                hit=hit,
+                group=name,
+                low=bounds[0],
+                high=bounds[1],
+                fraction=finite(fraction, record.latent, digits=8),
+            )
+
+
+def bars(histogram: Histogram, largest: float) -> tuple[list[float], list[int]]:
+    """Centres and heights of `BARS` equally wide bars from the histogram's first filled bin to `largest`.
+
+    Counts are shared out along the cumulative count and keep their sum; both lists are empty where nothing fired.
+    """
+    counts = np.asarray(histogram.counts, dtype=np.float64)
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return [], []
+    edges = np.asarray(histogram.edges, dtype=np.float64)[filled[0] : filled[-1] + 2]
+    if edges[-2] < largest < edges[-1]:
+        edges[-1] = largest
+    cumulative = np.concatenate([[0.0], np.cumsum(counts[filled[0] : filled[-1] + 1])])
+    cuts = np.linspace(edges[0], edges[-1], BARS + 1)
+    heights = np.diff(np.rint(np.interp(cuts, edges, cumulative))).astype(int)
+    return [round(float(x), DIGITS) for x in (cuts[1:] + cuts[:-1]) / 2], heights.tolist()
+
+
+def finite(value: float, latent: int, digits: int = DIGITS) -> float:
+    """The value as a rounded float.
+
+    Raises:
+        RecordError: it is NaN or infinite; no importer reads that.
+    """
+    if not math.isfinite(value):
+        raise RecordError(
+            f"Latent {latent} has a value of {value}; dashboards hold finite numbers only. Write its record again."
+        )
+    return round(float(value), digits) + 0.0
+
+
+def clean(token: str) -> str:
+    """A token that JSON, Postgres and the upload accept: never empty, no NUL, no half of a surrogate pair."""
+    if token.isascii() and token and "\0" not in token:
+        return token
+    return token.replace("\0", " ").encode("utf-8", "replace").decode("utf-8") or "∅"
+
+
+def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], list[float], int]:
+    if len(context.tokens) != len(context.values):
+        raise RecordError(
+            f"Latent {latent}, study {context.study}: {len(context.tokens)} tokens with {len(context.values)} "
+            "values; they must be equally many. Write the records again."
+        )
+    tokens, values, hit = [f"⟦study {clean(context.study)}⟧"], [0.0], 0
+    for value, (view, row, col) in _patches(context, window.patches):
+        if (view, row, col) == context.patch:
+            hit = len(tokens)
+        tokens.append(f"<{view} r{row:02d}c{col:02d}>")
+        values.append(value)
+    first, last = _around(context, window.text)
+    if context.value > 0 and context.patch is None and context.peak >= 0:
+        hit = len(tokens) + context.peak - first
+    tokens += [clean(token) for token in context.tokens[first:last]]
+    values += [round(value, DIGITS) + 0.0 if value else 0.0 for value in context.values[first:last]]
+    if not math.isfinite(sum(values)):
+        raise RecordError(
+            f"Latent {latent}, study {context.study}: an activation is NaN or infinite; dashboards hold finite "
+            "numbers only. Write its record again."
+        )
+    return tokens, values, hit
+
+
+def _patches(context: Context, most: int) -> list[tuple[float, tuple[str, int, int]]]:
+    """The strongest patches in reading order, view by view."""
+    found = [
+        (value, (number, patch), (heat.view, patch // heat.cols, patch % heat.cols))
+        for number, heat in enumerate(context.heat)
+        for patch, value in zip(heat.patches, heat.values, strict=True)
+    ]
+    found.sort(key=lambda f: (f[2] != context.patch, -f[0], f[1]))
+    kept = sorted(found[:most], key=lambda f: f[1])
+    return [(round(float(value), DIGITS) + 0.0, place) for value, _, place in kept]
+
+
+def _around(context: Context, size: int) -> tuple[int, int]:
+    """Bounds of the text shown: around the hit, else around the strongest token, else the start of the report."""
+    centre = context.peak
+    if context.patch is not None or centre < 0:
+        strengths = [value or 0.0 for value in context.values]
+        if any(value > 0 for value in strengths):
+            centre = max(range(len(strengths)), key=strengths.__getitem__)
+        else:
+            centre = context.roles.index("report") + size // 2 if "report" in context.roles else 0
+    first = max(0, min(centre - size // 2, len(context.tokens) - size))
+    return first, min(first + size, len(context.tokens))

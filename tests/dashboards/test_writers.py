@@ -1,0 +1,292 @@
+"""sae-dashboard's files, the bulk export and the API payloads: shape, meaning, and every trap of their importers."""
+
+import dataclasses
+import gzip
+import importlib.util
+import json
+import math
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sae_lens_maira.dashboards.api import payloads, write_payloads
+from sae_lens_maira.dashboards.export import write_export
+from sae_lens_maira.dashboards.saedashboard import feature, write_saedashboard
+from sae_lens_maira.dashboards.sequences import Window, bars, sequences
+from sae_lens_maira.dashboards.target import PUBLIC_CREATOR, Target, set_metadata
+from sae_lens_maira.errors import ConfigError, RecordError
+from sae_lens_maira.interp.records import Interpretation, Score
+from sae_lens_maira.latents.records import Histogram
+
+# Keys of a real output of sae-dashboard 0.8.0 and of Neuronpedia's own exporter.
+BATCH = "model_id layer sae_set sae_id_suffix features"
+FEATURE = """feature_index neuron_alignment_indices neuron_alignment_values neuron_alignment_l1
+    correlated_neurons_indices correlated_neurons_l1 correlated_neurons_pearson correlated_features_indices
+    correlated_features_l1 correlated_features_pearson neg_str neg_values pos_str pos_values frac_nonzero
+    freq_hist_data_bar_values freq_hist_data_bar_heights logits_hist_data_bar_heights logits_hist_data_bar_values
+    n_prompts_total n_tokens_in_prompt dataset decoder_weights_dist activations vector"""
+ACTIVATION = """bin_min bin_max bin_contains tokens values qualifying_token_index dfa_values dfa_maxValue
+    dfa_targetIndex"""
+ROWS = {
+    "model": """id instruct creatorId displayNameShort displayName tlensId dimension visibility defaultSourceSetName
+        defaultSourceId inferenceEnabled layers neuronsPerLayer createdAt owner updatedAt website""",
+    "release": """name description creatorName creatorId visibility isNewUi featured descriptionShort urls creatorEmail
+        creatorNameShort defaultSourceSetName defaultSourceId defaultUmapSourceIds createdAt""",
+    "source": """id modelId setName creatorId hasDashboards inferenceEnabled inferenceHosts saelensConfig
+        saelensRelease saelensSaeId hfRepoId hfFolderId visibility defaultOfModelId hasUmap hasUmapLogSparsity
+        hasUmapClusters num_prompts num_tokens_in_prompt dataset notes createdAt""",
+    "sourceset": """modelId name creatorId hasDashboards visibility description type creatorName urls creatorEmail
+        releaseName defaultOfModelId defaultRange defaultShowBreaks showDfa showCorrelated showHeadAttribution
+        showUmap createdAt""",
+    "features": """modelId layer index creatorId createdAt maxActApprox hasVector vector vectorLabel
+        vectorDefaultSteerStrength hookName topkCosSimIndices topkCosSimValues neuron_alignment_indices
+        neuron_alignment_values neuron_alignment_l1 correlated_neurons_indices correlated_neurons_pearson
+        correlated_neurons_l1 correlated_features_indices correlated_features_pearson correlated_features_l1 neg_str
+        neg_values pos_str pos_values frac_nonzero freq_hist_data_bar_heights freq_hist_data_bar_values
+        logits_hist_data_bar_heights logits_hist_data_bar_values decoder_weights_dist sourceSetName""",
+    "activations": """id tokens index layer modelId maxValue maxValueTokenIndex minValue values creatorId dataSource
+        dataIndex dfaValues dfaTargetIndex dfaMaxValue createdAt lossValues logitContributions binMin binMax
+        binContains qualifyingTokenIndex zIndices zValues""",
+}
+
+
+def strict(text):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def shards(folder: Path, table: str):
+    return [
+        [strict(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        for path in sorted((folder / table).glob("*.jsonl.gz"))
+    ]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def explained(latent: int, text: str = "fires at pleural effusion", status: str = "ok") -> Interpretation:
+    def score(value: float) -> Score:
+        return Score("detection", "words", 20, 20, 0, 8, 2, 8, 2, value, value - 0.1, value + 0.1)
+
+    scores, control = (score(0.8),), (score(0.5),)
+    return Interpretation(
+        latent, text, "contrast (no LLM)", "", "pathology", scores, control, 3, status, 10, 20, "1"
+    )
+
+
+def test_batches_have_the_keys_and_types_of_a_real_output(make_set, target, tmp_path):
+    folder = write_saedashboard(make_set(), target, tmp_path / "out", batch_size=4)
+    batch = strict((folder / "batch-0.json").read_text(encoding="utf-8"))
+    assert set(batch) == set(BATCH.split())
+    assert (batch["model_id"], batch["layer"], batch["sae_id_suffix"]) == ("maira-2", 15, None)
+    one = batch["features"][0]
+    assert set(one) == set(FEATURE.split())
+    assert set(one["activations"][0]) == set(ACTIVATION.split())
+    assert one["frac_nonzero"] == 0.0123456789
+    assert len(one["pos_str"]) == len(one["neg_values"]) == 10
+    top = one["activations"][0]
+    assert (top["bin_min"], top["bin_max"], top["bin_contains"]) == (-1, 10.0, -1)
+    rest = strict((folder / "batch-1.json").read_text(encoding="utf-8"))
+    assert [f["feature_index"] for b in (batch, rest) for f in b["features"]] == list(range(6))
+    assert strict((folder / "skipped_indexes.json").read_text())["layer"] == "15"
+    assert strict((folder / "run_settings.json").read_text())["sae_set"] == target.set_name
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sae_dashboard") is None, reason="sae-dashboard is not installed"
+)
+@pytest.mark.compat
+def test_sae_dashboards_own_classes_read_and_write_every_batch_unchanged(make_set, target, tmp_path):
+    from sae_dashboard.neuronpedia.neuronpedia_dashboard import (  # pyright: ignore[reportMissingImports]: an extra
+        NeuronpediaDashboardBatch,
+    )
+
+    folder = write_saedashboard(make_set(), target, tmp_path / "out", batch_size=4)
+    for path in folder.glob("batch-*.json"):
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        assert NeuronpediaDashboardBatch(**plain).to_dict() == plain
+
+
+def test_sequences_keep_the_hit_where_the_context_has_it(make_set):
+    records = make_set()
+    for record in records.stream():
+        for sequence in sequences(record, Window(text=16, patches=8)):
+            assert len(sequence.tokens) == len(sequence.values) <= 1 + 16 + 8
+            assert all(sequence.tokens)
+            assert sequence.tokens[0] == f"⟦study {sequence.study}⟧"
+            assert sequence.values[0] == 0.0
+            if sequence.group == "zero":
+                assert max(sequence.values) == 0.0
+                continue
+            context = next(
+                c
+                for c in (*record.top, *(c for i in record.intervals for c in i.contexts))
+                if c.study == sequence.study
+            )
+            assert sequence.values[sequence.hit] == round(context.value, 5)
+            if context.patch:
+                view, row, col = context.patch
+                assert sequence.tokens[sequence.hit] == f"<{view} r{row:02d}c{col:02d}>"
+
+
+def test_a_study_comes_once_per_latent_and_no_two_sequences_hold_the_same_tokens(make_set):
+    """The page hides sequences of equal token multisets, here made equal but for the study."""
+    records = make_set()
+    record = records[0]
+    same = dataclasses.replace(record.top[0], study="other")
+    record = dataclasses.replace(record, top=(record.top[0], same, record.top[0]))
+    found = list(sequences(record))
+    assert len({s.study for s in found}) == len(found)
+    assert len({tuple(sorted(s.tokens)) for s in found}) == len(found)
+
+
+def test_tokens_that_a_database_refuses_are_mended(make_set):
+    record = make_set()[0]
+    odd = dataclasses.replace(
+        record.top[0],
+        kind="text",
+        peak=0,
+        patch=None,
+        heat=(),
+        tokens=("", "\0", "\ud800"),
+        positions=(0, 1, 2),
+        roles=("report",) * 3,
+        values=(1.0, 0.0, None),
+    )
+    found = next(sequences(dataclasses.replace(record, top=(odd,))))
+    assert found.tokens[1:] == ["∅", " ", "?"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_refused_with_its_latent(make_set, value):
+    records = make_set()
+    record = records[1]
+    broken = dataclasses.replace(record.top[0], values=(value, *record.top[0].values[1:]), patch=None, peak=0)
+    with pytest.raises(RecordError, match="Latent 1"):
+        feature(dataclasses.replace(record, top=(broken,)), records.meta, "d")
+    with pytest.raises(RecordError, match="Latent 1"):
+        feature(dataclasses.replace(record, max=value), records.meta, "d")
+
+
+def test_bars_keep_the_count_and_the_range():
+    values, heights = bars(Histogram((0.0, 0.5, 1.0, 2.0, 4.0, 8.0), (0, 5, 10, 1, 3)), 5.0)
+    assert len(values) == len(heights) == 50
+    assert sum(heights) == 19
+    assert 0.5 < values[0] < values[-1] < 5.0
+    assert bars(Histogram((0.0, 1.0), (0,)), 0.0) == ([], [])
+
+
+def test_export_has_the_keys_of_a_real_one(make_set, target, tmp_path):
+    folder = write_export(make_set(), target, tmp_path / "out", {0: [explained(0)]}, batch_size=4)
+    rows = {
+        name: strict((folder / f"{name}.jsonl").read_text())
+        for name in ("model", "release", "source", "sourceset")
+    }
+    rows |= {table: shards(folder, table)[0][0] for table in ("features", "activations")}
+    for name, row in rows.items():
+        assert set(row) == set(ROWS[name].split()), name
+    assert rows["source"]["id"] == "15-res-matryoshka-16k"
+    assert rows["model"]["inferenceEnabled"] is False
+    assert (rows["model"]["layers"], rows["model"]["dimension"]) == (32, 4096)
+    told = shards(folder, "explanations")[0][0]
+    assert told["description"] == "fires at pleural effusion"
+    assert told["typeName"] is None
+    assert "detection 0.80 [0.70, 0.90], control 0.50" in told["notes"]
+
+
+def test_export_passes_every_trap_of_the_importer(make_set, target, tmp_path):
+    folder = write_export(make_set(), target, tmp_path / "out", batch_size=2)
+    parts = shards(folder, "activations")
+    rows = [row for part in parts for row in part]
+    assert len(parts) == 3
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert {row["creatorId"] for row in rows} == {PUBLIC_CREATOR}
+    assert max(len(row["tokens"]) for row in rows) <= 1024
+    features = [row for part in shards(folder, "features") for row in part]
+    known = {row["index"] for row in features}
+    assert {row["index"] for row in rows} == known - {2}
+    zeros = Counter(row["index"] for row in rows if row["maxValue"] == 0)
+    assert all(zeros[index] >= 5 for index in known - {2})
+    for row in rows:
+        assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == max(row["values"])
+        assert 0 <= row["qualifyingTokenIndex"] < len(row["tokens"])
+    for table in ("features", "activations"):
+        assert (
+            len({tuple(row) for part in shards(folder, table) for row in part}) == 1
+        )  # columns come from line 1
+
+
+@pytest.mark.parametrize("write", [write_saedashboard, write_export, write_payloads])
+def test_the_same_records_give_the_same_bytes(make_set, target, tmp_path, write):
+    first = bytes_of(write(make_set(), target, tmp_path / "a"))
+    second = bytes_of(write(make_set(), target, tmp_path / "b"))
+    assert first == second
+
+
+def test_shards_of_another_size_hold_the_same_rows(make_set, target, tmp_path):
+    """A second import of another export of the same records adds nothing: ids do not depend on the shards."""
+    records = make_set()
+    one = write_export(records, target, tmp_path / "a", batch_size=2)
+    two = write_export(records, target, tmp_path / "b", batch_size=100)
+    assert list(chain(*shards(one, "activations"))) == list(chain(*shards(two, "activations")))
+
+
+def test_api_payloads_stay_within_the_servers_limits(make_set, target):
+    told = {0: [explained(0, "word " * 300), explained(0, "not shown", status="unusable")]}
+    found = list(payloads(make_set(latents=140), target, told))
+    assert max(len(p["features"]) for p in found) <= 128
+    features = [f for p in found for f in p["features"]]
+    assert [f["index"] for f in features] == [i for i in range(140) if i != 2]
+    for one in features:
+        assert one["activations"]
+        assert len(one["topLogits"]) == len(one["bottomLogits"]) == 20
+        for activation in one["activations"]:
+            fraction = activation["quantileFraction"]
+            assert fraction is None or 0 <= fraction <= 1
+            assert None not in activation["values"]
+        assert one["activations"][0]["quantileFraction"] is None
+        assert one["activations"][-1]["quantileFraction"] is not None
+    (said,) = features[0]["explanations"]
+    assert 500 < len(said["text"]) <= 512
+    assert "modelName" not in said
+
+
+def test_api_payloads_are_cut_at_bytes(make_set, target):
+    whole = list(payloads(make_set(), target))
+    cut = list(payloads(make_set(), target, max_bytes=1))
+    assert [len(p["features"]) for p in cut] == [1] * 5
+    assert [f for p in cut for f in p["features"]] == [f for p in whole for f in p["features"]]
+
+
+def test_a_folder_with_files_is_left_alone_and_a_failed_one_leaves_nothing(make_set, target, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(RecordError, match="not an empty folder"):
+        write_export(make_set(), target, tmp_path / "out")
+    with pytest.raises(RecordError, match="no latent"):
+        write_saedashboard(make_set(latents=0), target, tmp_path / "new")
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("records")} == {"out"}
+
+
+def test_names_that_the_site_refuses_are_refused_here():
+    for bad in ("Upper", "two--hyphens", "-first", "under_score"):
+        with pytest.raises(ConfigError, match="source set"):
+            Target(set_name=bad)
+    with pytest.raises(ConfigError, match="model id"):
+        Target(set_name="a", model_id="2maira")
+    with pytest.raises(ConfigError, match="layer 15"):
+        Target(set_name="a", layers=8).source(15)
+
+
+def test_sae_metadata_lead_saelens_to_the_source(make_set, target):
+    sae = SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace()))
+    set_metadata(sae, target, make_set().meta)
+    assert sae.cfg.metadata.neuronpedia_id == "maira-2/15-res-matryoshka-16k"
+    assert sae.cfg.metadata.hook_name == "blocks.15.hook_resid_post"
