@@ -1,0 +1,97 @@
+"""Studies as a record set names them: pseudonyms, sections, findings, and small images where they may be kept.
+
+    pseudonym = first 16 hex digits of SHA-256(salt, kind, id)
+
+Credentialed studies never appear under their own id, and their images are not copied unless the caller says so.
+Public and synthetic ones keep their ids, so that records can be traced to them. It knows nothing about latents.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from sae_lens_maira.latents.records import StudyEntry
+from sae_lens_maira.latents.streaming import VIEWS
+from sae_lens_maira.maira2.images import ImageRecipe, read_grey, stretch_contrast
+from sae_lens_maira.studies import Licence, Study
+
+
+class Pseudonyms:
+    """Names of studies and patients; without a given salt a fresh one is drawn and kept nowhere."""
+
+    def __init__(self, salt: str | None = None) -> None:
+        self._salt = secrets.token_hex(16) if salt is None else salt
+
+    def study(self, study: Study) -> str:
+        return self._name(study, "study", study.study_id)
+
+    def patient(self, study: Study) -> str:
+        return self._name(study, "patient", study.patient_id)
+
+    def _name(self, study: Study, kind: str, original: str) -> str:
+        if study.licence != Licence.CREDENTIALED:
+            return original
+        return hashlib.sha256(f"{self._salt}\0{kind}\0{original}".encode()).hexdigest()[:16]
+
+
+def study_entry(
+    study: Study,
+    names: Pseudonyms,
+    findings: Sequence[str],
+    labelled_by: str,
+    images: tuple[tuple[str, str], ...],
+) -> StudyEntry:
+    """The entry of one study; boxes are those of its truth."""
+    boxes = tuple(
+        (finding.key, *finding.box)
+        for finding in study.truth or ()
+        if finding.present and finding.box is not None
+    )
+    return StudyEntry(
+        study=names.study(study),
+        patient=names.patient(study),
+        licence=study.licence.value,
+        report=study.report,
+        indication=study.indication,
+        technique=study.technique,
+        comparison=study.comparison,
+        prior_report=study.prior_report,
+        findings=tuple(findings),
+        labelled_by=labelled_by,
+        boxes=boxes,
+        images=images,
+        split=study.split,
+    )
+
+
+def save_images(
+    study: Study, name: str, recipe: ImageRecipe, folder: Path, side: int
+) -> tuple[tuple[str, str], ...]:
+    """Save a study's images as grey PNGs of at most `side` pixels, cropped as the model sees them.
+
+    Args:
+        study: with images.
+        name: its pseudonym.
+        recipe: of the model's processor.
+        folder: of the record set; the files go to `images/` in it.
+        side: largest side in pixels.
+
+    Returns:
+        `(view, path relative to folder)`.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+    saved = []
+    for view, image in zip(VIEWS, (study.frontal, study.lateral, study.prior_frontal), strict=True):
+        if image is None:
+            continue
+        square = recipe.crop_square(Image.fromarray(stretch_contrast(read_grey(image))))
+        if square.size[0] > side:
+            square = square.resize((side, side), Image.Resampling.BICUBIC)
+        path = f"images/{stem}-{view}.png"
+        square.save(folder / path)
+        saved.append((view, path))
+    return tuple(saved)
