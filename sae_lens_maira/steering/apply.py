@@ -65,8 +65,7 @@ class Steering:
         if isinstance(self._backend, Maira2NNsight):
             edits = {self._point.name: lambda value, _step: self._engine(value)}
             return self._backend.generate_edited(self.encoding, edits, max_new_tokens, **arguments)
-        if isinstance(self._backend, HookedMaira2):
-            return self._backend.generate(self.encoding, max_new_tokens, **arguments)
+        # A HookedMaira2's points listen to the model it wraps, so they fire here as well.
         with torch.no_grad():
             output: Any = _model(self._backend).generate(
                 **self.encoding.model_inputs(), max_new_tokens=max_new_tokens, **arguments
@@ -123,9 +122,7 @@ def steering(
     with ExitStack() as stack:
         if isinstance(maira, HookedMaira2):
             # Not the watched form: a block in which nothing ran gets the same message as on other backends.
-            stack.enter_context(
-                maira.hooks([(point.name.__eq__, lambda value, hook: engine(value))])
-            )
+            stack.enter_context(maira.hooks([(point.name.__eq__, lambda value, hook: engine(value))]))
         elif not isinstance(maira, Maira2NNsight):
             handle = _listen(model.get_submodule(point.module), point, engine)
             stack.callback(handle.remove)

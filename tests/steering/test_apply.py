@@ -173,9 +173,14 @@ def test_model_is_restored_after_an_exception(phantom, encoding, steering_sae, p
     layer = phantom.model.model.language_model.layers[3]
     before = stream(phantom, encoding)
     hooks = dict(layer._forward_hooks)
-    with pytest.raises(ZeroDivisionError), steering(door(phantom), steering_sae, HOOK, STRONG, encoding, p99):
-        stream(phantom, encoding)
-        raise ZeroDivisionError
+
+    def fail():
+        with steering(door(phantom), steering_sae, HOOK, STRONG, encoding, p99):
+            stream(phantom, encoding)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert dict(layer._forward_hooks) == hooks
     assert torch.equal(stream(phantom, encoding), before)
 

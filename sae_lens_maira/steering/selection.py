@@ -1,0 +1,167 @@
+"""Which latents to steer: by agreement, by map difference, or by their effect on what the model writes.
+
+    effect_j = u_j mean_studies sum_p w_p g_p . W_dec[j],     g = d/dh [log P(target) - log P(against)]
+
+One gradient per study gives the first-order effect of every latent at once; a latent that agrees with a finding need
+not have any. Effects are signed: the largest are to be boosted, the smallest to be suppressed. It knows nothing about
+how interventions are applied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sae_lens import SAE
+
+from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.hooks import PointTable
+from sae_lens_maira.latents import Encoder, f1_of_firing
+from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
+from sae_lens_maira.steering.engine import check_sae
+from sae_lens_maira.steering.patches import mean_patch_maps
+from sae_lens_maira.steering.schedule import Layout, Schedule, patches
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Latents ranked for one purpose.
+
+    Attributes:
+        how: "agreement", "output effect" or "map difference".
+        scores: (d_sae,) float32; signed where a sign has a meaning.
+    """
+
+    how: str
+    scores: torch.Tensor
+
+    def boost(self, n: int) -> tuple[int, ...]:
+        """The `n` latents of largest score, best first; only those above 0."""
+        found = self.scores.topk(min(n, len(self.scores))).indices
+        return tuple(int(j) for j in found if self.scores[j] > 0)
+
+    def suppress(self, n: int) -> tuple[int, ...]:
+        """The `n` latents of smallest score, lowest first; only those below 0."""
+        found = (-self.scores).topk(min(n, len(self.scores))).indices
+        return tuple(int(j) for j in found if self.scores[j] < 0)
+
+
+def by_agreement(fires: np.ndarray, truth: np.ndarray) -> Ranking:
+    """Rank by the F1 of firing against a finding.
+
+    Args:
+        fires: (n_studies, d_sae) bool, on the studies that may choose.
+        truth: (n_studies,) bool.
+    """
+    return Ranking("agreement", torch.from_numpy(f1_of_firing(fires, truth[:, None])[:, 0].copy()))
+
+
+def by_map_difference(
+    rows: ActivationRows, encode: Encoder, decoder: torch.Tensor, positive: np.ndarray, negative: np.ndarray
+) -> tuple[Ranking, torch.Tensor]:
+    """Rank by the norm of what the difference of a latent's mean maps would add at the frontal patches.
+
+    Args:
+        rows: image rows with all patches of the frontal films.
+        encode: the SAE's encoder.
+        decoder: (d_sae, d_model).
+        positive: (n_studies,) mask of studies with the finding.
+        negative: (n_studies,) mask of studies without it.
+
+    Returns:
+        The ranking, signed by the sum of the difference, and the difference (patches, d_sae) itself: a column of it
+        is a grid for `patches`.
+    """
+    present, absent = mean_patch_maps(rows, encode, positive, negative)
+    difference = present - absent
+    size = difference.norm(dim=0) * decoder.norm(dim=1)
+    return Ranking("map difference", size * difference.sum(0).sign()), difference
+
+
+def by_output_effect(
+    maira: Maira2,
+    sae: SAE[Any],
+    hook_name: str,
+    studies: Sequence[Any],
+    targets: Sequence[str],
+    against: Sequence[str] | None = None,
+    where: Schedule | None = None,
+    p99: torch.Tensor | None = None,
+    batch_size: int = 16,
+) -> Ranking:
+    """Rank by the first-order change of the log-probability of target reports, one gradient per study.
+
+    Args:
+        maira: the model.
+        sae: whose latents.
+        hook_name: `blocks.{i}.hook_resid_post` where it lives.
+        studies: the studies to steer.
+        targets: a report, or its beginning, to make likelier in each study.
+        against: reports to make unlikelier; None only counts the targets.
+        where: positions that will be steered; the frontal patches if not given.
+        p99: (d_sae,) units; 1 if not given.
+        batch_size: studies a pass.
+
+    Returns:
+        Effects in nats per unit of strength, mean over studies.
+
+    Raises:
+        InterventionError: numbers of studies and texts differ, the SAE does not fit, or no position is steered.
+    """
+    if not studies or len(targets) != len(studies) or (against is not None and len(against) != len(studies)):
+        raise InterventionError(
+            f"{len(studies)} studies, {len(targets)} targets and {None if against is None else len(against)} "
+            "contrasts were given; give one text for each study."
+        )
+    check_sae(sae, maira.model.config.get_text_config().hidden_size)
+    schedule = patches() if where is None else where
+    module = maira.model.get_submodule(PointTable(maira.model.config).resolve(hook_name).module)
+    total = torch.zeros(sae.cfg.d_in)
+    steered = 0
+    for texts, sign in ((targets, 1.0), (against, -1.0)):
+        if texts is None:
+            continue
+        for start in range(0, len(studies), batch_size):
+            stop = start + batch_size
+            encoding = maira.processor.encode(
+                list(studies[start:stop]), report=list(texts[start:stop]), padding_side="right"
+            ).to(maira.model.device, maira.model.dtype)
+            weights = schedule.weights(Layout.of(encoding))
+            steered += int((weights != 0).sum())
+            gradient = _gradient(maira, module, encoding)
+            total += sign * (gradient.float().cpu() * weights[..., None]).sum((0, 1))
+    if not steered:
+        raise InterventionError(
+            "The schedule fires at no position of these studies, so no latent has an effect there."
+        )
+    scores = sae.W_dec.detach().float().cpu() @ total / len(studies)
+    return Ranking("output effect", scores if p99 is None else scores * p99.float().cpu())
+
+
+def log_probability(logits: torch.Tensor, encoding: Maira2Encoding) -> torch.Tensor:
+    """(B,) log-probability of each row's report tokens, in nats."""
+    ids = encoding.input_ids
+    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return (logp * (encoding.roles[:, 1:] == TokenRole.REPORT)).sum(1)
+
+
+def _gradient(maira: Maira2, module: torch.nn.Module, encoding: Maira2Encoding) -> torch.Tensor:
+    """(B, L, d_model) gradient of the summed log-probability of the reports with respect to the stream."""
+    held: list[torch.Tensor] = []
+
+    def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        value = output[0] if isinstance(output, tuple) else output
+        leaf = value.detach().requires_grad_(True)
+        held.append(leaf)
+        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+
+    handle = module.register_forward_hook(hook, prepend=True)
+    try:
+        with torch.enable_grad():
+            logits = maira.model(**encoding.model_inputs(), use_cache=False).logits
+            score = log_probability(logits, encoding).sum()
+            return torch.autograd.grad(score, held[0])[0]
+    finally:
+        handle.remove()
