@@ -178,10 +178,10 @@ def build_parser() -> ArgumentParser:
     for group, members in groups.items():
         words = ", ".join(members)
         outer = _Parser(description=f"One of: {words}. `{group} WORD --help` says more.")
-        inner = outer.add_subcommands(metavar="WORD")
+        top.add_subcommand(group, outer, help=f"one of: {words}")
+        inner = outer.add_subcommands(metavar="WORD")  # jsonargparse wants the outer level added first
         for word, command in members.items():
             inner.add_subcommand(word, command, help=(command.description or "").splitlines()[0])
-        top.add_subcommand(group, outer, help=f"one of: {words}")
     top.add_subcommand("bench", _Parser(), help="Time one training step against SAELens: bench step --help")
     return parser
 
