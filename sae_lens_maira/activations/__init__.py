@@ -1,5 +1,18 @@
-"""From studies to activation rows, and from rows to SAELens' trainer."""
+"""From studies to activation rows, in memory or on disk, and from rows to SAELens' trainer."""
 
+from sae_lens_maira.activations.harvest import harvest
+from sae_lens_maira.activations.provider import StoreProvider
 from sae_lens_maira.activations.rows import ActivationRows, RowProvider, harvest_rows
+from sae_lens_maira.activations.sampling import role_rates
+from sae_lens_maira.activations.store import ActivationStore, StoreSpec
 
-__all__ = ["ActivationRows", "RowProvider", "harvest_rows"]
+__all__ = [
+    "ActivationRows",
+    "ActivationStore",
+    "RowProvider",
+    "StoreProvider",
+    "StoreSpec",
+    "harvest",
+    "harvest_rows",
+    "role_rates",
+]
