@@ -8,8 +8,10 @@ repaired. One semaphore, one budget, one journal for the whole run. This is the 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +24,27 @@ from pydantic import BaseModel, ValidationError
 from sae_lens_maira.errors import ServerError
 from sae_lens_maira.interp.journal import Journal, key_of
 from sae_lens_maira.interp.privacy import check_destination, is_loopback
+
+
+def _import_event_loop() -> None:
+    """Import the lazy part of `anyio`, which the client needs, with nnsight's hand off `object`.
+
+    nnsight mounts a method `save` on every object; anyio then refuses its own classes ("Attribute 'save' is missing
+    its type annotation") if it is imported later. The mount is taken away for the import and put back.
+    """
+    nnsight = sys.modules.get("nnsight")
+    if nnsight is None or not hasattr(object, "save"):
+        importlib.import_module("anyio._backends._asyncio")
+        return
+    mounts = importlib.import_module("nnsight._c")
+    mounts.unmount("save")
+    try:
+        importlib.import_module("anyio._backends._asyncio")
+    finally:
+        mounts.mount(nnsight.save, "save")
+
+
+_import_event_loop()
 
 Answer = TypeVar("Answer", bound=BaseModel)
 DEFAULT_URL = "https://api.openai.com/v1"

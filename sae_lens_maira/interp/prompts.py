@@ -1,0 +1,101 @@
+"""Every sentence put to a language model, and the form of every answer.
+
+`PROMPT_VERSION` is part of the record of each interpretation and changes with any word here. Questions say what a
+latent is once, show examples, and ask for one JSON object. It knows nothing about records or servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, create_model
+
+PROMPT_VERSION = "2026-11"
+
+Messages = list[dict[str, Any]]
+
+_LATENT = (
+    "A latent is one unit of a sparse dictionary learned from the inner activations of a model that reads chest "
+    "radiographs and writes radiology reports. It is silent in most studies and active in a few."
+)
+_EXPLAIN = (
+    f"{_LATENT} You are shown studies in which one latent is active, with words marked <<like this>> where it is "
+    "active, or with the place in the image where it is, and the strength from 1 to 10. You are also shown studies in "
+    "which it is silent. Say in one sentence of at most 20 words what makes it active. Name the finding, device, "
+    "change over time or wording, and its side if the side is always the same. Do not mention latents or examples."
+)
+_DETECT = (
+    f"{_LATENT} You are given a description of what makes one latent active, and numbered report texts. Decide for "
+    "each text, in order, whether the latent is active in it."
+)
+_FUZZ = (
+    f"{_LATENT} You are given a description of what makes one latent active, and numbered report texts in which "
+    "words are marked <<like this>> or a place in the image is given. Decide for each, in order, whether the mark or "
+    "the place is right for this description."
+)
+_INTRUDE = (
+    f"{_LATENT} You are given numbered report texts. In all but one the same latent is active; in the other one it "
+    "is silent. Give the number of that other text."
+)
+
+
+class Sentence(BaseModel):
+    """An explainer's answer."""
+
+    explanation: Annotated[str, Field(min_length=3, max_length=400)]
+
+
+class Intruder(BaseModel):
+    """The number of the odd text, from 1."""
+
+    number: int
+
+
+def verdicts_form(count: int) -> type[BaseModel]:
+    """The form of `count` verdicts: a model with one field `verdicts`, a list of exactly that many booleans."""
+    inside = Annotated[list[bool], Field(min_length=count, max_length=count)]
+    return create_model("Verdicts", verdicts=(inside, ...))
+
+
+def explain(
+    active: Sequence[tuple[str, str | None, int]], silent: Sequence[str], tokens: Sequence[str]
+) -> Messages:
+    """Ask for an explanation.
+
+    Args:
+        active: (text, place in the image or None, strength 1 to 10) of every active example.
+        silent: texts of silent examples.
+        tokens: output tokens that the latent raises most.
+    """
+    lines = ["Active in:"]
+    for text, place, strength in active:
+        where = f" (in the {place})" if place else ""
+        lines.append(f"- strength {strength}{where}: {text}")
+    lines += ["", "Silent in:", *(f"- {text}" for text in silent)]
+    if tokens:
+        lines += ["", "It makes these output tokens likelier: " + ", ".join(repr(token) for token in tokens)]
+    return _pair(_EXPLAIN, "\n".join(lines))
+
+
+def detect(explanation: str, texts: Sequence[str]) -> Messages:
+    """Ask in which texts the latent is active."""
+    return _pair(_DETECT, f"Description: {explanation}\n\n{_numbered(texts)}")
+
+
+def fuzz(explanation: str, texts: Sequence[str]) -> Messages:
+    """Ask in which texts the marks are right."""
+    return _pair(_FUZZ, f"Description: {explanation}\n\n{_numbered(texts)}")
+
+
+def intrude(texts: Sequence[str]) -> Messages:
+    """Ask for the text that does not belong."""
+    return _pair(_INTRUDE, _numbered(texts))
+
+
+def _pair(system: str, user: str) -> Messages:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
