@@ -81,7 +81,7 @@ def finding_agreement(
     best = [i for i in np.argsort(-f1, kind="stable")[:n] if true_positive[i]]
     return tuple(
         FindingAgreement(
-            finding=findings[i],
+            finding=str(findings[i]),
             kind=kind,
             f1=float(f1[i]),
             low=float(2 * low[i] / (1 + low[i])),

@@ -13,7 +13,14 @@ from sae_lens_maira.phantom import FINDING_KEYS, truth_labels
 from sae_lens_maira.studies import Licence
 
 CONFIG = CollectConfig(
-    top=4, zero=3, per_interval=2, intervals=3, min_studies=3, sae="u", control="untrained"
+    sample_rows=10_000,
+    top=4,
+    zero=3,
+    per_interval=2,
+    intervals=3,
+    min_studies=3,
+    sae="u",
+    control="untrained",
 )
 
 
