@@ -155,6 +155,9 @@ class ActivationStore:
             StoreError: shapes do not fit, or the disk is full; the store is then as before.
         """
         files, crc = [], {}
+        # What a killed process left of this shard; a shard is written by one rank only.
+        for left in self.folder.glob(f"shard-{shard:06d}.*.partial"):
+            left.unlink(missing_ok=True)
         try:
             for hook, d_in in self.spec.hooks.items():
                 tensor = values[hook].to(DTYPES[self.spec.dtype]).contiguous()

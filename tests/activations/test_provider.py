@@ -1,0 +1,130 @@
+"""The provider: every row once an epoch, the same again from its seed or state, a mixture, SAELens' trainer."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_maira.activations import ActivationStore, StoreProvider, StoreSpec
+from sae_lens_maira.errors import StoreError
+from sae_lens_maira.maira2 import TokenRole
+
+HOOK = "blocks.0.hook_resid_post"
+ROWS = (9000, 0, 5000, 70)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Shards of 9,000, no, 5,000 and 70 rows whose first number is the row's own; every third row is an image's."""
+    spec = StoreSpec(
+        hooks={HOOK: 8},
+        dtype="float32",
+        shard_studies=1,
+        n_studies=len(ROWS),
+        rates={},
+        settings={},
+        model="",
+        processor="",
+        versions={},
+    )
+    made = ActivationStore.create(tmp_path_factory.mktemp("made"), spec, [f"s{i}" for i in range(len(ROWS))])
+    first = 0
+    for shard, rows in enumerate(ROWS):
+        number = np.arange(first, first + rows)
+        values = torch.randn(rows, 8, generator=torch.Generator().manual_seed(shard))
+        values[:, 0] = torch.from_numpy(number).float()
+        index = pd.DataFrame(
+            {
+                "study": np.full(rows, shard),
+                "position": number,
+                "role": np.where(number % 3, TokenRole.REPORT, TokenRole.IMAGE).astype(np.int8),
+                **dict.fromkeys(("token", "kind", "patch_row", "patch_col", "source"), number),
+            }
+        )
+        made.commit(shard, {HOOK: values}, index)
+        first += rows
+    return ActivationStore(made.folder)
+
+
+def numbers(provider, batches):
+    return torch.cat([next(provider)[:, 0] for _ in range(batches)]).long()
+
+
+def test_every_row_once_an_epoch(store):
+    """Batches that divide nothing, buffers smaller than the store: two epochs use each row exactly twice."""
+    total = sum(ROWS)
+    provider = StoreProvider(store, HOOK, batch_size=67, buffer_rows=5000)
+    seen = numbers(provider, -(-2 * total // 67))
+    for epoch in range(2):
+        assert torch.equal(seen[epoch * total : (epoch + 1) * total].sort().values, torch.arange(total))
+    assert not torch.equal(seen[:total], seen[total : 2 * total])
+    assert provider.epoch == 2
+
+
+def test_shards_are_mixed(store):
+    """Within one buffer rows of two shards meet in one batch."""
+    batch = numbers(StoreProvider(store, HOOK, batch_size=512), 1)
+    assert (batch < 9000).any()
+    assert (batch >= 9000).any()
+
+
+@pytest.mark.parametrize("taken", [0, 3, 40, 215])
+def test_state_continues_in_the_middle(store, taken):
+    """A provider that loads the state of another yields exactly what that one would have yielded next."""
+    one = StoreProvider(store, HOOK, 67, seed=3, buffer_rows=5000, rates={"image": 0.5})
+    for _ in range(taken):
+        next(one)
+    other = StoreProvider(store, HOOK, 67, seed=3, buffer_rows=5000, rates={"image": 0.5})
+    other.load_state_dict(one.state_dict())
+    for _ in range(100):
+        assert torch.equal(next(one), next(other))
+
+
+def test_state_of_another_provider_is_refused(store):
+    state = StoreProvider(store, HOOK, 67, seed=3).state_dict()
+    with pytest.raises(StoreError, match="other rows"):
+        StoreProvider(store, HOOK, 67, seed=4).load_state_dict(state)
+
+
+def test_mixture_thins_one_role(store):
+    """A tenth of the image rows an epoch, another tenth the next; all report rows each time."""
+    provider = StoreProvider(store, HOOK, 10, rates={"image": 0.1})
+    report = sum(ROWS) * 2 // 3
+    epochs = []
+    for epoch in range(2):
+        rows = []
+        while provider.epoch == epoch:
+            rows.append(numbers(provider, 1))
+        epochs.append(torch.cat(rows))
+    for seen in epochs:
+        assert abs(int((seen % 3 != 0).sum()) - report) <= 10
+        assert 0.07 < int((seen % 3 == 0).sum()) / (sum(ROWS) / 3) < 0.13
+    images = [set(seen[seen % 3 == 0].tolist()) for seen in epochs]
+    assert len(images[0] & images[1]) < len(images[0]) / 2
+
+
+def test_nothing_of_the_wanted_role(store):
+    with pytest.raises(StoreError, match=r"image 4,690, report 9,380"):
+        StoreProvider(store, HOOK, 10, roles=["phrase"])
+
+
+def test_saelens_trainer_takes_it(store):
+    """SAELens' own trainer runs on the provider and the loss stays finite."""
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=8, d_sae=16, k=2, device="cpu"))
+    cfg = SAETrainerConfig(
+        total_training_samples=640,
+        train_batch_size_samples=64,
+        device="cpu",
+        lr=1e-3,
+        lr_end=1e-3,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=0,
+        lr_decay_steps=0,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    provider = StoreProvider(store, HOOK, 64)
+    SAETrainer(cfg=cfg, sae=sae, data_provider=provider).fit()
+    assert all(torch.isfinite(p).all() for p in sae.parameters())

@@ -1,0 +1,108 @@
+"""Killed and restarted harvests, and other numbers of ranks, give the rows of an uninterrupted one."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sae_lens_maira.activations import ActivationStore, harvest
+from sae_lens_maira.phantom import generate_studies
+
+WORKER = Path(__file__).with_name("harvest_worker.py")
+HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+ARGUMENTS = {"roles": "all", "rates": {"image": 0.2}, "shard_studies": 3, "batch_size": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return generate_studies(60, seed=8)
+
+
+@pytest.fixture(scope="module")
+def whole(phantom, studies, tmp_path_factory):
+    """The uninterrupted harvest, on one thread as the workers run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    store = harvest(phantom, studies, tmp_path_factory.mktemp("whole"), HOOKS, **ARGUMENTS)
+    torch.set_num_threads(before)
+    return store
+
+
+def same_rows(one: ActivationStore, other: ActivationStore) -> None:
+    """Equal index and bit-equal values, shard by shard."""
+    assert one.committed() == other.committed()
+    for shard in one.committed():
+        pd.testing.assert_frame_equal(one.index(shard), other.index(shard))
+        for hook in one.spec.hooks:
+            assert torch.equal(one.read(hook, shard), other.read(hook, shard))
+
+
+def run_until(folder: Path, seconds: float | None, rank: int = 0, size: int = 1) -> bool:
+    """Run a worker; SIGKILL it `seconds` after it said ready. True if it had finished."""
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), str(folder), str(rank), str(size)], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    if seconds is not None:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    code = process.wait()
+    process.stdout.close()
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+def killed_and_resumed(folder: Path, whole: ActivationStore, kills: int, longest: float) -> int:
+    """Kill at random points, check the store after each, finish; returns the kills that hit a running harvest."""
+    rng = np.random.default_rng(kills)
+    hits = 0
+    before: list[int] = []
+    for seconds in rng.uniform(0, longest, kills):
+        hits += not run_until(folder, float(seconds))
+        if (folder / "store.json").exists():
+            store = ActivationStore(folder)
+            store.validate()
+            assert set(before) <= set(store.committed())
+            before = store.committed()
+    assert run_until(folder, None)
+    same_rows(whole, ActivationStore(folder))
+    assert not list(folder.glob("shard-*.partial"))
+    assert not set(folder.glob("*.safetensors")) - {
+        folder / f"shard-{s:06d}.{h}.safetensors" for s in whole.committed() for h in HOOKS
+    }
+    return hits
+
+
+def test_kill_and_resume_gives_the_same_rows(whole, tmp_path):
+    """Two kills -9; what was committed stays, the end is bit-equal to the uninterrupted harvest."""
+    assert killed_and_resumed(tmp_path, whole, kills=2, longest=0.6) > 0
+
+
+@pytest.mark.slow
+def test_twenty_kills(whole, tmp_path):
+    """Twenty kills -9 at random points of short runs."""
+    assert killed_and_resumed(tmp_path, whole, kills=20, longest=0.35) >= 10
+
+
+def test_two_ranks_then_three(phantom, studies, whole, tmp_path):
+    """Rank 0 of 2 finishes and rank 1 never starts; three ranks complete the store to the same rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    harvest(phantom, studies, tmp_path, HOOKS, rank=0, world_size=2, **ARGUMENTS)
+    half = ActivationStore(tmp_path)
+    assert half.committed() == list(range(0, 20, 2))
+    assert not half.complete
+    written = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*")}
+    for rank in range(3):
+        harvest(phantom, studies, tmp_path, HOOKS, rank=rank, world_size=3, **ARGUMENTS)
+    torch.set_num_threads(before)
+    assert ActivationStore(tmp_path).complete
+    assert {n: (tmp_path / n).stat().st_mtime_ns for n in written} == written
+    same_rows(whole, ActivationStore(tmp_path))
