@@ -1,0 +1,233 @@
+"""Phrase table of the rule labeller: what radiologists write for the 14 usual observations, and the cues around it.
+
+Every entry is a regular expression over lower-case text in which line breaks are blanks; a blank in a pattern
+matches any run of white space or hyphens. The lists were written from reading reports and are ours. This module
+knows nothing about scope: which cue governs which phrase is the labeller's business.
+"""
+
+from __future__ import annotations
+
+OBSERVATIONS = (
+    "no_finding",
+    "enlarged_cardiomediastinum",
+    "cardiomegaly",
+    "lung_opacity",
+    "lung_lesion",
+    "edema",
+    "consolidation",
+    "pneumonia",
+    "atelectasis",
+    "pneumothorax",
+    "pleural_effusion",
+    "pleural_other",
+    "fracture",
+    "support_devices",
+)
+"""The 14 observations, in the usual order."""
+
+_HEART = (
+    r"(?:heart|cardiac silhouette|cardiac size|cardiac contours?|cardiac shadow|cardiopericardial silhouette)"
+)
+_LARGE = r"(?:enlarged|enlargement|large|prominent|increased in size|top normal to enlarged)"
+
+PHRASES: dict[str, tuple[str, ...]] = {
+    "enlarged_cardiomediastinum": (
+        r"(?:widened|widening of the|enlarged|wide) (?:\w+ ){0,2}mediastin\w+",
+        r"mediastin\w+ (?:\w+ ){0,3}(?:widened|widening|enlarged|enlargement)",
+        r"enlarged cardiomediastin\w+",
+    ),
+    "cardiomegaly": (
+        r"cardiomegaly",
+        rf"{_HEART}(?: size)? (?:(?!normal|not|no)\w+ ){{0,5}}?(?:enlarged|enlargement)",
+        r"(?:enlarged|enlargement of the|enlargement of) (?:\w+ ){0,2}?" + _HEART,
+        r"cardiac enlargement",
+        rf"{_HEART} (?:is|remains|appears) (?:\w+ )?(?:large|prominent|big)",
+        r"large heart",
+        r"(?:increased|increase in) (?:heart|cardiac) size",
+    ),
+    "lung_opacity": (
+        r"opacit(?:y|ies)",
+        r"opacifications?",
+        r"opacified",
+        r"infiltrates?",
+        r"airspace disease",
+        r"air space disease",
+        r"reticulation",
+        r"interstitial markings",
+        r"haziness",
+    ),
+    "lung_lesion": (
+        r"nodul(?:e|es|ar densit\w+)",
+        r"(?:lung|pulmonary|hilar|perihilar|lobe) mass(?:es)?",
+        r"mass(?:es)?(?! effect)",
+        r"granulomas?",
+        r"cavitary lesions?",
+        r"lung lesions?",
+        r"tumou?rs?",
+        r"metastas[ei]s",
+    ),
+    "edema": (
+        r"o?edema",
+        r"(?:heart|cardiac|ventricular) failure",
+        r"chf",
+        r"fluid overload",
+        r"volume overload",
+    ),
+    "consolidation": (r"consolidat(?:ions?|ed|ive)", r"consolidating"),
+    "pneumonia": (
+        r"(?:broncho)?pneumonias?",
+        r"pneumonic",
+        r"(?:superimposed |pulmonary )?infections?",
+        r"infectious (?:process|etiolog\w+|infiltrates?|consolidation)",
+    ),
+    "atelectasis": (
+        r"atelecta\w+",
+        r"(?:lung|lobar|lobe|lobes) collapse",
+        r"collapse of the (?:\w+ ){0,3}(?:lobe|lung)s?",
+        r"collapsed (?:\w+ )?(?:lung|lobe)",
+    ),
+    "pneumothorax": (r"pneumothora(?:x|ces)", r"hydropneumothora(?:x|ces)", r"ptx"),
+    "pleural_effusion": (
+        r"(?<!pericardial\s)(?<!joint\s)effusions?",
+        r"pleural fluid",
+        r"hydrothorax",
+        r"hydropneumothora(?:x|ces)",
+        r"fluid in the (?:\w+ )?(?:fissures?|pleural space)",
+    ),
+    "pleural_other": (
+        r"pleural (?:\w+ )?(?:thickening|plaques?|scarring|calcifications?)",
+        r"(?:apical|biapical) thickening",
+        r"fibrothorax",
+    ),
+    "fracture": (r"(?:micro)?fractures?", r"fractured"),
+    "support_devices": (
+        r"(?:et|ng|og|endotracheal|nasogastric|orogastric|enteric|feeding|dobbhoff|tracheostomy|chest) tubes?",
+        r"dobbhoff",
+        r"tracheostomy",
+        r"(?:picc|central|jugular|subclavian|ij|dialysis|swan ganz|venous) (?:\w+ )?(?:lines?|catheters?)",
+        r"picc",
+        r"catheters?",
+        r"pacemakers?",
+        r"pacer",
+        r"(?:icd|aicd)",
+        r"(?:pacemaker|pacer|icd) leads?",
+        r"port a cath",
+        r"(?:sternotomy|sternal) wires",
+        r"pigtail",
+        r"(?:prosthetic|replaced) (?:\w+ )?valve",
+    ),
+}
+"""Mentions. Whether one is affirmed is decided from the cues around it."""
+
+ABSENT_PHRASES: dict[str, tuple[str, ...]] = {
+    "cardiomegaly": (
+        rf"{_HEART}(?: size)? (?:(?!enlarged)\w+ ){{0,5}}?(?:normal|unremarkable)",
+        r"(?:normal|unremarkable) (?:heart|cardiac) (?:size|silhouette)",
+        rf"{_HEART}(?: size)? (?:is|are) not enlarged",
+    ),
+    "enlarged_cardiomediastinum": (
+        r"(?:cardio)?mediastin\w+(?: (?!enlarged|widened)\w+){0,5}? (?:normal|unremarkable)",
+        r"(?:normal|unremarkable) (?:cardio)?mediastin\w+",
+    ),
+    "lung_opacity": (r"lungs (?:\w+ ){0,3}clear", r"clear lungs"),
+}
+"""Phrases that deny an observation without a negation cue."""
+
+NORMAL_PHRASES = (
+    r"no acute (?:\w+ ){0,2}(?:process|abnormalit\w+|disease|findings?)",
+    r"normal (?:chest|radiograph|study|examination)",
+    r"unremarkable (?:chest|radiograph|study|examination)",
+)
+
+PSEUDO_NEGATION = (
+    r"no (?:\w+ )?(?:interval |significant |appreciable |relevant |substantial |definite )*change",
+    r"not significantly changed",
+    r"no (?:further )?(?:increase|decrease|improvement|progression|difference)",
+    r"without (?:\w+ ){0,2}change",
+    r"not only",
+    r"not necessarily",
+    r"no longer enlarging",
+)
+"""Look like negations, deny nothing about what follows."""
+
+NEGATION_BEFORE = (
+    r"no",
+    r"not?(?: \w+){0,2} (?:evidence|sign|signs) of",
+    r"without",
+    r"w/o",
+    r"free of",
+    r"free from",
+    r"clear of",
+    r"absence of",
+    r"negative for",
+    r"neither",
+    r"nor",
+    r"never",
+    r"(?:resolved|resolution of)",
+    r"(?:not|n't) (?:see|seen|identify|demonstrate|show|have|appear)",
+    r"rather than",
+    r"(?:has|have|is) not",
+    r"(?:excludes?|excluded|ruled out)",
+)
+NEGATION_AFTER = (
+    r"(?:is|are|was|were) (?:not|no longer) (?:\w+ ){0,2}"
+    r"(?:seen|identified|present|visualized|detected|apparent|evident)",
+    r"(?:has|have) (?:\w+ )?(?:resolved|cleared|disappeared)",
+    r"(?:is|are) (?:\w+ )?(?:absent|resolved|excluded|ruled out)",
+    r"not (?:\w+ )?(?:seen|identified|visualized|detected)",
+)
+# "likely", "probably" and "suggesting" state more than even odds and are read as present.
+UNCERTAIN_BEFORE = (
+    r"may(?:be)?",
+    r"might",
+    r"could",
+    r"possib(?:le|ly|ility of)",
+    r"potential(?:ly)?",
+    r"suspicious for",
+    r"suspicion (?:of|for)",
+    r"suspected",
+    r"concern(?:ing)? (?:for|of)",
+    r"worrisome for",
+    r"question(?:able)?(?: of)?",
+    r"equivocal",
+    r"(?:cannot|can not|can't) (?:\w+ )?(?:exclude|rule out)",
+    r"(?:not|difficult to) (?:\w+ )?(?:exclude|rule out|excluded)",
+    r"if (?:there is|clinical)",
+    r"differential",
+    r"(?:evaluate|eval|assess|assessment|evaluation|look|check|r/o|rule out|please) (?:for|of)?",
+    r"(?:raise|raises|raising) (?:\w+ ){0,3}(?:possibility|concern|question)",
+    r"(?:can|should) be considered",
+)
+UNCERTAIN_AFTER = (
+    r"(?:cannot|can not|can't|could not|couldn't|not) (?:\w+ ){0,3}(?:excluded|ruled out|entirely exclude)",
+    r"(?:is|are) (?:\w+ )?(?:possible|not excluded|suspected|questionable|difficult to exclude)",
+    r"(?:should|could|may|might) be (?:\w+ )?(?:considered|present|suspected)",
+    r"(?:versus|vs)",
+    r"(?:is|are) (?:a|in the) (?:\w+ )?(?:consideration|differential|possibility|concern)",
+    r"would be difficult to exclude",
+)
+TERMINATION = (
+    r"but",
+    r"however",
+    r"although",
+    r"though",
+    r"aside from",
+    r"apart from",
+    r"except(?: for)?",
+    r"other than",
+    r"which",
+    r"due to",
+    r"secondary to",
+    r"and there (?:is|are)",
+    r"(?<!no\s)there (?:is|are|has|remains)",
+    r"with (?:\w+ )?(?:small|moderate|large|mild|stable|unchanged|persistent|associated)",
+)
+SIZE_WORDS = (
+    r"(?:small|moderate|large|mild|severe|stable|unchanged|persistent|bilateral|minimal|tiny|trace|increas\w+"
+    r"|there|the|left|right|bibasilar|low|mildly|moderately)"
+)
+SILENT_SECTIONS = (
+    r"indication|history|clinical (?:history|information|indication)|reason for (?:exam\w*|study)|technique"
+    r"|comparisons?|exam(?:ination)?|study|procedure|type of examination|chief complaint|clinical"
+)
+"""Headers of sections that ask or describe, and state nothing about this image."""
