@@ -1,0 +1,190 @@
+"""`interpret run` and `interpret report`: explain latents and score the explanations, with controls beside them."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sae_lens_maira.errors import ConfigError
+
+
+def run(
+    records: Path,
+    model: str | None = None,
+    base_url: str | None = None,
+    latents: str | None = None,
+    methods: str = "detection,fuzzing",
+    n_train: int = 40,
+    n_test: int = 50,
+    batch: int = 10,
+    concurrency: int = 8,
+    max_tokens_total: int | None = None,
+    max_requests: int | None = None,
+    usd_per_mtok: str | None = None,
+    allow_remote: bool = False,
+    estimate_only: bool = False,
+    seed: int = 0,
+) -> None:
+    """Explain the latents of a record set and score the explanations on unseen patients.
+
+    Without a model nothing leaves the process: the offline explainer contrasts words and findings. With a model an
+    OpenAI-compatible server is asked (OPENAI_BASE_URL, OPENAI_API_KEY); the journal beside the records resumes a
+    run that was stopped. The estimate is printed first.
+
+    Example: sae-lens-maira interpret run --records records --model qwen3-8b --base-url http://127.0.0.1:8000/v1
+
+    Args:
+        records: folder written by `sae-lens-maira latents`.
+        model: name of the model at the server; none for the offline explainer.
+        base_url: address of the server, instead of OPENAI_BASE_URL.
+        latents: numbers and ranges such as "0-49,77"; all that are not dead if not given.
+        methods: scorers, comma-separated: detection, fuzzing, intruder.
+        n_train: active examples shown to the explainer.
+        n_test: active examples asked about, and as many silent ones.
+        batch: texts a question.
+        concurrency: questions in flight at once.
+        max_tokens_total: budget of tokens.
+        max_requests: budget of requests.
+        usd_per_mtok: your price of a million tokens asked and answered, such as "0.15,0.60".
+        allow_remote: let credentialed studies go to a server on another machine.
+        estimate_only: print the estimate and stop.
+        seed: of the split by patient and every draw.
+    """
+    from sae_lens_maira.interp.report import statuses, summary, table
+    from sae_lens_maira.interp.run import Plan, estimate, interpret, interpret_offline
+    from sae_lens_maira.latents.recordset import RecordSet
+
+    opened = RecordSet.open(records)
+    plan = Plan(
+        latents=_numbers(latents),
+        methods=tuple(methods.split(",")),
+        n_train=n_train,
+        n_test=n_test,
+        batch=batch,
+        seed=seed,
+    )
+    if model is None:
+        done = interpret_offline(opened, plan)
+        sys.stdout.write(f"{len(done)} latents, contrast (no LLM): nothing is sent anywhere.\n")
+    else:
+        from sae_lens_maira.interp.judge import Server
+
+        server = Server(
+            model=model,
+            base_url=base_url,
+            concurrency=concurrency,
+            max_tokens_total=max_tokens_total,
+            max_requests=max_requests,
+            usd_per_mtok=_prices(usd_per_mtok),
+            allow_remote=allow_remote,
+        )
+        if estimate_only:
+            sys.stdout.write(estimate(opened, plan, server))
+            return
+        done, usage = interpret(opened, server, plan, say=sys.stdout.write)
+        cost = usage.price(server.usd_per_mtok)
+        sys.stdout.write(
+            f"{usage.requests} requests ({usage.retries} retries), {usage.cached} answers from the journal, "
+            f"{usage.tokens_in} tokens asked, {usage.tokens_out} answered, {usage.unusable} unusable"
+            f"{'' if cost is None else f', {cost:.4f} US dollars'}.\n"
+        )
+    scores = table(done)
+    sys.stdout.write(f"Statuses: {statuses(done)}\n")
+    if scores["balanced_accuracy"].notna().any():
+        sys.stdout.write(summary(scores).to_string(index=False, float_format="%.3f") + "\n")
+
+
+def report(
+    records: Path,
+    out: Path | None = None,
+    untrained: Path | None = None,
+    raw: Path | None = None,
+    neuronpedia_model: str | None = None,
+    neuronpedia_source: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Table, histogram against controls and counts per category of a record set's interpretations.
+
+    Example: sae-lens-maira interpret report --records records --untrained records_untrained --out report
+
+    Args:
+        records: folder with interpretations.
+        out: folder for `scores.csv`, `scores.png` and `explanations.jsonl`; nothing is written if not given.
+        untrained: interpreted records of an untrained SAE, drawn in the same figure.
+        raw: interpreted records of raw residual dimensions, drawn in the same figure.
+        neuronpedia_model: Neuronpedia's name of the model; the records' name if not given.
+        neuronpedia_source: Neuronpedia's name of the SAE; the records' name if not given.
+        as_json: print JSON instead of text.
+    """
+    from sae_lens_maira.interp.report import (
+        categories,
+        neuronpedia_rows,
+        statuses,
+        summary,
+        table,
+        write_figure,
+        write_neuronpedia,
+    )
+    from sae_lens_maira.interp.run import load
+    from sae_lens_maira.latents.recordset import RecordSet
+
+    opened = RecordSet.open(records)
+    done = load(records)
+    controls = {"untrained SAE": untrained, "raw dimensions": raw}
+    sets = {"explanations": done} | {
+        name: load(folder) for name, folder in controls.items() if folder is not None
+    }
+    scores = table(done)
+    means = {name: summary(table(each)) for name, each in sets.items()}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        scores.to_csv(out / "scores.csv", index=False)
+        write_figure(sets, out / "scores.png")
+        rows = neuronpedia_rows(
+            done, opened.meta, neuronpedia_model or opened.meta.model, neuronpedia_source or opened.meta.sae
+        )
+        write_neuronpedia(rows, out / "explanations.jsonl")
+    if as_json:
+        found = {
+            "statuses": statuses(done),
+            "categories": categories(done),
+            "scores": {name: json.loads(mean.to_json(orient="records")) for name, mean in means.items()},
+        }
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    for name, mean in means.items():
+        sys.stdout.write(f"{name}\n{mean.to_string(index=False, float_format='%.3f')}\n\n")
+    sys.stdout.write(f"Categories: {categories(done)}\nStatuses: {statuses(done)}\n\n")
+    best = scores.sort_values("balanced_accuracy", ascending=False, na_position="last").head(40)
+    shown = best[["latent", "method", "judge", "balanced_accuracy", "control", "category", "explanation"]]
+    sys.stdout.write(shown.to_string(index=False, float_format="%.2f", max_colwidth=80) + "\n")
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            numbers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ConfigError(
+            f'--latents {text!r} is no list of numbers; write numbers and ranges as in "0-49,77".'
+        ) from None
+    return tuple(dict.fromkeys(numbers))
+
+
+def _prices(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        asked, answered = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f'--usd-per-mtok {text!r} is not two prices; write for example "0.15,0.60".'
+        ) from None
+    return asked, answered
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"interpret run": run, "interpret report": report}
