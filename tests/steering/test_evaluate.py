@@ -1,0 +1,82 @@
+"""The sweep: chosen on one half, reported on the other, controls at their method's strength, 0 changes nothing."""
+
+import pandas as pd
+import pytest
+import torch
+
+from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.phantom import FINDING_KEYS, read_report
+from sae_lens_maira.steering import Add, PatchMap, steered, steering
+from sae_lens_maira.steering.evaluate import Method, evaluate_steering, map_directions, repetition
+from sae_lens_maira.steering.schedule import patches
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+def read(text):
+    return read_report(text).present
+
+
+def run(phantom, sae, p99, few, methods, **more):
+    return evaluate_steering(
+        phantom,
+        sae,
+        HOOK,
+        methods,
+        few[:2],
+        few[2:],
+        "oedema",
+        read,
+        FINDING_KEYS,
+        p99=p99,
+        max_new_tokens=12,
+        progress=False,
+        **more,
+    )
+
+
+def test_sweep_and_tables(phantom, few, steering_sae, p99, tmp_path):
+    """Strength 0 has KL 0 and no label changed; a strong one moves the distribution; files are read back."""
+    methods = [
+        Method("latents", lambda s: [Add(latents=(3, 40), strength=s, where=patches())]),
+        Method("flipped sign", lambda s: [Add(latents=(3, 40), strength=-s, where=patches())], "latents"),
+    ]
+    tables = run(phantom, steering_sae, p99, few, methods, strengths=(0.0, 8.0))
+    zero = tables.studies[tables.studies.strength == 0]
+    assert (zero.kl.abs() < 1e-6).all()
+    assert (zero.text == zero.unsteered).all()
+    assert (zero.off_target == 0).all()
+    assert (tables.studies[tables.studies.strength == 8].kl > 1e-3).all()
+    assert tables.summary.strength.nunique() == 1
+    assert set(tables.summary.n) == {2}
+    tables.save(tmp_path)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "summary.parquet"), tables.summary)
+    assert (tmp_path / "dose_response.png").stat().st_size > 5000
+
+
+def test_bad_input(phantom, few, steering_sae, p99):
+    """An unknown finding, an empty half and a control without its method are refused."""
+    method = Method("latents", lambda s: [Add(latents=(3,), strength=s)])
+    with pytest.raises(InterventionError, match="both halves"):
+        evaluate_steering(phantom, steering_sae, HOOK, [method], few, [], "oedema", read, FINDING_KEYS)
+    with pytest.raises(InterventionError, match="belongs to"):
+        run(phantom, steering_sae, p99, few, [Method("control", method.make, "latents")])
+
+
+def test_a_map_as_directions_is_the_map(phantom, few):
+    """The decomposed map adds what `PatchMap` adds, to rounding."""
+    encoding = phantom.processor.encode(few)
+    delta = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    with steering(phantom, None, HOOK, map_directions(delta, (8, 8), 0.5), encoding) as changed:
+        logits = changed.logits()
+    with steered(phantom, PatchMap(delta, HOOK, "map"), 0.5, encoding.image_kind == 0), torch.no_grad():
+        expected = phantom.model(**encoding.model_inputs(), use_cache=False).logits
+    real = encoding.attention_mask.bool()
+    torch.testing.assert_close(logits[real], expected[real], rtol=1e-3, atol=1e-3)
+
+
+def test_repetition_by_hand():
+    """Eight words hold five 4-grams, one of them a repeat."""
+    assert repetition("a b c d") == 0
+    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert repetition("short") == 0
