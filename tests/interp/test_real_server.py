@@ -27,6 +27,7 @@ def smollm_url():
     params.port = 0
     server = xllamacpp.Server(params)
     yield f"{server.listening_address}/v1"
+    del server  # It lived, and listened, as long as the generator held it.
 
 
 def test_a_real_model_end_to_end_and_again_from_the_journal(hand_made, smollm_url):
