@@ -150,12 +150,12 @@ def test_budgets_stop_before_they_are_passed(httpserver, tmp_path):
 
 def test_the_journal_answers_the_second_run_and_errors_are_asked_again(httpserver, tmp_path):
     bodies = script(httpserver, [Response("oops", 500), completion(GOOD)])
-    for expected in (1, 2, 2):
+    for asked, cached in ((1, 0), (2, 0), (2, 1)):
         with Journal(tmp_path / "j") as journal:
             (reply,), usage = ask(httpserver, journal, max_retries=0)
-        assert len(bodies) == expected
-    assert reply.answer
-    assert (usage.requests, usage.cached) == (0, 1)
+        assert len(bodies) == asked
+        assert bool(reply.answer) == (asked == 2)
+        assert usage.cached == cached
 
 
 def test_a_torn_last_line_costs_only_itself(tmp_path):
