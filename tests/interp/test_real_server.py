@@ -33,8 +33,8 @@ def smollm_url():
 def test_a_real_model_end_to_end_and_again_from_the_journal(hand_made, smollm_url):
     """Every call is in the journal, answers fit the schemas, and the second run asks nothing."""
     records = hand_made(("pleural_effusion_left", "pacemaker"))
-    server = Server(model="smollm2", base_url=smollm_url, concurrency=2, max_tokens=120)
-    plan = Plan(methods=("detection", "intruder"), n_train=8, n_test=8, batch=4)
+    server = Server(model="smollm2", base_url=smollm_url, concurrency=2, max_tokens=60)
+    plan = Plan(methods=("detection", "intruder"), n_train=4, n_test=4, batch=4, least=2)
     done, usage = interpret(records, server, plan)
     assert usage.tokens_out > 0
     rows = [json.loads(line) for line in (records.folder / JOURNAL).read_text().splitlines()]
