@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.latents.records import Context, PatchHeat, from_plain, to_plain
+from sae_lens_maira.latents.records import Context, PatchHeat, from_plain
 from sae_lens_maira.latents.streaming import VIEWS
 from sae_lens_maira.maira2 import Maira2Processor, TokenRole
 from sae_lens_maira.studies import Study
@@ -139,7 +139,7 @@ class ContextSpool:
         """Keep the contexts of one study, by latent."""
         shards: dict[int, list[str]] = {}
         for latent, context in contexts.items():
-            line = json.dumps([latent, study, to_plain(context)], separators=(",", ":"))
+            line = json.dumps([latent, study, context], default=vars, separators=(",", ":"))
             shards.setdefault(latent // self._size, []).append(line + "\n")
         for shard, lines in shards.items():
             with self._path(shard).open("a", encoding="utf-8") as file:
