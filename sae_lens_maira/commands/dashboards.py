@@ -120,7 +120,7 @@ def upload(
     max_bytes: int = 4_000_000,
     as_json: bool = False,
 ) -> None:
-    """Say what an upload to Neuronpedia would send; with --confirm, send it. Public and synthetic studies only.
+    """Say what an upload to Neuronpedia would send; with `--confirm true`, send it. Public and synthetic studies only.
 
     Example: sae-lens-maira dashboards upload --records records --set_name res-16k
 
@@ -128,7 +128,7 @@ def upload(
         records: folder of latent records.
         set_name: source set to make, lower case with single hyphens.
         journal: file that remembers what was sent; `upload-<set_name>.jsonl` beside the records if not given.
-        confirm: send; the key comes from NEURONPEDIA_API_KEY.
+        confirm: "true" sends; the key comes from NEURONPEDIA_API_KEY.
         localhost: use a Neuronpedia on this machine.
         new_model: make the model too; needed once per model.
         model_id: model's name on Neuronpedia.

@@ -33,5 +33,8 @@ def test_a_fault_ends_with_code_2_and_its_place(make_set, tmp_path, capsys):
 
 def test_credentialed_records_are_not_even_planned(make_set, capsys):
     records = str(make_set(licence="credentialed").folder)
-    assert main(["dashboards", "upload", "--records", records, "--set_name", "res-16k", "--confirm"]) == 2
+    assert (
+        main(["dashboards", "upload", "--records", records, "--set_name", "res-16k", "--confirm", "true"])
+        == 2
+    )
     assert "credentialed" in capsys.readouterr().err
