@@ -25,8 +25,8 @@ from sae_lens_maira.errors import MairaError
 
 def quickstart(
     out: Path = Path("quickstart_out"),
-    studies: int = 2400,
-    layer: int = 4,
+    studies: int = 1200,
+    layer: int = 3,
     finding: str = "cardiomegaly",
     seed: int = 0,
     as_json: bool = False,
