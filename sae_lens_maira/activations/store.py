@@ -232,13 +232,13 @@ class ActivationStore:
                 f"{self.folder} holds {', '.join(self.spec.hooks)}, not {hook!r}; name one of these."
             )
         entry = self._entries.setdefault(shard, self.entry(shard))
-        stop = entry["rows"] if stop is None else min(stop, entry["rows"])
+        end: int = entry["rows"] if stop is None else min(stop, entry["rows"])
         path = self._path(shard, f"{hook}.safetensors")
         pieces = []
         try:
             with safe_open(path, "pt") as file:
                 values = file.get_slice("values")
-                for segment in range(start // SEGMENT, -(-stop // SEGMENT)):
+                for segment in range(start // SEGMENT, -(-end // SEGMENT)):
                     first = segment * SEGMENT
                     piece = values[first : min(first + SEGMENT, entry["rows"])]
                     if _crc(piece) != entry["crc32"][hook][segment]:
@@ -246,7 +246,7 @@ class ActivationStore:
                             f"Shard {shard} in {self.folder} is damaged: segment {segment} of {path.name} has another "
                             "checksum. Delete the shard's .json and harvest again; only this shard is made anew."
                         )
-                    pieces.append(piece[max(start - first, 0) : stop - first])
+                    pieces.append(piece[max(start - first, 0) : end - first])
         except StoreError:
             raise
         except Exception as error:  # safetensors raises its own kind for a damaged header
