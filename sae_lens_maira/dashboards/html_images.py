@@ -1,0 +1,74 @@
+"""The page's radiographs: the centre crop that the model saw, in grey, one file per study and view.
+
+Files are numbered, since a pseudonym may not be a file name; boxes move from the whole image into the crop. It knows
+nothing about latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.records import StudyEntry
+from sae_lens_maira.maira2.images import box_to_crop, read_grey, stretch_contrast
+
+SIDE = 518
+
+
+@dataclass(frozen=True)
+class ShownStudy:
+    """Image files by view, relative to the page, and boxes in 0..1 of the frontal crop."""
+
+    paths: dict[str, str]
+    boxes: tuple[tuple[str, float, float, float, float], ...]
+
+
+class ImageFolder:
+    """Copies every study once, when it is first asked for."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.folder, self.root = folder, root
+        self._shown: dict[str, ShownStudy] = {}
+
+    def add(self, entry: StudyEntry) -> ShownStudy:
+        """The study's images, written now if they are not there.
+
+        Raises:
+            RecordError: an image is missing.
+        """
+        if entry.study not in self._shown:
+            self._shown[entry.study] = self._write(entry, len(self._shown))
+        return self._shown[entry.study]
+
+    def _write(self, entry: StudyEntry, number: int) -> ShownStudy:
+        paths: dict[str, str] = {}
+        boxes = entry.boxes
+        for view, source in entry.images:
+            path = self.root / source
+            if not path.is_file():
+                raise RecordError(
+                    f"Study {entry.study} has a {view} image at {path}, which does not exist. Give the folder that "
+                    "image paths are relative to (--image-root), or write the page without images (--images false)."
+                )
+            grey = stretch_contrast(read_grey(path))
+            if view == "frontal":
+                moved = [
+                    (b[0], box_to_crop((b[1], b[2], b[3], b[4]), grey.shape[1], grey.shape[0])) for b in boxes
+                ]
+                boxes = tuple((name, *box) for name, box in moved if box is not None)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = f"{number:05d}-{view if view in ('frontal', 'lateral', 'prior') else 'other'}.png"
+            _crop(Image.fromarray(grey.astype("uint8"))).save(self.folder / name)
+            paths[view] = f"{self.folder.name}/{name}"
+        return ShownStudy(paths, boxes)
+
+
+def _crop(image: Image.Image) -> Image.Image:
+    """Centre square, at most `SIDE` pixels; small images stay as they are."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if side > SIDE else square

@@ -1,0 +1,156 @@
+"""The page's files: small, closed to remote sources, private by default; and what one latent keeps of its record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sae_lens_maira.dashboards.html import LATENT_BYTES, latent_file, write_page
+from sae_lens_maira.dashboards.html_latent import ALPHABET, levels
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.records import (
+    Context,
+    Firing,
+    Histogram,
+    Interval,
+    LatentRecord,
+    PatchHeat,
+    RecordsMeta,
+    StudyEntry,
+)
+from sae_lens_maira.latents.recordset import RecordSet, write_records
+
+SIDE = 37
+
+
+def _context(study: str, value: float, dense: bool = True, length: int = 250) -> Context:
+    rng = np.random.default_rng(int(value * 10))
+    heat = rng.random((3, SIDE * SIDE)).astype(float) if dense else np.zeros((3, SIDE * SIDE))
+    return Context(
+        study=study,
+        value=value,
+        kind="text",
+        peak=3,
+        patch=None,
+        tokens=tuple("▁opacity" for _ in range(length)),
+        positions=tuple(range(length)),
+        roles=("indication",) * 50 + ("report",) * (length - 50),
+        values=tuple(rng.random(length).tolist()),
+        heat=tuple(
+            PatchHeat(view, SIDE, SIDE, tuple(np.flatnonzero(h).tolist()), tuple(h[h > 0].tolist()))
+            for view, h in zip(("frontal", "lateral", "prior"), heat, strict=True)
+        ),
+    )
+
+
+def _record(latent: int, contexts: int = 3) -> LatentRecord:
+    return LatentRecord(
+        latent=latent,
+        level=0,
+        status="alive",
+        density=0.01,
+        max=9.0,
+        histogram=Histogram((0.0, 1.0, 9.0), (10, 2)),
+        firing=tuple(Firing(kind, 100, 3, 10, 2, 1.0, 9.0, 8.0) for kind in ("text", "image")),
+        top_tokens=(),
+        bottom_tokens=(),
+        agreement=(),
+        neighbours=(),
+        maps=(),
+        top=tuple(_context("s0", 9.0 - i / 10) for i in range(contexts)),
+        intervals=(Interval(1.0, 9.0, 0.1, tuple(_context("s0", 4.0) for _ in range(contexts))),),
+        zero=tuple(_context("s0", 0.0, dense=False) for _ in range(contexts)),
+    )
+
+
+META = RecordsMeta(
+    "phantom", "blocks.3.hook_resid_post", 3, "sae", "trained", 64, 4, (2, 4), 100, 100, 1, (), 0, {}
+)
+
+
+def _write(folder: Path, licence: str = "synthetic", contexts: int = 3, **changes: object) -> RecordSet:
+    Image.fromarray(np.arange(48 * 64, dtype=np.uint8).reshape(48, 64)).save(folder / "film.png")
+    entry = StudyEntry(
+        "s0", "p0", licence, images=(("frontal", "film.png"),), boxes=(("opacity", 0.5, 0.5, 0.75, 1.0),)
+    )
+    return write_records(
+        folder, META, [replace(entry, **changes)], [_record(latent, contexts) for latent in (0, 300)]
+    )
+
+
+def _payload(path: Path) -> dict:
+    text = path.read_text(encoding="ascii")
+    return json.loads(text[text.index("(") + 1 : text.rindex(")")])
+
+
+def test_a_latent_page_stays_below_its_limit_and_counts_what_it_leaves_out(tmp_path: Path) -> None:
+    write_page(_write(tmp_path, contexts=30), [], tmp_path / "page", images=False)
+    path = tmp_path / "page" / latent_file(300)
+    page = _payload(path)
+    kept = len(page["top"]) + len(page["zero"]) + sum(len(i["contexts"]) for i in page["intervals"])
+    assert path.stat().st_size <= LATENT_BYTES
+    assert page["left_out"] == 90 - kept > 0
+    assert len(page["top"]) > 0
+
+
+def test_images_are_the_centre_crop_and_boxes_move_into_it(tmp_path: Path) -> None:
+    write_page(_write(tmp_path), [], tmp_path / "page")
+    study = _payload(tmp_path / "page" / latent_file(0))["studies"]["s0"]
+    with Image.open(tmp_path / "page" / study["images"]["frontal"]) as film:
+        assert film.size == (48, 48)
+    # 64 wide, cropped by 8 on either side: x -> (64 x - 8) / 48.
+    assert study["boxes"] == [["opacity", pytest.approx(0.5), 0.5, pytest.approx(0.833), 1]]
+
+
+def test_credentialed_images_stay_out_unless_asked_for(tmp_path: Path) -> None:
+    records = _write(tmp_path, licence="credentialed")
+    write_page(records, [], tmp_path / "page")
+    assert not (tmp_path / "page" / "images").exists()
+    assert _payload(tmp_path / "page" / latent_file(0))["studies"]["s0"]["images"] == {}
+    write_page(records, [], tmp_path / "page", images=True)
+    assert len(list((tmp_path / "page" / "images").iterdir())) == 1
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"gone\.png"):
+        write_page(_write(tmp_path, images=(("frontal", "gone.png"),)), [], tmp_path / "page")
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"film\.png"):
+        write_page(_write(tmp_path), [], tmp_path)
+    assert (tmp_path / "film.png").is_file()
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    records = _write(tmp_path)
+    bytes_of = []
+    for name in ("one", "two"):
+        write_page(records, [], tmp_path / name)
+        files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
+        bytes_of.append([(p.relative_to(tmp_path / name), p.read_bytes()) for p in files])
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_the_page_names_no_remote_source_and_never_parses_markup(tmp_path: Path) -> None:
+    page = write_page(_write(tmp_path), [], tmp_path / "page").parent
+    html = (page / "index.html").read_text()
+    assert "default-src 'none'" in html
+    code = "".join((page / name).read_text() for name in ("index.html", "app.js", "latent.js", "style.css"))
+    assert "https:" not in code
+    assert not any(
+        word in code for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write")
+    )
+
+
+def test_levels_keep_order_and_never_turn_firing_into_silence() -> None:
+    values = np.linspace(0, 5, 200)
+    numbers = [ALPHABET.index(letter) for letter in levels(values.tolist(), 5.0)]
+    assert numbers == sorted(numbers)
+    assert (numbers[0], numbers[1], numbers[-1]) == (0, 1, len(ALPHABET) - 1)
+    assert np.abs(np.array(numbers) / (len(ALPHABET) - 1) * 5 - values).max() < 5 / len(ALPHABET)
