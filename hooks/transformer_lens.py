@@ -234,10 +234,10 @@ class HookedMaira2(LensMixin, SplicingPoints):
         arguments = {
             "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[task or "findings"],
             "do_sample": False,
-        }
+        } | kwargs
         model: Any = self.model
         with self._running(inputs), self._watching():
-            output = model.generate(**inputs.tensors, **arguments, **kwargs)
+            output = model.generate(**inputs.tensors, **arguments)
         if return_type == "tokens":
             return output
         if self.processor is None:
