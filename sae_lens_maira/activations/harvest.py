@@ -224,7 +224,7 @@ def _rows(
     if wanted.max_norm is not None:
         small = torch.stack([value.norm(dim=1) <= wanted.max_norm for value in taken.values()]).all(0)
         taken = {name: value[small] for name, value in taken.items()}
-        index = index[small.numpy()]
+        index = index.loc[small.numpy()]
     return taken, index
 
 

@@ -292,4 +292,4 @@ class ActivationStore:
 
 
 def _crc(values: torch.Tensor) -> int:
-    return zlib.crc32(values.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(values.contiguous().view(torch.uint8).numpy().data)

@@ -148,7 +148,9 @@ def report(
         found = {
             "statuses": statuses(done),
             "categories": categories(done),
-            "scores": {name: json.loads(mean.to_json(orient="records")) for name, mean in means.items()},
+            "scores": {
+                name: json.loads(mean.to_json(None, orient="records") or "[]") for name, mean in means.items()
+            },
         }
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return

@@ -58,16 +58,17 @@ def steer(
     made = phantom_methods(maira, dictionary, drawn, halves.choose, present, finding, latents, remove, seed)
     # Without a prior film: with one, "unchanged" could be right as well.
     wanted = (present == remove) & np.array([study.prior_frontal is None for study in drawn])
-    parts = [
+    choose, report = (
         [drawn[int(i)] for i in np.flatnonzero(half & wanted)[:steered]]
         for half in (halves.choose, halves.report)
-    ]
+    )
     tables = evaluate_steering(
         maira,
         dictionary,
         made.hook_name,
         made.methods,
-        *parts,
+        choose,
+        report,
         finding,
         lambda text: read_report(text).present,
         FINDING_KEYS,

@@ -63,7 +63,7 @@ def write_export(
             (folder / table).mkdir()
         number = -1
         with ExitStack() as stack:
-            files: dict[str, IO[bytes]] = {}
+            files: Mapping[str, IO[bytes]] = {}
             for number, record in enumerate(records.stream()):
                 if number % batch_size == 0:
                     stack.close()

@@ -131,9 +131,8 @@ def upload(
     book = Journal(
         Path(journal), {"url": url, "model": target.model_id, "source": target.source(records.meta.layer)}
     )
-    kept = {"max_features": max_features, "max_bytes": max_bytes}
     count, features, size, all_features = 0, 0, 0, 0
-    for payload in payloads(records, target, interpretations, **kept):
+    for payload in payloads(records, target, interpretations, max_features, max_bytes):
         for fault in payload_faults(payload, Line("payload", count + 1, payload)):
             raise RecordError(
                 f"The server would refuse a payload: {fault}. Nothing was sent; mend the records first."
@@ -180,7 +179,9 @@ def upload(
     }
     what, where = f"source set {target.set_name}", f"source-set/{target.model_id}/{target.set_name}"
     _make(server, book, "source-set", what, where, "source-set/new", body)
-    for payload in payloads(records, target, interpretations, skip=set(book.features), **kept):
+    for payload in payloads(
+        records, target, interpretations, max_features, max_bytes, skip=set(book.features)
+    ):
         numbers = [feature["index"] for feature in payload["features"]]
         server.post("feature/upload-batch", payload, f"latents {numbers[0]} to {numbers[-1]}")
         book.sent(payload["features"])

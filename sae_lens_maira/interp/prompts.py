@@ -54,7 +54,7 @@ class Intruder(BaseModel):
 
 def verdicts_form(count: int) -> type[BaseModel]:
     """The form of `count` verdicts: a model with one field `verdicts`, a list of exactly that many booleans."""
-    inside = Annotated[list[bool], Field(min_length=count, max_length=count)]
+    inside: Any = Annotated[list[bool], Field(min_length=count, max_length=count)]
     return create_model("Verdicts", verdicts=(inside, ...))
 
 

@@ -143,7 +143,7 @@ def write_figure(sets: Mapping[str, Sequence[Interpretation]], path: Path | str)
 
 
 def _of(scores: pd.DataFrame, method: str, judge: str) -> pd.DataFrame:
-    return scores[(scores["method"] == method) & (scores["judge"] == judge)]
+    return scores.loc[(scores["method"] == method) & (scores["judge"] == judge)]
 
 
 def neuronpedia_rows(

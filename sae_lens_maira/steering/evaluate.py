@@ -278,7 +278,7 @@ def _summary(
 ) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for name in names:
-        part = table[(table.method == name) & (table.half == "report")].sort_values("study")
+        part = table.loc[(table.method == name) & (table.half == "report")].sort_values(by="study")
         # The same resampled studies for every method.
         draws = np.random.default_rng(seed).integers(0, len(part), (1000, len(part)))
         row: dict[str, Any] = {"method": name, "strength": chosen[name], "n": len(part), "unsteered": before}

@@ -53,7 +53,7 @@ def test_written_tokens_are_report_tokens(phantom, few):
 def test_views_are_apart(encodings):
     """Weights of the three views cover the image positions, each once."""
     layout = Layout.of(encodings[0])
-    total = sum(patches(view).weights(layout) for view in ("frontal", "lateral", "prior"))
+    total = torch.stack([patches(view).weights(layout) for view in ("frontal", "lateral", "prior")]).sum(0)
     assert torch.equal(total, (encodings[0].roles == TokenRole.IMAGE).float())
 
 
