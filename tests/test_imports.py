@@ -23,7 +23,7 @@ ALLOWED = {
     "training": {"sae", "kernels", "activations"},
     "latents": {"activations", "sae", "maira2", "studies"},
     "interp": {"latents", "studies"},
-    "dashboards": {"latents", "interp"},
+    "dashboards": {"latents", "interp", "maira2"},
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
 }
 # The top of the house composes every room.
