@@ -15,7 +15,7 @@ setup-dashboard: $(DASH)/.installed
 $(VENV)/.installed: pyproject.toml constraints/current.txt
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints/current.txt $(VENV)/bin/pip install -q -e '.[dev,dicom,triton]'
-	$(VENV)/bin/pip install -q --no-deps dictionary-learning==0.1.0  # the tests compare with it; its pins are not ours
+	$(VENV)/bin/pip install -q --no-deps dictionary-learning==0.1.0 torchxrayvision==1.5.7 radlabels==0.2.0  # read by tests; their pins are not ours
 	touch $@
 
 # sae-dashboard brings a CUDA torchvision that cannot be imported beside a CPU torch, and transformers tries to.

@@ -78,8 +78,8 @@ def steer(
         seed=seed,
     )
     tables.save(out)
-    shown = tables.summary[
-        ["method", "strength", "n", "on_target", "off_target", "kl", "repetition", "length", "ratio"]
+    shown = tables.summary.loc[
+        :, ["method", "strength", "n", "on_target", "off_target", "kl", "repetition", "length", "ratio"]
     ]
     if as_json:
         sys.stdout.write(json.dumps(tables.summary.to_dict("records")) + "\n")

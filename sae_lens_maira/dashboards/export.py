@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sae_lens_maira.dashboards.explanations import note, shown
 from sae_lens_maira.dashboards.saedashboard import line, new_folder, statistics
@@ -63,7 +63,7 @@ def write_export(
             (folder / table).mkdir()
         number = -1
         with ExitStack() as stack:
-            files: Mapping[str, IO[bytes]] = {}
+            files: dict[str, gzip.GzipFile] = {}
             for number, record in enumerate(records.stream()):
                 if number % batch_size == 0:
                     stack.close()
@@ -254,5 +254,5 @@ def _open(path: Path, stack: ExitStack) -> gzip.GzipFile:
     return gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0)
 
 
-def _put(file: IO[bytes], row: dict[str, Any]) -> None:
+def _put(file: gzip.GzipFile, row: dict[str, Any]) -> None:
     file.write(line(row).encode() + b"\n")
