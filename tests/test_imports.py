@@ -21,7 +21,7 @@ ALLOWED = {
     "sae": {"kernels"},
     "activations": {"maira2", "studies", "hooks"},
     "training": {"sae", "kernels", "activations"},
-    "latents": {"activations", "sae", "maira2", "studies"},
+    "latents": {"activations", "sae", "hooks", "maira2", "studies"},
     "interp": {"latents", "studies"},
     "dashboards": {"latents", "interp", "maira2"},
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
