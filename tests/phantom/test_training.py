@@ -19,6 +19,7 @@ SMALL = PhantomTraining(
     sight_batch=4,
     steps=4,
     polish_steps=2,
+    polish_studies=40,
     batch=4,
     warmup=2,
     autocast=False,
