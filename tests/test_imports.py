@@ -21,9 +21,9 @@ ALLOWED = {
     "sae": {"kernels"},
     "activations": {"maira2", "studies", "hooks"},
     "training": {"sae", "kernels", "activations"},
-    "latents": {"activations", "sae", "hooks", "maira2", "studies"},
+    "latents": {"activations", "sae", "maira2", "studies"},
     "interp": {"latents", "studies"},
-    "dashboards": {"latents", "interp", "maira2"},
+    "dashboards": {"latents", "interp"},
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
 }
 # The top of the house composes every room.

@@ -2,7 +2,7 @@
 
 from sae_lens_maira.activations.harvest import harvest
 from sae_lens_maira.activations.provider import StoreProvider
-from sae_lens_maira.activations.rows import ActivationRows, RowProvider, harvest_rows
+from sae_lens_maira.activations.rows import ActivationRows, RowProvider, harvest_rows, layer_of
 from sae_lens_maira.activations.sampling import role_rates
 from sae_lens_maira.activations.store import ActivationStore, StoreSpec
 
@@ -14,5 +14,6 @@ __all__ = [
     "StoreSpec",
     "harvest",
     "harvest_rows",
+    "layer_of",
     "role_rates",
 ]

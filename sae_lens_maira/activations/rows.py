@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import StoreError
+from sae_lens_maira.hooks.names import PointTable
 from sae_lens_maira.hooks.transformer_lens import HookedMaira2
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole, role_mask
 from sae_lens_maira.studies import Study
@@ -120,6 +121,12 @@ def harvest_rows(
     in_order = np.argsort(columns["study"], kind="stable")
     values = torch.cat([torch.as_tensor(p["values"]) for p in parts])[torch.from_numpy(in_order)]
     return ActivationRows(values=values, hook_name=hook_name, **{n: c[in_order] for n, c in columns.items()})
+
+
+def layer_of(maira: Maira2, hook_name: str) -> int:
+    """Decoder layer of a hook point; -1 for points behind the last layer."""
+    stop = PointTable(maira.model.config).resolve(hook_name).stop
+    return -1 if stop is None else int(stop) - 1
 
 
 def _n_images(study: Study) -> int:

@@ -158,7 +158,8 @@ def studies_of(table: Path, root: Path) -> "list[Study]":
     import pandas as pd
 
     from sae_lens_maira.errors import StudyError
-    from sae_lens_maira.studies import Study
+    from sae_lens_maira.studies import Licence, StudyTable
+    from sae_lens_maira.studies.table import COLUMNS
 
     if not table.exists():
         raise StudyError(f"There is no table {table}; give a Parquet or CSV file with one study a row.")
@@ -168,15 +169,11 @@ def studies_of(table: Path, root: Path) -> "list[Study]":
         raise StudyError(
             f"{table} has no column {', '.join(sorted(lacking))}; name columns as the fields of Study."
         )
-    texts = ("indication", "technique", "comparison", "prior_report", "report", "split", "licence")
-    studies = []
-    for record in frame.to_dict("records"):
-        given = {str(k): v for k, v in record.items() if isinstance(v, str) or (v is not None and v == v)}
-        fields: dict[str, Any] = {name: str(given[name]) for name in texts if name in given}
-        for name in ("frontal", "lateral", "prior_frontal"):
-            fields[name] = root / str(given[name]) if name in given else None
-        studies.append(Study(study_id=str(given["study_id"]), patient_id=str(given["patient_id"]), **fields))
-    return studies
+    if "licence" not in frame:
+        frame["licence"] = Licence.CREDENTIALED.value
+    frame = frame[[column for column in COLUMNS if column in frame]].astype("string").astype(object)
+    rows = frame.where(frame.notna(), None).to_dict("records")
+    return list(StudyTable.from_rows(rows, root).to_studies())  # pyright: ignore[reportArgumentType]: text keys
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"harvest": harvest}

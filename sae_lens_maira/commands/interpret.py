@@ -116,6 +116,7 @@ def report(
         neuronpedia_source: Neuronpedia's name of the SAE; the records' name if not given.
         as_json: print JSON instead of text.
     """
+    from sae_lens_maira.interp.records import load
     from sae_lens_maira.interp.report import (
         categories,
         neuronpedia_rows,
@@ -125,7 +126,6 @@ def report(
         write_figure,
         write_neuronpedia,
     )
-    from sae_lens_maira.interp.run import load
     from sae_lens_maira.latents.recordset import RecordSet
 
     opened = RecordSet.open(records)

@@ -1,4 +1,4 @@
-"""The command `latents`: records of an SAE's latents on phantom studies or a table of one's own."""
+"""The command `latents`: records of an SAE's latents on phantom studies."""
 
 import json
 import sys

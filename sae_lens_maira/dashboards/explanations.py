@@ -6,15 +6,10 @@ how explanations are made.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from sae_lens_maira.errors import RecordError
-from sae_lens_maira.interp.records import Interpretation
-from sae_lens_maira.latents.records import from_plain
-
-FILE = "interpretations.jsonl"
+from sae_lens_maira.interp.records import Interpretation, load
 
 
 def read_interpretations(folder: Path | str) -> dict[int, list[Interpretation]]:
@@ -23,20 +18,9 @@ def read_interpretations(folder: Path | str) -> dict[int, list[Interpretation]]:
     Raises:
         RecordError: a line is no interpretation.
     """
-    path = Path(folder) / FILE
-    if not path.exists():
-        return {}
     found: dict[int, list[Interpretation]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                one = from_plain(Interpretation, json.loads(line))
-            except (RecordError, ValueError, AttributeError) as error:
-                raise RecordError(
-                    f"{path}, line {number} is not an interpretation ({error}); remove the line or make the "
-                    "interpretations again."
-                ) from None
-            found.setdefault(one.latent, []).append(one)
+    for one in load(folder):
+        found.setdefault(one.latent, []).append(one)
     return found
 
 

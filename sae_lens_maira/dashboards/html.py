@@ -22,13 +22,12 @@ from sae_lens_maira.dashboards.html_columns import IndexColumns
 from sae_lens_maira.dashboards.html_images import ImageFolder
 from sae_lens_maira.dashboards.html_latent import latent_page
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.interp.records import Interpretation
-from sae_lens_maira.latents.records import RecordsMeta, StudyEntry, from_plain
+from sae_lens_maira.interp.records import Interpretation, load
+from sae_lens_maira.latents.records import RecordsMeta, StudyEntry
 from sae_lens_maira.latents.recordset import RecordSet
 
 PAGE_FILES = ("index.html", "app.js", "latent.js", "style.css")
 LATENT_BYTES = 150_000
-INTERPRETATIONS = "interpretations.jsonl"
 
 
 def write_page(
@@ -59,7 +58,7 @@ def write_page(
     credentialed = any(entry.licence == "credentialed" for entry in studies.values())
     shown = not credentialed if images is None else images
     folder = ImageFolder(out / "images", image_root or records.folder) if shown else None
-    said = _by_latent(read_interpretations(records) if interpretations is None else interpretations)
+    said = _by_latent(load(records.folder) if interpretations is None else interpretations)
     columns = IndexColumns()
     for record in records.stream():
         mine = said.get(record.latent, [])
@@ -79,15 +78,6 @@ def write_page(
 def latent_file(latent: int) -> str:
     """Where a latent's data lie, relative to the page; 256 in a folder."""
     return f"data/latents/{latent // 256:03d}/{latent:05d}.js"
-
-
-def read_interpretations(records: RecordSet) -> list[Interpretation]:
-    """The interpretations beside a record set; empty where there are none."""
-    path = records.folder / INTERPRETATIONS
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [from_plain(Interpretation, json.loads(line)) for line in lines if line]
 
 
 def about(meta: RecordsMeta, studies: dict[str, StudyEntry], images: bool) -> dict[str, Any]:

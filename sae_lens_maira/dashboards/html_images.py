@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.entries import centre_crop
 from sae_lens_maira.latents.records import StudyEntry
-from sae_lens_maira.maira2.images import box_to_crop, read_grey, stretch_contrast
 
 SIDE = 518
 
@@ -51,24 +49,12 @@ class ImageFolder:
             if not path.is_file():
                 raise RecordError(
                     f"Study {entry.study} has a {view} image at {path}, which does not exist. Give the folder that "
-                    "image paths are relative to (--image-root), or write the page without images (--images false)."
+                    "image paths are relative to (--image_root), or write the page without images (--images false)."
                 )
-            grey = stretch_contrast(read_grey(path))
-            if view == "frontal":
-                moved = [
-                    (b[0], box_to_crop((b[1], b[2], b[3], b[4]), grey.shape[1], grey.shape[0])) for b in boxes
-                ]
-                boxes = tuple((name, *box) for name, box in moved if box is not None)
+            square, moved = centre_crop(path, entry.boxes if view == "frontal" else (), SIDE)
+            boxes = moved if view == "frontal" else boxes
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{number:05d}-{view if view in ('frontal', 'lateral', 'prior') else 'other'}.png"
-            _crop(Image.fromarray(grey.astype("uint8"))).save(self.folder / name)
+            square.save(self.folder / name)
             paths[view] = f"{self.folder.name}/{name}"
         return ShownStudy(paths, boxes)
-
-
-def _crop(image: Image.Image) -> Image.Image:
-    """Centre square, at most `SIDE` pixels; small images stay as they are."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if side > SIDE else square

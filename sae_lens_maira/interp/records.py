@@ -6,7 +6,14 @@ unusable; nothing is imputed. Dashboards read these records; they know nothing a
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.records import from_plain
+
+FILE = "interpretations.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,3 +79,25 @@ class Interpretation:
     n_test: int
     prompt_version: str
     journal_keys: tuple[str, ...] = ()
+
+
+def load(folder: Path | str) -> list[Interpretation]:
+    """Interpretations beside a record set, in the file's order; none if there are none.
+
+    Raises:
+        RecordError: a line is no interpretation.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        return []
+    found: list[Interpretation] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(from_plain(Interpretation, json.loads(line)))
+            except (RecordError, ValueError, AttributeError) as error:
+                raise RecordError(
+                    f"{path}, line {number} is not an interpretation ({error}); remove the line or make the "
+                    "interpretations again."
+                ) from None
+    return found

@@ -16,19 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sae_lens_maira.errors import ConfigError, RecordError
+from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.interp.examples import Example, sample, split_examples, train_patients
 from sae_lens_maira.interp.findings import named_findings
 from sae_lens_maira.interp.lookup import by_truth, by_words, interval_names
 from sae_lens_maira.interp.offline import EXPLAINER, Explanation, contrast
-from sae_lens_maira.interp.records import Interpretation, Score
-from sae_lens_maira.latents.records import LatentRecord, from_plain, to_plain
+from sae_lens_maira.interp.records import FILE, Interpretation, Score, load
+from sae_lens_maira.latents.records import LatentRecord, to_plain
 from sae_lens_maira.latents.recordset import RecordSet
 
 if TYPE_CHECKING:
     from sae_lens_maira.interp.judge import Judge, Server, Usage
 
-FILE = "interpretations.jsonl"
 JOURNAL = "journal.jsonl"
 OFFLINE_VERSION = "contrast-1"
 METHODS = ("detection", "fuzzing", "intruder")
@@ -315,24 +314,6 @@ def _interpretation(
         prompt_version=version or OFFLINE_VERSION,
         journal_keys=calls,
     )
-
-
-def load(folder: Path | str) -> list[Interpretation]:
-    """Interpretations beside a record set, none if there are none.
-
-    Raises:
-        RecordError: a line is damaged.
-    """
-    path = Path(folder) / FILE
-    if not path.exists():
-        return []
-    done = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            done.append(from_plain(Interpretation, json.loads(line)))
-        except json.JSONDecodeError:
-            raise RecordError(f"{path}, line {number} is no JSON; make the interpretations again.") from None
-    return done
 
 
 def save(folder: Path | str, done: Sequence[Interpretation]) -> list[Interpretation]:

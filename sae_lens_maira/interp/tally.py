@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sae_lens_maira.interp.records import Score
-
-Z = 1.959964
+from sae_lens_maira.latents import wilson
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,6 @@ class Verdict:
     truth: bool
     answer: bool | None
     interval: str = ""
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a rate of `hits` in `n` > 0."""
-    centre = (hits + Z * Z / 2) / (n + Z * Z)
-    half = Z * math.sqrt(hits * (n - hits) / n + Z * Z / 4) / (n + Z * Z)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def score_of(method: str, judge: str, verdicts: Iterable[Verdict]) -> Score:

@@ -16,6 +16,7 @@ from sae_lens_maira.latents.firing import (
     RawDimensions,
     study_firing,
 )
+from sae_lens_maira.latents.proportions import wilson
 from sae_lens_maira.latents.records import Context, LatentRecord, RecordsMeta, StudyEntry
 from sae_lens_maira.latents.recordset import RecordSet, write_records
 
@@ -37,5 +38,6 @@ __all__ = [
     "paired_difference",
     "split_by_patient",
     "study_firing",
+    "wilson",
     "write_records",
 ]

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.activations import ActivationRows, harvest_rows, layer_of
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.latents.assembly import RecordBuilder, level_of_latents
 from sae_lens_maira.latents.contexts import ContextSpool, build_context, study_text
 from sae_lens_maira.latents.entries import Pseudonyms, save_images, study_entry
@@ -188,9 +187,7 @@ def collect_records(
                 names,
                 sorted(known[i] or ()),
                 by if known[i] is not None else "",
-                save_images(
-                    studies[i], names.study(studies[i]), maira.processor.recipe, out, config.image_side
-                )
+                save_images(studies[i], names.study(studies[i]), out, config.image_side)
                 if _keeps(studies[i], config)
                 else (),
             )
@@ -199,7 +196,7 @@ def collect_records(
         meta = RecordsMeta(
             model=config.model,
             hook_name=hook_name,
-            layer=_layer(maira, hook_name),
+            layer=layer_of(maira, hook_name),
             sae=config.sae,
             control=config.control,
             d_in=int(sae.cfg.d_in),
@@ -291,11 +288,6 @@ def _tokens(
             for t, v in zip(token, weight, strict=True)
         )
         yield up, down
-
-
-def _layer(maira: Maira2, hook_name: str) -> int:
-    stop = PointTable(maira.model.config).resolve(hook_name).stop
-    return -1 if stop is None else int(stop) - 1
 
 
 def _versions() -> dict[str, str]:

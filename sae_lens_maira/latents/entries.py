@@ -15,7 +15,7 @@ from PIL import Image
 
 from sae_lens_maira.latents.records import StudyEntry
 from sae_lens_maira.latents.streaming import VIEWS
-from sae_lens_maira.maira2.images import ImageRecipe, read_grey, stretch_contrast
+from sae_lens_maira.maira2.images import ImageSource, box_to_crop, read_grey, stretch_contrast
 from sae_lens_maira.studies import Licence, Study
 
 
@@ -37,6 +37,32 @@ class Pseudonyms:
         return hashlib.sha256(f"{self._salt}\0{kind}\0{original}".encode()).hexdigest()[:16]
 
 
+LabelledBox = tuple[str, float, float, float, float]
+
+
+def centre_crop(
+    image: ImageSource, boxes: Sequence[LabelledBox], side: int
+) -> tuple[Image.Image, tuple[LabelledBox, ...]]:
+    """The centre square of a film, which is what the model sees, and its boxes there.
+
+    Args:
+        image: a whole film, or a crop made before (which stays as it is).
+        boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of `image`.
+        side: largest side in pixels; smaller films are not enlarged.
+
+    Returns:
+        The grey square and the boxes in 0..1 of it; boxes outside are left out.
+    """
+    grey = Image.fromarray(stretch_contrast(read_grey(image)).astype("uint8"))
+    moved = [(b[0], box_to_crop((b[1], b[2], b[3], b[4]), grey.width, grey.height)) for b in boxes]
+    edge = min(grey.size)
+    left, top = (grey.width - edge) // 2, (grey.height - edge) // 2
+    square = grey.crop((left, top, left + edge, top + edge))
+    if edge > side:
+        square = square.resize((side, side), Image.Resampling.LANCZOS)
+    return square, tuple((name, *box) for name, box in moved if box is not None)
+
+
 def study_entry(
     study: Study,
     names: Pseudonyms,
@@ -44,12 +70,14 @@ def study_entry(
     labelled_by: str,
     images: tuple[tuple[str, str], ...],
 ) -> StudyEntry:
-    """The entry of one study; boxes are those of its truth."""
+    """The entry of one study; boxes are those of its truth, in the crop where images are kept."""
     boxes = tuple(
         (finding.key, *finding.box)
         for finding in study.truth or ()
         if finding.present and finding.box is not None
     )
+    if images and study.frontal is not None:
+        boxes = centre_crop(study.frontal, boxes, side=1)[1]
     return StudyEntry(
         study=names.study(study),
         patient=names.patient(study),
@@ -67,15 +95,12 @@ def study_entry(
     )
 
 
-def save_images(
-    study: Study, name: str, recipe: ImageRecipe, folder: Path, side: int
-) -> tuple[tuple[str, str], ...]:
+def save_images(study: Study, name: str, folder: Path, side: int) -> tuple[tuple[str, str], ...]:
     """Save a study's images as grey PNGs of at most `side` pixels, cropped as the model sees them.
 
     Args:
         study: with images.
         name: its pseudonym.
-        recipe: of the model's processor.
         folder: of the record set; the files go to `images/` in it.
         side: largest side in pixels.
 
@@ -88,9 +113,7 @@ def save_images(
     for view, image in zip(VIEWS, (study.frontal, study.lateral, study.prior_frontal), strict=True):
         if image is None:
             continue
-        square = recipe.crop_square(Image.fromarray(stretch_contrast(read_grey(image))))
-        if square.size[0] > side:
-            square = square.resize((side, side), Image.Resampling.BICUBIC)
+        square, _ = centre_crop(image, (), side)
         path = f"images/{stem}-{view}.png"
         square.save(folder / path)
         saved.append((view, path))

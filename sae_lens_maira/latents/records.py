@@ -221,7 +221,8 @@ class StudyEntry:
         indication, technique, comparison, prior_report: prompt sections.
         findings: keys of the findings it is known to have (truth of the phantom, `rule_labels` otherwise).
         labelled_by: "truth", "rule_labels" or "" where no labels are known.
-        boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of the frontal image.
+        boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of the frontal image as `images` holds it (the centre
+            crop, where a record set keeps images), of the whole film where it holds none.
         images: (view, path relative to the record set or to the table's root); empty where images are not kept.
         split: of the data set, if any.
     """

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from sae_lens_maira.latents.draws import RowSample
+from sae_lens_maira.latents.proportions import wilson_arrays
 from sae_lens_maira.latents.records import FindingAgreement, Neighbour
-
-Z95 = 1.959963984540054
 
 
 def token_weights(
@@ -44,17 +43,6 @@ def token_weights(
     return torch.cat(weights).cpu(), torch.cat(ids).cpu()
 
 
-def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % interval of hits / n; (0, 1) where n is 0."""
-    n = np.asarray(n, dtype=np.float64)
-    safe = np.maximum(n, 1)
-    p = hits / safe
-    middle = (p + Z95**2 / (2 * safe)) / (1 + Z95**2 / safe)
-    half = Z95 / (1 + Z95**2 / safe) * np.sqrt(p * (1 - p) / safe + Z95**2 / (4 * safe**2))
-    low, high = np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
-    return np.where(n > 0, low, 0.0), np.where(n > 0, high, 1.0)
-
-
 def finding_agreement(
     true_positive: np.ndarray,
     fired: int,
@@ -76,7 +64,7 @@ def finding_agreement(
         n: how many to give; those without a true positive are left out.
     """
     union = fired + positives - true_positive
-    low, high = wilson(true_positive, union)
+    low, high = wilson_arrays(true_positive, union)
     f1 = 2 * true_positive / np.maximum(fired + positives, 1)
     best = [i for i in np.argsort(-f1, kind="stable")[:n] if true_positive[i]]
     return tuple(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.latents import Halves
+from sae_lens_maira.latents import Halves, wilson
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import FINDING_KEYS, read_report
 from sae_lens_maira.quickstart.sae import TrainedSAE
@@ -162,11 +162,3 @@ def _row(
     return SteeringRow(
         label, strength, hits / len(texts), low, high, float(np.mean(changed)), relative, len(texts)
     )
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927), which stays inside 0..1 for 0 or n hits."""
-    share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))

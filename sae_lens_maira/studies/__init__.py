@@ -1,8 +1,21 @@
-"""Study records: images, report sections, licence and, where known, the truth.
+"""Study records, tables of them, the Open-I reader, and rule labels of report text."""
 
-Later modules of this room add tables of studies and readers; the records know nothing about either.
-"""
-
+from sae_lens_maira.studies.labeller import RuleLabel, RuleStatus, rule_labels
+from sae_lens_maira.studies.openi import import_openi
 from sae_lens_maira.studies.study import Box, Finding, GroundedStatement, Licence, Study, StudyImage
+from sae_lens_maira.studies.table import StudyTable, table_of_studies
 
-__all__ = ["Box", "Finding", "GroundedStatement", "Licence", "Study", "StudyImage"]
+__all__ = [
+    "Box",
+    "Finding",
+    "GroundedStatement",
+    "Licence",
+    "RuleLabel",
+    "RuleStatus",
+    "Study",
+    "StudyImage",
+    "StudyTable",
+    "import_openi",
+    "rule_labels",
+    "table_of_studies",
+]

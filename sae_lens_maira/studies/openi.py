@@ -1,7 +1,7 @@
 """Open-I (Indiana University) chest X-rays: XML reports from a folder or a tar archive, images by file name.
 
-A report names its images (`parentImage`) by id; the file is that id without the leading "CXR<n>_" where such a
-file exists, else the id itself. The collection has no patient ids and no views in its XML, so every report is a
+A report names its images (`parentImage`) by id; the file is that id where such a file exists, else a shortened
+form. The collection has no patient ids and no views in its XML, so every report is a
 patient of its own, and the first image is taken as frontal unless its caption calls it lateral. It knows no model.
 """
 

@@ -1,7 +1,7 @@
 """A table of studies: one Parquet row per study, image paths relative to a root that is given when it is opened.
 
 Since the root is no part of the file, a table made on one machine works on another. The table checks its columns,
-licences and paths; whether images exist and splits are clean is asked of `validate`. It knows no data set.
+licences and paths, not whether images exist or splits are clean. It knows no data set.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class StudyTable:
         except (OSError, ValueError) as error:
             raise StudyError(
                 f"The table of studies {path} could not be read ({error}); expected a Parquet file that "
-                f"`sae-lens-maira studies import` wrote. Check the path, or import again."
+                f"`StudyTable.save` wrote. Check the path, or make the table again."
             ) from error
         return cls(_checked(frame, str(path)), path.parent if root is None else Path(root))
 

@@ -8,8 +8,9 @@ from PIL import Image
 
 from sae_lens_maira.commands.interpret import report, run
 from sae_lens_maira.errors import ConfigError, RecordError
+from sae_lens_maira.interp.records import load
 from sae_lens_maira.interp.report import categories, summary, table, write_figure
-from sae_lens_maira.interp.run import interpret_offline, load
+from sae_lens_maira.interp.run import interpret_offline
 
 KEYS = ("pleural_effusion_left", "pneumothorax_right", "pacemaker", "nodule")
 

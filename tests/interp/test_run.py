@@ -13,7 +13,8 @@ import pytest
 from sae_lens_maira.errors import ConfigError, PrivacyError
 from sae_lens_maira.interp.findings import named_findings
 from sae_lens_maira.interp.offline import EXPLAINER
-from sae_lens_maira.interp.run import JOURNAL, Plan, interpret_offline, load
+from sae_lens_maira.interp.records import load
+from sae_lens_maira.interp.run import JOURNAL, Plan, interpret_offline
 
 pytest.importorskip("openai")
 from werkzeug import Request, Response

@@ -8,7 +8,7 @@ import torch
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records, encode_sparse, harvested_blocks
-from sae_lens_maira.latents.relations import wilson
+from sae_lens_maira.latents.proportions import wilson_arrays
 from sae_lens_maira.phantom import FINDING_KEYS, truth_labels
 from sae_lens_maira.studies import Licence
 
@@ -213,5 +213,5 @@ def test_harvested_blocks_number_studies_throughout(phantom, studies, sae, rows)
 
 def test_wilson_by_hand():
     """8 of 10: the textbook interval."""
-    low, high = wilson(np.array([8]), np.array([10]))
+    low, high = wilson_arrays(np.array([8]), np.array([10]))
     assert (low[0], high[0]) == pytest.approx((0.4902, 0.9433), abs=1e-4)

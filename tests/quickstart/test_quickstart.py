@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.latents import wilson
 from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
 from sae_lens_maira.quickstart.sae import level_widths
-from sae_lens_maira.quickstart.steer import wilson
 
 
 @pytest.mark.parametrize(
