@@ -2,8 +2,9 @@
 
 from sae_lens_maira.studies.labeller import RuleLabel, RuleStatus, rule_labels
 from sae_lens_maira.studies.openi import import_openi
+from sae_lens_maira.studies.sequence import StudySequence
 from sae_lens_maira.studies.study import Box, Finding, GroundedStatement, Licence, Study, StudyImage
-from sae_lens_maira.studies.table import StudyTable, table_of_studies
+from sae_lens_maira.studies.table import StudyTable, read_table, table_of_studies
 
 __all__ = [
     "Box",
@@ -14,8 +15,10 @@ __all__ = [
     "RuleStatus",
     "Study",
     "StudyImage",
+    "StudySequence",
     "StudyTable",
     "import_openi",
+    "read_table",
     "rule_labels",
     "table_of_studies",
 ]

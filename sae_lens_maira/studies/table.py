@@ -1,7 +1,8 @@
 """A table of studies: one Parquet row per study, image paths relative to a root that is given when it is opened.
 
-Since the root is no part of the file, a table made on one machine works on another. The table checks its columns,
-licences and paths, not whether images exist or splits are clean. It knows no data set.
+Since the root is no part of the file, a table made on one machine works on another; an absolute image path is taken
+as it is, and ties the table to its machine. The table checks columns, licences and paths, not whether images exist
+or splits are clean (`validate_table` does). Text is kept in Arrow buffers. It knows no data set.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,24 +19,18 @@ import pandas as pd
 from PIL import Image
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.studies.study import Finding, Licence, Study
+from sae_lens_maira.studies.sequence import IMAGES, SECTIONS, StudySequence
+from sae_lens_maira.studies.study import Licence, Study
 
-IMAGES = ("frontal", "lateral", "prior_frontal")
-SECTIONS = ("indication", "technique", "comparison", "prior_report", "report")
-COLUMNS = ("study_id", "patient_id", *IMAGES, *SECTIONS, "prior_study_id", "split", "licence", "truth")
+LINKS = ("view", "taken", "prior_study_id", "prior_taken")
+"""What a table says beside the record: view of the frontal image, when it was taken, and the study before."""
+COLUMNS = ("study_id", "patient_id", *IMAGES, *SECTIONS, *LINKS, "split", "licence", "truth")
 REQUIRED = ("study_id", "patient_id", "licence")
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _finding(told: dict[str, Any]) -> Finding:
-    box = told.get("box")
-    return Finding(**{**told, "box": tuple(box) if box is not None else None})
+TEXT = pd.StringDtype("pyarrow")
 
 
 def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The frame with all of `COLUMNS` as Arrow text, blank cells empty."""
     missing = [column for column in REQUIRED if column not in frame]
     unknown = [column for column in frame if column not in COLUMNS]
     if missing or unknown:
@@ -43,31 +38,58 @@ def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
             f"The table of studies {where} lacks the columns {missing} and has the unknown columns {unknown}; "
             f"expected {', '.join(COLUMNS)}, of which {', '.join(REQUIRED)} are needed. Rename or drop columns."
         )
-    frame = frame.reindex(columns=list(COLUMNS)).reset_index(drop=True).astype(object)
-    frame = frame.where(frame.notna(), None)
-    for column in COLUMNS:
-        for row, value in enumerate(frame[column]):
-            if value is not None and not isinstance(value, str):
-                raise StudyError(
-                    f"Row {row} of the table of studies {where} has {column}={value!r}; expected text or nothing. "
-                    f"Write ids, paths and truth (as JSON) as text."
-                )
-            if column in IMAGES and value and (_is_absolute(value) or ".." in PurePosixPath(value).parts):
-                raise StudyError(
-                    f"Row {row} of the table of studies {where} has the {column} path {value!r}; expected a path "
-                    f"relative to the root, with forward slashes. Cut the root off and give it when opening."
-                )
-    for row, licence in enumerate(frame["licence"]):
-        if licence not in {member.value for member in Licence}:
+    texts = {column: _text(frame, column, where) for column in COLUMNS}
+    checked = pd.DataFrame(texts).reset_index(drop=True)
+    for column in IMAGES:
+        bad = checked[column].str.contains(r"(?:^|/)\.\.(?:/|$)|\\", regex=True).fillna(False)
+        _refuse(
+            checked,
+            bad,
+            column,
+            where,
+            "a path below the root, with forward slashes and without '..'. Cut the root off and give it when "
+            "opening, or write an absolute path",
+        )
+    for column in ("study_id", "patient_id"):
+        _refuse(checked, checked[column].isna(), column, where, "an id in every row. Fill it in")
+    licences = [member.value for member in Licence]
+    _refuse(
+        checked,
+        ~checked["licence"].isin(licences),
+        "licence",
+        where,
+        f"one of {', '.join(licences)}. Use credentialed when in doubt",
+    )
+    return checked
+
+
+def _text(frame: pd.DataFrame, column: str, where: str) -> pd.Series:
+    if column not in frame:
+        return pd.Series(pd.NA, index=frame.index, dtype=TEXT)
+    values = frame[column]
+    if pd.api.types.is_integer_dtype(values.dtype):  # ids are often read as numbers
+        return values.astype(TEXT)
+    if not isinstance(values.dtype, pd.StringDtype):
+        kept = values[values.notna()]
+        wrong = ~kept.map(lambda value: isinstance(value, str)).astype(bool)
+        if wrong.any():
+            row = int(frame.index.get_indexer([wrong.index[wrong.to_numpy().argmax()]])[0])
             raise StudyError(
-                f"Row {row} of the table of studies {where} has licence {licence!r}; expected public, credentialed "
-                f"or synthetic. Use credentialed when in doubt."
+                f"Row {row} of the table of studies {where} has {column}={values.iloc[row]!r}; expected text or "
+                f"nothing. Write ids, paths and truth (as JSON) as text."
             )
-    return frame
+    values = values.astype(TEXT)
+    return values.mask(values.str.len() == 0)
 
 
-def _is_absolute(path: str) -> bool:
-    return path.startswith(("/", "\\")) or path[1:2] == ":"
+def _refuse(frame: pd.DataFrame, bad: pd.Series, column: str, where: str, expected: str) -> None:
+    rows = np.flatnonzero(bad.to_numpy(dtype=bool))
+    if len(rows):
+        value = frame[column].iloc[rows[0]]
+        raise StudyError(
+            f"Row {rows[0]} of the table of studies {where} has {column}={None if value is pd.NA else value!r}, "
+            f"as have {len(rows) - 1} further rows; expected {expected}."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +100,17 @@ class StudyTable:
     root: Path
 
     @classmethod
+    def from_frame(cls, frame: pd.DataFrame, root: Path | str, where: str = "in memory") -> StudyTable:
+        """A table of a frame; columns it lacks are empty. Raises StudyError on bad columns or values."""
+        return cls(_checked(frame.reset_index(drop=True), where), Path(root))
+
+    @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, str | None]], root: Path | str) -> StudyTable:
         """Build a table; columns that a row does not name are empty. Raises StudyError on bad columns or values."""
         frame = pd.DataFrame(list(rows))
         if frame.empty:
-            frame = pd.DataFrame(columns=list(COLUMNS))
-        return cls(_checked(frame, "in memory"), Path(root))
+            frame = pd.DataFrame(columns=list(COLUMNS), dtype=object)
+        return cls.from_frame(frame, root)
 
     @classmethod
     def open(cls, path: Path | str, root: Path | str | None = None) -> StudyTable:
@@ -96,50 +123,114 @@ class StudyTable:
                 f"The table of studies {path} could not be read ({error}); expected a Parquet file that "
                 f"`StudyTable.save` wrote. Check the path, or make the table again."
             ) from error
-        return cls(_checked(frame, str(path)), path.parent if root is None else Path(root))
+        return cls.from_frame(frame, path.parent if root is None else Path(root), str(path))
 
     def save(self, path: Path | str) -> Path:
         """Write the table as Parquet, in one piece or not at all; the root is not written."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-        self.frame.astype("string").to_parquet(scratch, index=False)
+        self.frame.to_parquet(scratch, index=False)
         scratch.replace(path)
         return path
 
     def __len__(self) -> int:
         return len(self.frame)
 
+    @property
+    def studies(self) -> StudySequence:
+        """The records, each built on access: indexing, slicing and iterating never hold them all."""
+        return StudySequence({name: self.frame[name].array for name in self.frame}, self.root)
+
+    def where(self, **equal: str) -> StudyTable:
+        """The rows whose columns have the given values, for instance `where(split="test")`.
+
+        Raises:
+            StudyError: no such column.
+        """
+        kept = pd.Series(True, index=self.frame.index)
+        for column, value in equal.items():
+            if column not in COLUMNS:
+                raise StudyError(f"There is no column {column!r}; expected one of {', '.join(COLUMNS)}.")
+            kept &= (self.frame[column] == value).fillna(False).astype(bool)
+        return StudyTable(self.frame[kept].reset_index(drop=True), self.root)
+
     def rows(self) -> Iterator[dict[str, str | None]]:
         """The rows as dictionaries of text, None where empty."""
-        for row in self.frame.to_dict("records"):
-            yield {str(key): _text(value) for key, value in row.items()}
+        columns = {name: self.frame[name].array for name in COLUMNS}
+        for row in range(len(self)):
+            values = {name: column[row] for name, column in columns.items()}
+            yield {name: value if isinstance(value, str) else None for name, value in values.items()}
 
     def to_studies(self) -> Iterator[Study]:
         """Study records in row order, images as paths under the root; images are not opened."""
-        for number, row in enumerate(self.rows()):
-            prior = row.pop("prior_study_id")
-            truth = row.pop("truth")
-            images = {name: self.root / path if (path := row.pop(name)) else None for name in IMAGES}
-            try:
-                found = None if truth is None else tuple(_finding(told) for told in json.loads(truth))
-            except (ValueError, TypeError) as error:
-                raise StudyError(
-                    f"Row {number} (study {row['study_id']}, prior {prior}) has a truth that could not be read: "
-                    f"{error}. Expected a JSON list of findings; write it with `table_of_studies`."
-                ) from error
-            yield Study(**images, **row, truth=found)  # pyright: ignore[reportArgumentType]  # checked on opening
+        return iter(self.studies)
 
     def counts(self) -> dict[str, Any]:
-        """Number of studies, patients, images and reports, and studies per split and licence."""
+        """Number of studies, patients, images and reports, and studies per split, view and licence."""
         frame = self.frame
+        filled = (*IMAGES, *SECTIONS, "truth")
         return {
             "studies": len(frame),
             "patients": int(frame["patient_id"].nunique()),
-            **{name: int(frame[name].notna().sum()) for name in (*IMAGES, "report", "truth")},
-            "split": {str(k): int(v) for k, v in frame["split"].fillna("none").value_counts().items()},
-            "licence": {str(k): int(v) for k, v in frame["licence"].value_counts().items()},
+            **{name: int(frame[name].notna().sum()) for name in filled},
+            **{
+                name: {str(k): int(v) for k, v in frame[name].fillna("none").value_counts().items()}
+                for name in ("split", "view", "licence")
+            },
         }
+
+
+def read_table(path: Path | str, root: Path | str | None = None) -> StudyTable:
+    """Open a table of studies, Parquet or CSV; the one way in for every command.
+
+    Args:
+        path: Parquet that `StudyTable.save` wrote, or a CSV (UTF-8, with a header line) of the same columns. A CSV
+            without the column `licence` is taken as credentialed.
+        root: folder that relative image paths are below; the table's own folder if not given. Absolute paths are
+            taken as they are.
+
+    Returns:
+        The table; its `studies` are built on access.
+
+    Raises:
+        StudyError: no such file, another kind of file, bytes that are no UTF-8 (the line is named), or bad values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StudyError(f"There is no table {path}; give a Parquet or CSV file with one study a row.")
+    kind = path.suffix.lower()
+    if kind in (".parquet", ".pq"):
+        return StudyTable.open(path, root)
+    if kind != ".csv":
+        raise StudyError(
+            f"The table {path} ends in {path.suffix or 'nothing'}; expected .parquet or .csv. Rename or convert it."
+        )
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StudyError(
+            f"Line {_undecodable_line(path)} of the table {path} is no UTF-8 ({error.reason}); expected UTF-8. "
+            f"Save it as UTF-8, for instance with `iconv -f WINDOWS-1252 -t UTF-8`."
+        ) from error
+    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        raise StudyError(
+            f"The table {path} could not be read as CSV ({error}); expected a header line and one study a row. "
+            f"Quote cells that hold commas or line breaks."
+        ) from error
+    if "licence" not in frame:
+        frame["licence"] = Licence.CREDENTIALED.value
+    return StudyTable.from_frame(frame, path.parent if root is None else root, str(path))
+
+
+def _undecodable_line(path: Path) -> int:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def table_of_studies(studies: Iterable[Study], root: Path | str) -> StudyTable:
