@@ -7,11 +7,13 @@ below; a YAML file of them can be given with `--config`. Heavy modules are impor
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
 import re
 import sys
+import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from sae_lens_maira import __version__, commands
 from sae_lens_maira.errors import MairaError
+
+HELP_WIDTH = 110
 
 
 def quickstart(
@@ -131,20 +135,46 @@ def _discover() -> dict[str, Callable[..., None]]:
         "evaluate": evaluate,
         "measure-phantom": measure_phantom,
     }
-    for module in sorted(pkgutil.iter_modules(commands.__path__), key=lambda m: m.name):
-        found |= getattr(importlib.import_module(f"{commands.__name__}.{module.name}"), "COMMANDS", {})
+    for module in sorted(
+        pkgutil.iter_modules(commands.__path__, f"{commands.__name__}."), key=lambda m: m.name
+    ):
+        if _has_table(module.name):
+            found |= importlib.import_module(module.name).COMMANDS
     return found
+
+
+def _has_table(module: str) -> bool:
+    """Whether a module sets `COMMANDS`: asked of its code, so that compositions with heavy imports stay unloaded."""
+    spec = importlib.util.find_spec(module)
+    code = getattr(spec and spec.loader, "get_code", lambda _: None)(module)
+    return code is not None and "COMMANDS" in code.co_names
 
 
 COMMANDS: dict[str, Callable[..., None]] = _discover()
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the lines of a command's example as they are written."""
+    """Descriptions keep their lines, words keep their hyphens, and the width is one and the same everywhere.
+
+    argparse asks the terminal for its width and breaks at hyphens, which makes "sae-" and "lens-maira" of a command
+    that someone wants to copy.
+    """
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, **({"max_help_position": 28} | settings | {"width": HELP_WIDTH}))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's parser, which also names the option that an unknown one may have meant."""
+    """jsonargparse's parser, which also names the option that an unknown one may have meant.
+
+    Every parser must get the formatter: a subcommand takes its parent's when it is added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"formatter_class": _Formatter} | kwargs))
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         unknown = re.search(r"(?:unrecognized arguments: |Key ')(-*[\w.-]+)", message)
@@ -165,7 +195,7 @@ def build_parser() -> ArgumentParser:
     groups: dict[str, dict[str, ArgumentParser]] = {}
     for name, function in COMMANDS.items():
         about = inspect.getdoc(function) or ""
-        command = _Parser(description=about.split("\nArgs:")[0].strip(), formatter_class=_Formatter)
+        command = _Parser(description=about.split("\nArgs:")[0].strip())
         command.add_argument("--config", action="config", help="YAML file with any of the options below")
         command.add_function_arguments(function, as_group=False, skip={"as_json"})
         if "as_json" in inspect.signature(function).parameters:

@@ -1,6 +1,7 @@
 """The command line: help with examples, one-paragraph errors and exit code 2, JSON where it is asked for."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -15,17 +16,40 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_shows_an_example_and_describes_every_option(name, capsys):
-    """`COMMAND --help` holds an example line that starts with the program's name, and no option without a text."""
+def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         main([*name.split(), "--help"])
     assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert f"Example: sae-lens-maira {name}" in " ".join(text.split())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_shows_an_example_and_describes_every_option(name, capsys):
+    """`COMMAND --help` holds its example on one line, and a sentence of the docstring for every option."""
+    text = help_of(name, capsys)
+    assert f"Example: sae-lens-maira {name} " in text
+    words = " ".join(text.split())
     for option in COMMANDS[name].__annotations__:
         if option not in ("return", "as_json"):
-            assert f"--{option}" in text or option in text
+            assert re.search(rf"--{option} \S+ [^(\s]", words), f"{name} --{option} has no text"
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "400", ""])
+def test_help_is_the_same_in_every_terminal(columns, capsys, monkeypatch):
+    """A narrow terminal would break the example at a hyphen: "sae-" and "lens-maira" on two lines."""
+    wanted = help_of("interpret run", capsys)
+    monkeypatch.setenv("COLUMNS", columns)
+    assert help_of("interpret run", capsys) == wanted
+
+
+def test_the_command_line_starts_without_the_model_libraries():
+    """The parser of all commands loads no torch, transformers or SAELens: help answers at once."""
+    program = (
+        "import sys, sae_lens_maira.cli as c; c.build_parser();"
+        "print(sorted({'torch', 'transformers', 'sae_lens', 'pandas', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_unknown_option_names_the_closest(capsys):
