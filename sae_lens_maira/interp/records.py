@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.records import from_plain
+from sae_lens_maira.latents.plain import from_plain
 
 FILE = "interpretations.jsonl"
 

@@ -22,7 +22,8 @@ from sae_lens_maira.interp.findings import named_findings
 from sae_lens_maira.interp.lookup import by_truth, by_words, interval_names
 from sae_lens_maira.interp.offline import EXPLAINER, Explanation, contrast
 from sae_lens_maira.interp.records import FILE, Interpretation, Score, load
-from sae_lens_maira.latents.records import LatentRecord, to_plain
+from sae_lens_maira.latents.plain import to_plain
+from sae_lens_maira.latents.records import LatentRecord
 from sae_lens_maira.latents.recordset import RecordSet
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.latents.records import Context, PatchHeat, from_plain
+from sae_lens_maira.latents.plain import from_plain
+from sae_lens_maira.latents.records import Context, PatchHeat
 from sae_lens_maira.latents.streaming import VIEWS
 from sae_lens_maira.maira2 import Maira2Processor, TokenRole
 from sae_lens_maira.studies import Study

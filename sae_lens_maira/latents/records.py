@@ -7,18 +7,12 @@ under pseudonyms, with the licence class that later rooms obey. It knows nothing
 
 from __future__ import annotations
 
-import types
-import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import cache
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 from sae_lens_maira.errors import RecordError
 
 POSITION_KINDS = ("text", "image")
 """Where a latent can fire: at tokens of text, or at image patches."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -275,48 +269,3 @@ class RecordsMeta:
     findings: tuple[str, ...]
     seed: int
     versions: dict[str, str]
-
-
-def to_plain(record: Any) -> dict[str, Any]:
-    """A record as dicts, lists, numbers and strings, ready for `json.dumps(..., allow_nan=False)`."""
-    return asdict(record)
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
-    """The record that `to_plain` made `plain` from.
-
-    Raises:
-        RecordError: a field is missing or unknown.
-    """
-    names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]: any of the dataclasses above
-    if set(plain) - names:
-        raise RecordError(
-            f"{kind.__name__} has no field {sorted(set(plain) - names)}; the records were written by another "
-            "version. Write them again with this one."
-        )
-    try:
-        return kind(**{name: _build(_hints(kind)[name], value) for name, value in plain.items()})
-    except TypeError as error:
-        raise RecordError(
-            f"A {kind.__name__} is incomplete ({error}); the file was cut off or written by another version. "
-            "Write the records again."
-        ) from None
-
-
-def _build(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return _build(next(a for a in args if a is not type(None)), value)
-    if origin is tuple:
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        if inner is None:
-            return tuple(_build(h, v) for h, v in zip(args, value, strict=True))
-        return tuple(value) if inner in (int, float, str) else tuple(_build(inner, v) for v in value)
-    return from_plain(hint, value) if is_dataclass(hint) and isinstance(hint, type) else value

@@ -2,7 +2,8 @@
 
     meta.json            what the records were made from; written last, so a folder without it is unfinished
     latents.parquet      one row of numbers per latent, and where its record begins
-    records-00000.jsonl  256 records a file, one a line
+    records-00000.jsonl  256 records a file, one a line, packed
+    texts.jsonl          what all contexts of one study share: its tokens and views
     studies.jsonl        the studies that contexts point to, under pseudonyms
 
 Interpretations may lie beside them in `interpretations.jsonl`; they are left alone here. It knows nothing about
@@ -24,12 +25,13 @@ import pandas as pd
 import pyarrow as pa
 
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.packing import TEXTS, Packer, TextReader, unpack_record
+from sae_lens_maira.latents.plain import from_plain
 from sae_lens_maira.latents.records import (
     POSITION_KINDS,
     LatentRecord,
     RecordsMeta,
     StudyEntry,
-    from_plain,
 )
 
 META, TABLE, STUDIES = "meta.json", "latents.parquet", "studies.jsonl"
@@ -53,6 +55,7 @@ class RecordSet:
     def __init__(self, folder: Path, meta: RecordsMeta, table: pd.DataFrame) -> None:
         self.folder, self.meta, self.table = folder, meta, table
         self._row = {int(latent): i for i, latent in enumerate(table["latent"])}
+        self._texts = TextReader(folder / TEXTS)
 
     @classmethod
     def open(cls, folder: Path | str) -> RecordSet:
@@ -133,7 +136,7 @@ class RecordSet:
                     yield self._checked(file.read(int(length)), int(latent), path)
 
     def _checked(self, line: bytes, latent: int, path: Path) -> LatentRecord:
-        record = _parsed(LatentRecord, line, path)
+        record = unpack_record(_plain(line, path, LatentRecord), self._texts)
         if record.latent != latent:
             raise RecordError(
                 f"{path} holds latent {record.latent} where {TABLE} places latent {latent}; the files belong to "
@@ -191,6 +194,7 @@ def _write_lines(scratch: Path, records: Iterable[LatentRecord]) -> pd.DataFrame
     """Write the record files and return the table."""
     rows: list[dict[str, Any]] = []
     file: IO[bytes] | None = None
+    packer = Packer(scratch)
     try:
         for number, record in enumerate(records):
             if rows and record.latent <= rows[-1]["latent"]:
@@ -204,10 +208,11 @@ def _write_lines(scratch: Path, records: Iterable[LatentRecord]) -> pd.DataFrame
                     file.close()
                 file = (scratch / name).open("wb")
             assert file is not None
-            line = _line(record)
+            line = _line(packer.record(record))
             rows.append(_table_row(record) | {"file": name, "offset": file.tell(), "length": len(line)})
             file.write(line)
     finally:
+        packer.close()
         if file is not None:
             file.close()
     columns = None if rows else ["latent", "level", "status", "density", "max", "file", "offset", "length"]
@@ -239,7 +244,7 @@ def _line(record: Any) -> bytes:
         text = json.dumps(record, default=vars, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except ValueError as error:
         raise RecordError(
-            f"A {type(record).__name__} holds a number that is not finite ({error}); records hold finite numbers "
+            f"A {'LatentRecord' if isinstance(record, dict) else type(record).__name__} holds a number that is not finite ({error}); records hold finite numbers "
             "only. Look for an activation or a weight that overflowed."
         ) from None
     return text.encode() + b"\n"
@@ -255,6 +260,10 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _parsed(kind: type[T], line: bytes, path: Path) -> T:
+    return from_plain(kind, _plain(line, path, kind))
+
+
+def _plain(line: bytes, path: Path, kind: type) -> dict[str, Any]:
     try:
         plain = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -266,4 +275,4 @@ def _parsed(kind: type[T], line: bytes, path: Path) -> T:
             f"{path} holds a {type(plain).__name__} where a {kind.__name__} was expected; it is damaged. Write the "
             "records again."
         )
-    return from_plain(kind, plain)
+    return plain
