@@ -116,7 +116,7 @@ def steering(
     """
     items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     model = _model(maira)
-    point = _point(model, hook_name, sae)
+    point = check_point(model, hook_name, sae)
     engine = Engine(sae, items, encoding, p99, model.config.get_text_config().hidden_size)
     run = Steering(maira, point, engine, encoding)
     with ExitStack() as stack:
@@ -124,7 +124,7 @@ def steering(
             # Not the watched form: a block in which nothing ran gets the same message as on other backends.
             stack.enter_context(maira.hooks([(point.name.__eq__, lambda value, hook: engine(value))]))
         elif not isinstance(maira, Maira2NNsight):
-            handle = _listen(model.get_submodule(point.module), point, engine)
+            handle = listen(model.get_submodule(point.module), engine)
             stack.callback(handle.remove)
         yield run
     engine.require(require_effect)
@@ -136,7 +136,8 @@ def _model(maira: Backend) -> Any:
     return maira._module if isinstance(maira, Maira2NNsight) else maira
 
 
-def _point(model: Any, hook_name: str, sae: SAE[Any] | None) -> Point:
+def check_point(model: Any, hook_name: str, sae: SAE[Any] | None) -> Point:
+    """The point, or InterventionError where it cannot be steered or the SAE was trained elsewhere."""
     try:
         point = PointTable(model.config).resolve(hook_name)
     except HookError as error:
@@ -160,7 +161,9 @@ def _point(model: Any, hook_name: str, sae: SAE[Any] | None) -> Point:
     return point
 
 
-def _listen(module: nn.Module, point: Point, engine: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+def listen(module: nn.Module, engine: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    """Let `engine` edit what a module gives; returns the handle."""
+
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         value = output[0] if isinstance(output, tuple) else output
         new = engine(value)

@@ -17,6 +17,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.maira2 import Maira2Encoding
 from sae_lens_maira.sae import MatryoshkaSAE
+from sae_lens_maira.steering.columns import Columns
 from sae_lens_maira.steering.interventions import Direction, Intervention, LatentIntervention
 from sae_lens_maira.steering.schedule import Layout
 
@@ -81,6 +82,7 @@ class Engine:
         self._thresholds: list[float] = []
         for item in self.interventions:
             self._prepare(item, p99, d_model)
+        self._columns = self._read_columns()
         self._weights: list[torch.Tensor] = []
         self._known = 0
         self._grow(self.prompt_length)
@@ -91,15 +93,14 @@ class Engine:
         self.effect.calls += 1
         stop = start + hidden.shape[1]
         self._grow(stop)
-        weights = [
-            w[:, start:stop].repeat_interleave(copies, 0).to(hidden.device, torch.float32)
-            for w in self._weights
-        ]
-        for i, weight in enumerate(weights):
-            self.effect.fired[i] += int((weight != 0).sum())
+        here = [w[:, start:stop] for w in self._weights]
+        counts = [copies * int(w.count_nonzero()) for w in here]
+        if not any(counts):
+            return None  # a decode step behind the patches costs no more than this
+        for i, count in enumerate(counts):
+            self.effect.fired[i] += count
+        weights = [w.repeat_interleave(copies, 0).to(hidden.device, torch.float32) for w in here]
         active = torch.stack([weight != 0 for weight in weights]).any(0)
-        if not bool(active.any()):
-            return None
         h = hidden[active]
         row = active.nonzero()[:, 0] // copies
         delta, changed = self._delta(h, row, [weight[active] for weight in weights])
@@ -113,6 +114,11 @@ class Engine:
         out = hidden.clone()
         out[active] = torch.where(changed[:, None], (h.float() + delta).to(h.dtype), h)
         return out
+
+    def reaches(self, stop: int) -> bool:
+        """Whether any schedule acts between the prompt and position `stop`."""
+        self._grow(stop)
+        return any(bool(w[:, self.prompt_length : stop].any()) for w in self._weights)
 
     def require(self, effect: bool) -> None:
         """Raise InterventionError if the run was a silent no-op.
@@ -186,6 +192,15 @@ class Engine:
             0.0 if item.if_latent is None else item.if_latent[1] * float(units[item.if_latent[0]])
         )
 
+    def _read_columns(self) -> Columns | None:
+        """The latents that are changed, and those that gates ask."""
+        asked: dict[int, None] = {}
+        for item, latents in zip(self.interventions, self._latents, strict=True):
+            if latents is not None and isinstance(item, LatentIntervention):
+                asked |= dict.fromkeys(latents.tolist())
+                asked |= {} if item.if_latent is None else {item.if_latent[0]: None}
+        return Columns(self.sae, list(asked)) if asked and self.sae is not None else None
+
     def _place(self, hidden: torch.Tensor) -> tuple[int, int]:
         """First absolute position of what passes, and rows per study."""
         rows, length = hidden.shape[:2]
@@ -220,9 +235,9 @@ class Engine:
         delta = torch.zeros(h.shape, device=h.device)
         changed = torch.zeros(len(h), dtype=torch.bool, device=h.device)
         acts = new = None
-        if self.sae is not None and any(latents is not None for latents in self._latents):
-            with torch.no_grad():
-                acts = self.sae.encode(h.to(self.sae.W_dec)).float()
+        columns = self._columns
+        if columns is not None:
+            acts = columns.encode(h)
             new = acts.clone()
         for i, item in enumerate(self.interventions):
             weight, strength = weights[i], self._strengths[i].to(h.device)[row]
@@ -234,25 +249,26 @@ class Engine:
                     amount, vector = amount * h.float().norm(dim=1), vector / vector.norm()
                 delta += amount[:, None] * vector
                 changed |= amount != 0
-            elif isinstance(item, LatentIntervention) and acts is not None and new is not None:
+            elif columns is not None and acts is not None and new is not None:
+                assert isinstance(item, LatentIntervention)
                 assert latents is not None
                 assert units is not None
-                latents = latents.to(h.device)
+                slots = columns.slots(latents).to(h.device)
                 value = strength[:, None] * (1.0 if item.is_factor else units.to(h.device))
-                current = new[:, latents]
+                current = new[:, slots]
                 gate = (weight != 0)[:, None].expand_as(current)
                 if item.if_active:
-                    gate = gate & (acts[:, latents] > 0)
+                    gate = gate & (acts[:, slots] > 0)
                 if item.if_latent is not None:
-                    gate = gate & (acts[:, item.if_latent[0]] > self._thresholds[i])[:, None]
+                    key = columns.slots(torch.tensor(item.if_latent[:1], dtype=torch.long)).to(h.device)
+                    gate = gate & (acts[:, key] > self._thresholds[i])
                 value = value.expand_as(current)
-                new[:, latents] = torch.where(gate, item.change(current, value, weight[:, None]), current)
-        if acts is not None and new is not None and self.sae is not None:
-            moved = (new != acts).any(0).nonzero()[:, 0]
-            if len(moved):
-                with torch.no_grad():
-                    delta += (new - acts)[:, moved] @ self.sae.W_dec.detach()[moved].to(h.device).float()
-                changed |= (new != acts).any(1)
+                new[:, slots] = torch.where(gate, item.change(current, value, weight[:, None]), current)
+        if columns is not None and acts is not None and new is not None:
+            moved = (new != acts).any(1)
+            if bool(moved.any()):
+                delta += columns.decode(new - acts)
+                changed |= moved
         return delta, changed
 
 

@@ -1,0 +1,419 @@
+"""One prompt, many interventions: what lies below the hook point is computed once and shared by a whole sweep.
+
+    once a study      h (L, d_model) at blocks.i.hook_resid_post, keys and values of every block over the prompt
+    an intervention   blocks i+1.. over the edited h, then greedy decoding with a cache
+
+An intervention on a residual stream changes nothing below it, so a sweep needs the films, the projector and the lower
+blocks only once. The tokens are those that `generate` writes under the same interventions. Rows that have ended leave
+the batch. It holds 2 L layers d_model numbers a study and knows nothing about what reports say.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.hooks import PointTable
+from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
+from sae_lens_maira.maira2.versions import cache_keyword
+from sae_lens_maira.steering.apply import check_point, listen
+from sae_lens_maira.steering.engine import Effect, Engine
+from sae_lens_maira.steering.interventions import Intervention
+
+COLUMNS = ("input_ids", "attention_mask", "roles", "image_index", "image_kind", "patch_row", "patch_col")
+
+
+class _Room(DynamicLayer):
+    """Keys and values of one block with room for what will be written, so that a step copies one token."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room, self.used = room, 0
+        self._buffers: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, heads, T, d_head), and return all that is held."""
+        start, self.used = self.used, self.used + key_states.shape[2]
+        if not self._buffers:
+            shape = (*key_states.shape[:2], self._room, key_states.shape[3])
+            self._buffers = [key_states.new_empty(shape), value_states.new_empty(shape)]
+            self.is_initialized = True
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.used] = new
+        self._show()
+        return self.keys, self.values  # pyright: ignore[reportReturnType] - set by _show
+
+    def rewind(self, length: int) -> None:
+        """Forget what stands behind `length`."""
+        self.used = min(self.used, length)
+        self._show()
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep some rows of the batch."""
+        self._buffers = [buffer[rows] for buffer in self._buffers]
+        self._show()
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Positions held."""
+        return self.used
+
+    def _show(self) -> None:
+        self.keys, self.values = (buffer[:, :, : self.used] for buffer in self._buffers)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One study's prompt, without padding: its encoding's columns (1, L), h (L, d_model), keys and values a block.
+
+    `first` (d_vocab,) are the unsteered logits of the report's first token.
+    """
+
+    columns: dict[str, torch.Tensor]
+    hidden: torch.Tensor
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    first: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one intervention wrote.
+
+    Attributes:
+        texts: a report a study.
+        n_tokens: (n,) tokens of each, the closing one included.
+        effect: of the last batch.
+        ratio: (n,) mean |delta| / |h| of the study's batch.
+        kl: (n,) mean KL(unsteered || steered) over the given reports' tokens, nats; None if none were given.
+    """
+
+    texts: list[str]
+    n_tokens: list[int]
+    effect: Effect | None
+    ratio: list[float]
+    kl: list[float] | None
+
+
+class SharedPrompts:
+    """Prompts of studies, run once up to the end of the model and kept.
+
+    Args:
+        maira: the model.
+        hook_name: `blocks.{i}.hook_resid_post`, where interventions will act.
+        studies: their prompts for the findings report are kept.
+        batch_size: studies a pass.
+
+    Raises:
+        InterventionError: another kind of hook point.
+    """
+
+    def __init__(self, maira: Maira2, hook_name: str, studies: Sequence[Any], batch_size: int = 32) -> None:
+        point = PointTable(maira.model.config).resolve(hook_name)
+        if not point.name.endswith("hook_resid_post") or point.index is None:
+            raise InterventionError(
+                f"{hook_name!r} leaves other parts of its own block untouched, so the blocks below it are not all that "
+                "is shared; use blocks.{i}.hook_resid_post, or `steering` without shared prompts."
+            )
+        self.maira, self.hook_name, self._point, self._block = maira, hook_name, point, point.index
+        self._lm: Any = maira.model.model.language_model
+        self._keyword = cache_keyword()
+        self._prompts: list[_Prompt] = []
+        self._plain: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for start in range(0, len(studies), batch_size):
+            self._read(list(studies[start : start + batch_size]))
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @torch.no_grad()
+    def write(
+        self,
+        which: Sequence[int],
+        interventions: Sequence[Intervention] = (),
+        sae: SAE[Any] | None = None,
+        p99: torch.Tensor | None = None,
+        max_new_tokens: int = 120,
+        batch_size: int = 64,
+        measure_kl: bool = False,
+    ) -> Written:
+        """Write a report for every chosen study, greedily.
+
+        Args:
+            which: numbers of studies.
+            interventions: what to do; none writes the unsteered reports.
+            sae: whose latents.
+            p99: (d_sae,) units.
+            max_new_tokens: budget.
+            batch_size: studies a batch.
+            measure_kl: also compare next-token distributions along the unsteered reports.
+
+        Returns:
+            Texts in the order of `which`.
+        """
+        texts: dict[int, tuple[str, int, float, float]] = {}
+        order = sorted(range(len(which)), key=lambda i: len(self._prompts[which[i]].hidden))
+        effect = None
+        if sae is not None or interventions:
+            check_point(self.maira.model, self.hook_name, sae)
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            rows = [which[i] for i in places]
+            encoding, hidden = self._batch(rows)
+            engine = None
+            if interventions:
+                width = self.maira.model.config.get_text_config().hidden_size
+                engine = Engine(sae, interventions, encoding, p99, width)
+            run = _Run(self, rows, encoding, hidden, engine, max_new_tokens)
+            kl = run.kl(*self._unsteered(rows, max_new_tokens)) if measure_kl else [0.0] * len(rows)
+            ids = run.decode(max_new_tokens)
+            if engine is not None:
+                engine.require(False)
+                effect = engine.effect
+            ratio = engine.effect.ratio if engine is not None else 0.0
+            for place, row, divergence in zip(places, ids, kl, strict=True):
+                text = self.maira.processor.decode_report(row).text
+                texts[place] = (text, int((row != encoding.pad_token_id).sum()), ratio, divergence)
+        found = [texts[i] for i in range(len(which))]
+        return Written(
+            [f[0] for f in found],
+            [f[1] for f in found],
+            effect,
+            [f[2] for f in found],
+            [f[3] for f in found] if measure_kl else None,
+        )
+
+    @torch.no_grad()
+    def perplexity(self, which: Sequence[int], texts: Sequence[str], batch_size: int = 64) -> list[float]:
+        """exp of the mean negative log-probability of each text's tokens, closing one included, without steering."""
+        found: dict[int, float] = {}
+        order = sorted(range(len(which)), key=lambda i: len(self._prompts[which[i]].hidden))
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            rows = [which[i] for i in places]
+            ids = self._tokens([texts[i] for i in places])
+            encoding, _ = self._batch(rows)
+            run = _Run(self, rows, encoding, None, None, ids.shape[1])
+            logp = run.score(ids).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+            kept = ids != encoding.pad_token_id
+            mean = (logp * kept).sum(1) / kept.sum(1)
+            found |= dict(zip(places, (-mean).exp().tolist(), strict=True))
+        return [found[i] for i in range(len(which))]
+
+    def _tokens(self, texts: Sequence[str]) -> torch.Tensor:
+        """(B, T) ids of texts with their closing token, padded on the right."""
+        tokenizer = self.maira.processor.tokenizer
+        rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        rows = [torch.tensor([*row, tokenizer.eos_token_id]) for row in rows]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+
+    def _unsteered(self, rows: Sequence[int], budget: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (B, T) of the unsteered reports and the log-probabilities (B, T, d_vocab) along them, kept by study."""
+        missing = [row for row in rows if row not in self._plain]
+        if missing:
+            encoding, hidden = self._batch(missing)
+            run = _Run(self, missing, encoding, hidden, None, 2 * budget)
+            ids = run.decode(budget)
+            run = _Run(self, missing, encoding, hidden, None, ids.shape[1])
+            logp = run.score(ids).log_softmax(-1)
+            for row, written, scores in zip(missing, ids, logp, strict=True):
+                n = int((written != encoding.pad_token_id).sum())
+                self._plain[row] = (written[:n], scores[:n].half())
+        kept = [self._plain[row] for row in rows]
+        pad = int(self.maira.processor.tokenizer.pad_token_id)
+        ids = nn.utils.rnn.pad_sequence([k[0] for k in kept], batch_first=True, padding_value=pad)
+        logp = nn.utils.rnn.pad_sequence([k[1] for k in kept], batch_first=True)
+        return ids, logp.float()
+
+    @torch.no_grad()
+    def _read(self, studies: Sequence[Any]) -> None:
+        maira = self.maira
+        encoding = maira.processor.encode(studies, padding_side="left").to(maira.model.device, maira.model.dtype)
+        length = encoding.input_ids.shape[1]
+        cache = Cache(layers=[_Room(length) for _ in range(len(self._lm.layers))])
+        seen: list[torch.Tensor] = []
+
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = maira.model.get_submodule(self._point.module).register_forward_hook(look, prepend=True)
+        try:
+            output: Any = maira.model(
+                **encoding.model_inputs(),
+                position_ids=places_of(encoding.attention_mask),
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._keyword: cache},
+            )
+        finally:
+            handle.remove()
+        for row in range(len(encoding)):
+            real = encoding.attention_mask[row].bool()
+            self._prompts.append(
+                _Prompt(
+                    {name: getattr(encoding, name)[row, real] for name in COLUMNS},
+                    seen[0][row, real].clone(),
+                    tuple(layer.keys[row][:, real] for layer in cache.layers),  # pyright: ignore[reportOptionalSubscript, reportAttributeAccessIssue]
+                    tuple(layer.values[row][:, real] for layer in cache.layers),  # pyright: ignore[reportOptionalSubscript, reportAttributeAccessIssue]
+                    output.logits[row, -1].clone(),
+                )
+            )
+
+    def _batch(self, rows: Sequence[int]) -> tuple[Maira2Encoding, torch.Tensor]:
+        """Left-padded encoding (without pixels) and h (B, L, d_model) of some studies."""
+        parts = [self._prompts[row] for row in rows]
+        length = max(len(part.hidden) for part in parts)
+        fill = {"input_ids": int(self.maira.processor.tokenizer.pad_token_id), "attention_mask": 0}
+        fill["roles"] = int(TokenRole.PAD)
+
+        def pad(value: torch.Tensor, number: int) -> torch.Tensor:
+            return nn.functional.pad(value, (length - len(value), 0), value=number)
+
+        columns = {
+            name: torch.stack([pad(part.columns[name], fill.get(name, -1)) for part in parts]) for name in COLUMNS
+        }
+        hidden = torch.stack([nn.functional.pad(p.hidden, (0, 0, length - len(p.hidden), 0)) for p in parts])
+        tokenizer = self.maira.processor.tokenizer
+        encoding = Maira2Encoding(
+            **columns,
+            pixel_values=None,
+            images_per_row=(0,) * len(parts),
+            pad_token_id=int(tokenizer.pad_token_id),
+            eos_token_id=int(tokenizer.eos_token_id),
+        )
+        return encoding, hidden
+
+
+class _Run:
+    """The upper blocks over one batch's edited prompt, and what is written behind it.
+
+    Without `hidden` the prompt's own keys and values are taken for every block: nothing is steered.
+    """
+
+    def __init__(
+        self,
+        shared: SharedPrompts,
+        rows: Sequence[int],
+        encoding: Maira2Encoding,
+        hidden: torch.Tensor | None,
+        engine: Engine | None,
+        room: int,
+    ) -> None:
+        self._shared, self._engine, self._pad, self._eos = shared, engine, encoding.pad_token_id, encoding.eos_token_id
+        self._mask = encoding.attention_mask
+        self._length = self._mask.shape[1]
+        lm = shared._lm
+        self._cache = Cache(layers=[_Room(self._length + room) for _ in range(len(lm.layers))])
+        below = shared._block + 1 if hidden is not None else len(lm.layers)
+        parts = [shared._prompts[row] for row in rows]
+        self._first = torch.stack([part.first for part in parts])
+        if hidden is not None:
+            edited = engine(hidden) if engine is not None else None
+            with _upper(lm, below):
+                # The lower blocks' entries are still empty, so the library builds the mask of a first pass.
+                last = self._pass(inputs_embeds=hidden if edited is None else edited)[:, -1]
+            self._first = shared.maira.model.lm_head(last)
+        for block in range(below):
+            room_of: Any = self._cache.layers[block]
+            room_of.update(
+                _left([p.keys[block] for p in parts], self._length),
+                _left([p.values[block] for p in parts], self._length),
+            )
+        # Positions written later are steered only if a schedule reaches them; otherwise no hook is needed.
+        self._hooked = engine is not None and engine.reaches(self._length + room)
+
+    def score(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, T, d_vocab) logits that predict `ids` (B, T), as if they had been written; nothing is kept of it."""
+        with self._listening():
+            hidden = self._pass(input_ids=ids[:, :-1], more=(ids[:, :-1] != self._pad).long())
+        self._rewind()
+        return torch.cat([self._first[:, None], self._shared.maira.model.lm_head(hidden)], 1).float()
+
+    def kl(self, ids: torch.Tensor, base: torch.Tensor) -> list[float]:
+        """Per row, mean KL(base || steered) over the report's tokens."""
+        moved = self.score(ids).log_softmax(-1)
+        kept = (ids != self._pad).float()
+        divergence = (base.exp() * (base - moved)).sum(-1) * kept
+        return (divergence.sum(1) / kept.sum(1)).tolist()
+
+    def decode(self, budget: int) -> torch.Tensor:
+        """(B, T) ids written greedily, closing token included, padded behind it."""
+        head = self._shared.maira.model.lm_head
+        rows = torch.arange(len(self._mask))
+        out = torch.full((len(rows), budget), self._pad)
+        logits = self._first
+        with self._listening():
+            for step in range(budget):
+                ids = logits.argmax(-1)
+                out[rows, step] = ids
+                going = ids != self._eos
+                if not bool(going.any()) or step == budget - 1:
+                    break
+                if not self._hooked and int(going.sum()) <= 0.8 * len(going):
+                    keep = going.nonzero()[:, 0]
+                    rows, ids, self._mask = rows[keep], ids[keep], self._mask[keep]
+                    for layer in self._cache.layers:
+                        layer.keep(keep)  # pyright: ignore[reportAttributeAccessIssue] - a _Room
+                logits = head(self._pass(input_ids=ids[:, None], more=torch.ones_like(ids)[:, None])[:, -1])
+        # A row that ended but stayed in the batch wrote on behind its closing token.
+        ended = ((out == self._eos).int().cumsum(1) - (out == self._eos).int()) > 0
+        return out.masked_fill(ended, self._pad)[:, : step + 1]
+
+    def _pass(self, more: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        if more is not None:
+            self._mask = torch.cat([self._mask, more], 1)
+        n = next(iter(inputs.values())).shape[1]
+        return self._shared._lm(
+            **inputs,
+            attention_mask=self._mask,
+            position_ids=places_of(self._mask)[:, -n:],
+            use_cache=True,
+            **{self._shared._keyword: self._cache},
+        ).last_hidden_state
+
+    def _rewind(self) -> None:
+        self._mask = self._mask[:, : self._length]
+        for layer in self._cache.layers:
+            layer.rewind(self._length)  # pyright: ignore[reportAttributeAccessIssue] - a _Room
+        if self._engine is not None:
+            self._engine.effect.positions = self._length
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        if self._engine is None or not self._hooked:
+            yield
+            return
+        module = self._shared.maira.model.get_submodule(self._shared._point.module)
+        handle = listen(module, self._engine)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def places_of(mask: torch.Tensor) -> torch.Tensor:
+    """(B, n) place of every real token in its row, 0 at padding: the positions that `generate` gives."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+@contextmanager
+def _upper(lm: Any, first: int) -> Iterator[None]:
+    """The language model with only its blocks from `first` on."""
+    layers = lm.layers
+    lm.layers = nn.ModuleList(list(layers)[first:])
+    try:
+        yield
+    finally:
+        lm.layers = layers
+
+
+def _left(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    """(B, heads, length, d_head) of (heads, l, d_head), padded on the left."""
+    return torch.stack([nn.functional.pad(part, (0, 0, length - part.shape[1], 0)) for part in parts])
