@@ -10,24 +10,16 @@ from __future__ import annotations
 import re
 import tarfile
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens_maira.errors import StudyError
+from sae_lens_maira.studies.imported import Imported, Skipped, SkipReason
 from sae_lens_maira.studies.study import Licence
 from sae_lens_maira.studies.table import StudyTable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A table, and how many studies were left out for which reason."""
-
-    table: StudyTable
-    skipped: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ def import_openi(reports: Path | str, images: Path | str | None = None, need_ima
         need_images: skip studies of which no image file is found; ignored without `images`.
 
     Returns:
-        The table (root = `images`), and studies left out as "no findings", "no image named", "no image file".
+        The table (root = `images`), and studies left out: NO_FINDINGS, NO_IMAGE_NAMED, NO_IMAGE_FILE.
     """
     root = Path(images) if images is not None else Path(reports).parent
     files = {}
@@ -113,14 +105,15 @@ def import_openi(reports: Path | str, images: Path | str | None = None, need_ima
             if p.suffix.lower() in SUFFIXES
         }
     rows: list[dict[str, str | None]] = []
-    skipped: Counter[str] = Counter()
+    skipped: list[Skipped] = []
     for report in read_reports(reports):
         if "findings" not in report.sections:
-            skipped["no findings"] += 1
+            skipped.append(Skipped(report.report_id, SkipReason.NO_FINDINGS))
             continue
         found = [(path, caption) for image, caption in report.images if (path := _file(image, files))]
         if images is not None and need_images and not found:
-            skipped["no image file" if report.images else "no image named"] += 1
+            reason = SkipReason.NO_IMAGE_FILE if report.images else SkipReason.NO_IMAGE_NAMED
+            skipped.append(Skipped(report.report_id, reason))
             continue
         lateral = [p for p, caption in found if caption.lower() == "lateral"]
         frontal = [p for p, _ in found if p not in lateral]

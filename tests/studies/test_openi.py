@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sae_lens_maira.errors import StudyError
+from sae_lens_maira.studies.imported import SkipReason
 from sae_lens_maira.studies.openi import import_openi, parse_report, read_reports
 
 XML = """<eCitation><uId id="CXR{n}"/><Abstract><AbstractText Label="FINDINGS">{findings}</AbstractText>
@@ -25,7 +26,7 @@ def test_all_reports_of_the_wheel_parse() -> None:
     assert sum(len(report.images) for report in reports) == 7470
     imported = import_openi(archive)
     assert len(imported.table) == 3425
-    assert imported.skipped == {"no findings": 530}
+    assert imported.counts() == {SkipReason.NO_FINDINGS: 530}
 
 
 def test_images_are_found_by_name_and_missing_ones_counted(tmp_path: Path) -> None:
@@ -39,7 +40,7 @@ def test_images_are_found_by_name_and_missing_ones_counted(tmp_path: Path) -> No
     imported = import_openi(reports, images)
     (row,) = imported.table.rows()
     assert (row["frontal"], row["lateral"]) == ("CXR1_1_IM-0001-3001.png", "CXR1_1_IM-0001-4001.png")
-    assert imported.skipped == {"no findings": 1, "no image file": 1}
+    assert imported.skipped == [("CXR2", SkipReason.NO_FINDINGS), ("CXR3", SkipReason.NO_IMAGE_FILE)]
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

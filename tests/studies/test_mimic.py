@@ -1,0 +1,132 @@
+"""MIMIC-CXR in the official layout: every skipped study has its reason, priors follow date and time."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sae_lens_maira.errors import StudyError
+from sae_lens_maira.studies import Licence, read_table
+from sae_lens_maira.studies.imported import SkipReason
+from sae_lens_maira.studies.mimic import import_mimic, taken_at
+
+pytestmark = pytest.mark.compat
+
+
+@pytest.fixture
+def imported(tmp_path, mimic_tree):
+    return import_mimic(mimic_tree(tmp_path / "mimic"), progress=False)
+
+
+def test_every_study_is_in_the_table_or_left_out_with_its_reason(imported, mimic_quirks) -> None:
+    expected = {case.study: case.skipped for case in mimic_quirks if case.skipped}
+    assert dict(imported.skipped) == expected
+    kept = set(imported.table.frame["study_id"])
+    assert kept == {case.study for case in mimic_quirks} - set(expected)
+    assert len(imported.table) + sum(imported.counts().values()) == len(mimic_quirks)
+    assert imported.counts()[SkipReason.NO_FINDINGS] == 2
+    assert list(imported.counts()) == [r for r in SkipReason if r in set(expected.values())]
+
+
+def test_sections_views_and_paths_of_a_study(imported) -> None:
+    studies = {study.study_id: study for study in imported.table.studies}
+    rows = {row["study_id"]: row for row in imported.table.rows()}
+    full = studies["50414267"]
+    assert full.indication == "___F with new onset ascites // eval for infection"
+    assert full.technique == "Chest PA and lateral"
+    assert full.comparison == "None."
+    assert full.report is not None
+    assert full.report.endswith("LUNGS: Clear otherwise. Clips from ___ project over the left breast.")
+    assert full.licence is Licence.CREDENTIALED
+    assert isinstance(full.frontal, Path)
+    assert full.frontal.parent == imported.table.root / "files/p10/p10000032/s50414267"
+    assert full.frontal.is_file()
+    assert studies["53189527"].report == full.report  # the addendum above it is no part of it
+    assert rows["53189527"]["view"] == "PA"  # though an AP image is listed first
+    assert rows["53189527"]["lateral"] is not None
+    assert (rows["56699142"]["view"], rows["56699142"]["lateral"]) == ("AP", None)
+    assert studies["56699142"].report == "The heart is enlarged and there is edema in both lungs."
+
+
+def test_the_prior_is_the_patients_previous_study_by_date_and_time(imported) -> None:
+    rows = {row["study_id"]: row for row in imported.table.rows()}
+    assert rows["53189527"]["taken"] == "2180-05-06T08:05:56.875"
+    assert rows["53189527"]["prior_study_id"] is None
+    noon = rows["50414267"]
+    assert (noon["prior_study_id"], noon["prior_taken"]) == ("53189527", "2180-05-06T08:05:56.875")
+    assert noon["prior_frontal"] == rows["53189527"]["frontal"]
+    assert noon["prior_report"].startswith("FINDINGS: There is no focal consolidation")
+    assert noon["prior_report"].endswith("IMPRESSION: No acute cardiopulmonary process.")
+    # Its prior is no row of the table itself, since it has no findings section.
+    assert rows["56699142"]["prior_study_id"] == "53911762"
+    assert rows["56699142"]["prior_report"].endswith("The lungs are clear of effusion.")
+    assert [rows[i]["prior_study_id"] for i in ("51178377", "50578979", "55697293")] == [
+        None,
+        None,
+        "51178377",
+    ]
+    # The prior's image file is missing: its report stays, the image does not.
+    last = rows["59999999"]
+    assert (last["prior_study_id"], last["prior_frontal"]) == ("59988438", None)
+    assert last["prior_report"]
+    assert imported.notes["prior without a frontal image"] == 1
+    assert imported.notes["without prior: date or time is missing"] == 1
+    assert rows["57966011"]["taken"] is None
+
+
+def test_times_have_lost_their_leading_zeros() -> None:
+    times = ["213014.531", "80556.875", "93.25", "0", "1000", "", "250000", "12x", "5."]
+    dates = ["21800506"] * 8 + ["21800506.0"]
+    told = taken_at(pd.Series(dates), pd.Series(times))
+    assert [None if pd.isna(t) else t.strftime("%H:%M:%S.%f") for t in told] == [
+        "21:30:14.531000",
+        "08:05:56.875000",
+        None,  # 93 seconds are no time of day
+        "00:00:00.000000",
+        "00:10:00.000000",
+        None,
+        None,
+        None,
+        "00:00:05.000000",
+    ]
+    assert taken_at(pd.Series([""]), pd.Series(["1"])).isna().all()
+
+
+def test_the_table_works_where_the_tree_was_moved_to(imported, tmp_path) -> None:
+    imported.table.save(tmp_path / "studies.parquet")
+    (tmp_path / "mimic").rename(tmp_path / "elsewhere")
+    for study in read_table(tmp_path / "studies.parquet", tmp_path / "elsewhere").studies:
+        images = [study.frontal, study.lateral, study.prior_frontal]
+        assert all(Path(image).is_file() for image in images if image is not None)
+
+
+def test_reports_of_their_own_root_unpacked_tables_and_no_images(tmp_path, mimic_tree, mimic_quirks) -> None:
+    """Both layouts give the same table; without images no file of them is looked for."""
+    together = import_mimic(mimic_tree(tmp_path / "one"), progress=False).table.frame
+    mimic_tree(tmp_path / "jpg", reports=tmp_path / "txt", packed=False)
+    apart = import_mimic(tmp_path / "jpg", tmp_path / "txt", progress=False, workers=1).table.frame
+    pd.testing.assert_frame_equal(together, apart)
+    for file in (tmp_path / "jpg").rglob("*.jpg"):
+        file.unlink()
+    blind = import_mimic(tmp_path / "jpg", tmp_path / "txt", need_images=False, progress=False)
+    assert SkipReason.NO_IMAGE_FILE not in blind.counts()
+    assert len(blind.table) == len(apart) + 1
+    seeing = import_mimic(tmp_path / "jpg", tmp_path / "txt", progress=False)
+    assert len(seeing.table) == 0
+    assert sum(seeing.counts().values()) == len(mimic_quirks)
+
+
+def test_what_is_missing_is_named(tmp_path, mimic_tree, mimic_case) -> None:
+    with pytest.raises(StudyError, match="no folder `files`"):
+        import_mimic(tmp_path)
+    root = mimic_tree(tmp_path / "m", [mimic_case("10000032", "50414267", "21800506", "1")], packed=False)
+    split = root / "mimic-cxr-2.0.0-split.csv"
+    text = split.read_text()
+    split.write_text(text.replace("split", "part"))
+    with pytest.raises(StudyError, match="split"):
+        import_mimic(root, progress=False)
+    split.write_text(text + "x,50414267,10000032,test\n")
+    assert import_mimic(root, progress=False).counts() == {SkipReason.TWO_SPLITS: 1}
+    (root / "mimic-cxr-2.0.0-metadata.csv").unlink()
+    with pytest.raises(StudyError, match="metadata"):
+        import_mimic(root)
