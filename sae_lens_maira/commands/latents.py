@@ -35,7 +35,8 @@ def latents(
     import torch
 
     from sae_lens_maira.errors import ConfigError, SAEError
-    from sae_lens_maira.latents.collect import CollectConfig, collect_records, harvested_blocks
+    from sae_lens_maira.latents.blocks import HarvestedBlocks
+    from sae_lens_maira.latents.collect import CollectConfig, collect_records
     from sae_lens_maira.maira2 import load_maira2
     from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
     from sae_lens_maira.sae import load_matryoshka, untrained_like
@@ -50,9 +51,9 @@ def latents(
             "The SAE's metadata name no hook point; give --hook, for example blocks.3.hook_resid_post."
         )
     chosen = generate_studies(studies, seed=seed, size=maira.processor.recipe.crop)
-    blocks = harvested_blocks(maira, chosen, hook_name)
+    blocks = HarvestedBlocks(maira, chosen, hook_name)
     if control == "untrained":
-        dictionary = untrained_like(dictionary, next(iter(blocks())).values, seed=seed)
+        dictionary = untrained_like(dictionary, blocks[0][0].values, seed=seed)
     config = CollectConfig(model=model, sae=str(sae), control=control, top=top, seed=seed)
     records = collect_records(blocks, chosen, dictionary, maira, out, config, findings=FINDING_KEYS)
     counts = records.table["status"].value_counts().to_dict()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_lens_maira.latents.contexts import short, spell
+from sae_lens_maira.latents.packing import half_precision
 from sae_lens_maira.latents.records import (
     POSITION_KINDS,
     Context,
@@ -53,12 +54,10 @@ class RecordBuilder:
         levels: np.ndarray,
         config: "CollectConfig",
     ) -> None:
-        self._s, self._findings, self._levels, self._config = statistics, findings, levels, config
-        self.grid = statistics.grid
+        self._s, self._findings, self._config = statistics, findings, config
+        self.grid, self.levels, self.samples = statistics.grid, levels, statistics.samples
         self._p99 = statistics.p99()
-        # Highest occupied octaves first; their numbers per latent.
-        by_octave = statistics.histogram.sum(0).view(-1, OCTAVES, BINS_PER_OCTAVE).sum(-1).numpy()
-        self._by_octave = by_octave
+        self._by_octave = statistics.histogram.sum(0).view(-1, OCTAVES, BINS_PER_OCTAVE).sum(-1).numpy()
 
     def kind_of(self, latent: int) -> str:
         """The kind of position at which the latent fires at a larger share of rows."""
@@ -84,16 +83,12 @@ class RecordBuilder:
         order = np.argsort(self._s.zero.priority[latent])
         return [int(self._s.zero.item[latent, i]) for i in order if self._s.zero.item[latent, i] >= 0]
 
-    def wanted(self, latents: Sequence[int]) -> dict[int, list[int]]:
-        """Study -> latents that need a context of it."""
-        wanted: dict[int, list[int]] = {}
-        for latent in latents:
-            studies = {*self._top(latent), *self._zero(latent)}
-            for octave in self._octaves_of(latent):
-                studies.update(self._in_octave(latent, octave))
-            for study in studies:
-                wanted.setdefault(study, []).append(latent)
-        return wanted
+    def wanted(self, latent: int) -> list[int]:
+        """Studies that the latent needs a context of."""
+        studies = {*self._top(latent), *self._zero(latent)}
+        for octave in self._octaves_of(latent):
+            studies.update(self._in_octave(latent, octave))
+        return sorted(studies)
 
     def build(
         self,
@@ -106,7 +101,7 @@ class RecordBuilder:
 
         Args:
             latent: its number.
-            contexts: study -> context, of all studies that `wanted` named.
+            contexts: study -> context, of all studies that `wanted` names.
             neighbours: of the latent.
             tokens: (token, id, weight) raised and lowered.
         """
@@ -119,7 +114,7 @@ class RecordBuilder:
         )
         return LatentRecord(
             latent=latent,
-            level=int(self._levels[latent]),
+            level=int(self.levels[latent]),
             status=status,
             density=int(s.fired[:, latent].sum()) / rows if rows else 0.0,
             max=largest,
@@ -181,8 +176,8 @@ class RecordBuilder:
         s, maps = self._s, []
         for view in VIEWS:
             if view in s.maps and bool(s.maps[view][latent].any()):
-                mean = (s.maps[view][latent] / s.map_studies[view]).tolist()
-                maps.append(MeanMap(view, *self.grid, tuple(short(v) for v in mean), s.map_studies[view]))
+                mean = half_precision((s.maps[view][latent] / s.map_studies[view]).numpy())
+                maps.append(MeanMap(view, *self.grid, mean, s.map_studies[view]))
         return tuple(maps)
 
     def _interval(

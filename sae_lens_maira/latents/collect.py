@@ -1,13 +1,14 @@
-"""Latent records from studies and an SAE, in two passes over the same blocks of rows.
+"""Latent records from studies and an SAE, in two passes over the same rows.
 
     pass 1   statistics of all latents; they name the studies that each latent's contexts come from
-    pass 2   contexts of those studies, spooled to disk; then one record per latent, written as it is made
+    pass 2   hits of those latents in those studies, spooled to disk; then one record per latent, written as it is made
 
-Memory holds the statistics and one block. `blocks` may read a store or run the model anew; it must give the same
-rows both times. It knows nothing about interpretation.
+Memory holds the statistics and one block of rows, whatever the number of studies. Any number of processes share the
+passes through a folder, a killed one continues there, and the records are the same. It knows nothing about
+interpretation.
 """
 
-import tempfile
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,25 +19,25 @@ import numpy as np
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.activations import ActivationRows, harvest_rows, layer_of
+from sae_lens_maira.activations import layer_of
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.assembly import RecordBuilder, level_of_latents
-from sae_lens_maira.latents.contexts import ContextSpool, build_context, study_text
+from sae_lens_maira.latents.blocks import Blocks
+from sae_lens_maira.latents.contexts import build_context
 from sae_lens_maira.latents.entries import Pseudonyms, save_images, study_entry
-from sae_lens_maira.latents.records import POSITION_KINDS, RecordsMeta
+from sae_lens_maira.latents.hits import read_hits
+from sae_lens_maira.latents.packing import TEXTS, TextReader
+from sae_lens_maira.latents.passes import Wanted, count, spool
+from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyEntry
 from sae_lens_maira.latents.recordset import RecordSet, write_records
 from sae_lens_maira.latents.relations import Relations, token_weights
 from sae_lens_maira.latents.streaming import LatentStatistics
-from sae_lens_maira.maira2 import Maira2, TokenRole
+from sae_lens_maira.latents.workplace import Workplace, fingerprint, fingerprint_of_ids
+from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.sae import level_widths_of
 from sae_lens_maira.studies import Licence, Study
 
-Blocks = Callable[[], Iterable[ActivationRows]]
-KEPT = tuple(
-    role
-    for role in TokenRole
-    if role not in (TokenRole.PAD, TokenRole.BOS, TokenRole.TEMPLATE, TokenRole.SEPARATOR)
-)
+Labels = Callable[[Study], Iterable[str] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class CollectConfig:
         chunk: rows encoded at once.
         salt: of pseudonyms; drawn anew and not kept if None.
         seed: of every draw.
+        save_seconds: of work that a kill may lose.
+        progress: show bars.
     """
 
     model: str = "phantom"
@@ -80,21 +83,8 @@ class CollectConfig:
     chunk: int = 2048
     salt: str | None = None
     seed: int = 0
-
-
-def harvested_blocks(
-    maira: Maira2, studies: Sequence[Study], hook_name: str, roles: Any = KEPT, studies_per_block: int = 32
-) -> Blocks:
-    """Blocks that run the model anew in each pass: time twice, no disk."""
-
-    def blocks() -> Iterator[ActivationRows]:
-        for start in range(0, len(studies), studies_per_block):
-            part = studies[start : start + studies_per_block]
-            rows = harvest_rows(maira, part, hook_name, roles=roles, progress=False)
-            rows.study[:] += start
-            yield rows
-
-    return blocks
+    save_seconds: float = 60.0
+    progress: bool = False
 
 
 def collect_records(
@@ -104,13 +94,15 @@ def collect_records(
     maira: Maira2,
     out: Path | str,
     config: CollectConfig | None = None,
-    labels: Callable[[Study], Iterable[str] | None] | None = None,
+    labels: Labels | None = None,
     findings: Sequence[str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> RecordSet:
-    """Collect the records of an SAE's latents and write them.
+    """Collect the records of an SAE's latents and write them, or continue where a killed process stopped.
 
     Args:
-        blocks: gives the rows, whole studies in ascending order, numbered as in `studies`; called twice.
+        blocks: units of rows, whole studies in ascending order, numbered as in `studies`; read twice.
         studies: the studies with their reports.
         sae: any SAELens SAE with a decoder `W_dec` (d_sae, d_in).
         maira: the model, for its tokenizer, final norm and `lm_head`.
@@ -118,81 +110,61 @@ def collect_records(
         config: what to keep.
         labels: finding keys of a study by rules, None where unknown; the studies' own truth if not given.
         findings: keys to measure agreement for; all that occur if not given.
+        rank: this process, from 0; all of them call this with the same arguments.
+        world_size: processes that share the passes; rank 0 writes the records.
 
     Returns:
         The record set, opened.
 
     Raises:
-        RecordError: rows do not fit the studies or the SAE, or the two passes differ.
+        RecordError: rows do not fit the studies or the SAE, the two passes differ, or the folder holds an unfinished
+            collection of something else.
     """
     config, out = config or CollectConfig(), Path(out)
-    known = [_labels(study, labels) for study in studies]
-    keys = (
-        tuple(findings)
-        if findings is not None
-        else tuple(sorted({key for own in known if own is not None for key in own}))
-    )
-    truth = np.array([[key in (own or ()) for key in keys] for own in known], dtype=bool)
     d_sae, side = int(sae.cfg.d_sae), maira.processor.patches_per_side
-    statistics = LatentStatistics(
-        d_sae,
-        (side, side),
-        truth.reshape(len(studies), len(keys)),
-        np.array([own is not None for own in known], dtype=bool),
-        top=config.top,
-        per_octave=config.per_interval,
-        zero=config.zero,
-        sample_rows=config.sample_rows,
-        seed=config.seed,
-    )
-    hook_name = ""
-    for rows in blocks():
-        if len(rows) and rows.study.max() >= len(studies):
-            raise RecordError(
-                f"Rows name study {rows.study.max()}, and {len(studies)} studies were given; blocks number studies "
-                "as in that sequence. Give the same studies to both."
-            )
-        hook_name = rows.hook_name
-        statistics.update(rows, encode_sparse(sae, rows.values, config.chunk))
-    if not statistics.n_studies:
-        raise RecordError(
-            "The blocks held no rows, so there is nothing to record; give studies with reports."
-        )
-
     latents = list(range(d_sae)) if config.latents is None else sorted(set(config.latents))
     if latents and not 0 <= latents[0] <= latents[-1] < d_sae:
         raise RecordError(
             f"Latents {latents[0]} to {latents[-1]} were asked of {d_sae}; choose from 0 to {d_sae - 1}."
         )
-    decoder = sae.W_dec.detach().cpu().float()
+    keys, truth, labelled = _truth(studies, labels, findings)
+    place = Workplace(out, _plan(blocks, studies, sae, config, keys), rank, world_size, config.salt)
+
+    def make() -> LatentStatistics:
+        return LatentStatistics(
+            d_sae,
+            (side, side),
+            truth,
+            labelled,
+            top=config.top,
+            per_octave=config.per_interval,
+            zero=config.zero,
+            sample_rows=config.sample_rows,
+            seed=config.seed,
+        )
+
+    bars = config.progress and rank == 0
+    statistics, hook_name = count(
+        blocks, len(studies), sae, make, place, config.chunk, config.save_seconds, bars
+    )
     widths = level_widths_of(sae)
-    levels = level_of_latents(widths, d_sae)
-    builder = RecordBuilder(statistics, keys, levels, config)
-    wanted = builder.wanted(latents)
-    names = Pseudonyms(config.salt)
-    by = "truth" if labels is None else "rule_labels"
-    with tempfile.TemporaryDirectory(prefix="contexts-") as scratch:
-        spool = ContextSpool(Path(scratch))
-        _spool_contexts(blocks(), studies, sae, maira, wanted, builder, names, spool, config.chunk)
-        gain, unembed = _readout(maira)
-        relations = Relations(statistics.samples, decoder, levels).of(latents, config.neighbours)
-        tokens = _tokens(maira, decoder[latents], gain, unembed, config.tokens)
-        records = (
-            builder.build(latent, contexts, near, words)
-            for (latent, contexts), near, words in zip(spool.shards(latents), relations, tokens, strict=True)
-        )
-        entries = (
-            study_entry(
-                studies[i],
-                names,
-                sorted(known[i] or ()),
-                by if known[i] is not None else "",
-                save_images(studies[i], names.study(studies[i]), out, config.image_side)
-                if _keeps(studies[i], config)
-                else (),
-            )
-            for i in sorted(wanted)
-        )
+    builder = RecordBuilder(statistics, keys, level_of_latents(widths, d_sae), config)
+    wanted = Wanted([(latent, builder.wanted(latent)) for latent in latents], d_sae)
+    names = Pseudonyms(place.salt)
+    spool(
+        blocks,
+        studies,
+        sae,
+        maira,
+        wanted,
+        names,
+        builder.grid,
+        place,
+        config.chunk,
+        config.save_seconds,
+        bars,
+    )
+    if rank == 0:
         meta = RecordsMeta(
             model=config.model,
             hook_name=hook_name,
@@ -209,58 +181,85 @@ def collect_records(
             seed=config.seed,
             versions=_versions(),
         )
-        return write_records(out, meta, entries, records)
+        entries = _entries(studies, wanted, names, labels, out, config)
+        records = _records(studies, latents, builder, place, names, sae, maira, config)
+        write_records(out, meta, entries, records)
+    place.close()
+    return RecordSet.open(out)
 
 
-@torch.no_grad()
-def encode_sparse(sae: SAE[Any], values: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Activations (n, d_sae) of rows (n, d_in), sparse, encoded `chunk` rows at a time on the SAE's device."""
-    dtype = sae.W_dec.dtype
-    parts = [sae.encode(part.to(sae.device, dtype)).cpu().to_sparse() for part in values.split(chunk)]
-    return torch.cat(parts) if parts else torch.zeros(0, int(sae.cfg.d_sae)).to_sparse()
+def _truth(
+    studies: Sequence[Study], labels: Labels | None, findings: Sequence[str] | None
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """Finding keys, truth (n, F) and whether a study is labelled (n,)."""
+    known = [_labels(study, labels) for study in studies]
+    labelled = np.array([own is not None for own in known], dtype=bool)
+    occurring = sorted({key for own in known if own is not None for key in own})
+    keys = tuple(findings) if findings is not None else tuple(occurring)
+    truth = np.array([[key in (own or ()) for key in keys] for own in known], dtype=bool)
+    return keys, truth.reshape(len(studies), len(keys)), labelled
 
 
-@torch.no_grad()
-def _spool_contexts(
-    blocks: Iterable[ActivationRows],
+def _plan(
+    blocks: Blocks, studies: Sequence[Study], sae: SAE[Any], config: CollectConfig, keys: tuple[str, ...]
+) -> dict[str, Any]:
+    chosen = dataclasses.asdict(config)
+    for name in ("salt", "save_seconds", "progress", "chunk"):
+        del chosen[name]
+    return {
+        "settings": chosen,
+        "units": len(blocks),
+        "studies": fingerprint_of_ids([study.study_id for study in studies]),
+        "findings": keys,
+        "weights of the SAE": fingerprint(sae),
+    }
+
+
+def _records(
     studies: Sequence[Study],
+    latents: list[int],
+    builder: RecordBuilder,
+    place: Workplace,
+    names: Pseudonyms,
     sae: SAE[Any],
     maira: Maira2,
-    wanted: dict[int, list[int]],
-    builder: RecordBuilder,
+    config: CollectConfig,
+) -> Iterator[LatentRecord]:
+    """One record after the other, from the hits and texts of all processes."""
+    folders = [place.contexts(rank) for rank in range(place.world)]
+    texts = TextReader(*(folder / TEXTS for folder in folders))
+    decoder = sae.W_dec.detach().float()
+    gain, unembed = _readout(maira)
+    relations = Relations(builder.samples, decoder.cpu(), builder.levels).of(latents, config.neighbours)
+    tokens = _tokens(maira, decoder[latents], gain, unembed, config.tokens)
+    none = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+    for (latent, hits), near, words in zip(read_hits(folders, latents), relations, tokens, strict=True):
+        kind, contexts = builder.kind_of(latent), {}
+        for number in builder.wanted(latent):
+            name = names.study(studies[number])
+            at, value = hits.get(number, none)
+            contexts[number] = build_context(name, texts[name], at, value, builder.grid, kind)
+        yield builder.build(latent, contexts, near, words)
+
+
+def _entries(
+    studies: Sequence[Study],
+    wanted: Wanted,
     names: Pseudonyms,
-    spool: ContextSpool,
-    chunk: int,
-) -> None:
-    found: set[int] = set()
-    for block in blocks:
-        for study in np.unique(block.study).tolist():
-            if study not in wanted:
-                continue
-            found.add(study)
-            rows = block.where(block.study == study)
-            latents = wanted[study]
-            parts = [
-                sae.encode(part.to(sae.device, sae.W_dec.dtype))[:, latents].float().cpu()
-                for part in rows.values.split(chunk)
-            ]
-            acts = torch.cat(parts).numpy()
-            text, name = study_text(maira.processor, studies[study]), names.study(studies[study])
-            spool.add(
-                study,
-                {
-                    latent: build_context(name, text, rows, acts[:, i], builder.grid, builder.kind_of(latent))
-                    for i, latent in enumerate(latents)
-                },
-            )
-    if found != set(wanted):
-        raise RecordError(
-            f"The second pass over the blocks lacked {len(set(wanted) - found)} studies that the first one had; "
-            "`blocks` must give the same rows whenever it is called."
-        )
+    labels: Labels | None,
+    out: Path,
+    config: CollectConfig,
+) -> Iterator[StudyEntry]:
+    by = "truth" if labels is None else "rule_labels"
+    for number in wanted.studies.tolist():
+        study = studies[number]
+        known = _labels(study, labels)
+        kept = _keeps(study, config)
+        images = save_images(study, names.study(study), out, config.image_side) if kept else ()
+        yield study_entry(study, names, sorted(known or ()), by if known is not None else "", images)
 
 
-def _labels(study: Study, labels: Callable[[Study], Iterable[str] | None] | None) -> frozenset[str] | None:
+def _labels(study: Study, labels: Labels | None) -> frozenset[str] | None:
     if labels is None:
         return None if study.truth is None else study.present_keys
     own = labels(study)
@@ -272,15 +271,15 @@ def _keeps(study: Study, config: CollectConfig) -> bool:
 
 
 def _readout(maira: Maira2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gain of the final norm (d_in,) and weight of `lm_head` (vocabulary, d_in), on the CPU."""
+    """Gain of the final norm (d_in,) and weight of `lm_head` (vocabulary, d_in), where the model is."""
     norm = maira.model.get_submodule("model.language_model.norm").get_parameter("weight")
-    return norm.detach().cpu(), maira.model.lm_head.weight.detach().cpu()
+    return norm.detach(), maira.model.lm_head.weight.detach()
 
 
 def _tokens(
     maira: Maira2, decoder: torch.Tensor, gain: torch.Tensor, unembed: torch.Tensor, n: int
 ) -> Iterator[tuple[list[tuple[str, int, float]], list[tuple[str, int, float]]]]:
-    weights, ids = token_weights(decoder, gain, unembed, n)
+    weights, ids = token_weights(decoder.to(unembed.device), gain, unembed, n)
     spelled = maira.processor.tokenizer.convert_ids_to_tokens
     for weight, token in zip(weights.tolist(), ids.tolist(), strict=True):
         up, down = (
@@ -298,14 +297,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-__all__ = [
-    "KEPT",
-    "POSITION_KINDS",
-    "Blocks",
-    "CollectConfig",
-    "collect_records",
-    "encode_sparse",
-    "harvested_blocks",
-]

@@ -1,22 +1,22 @@
 """Contexts: a study's text with one latent's activations on it, and its heat on the images.
 
-The first pass decides which latents want which studies; here the rows of one study and the wanted latents'
-activations become plain `Context` records, which are spooled to disk by shard of latents, so that memory holds one
-study at a time. It knows nothing about SAEs or how studies were chosen.
+The text shown is the same for all latents: tokens of the sections and the report, and whatever else was read. A
+context adds to it the latent's hits. It knows nothing about SAEs or how studies were chosen.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from __future__ import annotations
+
+from bisect import bisect_left
 
 import numpy as np
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.latents.plain import from_plain
+from sae_lens_maira.latents.packing import Text
 from sae_lens_maira.latents.records import Context, PatchHeat
 from sae_lens_maira.latents.streaming import VIEWS
 from sae_lens_maira.maira2 import Maira2Processor, TokenRole
+from sae_lens_maira.maira2.reports import teacher_text
+from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
 from sae_lens_maira.studies import Study
 
 SHOWN = (
@@ -30,29 +30,45 @@ SHOWN = (
 """Roles whose tokens a context shows; others are shown where their activations were read."""
 
 
-@dataclass(frozen=True)
-class StudyText:
-    """A study's unpadded sequence: (L,) token ids, roles and spelled tokens, special ones marked, and its views."""
+def study_text(processor: Maira2Processor, study: Study, rows: ActivationRows, grid: tuple[int, int]) -> Text:
+    """What every context of a study shows; images are not opened.
 
-    ids: np.ndarray
-    roles: np.ndarray
-    tokens: tuple[str, ...]
-    special: np.ndarray
-    views: tuple[str, ...]
-
-
-def study_text(processor: Maira2Processor, study: Study) -> StudyText:
-    """Encode a study with its report, as the rows were."""
-    encoding = processor.encode([study], report="teacher", padding_side="right")
-    length = int(encoding.attention_mask[0].sum())
-    ids = encoding.input_ids[0, :length].numpy()
+    Args:
+        processor: of the model.
+        study: with its report, as the rows were encoded.
+        rows: the study's rows.
+        grid: of patches.
+    """
     tokenizer = processor.tokenizer
-    spelled = tokenizer.convert_ids_to_tokens(ids.tolist())
-    special = np.isin(ids, tokenizer.all_special_ids)
+    prompt = processor.build_prompt(study)
+    (row,) = append_reports(
+        tokenizer,
+        tokenize_prompts(tokenizer, [prompt], processor.image_token_id, processor.patches_per_side),
+        [teacher_text(study, "findings", None)],
+    )
+    read = rows.position[~rows.is_image]
+    shown = np.isin(row.roles, [int(role) for role in SHOWN])
+    shown[read] = True
+    special = np.isin(row.input_ids, tokenizer.all_special_ids)
+    positions = np.flatnonzero(shown & ~special)
+    hidden = np.unique(read[special[read]])
+    known = np.isin(positions, read)
     present = (study.frontal, study.lateral, study.prior_frontal)
-    views = tuple(view for view, image in zip(VIEWS, present, strict=True) if image is not None)
-    tokens = tuple(spell(token) for token in spelled)
-    return StudyText(ids, encoding.roles[0, :length].numpy(), tokens, special, views)
+
+    def spelled(at: np.ndarray) -> tuple[str, ...]:
+        return tuple(spell(t) for t in tokenizer.convert_ids_to_tokens(row.input_ids[at].tolist()))
+
+    def roles(at: np.ndarray) -> tuple[str, ...]:
+        return tuple(TokenRole(int(role)).name.lower() for role in row.roles[at])
+
+    return Text(
+        tokens=spelled(positions),
+        positions=tuple(positions.tolist()),
+        roles=roles(positions),
+        silent=tuple(0.0 if was else None for was in known),
+        views=tuple((view, *grid) for view, image in zip(VIEWS, present, strict=True) if image is not None),
+        special=tuple(zip(hidden.tolist(), spelled(hidden), roles(hidden), strict=True)),
+    )
 
 
 def spell(token: str) -> str:
@@ -68,11 +84,20 @@ def short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def places_of(rows: ActivationRows, text: Text, grid: tuple[int, int]) -> np.ndarray:
+    """(n,) place of each of a study's rows as `hits` counts them; special tokens follow behind the shown ones."""
+    order = np.array([*text.positions, *(position for position, _, _ in text.special)], dtype=np.int64)
+    number = np.full(int(rows.position.max(initial=0)) + 1, -1, dtype=np.int64)
+    number[order[order < len(number)]] = np.flatnonzero(order < len(number))
+    patch = rows.kind.astype(np.int64) * grid[0] * grid[1] + rows.patch_row.astype(np.int64) * grid[1]
+    return np.where(rows.is_image, -1 - patch - rows.patch_col, number[rows.position])
+
+
 def build_context(
     pseudonym: str,
-    text: StudyText,
-    rows: ActivationRows,
-    column: np.ndarray,
+    text: Text,
+    place: np.ndarray,
+    value: np.ndarray,
     grid: tuple[int, int],
     kind: str,
 ) -> Context:
@@ -80,89 +105,54 @@ def build_context(
 
     Args:
         pseudonym: of the study.
-        text: the study's sequence.
-        rows: its n rows.
-        column: (n,) the latent's activations there.
+        text: of the study.
+        place: (n,) places of the latent's hits, in row order.
+        value: (n,) its activations there.
         grid: of patches.
         kind: named in a zero context, which has no hit: the kind at which the latent fires most.
     """
-    peak = int(column.argmax()) if len(column) else -1
-    fires = peak >= 0 and column[peak] > 0
-    image_hit = fires and bool(rows.is_image[peak])
-    if fires:
-        kind = "image" if image_hit else "text"
-    read = rows.position[~rows.is_image]
-    shown = np.isin(text.roles, [int(role) for role in SHOWN])
-    shown[read] = True
-    shown &= ~text.special
-    if fires and not image_hit:
-        shown[rows.position[peak]] = True
-    positions = np.flatnonzero(shown)
-    known = dict(zip(read.tolist(), column[~rows.is_image].tolist(), strict=True))
-    values = tuple(short(known[p]) if p in known else None for p in positions.tolist())
+    patches, image = grid[0] * grid[1], place < 0
+    tokens, positions, roles, values = text.tokens, text.positions, text.roles, list(text.silent)
+    patch, at = None, -1
+    for i, v in zip(place[~image].tolist(), value[~image].tolist(), strict=True):
+        if i < len(values):
+            values[i] = short(v)
+    if len(value):
+        peak = int(value.argmax())
+        kind, at = ("image", -1) if image[peak] else ("text", int(place[peak]))
+        if image[peak]:
+            number = -1 - int(place[peak])
+            patch = (VIEWS[number // patches], number % patches // grid[1], number % grid[1])
+        elif at >= len(tokens):
+            position, token, role = text.special[at - len(tokens)]
+            at = bisect_left(positions, position)
+            tokens, positions, roles = (
+                (*column[:at], one, *column[at:])
+                for column, one in ((tokens, token), (positions, position), (roles, role))
+            )
+            values.insert(at, short(float(value[peak])))
+    number = -1 - place[image]
     return Context(
         study=pseudonym,
-        value=short(float(column[peak])) if fires else 0.0,
+        value=short(float(value.max())) if len(value) else 0.0,
         kind=kind,
-        peak=int(np.searchsorted(positions, rows.position[peak])) if fires and not image_hit else -1,
-        patch=(VIEWS[rows.kind[peak]], int(rows.patch_row[peak]), int(rows.patch_col[peak]))
-        if image_hit
-        else None,
-        tokens=tuple(text.tokens[p] for p in positions),
-        positions=tuple(positions.tolist()),
-        roles=tuple(TokenRole(int(role)).name.lower() for role in text.roles[positions]),
-        values=values,
-        heat=tuple(_heat(view, rows, column, grid) for view in text.views),
+        peak=at,
+        patch=patch,
+        tokens=tokens,
+        positions=positions,
+        roles=roles,
+        values=tuple(values),
+        heat=tuple(_heat(view, number, value[image], grid) for view, _, _ in text.views),
     )
 
 
-def _heat(view: str, rows: ActivationRows, column: np.ndarray, grid: tuple[int, int]) -> PatchHeat:
-    on = (rows.kind == VIEWS.index(view)) & (column > 0)
-    patches = rows.patch_row[on].astype(np.int64) * grid[1] + rows.patch_col[on]
-    order = np.argsort(patches)
+def _heat(view: str, number: np.ndarray, value: np.ndarray, grid: tuple[int, int]) -> PatchHeat:
+    if not len(number):
+        return PatchHeat(view, *grid, (), ())
+    patch = number - VIEWS.index(view) * grid[0] * grid[1]
+    on = (patch >= 0) & (patch < grid[0] * grid[1])
+    patch, value = patch[on], value[on]
+    order = np.argsort(patch)
     return PatchHeat(
-        view,
-        grid[0],
-        grid[1],
-        tuple(patches[order].tolist()),
-        tuple(short(value) for value in column[on][order].tolist()),
+        view, *grid, tuple(patch[order].tolist()), tuple(short(v) for v in value[order].tolist())
     )
-
-
-class ContextSpool:
-    """Contexts on disk by shard of latents, until their records are written."""
-
-    def __init__(self, folder: Path, latents_per_shard: int = 256) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._size = folder, latents_per_shard
-
-    def add(self, study: int, contexts: dict[int, Context]) -> None:
-        """Keep the contexts of one study, by latent."""
-        shards: dict[int, list[str]] = {}
-        for latent, context in contexts.items():
-            line = json.dumps([latent, study, context], default=vars, separators=(",", ":"))
-            shards.setdefault(latent // self._size, []).append(line + "\n")
-        for shard, lines in shards.items():
-            with self._path(shard).open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-
-    def shards(self, latents: list[int]) -> Iterator[tuple[int, dict[int, Context]]]:
-        """`(latent, {study: context})` for ascending `latents`, one shard in memory at a time."""
-        current, loaded = -1, {}
-        for latent in latents:
-            if latent // self._size != current:
-                current = latent // self._size
-                loaded = self._load(current)
-            yield latent, loaded.get(latent, {})
-
-    def _load(self, shard: int) -> dict[int, dict[int, Context]]:
-        loaded: dict[int, dict[int, Context]] = {}
-        if self._path(shard).is_file():
-            with self._path(shard).open(encoding="utf-8") as file:
-                for line in file:
-                    latent, study, plain = json.loads(line)
-                    loaded.setdefault(latent, {})[study] = from_plain(Context, plain)
-        return loaded
-
-    def _path(self, shard: int) -> Path:
-        return self._folder / f"contexts-{shard:05d}.jsonl"

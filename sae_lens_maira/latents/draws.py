@@ -57,20 +57,61 @@ class LowestPriorities:
             self.value[keys, place] = values[hot]
         self._worst[keys] = self.priority[keys].max(1)
 
+    def restore(self, priority: np.ndarray, item: np.ndarray, value: np.ndarray) -> None:
+        """Take what another one kept in its place."""
+        self.priority, self.item, self.value = priority, item, value
+        if item.shape[1]:
+            self._worst = priority.max(1)
+
+    def add(self, other: "LowestPriorities") -> None:
+        """Keep the lowest priorities of both; no item was offered to both."""
+        priorities = np.concatenate([self.priority, other.priority], 1)
+        order = np.argsort(priorities, axis=1, kind="stable")[:, : self.item.shape[1]]
+        items = np.concatenate([self.item, other.item], 1)
+        values = np.concatenate([self.value, other.value], 1)
+        self.restore(*(np.take_along_axis(x, order, 1) for x in (priorities, items, values)))
+
     @property
     def nbytes(self) -> int:
         return self.priority.nbytes + self.item.nbytes + self.value.nbytes + self._worst.nbytes
 
 
 class RowSample:
-    """The active latents of at most `size` rows, those of lowest priority (up to twice as many meanwhile)."""
+    """The active latents of at most `size` rows, those of lowest priority (up to twice as many meanwhile).
+
+    Attributes:
+        limit: no row of this priority or a higher one can still be kept.
+    """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self._seed = size, seed
         self._priority = np.zeros(0, dtype=np.int64)
         self._lengths = np.zeros(0, dtype=np.int64)
         self._latents = np.zeros(0, dtype=np.int32)
-        self._limit = LAST
+        self.limit = LAST
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The rows kept, for `restore`; `limit` belongs to it."""
+        return {"priority": self._priority, "lengths": self._lengths, "latents": self._latents}
+
+    def restore(self, priority: np.ndarray, lengths: np.ndarray, latents: np.ndarray, limit: int) -> None:
+        """Take the rows of a `state` in place of what is kept."""
+        self._priority, self._lengths, self._latents = priority, lengths, latents
+        self.limit = np.int64(limit)
+
+    def merge(self, other: "RowSample") -> None:
+        """Keep the rows of lowest priority of both."""
+        limit = min(self.limit, other.limit)
+        parts = [one._below(limit) for one in (self, other)]
+        self._priority, self._lengths, self._latents = (
+            np.concatenate(columns) for columns in zip(*parts, strict=True)
+        )
+        self.limit = limit
+        self._cut()
+
+    def _below(self, limit: np.int64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        kept = self._priority < limit
+        return self._priority[kept], self._lengths[kept], self._latents[np.repeat(kept, self._lengths)]
 
     def add(self, a: np.ndarray, b: np.ndarray, row: np.ndarray, latent: np.ndarray) -> None:
         """Offer n rows.
@@ -82,7 +123,7 @@ class RowSample:
             latent: (nnz,) the active latents.
         """
         order = priority(self._seed, a, b)
-        kept = order < self._limit
+        kept = order < self.limit
         self._priority = np.r_[self._priority, order[kept]]
         self._lengths = np.r_[self._lengths, np.bincount(row, minlength=len(a))[kept]]
         self._latents = np.r_[self._latents, latent[kept[row]].astype(np.int32)]
@@ -92,10 +133,8 @@ class RowSample:
     def _cut(self) -> None:
         if len(self._priority) <= self.size:
             return
-        self._limit = np.partition(self._priority, self.size)[self.size]
-        kept = self._priority < self._limit
-        self._latents = self._latents[np.repeat(kept, self._lengths)]
-        self._priority, self._lengths = self._priority[kept], self._lengths[kept]
+        self.limit = np.partition(self._priority, self.size)[self.size]
+        self._priority, self._lengths, self._latents = self._below(self.limit)
 
     def triplets(self) -> tuple[int, np.ndarray, np.ndarray]:
         """`(rows, row, latent)`: how many rows were kept, and (nnz,) their active latents."""

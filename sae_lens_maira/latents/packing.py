@@ -34,6 +34,7 @@ class Text(NamedTuple):
         tokens, positions, roles: as in `Context`.
         silent: (tokens) 0.0 where the token's activation was read, None elsewhere.
         views: (view, rows, cols) of every image.
+        special: (position, token, role) of special tokens that were read; shown where a latent peaks there.
     """
 
     tokens: tuple[str, ...]
@@ -41,13 +42,14 @@ class Text(NamedTuple):
     roles: tuple[str, ...]
     silent: tuple[float | None, ...]
     views: tuple[tuple[str, int, int], ...]
+    special: tuple[tuple[int, str, str], ...] = ()
 
 
 def text_line(study: str, text: Text) -> bytes:
     """One line of `texts.jsonl`; the name comes first, so that a reader finds it without reading the rest."""
     roles = [[name, len(list(run))] for name, run in groupby(text.roles)]
     read = [int(v is not None) for v in text.silent]
-    row = [study, text.tokens, text.positions, roles, read, text.views]
+    row = [study, text.tokens, text.positions, roles, read, text.views, text.special]
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
@@ -93,7 +95,7 @@ class TextReader:
         try:
             with path.open("rb") as file:
                 file.seek(offset)
-                name, tokens, positions, roles, read, views = json.loads(file.read(length))
+                name, tokens, positions, roles, read, views, special = json.loads(file.read(length))
             if name != study:
                 raise ValueError(f"{name} stands where {study} was")
         except (OSError, ValueError) as error:
@@ -104,6 +106,7 @@ class TextReader:
             tuple(role for role, n in roles for _ in range(n)),
             tuple(0.0 if was else None for was in read),
             tuple((view, rows, cols) for view, rows, cols in views),
+            tuple((position, token, role) for position, token, role in special),
         )
 
 

@@ -243,9 +243,10 @@ def _line(record: Any) -> bytes:
         # `vars` of a dataclass is what `to_plain` gives, without copying every number of it.
         text = json.dumps(record, default=vars, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except ValueError as error:
+        name = "LatentRecord" if isinstance(record, dict) else type(record).__name__
         raise RecordError(
-            f"A {'LatentRecord' if isinstance(record, dict) else type(record).__name__} holds a number that is not finite ({error}); records hold finite numbers "
-            "only. Look for an activation or a weight that overflowed."
+            f"A {name} holds a number that is not finite ({error}); records hold finite numbers only. "
+            "Look for an activation or a weight that overflowed."
         ) from None
     return text.encode() + b"\n"
 

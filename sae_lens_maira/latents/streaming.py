@@ -52,6 +52,7 @@ class LatentStatistics:
         zero: per latent a sample of studies in which it never fires.
         positives, labelled: (2, F) and (2,) labelled studies with a row of that kind.
         true_positive: (2, d_sae, F) int64; labelled_fired: (2, d_sae).
+        n_studies, last_study: studies seen, and the number of the last one.
         maps: view -> (d_sae, patches) float32 sums; map_studies: view -> studies with that view.
     """
 
@@ -85,7 +86,7 @@ class LatentStatistics:
         self._labelled = np.ones(len(self.truth), dtype=bool) if labelled is None else labelled
         n_findings = self.truth.shape[1]
         self.rows, self.studies = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
-        self.n_studies, self._last = 0, -1
+        self.n_studies, self.last_study = 0, -1
         self.fired, self.studies_fired = (torch.zeros(2, d_sae, dtype=torch.int64) for _ in range(2))
         self.sum = torch.zeros(2, d_sae, dtype=torch.float64)
         self.max = torch.zeros(2, d_sae)
@@ -121,15 +122,16 @@ class LatentStatistics:
             )
         if not len(rows):
             return
-        if rows.study[0] <= self._last or (np.diff(rows.study) < 0).any():
+        if rows.study[0] <= self.last_study or (np.diff(rows.study) < 0).any():
+            before = max(self.last_study, rows.study.max())
             raise RecordError(
-                f"Rows of study {rows.study.min()} came after study {max(self._last, rows.study.max())}; blocks hold "
+                f"Rows of study {rows.study.min()} came after study {before}; blocks hold "
                 "whole studies in ascending order. Harvest in study order, each study in one block."
             )
         row, latent, value = active_entries(acts)
         if not bool(torch.isfinite(value).all()):
             raise RecordError("An activation is not finite; the model or the SAE overflowed. Use float32.")
-        self._last = int(rows.study[-1])
+        self.last_study = int(rows.study[-1])
         kind = torch.from_numpy(rows.is_image.astype(np.int64))
         self.rows += np.bincount(kind.numpy(), minlength=2)
         at = kind[row] * self.d_sae + latent

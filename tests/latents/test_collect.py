@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.collect import CollectConfig, collect_records, encode_sparse, harvested_blocks
+from sae_lens_maira.latents.blocks import HarvestedBlocks, encode_sparse
+from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.proportions import wilson_arrays
 from sae_lens_maira.phantom import FINDING_KEYS, truth_labels
 from sae_lens_maira.studies import Licence
@@ -26,10 +27,7 @@ CONFIG = CollectConfig(
 
 @pytest.fixture(scope="module")
 def records(rows, studies, sae, phantom, tmp_path_factory):
-    def blocks():
-        for start in range(0, 40, 16):
-            yield rows.where((rows.study >= start) & (rows.study < start + 16))
-
+    blocks = [[rows.where((rows.study >= start) & (rows.study < start + 16))] for start in range(0, 40, 16)]
     out = tmp_path_factory.mktemp("records")
     return collect_records(blocks, studies, sae, phantom, out, CONFIG, findings=FINDING_KEYS)
 
@@ -161,7 +159,7 @@ def test_credentialed_studies_are_pseudonymous(rows, studies, sae, phantom, tmp_
     few = rows.where(rows.study < 12)
     for salt in ("a", "b"):
         config = dataclasses.replace(CONFIG, salt=salt, latents=(0, 5, 60))
-        collect_records(lambda: [few], hidden, sae, phantom, tmp_path / salt, config)
+        collect_records([[few]], hidden, sae, phantom, tmp_path / salt, config)
     texts = [
         path.read_bytes()
         for salt in "ab"
@@ -176,7 +174,7 @@ def test_credentialed_studies_are_pseudonymous(rows, studies, sae, phantom, tmp_
 def test_rule_labels_and_unlabelled_studies(rows, studies, sae, phantom, tmp_path):
     """Labels may come from a function; studies that it cannot label do not count."""
     records = collect_records(
-        lambda: [rows],
+        [[rows]],
         studies,
         sae,
         phantom,
@@ -189,22 +187,31 @@ def test_rule_labels_and_unlabelled_studies(rows, studies, sae, phantom, tmp_pat
     assert {e.labelled_by for e in records.studies.values()} <= {"", "rule_labels"}
 
 
+class Shrinking:
+    """One unit that holds fewer studies when it is read again."""
+
+    def __init__(self, *reads):
+        self.reads = list(reads)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, unit):
+        return [self.reads.pop(0)]
+
+
 def test_passes_that_differ_are_refused(rows, studies, sae, phantom, tmp_path):
-    calls = []
-
-    def blocks():
-        calls.append(1)
-        return [rows if len(calls) == 1 else rows.where(rows.study < 3)]
-
+    units = Shrinking(rows, rows.where(rows.study < 3))
     with pytest.raises(RecordError, match="second pass"):
-        collect_records(blocks, studies, sae, phantom, tmp_path, CONFIG)
+        collect_records(units, studies, sae, phantom, tmp_path / "a", CONFIG)
     with pytest.raises(RecordError, match="studies were given"):
-        collect_records(lambda: [rows], studies[:3], sae, phantom, tmp_path, CONFIG)
+        collect_records([[rows]], studies[:3], sae, phantom, tmp_path / "b", CONFIG)
 
 
 def test_harvested_blocks_number_studies_throughout(phantom, studies, sae, rows):
     """Blocks of the model's own forward name studies as in the whole sequence, and encode to the same latents."""
-    blocks = list(harvested_blocks(phantom, studies[:6], rows.hook_name, studies_per_block=4)())
+    units = HarvestedBlocks(phantom, studies[:6], rows.hook_name, studies_per_block=4)
+    blocks = [block for unit in range(len(units)) for block in units[unit]]
     assert [sorted(set(b.study)) for b in blocks] == [[0, 1, 2, 3], [4, 5]]
     sparse = encode_sparse(sae, blocks[0].values, 100)
     with torch.no_grad():
