@@ -143,6 +143,8 @@ def _main_part(text: str) -> tuple[str, list[str]]:
             aside.append(block[: banner.start()])
             block = block[banner.end() :]
         (aside if number < first or _ASIDE.match(block) else report).append(block)
+    if not report:  # a wet read or an addendum is all there is
+        report, aside = aside, []
     return _BANNER.sub("", "\n\n".join(report)), [_line(block) for block in aside]
 
 

@@ -35,6 +35,17 @@ class Licence(str, enum.Enum):
     SYNTHETIC = "synthetic"
 
 
+def licence_of(value: Licence | str) -> Licence:
+    """The licence class of that name; StudyError for another word."""
+    try:
+        return Licence(value)
+    except ValueError:
+        raise StudyError(
+            f"The licence was {value!r}; expected one of {', '.join(member.value for member in Licence)}. Use "
+            f"'credentialed' when in doubt."
+        ) from None
+
+
 def _one_of(what: str, value: str | None, allowed: tuple[str, ...]) -> None:
     if value is not None and value not in allowed:
         raise StudyError(
@@ -134,12 +145,9 @@ class Study:
                     f"its patient's id, so that splits can keep a patient on one side."
                 )
         try:
-            object.__setattr__(self, "licence", Licence(self.licence))
-        except ValueError:
-            raise StudyError(
-                f"Study {self.study_id} has licence {self.licence!r}; expected one of "
-                f"{', '.join(member.value for member in Licence)}. Use 'credentialed' when in doubt."
-            ) from None
+            object.__setattr__(self, "licence", licence_of(self.licence))
+        except StudyError as error:
+            raise StudyError(f"Study {self.study_id} is not valid. {error}") from None
         if self.truth is not None and not self.has_prior:
             told = [finding.name for finding in self.truth if finding.change is not None]
             if told:

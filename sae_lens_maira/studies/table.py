@@ -181,7 +181,7 @@ class StudyTable:
         }
 
 
-def read_table(path: Path | str, root: Path | str | None = None) -> StudyTable:
+def read_table(path: Path | str, root: Path | str | None = None, errors: str = "strict") -> StudyTable:
     """Open a table of studies, Parquet or CSV; the one way in for every command.
 
     Args:
@@ -189,6 +189,7 @@ def read_table(path: Path | str, root: Path | str | None = None) -> StudyTable:
             without the column `licence` is taken as credentialed.
         root: folder that relative image paths are below; the table's own folder if not given. Absolute paths are
             taken as they are.
+        errors: "strict", or "replace" to read a CSV's bytes that are no UTF-8 as U+FFFD, for `validate_table` to find.
 
     Returns:
         The table; its `studies` are built on access.
@@ -206,8 +207,26 @@ def read_table(path: Path | str, root: Path | str | None = None) -> StudyTable:
         raise StudyError(
             f"The table {path} ends in {path.suffix or 'nothing'}; expected .parquet or .csv. Rename or convert it."
         )
+    frame = csv_frame(path, errors)
+    if "licence" not in frame:
+        frame["licence"] = Licence.CREDENTIALED.value
+    return StudyTable.from_frame(frame, path.parent if root is None else root, str(path))
+
+
+def csv_frame(path: Path, errors: str = "strict") -> pd.DataFrame:
+    """The cells of a CSV as text, "" where empty; "NA" and "None" stay what they are.
+
+    Args:
+        path: UTF-8, with or without byte order mark, with a header line.
+        errors: "strict", or "replace" to read bytes that are no UTF-8 as U+FFFD.
+
+    Raises:
+        StudyError: the file is missing, no CSV, or no UTF-8 (the line is named).
+    """
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        return pd.read_csv(
+            path, dtype=str, keep_default_na=False, encoding="utf-8-sig", encoding_errors=errors
+        )
     except UnicodeDecodeError as error:
         raise StudyError(
             f"Line {_undecodable_line(path)} of the table {path} is no UTF-8 ({error.reason}); expected UTF-8. "
@@ -218,9 +237,6 @@ def read_table(path: Path | str, root: Path | str | None = None) -> StudyTable:
             f"The table {path} could not be read as CSV ({error}); expected a header line and one study a row. "
             f"Quote cells that hold commas or line breaks."
         ) from error
-    if "licence" not in frame:
-        frame["licence"] = Licence.CREDENTIALED.value
-    return StudyTable.from_frame(frame, path.parent if root is None else root, str(path))
 
 
 def _undecodable_line(path: Path) -> int:

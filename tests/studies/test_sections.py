@@ -74,6 +74,11 @@ def test_addenda_and_wet_reads_above_the_report_are_apart() -> None:
     assert (below.findings, below.body) == ("Clear.", "FINDINGS: Clear.")
 
 
+def test_a_wet_read_alone_is_the_report() -> None:
+    found = parse_sections(" WET READ: ___ 9:22 PM\n  No pneumothorax.\n")
+    assert (found.findings, found.body) == (None, "WET READ: ___ 9:22 PM No pneumothorax.")
+
+
 def test_a_line_of_underscores_inside_a_report_only_separates() -> None:
     found = parse_sections(" FINAL REPORT\n FINDINGS: Clear.\n" + RULE + " IMPRESSION: Normal.\n")
     assert (found.findings, found.impression) == ("Clear.", "Normal.")

@@ -59,7 +59,7 @@ def test_a_grounded_statement_checks_its_boxes() -> None:
 def test_a_study_is_credentialed_unless_told_otherwise() -> None:
     assert study().licence is Licence.CREDENTIALED
     assert study(licence="public").licence is Licence.PUBLIC
-    with pytest.raises(StudyError, match="licence 'secret'"):
+    with pytest.raises(StudyError, match=r"s1 .* licence was 'secret'"):
         study(licence="secret")
 
 
