@@ -4,21 +4,25 @@ Generation pads on the left; what is harvested starts at column 0, so that a row
 The ids are the generated ones, never text that was tokenized again. It knows nothing about stores.
 """
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding
-from sae_lens_maira.studies import Study
 
 
 @torch.no_grad()
-def encode_generated(maira: Maira2, studies: Sequence[Study], max_new_tokens: int) -> Maira2Encoding:
-    """Generate greedily and return prompt and report, padded on the right."""
+def generate_reports(maira: Maira2, prompts: Maira2Encoding, max_new_tokens: int) -> Maira2Encoding:
+    """Generate greedily and return prompts and reports, padded on the right.
+
+    Args:
+        maira: the model.
+        prompts: padded on the left.
+        max_new_tokens: budget of a report.
+    """
     model: Any = maira.model
-    prompt = maira.processor.encode(studies).to(model.device, model.dtype)
+    prompt = prompts.to(model.device, model.dtype)
     output = model.generate(
         **prompt.model_inputs(),
         max_new_tokens=max_new_tokens,

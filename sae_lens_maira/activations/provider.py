@@ -2,20 +2,31 @@
 
 An epoch draws all segments of all shards in a new order, opens `buffer_rows` rows' worth of them at a time and
 permutes the rows of that buffer; each kept row comes exactly once an epoch, and a batch may reach over buffers and
-epochs. Where the next batch starts is the whole state. SAELens' own mixing buffer drops the rows left at the end and
-cannot be resumed, so it is not used. It knows nothing about SAEs.
+epochs. Where the next batch starts is the whole state: threads read the next buffer ahead and change nothing that
+comes out. SAELens' own mixing buffer drops the rows left at the end and cannot be resumed, so it is not used. It
+knows nothing about SAEs.
 """
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from sae_lens_maira.activations.memory import empty_rows
 from sae_lens_maira.activations.sampling import RoleRates, rate_table, role_rates
-from sae_lens_maira.activations.store import SEGMENT, ActivationStore
+from sae_lens_maira.activations.store import DTYPES, SEGMENT, ActivationStore
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
+
+
+class _Buffer(NamedTuple):
+    """One buffer, being read: segments at their places in `memory`, and which of their rows are kept."""
+
+    key: tuple[int, int]
+    memory: torch.Tensor
+    kept: list[Future[np.ndarray]]
 
 
 class StoreProvider:
@@ -30,6 +41,7 @@ class StoreProvider:
         roles: str | Collection[TokenRole | str] = "all",
         rates: RoleRates | None = None,
         buffer_rows: int = 65536,
+        workers: int = 2,
         device: torch.device | str = "cpu",
     ) -> None:
         """Look at the manifest; rows are read when a batch needs them.
@@ -41,7 +53,8 @@ class StoreProvider:
             seed: of the shuffle.
             roles: rows to use.
             rates: the mixture: share of a role's rows an epoch uses, drawn anew each epoch, e.g. `{"image": 0.1}`.
-            buffer_rows: rows in memory at a time, rounded up to whole segments of 4,096.
+            buffer_rows: rows that are mixed, rounded up to whole segments of 4,096; twice as many lie in memory.
+            workers: threads that read and check segments, the next buffer's while this one is used.
             device: of the batches.
 
         Raises:
@@ -51,25 +64,31 @@ class StoreProvider:
             raise StoreError(
                 f"{store.folder} holds {', '.join(store.spec.hooks)}, not {hook!r}; name one of these."
             )
+        if batch_size < 1 or workers < 1:
+            raise StoreError(f"batch_size is {batch_size} and workers is {workers}; both must be at least 1.")
         self._store, self._hook, self._batch, self._seed = store, hook, batch_size, seed
         self._rates = role_rates(roles, rates)
-        self._table, self._device = rate_table(self._rates), device
+        self._table, self._device = rate_table(self._rates), torch.device(device)
         self._per_buffer = max(1, -(-buffer_rows // SEGMENT))
         self._segments = [
             (shard, start) for shard, rows in store.rows.items() for start in range(0, rows, SEGMENT)
         ]
-        self._roles = {shard: store.index(shard, ["role"])["role"].to_numpy() for shard in store.rows}
-        present = np.zeros(len(TokenRole), dtype=np.int64)
-        for roles_here in self._roles.values():
-            present += np.bincount(roles_here, minlength=len(TokenRole))
-        if not (present * self._table).sum():
+        present = store.role_counts()
+        if not sum(present.get(role, 0) for role in self._rates):
             raise StoreError(
                 f"{store.folder} has no row of the wanted roles at {hook}; it holds "
-                f"{', '.join(f'{r.name.lower()} {present[r]:,}' for r in TokenRole if present[r]) or 'no rows'}."
+                f"{', '.join(f'{role.name.lower()} {n:,}' for role, n in present.items()) or 'no rows'}."
             )
+        self._roles: dict[int, np.ndarray] = {}
         self._epoch, self._buffer, self._offset = 0, 0, 0
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="store")
+        self._ahead: _Buffer | None = None
         self._loaded: tuple[int, int] | None = None
-        self._values, self._order = torch.empty(0), torch.empty(0, dtype=torch.long)
+        width, dtype = store.spec.hooks[hook], DTYPES[store.spec.dtype]
+        self._values, self._order = torch.empty(0, width), torch.empty(0, dtype=torch.long)
+        # The memory of buffers and of a batch in the store's dtype is used again and again.
+        self._spare: list[torch.Tensor] = []
+        self._rows = empty_rows(batch_size, width, dtype)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -102,42 +121,77 @@ class StoreProvider:
         self._epoch, self._buffer, self._offset = state["epoch"], state["buffer"], state["offset"]
 
     def __next__(self) -> torch.Tensor:
-        parts, missing = [], self._batch
-        while missing:
+        filled = 0
+        while filled < self._batch:
             self._load()
-            part = self._order[self._offset : self._offset + missing]
-            parts.append(self._values[part])
-            missing -= len(part)
+            part = self._order[self._offset : self._offset + self._batch - filled]
+            torch.index_select(self._values, 0, part, out=self._rows[filled : filled + len(part)])
+            filled += len(part)
             self._offset += len(part)
             if self._offset >= len(self._order):
-                self._offset, self._buffer = 0, self._buffer + 1
-                if self._buffer * self._per_buffer >= len(self._segments):
-                    self._buffer, self._epoch = 0, self._epoch + 1
-        return torch.cat(parts).to(self._device).float()
+                self._epoch, self._buffer = self._following(self._epoch, self._buffer)
+                self._offset = 0
+        if self._device.type != "cpu":
+            return self._rows.to(self._device).float()
+        return empty_rows(*self._rows.shape, torch.float32).copy_(self._rows)
+
+    def _following(self, epoch: int, buffer: int) -> tuple[int, int]:
+        """The buffer after this one."""
+        last = (buffer + 1) * self._per_buffer >= len(self._segments)
+        return (epoch + 1, 0) if last else (epoch, buffer + 1)
 
     def _load(self) -> None:
-        """Read the current buffer, unless it is the one in memory."""
-        if self._loaded == (self._epoch, self._buffer):
+        """Have the current buffer in memory, and the next one on its way."""
+        key = (self._epoch, self._buffer)
+        if self._loaded == key:
             return
-        order = np.random.default_rng([self._seed, self._epoch]).permutation(len(self._segments))
-        chosen = order[self._buffer * self._per_buffer : (self._buffer + 1) * self._per_buffer]
-        rng = np.random.default_rng([self._seed, self._epoch, self._buffer])
-        kept, values = [], []
-        rows = 0
-        for number in chosen:
-            shard, start = self._segments[number]
-            roles = self._roles[shard][start : start + SEGMENT]
-            keep = np.flatnonzero(rng.random(len(roles)) < self._table[roles])
-            if len(keep):
-                values.append(self._store.read(self._hook, shard, start, start + SEGMENT))
-                kept.append(keep + rows)
-                rows += len(roles)
-        # Freed before the new buffer is joined, so that no more than one is held whole.
-        self._values = torch.empty(0)
-        self._values = torch.cat(values) if values else torch.empty(0, self._store.spec.hooks[self._hook])
-        positions = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+        coming, self._ahead = self._ahead, None
+        if coming is not None and coming.key != key:  # a state was loaded
+            for job in coming.kept:
+                job.cancel()
+            coming = None
+        if coming is None:
+            coming = self._start(key)
+        if self._loaded is not None:
+            self._spare.append(self._values)
+        self._loaded = None
+        positions = np.concatenate([job.result() for job in coming.kept])
+        self._values = coming.memory
+        rng = np.random.default_rng([self._seed, *key, 1])
         self._order = torch.from_numpy(rng.permutation(positions))
-        self._loaded = (self._epoch, self._buffer)
+        self._loaded = key
+        self._ahead = self._start(self._following(*key))
+
+    def _start(self, key: tuple[int, int]) -> _Buffer:
+        """Let the threads read a buffer."""
+        order = np.random.default_rng([self._seed, key[0]]).permutation(len(self._segments))
+        chosen = order[key[1] * self._per_buffer : (key[1] + 1) * self._per_buffer]
+        rng = np.random.default_rng([self._seed, *key])
+        memory = self._spare.pop() if self._spare else self._memory()
+        jobs, first = [], 0
+        for number in chosen:
+            shard, start = self._segments[int(number)]
+            count = min(SEGMENT, self._store.rows[shard] - start)
+            place = memory[first : first + count]
+            jobs.append(self._pool.submit(self._read, shard, start, place, rng.random(count), first))
+            first += count
+        return _Buffer(key, memory, jobs)
+
+    def _read(self, shard: int, start: int, place: torch.Tensor, draws: np.ndarray, first: int) -> np.ndarray:
+        """Read one segment to its place if any of its rows is kept; the kept rows' positions in the buffer."""
+        if shard not in self._roles:
+            self._roles[shard] = self._store.index(shard, ["role"])["role"].to_numpy()
+        roles = self._roles[shard][start : start + len(draws)]
+        kept = np.flatnonzero(draws < self._table[roles])
+        if len(kept):
+            self._store.read_into(place, self._hook, shard, start)
+        return kept + first
+
+    def _memory(self) -> torch.Tensor:
+        """Room for any buffer of this store."""
+        largest = sorted((min(SEGMENT, self._store.rows[shard] - start) for shard, start in self._segments))
+        rows = sum(largest[-self._per_buffer :])
+        return empty_rows(rows, self._rows.shape[1], self._rows.dtype)
 
     def _identity(self) -> list[Any]:
         rates = sorted((int(role), rate) for role, rate in self._rates.items())

@@ -13,6 +13,7 @@ lock. Pieces of `SEGMENT` rows carry a CRC-32 that every read checks. It knows n
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from safetensors.torch import save as to_safetensors
 from sae_lens_maira.activations.files import read_json, sha256_of, write_json, write_whole
 from sae_lens_maira.activations.rows import ActivationRows
 from sae_lens_maira.errors import StoreError
+from sae_lens_maira.maira2 import TokenRole
 
 SEGMENT = 4096
 """Rows per checked piece; the unit in which readers shuffle."""
@@ -138,10 +140,18 @@ class ActivationStore:
     @cached_property
     def rows(self) -> dict[int, int]:
         """Shard -> rows, as of the first look."""
-        return {shard: self.entry(shard)["rows"] for shard in self.committed()}
+        self._entries.update({shard: self.entry(shard) for shard in self.committed()})
+        return {shard: entry["rows"] for shard, entry in sorted(self._entries.items())}
 
     def __len__(self) -> int:
         return sum(self.rows.values())
+
+    def role_counts(self) -> dict[TokenRole, int]:
+        """Rows of every role, from the manifest."""
+        counts: Counter[TokenRole] = Counter()
+        for shard in self.rows:
+            counts.update({TokenRole(int(role)): n for role, n in self._entries[shard]["roles"].items()})
+        return dict(sorted(counts.items()))
 
     def _path(self, shard: int, ending: str) -> Path:
         return self.folder / f"shard-{shard:06d}.{ending}"
@@ -171,7 +181,8 @@ class ActivationStore:
             table = io.BytesIO()
             index[list(COLUMNS)].to_parquet(table, index=False)
             files.append(write_whole(self._path(shard, "parquet"), table.getvalue()))
-            entry = {"rows": len(index), "files": files, "crc32": crc}
+            counts = {int(role): int(n) for role, n in index["role"].value_counts().items()}
+            entry = {"rows": len(index), "roles": counts, "files": files, "crc32": crc}
             write_json(self._path(shard, "json"), entry)
         except BaseException:
             if not self._path(shard, "json").exists():
@@ -227,14 +238,30 @@ class ActivationStore:
         Raises:
             StoreError: no such hook point, or a segment is damaged.
         """
+        pieces = [piece for piece in self._pieces(hook, shard, start, stop) if len(piece)]
+        if not pieces:
+            return torch.empty(0, self.spec.hooks[hook], dtype=DTYPES[self.spec.dtype])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def read_into(self, place: torch.Tensor, hook: str, shard: int, start: int) -> None:
+        """Read the len(place) rows from `start` on into `place` (n, d_in), as `read` does.
+
+        Raises:
+            StoreError: as in `read`.
+        """
+        done = 0
+        for piece in self._pieces(hook, shard, start, start + len(place)):
+            place[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def _pieces(self, hook: str, shard: int, start: int, stop: int | None) -> Iterator[torch.Tensor]:
         if hook not in self.spec.hooks:
             raise StoreError(
                 f"{self.folder} holds {', '.join(self.spec.hooks)}, not {hook!r}; name one of these."
             )
-        entry = self._entries.setdefault(shard, self.entry(shard))
+        entry = self._entries.get(shard) or self._entries.setdefault(shard, self.entry(shard))
         end: int = entry["rows"] if stop is None else min(stop, entry["rows"])
         path = self._path(shard, f"{hook}.safetensors")
-        pieces = []
         try:
             with safe_open(path, "pt") as file:
                 values = file.get_slice("values")
@@ -246,17 +273,14 @@ class ActivationStore:
                             f"Shard {shard} in {self.folder} is damaged: segment {segment} of {path.name} has another "
                             "checksum. Delete the shard's .json and harvest again; only this shard is made anew."
                         )
-                    pieces.append(piece[max(start - first, 0) : end - first])
-        except StoreError:
+                    yield piece[max(start - first, 0) : end - first]
+        except (StoreError, GeneratorExit):
             raise
         except Exception as error:  # safetensors raises its own kind for a damaged header
             raise StoreError(
                 f"Shard {shard} in {self.folder} is damaged: {path.name} cannot be read ({error}). Delete the shard's "
                 ".json and harvest again; only this shard is made anew."
             ) from error
-        if not pieces:
-            return torch.empty(0, self.spec.hooks[hook], dtype=DTYPES[self.spec.dtype])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     @cached_property
     def _entries(self) -> dict[int, dict[str, Any]]:
