@@ -4,8 +4,9 @@
 
 The shipped phantom writes reports for a batch of studies, greedily, with the cache, while latents of an SAE are added
 at the image positions. Both sides write the same number of tokens, and their runs alternate: medians of the ratios of
-neighbours, so that a busy machine disturbs both; the same in processor time is given too. The SAE has random weights, since time does not ask what a latent
-means. Two more lines are not in the promise: latents at every position, and strength 0.
+neighbours, so that a busy machine disturbs both; the same in processor time is given too. The SAE has random weights,
+since time does not ask what a latent means. Two more lines are not in the promise: latents at every position, and
+strength 0.
 """
 
 import argparse
