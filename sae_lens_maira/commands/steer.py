@@ -29,7 +29,7 @@ def steer(
     Args:
         sae: folder of an SAE of the phantom, trained with image positions.
         finding: what to put into reports, or to take out of them.
-        out: folder of the Parquet tables and the figure; made if missing.
+        out: folder of the page (index.html), the Parquet tables and the figure; made if missing.
         studies: phantom studies from which latents are chosen.
         steered: studies of each half that are steered.
         latents: latents a method uses.
@@ -46,6 +46,7 @@ def steer(
     from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, read_report, truth_labels
     from sae_lens_maira.sae import load_matryoshka
     from sae_lens_maira.steering.evaluate import evaluate_steering
+    from sae_lens_maira.steering.page import write_page
 
     if finding not in FINDING_KEYS:
         raise InterventionError(
@@ -78,6 +79,7 @@ def steer(
         seed=seed,
     )
     tables.save(out)
+    write_page(out, finding, report)
     shown = tables.summary.loc[
         :, ["method", "strength", "n", "on_target", "off_target", "kl", "repetition", "length", "ratio"]
     ]
