@@ -1,0 +1,74 @@
+"""Kinds of fault of a table of studies, and the report that holds them.
+
+Every fault names its rows, counted from 0; a report with an error has exit code 2. It looks for nothing itself.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import dataclass
+
+
+class FaultKind(str, enum.Enum):
+    """What a table can have wrong; the first ones are errors, those from NO_FRONTAL on are advice."""
+
+    DUPLICATE_ID = "duplicate id"
+    TWO_SPLITS = "patient in two splits"
+    MISSING_IMAGE = "missing image"
+    UNREADABLE_IMAGE = "unreadable image"
+    FOREIGN_IMAGE = "image of another study"
+    ENCODING = "text in the wrong encoding"
+    EMPTY_REPORT = "empty report"
+    PRIOR_ORDER = "prior not before the study"
+    FOREIGN_PRIOR = "prior of another patient"
+    BAD_TIME = "unreadable time"
+    BAD_RECORD = "record not valid"
+    NO_FRONTAL = "no frontal image"
+    ABSOLUTE_PATH = "absolute image path"
+    MIXED_LICENCES = "several licences"
+
+    @property
+    def is_error(self) -> bool:
+        """Whether later steps would fail or be wrong; otherwise it is advice."""
+        return self not in (FaultKind.NO_FRONTAL, FaultKind.ABSOLUTE_PATH, FaultKind.MIXED_LICENCES)
+
+
+@dataclass(frozen=True)
+class TableFault:
+    """One thing that is wrong, and where."""
+
+    kind: FaultKind
+    rows: tuple[int, ...]
+    """Rows of the table, counted from 0."""
+    detail: str
+
+    def __str__(self) -> str:
+        rows = ", ".join(map(str, self.rows[:10])) + (", ..." if len(self.rows) > 10 else "")
+        severity = "error" if self.kind.is_error else "advice"
+        return f"{severity}: {self.kind.value}: row {rows}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """All faults of a table, by kind and row."""
+
+    studies: int
+    images: int
+    """Different image files that were looked at."""
+    faults: tuple[TableFault, ...]
+
+    @property
+    def errors(self) -> tuple[TableFault, ...]:
+        """The faults that are no mere advice."""
+        return tuple(fault for fault in self.faults if fault.kind.is_error)
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a table without errors, else 2, as the command exits."""
+        return 2 if self.errors else 0
+
+    def counts(self) -> dict[FaultKind, int]:
+        """Faults by kind, in the order of the kinds; those that did not occur are missing."""
+        found = Counter(fault.kind for fault in self.faults)
+        return {kind: found[kind] for kind in FaultKind if found[kind]}

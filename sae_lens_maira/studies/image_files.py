@@ -1,0 +1,135 @@
+"""Looks at many image files with threads: are they there, can they be read, are two of them the same.
+
+Two files are the same when size, last 64 KiB and then the whole content agree; only files of equal size are read for
+it, since one pass over MIMIC-CXR's images is half a terabyte. It knows nothing about studies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sae_lens_maira.errors import StudyError
+
+DEPTHS = ("none", "exist", "open", "decode")
+TAIL = 65536
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """What was seen of the files."""
+
+    paths: tuple[Path, ...]
+    missing: frozenset[Path]
+    unreadable: dict[Path, str]
+    """File -> why it cannot be read."""
+    same: dict[Path, Path]
+    """File -> the first file with the same content, for files that are not the only one with it; readable ones only."""
+
+
+def look_at(
+    paths: Sequence[Path],
+    depth: str = "decode",
+    read_image: Callable[[Path], Any] | None = None,
+    workers: int = 16,
+    progress: bool = True,
+) -> ImageFiles:
+    """Look at every file.
+
+    Args:
+        paths: different paths.
+        depth: "none" looks at nothing, "exist" asks the file system, "open" reads headers, "decode" reads all pixels;
+            the last two also find files of the same content.
+        read_image: reads all pixels and raises on failure; Pillow if not given.
+        workers: threads.
+        progress: show a bar.
+
+    Raises:
+        StudyError: another word for `depth`.
+    """
+    if depth not in DEPTHS:
+        raise StudyError(
+            f"How closely to look at images was {depth!r}; expected one of {', '.join(DEPTHS)}. Choose one of these."
+        )
+    if depth == "none":
+        return ImageFiles((), frozenset(), {}, {})
+    read = {"exist": lambda path: None, "open": _open, "decode": read_image or _decode}[depth]
+
+    def look(path: Path) -> tuple[int, str | None]:
+        try:
+            size = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return -1, None
+        except OSError as error:
+            return 0, str(error)
+        if not path.is_file():
+            return -1, None
+        if size == 0:
+            return 0, "the file is empty"
+        try:
+            read(path)
+        except Exception as error:  # decoders raise many kinds, and each means the same here
+            return size, f"{type(error).__name__}: {error}"
+        return size, None
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        seen = list(
+            tqdm(pool.map(look, paths, chunksize=64), total=len(paths), unit="image", disable=not progress)
+        )
+        whole = {
+            path: size for path, (size, why) in zip(paths, seen, strict=True) if size > 0 and why is None
+        }
+        same = _same(whole, pool) if depth != "exist" else {}
+    missing = frozenset(path for path, (size, _) in zip(paths, seen, strict=True) if size < 0)
+    unreadable = {path: why for path, (_, why) in zip(paths, seen, strict=True) if why is not None}
+    return ImageFiles(tuple(paths), missing, unreadable, same)
+
+
+def _open(path: Path) -> None:
+    with Image.open(path):
+        pass
+
+
+def _decode(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+
+
+def _same(sizes: dict[Path, int], pool: ThreadPoolExecutor) -> dict[Path, Path]:
+    groups: Iterable[list[Path]] = _grouped(sizes)
+    for digest in (_tail, _whole):
+        together = [path for group in groups for path in group]
+        keys = pool.map(digest, together)
+        groups = _grouped({path: (sizes[path], key) for path, key in zip(together, keys, strict=True)})
+    return {path: group[0] for group in groups for path in group}
+
+
+def _grouped(keys: dict[Path, Any]) -> list[list[Path]]:
+    groups: dict[Any, list[Path]] = {}
+    for path, key in keys.items():
+        groups.setdefault(key, []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _tail(path: Path) -> bytes:
+    return _digest(path, max(path.stat().st_size - TAIL, 0))
+
+
+def _whole(path: Path) -> bytes:
+    return _digest(path, 0)
+
+
+def _digest(path: Path, start: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()

@@ -1,0 +1,200 @@
+"""What is wrong with a table of studies, found before days of GPU time are spent on it.
+
+    images    missing, unreadable, of another study (same file, same content, or by the ids in the path)
+    ids       one id twice, a patient in two splits
+    text      bytes read in the wrong encoding, an empty report, a truth that cannot be read
+    priors    not before the study, of another patient
+
+Every fault names its rows, counted from 0. It mends nothing, and knows no model: what reads an image can be given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sae_lens_maira.errors import StudyError
+from sae_lens_maira.studies.faults import FaultKind, TableFault, ValidationReport
+from sae_lens_maira.studies.image_faults import image_faults
+from sae_lens_maira.studies.image_files import look_at
+from sae_lens_maira.studies.sequence import IMAGES, SECTIONS
+from sae_lens_maira.studies.study import Licence
+from sae_lens_maira.studies.table import StudyTable
+
+
+def validate_table(
+    table: StudyTable,
+    *,
+    images: str = "decode",
+    read_image: Callable[[Path], Any] | None = None,
+    workers: int = 16,
+    progress: bool = True,
+) -> ValidationReport:
+    """Look for everything this module knows to be wrong.
+
+    Args:
+        table: the table, under the root where its images are.
+        images: "decode" reads every pixel (a truncated file is found in no other way), "open" reads the files' headers,
+            "exist" looks only whether they are there, "none" looks at no file.
+        read_image: reads one image and raises on failure, for "decode"; Pillow if not given, which knows no DICOM.
+        workers: threads that look at images.
+        progress: show a bar.
+
+    Returns:
+        The report; faults come by kind and row.
+
+    Raises:
+        StudyError: another word for `images`.
+    """
+    frame = table.frame
+    files = look_at(_paths(table), images, read_image, workers, progress)
+    checks = (
+        _duplicate_ids(frame),
+        _split_leaks(frame),
+        image_faults(frame, table.root, files),
+        _encodings(frame),
+        _empty_reports(frame),
+        _priors(frame),
+        _records(table),
+        _advice(frame),
+    )
+    order = list(FaultKind)
+    faults = [fault for check in checks for fault in check]
+    faults.sort(key=lambda fault: (order.index(fault.kind), fault.rows))
+    return ValidationReport(len(frame), len(files.paths), tuple(faults))
+
+
+def _paths(table: StudyTable) -> list[Path]:
+    named = pd.unique(pd.concat([table.frame[column] for column in IMAGES]).dropna())
+    return [table.root / path for path in named]
+
+
+def _where(mask: Any) -> list[int]:
+    return [int(row) for row in np.flatnonzero(np.asarray(mask, dtype=bool))]
+
+
+def _duplicate_ids(frame: pd.DataFrame) -> Iterator[TableFault]:
+    twice = frame[frame["study_id"].duplicated(keep=False)]
+    for study, rows in twice.groupby("study_id", sort=False).indices.items():
+        yield TableFault(
+            FaultKind.DUPLICATE_ID, tuple(int(r) for r in twice.index[rows]), f"the study id {study!r}"
+        )
+
+
+def _split_leaks(frame: pd.DataFrame) -> Iterator[TableFault]:
+    told = frame[frame["split"].notna()]
+    leaking = told[told.groupby("patient_id")["split"].transform("nunique") > 1]
+    for patient, rows in leaking.groupby("patient_id", sort=False).indices.items():
+        splits = ", ".join(sorted(set(leaking["split"].iloc[rows])))
+        yield TableFault(
+            FaultKind.TWO_SPLITS,
+            tuple(int(r) for r in leaking.index[rows]),
+            f"patient {patient!r} is in {splits}",
+        )
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+_RUN = re.compile(r"[^\x00-\x7f]{2,}")
+# Letters and signs that reports hold; what else UTF-8 would spell by chance, such as a capital with a quote, is none.
+_MEANT = re.compile("[\u00a0-\u017f\u0370-\u03ff\u2010-\u2044\u20ac\u2122\u2190-\u22ff]+")
+
+
+def wrong_encoding(text: str) -> str | None:
+    """Why a text looks as if its bytes were read in the wrong encoding; None if it does not.
+
+    UTF-8 that was read as Windows-1252 or Latin-1 shows itself: written back as such, it is UTF-8 again.
+    """
+    control = _CONTROL.search(text)
+    for codec in ("cp1252", "latin-1"):
+        for run in () if text.isascii() else _RUN.findall(text):
+            try:
+                meant = run.encode(codec).decode("utf-8")
+            except UnicodeError:
+                continue
+            if _MEANT.fullmatch(meant):
+                return f"{run!r} is UTF-8 that was read as {codec}, meant was {meant!r}"
+    return f"it holds the character U+{ord(control[0]):04X}" if control else None
+
+
+def _encodings(frame: pd.DataFrame) -> Iterator[TableFault]:
+    for column in ("study_id", "patient_id", *SECTIONS):
+        for row, text in enumerate(frame[column].array):
+            if isinstance(text, str) and (why := wrong_encoding(text)):
+                yield TableFault(FaultKind.ENCODING, (row,), f"{column}: {why}")
+
+
+def _empty_reports(frame: pd.DataFrame) -> Iterator[TableFault]:
+    blank = ~frame["report"].str.contains(r"[^\W_]", regex=True).fillna(False).astype(bool)
+    if blank.all() and len(frame):
+        yield TableFault(FaultKind.EMPTY_REPORT, tuple(_where(blank)), "no row has a report")
+        return
+    for row in _where(blank):
+        yield TableFault(
+            FaultKind.EMPTY_REPORT, (row,), f"study {frame['study_id'].iloc[row]} has no words in its report"
+        )
+
+
+def _priors(frame: pd.DataFrame) -> Iterator[TableFault]:
+    times = {}
+    for column in ("taken", "prior_taken"):
+        times[column] = pd.to_datetime(frame[column], format="ISO8601", errors="coerce", utc=True)
+        for row in _where(frame[column].notna() & times[column].isna()):
+            detail = f"{column} {frame[column].iloc[row]!r} is no ISO 8601 time such as 2180-05-06T21:30:14"
+            yield TableFault(FaultKind.BAD_TIME, (row,), detail)
+    for row in _where(frame["prior_study_id"].eq(frame["study_id"]).fillna(False)):
+        yield TableFault(FaultKind.PRIOR_ORDER, (row,), "the study is its own prior")
+    for row in _where(times["prior_taken"] >= times["taken"]):
+        detail = f"prior taken {frame['prior_taken'].iloc[row]}, study taken {frame['taken'].iloc[row]}"
+        yield TableFault(FaultKind.PRIOR_ORDER, (row,), detail)
+    first = frame.drop_duplicates("study_id")
+    place = pd.Series(first.index, index=first["study_id"])
+    prior = place.reindex(frame["prior_study_id"]).to_numpy(dtype=float)
+    linked = np.flatnonzero(~np.isnan(prior) & frame["prior_study_id"].notna().to_numpy())
+    rows = prior[linked].astype(int)
+    patient = frame["patient_id"].to_numpy()
+    for row, other in zip(linked, rows, strict=True):
+        if patient[row] != patient[other]:
+            study = frame["study_id"].iloc[other]
+            detail = f"prior study {study} is of patient {patient[other]}, the row of {patient[row]}"
+            yield TableFault(FaultKind.FOREIGN_PRIOR, (int(row), int(other)), detail)
+        elif (
+            row != other
+            and pd.isna(times["prior_taken"].iloc[row])
+            and times["taken"].iloc[other] >= times["taken"].iloc[row]
+        ):
+            detail = f"prior taken {frame['taken'].iloc[other]}, study taken {frame['taken'].iloc[row]}"
+            yield TableFault(FaultKind.PRIOR_ORDER, (int(row), int(other)), detail)
+
+
+def _records(table: StudyTable) -> Iterator[TableFault]:
+    """Rows with a truth, which alone can fail to become a record."""
+    studies = table.studies
+    for row in _where(table.frame["truth"].notna()):
+        try:
+            _ = studies[row]
+        except StudyError as error:
+            yield TableFault(FaultKind.BAD_RECORD, (row,), str(error))
+
+
+def _advice(frame: pd.DataFrame) -> Iterator[TableFault]:
+    bare = _where(frame["frontal"].isna())
+    if bare:
+        yield TableFault(FaultKind.NO_FRONTAL, tuple(bare), "MAIRA-2 reads no study without a frontal image")
+    for column in IMAGES:
+        rows = _where(frame[column].str.match(r"/|[A-Za-z]:").fillna(False))
+        if rows:
+            detail = f"{column} is absolute, so the table is tied to this machine"
+            yield TableFault(FaultKind.ABSOLUTE_PATH, tuple(rows), detail)
+    licences = frame["licence"].value_counts()
+    if len(licences) > 1:
+        rare = _where(frame["licence"] == licences.index[-1])
+        told = ", ".join(f"{count} {name}" for name, count in licences.items())
+        strict = Licence.CREDENTIALED.value
+        yield TableFault(
+            FaultKind.MIXED_LICENCES, tuple(rare), f"{told}; what is made of it is {strict} if any is"
+        )
