@@ -1,9 +1,21 @@
-"""The command `latents`: records of an SAE's latents on phantom studies."""
+"""The command `latents`: records of an SAE's latents, over phantom studies or a table, from the model or a store.
+
+Ranks come from torchrun or SLURM, as for `harvest`; a killed collection continues when the command is given again.
+"""
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_lens_maira.latents.blocks import Blocks
+    from sae_lens_maira.maira2 import Maira2
+    from sae_lens_maira.studies import Study
+
+CONTROLS = ("trained", "untrained", "raw")
 
 
 def latents(
@@ -11,60 +23,221 @@ def latents(
     out: Path,
     model: str = "phantom",
     studies: int = 200,
-    seed: int = 10_000,
+    table: Path | None = None,
+    root: Path | None = None,
+    store: Path | None = None,
     hook: str | None = None,
-    top: int = 20,
+    roles: str | list[str] | None = None,
     control: str = "trained",
+    latents: str | None = None,
+    top: int = 20,
+    per_interval: int = 5,
+    zero: int = 20,
+    keep_images: bool | None = None,
+    image_side: int = 256,
+    studies_per_block: int | None = None,
+    seed: int = 10_000,
+    model_dtype: str = "auto",
+    device: str = "auto",
     as_json: bool = False,
 ) -> None:
     """Record what every latent of an SAE fires on: contexts, findings, tokens, neighbours, maps.
 
-    Example: sae-lens-maira latents --sae quickstart_out/sae_image --out records --studies 200
+    Killed at any time, the same command continues. Under torchrun every process reads its share of the studies; the
+    records are those of one process.
+
+    Example: sae-lens-maira latents --sae quickstart_out/sae_image --out records --roles image_only
 
     Args:
         sae: folder of the SAE.
         out: folder of the record set; made if missing.
         model: the model it was trained on: "phantom", a folder or a hub id.
-        studies: phantom studies to read.
-        seed: of the studies and of every draw; the phantom was trained on seed 0.
+        studies: phantom studies to read, unless a table is given; those of a store are as many as it holds.
+        table: Parquet or CSV with one study a row; findings are its truth, or rule labels of the reports without one.
+        root: folder that the table's image paths are relative to; the table's own if not given.
+        store: activations that `harvest` wrote of the same studies, instead of running the model twice.
         hook: hook point, if the SAE does not name its own.
+        roles: tokens to read: image_only, paper, text_only, generated_only, all, or a list of roles; sections, report
+            and image if not given.
+        control: "trained", or "untrained" or "raw" to record an untrained SAE or the residual stream's own
+            dimensions with the same sparsity instead.
+        latents: numbers and ranges such as "0-49,77" to write records of; all if not given.
         top: contexts of largest activation to keep per latent.
-        control: "trained", or "untrained" to record an untrained SAE of the same shape and sparsity instead.
+        per_interval: contexts to keep per octave of activation.
+        zero: contexts to keep of studies in which the latent is silent.
+        keep_images: copy images also of credentialed studies (true) or of none (false).
+        image_side: largest side of a copied image in pixels.
+        studies_per_block: studies through the model between two looks at the disk; 32 for the phantom, else 4.
+        seed: of the phantom studies and of every draw; the phantom was trained on seed 0.
+        model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
+        device: auto, cpu, cuda, ...
         as_json: print counts as JSON instead of a table.
     """
-    import torch
-
+    from sae_lens_maira.commands.harvest import rank_of
+    from sae_lens_maira.commands.numbers import numbers
     from sae_lens_maira.errors import ConfigError, SAEError
-    from sae_lens_maira.latents.blocks import HarvestedBlocks
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
-    from sae_lens_maira.maira2 import load_maira2
-    from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
-    from sae_lens_maira.sae import load_matryoshka, untrained_like
+    from sae_lens_maira.phantom import FINDING_KEYS
 
-    if control not in ("trained", "untrained"):
-        raise ConfigError(f'control was {control!r}; use "trained" or "untrained".')
-    maira = load_phantom() if model == "phantom" else load_maira2(model, dtype=torch.float32)
-    dictionary = load_matryoshka(sae)
+    if control not in CONTROLS:
+        raise ConfigError(f"control was {control!r}; use one of {', '.join(CONTROLS)}.")
+    rank, world = rank_of(os.environ)
+    maira = _load_model(model, model_dtype, _device(device))
+    dictionary = _load_sae(sae, str(maira.model.device))
     hook_name = hook or dictionary.cfg.metadata.hook_name
     if not hook_name:
         raise SAEError(
             "The SAE's metadata name no hook point; give --hook, for example blocks.3.hook_resid_post."
         )
-    chosen = generate_studies(studies, seed=seed, size=maira.processor.recipe.crop)
-    blocks = HarvestedBlocks(maira, chosen, hook_name)
-    if control == "untrained":
-        dictionary = untrained_like(dictionary, blocks[0][0].values, seed=seed)
-    config = CollectConfig(model=model, sae=str(sae), control=control, top=top, seed=seed)
-    records = collect_records(blocks, chosen, dictionary, maira, out, config, findings=FINDING_KEYS)
+    size = studies_per_block or (32 if model == "phantom" else 4)
+    chosen, blocks = _rows(maira, hook_name, studies, table, root, store, roles, size, seed)
+    if control != "trained":
+        dictionary = _stand_in(control, dictionary, blocks, seed)
+    config = CollectConfig(
+        model=model,
+        sae=str(sae),
+        control=control,
+        latents=numbers(latents, "--latents"),
+        top=top,
+        per_interval=per_interval,
+        zero=zero,
+        keep_images=keep_images,
+        image_side=image_side,
+        seed=seed,
+        progress=True,
+    )
+    records = collect_records(
+        blocks,
+        chosen,
+        dictionary,
+        maira,
+        out,
+        config,
+        labels=None if table is None or _has_truth(chosen) else _rule_labels,
+        findings=FINDING_KEYS if table is None else None,
+        rank=rank,
+        world_size=world,
+    )
+    if rank:
+        return
     counts = records.table["status"].value_counts().to_dict()
     if as_json:
         sys.stdout.write(json.dumps({"folder": str(out), "latents": len(records), "status": counts}) + "\n")
         return
-    table = records.table.sort_values("f1_image", ascending=False).head(10)
+    table_shown = records.table.sort_values("f1_image", ascending=False).head(10)
     columns = ["latent", "level", "status", "finding_image", "f1_image", "finding_text", "f1_text"]
-    sys.stdout.write(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}") + "\n")
+    sys.stdout.write(table_shown[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}") + "\n")
     words = ", ".join(f"{n} {status}" for status, n in counts.items())
     sys.stdout.write(f"{len(records)} latents ({words}) of {records.meta.studies} studies in {out}\n")
+
+
+def _rows(
+    maira: "Maira2",
+    hook_name: str,
+    number: int,
+    table: Path | None,
+    root: Path | None,
+    store: Path | None,
+    roles: str | list[str] | None,
+    size: int,
+    seed: int,
+) -> "tuple[Sequence[Study], Blocks]":
+    """The studies and where their rows come from."""
+    from sae_lens_maira.errors import ConfigError
+    from sae_lens_maira.latents.blocks import KEPT, HarvestedBlocks, StoredBlocks
+    from sae_lens_maira.phantom import generate_studies
+    from sae_lens_maira.studies import read_table
+
+    if store is None:
+        if table is None:
+            chosen = generate_studies(number, seed=seed, size=maira.processor.recipe.crop)
+        else:
+            chosen = read_table(table, root).studies
+        return chosen, HarvestedBlocks(maira, chosen, hook_name, KEPT if roles is None else roles, size)
+    blocks = StoredBlocks(store, hook_name, roles)
+    ids = blocks.study_ids
+    if table is None:
+        chosen = generate_studies(len(ids), seed=seed, size=maira.processor.recipe.crop)
+        if [study.study_id for study in chosen] != ids:
+            raise ConfigError(
+                f"{store} does not hold the {len(ids)} phantom studies of seed {seed}; give the --seed that `harvest` "
+                "had as --study_seed, or the --table it read."
+            )
+        return chosen, blocks
+    opened = read_table(table, root)
+    at = {study_id: row for row, study_id in enumerate(opened.frame["study_id"])}
+    lacking = [study_id for study_id in ids if study_id not in at]
+    if lacking:
+        raise ConfigError(
+            f"{table} lacks {len(lacking)} of the {len(ids)} studies of {store}, the first is {lacking[0]}; give the "
+            "table that was harvested."
+        )
+    from sae_lens_maira.studies import StudyTable
+
+    frame = opened.frame.iloc[[at[study_id] for study_id in ids]]
+    return StudyTable.from_frame(frame, opened.root).studies, blocks
+
+
+def _stand_in(control: str, dictionary: Any, blocks: "Blocks", seed: int) -> Any:
+    """The untrained SAE or the raw dimensions, with the sparsity of the trained one on the first rows."""
+    from sae_lens_maira.errors import ConfigError
+    from sae_lens_maira.latents.raw import raw_dimensions_like
+    from sae_lens_maira.sae import untrained_like
+
+    rows = next((block.values for unit in range(len(blocks)) for block in blocks[unit]), None)
+    if rows is None:
+        raise ConfigError("There are no rows to set the control's sparsity on; give studies with reports.")
+    if control == "untrained":
+        return untrained_like(dictionary, rows, seed=seed)
+    return raw_dimensions_like(dictionary, rows)
+
+
+def _load_model(model: str, dtype: str, device: str) -> "Maira2":
+    import torch
+
+    from sae_lens_maira.maira2 import load_maira2
+    from sae_lens_maira.phantom import load_phantom
+
+    if model == "phantom":
+        return load_phantom(device=device)
+    kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return load_maira2(model, dtype=kind, device=device)
+
+
+def _load_sae(folder: Path, device: str) -> Any:
+    """An SAE with its levels, or a plain one where there are none."""
+    from sae_lens import SAE
+
+    from sae_lens_maira.errors import SAEError
+    from sae_lens_maira.sae import load_matryoshka
+
+    try:
+        return load_matryoshka(folder, device=device)
+    except SAEError:
+        if not (folder / "cfg.json").is_file():
+            raise
+        return SAE.load_from_disk(folder, device=device)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
+
+
+def _has_truth(studies: "Sequence[Study]") -> bool:
+    return len(studies) > 0 and studies[0].truth is not None
+
+
+def _rule_labels(study: "Study") -> list[str] | None:
+    """Observations that a report states to be present."""
+    from sae_lens_maira.studies import RuleStatus, rule_labels
+
+    if not study.report:
+        return None
+    return [name for name, label in rule_labels(study.report).items() if label.status is RuleStatus.PRESENT]
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"latents": latents}

@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from sae_lens import SAE
 
 from sae_lens_maira.activations import ActivationRows, ActivationStore, harvest_rows
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.maira2 import Maira2, TokenRole
+from sae_lens_maira.maira2 import Maira2, TokenRole, resolve_roles
+from sae_lens_maira.maira2.roles import RoleFilter
 from sae_lens_maira.studies import Study
 
 KEPT = tuple(
@@ -80,12 +82,15 @@ class HarvestedBlocks:
 class StoredBlocks:
     """The shards of an activation store; only rows of the studies' own reports, since contexts show those."""
 
-    def __init__(self, store: Path | str, hook_name: str, max_rows: int = 16384) -> None:
+    def __init__(
+        self, store: Path | str, hook_name: str, roles: RoleFilter | None = None, max_rows: int = 16384
+    ) -> None:
         """Open a store.
 
         Args:
             store: its folder.
             hook_name: one of its hook points.
+            roles: a preset or roles to keep of what it holds; all if None.
             max_rows: rows in memory at once.
 
         Raises:
@@ -103,6 +108,7 @@ class StoredBlocks:
                 "began it."
             )
         self._hook, self._max = hook_name, max_rows
+        self._roles = None if roles is None else [int(role) for role in resolve_roles(roles)]
 
     @property
     def study_ids(self) -> list[str]:
@@ -114,7 +120,10 @@ class StoredBlocks:
 
     def __getitem__(self, unit: int, /) -> Iterator[ActivationRows]:
         self._store.only = self._shards[unit]
-        return self._store.blocks(self._hook, max_rows=self._max, source="teacher")
+        for rows in self._store.blocks(self._hook, max_rows=self._max, source="teacher"):
+            kept = rows if self._roles is None else rows.where(np.isin(rows.role, self._roles))
+            if len(kept):
+                yield kept
 
 
 class _OneShard(ActivationStore):

@@ -92,9 +92,9 @@ def add(statistics: LatentStatistics, other: LatentStatistics) -> None:
     values = torch.cat([statistics.top_value, other.top_value], 1)
     studies = torch.cat([statistics.top_study, other.top_study], 1)
     # By study, then stably by value: of equal peaks the earlier study stays in front, as in one pass.
-    order = studies.argsort(1, stable=True)
+    order = studies.argsort(dim=1, stable=True)
     values, studies = values.gather(1, order), studies.gather(1, order)
-    order = values.argsort(1, descending=True, stable=True)[:, : statistics.top_value.shape[1]]
+    order = values.argsort(dim=1, descending=True, stable=True)[:, : statistics.top_value.shape[1]]
     statistics.top_value, statistics.top_study = values.gather(1, order), studies.gather(1, order)
     statistics.octaves.add(other.octaves)
     statistics.zero.add(other.zero)
