@@ -1,5 +1,8 @@
 """From studies to activation rows, in memory or on disk, and from rows to SAELens' trainer."""
 
+from sae_lens_maira.activations.cached import export_cached, import_cached
+from sae_lens_maira.activations.direct import DirectProvider
+from sae_lens_maira.activations.forward import RowReader, RowSettings
 from sae_lens_maira.activations.harvest import harvest
 from sae_lens_maira.activations.provider import StoreProvider
 from sae_lens_maira.activations.rows import ActivationRows, RowProvider, harvest_rows, layer_of
@@ -9,11 +12,16 @@ from sae_lens_maira.activations.store import ActivationStore, StoreSpec
 __all__ = [
     "ActivationRows",
     "ActivationStore",
+    "DirectProvider",
     "RowProvider",
+    "RowReader",
+    "RowSettings",
     "StoreProvider",
     "StoreSpec",
+    "export_cached",
     "harvest",
     "harvest_rows",
+    "import_cached",
     "layer_of",
     "role_rates",
 ]

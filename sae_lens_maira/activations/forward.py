@@ -148,7 +148,7 @@ class RowReader:
 
     def _encodings(self, numbers: Sequence[int]) -> Iterator[partial[tuple[list[int], int, Maira2Encoding]]]:
         """One job a batch."""
-        lengths = {i: _length(self._studies[i]) for i in numbers}
+        lengths = {i: study_length(self._studies[i]) for i in numbers}
         if 0 in self._settings.sources:
             lacking = [i for i in numbers if not self._studies[i].report]
             if lacking:
@@ -199,7 +199,8 @@ class RowReader:
         return Taken(taken, index, len(chosen))
 
 
-def _length(study: Study) -> tuple[int, int]:
+def study_length(study: Study) -> tuple[int, int]:
+    """What batches are sorted by: images, then characters of text."""
     images = sum(image is not None for image in (study.frontal, study.lateral, study.prior_frontal))
     texts = (study.indication, study.technique, study.comparison, study.prior_report, study.report)
     return images, sum(len(text or "") for text in texts)

@@ -1,16 +1,17 @@
 """Checkpoints that a killed process cannot leave half-written, and the newest of them.
 
 A folder is complete when it carries its final name. Writing happens under `<name>.partial-<owner>` and ends with one
-rename, which a file system does entirely or not at all. The files inside are SAELens'. This module knows names and
-files, nothing about tensors.
+rename, which a file system does entirely or not at all. The files inside are SAELens', and one more where the data
+provider can say where its next batch starts. This module knows names and files, nothing about tensors.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
 
@@ -19,6 +20,7 @@ from sae_lens_maira.errors import CheckpointError
 if TYPE_CHECKING:
     from sae_lens_maira.training.trainer import FusedSAETrainer
 
+PROVIDER_FILENAME = "data_provider.json"
 _NAME = re.compile(r"(?:rescue_)?(\d+)")
 
 
@@ -57,7 +59,9 @@ def latest_checkpoint(base: Path | str) -> Path | None:
 
 
 def resume(trainer: "FusedSAETrainer", checkpoint: Path | str) -> None:
-    """Loads weights and trainer state in place; the data provider is the caller's to move on.
+    """Loads weights, trainer state and, where the checkpoint has it, the data provider's place, all in place.
+
+    A provider without `state_dict` and `load_state_dict` is the caller's to move on.
 
     Raises:
         CheckpointError: the folder is not a training checkpoint.
@@ -71,3 +75,21 @@ def resume(trainer: "FusedSAETrainer", checkpoint: Path | str) -> None:
         )
     trainer.sae.load_weights_from_checkpoint(checkpoint)
     trainer.load_trainer_state(checkpoint)
+
+
+def provider_state(provider: Any) -> Any:
+    """Where a data provider's next batch starts, if it can say."""
+    return provider.state_dict() if hasattr(provider, "load_state_dict") else None
+
+
+def save_provider_state(checkpoint: Path, state: Any) -> None:
+    """Write a state of `provider_state` into a checkpoint."""
+    if state is not None:
+        (checkpoint / PROVIDER_FILENAME).write_text(json.dumps(state), encoding="utf-8")
+
+
+def load_provider_state(checkpoint: Path, provider: Any) -> None:
+    """Move a data provider to where it stood, if it can be moved and the checkpoint says where."""
+    file = checkpoint / PROVIDER_FILENAME
+    if file.exists() and hasattr(provider, "load_state_dict"):
+        provider.load_state_dict(json.loads(file.read_text(encoding="utf-8")))

@@ -30,10 +30,15 @@ from sae_lens_maira.kernels import (
     fused_step,
     resolve_backend,
 )
-from sae_lens_maira.kernels.dispatch import Backend
+from sae_lens_maira.kernels.dispatch import Backend, say_if_emulated
 from sae_lens_maira.kernels.problem import Candidates
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
-from sae_lens_maira.training.checkpoints import complete_atomically
+from sae_lens_maira.training.checkpoints import (
+    complete_atomically,
+    load_provider_state,
+    provider_state,
+    save_provider_state,
+)
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 from sae_lens_maira.training.inputs import agree_on_scaling, not_finite_error
 from sae_lens_maira.training.interruption import SafePoints
@@ -80,7 +85,8 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
             evaluator: As in SAELens.
             save_checkpoint_fn: As in SAELens.
             backend: Which kernels run.
-            candidates: "bf16" or "tf32" find candidates in low precision first; the result stays exact.
+            candidates: "bf16" or "tf32" find candidates in low precision first; the result stays exact. A CPU without
+                AVX-512 has no bfloat16 product: "bf16" is then four times slower than "off", which is said once.
             sole_writer: Promises that nothing but this trainer writes to the weights between steps. Adam's triton
                 kernel then leaves row norms and bfloat16 copies for the next step. Writes through `.data`, which
                 torch does not count, would go unnoticed. Triton only.
@@ -104,10 +110,12 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
                 "behind; leave sole_writer out."
             )
         self.candidates: Candidates = candidates
+        say_if_emulated(candidates, cfg.device)
         self.dense_reason: str | None = None
         self._reasons_said: set[str] = set()
         self._safe_points = SafePoints()
         self._tokens = 0
+        self._place: Any = None
         self._workspace = Workspace()
         self._buffers: Gradients | None = None
         assert cfg.lr_end is not None  # set by SAELens' configuration classes
@@ -163,6 +171,8 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
             self.n_training_samples = before
             raise
         self.n_training_samples = before + self._tokens
+        # Noted behind a whole step: one that fails has drawn its batch, and a resumed run draws it again.
+        self._place = provider_state(self.data_provider)
         return output
 
     @override
@@ -327,9 +337,17 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
             SAETrainer.save_checkpoint(self, partial_name, self.cfg.checkpoint_path)
 
     @override
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        """SAELens' state, and where the data provider's next batch starts."""
+        super().save_trainer_state(checkpoint_path)
+        save_provider_state(checkpoint_path, self._place)
+
+    @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Reads a checkpoint of this trainer or of SAELens'."""
         super().load_trainer_state(checkpoint_path)
+        load_provider_state(Path(checkpoint_path), self.data_provider)
+        self._place = provider_state(self.data_provider)
         done = self.n_training_samples
         self.checkpoint_thresholds = [at for at in self.checkpoint_thresholds if at >= done]
 

@@ -64,6 +64,45 @@ def test_every_row_once_an_epoch(store):
     assert provider.epoch == 2
 
 
+def test_threads_change_nothing(store):
+    """One thread or four, buffers of one segment or of all: the same batches where the buffers are the same."""
+    for buffer_rows in (4096, 100_000):
+        one = StoreProvider(store, HOOK, 67, seed=3, buffer_rows=buffer_rows, workers=1, rates={"image": 0.5})
+        many = StoreProvider(
+            store, HOOK, 67, seed=3, buffer_rows=buffer_rows, workers=4, rates={"image": 0.5}
+        )
+        for _ in range(400):
+            assert torch.equal(next(one), next(many))
+
+
+def test_batches_are_the_callers_own(store):
+    """A batch keeps its rows when later ones are drawn, though buffers are used again."""
+    provider = StoreProvider(store, HOOK, 512, buffer_rows=4096)
+    first = next(provider)
+    copy = first.clone()
+    for _ in range(40):
+        next(provider)
+    assert torch.equal(first, copy)
+
+
+def test_a_state_from_elsewhere_drops_what_was_read_ahead(store):
+    """Going back to the start of an epoch in the middle of another gives that epoch's first batches."""
+    provider = StoreProvider(store, HOOK, 67, buffer_rows=4096)
+    start = provider.state_dict()
+    first = [next(provider) for _ in range(3)]
+    for _ in range(150):
+        next(provider)
+    provider.load_state_dict(start)
+    for batch in first:
+        assert torch.equal(next(provider), batch)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": 0}])
+def test_sizes_below_one_are_refused(store, wrong):
+    with pytest.raises(StoreError, match="at least 1"):
+        StoreProvider(store, HOOK, **({"batch_size": 8} | wrong))
+
+
 def test_shards_are_mixed(store):
     """Within one buffer rows of two shards meet in one batch."""
     batch = numbers(StoreProvider(store, HOOK, batch_size=512), 1)

@@ -1,0 +1,58 @@
+"""Work ahead of its use comes out in order, whatever its threads and however long each piece takes."""
+
+import threading
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from sae_lens_maira.activations.ahead import in_order
+from sae_lens_maira.activations.memory import LARGE, empty_rows
+
+
+def slow(number, seconds):
+    time.sleep(seconds)
+    return number
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_keep_their_order(workers):
+    jobs = [partial(slow, i, 0.02 if i % 3 == 0 else 0.0) for i in range(12)]
+    assert list(in_order(jobs, workers)) == list(range(12))
+
+
+def test_no_more_is_taken_than_there_is_room_for():
+    """With two threads at most four results wait while the caller holds one."""
+    taken = []
+
+    def jobs():
+        for i in range(50):
+            taken.append(i)
+            yield partial(slow, i, 0.0)
+
+    results = in_order(jobs(), 2)
+    assert next(results) == 0
+    assert len(taken) == 5
+    results.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_comes_in_its_place_and_no_thread_stays(workers):
+    def fail():
+        raise ValueError("the third")
+
+    results = in_order([partial(slow, 0, 0.01), partial(slow, 1, 0.0), fail, partial(slow, 3, 0.0)], workers)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ValueError, match="third"):
+        next(results)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+@pytest.mark.parametrize("rows", [1, LARGE // 4096])
+def test_memory_can_be_written_and_outlives_its_making(rows):
+    """Small and large pieces alike hold what is written to them."""
+    memory = empty_rows(rows, 1024, torch.float32)
+    assert memory.shape == (rows, 1024)
+    memory.fill_(3.0)
+    assert float(memory.sum()) == 3 * 1024 * rows
