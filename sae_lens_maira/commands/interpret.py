@@ -1,10 +1,11 @@
-"""`interpret run` and `interpret report`: explain latents and score the explanations, with controls beside them."""
+"""`interpret run`, `report` and `findings`: explain latents and score the explanations, with controls beside them."""
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sae_lens_maira.commands.numbers import numbers
 from sae_lens_maira.errors import ConfigError
 
 
@@ -162,19 +163,63 @@ def report(
     sys.stdout.write(shown.to_string(index=False, float_format="%.2f", max_colwidth=80) + "\n")
 
 
+def findings(
+    records: list[Path],
+    untrained: list[Path] | None = None,
+    raw: list[Path] | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    as_json: bool = False,
+) -> None:
+    """The best latent of each finding, chosen on train patients: its explanation, and detection on unseen patients.
+
+    Needs record sets with known findings that `interpret run` has explained without a model. Several sets of one
+    model, such as those of a text and an image SAE, are searched together.
+
+    Example: sae-lens-maira interpret findings --records "[text, image]" --untrained "[text_u, image_u]" --out best
+
+    Args:
+        records: interpreted record sets.
+        untrained: interpreted record sets of untrained SAEs, chosen from in the same way.
+        raw: interpreted record sets of raw residual dimensions.
+        out: folder for `best_latents.csv` and `best_latents.png`; nothing is written if not given.
+        seed: of the split by patient, as `interpret run` had.
+        as_json: print JSON instead of text.
+    """
+    import pandas as pd
+
+    from sae_lens_maira.interp.best import best_latents, best_table, write_best_figure
+
+    named = {"trained": records, "untrained SAE": untrained, "raw dimensions": raw}
+    sets = {
+        name: best_latents({folder.name: folder for folder in folders}, seed)
+        for name, folders in named.items()
+        if folders
+    }
+    tables = {name: best_table(best) for name, best in sets.items()}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        joined = pd.concat([table.assign(set=name) for name, table in tables.items()])
+        joined.to_csv(out / "best_latents.csv", index=False)
+        write_best_figure(sets, out / "best_latents.png")
+    if as_json:
+        found = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    for name, table in tables.items():
+        good = table.loc[table["named"]]
+        text = table.drop(columns="explanation").to_string(index=False, float_format="%.2f")
+        sys.stdout.write(
+            f"{name}: {len(good)} of {len(table)} findings named, {(good['detection'] >= 0.85).sum()} of them "
+            f"detected at 0.85 or more; mean {good['detection'].mean():.3f}, shuffled {good['control'].mean():.3f}\n"
+            f"{text}\n\n"
+        )
+    for row in tables["trained"].itertuples():
+        sys.stdout.write(f"{row.finding}: {row.explanation}\n")
+
+
 def _numbers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    numbers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            numbers += range(int(first), int(last or first) + 1)
-    except ValueError:
-        raise ConfigError(
-            f'--latents {text!r} is no list of numbers; write numbers and ranges as in "0-49,77".'
-        ) from None
-    return tuple(dict.fromkeys(numbers))
+    return numbers(text, "--latents")
 
 
 def _prices(text: str | None) -> tuple[float, float] | None:
@@ -189,4 +234,8 @@ def _prices(text: str | None) -> tuple[float, float] | None:
     return asked, answered
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"interpret run": run, "interpret report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "interpret run": run,
+    "interpret report": report,
+    "interpret findings": findings,
+}

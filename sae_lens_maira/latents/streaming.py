@@ -173,7 +173,9 @@ class LatentStatistics:
                     f"A patch of the {name} image lies outside the {height} x {width} grid; give the grid of the model."
                 )
             self.map_studies[name] += len(np.unique(rows.study[here]))
-            total = self.maps.setdefault(name, torch.zeros(self.d_sae, height * width))
+            if name not in self.maps:  # not `setdefault`: its zeros are 90 MB at MAIRA-2's size, for every block
+                self.maps[name] = torch.zeros(self.d_sae, height * width)
+            total = self.maps[name]
             mine = view[row] == number
             total.view(-1).index_add_(0, latent[mine] * (height * width) + patch[row[mine]], value[mine])
 

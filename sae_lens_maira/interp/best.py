@@ -1,0 +1,200 @@
+"""The latent that follows each finding best, chosen on train patients and judged on the others.
+
+    agreement(latent, finding) = (share of active studies with it + share of silent studies without it) / 2
+
+over the latent's train examples. The choice sees no explanation and no test patient; what is reported of the chosen
+latent is whether its explanation names the finding, and its detection score on test patients beside the shuffled
+control. The same is done with record sets of an untrained SAE or of raw dimensions. It makes no interpretation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.interp.examples import Example, split_examples, train_patients
+from sae_lens_maira.interp.findings import name_and_side, named_findings
+from sae_lens_maira.interp.offline import EXPLAINER
+from sae_lens_maira.interp.records import Interpretation, Score, load
+from sae_lens_maira.latents.recordset import RecordSet
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best latent of one finding.
+
+    Attributes:
+        finding: its key.
+        place: name of the record set that holds the latent.
+        latent: its number.
+        agreement: with the finding, on train examples.
+        n: train examples.
+        interpretation: of the latent; None where it has none.
+        named: whether the explanation names the finding, with its side where it says one.
+        exact: whether it names this finding and no other.
+    """
+
+    finding: str
+    place: str
+    latent: int
+    agreement: float
+    n: int
+    interpretation: Interpretation | None
+    named: bool
+    exact: bool
+
+    @property
+    def detection(self) -> Score | None:
+        """Detection by the known findings on test patients."""
+        return _by_truth(self.interpretation.scores) if self.interpretation else None
+
+    @property
+    def control(self) -> Score | None:
+        """The same with another latent's explanation."""
+        return _by_truth(self.interpretation.control) if self.interpretation else None
+
+
+def best_latents(
+    places: Mapping[str, Path | str], seed: int = 0, least: int = 5, explainer: str = EXPLAINER
+) -> list[Best]:
+    """The best latent of every finding over one or more record sets.
+
+    Args:
+        places: folders of interpreted record sets of one model by name, such as "text" and "image".
+        seed: of the split by patient, as the interpretations had.
+        least: active and silent train examples needed.
+        explainer: whose interpretations to read.
+
+    Raises:
+        RecordError: the sets know different findings, or a set has no interpretation by that explainer.
+    """
+    sets = {name: RecordSet.open(folder) for name, folder in places.items()}
+    keys = next(iter(sets.values())).meta.findings
+    best: dict[str, tuple[float, str, int, int]] = {}
+    for name, records in sets.items():
+        if records.meta.findings != keys:
+            raise RecordError(
+                f"{records.folder} measures other findings than {next(iter(sets.values())).folder}; give record sets "
+                "of the same findings."
+            )
+        train = train_patients(records.studies.values(), seed)
+        for record in records.stream():
+            examples = split_examples(record, records.studies, train).train
+            rated = agreement(examples, keys, least)
+            for key, value in zip(keys, rated, strict=True):
+                if not np.isnan(value) and value > best.get(key, (0.0,))[0]:
+                    best[key] = (float(value), name, record.latent, len(examples))
+    told = {name: _told(records, explainer) for name, records in sets.items()}
+    found = []
+    for key, (value, name, latent, n) in best.items():
+        one = told[name].get(latent)
+        named = named_findings(one.explanation or "", keys) if one else frozenset()
+        found.append(Best(key, name, latent, value, n, one, key in named, _exact(key, named)))
+    return sorted(found, key=lambda b: keys.index(b.finding))
+
+
+def agreement(examples: Sequence[Example], keys: Sequence[str], least: int = 5) -> np.ndarray:
+    """(F,) agreement of a latent with each finding over examples; NaN where there are too few."""
+    active = np.array([e.active for e in examples], dtype=bool)
+    if active.sum() < least or (~active).sum() < least:
+        return np.full(len(keys), np.nan)
+    present = np.array([[key in e.study.findings for key in keys] for e in examples], dtype=bool)
+    return (present[active].mean(0) + 1 - present[~active].mean(0)) / 2
+
+
+def best_table(best: Sequence[Best]) -> pd.DataFrame:
+    """One row per finding."""
+    return pd.DataFrame(
+        [
+            {
+                "finding": b.finding,
+                "place": b.place,
+                "latent": b.latent,
+                "train": b.agreement,
+                "named": b.named,
+                "exact": b.exact,
+                "detection": b.detection.balanced_accuracy if b.detection else None,
+                "low": b.detection.low if b.detection else None,
+                "high": b.detection.high if b.detection else None,
+                "n": b.detection.answered if b.detection else 0,
+                "control": b.control.balanced_accuracy if b.control else None,
+                "explanation": b.interpretation.explanation if b.interpretation else None,
+            }
+            for b in best
+        ]
+    )
+
+
+def write_best_figure(sets: Mapping[str, Sequence[Best]], path: Path | str) -> None:
+    """PNG of detection per finding: a dot with its 95 % interval per set, and the first set's shuffled control.
+
+    Args:
+        sets: best latents by name; the first is the one reported, the others stand beside it.
+        path: of the PNG.
+
+    Raises:
+        RecordError: the first set has no score.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first = next(iter(sets))
+    rows = [b.finding for b in sets[first]]
+    if not any(b.detection for b in sets[first]):
+        raise RecordError(
+            f"No best latent of {first} has a detection score, so there is nothing to draw. Run "
+            "`sae-lens-maira interpret run` on its record sets first."
+        )
+    figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (name, best) in enumerate(sets.items()):
+        kept = [b for b in best if b.detection and b.detection.balanced_accuracy is not None and b.named]
+        scores = [b.detection for b in kept if b.detection]
+        values = np.array([s.balanced_accuracy for s in scores], dtype=float)
+        spread = np.array([[s.balanced_accuracy or 0, s.low or 0, s.high or 1] for s in scores]).reshape(
+            -1, 3
+        )
+        y = np.array([rows.index(b.finding) for b in kept]) + 0.16 * number - 0.16
+        error = np.stack([spread[:, 0] - spread[:, 1], spread[:, 2] - spread[:, 0]])
+        mean = f", mean {values.mean():.2f}" if len(values) else ""
+        label = f"{name} ({len(kept)} of {len(rows)} named{mean})"
+        axes.errorbar(values, y, xerr=error, fmt="o", markersize=4, linewidth=1, label=label)
+    shuffled = [(b.finding, b.control.balanced_accuracy) for b in sets[first] if b.control and b.named]
+    axes.scatter(
+        [value for _, value in shuffled],
+        [rows.index(finding) for finding, _ in shuffled],
+        marker="x",
+        color="0.4",
+        s=18,
+        label="shuffled explanations",
+    )
+    axes.axvline(0.5, color="0.5", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(rows)), [" ".join(filter(None, reversed(name_and_side(row)))) for row in rows])
+    axes.set(xlabel="balanced accuracy of detection on unseen patients", xlim=(0, 1.02))
+    axes.invert_yaxis()
+    axes.legend(fontsize=7, loc="lower left")
+    figure.savefig(Path(path), dpi=150, metadata={"Software": None})
+
+
+def _told(records: RecordSet, explainer: str) -> dict[int, Interpretation]:
+    found = {one.latent: one for one in load(records.folder) if one.explainer == explainer}
+    if not found:
+        raise RecordError(
+            f"{records.folder} has no interpretation by {explainer!r}; run `sae-lens-maira interpret run` on it first."
+        )
+    return found
+
+
+def _exact(key: str, named: frozenset[str]) -> bool:
+    """Whether only this finding is named; both sides of it count as one where it says no side."""
+    return key in named and len({name_and_side(other)[0] for other in named}) == 1
+
+
+def _by_truth(scores: Sequence[Score]) -> Score | None:
+    return next((s for s in scores if (s.method, s.judge) == ("detection", "truth")), None)
