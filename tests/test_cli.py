@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sae_lens_maira.cli import COMMANDS, main
+from sae_lens_maira.cli import COMMANDS, build_parser, main
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,8 @@ def test_every_command_shows_an_example_and_describes_every_option(name, capsys)
     words = " ".join(text.split())
     for option in COMMANDS[name].__annotations__:
         if option not in ("return", "as_json"):
-            assert re.search(rf"--{option} \S+ [^(\s]", words), f"{name} --{option} has no text"
+            shown = option.replace("_", "-")
+            assert re.search(rf"--{shown} \S+ [^(\s]", words), f"{name} --{shown} has no text"
 
 
 @pytest.mark.parametrize("columns", ["20", "80", "400", ""])
@@ -43,29 +44,106 @@ def test_help_is_the_same_in_every_terminal(columns, capsys, monkeypatch):
 
 
 def test_the_command_line_starts_without_the_model_libraries():
-    """The parser of all commands loads no torch, transformers or SAELens: help answers at once."""
+    """The help of all commands loads no torch, transformers or SAELens: help answers at once."""
     program = (
-        "import sys, sae_lens_maira.cli as c; c.build_parser();"
+        "import sys, sae_lens_maira.cli as c; [c.help_of(name) for name in c.COMMANDS];"
         "print(sorted({'torch', 'transformers', 'sae_lens', 'pandas', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_unknown_option_names_the_closest(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["quickstart", "--studees", "5"])
-    assert stopped.value.code == 2
-    assert "Did you mean --studies?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (
+            ["quickstart", "--studees", "5"],
+            "quickstart: unrecognized arguments: --studees 5. Did you mean --studies?",
+        ),
+        (["dashboards", "upload", "--set-nam", "x"], "Did you mean --set-name?"),
+        (["quickstart", "--studies", "five"], "quickstart: --studies: Expected an int. Got value: five."),
+        (["interpret", "run"], "interpret run: it needs --records."),
+        (["quickstart", "--config", "/nowhere.yaml"], "quickstart: --config: File does not exist"),
+        (["nothing"], "there is no command 'nothing'. Commands are quickstart"),
+        (["dashboards"], "'dashboards' alone is no command. Commands are dashboards"),
+        (["intrepret", "run"], "Did you mean interpret?"),
+    ],
+)
+def test_wrong_words_are_one_line_and_code_2(words, wanted, capsys):
+    """What the parser refuses names the command and the option that was probably meant: no usage page."""
+    try:
+        code = main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert wanted in captured.err
 
 
-def test_unknown_key_in_a_config_file_names_the_closest(tmp_path, capsys):
+@pytest.mark.parametrize("command", ["quickstart", "interpret run"])
+def test_unknown_key_in_a_config_file_names_the_closest(command, tmp_path, capsys):
     file = tmp_path / "run.yaml"
-    file.write_text("studees: 5\n", encoding="utf-8")
+    file.write_text("seeed: 5\n", encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
-        main(["quickstart", "--config", str(file)])
+        main([*command.split(), "--config", str(file)])
     assert stopped.value.code == 2
-    assert "studees" in capsys.readouterr().err
+    assert f"{command}: unrecognized arguments: --seeed. Did you mean --seed?" in capsys.readouterr().err
+
+
+def test_options_are_taken_with_hyphens_and_with_underscores(tmp_path):
+    """`--set-name` and `--set_name` are one option; a value keeps its own hyphens and underscores."""
+    words = ["--records", "a_b", "--out", str(tmp_path)]
+    parser = build_parser("dashboards neuronpedia")
+    for spelling in (["--set-name", "res-16k"], ["--set_name", "res-16k"], ["--set-name=res-16k"]):
+        options = parser.parse_args([*words, *spelling])
+        assert (options.set_name, str(options.records)) == ("res-16k", "a_b")
+
+
+def test_an_option_from_a_pipe(capsys):
+    """A configuration may come from a pipe."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sae_lens_maira.cli", "quickstart", "--config", "/dev/stdin"],
+        input="studies: -5\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "studies is -5" in done.stderr
+
+
+def test_a_closed_pipe_is_no_error_of_ours(monkeypatch):
+    """`sae-lens-maira ... | head -1`: no traceback, and the code of any program that nobody reads."""
+    program = (
+        "import sys, sae_lens_maira.cli as c\n"
+        "c.COMMANDS['quickstart'] = lambda **_: sys.stdout.writelines('line\\n' for _ in range(100_000))\n"
+        "sys.exit(c.main(['quickstart']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.wait() == 141
+    assert process.stderr.read() == b""
+
+
+def test_interruption_and_a_full_disk_show_no_traceback(monkeypatch, capsys):
+    """Ctrl-C is 130, a path that cannot be written is 2, and a fault of ours stays visible."""
+
+    def raising(error):
+        monkeypatch.setitem(COMMANDS, "measure-phantom", lambda **_: (_ for _ in ()).throw(error))
+
+    raising(KeyboardInterrupt())
+    assert main(["measure-phantom"]) == 130
+    raising(PermissionError(13, "Permission denied", "/root/x"))
+    assert main(["measure-phantom"]) == 2
+    assert "Permission denied at /root/x." in capsys.readouterr().err
+    raising(KeyError("ours"))
+    with pytest.raises(KeyError):
+        main(["measure-phantom"])
 
 
 def test_user_errors_are_one_paragraph_and_code_2(capsys):

@@ -1,109 +1,46 @@
-"""Judge an SAE on a MAIRA-2: reconstruction and spliced cross-entropy, per level and role, beside an untrained one.
+"""The command `evaluate`: tables that judge an SAE, made by `evaluation`."""
 
-    explained variance, L0, dead latents     of rows at the SAE's hook point, per token role
-    loss recovered                           (CE_ablated - CE_spliced) / (CE_ablated - CE_clean) over report tokens
-
-The studies are teacher-forced on their reports. Reconstructions replace the positions the SAE was trained on, text
-and image patches apart. It composes the model, activations and SAE rooms and computes nothing itself.
-"""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import torch
-from sae_lens import SAE
-
-from sae_lens_maira.activations import harvest_rows
-from sae_lens_maira.errors import SAEError
-from sae_lens_maira.hooks import PointTable
-from sae_lens_maira.maira2 import Maira2, TokenRole, resolve_roles
-from sae_lens_maira.sae import SpliceBatch, evaluate_sae, evaluate_splice, load_matryoshka, untrained_like
-from sae_lens_maira.studies import Study
-
-# BOS and boilerplate are no SAE's business: the first has a norm of its own, the second never varies.
-KEPT = tuple(role for role in TokenRole if role not in (TokenRole.PAD, TokenRole.BOS, TokenRole.TEMPLATE))
-POSITIONS = {"text": resolve_roles("paper"), "image": resolve_roles("image_only")}
-
-
-@dataclass(frozen=True)
-class EvaluationTables:
-    """Two tables: `rows` (reconstruction, per role and level) and `splice` (cross-entropy, per position set)."""
-
-    rows: pd.DataFrame
-    splice: pd.DataFrame
-    hook_name: str
-    n_studies: int
 
 
 def evaluate(
-    maira: Maira2,
-    sae: SAE | Path | str,
-    studies: Sequence[Study],
-    hook_name: str | None = None,
-    batch_size: int = 16,
-    image_rate: float = 1.0,
-    progress: bool = True,
-) -> EvaluationTables:
-    """Evaluate an SAE on held-out studies.
+    sae: Path,
+    model: str = "phantom",
+    studies: int = 100,
+    seed: int = 10_000,
+    hook: str | None = None,
+    device: str = "auto",
+    as_json: bool = False,
+) -> None:
+    """Judge an SAE: explained variance, L0, dead latents and loss recovered, per level and role.
+
+    Example: sae-lens-maira evaluate --sae quickstart_out/sae_text --studies 100
 
     Args:
-        maira: the model it was trained on.
-        sae: an SAE, or the folder of one.
-        studies: held-out studies with reports.
-        hook_name: `blocks.{i}.hook_resid_post`; taken from the SAE if not given.
-        batch_size: studies a forward pass.
-        image_rate: share of image patches used for the reconstruction table.
-        progress: show a bar.
-
-    Returns:
-        The tables.
-
-    Raises:
-        SAEError: the SAE names no hook point and none was given, or its width is not the model's.
-        HookError: the model has no such hook point.
+        sae: folder of the SAE.
+        model: the model it was trained on: "phantom", a folder or a hub id.
+        studies: phantom studies to read.
+        seed: of the studies; the phantom was trained on seed 0.
+        hook: hook point, if the SAE does not name its own.
+        device: auto, cpu, cuda, ...
+        as_json: print JSON instead of text.
     """
-    if not isinstance(sae, SAE):
-        sae = load_matryoshka(sae)
-    hook_name = hook_name or sae.cfg.metadata.hook_name
-    if not hook_name:
-        raise SAEError(
-            "The SAE's metadata name no hook point, and none was given; pass hook_name, for example "
-            "blocks.15.hook_resid_post."
-        )
-    module = maira.model.get_submodule(PointTable(maira.model.config).resolve(hook_name).module)
-    width = maira.model.config.get_text_config().hidden_size
-    if sae.cfg.d_in != width:
-        raise SAEError(
-            f"The SAE reads {sae.cfg.d_in} dimensions and the model's residual stream has {width}; it belongs to "
-            "another model. Give the SAE of this one."
-        )
-    rows = harvest_rows(
-        maira, studies, hook_name, roles=KEPT, batch_size=batch_size, image_rate=image_rate, progress=progress
-    )
-    names = {int(role): role.name.lower() for role in TokenRole}
-    table = evaluate_sae(sae, rows.values, rows.role, role_names=names)
-    baselines = {}
-    for where, roles in POSITIONS.items():
-        here = np.isin(rows.role, [int(role) for role in roles])
-        baselines[where] = untrained_like(sae, rows.where(here).values)
-    spliced = evaluate_splice(
-        maira.model,
-        module,
-        _batches(maira, studies, batch_size),
-        sae,
-        baseline=baselines,
-        positions={where: [int(role) for role in roles] for where, roles in POSITIONS.items()},
-    )
-    return EvaluationTables(table.to_frame(), spliced.to_frame(), hook_name, len(studies))
+    from sae_lens_maira.commands.evaluation import evaluate as run
+    from sae_lens_maira.commands.models import named_model
+    from sae_lens_maira.phantom import generate_studies
+
+    maira = named_model(model, device=device)
+    tables = run(maira, sae, generate_studies(studies, seed=seed, size=maira.processor.recipe.crop), hook)
+    if as_json:
+        rows, splice = (table.to_dict("records") for table in (tables.rows, tables.splice))
+        sys.stdout.write(json.dumps({"rows": rows, "splice": splice}) + "\n")
+        return
+    for name, table in (("reconstruction", tables.rows), ("spliced into the model", tables.splice)):
+        sys.stdout.write(f"{name} at {tables.hook_name}, {tables.n_studies} studies\n")
+        sys.stdout.write(table.to_string(index=False, float_format=lambda x: f"{x:.4g}") + "\n")
 
 
-def _batches(maira: Maira2, studies: Sequence[Study], batch_size: int) -> Iterator[SpliceBatch]:
-    for start in range(0, len(studies), batch_size):
-        encoding = maira.processor.encode(
-            studies[start : start + batch_size], report="teacher", padding_side="right"
-        ).to(maira.model.device, maira.model.dtype)
-        labels = torch.where(encoding.roles == TokenRole.REPORT, encoding.input_ids, -100)
-        yield SpliceBatch(encoding.model_inputs(), labels, encoding.roles)
+COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate}

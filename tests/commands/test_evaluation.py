@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_lens_maira.activations import harvest_rows
-from sae_lens_maira.commands.evaluate import evaluate
+from sae_lens_maira.commands.evaluation import evaluate
 from sae_lens_maira.errors import HookError, SAEError
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
