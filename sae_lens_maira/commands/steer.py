@@ -16,8 +16,8 @@ def steer(
     out: Path = Path("steer_out"),
     studies: int = 600,
     steered: int = 32,
-    latents: int = 8,
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0),
+    latents: int = 16,
+    strengths: tuple[float, ...] = (1.0, 2.0, 3.0),
     remove: bool = False,
     seed: int = 0,
     as_json: bool = False,
@@ -33,17 +33,17 @@ def steer(
         studies: phantom studies from which latents are chosen.
         steered: studies of each half that are steered.
         latents: latents a method uses.
-        strengths: the sweep.
+        strengths: the sweep of maps; other methods have their own.
         remove: take the finding out of reports that have it.
         seed: of studies, halves and controls.
         as_json: print the summary as JSON instead of a table.
     """
-    import numpy as np
-
-    from sae_lens_maira.commands.steering_methods import phantom_methods
+    from sae_lens_maira.activations import harvest_rows
+    from sae_lens_maira.commands.steering_learned import encoder_of, learn
+    from sae_lens_maira.commands.steering_methods import Bench
+    from sae_lens_maira.commands.steering_subjects import MAX_NEW_TOKENS, Subjects
     from sae_lens_maira.errors import InterventionError
-    from sae_lens_maira.latents import split_by_patient
-    from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, read_report, truth_labels
+    from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, read_report
     from sae_lens_maira.sae import load_matryoshka
     from sae_lens_maira.steering.evaluate import evaluate_steering
     from sae_lens_maira.steering.page import write_page
@@ -53,35 +53,43 @@ def steer(
             f"There is no finding {finding!r}; the phantom has {', '.join(FINDING_KEYS)}."
         )
     maira, dictionary = load_phantom(), load_matryoshka(sae)
-    drawn = generate_studies(studies, seed=40_000 + seed)
-    halves = split_by_patient([study.patient_id for study in drawn], seed)
-    present = np.array([truth_labels(study)[FINDING_KEYS.index(finding)] for study in drawn])
-    made = phantom_methods(maira, dictionary, drawn, halves.choose, present, finding, latents, remove, seed)
-    # Without a prior film: with one, "unchanged" could be right as well.
-    wanted = (present == remove) & np.array([study.prior_frontal is None for study in drawn])
-    choose, report = (
-        [drawn[int(i)] for i in np.flatnonzero(half & wanted)[:steered]]
-        for half in (halves.choose, halves.report)
+    hook_name = dictionary.cfg.metadata.hook_name
+    if not hook_name:
+        raise InterventionError("The SAE's metadata name no hook point; train it with one.")
+    subjects = Subjects(maira, studies, hook_name, seed, pool=(8 * steered, 8 * steered))
+    rows = harvest_rows(maira, subjects.studies, hook_name, roles="image_only")
+    learned = learn(
+        rows,
+        encoder_of(dictionary),
+        subjects.studies,
+        subjects.truth,
+        subjects.halves.choose,
+        maira,
+        findings=(finding,),
     )
+    bench = Bench(dictionary, learned, latents, seed=seed, strengths=strengths)
+    has, lacks = ([finding], []) if remove else ([], [finding])
+    choose, report = (subjects.pick(half, has, lacks, steered) for half in ("choose", "report"))
     tables = evaluate_steering(
         maira,
         dictionary,
-        made.hook_name,
-        made.methods,
+        hook_name,
+        bench.removal(finding) if remove else bench.insertion(finding),
         choose,
         report,
         finding,
         lambda text: read_report(text).present,
         FINDING_KEYS,
-        strengths=strengths,
         remove=remove,
-        p99=made.p99,
+        p99=learned.p99,
+        max_new_tokens=MAX_NEW_TOKENS,
         seed=seed,
+        prompts=subjects.prompts,
     )
     tables.save(out)
-    write_page(out, finding, report)
+    write_page(out, finding, [subjects.study(number) for number in report])
     shown = tables.summary.loc[
-        :, ["method", "strength", "n", "on_target", "off_target", "kl", "repetition", "length", "ratio"]
+        :, ["method", "strength", "n", "on_target", "off_target", "kl", "perplexity", "repetition", "length"]
     ]
     if as_json:
         sys.stdout.write(json.dumps(tables.summary.to_dict("records")) + "\n")

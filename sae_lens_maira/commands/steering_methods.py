@@ -1,184 +1,240 @@
-"""The methods that `steer` compares on the phantom, learned on the studies of one half.
+"""The methods that are compared on the phantom: ways to put a finding in, take it out, or move it to the other side.
 
-Latents by map difference with their maps, by output effect and by agreement, at the frontal patches; the latent of
-best agreement everywhere, as the study steered; the difference of means as the supervised reference; and controls.
+    maps       h[p] += s sum_j (present_j[p] - absent_j[p]) W_dec[j]     over a few latents j, however they were chosen
+    in place   a_j[p] = s present_j[p], or at least that, where the finding's boxes usually lie
+
+Latents are chosen by map difference, by output effect or by agreement, on the same budget. The study's own way (one
+text latent everywhere), the supervised difference of means and controls stand beside them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
-from sae_lens_maira.activations import harvest_rows
-from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.latents import study_firing
-from sae_lens_maira.maira2 import Maira2
-from sae_lens_maira.phantom import read_report
+from sae_lens_maira.commands.steering_learned import Learned
+from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.sae import MatryoshkaSAE
-from sae_lens_maira.steering import Ablate, Add, Direction, Intervention, mean_difference_map, p99_of
+from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Intervention, SetTo
 from sae_lens_maira.steering.evaluate import Method, map_directions
-from sae_lens_maira.steering.schedule import everywhere, patches
-from sae_lens_maira.steering.selection import by_agreement, by_map_difference, by_output_effect
-from sae_lens_maira.studies import Study
+from sae_lens_maira.steering.schedule import Schedule, everywhere, patches
+from sae_lens_maira.steering.selection import by_map_effect
 
-N_GRADIENTS = 48
+STRENGTHS = (1.5, 3.0)
+MEANS_STRENGTHS = (1.5,)
+COUNTS = (8.0, 32.0)
+BOX_SHARE = 0.1
+"""A patch belongs to a finding's place if its boxes cover at least this share of it on average."""
+ENERGY = 0.02
+"""Directions of a difference of means below this share of the largest are left out."""
+
+MAPS = "latents by map difference"
+EFFECT = "latents by output effect"
+AGREEMENT = "latents by agreement"
+SET, AT_LEAST = "set in place", "at least in place"
+EVERYWHERE = "text latent everywhere"
+MEANS = "difference of means (supervised)"
+RANDOM_DIRECTION, RANDOM_LATENTS = "random direction, equal norm", "random latents, equal density"
+FLIPPED = "flipped sign"
+ABLATE, AT_MOST, SUBTRACT = "ablate latents", "at most as without", "subtract latents' maps"
+MEANS_OUT = "subtract difference of means (supervised)"
+RANDOM_ABLATED = "ablate random latents"
+OTHER, MIRRORED = "latents of the other side", "same latents, mirrored place"
+MEANS_OTHER = "difference of means of the other side (supervised)"
 
 
-@dataclass(frozen=True)
-class MethodSet:
-    """Methods, the latents' units, and where they act."""
-
-    methods: list[Method]
-    p99: torch.Tensor
-    hook_name: str
-
-
-def phantom_methods(
-    maira: Maira2,
-    sae: MatryoshkaSAE,
-    studies: Sequence[Study],
-    learn: np.ndarray,
-    present: np.ndarray,
-    finding: str,
-    n_latents: int,
-    remove: bool,
-    seed: int,
-) -> MethodSet:
-    """Learn the methods of one finding.
+class Bench:
+    """One SAE and what was learned with it: makes methods.
 
     Args:
-        maira: the phantom.
-        sae: an SAE that names its hook point.
-        studies: all studies.
-        learn: (n,) those that may be learned from.
-        present: (n,) those with the finding.
-        finding: its key.
-        n_latents: latents a method uses.
-        remove: steer away from the finding.
-        seed: of the controls.
-
-    Raises:
-        InterventionError: the SAE names no hook point, or no report states the finding alone.
+        sae: an SAE of image patches.
+        learned: from `learn`.
+        n_latents: budget of a method.
+        text: an SAE of text positions and what was learned with it, for the study's own way.
+        seed: of the random controls.
+        strengths: the sweep of latents' maps.
     """
-    hook_name = sae.cfg.metadata.hook_name
-    if not hook_name:
-        raise InterventionError("The SAE's metadata name no hook point; train it with one.")
-    taught = [int(i) for i in np.flatnonzero(learn)]
-    rows = harvest_rows(maira, [studies[i] for i in taught], hook_name, roles="image_only")
-    with_it, decoder = present[taught], sae.W_dec.detach()
 
-    def encode(values: torch.Tensor, /) -> torch.Tensor:
-        with torch.no_grad():
-            return sae.encode(values)
+    def __init__(
+        self,
+        sae: MatryoshkaSAE,
+        learned: Learned,
+        n_latents: int = 16,
+        text: tuple[MatryoshkaSAE, torch.Tensor, torch.Tensor] | None = None,
+        seed: int = 0,
+        strengths: tuple[float, ...] = STRENGTHS,
+    ) -> None:
+        self.sae, self.learned, self.n, self.text, self.seed = sae, learned, n_latents, text, seed
+        self.strengths = strengths
+        self.decoder = sae.W_dec.detach()
 
-    sampled = encode(rows.values[:: max(1, len(rows) // 20_000)])
-    p99, density = p99_of(sampled), (sampled > 0).float().mean(0)
-    sign = -1.0 if remove else 1.0
-    shape = (int(rows.patch_row.max()) + 1, int(rows.patch_col.max()) + 1)
-    mapped, difference = by_map_difference(rows, encode, decoder, with_it, ~with_it)
-    chosen = [int(j) for j in mapped.scores.abs().topk(n_latents).indices]
-    fires, _ = study_firing(encode, rows, len(taught))
-    agreeing = by_agreement(fires, with_it).boost(1)
-    # Units are needed for the effect to be comparable over latents; those that never fire have none.
-    sentences = _sentences([studies[i] for i in taught], finding)
-    subjects = [studies[i] for i in taught if present[i] == remove][:N_GRADIENTS]
-    effect = by_output_effect(
-        maira,
-        sae,
-        hook_name,
-        subjects,
-        [sentences[k % len(sentences)] for k in range(len(subjects))],
-        [_first_sentence(study) for study in subjects],
-        p99=p99,
-    )
-    causal = effect.boost(n_latents)
-    means = mean_difference_map(rows, with_it, ~with_it).delta
-    size = (difference[:, chosen] @ decoder[chosen]).norm(dim=1).reshape(shape)
-    direction = torch.nn.functional.normalize(
-        torch.randn(decoder.shape[1], generator=torch.Generator().manual_seed(seed)), dim=0
-    )
-    twins = _twins(density, chosen)
+    def difference(self, finding: str) -> torch.Tensor:
+        """(P, D) mean activations with the finding minus without."""
+        column = FINDING_KEYS.index(finding)
+        return self.learned.present[column] - self.learned.absent[column]
 
-    def maps(latents: Sequence[int], strength: float, columns: Sequence[int]) -> list[Intervention]:
+    def chosen(self, finding: str, how: str, n: int | None = None) -> list[int]:
+        """The latents of a finding, best first.
+
+        Args:
+            finding: its key.
+            how: `MAPS`, `EFFECT` or `AGREEMENT`.
+            n: how many; the bench's budget if not given.
+        """
+        n = n or self.n
+        column, difference = FINDING_KEYS.index(finding), self.difference(finding)
+        if how == MAPS:
+            scores = difference.norm(dim=0) * self.decoder.norm(dim=1)
+        elif how == EFFECT:
+            scores = by_map_effect(difference, self.learned.gradient[column], self.decoder).scores
+        else:
+            scores = self.learned.agreement[:, column]
+        return scores.topk(min(n, len(scores))).indices.tolist()
+
+    def insertion(self, finding: str) -> list[Method]:
+        """Ways to put a finding into reports that lack it, and controls."""
+        difference, latents = self.difference(finding), self.chosen(finding, MAPS)
+        effect = self.chosen(finding, EFFECT)
+        methods = [
+            self._mapped(MAPS, latents, difference),
+            self._mapped(EFFECT, effect, difference),
+            self._mapped(AGREEMENT, self.chosen(finding, AGREEMENT), difference),
+            Method(SET, lambda s: self._in_place(finding, effect, s, SetTo), strengths=(1.5,)),
+            Method(AT_LEAST, lambda s: self._in_place(finding, effect, s, AtLeast), strengths=(1.0, 2.5)),
+            self._means(MEANS, self.learned.means[FINDING_KEYS.index(finding)]),
+            self._random_direction(latents, difference, MAPS),
+            self._mapped(RANDOM_LATENTS, self._twins(latents), difference, columns=latents, control_of=MAPS),
+            self._mapped(FLIPPED, latents, -difference, control_of=MAPS),
+        ]
+        return [*methods, *self._study_way(finding)]
+
+    def removal(self, finding: str) -> list[Method]:
+        """Ways to take a finding out of reports that state it, and controls; numbers of latents are swept."""
+        difference, latents = self.difference(finding), self.chosen(finding, MAPS)
+        column = FINDING_KEYS.index(finding)
+
+        def more_active(n: float) -> list[int]:
+            ranked = self.chosen(finding, MAPS, len(self.decoder))
+            return [j for j in ranked if float(difference[:, j].sum()) > 0][: int(n)]
+
+        def pressed(n: float) -> list[Intervention]:
+            ceiling = self.learned.absent[column].max(dim=0).values
+            return [
+                AtMost(latents=(j,), strength=float(ceiling[j]), unit="raw", where=patches())
+                for j in more_active(n)
+            ]
+
         return [
-            Add(
-                latents=(j,),
-                strength=strength,
-                unit="raw",
-                where=patches(grid=difference[:, c].reshape(shape)),
-            )
-            for j, c in zip(latents, columns, strict=True)
+            Method(
+                ABLATE, lambda n: [Ablate(latents=tuple(more_active(n)), where=patches())], strengths=COUNTS
+            ),
+            Method(AT_MOST, pressed, strengths=COUNTS),
+            self._mapped(SUBTRACT, latents, -difference),
+            self._means(MEANS_OUT, -self.learned.means[column]),
+            Method(
+                RANDOM_ABLATED,
+                lambda n: [Ablate(latents=tuple(self._twins(more_active(n))), where=patches())],
+                control_of=ABLATE,
+            ),
+            self._random_direction(latents, difference, SUBTRACT),
         ]
 
-    methods = [
-        Method("latents by map, their maps", lambda s: maps(chosen, sign * s, chosen)),
-        Method(
-            "random direction, equal norm",
-            lambda s: [Direction(vector=direction, strength=s, where=patches(grid=size))],
-            "latents by map, their maps",
-        ),
-        Method(
-            "random latents, equal density",
-            lambda s: maps(twins, sign * s, chosen),
-            "latents by map, their maps",
-        ),
-        Method("flipped sign", lambda s: maps(chosen, -sign * s, chosen), "latents by map, their maps"),
-        Method("difference of means (supervised)", lambda s: map_directions(means, shape, sign * s)),
-    ]
-    if causal:
-        methods.append(
+    def moving(self, finding: str, other: str) -> list[Method]:
+        """Ways to move a sided finding to the other side: its own map out, another one in."""
+        own, latents = self.difference(finding), self.chosen(finding, EFFECT)
+        theirs, other_latents = self.difference(other), self.chosen(other, EFFECT)
+        mirrored = own.reshape(*self.learned.shape, -1).flip(1).reshape(own.shape)
+        means = self.learned.means
+        column, other_column = FINDING_KEYS.index(finding), FINDING_KEYS.index(other)
+        size = (theirs[:, other_latents] @ self.decoder[other_latents]).norm(dim=1)
+        out = self._maps(latents, -own)
+        return [
             Method(
-                "latents by output effect",
-                lambda s: [Add(latents=causal, strength=sign * s, where=patches())],
-            )
-        )
-    if agreeing:
-        methods += [
-            Method(
-                "latent by agreement, patches",
-                lambda s: [Add(latents=agreeing, strength=sign * s, where=patches())],
+                OTHER, lambda s: [*out(s), *self._maps(other_latents, theirs)(s)], strengths=self.strengths
             ),
             Method(
-                "latent by agreement, everywhere",
-                lambda s: [Add(latents=agreeing, strength=sign * s, where=everywhere())],
+                MIRRORED, lambda s: [*out(s), *self._maps(latents, mirrored)(s)], strengths=self.strengths
+            ),
+            self._means(MEANS_OTHER, means[other_column] - means[column]),
+            Method(
+                RANDOM_DIRECTION,
+                lambda s: [*out(s), Direction(vector=self._direction(), strength=s, where=self._grid(size))],
+                control_of=OTHER,
             ),
         ]
-    if remove:
-        methods.append(
-            Method(
-                "ablate latents by map",
-                lambda s: [Ablate(latents=tuple(chosen), strength=s, where=patches())],
-            )
+
+    def _grid(self, weights: torch.Tensor) -> Schedule:
+        return patches(grid=weights.reshape(self.learned.shape))
+
+    def _maps(
+        self, latents: Sequence[int], grids: torch.Tensor, columns: Sequence[int] | None = None
+    ) -> Callable[[float], list[Intervention]]:
+        """Adds `s * grids[:, c]` to each latent, patch by patch."""
+        pairs = list(zip(latents, latents if columns is None else columns, strict=True))
+        return lambda s: [
+            Add(latents=(j,), strength=s, unit="raw", where=self._grid(grids[:, c])) for j, c in pairs
+        ]
+
+    def _mapped(
+        self,
+        name: str,
+        latents: Sequence[int],
+        grids: torch.Tensor,
+        columns: Sequence[int] | None = None,
+        control_of: str | None = None,
+    ) -> Method:
+        own = None if control_of else self.strengths
+        return Method(name, self._maps(latents, grids, columns), control_of, own)
+
+    def _in_place(
+        self, finding: str, latents: Sequence[int], strength: float, kind: type[SetTo] | type[AtLeast]
+    ) -> list[Intervention]:
+        column = FINDING_KEYS.index(finding)
+        here = (self.learned.boxes[column] >= BOX_SHARE).float()
+        if not bool(here.any()):  # a finding without boxes has no place of its own
+            here = torch.ones_like(here)
+        grids = self.learned.present[column] * here[:, None]
+        return [
+            kind(latents=(j,), strength=strength, unit="raw", where=self._grid(grids[:, j]))
+            for j in latents
+            if bool(grids[:, j].any())
+        ]
+
+    def _means(self, name: str, means: torch.Tensor) -> Method:
+        return Method(
+            name,
+            lambda s: map_directions(means, self.learned.shape, s, tolerance=ENERGY),
+            strengths=STRENGTHS,
         )
-    return MethodSet(methods, p99, hook_name)
 
-
-def _twins(density: torch.Tensor, latents: Sequence[int]) -> list[int]:
-    """For each latent another one that fires about as often, none of them twice."""
-    taken, found = set(latents), []
-    for j in latents:
-        order = (density - density[j]).abs().argsort().tolist()
-        twin = next(i for i in order if i not in taken)
-        taken.add(twin)
-        found.append(twin)
-    return found
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() + "." for part in text.split(".") if part.strip()]
-
-
-def _first_sentence(study: Study) -> str:
-    return _split(study.report or "")[0]
-
-
-def _sentences(studies: Sequence[Study], finding: str) -> list[str]:
-    found = {
-        s for study in studies for s in _split(study.report or "") if read_report(s).present == {finding}
-    }
-    if not found:
-        raise InterventionError(
-            f"No report of the studies states {finding!r} in a sentence of its own; draw more."
+    def _random_direction(self, latents: Sequence[int], difference: torch.Tensor, control_of: str) -> Method:
+        size = (difference[:, latents] @ self.decoder[latents]).norm(dim=1)
+        return Method(
+            RANDOM_DIRECTION,
+            lambda s: [Direction(vector=self._direction(), strength=s, where=self._grid(size))],
+            control_of,
         )
-    return sorted(found)
+
+    def _direction(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.nn.functional.normalize(torch.randn(self.decoder.shape[1], generator=generator), dim=0)
+
+    def _study_way(self, finding: str) -> list[Method]:
+        if self.text is None:
+            return []
+        sae, p99, agreement = self.text
+        latent = int(agreement[:, FINDING_KEYS.index(finding)].argmax())
+        if not float(p99[latent]) > 0:
+            return []
+        make = lambda s: [Add(latents=(latent,), strength=s, where=everywhere())]  # noqa: E731
+        return [Method(EVERYWHERE, make, strengths=(1.0, 3.0), sae=sae, p99=p99)]
+
+    def _twins(self, latents: Sequence[int]) -> list[int]:
+        """For each latent another one that fires about as often, none of them twice."""
+        density = self.learned.density
+        taken, found = set(latents), []
+        for j in latents:
+            order = (density - density[j]).abs().argsort().tolist()
+            twin = next(i for i in order if i not in taken)
+            taken.add(twin)
+            found.append(twin)
+        return found

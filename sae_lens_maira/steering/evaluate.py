@@ -3,11 +3,12 @@
     on target    share of studies whose steered report states (or no longer states) the finding
     off target   share of the other labels that differ from the unsteered report
     KL           mean over the unsteered report's tokens of KL(unsteered || steered), nats, teacher-forced
+    perplexity   of the steered report under the unsteered model, beside that of the unsteered report
     repetition   share of 4-grams seen before in the report;   length   words, relative to the unsteered report
 
 The strength of each method is chosen on one half of the studies (largest on - off) and reported on the other, with
-bootstrap intervals over studies; controls take the strength of the method they belong to. Labels are read by a
-callable; it knows nothing about findings or phantoms.
+Wilson intervals for shares of studies and bootstrap intervals for means; controls take the strength of the method
+they belong to. Labels are read by a callable; it knows nothing about findings or phantoms.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +25,24 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.maira2 import Maira2, TokenRole, generate_reports
-from sae_lens_maira.steering.apply import steering
+from sae_lens_maira.latents import wilson
+from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.steering.interventions import Direction, Intervention
+from sae_lens_maira.steering.prefix import Job, SharedPrompts, Written
 from sae_lens_maira.steering.schedule import View, patches
 
 LabelReader = Callable[[str], frozenset[str]]
-METRICS = ("on_target", "off_target", "kl", "repetition", "length", "ratio")
+METRICS = (
+    "on_target",
+    "off_target",
+    "kl",
+    "perplexity",
+    "unsteered_perplexity",
+    "repetition",
+    "length",
+    "ratio",
+)
+SHARES = ("on_target",)
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,17 @@ class Method:
         name: for tables.
         make: interventions of a strength.
         control_of: the method whose strength it takes; None chooses its own.
+        strengths: its own sweep, where the common one does not fit; one strength is taken as it is.
+        sae: its own SAE, where it is not the common one.
+        p99: (d_sae,) units of that SAE.
     """
 
     name: str
     make: Callable[[float], Sequence[Intervention]]
     control_of: str | None = None
+    strengths: tuple[float, ...] | None = None
+    sae: SAE[Any] | None = None
+    p99: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,30 +98,34 @@ def evaluate_steering(
     strengths: Sequence[float] = (0.5, 1.0, 2.0, 3.0),
     remove: bool = False,
     p99: torch.Tensor | None = None,
-    batch_size: int = 32,
+    batch_size: int = 256,
     max_new_tokens: int = 120,
     seed: int = 0,
     progress: bool = True,
+    prompts: SharedPrompts | None = None,
+    measure_kl: bool = True,
 ) -> SteeringTables:
     """Sweep every method on `choose`, and report the chosen strength on `report`.
 
     Args:
         maira: the model.
         sae: whose latents.
-        hook_name: where.
+        hook_name: a residual stream.
         methods: what to compare; a control stands behind its method.
-        choose: studies on which the strength is chosen.
-        report: other studies, on which it is reported.
+        choose: studies on which the strength is chosen, or their numbers in `prompts`.
+        report: other studies, on which it is reported, or their numbers.
         finding: one of `labels`.
         read: text -> the labels it states.
         labels: all labels.
         strengths: the sweep.
         remove: count the finding's absence instead of its presence.
         p99: units of the latents.
-        batch_size: studies a batch.
+        batch_size: rows a batch, studies and methods together.
         max_new_tokens: budget of a report.
         seed: of the bootstrap.
         progress: show a bar.
+        prompts: prompts that were run before; a table over many findings needs them once.
+        measure_kl: also measure the divergence, which costs a third more.
 
     Raises:
         InterventionError: no studies, an unknown finding, or a control without its method.
@@ -119,53 +141,88 @@ def evaluate_steering(
             raise InterventionError(
                 f"The control {method.name!r} belongs to {method.control_of!r}, which is not before it."
             )
+    if prompts is None:
+        prompts = SharedPrompts(maira, hook_name, [*choose, *report])
+        choose, report = range(len(choose)), range(len(choose), len(prompts))
+    runs: list[tuple[int, float, str]] = []
+    for i, method in enumerate(methods):
+        swept = method.strengths or tuple(strengths)
+        if method.control_of is None and len(swept) > 1:
+            runs += [(i, strength, "choose") for strength in swept]
     frames: list[pd.DataFrame] = []
-    chosen: dict[str, float] = {}
-    with tqdm(
-        total=len(methods) * (len(strengths) + 1), desc=f"steering {finding}", disable=not progress
-    ) as bar:
-        plain = {
-            half: _plain(maira, part, batch_size, max_new_tokens)
-            for half, part in (("choose", choose), ("report", report))
-        }
+    chosen = {m.name: m.strengths[0] for m in methods if m.strengths and len(m.strengths) == 1}
+    with tqdm(total=len(runs) + len(methods), desc=f"steering {finding}", disable=not progress) as bar:
 
-        def run(method: Method, half: str, strength: float) -> pd.DataFrame:
-            part = choose if half == "choose" else report
-            frame = _run(
-                maira,
-                sae,
-                hook_name,
-                method.make(strength),
-                part,
-                plain[half],
-                p99,
-                batch_size,
-                max_new_tokens,
-            )
-            scored = _score(frame, plain[half], finding, read, labels, remove)
-            bar.update()
-            return scored.assign(method=method.name, strength=strength, half=half)
+        def run(wanted: Sequence[tuple[int, float, str]]) -> None:
+            for group in _by_sae(methods, wanted, sae, p99):
+                jobs = [
+                    Job(choose if half == "choose" else report, methods[i].make(strength))
+                    for i, strength, half in group.runs
+                ]
+                # Divergence and perplexity only where they are reported.
+                last = group.runs[0][2] == "report"
+                written = prompts.write_all(
+                    jobs, group.sae, group.p99, max_new_tokens, batch_size, measure_kl=measure_kl and last
+                )
+                for (i, strength, half), job, out in zip(group.runs, jobs, written, strict=True):
+                    frame = _score(
+                        prompts, job.which, out, finding, read, labels, remove, max_new_tokens, last
+                    )
+                    frames.append(frame.assign(method=names[i], strength=strength, half=half))
+                bar.update(len(group.runs))
 
+        run(runs)
         for method in methods:
-            swept = [run(method, "choose", strength) for strength in strengths]
-            gains = [float((f.on_target - f.off_target).mean()) for f in swept]
-            own = strengths[int(np.argmax(gains))]
-            chosen[method.name] = own if method.control_of is None else chosen[method.control_of]
-            frames += [*swept, run(method, "report", chosen[method.name])]
+            swept = [f for f in frames if f.method.iloc[0] == method.name]
+            if method.control_of is not None:
+                chosen[method.name] = chosen[method.control_of]
+            elif method.name not in chosen:
+                gains = [float((f.on_target - f.off_target).mean()) for f in swept]
+                chosen[method.name] = float(swept[int(np.argmax(gains))].strength.iloc[0])
+        run([(i, chosen[name], "report") for i, name in enumerate(names)])
     table = pd.concat(frames, ignore_index=True)
-    before = np.mean([(finding in read(text)) != remove for text in plain["report"]])
+    plain = prompts.unsteered(report, max_new_tokens)
+    before = np.mean([(finding in read(text)) != remove for text in plain])
     return SteeringTables(table, _summary(table, names, chosen, float(before), seed), finding)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Runs that share an SAE and its units: (method, strength, half)."""
+
+    sae: SAE[Any] | None
+    p99: torch.Tensor | None
+    runs: list[tuple[int, float, str]]
+
+
+def _by_sae(
+    methods: Sequence[Method],
+    runs: Sequence[tuple[int, float, str]],
+    sae: SAE[Any] | None,
+    p99: torch.Tensor | None,
+) -> list[_Group]:
+    groups: dict[int, _Group] = {}
+    for number, strength, half in runs:
+        own = methods[number].sae
+        group = _Group(sae, p99, []) if own is None else _Group(own, methods[number].p99, [])
+        groups.setdefault(id(own), group).runs.append((number, strength, half))
+    return list(groups.values())
+
+
 def map_directions(
-    delta: torch.Tensor, shape: tuple[int, int], strength: float, view: View = "frontal"
+    delta: torch.Tensor,
+    shape: tuple[int, int],
+    strength: float,
+    view: View = "frontal",
+    tolerance: float = 1e-6,
 ) -> list[Direction]:
     """A vector per patch, (rows * cols, d_model), as directions with patch weights: its singular value decomposition.
 
-    Their sum is `strength * delta` at every patch up to rounding.
+    Their sum is `strength * delta` at every patch, up to the directions whose singular value is at most `tolerance` of
+    the largest.
     """
     u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
-    kept = s > 1e-6 * s[0]
+    kept = s > tolerance * s[0]
     return [
         Direction(vector=vh[i], strength=strength, where=patches(view, (u[:, i] * s[i]).reshape(shape)))
         for i in range(len(s))
@@ -205,71 +262,40 @@ def dose_response(tables: SteeringTables) -> Figure:
     return figure
 
 
-def _plain(maira: Maira2, studies: Sequence[Any], batch_size: int, budget: int) -> list[str]:
-    texts: list[str] = []
-    for start in range(0, len(studies), batch_size):
-        part = list(studies[start : start + batch_size])
-        texts += [r.text for r in generate_reports(maira.model, maira.processor, part, max_new_tokens=budget)]
-    return texts
-
-
-def _run(
-    maira: Maira2,
-    sae: SAE[Any] | None,
-    hook_name: str,
-    items: Sequence[Intervention],
-    studies: Sequence[Any],
-    plain: Sequence[str],
-    p99: torch.Tensor | None,
-    batch_size: int,
-    budget: int,
-) -> pd.DataFrame:
-    texts: list[str] = []
-    kls: list[float] = []
-    ratios: list[float] = []
-    for start in range(0, len(studies), batch_size):
-        part = list(studies[start : start + batch_size])
-        encoding = maira.processor.encode(part).to(maira.model.device, maira.model.dtype)
-        # A gate that stays shut in a batch is a result here, and counted as no change.
-        with steering(maira, sae, hook_name, items, encoding, p99, require_effect=False) as run:
-            texts += [r.text for r in run.reports(maira.processor, budget)]
-        ratios += [run.effect.ratio] * len(part)
-        forced = maira.processor.encode(
-            part, report=list(plain[start : start + batch_size]), padding_side="right"
-        ).to(maira.model.device, maira.model.dtype)
-        with torch.no_grad():
-            base = (
-                maira.model(**forced.model_inputs(), use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            )
-        with steering(maira, sae, hook_name, items, forced, p99, require_effect=False) as run:
-            moved = run.logits()[:, :-1].float().log_softmax(-1)
-        counted = (forced.roles[:, 1:] == TokenRole.REPORT).float()
-        kl = (base.exp() * (base - moved)).sum(-1)
-        kls += ((kl * counted).sum(1) / counted.sum(1)).tolist()
-    return pd.DataFrame({"text": texts, "kl": kls, "ratio": ratios, "study": range(len(texts))})
-
-
 def _score(
-    frame: pd.DataFrame,
-    plain: Sequence[str],
+    prompts: SharedPrompts,
+    which: Sequence[int],
+    out: Written,
     finding: str,
     read: LabelReader,
     labels: Sequence[str],
     remove: bool,
+    budget: int,
+    fluency: bool,
 ) -> pd.DataFrame:
-    on, off, length = [], [], []
+    plain = prompts.unsteered(which, budget)
     others = [label for label in labels if label != finding]
-    for text, reference in zip(frame.text, plain, strict=True):
+    on, off, length = [], [], []
+    for text, reference in zip(out.texts, plain, strict=True):
         now, before = read(text), read(reference)
-        on.append((finding in now) != remove)
+        on.append(float((finding in now) != remove))
         off.append(sum((label in now) != (label in before) for label in others) / max(1, len(others)))
         length.append(len(text.split()) / max(1, len(reference.split())))
-    return frame.assign(
-        on_target=np.asarray(on, float),
-        off_target=off,
-        length=length,
-        repetition=[repetition(text) for text in frame.text],
-        unsteered=list(plain),
+    nothing = [float("nan")] * len(which)
+    return pd.DataFrame(
+        {
+            "study": range(len(which)),
+            "text": out.texts,
+            "unsteered": plain,
+            "on_target": on,
+            "off_target": off,
+            "kl": out.kl,
+            "perplexity": prompts.perplexity(which, out.texts) if fluency else nothing,
+            "unsteered_perplexity": prompts.unsteered_perplexity(which, budget) if fluency else nothing,
+            "repetition": [repetition(text) for text in out.texts],
+            "length": length,
+            "ratio": out.ratio,
+        }
     )
 
 
@@ -285,6 +311,8 @@ def _summary(
         for metric in METRICS:
             values = part[metric].to_numpy()
             low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+            if metric in SHARES:  # a bootstrap of 0 hits would claim certainty
+                low, high = wilson(int(values.sum()), len(values))
             row |= {metric: float(values.mean()), f"{metric}_low": float(low), f"{metric}_high": float(high)}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -10,7 +10,7 @@ the batch. It holds 2 L layers d_model numbers a study and knows nothing about w
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,22 +84,33 @@ class _Prompt:
 
 
 @dataclass(frozen=True)
+class Job:
+    """Studies to steer, and how.
+
+    Attributes:
+        which: numbers of studies among the shared prompts.
+        interventions: what to do; none writes the unsteered reports.
+    """
+
+    which: Sequence[int]
+    interventions: Sequence[Intervention] = ()
+
+
+@dataclass(frozen=True)
 class Written:
-    """What one intervention wrote.
+    """What one job wrote, in the order of its studies.
 
     Attributes:
         texts: a report a study.
-        n_tokens: (n,) tokens of each, the closing one included.
-        effect: of the last batch.
-        ratio: (n,) mean |delta| / |h| of the study's batch.
-        kl: (n,) mean KL(unsteered || steered) over the given reports' tokens, nats; None if none were given.
+        n_tokens: tokens of each, the closing one included.
+        ratio: mean |delta| / |h| over the positions that were changed.
+        kl: mean KL(unsteered || steered) over the unsteered report's tokens, nats; NaN where it was not measured.
     """
 
     texts: list[str]
     n_tokens: list[int]
-    effect: Effect | None
-    ratio: list[float]
-    kl: list[float] | None
+    ratio: float
+    kl: list[float]
 
 
 class SharedPrompts:
@@ -125,6 +136,8 @@ class SharedPrompts:
         self.maira, self.hook_name, self._point, self._block = maira, hook_name, point, point.index
         self._lm: Any = maira.model.model.language_model
         self._keyword = cache_keyword()
+        self._pad = int(maira.processor.tokenizer.pad_token_id)
+        self._eos = int(maira.processor.tokenizer.eos_token_id)
         self._prompts: list[_Prompt] = []
         self._plain: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for start in range(0, len(studies), batch_size):
@@ -133,66 +146,113 @@ class SharedPrompts:
     def __len__(self) -> int:
         return len(self._prompts)
 
-    @torch.no_grad()
     def write(
+        self, which: Sequence[int], interventions: Sequence[Intervention] = (), **options: Any
+    ) -> Written:
+        """One job; see `write_all`."""
+        return self.write_all([Job(which, interventions)], **options)[0]
+
+    @torch.no_grad()
+    def write_all(
         self,
-        which: Sequence[int],
-        interventions: Sequence[Intervention] = (),
+        jobs: Sequence[Job],
         sae: SAE[Any] | None = None,
         p99: torch.Tensor | None = None,
         max_new_tokens: int = 120,
-        batch_size: int = 64,
+        batch_size: int = 128,
         measure_kl: bool = False,
-    ) -> Written:
-        """Write a report for every chosen study, greedily.
+    ) -> list[Written]:
+        """Write a report for every study of every job, greedily; rows of several jobs share a batch.
 
         Args:
-            which: numbers of studies.
-            interventions: what to do; none writes the unsteered reports.
+            jobs: studies and interventions.
             sae: whose latents.
             p99: (d_sae,) units.
             max_new_tokens: budget.
-            batch_size: studies a batch.
+            batch_size: rows a batch.
             measure_kl: also compare next-token distributions along the unsteered reports.
 
         Returns:
-            Texts in the order of `which`.
+            What each job wrote.
+
+        Raises:
+            InterventionError: an intervention that is impossible, or whose schedule never fires.
         """
-        texts: dict[int, tuple[str, int, float, float]] = {}
-        order = sorted(range(len(which)), key=lambda i: len(self._prompts[which[i]].hidden))
-        effect = None
-        if sae is not None or interventions:
+        if any(job.interventions for job in jobs):
             check_point(self.maira.model, self.hook_name, sae)
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            rows = [which[i] for i in places]
-            encoding, hidden = self._batch(rows)
-            engine = None
-            if interventions:
-                width = self.maira.model.config.get_text_config().hidden_size
-                engine = Engine(sae, interventions, encoding, p99, width)
-            run = _Run(self, rows, encoding, hidden, engine, max_new_tokens)
-            kl = run.kl(*self._unsteered(rows, max_new_tokens)) if measure_kl else [0.0] * len(rows)
-            ids = run.decode(max_new_tokens)
-            if engine is not None:
-                engine.require(False)
-                effect = engine.effect
-            ratio = engine.effect.ratio if engine is not None else 0.0
-            for place, row, divergence in zip(places, ids, kl, strict=True):
-                text = self.maira.processor.decode_report(row).text
-                texts[place] = (text, int((row != encoding.pad_token_id).sum()), ratio, divergence)
-        found = [texts[i] for i in range(len(which))]
-        return Written(
-            [f[0] for f in found],
-            [f[1] for f in found],
-            effect,
-            [f[2] for f in found],
-            [f[3] for f in found] if measure_kl else None,
-        )
+        found: list[dict[int, tuple[str, int, float]]] = [{} for _ in jobs]
+        moved: list[list[Effect]] = [[] for _ in jobs]
+        for batch in self._batches(jobs, batch_size, sae, p99, max_new_tokens):
+            segments: list[tuple[int, list[int], Engine | None]] = []
+            hidden, masks = [], []
+            for number, places in batch:
+                job = jobs[number]
+                encoding, h = self._batch([job.which[i] for i in places])
+                engine = self._engine(job, encoding, sae, p99) if job.interventions else None
+                edited = engine(h) if engine is not None else None
+                hidden.append(h if edited is None else edited)
+                masks.append(encoding.attention_mask)
+                segments.append((number, places, engine))
+            rows = [jobs[number].which[i] for number, places in batch for i in places]
+            # A schedule that reaches the report needs its hook at every step, and has its batch to itself.
+            only = segments[0][2] if len(segments) == 1 else None
+            run = _Run(self, rows, _stack(masks), _stack(hidden), only, max_new_tokens)
+            kl = [float("nan")] * len(rows)
+            if measure_kl:
+                kl = run.kl(*self._unsteered(rows, max_new_tokens))
+            texts = iter(zip(run.decode(max_new_tokens), kl, strict=True))
+            for number, places, engine in segments:
+                if engine is not None:
+                    engine.require(False)
+                    moved[number].append(engine.effect)
+                for place in places:
+                    ids, divergence = next(texts)
+                    text = self.maira.processor.decode_report(ids).text
+                    found[number][place] = (text, int((ids != self._pad).sum()), divergence)
+        return [_written(parts, effects) for parts, effects in zip(found, moved, strict=True)]
+
+    def _batches(
+        self,
+        jobs: Sequence[Job],
+        size: int,
+        sae: SAE[Any] | None,
+        p99: torch.Tensor | None,
+        budget: int,
+    ) -> Iterator[list[tuple[int, list[int]]]]:
+        """Batches as (job, places in it); studies of like length stand together."""
+        shared: list[tuple[int, int, int]] = []
+        for number, job in enumerate(jobs):
+            order = sorted((len(self._prompts[row].hidden), i) for i, row in enumerate(job.which))
+            if job.interventions and order:
+                first, _ = self._batch([job.which[order[-1][1]]])
+                if self._engine(job, first, sae, p99, probe=True).reaches(first.input_ids.shape[1] + budget):
+                    for start in range(0, len(order), size):
+                        yield [(number, [i for _, i in order[start : start + size]])]
+                    continue
+            shared += [(length, number, i) for length, i in order]
+        shared.sort()
+        for start in range(0, len(shared), size):
+            parts: dict[int, list[int]] = {}
+            for _, number, i in shared[start : start + size]:
+                parts.setdefault(number, []).append(i)
+            yield list(parts.items())
+
+    def _engine(
+        self,
+        job: Job,
+        encoding: Maira2Encoding,
+        sae: SAE[Any] | None,
+        p99: torch.Tensor | None,
+        probe: bool = False,
+    ) -> Engine:
+        items = list(job.interventions)
+        if probe:  # strengths a row are of the batch that will run, not of this one study
+            items = [replace(item, strength=1.0) for item in items]
+        return Engine(sae, items, encoding, p99, self.maira.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
     def perplexity(self, which: Sequence[int], texts: Sequence[str], batch_size: int = 64) -> list[float]:
-        """exp of the mean negative log-probability of each text's tokens, closing one included, without steering."""
+        """Exp of the mean negative log-probability of each text's tokens, closing one included, without steering."""
         found: dict[int, float] = {}
         order = sorted(range(len(which)), key=lambda i: len(self._prompts[which[i]].hidden))
         for start in range(0, len(order), batch_size):
@@ -200,12 +260,26 @@ class SharedPrompts:
             rows = [which[i] for i in places]
             ids = self._tokens([texts[i] for i in places])
             encoding, _ = self._batch(rows)
-            run = _Run(self, rows, encoding, None, None, ids.shape[1])
+            run = _Run(self, rows, encoding.attention_mask, None, None, ids.shape[1])
             logp = run.score(ids).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-            kept = ids != encoding.pad_token_id
+            kept = ids != self._pad
             mean = (logp * kept).sum(1) / kept.sum(1)
             found |= dict(zip(places, (-mean).exp().tolist(), strict=True))
         return [found[i] for i in range(len(which))]
+
+    @torch.no_grad()
+    def unsteered(self, which: Sequence[int], max_new_tokens: int = 120) -> list[str]:
+        """The reports without steering; each is written once, and kept."""
+        return [
+            self.maira.processor.decode_report(ids).text for ids in self._unsteered(which, max_new_tokens)[0]
+        ]
+
+    def unsteered_perplexity(self, which: Sequence[int], max_new_tokens: int = 120) -> list[float]:
+        """Perplexity of the unsteered reports."""
+        ids, logp = self._unsteered(which, max_new_tokens)
+        kept = ids != self._pad
+        own = logp.gather(-1, ids[..., None])[..., 0] * kept
+        return (-own.sum(1) / kept.sum(1)).exp().tolist()
 
     def _tokens(self, texts: Sequence[str]) -> torch.Tensor:
         """(B, T) ids of texts with their closing token, padded on the right."""
@@ -219,23 +293,24 @@ class SharedPrompts:
         missing = [row for row in rows if row not in self._plain]
         if missing:
             encoding, hidden = self._batch(missing)
-            run = _Run(self, missing, encoding, hidden, None, 2 * budget)
-            ids = run.decode(budget)
-            run = _Run(self, missing, encoding, hidden, None, ids.shape[1])
+            mask = encoding.attention_mask
+            ids = _Run(self, missing, mask, hidden, None, budget).decode(budget)
+            run = _Run(self, missing, mask, None, None, ids.shape[1])
             logp = run.score(ids).log_softmax(-1)
             for row, written, scores in zip(missing, ids, logp, strict=True):
-                n = int((written != encoding.pad_token_id).sum())
+                n = int((written != self._pad).sum())
                 self._plain[row] = (written[:n], scores[:n].half())
         kept = [self._plain[row] for row in rows]
-        pad = int(self.maira.processor.tokenizer.pad_token_id)
-        ids = nn.utils.rnn.pad_sequence([k[0] for k in kept], batch_first=True, padding_value=pad)
+        ids = nn.utils.rnn.pad_sequence([k[0] for k in kept], batch_first=True, padding_value=self._pad)
         logp = nn.utils.rnn.pad_sequence([k[1] for k in kept], batch_first=True)
         return ids, logp.float()
 
     @torch.no_grad()
     def _read(self, studies: Sequence[Any]) -> None:
         maira = self.maira
-        encoding = maira.processor.encode(studies, padding_side="left").to(maira.model.device, maira.model.dtype)
+        encoding = maira.processor.encode(studies, padding_side="left").to(
+            maira.model.device, maira.model.dtype
+        )
         length = encoding.input_ids.shape[1]
         cache = Cache(layers=[_Room(length) for _ in range(len(self._lm.layers))])
         seen: list[torch.Tensor] = []
@@ -270,23 +345,22 @@ class SharedPrompts:
         """Left-padded encoding (without pixels) and h (B, L, d_model) of some studies."""
         parts = [self._prompts[row] for row in rows]
         length = max(len(part.hidden) for part in parts)
-        fill = {"input_ids": int(self.maira.processor.tokenizer.pad_token_id), "attention_mask": 0}
-        fill["roles"] = int(TokenRole.PAD)
+        fill = {"input_ids": self._pad, "attention_mask": 0, "roles": int(TokenRole.PAD)}
 
         def pad(value: torch.Tensor, number: int) -> torch.Tensor:
             return nn.functional.pad(value, (length - len(value), 0), value=number)
 
         columns = {
-            name: torch.stack([pad(part.columns[name], fill.get(name, -1)) for part in parts]) for name in COLUMNS
+            name: torch.stack([pad(part.columns[name], fill.get(name, -1)) for part in parts])
+            for name in COLUMNS
         }
         hidden = torch.stack([nn.functional.pad(p.hidden, (0, 0, length - len(p.hidden), 0)) for p in parts])
-        tokenizer = self.maira.processor.tokenizer
         encoding = Maira2Encoding(
             **columns,
             pixel_values=None,
             images_per_row=(0,) * len(parts),
-            pad_token_id=int(tokenizer.pad_token_id),
-            eos_token_id=int(tokenizer.eos_token_id),
+            pad_token_id=self._pad,
+            eos_token_id=self._eos,
         )
         return encoding, hidden
 
@@ -294,31 +368,30 @@ class SharedPrompts:
 class _Run:
     """The upper blocks over one batch's edited prompt, and what is written behind it.
 
-    Without `hidden` the prompt's own keys and values are taken for every block: nothing is steered.
+    `hidden` (B, L, d_model) is edited already; `engine` is asked again for what is written. Without `hidden` the
+    prompt's own keys and values are taken for every block: nothing is steered.
     """
 
     def __init__(
         self,
         shared: SharedPrompts,
         rows: Sequence[int],
-        encoding: Maira2Encoding,
+        mask: torch.Tensor,
         hidden: torch.Tensor | None,
         engine: Engine | None,
         room: int,
     ) -> None:
-        self._shared, self._engine, self._pad, self._eos = shared, engine, encoding.pad_token_id, encoding.eos_token_id
-        self._mask = encoding.attention_mask
-        self._length = self._mask.shape[1]
+        self._shared, self._engine, self._pad, self._eos = shared, engine, shared._pad, shared._eos
+        self._mask, self._length = mask, mask.shape[1]
         lm = shared._lm
         self._cache = Cache(layers=[_Room(self._length + room) for _ in range(len(lm.layers))])
         below = shared._block + 1 if hidden is not None else len(lm.layers)
         parts = [shared._prompts[row] for row in rows]
         self._first = torch.stack([part.first for part in parts])
         if hidden is not None:
-            edited = engine(hidden) if engine is not None else None
             with _upper(lm, below):
                 # The lower blocks' entries are still empty, so the library builds the mask of a first pass.
-                last = self._pass(inputs_embeds=hidden if edited is None else edited)[:, -1]
+                last = self._pass(inputs_embeds=hidden)[:, -1]
             self._first = shared.maira.model.lm_head(last)
         for block in range(below):
             room_of: Any = self._cache.layers[block]
@@ -417,3 +490,20 @@ def _upper(lm: Any, first: int) -> Iterator[None]:
 def _left(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     """(B, heads, length, d_head) of (heads, l, d_head), padded on the left."""
     return torch.stack([nn.functional.pad(part, (0, 0, length - part.shape[1], 0)) for part in parts])
+
+
+def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows (B_i, L_i, ...) of several batches in one, padded with 0 on the left."""
+    length = max(part.shape[1] for part in parts)
+
+    def pad(part: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (length - part.shape[1], 0))
+
+    return torch.cat([pad(part) for part in parts])
+
+
+def _written(parts: dict[int, tuple[str, int, float]], effects: Sequence[Effect]) -> Written:
+    rows = [parts[i] for i in range(len(parts))]
+    changed = sum(effect.changed for effect in effects)
+    ratio = sum(effect.changed * effect.ratio for effect in effects) / max(1, changed)
+    return Written([r[0] for r in rows], [r[1] for r in rows], ratio, [r[2] for r in rows])

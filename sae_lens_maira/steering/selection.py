@@ -22,7 +22,7 @@ from sae_lens_maira.latents import Encoder, f1_of_firing
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
 from sae_lens_maira.steering.engine import check_sae
 from sae_lens_maira.steering.patches import mean_patch_maps
-from sae_lens_maira.steering.schedule import Layout, Schedule, patches
+from sae_lens_maira.steering.schedule import KINDS, Layout, Schedule, patches
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,57 @@ def by_output_effect(
         )
     scores = sae.W_dec.detach().float().cpu() @ total / len(studies)
     return Ranking("output effect", scores if p99 is None else scores * p99.float().cpu())
+
+
+def report_gradient(
+    maira: Maira2,
+    hook_name: str,
+    studies: Sequence[Any],
+    targets: Sequence[str],
+    against: Sequence[str],
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """Gradient of log P(target) - log P(against) at every frontal patch, mean over studies: (patches, d_model).
+
+    Args:
+        maira: the model.
+        hook_name: where.
+        studies: the studies to steer, with frontal films of one size.
+        targets: a report, or its beginning, to make likelier in each.
+        against: one to make unlikelier.
+        batch_size: studies a pass.
+    """
+    module = maira.model.get_submodule(PointTable(maira.model.config).resolve(hook_name).module)
+    total: torch.Tensor | None = None
+    for texts, sign in ((targets, 1.0), (against, -1.0)):
+        for start in range(0, len(studies), batch_size):
+            part = slice(start, start + batch_size)
+            encoding = maira.processor.encode(
+                list(studies[part]), report=list(texts[part]), padding_side="right"
+            ).to(maira.model.device, maira.model.dtype)
+            here = encoding.image_kind == KINDS["frontal"]
+            found = _gradient(maira, module, encoding)[here].reshape(
+                len(encoding), -1, maira.model.lm_head.in_features
+            )
+            found = sign * found.float().cpu().sum(0)
+            total = found if total is None else total + found
+    if total is None:
+        raise InterventionError("No study was given to take a gradient of; give at least one.")
+    return total / len(studies)
+
+
+def by_map_effect(difference: torch.Tensor, gradient: torch.Tensor, decoder: torch.Tensor) -> Ranking:
+    """Rank latents by the first-order effect of adding their own map: sum_p m_j[p] g[p] . W_dec[j].
+
+    Args:
+        difference: (patches, d_sae) maps.
+        gradient: (patches, d_model), from `report_gradient`.
+        decoder: (d_sae, d_model).
+
+    Returns:
+        Effects in nats at strength 1.
+    """
+    return Ranking("output effect of the map", (difference * (gradient @ decoder.T)).sum(0))
 
 
 def log_probability(logits: torch.Tensor, encoding: Maira2Encoding) -> torch.Tensor:
