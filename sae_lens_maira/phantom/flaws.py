@@ -29,21 +29,21 @@ class Flaw:
         missed: finding that is hardly seen any more.
         loss: share of its direction that is taken away.
         seen: finding that is taken for another one too.
-        false: the finding that it is taken for.
+        stated: the finding that it is taken for.
         confusion: how much of one direction is added per unit of the other.
     """
 
     missed: str = "central_venous_line"
     loss: float = 0.75
     seen: str = "endotracheal_tube"
-    false: str = "nasogastric_tube"
+    stated: str = "nasogastric_tube"
     confusion: float = 0.9
 
     def __post_init__(self) -> None:
-        unknown = [key for key in (self.missed, self.seen, self.false) if key not in FINDING_KEYS]
-        if unknown or len({self.missed, self.seen, self.false}) < 3:
+        unknown = [key for key in (self.missed, self.seen, self.stated) if key not in FINDING_KEYS]
+        if unknown or len({self.missed, self.seen, self.stated}) < 3:
             raise ConfigError(
-                f"The flaw names {self.missed!r}, {self.seen!r} and {self.false!r}; give three different findings of "
+                f"The flaw names {self.missed!r}, {self.seen!r} and {self.stated!r}; give three different findings of "
                 f"{', '.join(FINDING_KEYS)}."
             )
 
@@ -63,7 +63,7 @@ def plant(maira: Maira2, studies: Sequence[Study], flaw: Flaw) -> Maira2:
     patches = projected_patches(maira, studies)
     missed, centre = _direction(patches, truth, flaw.missed)
     seen, centre_seen = _direction(patches, truth, flaw.seen)
-    false, _ = _direction(patches, truth, flaw.false)
+    false, _ = _direction(patches, truth, flaw.stated)
     width = len(missed)
     change = (
         torch.eye(width) - flaw.loss * torch.outer(missed, missed) + flaw.confusion * torch.outer(false, seen)
