@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sae_lens_maira.cli import main
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.studies import Licence, read_table
 from sae_lens_maira.studies.imported import SkipReason
@@ -130,3 +131,19 @@ def test_what_is_missing_is_named(tmp_path, mimic_tree, mimic_case) -> None:
     (root / "mimic-cxr-2.0.0-metadata.csv").unlink()
     with pytest.raises(StudyError, match="metadata"):
         import_mimic(root)
+
+
+def test_the_command_counts_what_is_left_out_and_the_moved_table_validates(
+    tmp_path, mimic_tree, capsys
+) -> None:
+    root, out = mimic_tree(tmp_path / "jpg", reports=tmp_path / "txt"), tmp_path / "mimic.parquet"
+    words = ["--images", str(root), "--reports", str(tmp_path / "txt"), "--out", str(out)]
+    assert main(["studies", "import", "--source", "mimic", *words]) == 0
+    told = capsys.readouterr().out
+    assert "left out: 9 studies" in told
+    assert "2 no findings section" in told
+    assert "1 prior without a frontal image" in told
+    assert f"give --root {root}" in told
+    root.rename(tmp_path / "elsewhere")
+    assert main(["studies", "validate", "--table", str(out), "--root", str(tmp_path / "elsewhere")]) == 0
+    assert "8 studies, " in capsys.readouterr().out
