@@ -5,7 +5,7 @@ from sae_lens_maira.activations.direct import DirectProvider
 from sae_lens_maira.activations.forward import RowReader, RowSettings
 from sae_lens_maira.activations.harvest import harvest
 from sae_lens_maira.activations.provider import StoreProvider
-from sae_lens_maira.activations.rows import ActivationRows, RowProvider, harvest_rows, layer_of
+from sae_lens_maira.activations.rows import ActivationRows, RowProvider, harvest_rows, joined, layer_of
 from sae_lens_maira.activations.sampling import role_rates
 from sae_lens_maira.activations.store import ActivationStore, StoreSpec
 
@@ -22,6 +22,7 @@ __all__ = [
     "harvest",
     "harvest_rows",
     "import_cached",
+    "joined",
     "layer_of",
     "role_rates",
 ]

@@ -63,6 +63,25 @@ class ActivationRows:
         return replace(self, values=self.values[torch.from_numpy(mask)], **kept)
 
 
+def joined(parts: Sequence[ActivationRows]) -> ActivationRows:
+    """Rows of several collections at one hook point, one after another.
+
+    Raises:
+        StoreError: there are none, or they come from several hook points.
+    """
+    names = {part.hook_name for part in parts}
+    if len(names) != 1:
+        raise StoreError(
+            f"Rows at {', '.join(sorted(names)) or 'no hook point'} were to be joined; expected one hook point."
+        )
+    columns = {
+        f.name: np.concatenate([getattr(part, f.name) for part in parts])
+        for f in fields(ActivationRows)
+        if f.name not in ("values", "hook_name")
+    }
+    return ActivationRows(values=torch.cat([part.values for part in parts]), hook_name=names.pop(), **columns)
+
+
 def harvest_rows(
     maira: Maira2,
     studies: Sequence[Study],

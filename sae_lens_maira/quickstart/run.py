@@ -1,16 +1,18 @@
 """The one path through the house, at the size of the phantom.
 
-    studies -> activation rows -> Matryoshka SAE -> best latent per finding -> steering -> a folder to read
+    studies -> store of activation rows -> Matryoshka SAE -> best latent per finding -> steering -> a folder to read
 
 Every score stands beside its controls: an untrained SAE with the same sparsity, the raw residual dimensions under
 the same sparsity, a supervised difference of means, and for steering a random direction of equal norm. Units and
 strengths are chosen on one half of the patients and reported on the other. It composes rooms and owns no science.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.activations import ActivationRows, harvest, joined
 from sae_lens_maira.latents import (
     Encoder,
     Halves,
@@ -22,12 +24,13 @@ from sae_lens_maira.latents import (
     split_by_patient,
     study_firing,
 )
-from sae_lens_maira.maira2 import TokenRole
+from sae_lens_maira.maira2 import Maira2, TokenRole
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, truth_labels
 from sae_lens_maira.quickstart.report import write_report
 from sae_lens_maira.quickstart.results import PlaceResult, QuickstartConfig, QuickstartResult
 from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
 from sae_lens_maira.quickstart.steer import steer_finding
+from sae_lens_maira.studies import Study
 
 # Everything a report is written from: the film, the sections, the report itself; no boilerplate.
 KEPT = (
@@ -60,7 +63,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     halves = split_by_patient([study.patient_id for study in studies], config.seed)
     truth = np.stack([truth_labels(study) for study in studies])
     hook_name = f"blocks.{config.layer}.hook_resid_post"
-    rows = harvest_rows(maira, studies, hook_name, roles=KEPT, seed=config.seed, progress=config.progress)
+    rows = stored_rows(maira, studies, hook_name, config)
     # One SAE a kind of position: patches have four times the norm of report tokens in the phantom, and one SAE for
     # both would spend itself on them.
     places = []
@@ -85,6 +88,24 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     result = QuickstartResult(config, text, image, steering, config.out)
     write_report(result, studies, rows, halves)
     return result
+
+
+def stored_rows(
+    maira: Maira2, studies: Sequence[Study], hook_name: str, config: QuickstartConfig
+) -> ActivationRows:
+    """All rows, from a store in the folder; it is harvested where it is not complete, and read in study order."""
+    store = harvest(
+        maira,
+        studies,
+        config.out / "store" / f"layer{config.layer}_studies{config.studies}_seed{config.seed}",
+        [hook_name],
+        roles=KEPT,
+        dtype="float32",
+        batch_size=16,
+        seed=config.seed,
+        progress=config.progress,
+    )
+    return joined(list(store.blocks(hook_name, max_rows=len(store))))
 
 
 def _agreement(

@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents import wilson
-from sae_lens_maira.phantom import FINDING_KEYS
+from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
+from sae_lens_maira.quickstart.run import KEPT, stored_rows
 from sae_lens_maira.quickstart.sae import level_widths
 
 
@@ -59,6 +62,23 @@ def test_small_run_writes_everything(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert result.text.trained.n + int(result.image.trained.n) == 2 * result.text.trained.n
+
+
+@pytest.mark.slow
+def test_rows_come_from_a_store_that_a_second_run_finds(tmp_path):
+    """Rows equal those harvested in memory (padding differs, so to rounding); a second run adds nothing."""
+    config = QuickstartConfig(out=tmp_path, studies=40, progress=False)
+    maira, studies = load_phantom(), generate_studies(40, seed=20_000)
+    hook_name = "blocks.3.hook_resid_post"
+    rows = stored_rows(maira, studies, hook_name, config)
+    memory = harvest_rows(maira, studies, hook_name, roles=KEPT, progress=False)
+    torch.testing.assert_close(rows.values, memory.values, rtol=1e-4, atol=1e-4)
+    for name in ("study", "position", "role", "token", "kind", "patch_row", "patch_col"):
+        assert (getattr(rows, name) == getattr(memory, name)).all()
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("shard-*")}
+    again = stored_rows(maira, studies, hook_name, config)
+    assert torch.equal(again.values, rows.values)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("shard-*")} == written
 
 
 @pytest.fixture(scope="module")
