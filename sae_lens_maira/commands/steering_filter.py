@@ -173,7 +173,8 @@ def filter_page(table: pd.DataFrame) -> str:
             each = ", ".join(f"{value:.0f}" for value in seeds)
             lines.append(
                 f"| {preset} | {len(seeds)} | {mine.explained_patches.mean():.3f} / "
-                f"{mine.explained_report.mean():.3f} | {method} | {seeds.mean():.1f} ({each}) | {100 * mine.off_target.mean():.1f} |"
+                f"{mine.explained_report.mean():.3f} | {method} | {seeds.mean():.1f} ({each}) | "
+                f"{100 * mine.off_target.mean():.1f} |"
             )
     means = table[table.method == MEANS]
     if len(means):

@@ -299,11 +299,11 @@ class SharedPrompts:
             logp = run.score(ids).log_softmax(-1)
             for row, written, scores in zip(missing, ids, logp, strict=True):
                 n = int((written != self._pad).sum())
-                self._plain[row] = (written[:n], scores[:n].half())
+                self._plain[row] = (written[:n], scores[:n])
         kept = [self._plain[row] for row in rows]
         ids = nn.utils.rnn.pad_sequence([k[0] for k in kept], batch_first=True, padding_value=self._pad)
         logp = nn.utils.rnn.pad_sequence([k[1] for k in kept], batch_first=True)
-        return ids, logp.float()
+        return ids, logp
 
     @torch.no_grad()
     def _read(self, studies: Sequence[Any]) -> None:
