@@ -6,6 +6,7 @@ backends do.
 """
 
 import importlib.util
+import logging
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +19,8 @@ from sae_lens_maira.kernels.step import SPARSE, Workspace, run_stages
 
 Backend = Literal["auto", "triton", "sparse", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton", "sparse", "reference"]:
@@ -47,6 +50,16 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
     if backend == "reference":
         return "reference"
     raise BackendError(f"Backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
+
+
+def say_if_emulated(candidates: str, device: torch.device | str) -> None:
+    """Log that bfloat16 candidates cost time instead of saving it: on a CPU without AVX-512 they are emulated."""
+    wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    if candidates == "bf16" and torch.device(device).type == "cpu" and not wide:
+        logger.warning(
+            "candidates='bf16' was asked for on a CPU without AVX-512, where bfloat16 products are emulated: the step "
+            "stays exact, but candidates='off' is faster on this machine."
+        )
 
 
 def fused_step(

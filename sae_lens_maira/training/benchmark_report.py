@@ -90,6 +90,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         ):
             panel.plot(sizes, [point[key] for point in points], marker="o", label=label)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms per step")
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        panel.set_xticks([], minor=True)
         panel.legend(fontsize="small")
     figure.suptitle(report["device"], fontsize="small")
     figure.savefig(path, dpi=120)

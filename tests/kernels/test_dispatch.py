@@ -8,6 +8,7 @@ import torch
 
 from sae_lens_maira.errors import BackendError, ConfigError
 from sae_lens_maira.kernels import AuxSpec, StepSpec, fused_step, resolve_backend
+from sae_lens_maira.kernels.dispatch import say_if_emulated
 
 pytestmark = pytest.mark.compat
 
@@ -59,3 +60,19 @@ def test_inconsistent_specs_are_refused():
         StepSpec(k=1, widths=(4,), level_weights=(1.0, 1.0))
     with pytest.raises(ConfigError, match="autocast"):
         StepSpec(k=1, widths=(4,), autocast=True, candidates="bf16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "candidates", "device", "said"),
+    [
+        ("AVX2", "bf16", "cpu", True),
+        ("AVX512", "bf16", "cpu", False),
+        ("AVX2", "off", "cpu", False),
+        ("AVX2", "bf16", "cuda", False),
+    ],
+)
+def test_emulated_bfloat16_is_said(capability, candidates, device, said, monkeypatch, caplog):
+    """Low-precision candidates that this CPU can only emulate are slower, and the log says so."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    say_if_emulated(candidates, device)
+    assert ("emulated" in caplog.text) is said

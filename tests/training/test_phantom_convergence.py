@@ -10,7 +10,7 @@ from sae_lens_maira.phantom import generate_studies, load_phantom
 from sae_lens_maira.training import FusedSAETrainer
 
 pytestmark = pytest.mark.slow
-STEPS, BATCH, LAYER = 200, 256, 3
+LAYER = 3
 
 
 @pytest.fixture(scope="module")
@@ -32,45 +32,47 @@ def rows() -> torch.Tensor:
     return found * found.shape[1] ** 0.5 / found.norm(dim=1).mean()
 
 
-def batches(rows: torch.Tensor):
+def batches(rows: torch.Tensor, batch: int):
     generator = torch.Generator().manual_seed(0)
     while True:
-        yield rows[torch.randint(len(rows), (BATCH,), generator=generator)]
+        yield rows[torch.randint(len(rows), (batch,), generator=generator)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "candidates", "dtype", "early", "late"),
+    ("kind", "candidates", "dtype", "batch", "steps", "tolerance"),
     [
-        ("saelens", "off", "float64", 1e-9, 1e-9),
-        ("dictionary_learning", "off", "float64", 1e-9, 1e-9),
-        # float32 runs may part once an entry that is kept here is left out there by a last bit: so do SAELens' own
-        # runs with plain and with fused Adam, by up to 9e-4 after 149 steps on these rows.
-        ("saelens", "off", "float32", 1e-4, 1e-2),
-        ("saelens", "bf16", "float32", 1e-4, 1e-2),
+        ("saelens", "off", "float64", 256, 200, 1e-9),
+        ("dictionary_learning", "off", "float64", 256, 200, 1e-9),
+        # In float32 two runs part for good once a last bit decides which entry is kept (docs/log.md: when they do).
+        ("saelens", "off", "float32", 1024, 200, 1e-4),
+        # Emulated bfloat16 products are slow: fewer and smaller steps.
+        ("saelens", "bf16", "float32", 256, 90, 1e-4),
     ],
 )
-def test_one_curve_and_equal_quality(kind, candidates, dtype, early, late, rows, twins, make_config):
+def test_one_curve_and_equal_quality(
+    kind, candidates, dtype, batch, steps, tolerance, rows, twins, make_config
+):
+    """Every loss of 200 steps (90 with candidates) is SAELens' own within the tolerance, and both SAEs explain equally much."""
     rows = rows.to(getattr(torch, dtype))
     train, held_out = rows[: 4 * len(rows) // 5], rows[4 * len(rows) // 5 :]
     widths = [64, 192, 512]
     dense, fused = twins(kind, d_in=rows.shape[1], d_sae=512, k=16, matryoshka_widths=widths, dtype=dtype)
-    cfg = make_config(STEPS, batch=BATCH, dead_feature_window=40, lr_warm_up_steps=20, lr_decay_steps=40)
+    cfg = make_config(steps, batch=batch, dead_feature_window=40, lr_warm_up_steps=20, lr_decay_steps=40)
     trainers = {
-        "theirs": SAETrainer(cfg, dense, batches(train)),
-        "ours": FusedSAETrainer(cfg, fused, batches(train), candidates=candidates),
+        "theirs": SAETrainer(cfg, dense, batches(train, batch)),
+        "ours": FusedSAETrainer(cfg, fused, batches(train, batch), candidates=candidates),
     }
     curves, quality = {}, {}
     for name, trainer in trainers.items():
         curve = []
-        for _ in range(STEPS):
+        for _ in range(steps):
             curve.append(trainer.step(next(trainer.data_provider)).loss.detach())
             trainer.n_training_steps += 1
         curves[name] = torch.stack(curve)
         with torch.no_grad():
             left = (trainer.sae(held_out) - held_out).square().sum()
             quality[name] = float(1 - left / (held_out - held_out.mean(0)).square().sum())
-    torch.testing.assert_close(curves["ours"][:100], curves["theirs"][:100], rtol=early, atol=0)
-    torch.testing.assert_close(curves["ours"], curves["theirs"], rtol=late, atol=0)
+    torch.testing.assert_close(curves["ours"], curves["theirs"], rtol=tolerance, atol=0)
     assert curves["theirs"][-1] < 0.8 * curves["theirs"][10]
     assert quality["theirs"] > 0.5
     assert quality["ours"] == pytest.approx(quality["theirs"], abs=2e-3)
