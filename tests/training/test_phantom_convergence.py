@@ -52,7 +52,7 @@ def batches(rows: torch.Tensor, batch: int):
 def test_one_curve_and_equal_quality(
     kind, candidates, dtype, batch, steps, tolerance, rows, twins, make_config
 ):
-    """Every loss of 200 steps (90 with candidates) is SAELens' own within the tolerance, and both SAEs explain equally much."""
+    """Every loss is that of SAELens, within the tolerance, and both SAEs explain equally much."""
     rows = rows.to(getattr(torch, dtype))
     train, held_out = rows[: 4 * len(rows) // 5], rows[4 * len(rows) // 5 :]
     widths = [64, 192, 512]
