@@ -6,9 +6,10 @@ Latents and strengths are chosen on the patients of one half, effects are counte
 rooms and computes nothing of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -108,13 +109,26 @@ def prepare(settings: SteeringRun) -> tuple[Bench, Subjects]:
     folders = {place: out / f"sae_{place}" for place in ("image", "text")}
     files = {place: out / f"learned_{place}.safetensors" for place in folders}
     if not all(file.exists() for file in files.values()):
+        taught = np.flatnonzero(subjects.halves.choose)
         rows = harvest_rows(
-            maira, subjects.studies, hook_name, roles=KEPT, seed=settings.seed, progress=settings.progress
+            maira,
+            [subjects.studies[int(i)] for i in taught],
+            hook_name,
+            roles=KEPT,
+            seed=settings.seed,
+            progress=settings.progress,
         )
+        rows = replace(rows, study=taught[rows.study])
         for place, mine in (("image", rows.is_image), ("text", ~rows.is_image)):
             if not (folders[place] / "cfg.json").exists():
-                taught = rows.where(mine & subjects.halves.choose[rows.study])
-                train_sae(taught, settings.d_sae, settings.k, settings.steps, settings.seed, folders[place])
+                train_sae(
+                    rows.where(mine),
+                    settings.d_sae,
+                    settings.k,
+                    settings.steps,
+                    settings.seed,
+                    folders[place],
+                )
         sae = load_matryoshka(folders["image"])
         image = rows.where(rows.is_image)
         learn(image, encoder_of(sae), subjects.studies, subjects.truth, subjects.halves.choose, maira).save(
