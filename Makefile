@@ -7,14 +7,14 @@ DASH := .venv-dashboard
 OUT ?= quickstart_out
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup setup-dashboard fmt check typecheck-tree test test-dashboard bench quickstart clean
+.PHONY: setup setup-dashboard fmt check typecheck-tree docs test coverage test-dashboard bench quickstart clean
 
 setup: $(VENV)/.installed
 setup-dashboard: $(DASH)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints/current.txt
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints/current.txt $(VENV)/bin/pip install -q -e '.[dev,dicom,triton]'
+	PIP_CONSTRAINT=constraints/current.txt $(VENV)/bin/pip install -q -e '.[dev,docs,dicom,triton]'
 	$(VENV)/bin/pip install -q --no-deps dictionary-learning==0.1.0 torchxrayvision==1.5.7 radlabels==0.2.0  # read by tests; their pins are not ours
 	$(VENV)/bin/pip install -q --no-deps sae-dashboard==0.8.0 dataclasses-json==0.6.7 eindex-callum==0.1.2 'marshmallow<4' typing-inspect mypy-extensions  # a judge of dashboards
 	touch $@
@@ -38,7 +38,11 @@ fmt: setup
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-check: setup typecheck-tree
+# The site, into site/; a broken link, a page without an entry or a docstring that does not parse is an error.
+docs: setup typecheck-tree
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --clean
+
+check: docs
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
@@ -46,6 +50,10 @@ check: setup typecheck-tree
 
 test: setup
 	$(VENV)/bin/pytest
+
+# Lines that the fast tests reach, subprocesses included.
+coverage: setup
+	$(VENV)/bin/pytest -q -m 'not slow' --cov --cov-report=term:skip-covered
 
 test-dashboard: setup-dashboard
 	$(DASH)/bin/pytest -m compat
@@ -57,4 +65,4 @@ quickstart: setup
 	$(VENV)/bin/sae-lens-maira quickstart --out $(OUT)
 
 clean:
-	rm -rf $(VENV) $(DASH) .typecheck build *.egg-info
+	rm -rf $(VENV) $(DASH) .typecheck build dist site *.egg-info
