@@ -46,6 +46,7 @@ class SteeringRun:
         k: mean active latents a token.
         steps: training steps of 1,024 rows.
         latents: budget of a latent method.
+        gradients: studies over which the gradient that ranks latents by output effect is averaged.
         choose: studies on which a strength is chosen.
         report: studies on which it is reported.
         kl: also measure KL(unsteered || steered) along the unsteered reports.
@@ -62,6 +63,7 @@ class SteeringRun:
     k: int = 8
     steps: int = 3000
     latents: int = 16
+    gradients: int = 8
     choose: int = 16
     report: int = 40
     kl: bool = True
@@ -131,9 +133,15 @@ def prepare(settings: SteeringRun) -> tuple[Bench, Subjects]:
                 )
         sae = load_matryoshka(folders["image"])
         image = rows.where(rows.is_image)
-        learn(image, encoder_of(sae), subjects.studies, subjects.truth, subjects.halves.choose, maira).save(
-            files["image"]
-        )
+        learn(
+            image,
+            encoder_of(sae),
+            subjects.studies,
+            subjects.truth,
+            subjects.halves.choose,
+            maira,
+            settings.gradients,
+        ).save(files["image"])
         save_text_units(rows.where(~rows.is_image), load_matryoshka(folders["text"]), subjects, files["text"])
     text = load_text_units(files["text"])
     sae, learned = load_matryoshka(folders["image"]), Learned.load(files["image"])

@@ -156,7 +156,7 @@ def evaluate_steering(
         def run(wanted: Sequence[tuple[int, float, str]]) -> None:
             for group in _by_sae(methods, wanted, sae, p99):
                 jobs = [
-                    Job(choose if half == "choose" else report, methods[i].make(strength))
+                    Job(choose if half == "choose" else report, _made(methods[i], strength))
                     for i, strength, half in group.runs
                 ]
                 # Divergence and perplexity only where they are reported.
@@ -184,6 +184,16 @@ def evaluate_steering(
     plain = prompts.unsteered(report, max_new_tokens)
     before = np.mean([(finding in read(text)) != remove for text in plain])
     return SteeringTables(table, _summary(table, names, chosen, float(before), seed), finding)
+
+
+def _made(method: Method, strength: float) -> Sequence[Intervention]:
+    items = method.make(strength)
+    if not items:
+        raise InterventionError(
+            f"The method {method.name!r} makes no intervention at strength {strength}; its reports would be unsteered and "
+            "be shown as steered."
+        )
+    return items
 
 
 @dataclass(frozen=True)
