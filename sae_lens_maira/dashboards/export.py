@@ -4,8 +4,8 @@
     features/  activations/  explanations/  batch-N.jsonl.gz              rows of the tables of those names
 
 Activation ids are a hash of what they name, so that shards never share one and a second import changes nothing;
-gzip headers carry no time. Dead latents have a row and no activations. Rows are written as they come: memory does
-not grow with latents.
+gzip headers carry no time. Dead latents have a row and no activations. Rows are written as they come, shards
+side by side: memory does not grow with latents.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.dashboards.explanations import note, shown
-from sae_lens_maira.dashboards.saedashboard import line, new_folder, statistics
+from sae_lens_maira.dashboards.saedashboard import batches_of, line, new_folder, statistics
 from sae_lens_maira.dashboards.sequences import Sequence, Window, finite, sequences
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.errors import RecordError
+from sae_lens_maira.dashboards.workers import each
 from sae_lens_maira.interp.records import Interpretation
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta
 from sae_lens_maira.latents.recordset import RecordSet
@@ -36,6 +36,7 @@ def write_export(
     interpretations: Mapping[int, Iterable[Interpretation]] | None = None,
     batch_size: int = 1024,
     window: Window | None = None,
+    workers: int | None = None,
 ) -> Path:
     """Write the folder `{out}` of one source.
 
@@ -46,6 +47,7 @@ def write_export(
         interpretations: per latent; only usable ones are written.
         batch_size: latents per shard.
         window: how much of a study is shown.
+        workers: processes that write shards; one a core if not given.
 
     Returns:
         The folder.
@@ -55,34 +57,31 @@ def write_export(
         ConfigError: the target's model has no such layer.
     """
     meta, told = records.meta, interpretations or {}
-    source = target.source(meta.layer)
+    source, batches = target.source(meta.layer), batches_of(records, batch_size)
     with new_folder(out) as folder:
         for name, row in heads(meta, target).items():
             (folder / f"{name}.jsonl").write_text(line(row) + "\n", encoding="utf-8")
         for table in TABLES[: 3 if told else 2]:
             (folder / table).mkdir()
-        number = -1
-        with ExitStack() as stack:
-            files: dict[str, gzip.GzipFile] = {}
-            for number, record in enumerate(records.stream()):
-                if number % batch_size == 0:
-                    stack.close()
-                    files = {
-                        path.name: stack.enter_context(
-                            _open(path / f"batch-{number // batch_size}.jsonl.gz", stack)
-                        )
-                        for path in sorted(p for p in folder.iterdir() if p.is_dir())
-                    }
-                _put(files["features"], feature_row(record, meta, target))
-                if record.status != "dead":
-                    for sequence in sequences(record, window):
-                        _put(files["activations"], activation_row(sequence, record.latent, source, target))
-                for interpretation in shown(told.get(record.latent, ())):
-                    _put(files["explanations"], explanation_row(interpretation, source, target))
-        if number < 0:
-            raise RecordError(
-                "The set of records holds no latent; there is nothing to write. Write records first."
-            )
+
+        def write(batch: tuple[int, list[int]]) -> None:
+            number, latents = batch
+            with ExitStack() as stack:
+                files = {
+                    path.name: stack.enter_context(_open(path / f"batch-{number}.jsonl.gz", stack))
+                    for path in sorted(p for p in folder.iterdir() if p.is_dir())
+                }
+                for latent in latents:
+                    record = records[latent]
+                    _put(files["features"], feature_row(record, meta, target))
+                    if record.status != "dead":
+                        for sequence in sequences(record, window):
+                            _put(files["activations"], activation_row(sequence, latent, source, target))
+                    for interpretation in shown(told.get(latent, ())):
+                        _put(files["explanations"], explanation_row(interpretation, source, target))
+
+        for _ in each(write, batches, workers):
+            pass
     return Path(out)
 
 
@@ -251,7 +250,7 @@ def heads(meta: RecordsMeta, target: Target) -> dict[str, dict[str, Any]]:
 def _open(path: Path, stack: ExitStack) -> gzip.GzipFile:
     """A gzip file whose bytes depend on its content alone: no time and no name in its header."""
     raw = stack.enter_context(path.open("wb"))
-    return gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0)
+    return gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=raw, mtime=0)
 
 
 def _put(file: gzip.GzipFile, row: dict[str, Any]) -> None:

@@ -18,9 +18,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.dashboards.html_columns import IndexColumns
+from sae_lens_maira.dashboards.html_columns import IndexColumns, index_row
 from sae_lens_maira.dashboards.html_images import ImageFolder
 from sae_lens_maira.dashboards.html_latent import latent_page
+from sae_lens_maira.dashboards.saedashboard import batches_of
+from sae_lens_maira.dashboards.workers import each
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, load
 from sae_lens_maira.latents.records import RecordsMeta, StudyEntry
@@ -36,6 +38,7 @@ def write_page(
     out: Path,
     images: bool | None = None,
     image_root: Path | None = None,
+    workers: int | None = None,
 ) -> Path:
     """Write the page of a record set.
 
@@ -45,6 +48,7 @@ def write_page(
         out: folder of the page; a page already there is replaced, other files stop the writing.
         images: copy the radiographs of shown contexts. None: only if no study is credentialed.
         image_root: what the studies' image paths are relative to; the record set's folder if not given.
+        workers: processes that write latents; one a core if not given.
 
     Returns:
         Path of `index.html`.
@@ -57,16 +61,23 @@ def write_page(
     studies = records.studies
     credentialed = any(entry.licence == "credentialed" for entry in studies.values())
     shown = not credentialed if images is None else images
-    folder = ImageFolder(out / "images", image_root or records.folder) if shown else None
+    folder = ImageFolder(out / "images", image_root or records.folder, list(studies)) if shown else None
     said = _by_latent(load(records.folder) if interpretations is None else interpretations)
     columns = IndexColumns()
-    for record in records.stream():
-        mine = said.get(record.latent, [])
-        columns.add(record, mine)
-        page = latent_page(record, mine, studies, folder, LATENT_BYTES)
-        path = out / latent_file(record.latent)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_call(path, "saeLatent", page)
+
+    def write(batch: tuple[int, list[int]]) -> list[dict[str, Any]]:
+        rows = []
+        for latent in batch[1]:
+            record, mine = records[latent], said.get(latent, [])
+            path = out / latent_file(latent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_call(path, "saeLatent", latent_page(record, mine, studies, folder, LATENT_BYTES))
+            rows.append(index_row(record, mine))
+        return rows
+
+    for rows in each(write, batches_of(records, 64), workers):
+        for row in rows:
+            columns.add(row)
     index = {"about": about(records.meta, studies, shown)} | columns.to_plain()
     _write_call(out / "data" / "index.js", "saeIndex", index)
     source = files("sae_lens_maira.dashboards") / "page"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from sae_lens_maira.interp.records import Interpretation, Score
@@ -23,6 +24,7 @@ def rounded(value: float | None, digits: int = 3) -> float | int | None:
     return int(short) if short.is_integer() and abs(short) < 2**53 else short
 
 
+@lru_cache(65536)
 def readable(token: str) -> str:
     """A vocabulary piece as it reads: sentencepiece's mark becomes a space, its byte for a new line the line."""
     return token.replace("▁", " ").replace("<0x0A>", "\n")
@@ -55,44 +57,51 @@ def _value(score: Score | None) -> float:
     return -1.0 if score is None or score.balanced_accuracy is None else score.balanced_accuracy
 
 
+COLUMNS = (
+    *("latent", "level", "status", "text", "image", "max", "finding", "f1", "at"),
+    *("name", "category", "score", "control", "words"),
+)
+
+
+def index_row(record: LatentRecord, interpretations: Sequence[Interpretation]) -> dict[str, Any]:
+    """What the index says of one latent, by column; words as they are, None where there is none."""
+    best = max(record.agreement, key=lambda a: a.f1, default=None)
+    name = named(interpretations)
+    lead = leading_score(name.scores) if name else None
+    control = control_of(name) if name else None
+    density: dict[str, Firing] = {firing.kind: firing for firing in record.firing}
+    return {
+        "latent": record.latent,
+        "level": record.level,
+        "status": record.status,
+        "text": rounded(density["text"].density) if "text" in density else None,
+        "image": rounded(density["image"].density) if "image" in density else None,
+        "max": rounded(record.max),
+        "finding": best.finding if best else None,
+        "f1": rounded(best.f1) if best else None,
+        "at": best.kind[0] if best else "",
+        "name": (name.explanation or "")[:NAME_LENGTH] if name else "",
+        "category": (name.category or None) if name else None,
+        "score": rounded(lead.balanced_accuracy) if lead else None,
+        "control": rounded(control.balanced_accuracy) if control else None,
+        "words": " ".join(readable(t.token).strip() for t in record.top_tokens[:WORDS_SHOWN]),
+    }
+
+
 class IndexColumns:
     """Columns filled latent by latent."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, list[Any]] = {
-            name: []
-            for name in (
-                *("latent", "level", "status", "text", "image", "max", "finding", "f1", "at"),
-                *("name", "category", "score", "control", "words"),
-            )
-        }
+        self._columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         self._tables: dict[str, dict[str, int]] = {"status": {}, "finding": {}, "category": {}}
 
-    def add(self, record: LatentRecord, interpretations: Sequence[Interpretation]) -> None:
-        """Append one latent."""
-        best = max(record.agreement, key=lambda a: a.f1, default=None)
-        name = named(interpretations)
-        lead = leading_score(name.scores) if name else None
-        control = control_of(name) if name else None
-        density: dict[str, Firing] = {firing.kind: firing for firing in record.firing}
-        row = {
-            "latent": record.latent,
-            "level": record.level,
-            "status": self._number("status", record.status),
-            "text": rounded(density["text"].density) if "text" in density else None,
-            "image": rounded(density["image"].density) if "image" in density else None,
-            "max": rounded(record.max),
-            "finding": self._number("finding", best.finding) if best else -1,
-            "f1": rounded(best.f1) if best else None,
-            "at": best.kind[0] if best else "",
-            "name": (name.explanation or "")[:NAME_LENGTH] if name else "",
-            "category": self._number("category", name.category) if name and name.category else -1,
-            "score": rounded(lead.balanced_accuracy) if lead else None,
-            "control": rounded(control.balanced_accuracy) if control else None,
-            "words": " ".join(readable(t.token).strip() for t in record.top_tokens[:WORDS_SHOWN]),
-        }
-        for key, value in row.items():
-            self._columns[key].append(value)
+    def add(self, row: dict[str, Any]) -> None:
+        """Append the row of one latent; words of the small tables become their numbers, -1 where there is none."""
+        for key, column in self._columns.items():
+            value, table = row[key], self._tables.get(key)
+            if table is not None:
+                value = -1 if value is None else table.setdefault(value, len(table))
+            column.append(value)
 
     def to_plain(self) -> dict[str, Any]:
         """`{"columns": {...}, "tables": {...}}`, ready for JSON."""
@@ -100,6 +109,3 @@ class IndexColumns:
             "columns": self._columns,
             "tables": {name: list(table) for name, table in self._tables.items()},
         }
-
-    def _number(self, table: str, word: str) -> int:
-        return self._tables[table].setdefault(word, len(self._tables[table]))

@@ -6,6 +6,8 @@ nothing about latents.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +27,12 @@ class ShownStudy:
 
 
 class ImageFolder:
-    """Copies every study once, when it is first asked for."""
+    """Copies every study once, when it is first asked for; several processes may copy into one folder."""
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path, studies: Sequence[str]) -> None:
+        """Remember where images lie and what number each study's files have: its place among `studies`."""
         self.folder, self.root = folder, root
+        self._number = {study: number for number, study in enumerate(studies)}
         self._shown: dict[str, ShownStudy] = {}
 
     def add(self, entry: StudyEntry) -> ShownStudy:
@@ -38,7 +42,7 @@ class ImageFolder:
             RecordError: an image is missing.
         """
         if entry.study not in self._shown:
-            self._shown[entry.study] = self._write(entry, len(self._shown))
+            self._shown[entry.study] = self._write(entry, self._number[entry.study])
         return self._shown[entry.study]
 
     def _write(self, entry: StudyEntry, number: int) -> ShownStudy:
@@ -54,7 +58,10 @@ class ImageFolder:
             square, moved = centre_crop(path, entry.boxes if view == "frontal" else (), SIDE)
             boxes = moved if view == "frontal" else boxes
             self.folder.mkdir(parents=True, exist_ok=True)
-            name = f"{number:05d}-{view if view in ('frontal', 'lateral', 'prior') else 'other'}.png"
-            square.save(self.folder / name)
+            name = f"{number:06d}-{view if view in ('frontal', 'lateral', 'prior') else 'other'}.png"
+            if not (self.folder / name).exists():
+                part = self.folder / f".{os.getpid()}-{name}"
+                square.save(part, format="PNG")
+                os.replace(part, self.folder / name)
             paths[view] = f"{self.folder.name}/{name}"
         return ShownStudy(paths, boxes)

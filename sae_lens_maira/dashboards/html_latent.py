@@ -13,8 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
+
+import numpy as np
 
 from sae_lens_maira.dashboards.html_columns import readable, rounded
 from sae_lens_maira.dashboards.html_images import ImageFolder
@@ -24,6 +27,7 @@ from sae_lens_maira.latents.records import Context, LatentRecord, StudyEntry
 
 # Printable ASCII that JSON and JavaScript write as itself.
 ALPHABET = "".join(chr(code) for code in range(ord("#"), ord("~") + 1) if chr(code) not in "<\\")
+_LETTERS = np.frombuffer(ALPHABET.encode(), dtype=np.uint8)
 
 
 def levels(values: Sequence[float], top: float) -> str:
@@ -31,9 +35,9 @@ def levels(values: Sequence[float], top: float) -> str:
     last = len(ALPHABET) - 1
     if top <= 0:
         return ALPHABET[0] * len(values)
-    return "".join(
-        ALPHABET[0] if v <= 0 else ALPHABET[max(1, min(last, round(last * v / top)))] for v in values
-    )
+    given = np.asarray(values, dtype=np.float64)
+    number = np.where(given > 0, np.clip(np.rint(last * given / top), 1, last), 0).astype(np.intp)
+    return _LETTERS[number].tobytes().decode("ascii")
 
 
 def latent_page(
@@ -148,11 +152,22 @@ def _context(context: Context, studies: dict[str, StudyEntry]) -> dict[str, Any]
         "kind": context.kind,
         "peak": context.peak,
         "patch": list(context.patch) if context.patch else None,
-        "tokens": [readable(token) for token in context.tokens],
-        "roles": [[role, len(list(run))] for role, run in groupby(context.roles)],
-        "values": [rounded(value) for value in context.values],
+        "tokens": _readable(context.tokens),
+        "roles": _runs(context.roles),
+        "values": [rounded(value) if value else value if value is None else 0 for value in context.values],
         "heat": heat,
     }
+
+
+@lru_cache(4096)
+def _readable(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    """Tokens of a study as they read; many latents show the same study."""
+    return tuple(map(readable, tokens))
+
+
+@lru_cache(4096)
+def _runs(roles: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    return tuple((role, len(list(run))) for role, run in groupby(roles))
 
 
 def _study(entry: StudyEntry, images: ImageFolder | None) -> dict[str, Any]:

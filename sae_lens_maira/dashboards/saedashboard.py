@@ -2,7 +2,8 @@
 
 The keys and their meaning are those of sae-dashboard 0.8, every key always present; numbers are finite and rounded
 to 5 digits, the density is not rounded. What records do not hold (alignment with neurons, correlations, logit
-histograms, vectors) is an empty list. One feature per line, written as it comes: memory does not grow with latents.
+histograms, vectors) is an empty list. One feature per line, written as it comes, batches side by side:
+memory does not grow with latents.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sae_lens_maira.dashboards.sequences import Sequence, Window, bars, clean, finite, sequences
 from sae_lens_maira.dashboards.target import Target
+from sae_lens_maira.dashboards.workers import each
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, TokenWeight
 from sae_lens_maira.latents.recordset import RecordSet
@@ -71,7 +73,12 @@ def statistics(record: LatentRecord) -> dict[str, Any]:
 
 
 def write_saedashboard(
-    records: RecordSet, target: Target, out: Path | str, batch_size: int = 128, window: Window | None = None
+    records: RecordSet,
+    target: Target,
+    out: Path | str,
+    batch_size: int = 128,
+    window: Window | None = None,
+    workers: int | None = None,
 ) -> Path:
     """Write a folder that reads as an output of sae-dashboard's runner.
 
@@ -81,6 +88,7 @@ def write_saedashboard(
         out: folder to make; it must not exist or be empty.
         batch_size: latents per batch file.
         window: how much of a study is shown.
+        workers: processes that write batches; one a core if not given.
 
     Returns:
         The folder.
@@ -89,7 +97,7 @@ def write_saedashboard(
         RecordError: the folder has files, or a record holds a number that is not finite.
         ConfigError: the target's model has no such layer.
     """
-    window = window or Window()
+    shown = window or Window()
     meta = records.meta
     target.source(meta.layer)
     head = {
@@ -98,24 +106,21 @@ def write_saedashboard(
         "sae_set": target.set_name,
         "sae_id_suffix": None,
     }
+    batches = batches_of(records, batch_size)
     with new_folder(out) as folder:
-        batch: IO[str] | None = None
-        number = 0
-        for number, record in enumerate(records.stream()):
-            if number % batch_size == 0:
-                _close(batch)
-                path = folder / f"batch-{number // batch_size}.json"
-                batch = path.open("w", encoding="utf-8", newline="\n")
-                batch.write(line(head)[:-1] + ',"features":[\n')
-            else:
-                batch.write(",\n")  # pyright: ignore[reportOptionalMemberAccess]: opened with the first latent
-            batch.write(line(feature(record, meta, target.dataset, window)))  # pyright: ignore[reportOptionalMemberAccess]: as above
-        _close(batch)
-        if batch is None:
-            raise RecordError(
-                "The set of records holds no latent; there is nothing to write. Write records first."
-            )
-        settings = _settings(meta, target, batch_size, window, number + 1)
+
+        def write(batch: tuple[int, list[int]]) -> None:
+            number, latents = batch
+            with (folder / f"batch-{number}.json").open("w", encoding="utf-8", newline="\n") as file:
+                file.write(line(head)[:-1] + ',"features":[\n')
+                for place, latent in enumerate(latents):
+                    file.write(",\n" if place else "")
+                    file.write(line(feature(records[latent], meta, target.dataset, shown)))
+                file.write("\n]}\n")
+
+        for _ in each(write, batches, workers):
+            pass
+        settings = _settings(meta, target, batch_size, shown, len(records))
         (folder / "run_settings.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
         skipped = {
             "model_id": target.model_id,
@@ -126,6 +131,20 @@ def write_saedashboard(
         }
         (folder / "skipped_indexes.json").write_text(json.dumps(skipped), encoding="utf-8")
     return Path(out)
+
+
+def batches_of(records: RecordSet, size: int) -> list[tuple[int, list[int]]]:
+    """`(number, latents)` of every batch, in order.
+
+    Raises:
+        RecordError: the set holds no latent.
+    """
+    latents = [int(latent) for latent in records.table["latent"]]
+    if not latents:
+        raise RecordError(
+            "The set of records holds no latent; there is nothing to write. Write records first."
+        )
+    return [(n, latents[start : start + size]) for n, start in enumerate(range(0, len(latents), size))]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -176,12 +195,6 @@ def _logits(weights: tuple[TokenWeight, ...], name: str, latent: int) -> dict[st
         f"{name}_str": [clean(weight.token) for weight in kept],
         f"{name}_values": [finite(weight.weight, latent) for weight in kept],
     }
-
-
-def _close(batch: IO[str] | None) -> None:
-    if batch is not None:
-        batch.write("\n]}\n")
-        batch.close()
 
 
 def _settings(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -135,6 +136,12 @@ def clean(token: str) -> str:
     return token.replace("\0", " ").encode("utf-8", "replace").decode("utf-8") or "∅"
 
 
+@lru_cache(4096)
+def _cleaned(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    """Cleaned tokens of a study, which many latents show."""
+    return tuple(map(clean, tokens))
+
+
 def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], list[float], int]:
     if len(context.tokens) != len(context.values):
         raise RecordError(
@@ -150,8 +157,12 @@ def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], 
     first, last = _around(context, window.text)
     if context.value > 0 and context.patch is None and context.peak >= 0:
         hit = len(tokens) + context.peak - first
-    tokens += [clean(token) for token in context.tokens[first:last]]
-    values += [round(value, DIGITS) + 0.0 if value else 0.0 for value in context.values[first:last]]
+    shown = [0.0] * (last - first)
+    for place, value in enumerate(context.values[first:last]):
+        if value:
+            shown[place] = round(value, DIGITS) + 0.0
+    tokens += _cleaned(context.tokens)[first:last]
+    values += shown
     if not math.isfinite(sum(values)):
         raise RecordError(
             f"Latent {latent}, study {context.study}: an activation is NaN or infinite; dashboards hold finite "

@@ -10,38 +10,26 @@ Redirects are not followed, since they could carry the key elsewhere.
 
 from __future__ import annotations
 
-import hashlib
-import http.client
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import urlsplit
+from typing import Any
 
 from sae_lens_maira.dashboards.api import MAX_BYTES, MAX_FEATURES, payloads
+from sae_lens_maira.dashboards.faults import Line
+from sae_lens_maira.dashboards.journal import Journal
 from sae_lens_maira.dashboards.saedashboard import line
+from sae_lens_maira.dashboards.site import KEY, Site, safe_address
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.dashboards.validate import Line, payload_faults
+from sae_lens_maira.dashboards.validate import payload_faults
 from sae_lens_maira.errors import ConfigError, PrivacyError, RecordError, ServerError
 from sae_lens_maira.interp.records import Interpretation
 from sae_lens_maira.latents.recordset import RecordSet
 
 SITE = "https://www.neuronpedia.org/api"
 LOCALHOST = "http://localhost:3000/api"
-KEY = "NEURONPEDIA_API_KEY"
 SHAREABLE = ("public", "synthetic")
-ADVICE = {
-    401: f"The key was not accepted; set {KEY} to a valid one.",
-    403: "The key does not own this model or source set; use the account that made it, or another name.",
-    409: "The name is taken; choose another source set.",
-    413: "The body is too large for the server; give a smaller max_bytes or a smaller window.",
-    429: "The rate limit is reached; wait, then run the same command again: it goes on where it stopped.",
-}
 
 
 @dataclass(frozen=True)
@@ -127,16 +115,17 @@ def upload(
         ConfigError: no key, or an address that is not safe.
     """
     check_licences(records)
-    url = _address(base_url or (LOCALHOST if localhost else SITE))
+    url = safe_address(base_url or (LOCALHOST if localhost else SITE))
     book = Journal(
         Path(journal), {"url": url, "model": target.model_id, "source": target.source(records.meta.layer)}
     )
     count, features, size, all_features = 0, 0, 0, 0
     for payload in payloads(records, target, interpretations, max_features, max_bytes):
         for fault in payload_faults(payload, Line("payload", count + 1, payload)):
-            raise RecordError(
-                f"The server would refuse a payload: {fault}. Nothing was sent; mend the records first."
-            )
+            if fault.severity == "error":
+                raise RecordError(
+                    f"The server would refuse a payload: {fault}. Nothing was sent; mend the records first."
+                )
         _known_studies(payload, records)
         all_features += len(payload["features"])
         fresh = [f for f in payload["features"] if not book.holds(f)]
@@ -159,7 +148,7 @@ def upload(
     key = key or os.environ.get(KEY)
     if not key:
         raise ConfigError(f"Uploading needs a key; set the environment variable {KEY}.")
-    server = _Server(url, key, timeout)
+    server = Site(url, key, timeout)
     book.start()
     if new_model:
         body = {
@@ -188,83 +177,8 @@ def upload(
     return done
 
 
-class Journal:
-    """What an upload has done, a JSON line each, flushed to disk before the next request.
-
-    The first line says where to; another destination needs another journal.
-
-    Raises:
-        RecordError: the file belongs to another upload, or is damaged.
-    """
-
-    def __init__(self, path: Path, upload: dict[str, str]) -> None:
-        self.path, self.upload = path, upload
-        self.features: dict[int, str] = {}
-        self.steps: dict[str, str] = {}
-        if not path.exists():
-            return
-        whole = path.read_text(encoding="utf-8")
-        lines = whole[: whole.rfind("\n") + 1].splitlines()  # a line that was cut off was never acted on
-        for number, text in enumerate(lines, 1):
-            try:
-                entry = json.loads(text)
-                if number == 1 and entry["upload"] != upload:
-                    raise RecordError(
-                        f"{path} is the journal of an upload to {entry['upload']}, this one goes to {upload}. Give "
-                        "another journal."
-                    )
-                self.features |= {int(index): digest for index, digest in entry.get("features", {}).items()}
-                self.steps |= entry.get("steps", {})
-            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-                raise RecordError(
-                    f"{path}, line {number} is damaged ({error}); what was sent is not known. Restore the file, or "
-                    "upload under another source set."
-                ) from None
-        if whole and not whole.endswith("\n"):
-            self._cut = len(whole[: whole.rfind("\n") + 1].encode())
-
-    def start(self) -> None:
-        """Make the file, or cut off a half-written last line."""
-        if hasattr(self, "_cut"):
-            os.truncate(self.path, self._cut)
-        if not self.path.exists() or not self.path.stat().st_size:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write({"upload": self.upload})
-
-    def holds(self, feature: dict[str, Any]) -> bool:
-        """Whether a feature was sent before.
-
-        Raises:
-            RecordError: another version of it was.
-        """
-        before = self.features.get(feature["index"])
-        if before is not None and before != _digest(feature):
-            raise RecordError(
-                f"Latent {feature['index']} was sent before and has changed since; the site keeps the first version. "
-                "Upload under another source set with another journal."
-            )
-        return before is not None
-
-    def sent(self, features: list[dict[str, Any]]) -> None:
-        """Note features that the server has taken."""
-        digests = {str(feature["index"]): _digest(feature) for feature in features}
-        self._write({"features": digests})
-        self.features |= {int(index): digest for index, digest in digests.items()}
-
-    def step(self, name: str, state: str) -> None:
-        """Note that a step was "asked" or is "done"."""
-        self._write({"steps": {name: state}})
-        self.steps[name] = state
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
 def _make(
-    server: _Server, book: Journal, step: str, what: str, where: str, new: str, body: dict[str, Any]
+    server: Site, book: Journal, step: str, what: str, where: str, new: str, body: dict[str, Any]
 ) -> None:
     """Make a model or source set once; one that somebody else made is refused, one whose answer was lost is ours."""
     if book.steps.get(step) == "done":
@@ -281,75 +195,6 @@ def _make(
     book.step(step, "done")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
-        return None
-
-
-class _Server:
-    def __init__(self, url: str, key: str, timeout: float) -> None:
-        self.url, self.timeout = url, timeout
-        self._key = key
-        handlers: list[Any] = [_NoRedirect()]
-        if urlsplit(url).scheme == "http":  # this machine: a proxy must not see it
-            handlers.append(urllib.request.ProxyHandler({}))
-        self._opener = urllib.request.build_opener(*handlers)
-
-    def exists(self, path: str, what: str) -> bool:
-        """Whether the server has it; where it can not be asked, the POST that follows is refused by the server."""
-        try:
-            return self._ask("GET", path, None).strip() not in (b"", b"null")
-        except urllib.error.HTTPError as error:
-            if error.code in (404, 405):
-                return False
-            raise self._refused(error, f"the {what}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._broken(error, f"the {what}") from None
-
-    def post(self, path: str, body: dict[str, Any], item: str) -> None:
-        try:
-            self._ask("POST", path, line(body).encode())
-        except urllib.error.HTTPError as error:
-            raise self._refused(error, item) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._broken(error, item) from None
-
-    def _ask(self, method: str, path: str, body: bytes | None) -> bytes:
-        headers = {"X-Api-Key": self._key, "Content-Type": "application/json", "Accept": "application/json"}
-        request = urllib.request.Request(f"{self.url}/{path}", data=body, headers=headers, method=method)
-        with self._opener.open(request, timeout=self.timeout) as answer:
-            return answer.read()
-
-    def _refused(self, error: urllib.error.HTTPError, item: str) -> ServerError:
-        said = error.read(500).decode("utf-8", "replace").strip().replace(self._key, "***")
-        wait = error.headers.get("Retry-After")
-        advice = ADVICE.get(
-            error.code, "What was taken before is in the journal; run the same command to go on."
-        )
-        return ServerError(
-            f"{self.url} refused {item} with status {error.code}{f' (retry after {wait} s)' if wait else ''}: "
-            f"{said or error.reason}. {advice}"
-        )
-
-    def _broken(self, error: Exception, item: str) -> ServerError:
-        return ServerError(
-            f"The connection to {self.url} broke while sending {item} ({error}); what was taken before is in the "
-            "journal. Run the same command again to go on."
-        )
-
-
-def _address(url: str) -> str:
-    parts = urlsplit(url)
-    local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-    if not (parts.scheme == "https" or (parts.scheme == "http" and local)) or "@" in parts.netloc:
-        raise ConfigError(
-            f"{url} is not an address to send a key to; expected https, or http on this machine. Mend the address."
-        )
-    return url.rstrip("/")
-
-
 def _known_studies(payload: dict[str, Any], records: RecordSet) -> None:
     """Every study shown must be one whose licence was checked."""
     names = {f"⟦study {study}⟧" for study in records.studies}
@@ -360,7 +205,3 @@ def _known_studies(payload: dict[str, Any], records: RecordSet) -> None:
                     f"Latent {feature['index']} shows {activation['tokens'][0]}, which the table of studies does not "
                     "list; its licence is not known, so nothing was sent. Write the records again."
                 )
-
-
-def _digest(feature: dict[str, Any]) -> str:
-    return hashlib.sha256(line(feature).encode()).hexdigest()[:16]

@@ -154,3 +154,14 @@ def test_levels_keep_order_and_never_turn_firing_into_silence() -> None:
     assert numbers == sorted(numbers)
     assert (numbers[0], numbers[1], numbers[-1]) == (0, 1, len(ALPHABET) - 1)
     assert np.abs(np.array(numbers) / (len(ALPHABET) - 1) * 5 - values).max() < 5 / len(ALPHABET)
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
+    """Pieces made side by side, images shared between them."""
+    records = _write(tmp_path)
+    found = []
+    for workers in (1, 3):
+        page = write_page(records, [], tmp_path / f"page{workers}", workers=workers).parent
+        found.append({str(p.relative_to(page)): p.read_bytes() for p in page.rglob("*") if p.is_file()})
+    assert found[0] == found[1]
+    assert any(name.startswith("images/") for name in found[0])

@@ -8,8 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from sae_lens_maira.dashboards.faults import Line
 from sae_lens_maira.dashboards.upload import upload
-from sae_lens_maira.dashboards.validate import Line, payload_faults
+from sae_lens_maira.dashboards.validate import payload_faults
 from sae_lens_maira.errors import ConfigError, PrivacyError, RecordError, ServerError
 
 KEY = "sk-np-test"

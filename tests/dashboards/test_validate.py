@@ -46,7 +46,7 @@ def edit(path, number, change):
         ("creatorId", "me", "only rows of"),
         ("index", 99, "does not have"),
         ("layer", "14-other", "not to the source"),
-        ("qualifyingTokenIndex", -1, "qualifyingTokenIndex"),
+        ("qualifyingTokenIndex", 9999, "qualifyingTokenIndex"),
         ("id", 7, "expected name"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import importlib.util
 import json
 import math
 from collections import Counter
@@ -97,21 +96,6 @@ def test_batches_have_the_keys_and_types_of_a_real_output(make_set, target, tmp_
     assert [f["feature_index"] for b in (batch, rest) for f in b["features"]] == list(range(6))
     assert strict((folder / "skipped_indexes.json").read_text())["layer"] == "15"
     assert strict((folder / "run_settings.json").read_text())["sae_set"] == target.set_name
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("sae_dashboard") is None, reason="sae-dashboard is not installed"
-)
-@pytest.mark.compat
-def test_sae_dashboards_own_classes_read_and_write_every_batch_unchanged(make_set, target, tmp_path):
-    from sae_dashboard.neuronpedia.neuronpedia_dashboard import (  # pyright: ignore[reportMissingImports]: an extra
-        NeuronpediaDashboardBatch,
-    )
-
-    folder = write_saedashboard(make_set(), target, tmp_path / "out", batch_size=4)
-    for path in folder.glob("batch-*.json"):
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        assert NeuronpediaDashboardBatch(**plain).to_dict() == plain
 
 
 def test_sequences_keep_the_hit_where_the_context_has_it(make_set):
@@ -221,6 +205,25 @@ def test_export_passes_every_trap_of_the_importer(make_set, target, tmp_path):
         assert (
             len({tuple(row) for part in shards(folder, table) for row in part}) == 1
         )  # columns come from line 1
+
+
+@pytest.mark.parametrize("write", [write_saedashboard, write_export])
+def test_any_number_of_workers_writes_the_same_bytes(make_set, target, tmp_path, write):
+    records = make_set()
+    one, three = (write(records, target, tmp_path / f"w{n}", batch_size=1, workers=n) for n in (1, 3))
+    assert bytes_of(one) == bytes_of(three)
+
+
+def test_a_fault_in_a_worker_is_told_and_leaves_nothing(make_set, target, tmp_path, monkeypatch):
+    """The error of a child process reaches the caller as it was raised."""
+
+    def fail(*_):
+        raise RecordError("Latent 3 is broken.")
+
+    monkeypatch.setattr("sae_lens_maira.dashboards.saedashboard.feature", fail)
+    with pytest.raises(RecordError, match="Latent 3"):
+        write_saedashboard(make_set(), target, tmp_path / "out", batch_size=1, workers=2)
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("write", [write_saedashboard, write_export, write_payloads])
