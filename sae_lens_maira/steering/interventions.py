@@ -9,6 +9,7 @@ nothing happens. What a' - a does not touch, the SAE's error included, comes bac
 hooks or models.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,6 +82,10 @@ class LatentIntervention(Intervention):
             )
         if self.unit not in ("p99", "raw"):
             raise InterventionError(f"The unit is {self.unit!r}; it must be 'p99' or 'raw'.")
+        if self.if_latent is not None and not math.isfinite(self.if_latent[1]):
+            raise InterventionError(
+                f"The gate opens where latent {self.if_latent[0]} exceeds {self.if_latent[1]}; it must be finite."
+            )
 
     @property
     def is_factor(self) -> bool:

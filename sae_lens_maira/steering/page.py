@@ -8,6 +8,7 @@ asked for, and a study whose licence is not known counts as credentialed. It kno
 import base64
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -132,10 +133,15 @@ def _best(summary: pd.DataFrame) -> str:
 def _summary(summary: pd.DataFrame) -> str:
     shown = [row for row in SHOWN if row[0] in summary]
     n, before = int(summary.n.iloc[0]), float(summary.unsteered.iloc[0])
+    surprise = ""
+    if "unsteered_perplexity" in summary:
+        surprise = f"; perplexity of the unsteered reports: {float(summary.unsteered_perplexity.iloc[0]):.2f}"
     head = "".join(f'<th scope="col" title="{escape(row[4])}">{escape(row[1])}</th>' for row in shown)
     rows = []
-    # A table may name its controls; older ones do not, and no row is set back then.
-    controls = set(summary.method[summary.control_of.notna()]) if "control_of" in summary else set()
+    if "control_of" in summary:
+        controls = set(summary.method[summary.control_of.notna()])
+    else:
+        controls = {name for name in summary.method if re.search(r"random|flipped", str(name))}
     for _, row in summary.iterrows():
         cells = [f"<td>{float(row['strength']):g}</td>"]
         for column, _, factor, form, _ in shown:
@@ -150,7 +156,7 @@ def _summary(summary: pd.DataFrame) -> str:
     meanings = "; ".join(f"<b>{escape(row[1])}</b> {escape(row[4])}" for row in shown)
     return (
         f'<div class="scroll"><table><caption>{n} studies that had no part in choosing latents or strength, with 95 % '
-        f"bootstrap intervals. As wanted without steering: {100 * before:.0f} %.</caption>"
+        f"intervals. As wanted without steering: {100 * before:.0f} %{surprise}.</caption>"
         f'<thead><tr><th scope="col">method</th><th scope="col">strength</th>{head}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><p class="faint">{meanings}.</p>'
     )
