@@ -95,6 +95,8 @@ def run_steering(settings: SteeringRun) -> Path:
     if missing:
         bench, subjects = prepare(settings)
         for part, finding in tqdm(missing, desc="findings", unit="finding", disable=not settings.progress):
+            if (settings.out / finding / part / "summary.parquet").exists():
+                continue  # another process of the same run has made it
             steer_part(bench, subjects, part, finding, settings).save(settings.out / finding / part)
             write_tables(settings.out)
     write_tables(settings.out)

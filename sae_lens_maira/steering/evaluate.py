@@ -190,8 +190,8 @@ def _made(method: Method, strength: float) -> Sequence[Intervention]:
     items = method.make(strength)
     if not items:
         raise InterventionError(
-            f"The method {method.name!r} makes no intervention at strength {strength}; its reports would be unsteered and "
-            "be shown as steered."
+            f"The method {method.name!r} makes no intervention at strength {strength}; its reports would be unsteered "
+            "and be shown as steered."
         )
     return items
 
