@@ -2,7 +2,8 @@
 
     agreement(latent, finding) = (share of active studies with it + share of silent studies without it) / 2
 
-over the latent's train examples. The choice sees no explanation and no test patient; what is reported of the chosen
+over the latent's train examples. The highest lower 95 % limit wins: among a thousand latents the highest agreement
+itself would be a rare latent's luck. The choice sees no explanation and no test patient; what is reported of the chosen
 latent is whether its explanation names the finding, and its detection score on test patients beside the shuffled
 control. The same is done with record sets of an untrained SAE or of raw dimensions. It makes no interpretation.
 """
@@ -21,6 +22,7 @@ from sae_lens_maira.interp.examples import Example, split_examples, train_patien
 from sae_lens_maira.interp.findings import name_and_side, named_findings
 from sae_lens_maira.interp.offline import EXPLAINER
 from sae_lens_maira.interp.records import Interpretation, Score, load
+from sae_lens_maira.latents.proportions import wilson_arrays
 from sae_lens_maira.latents.recordset import RecordSet
 
 
@@ -32,7 +34,7 @@ class Best:
         finding: its key.
         place: name of the record set that holds the latent.
         latent: its number.
-        agreement: with the finding, on train examples.
+        agreement, low: with the finding, on train examples, and its lower 95 % limit, by which it was chosen.
         n: train examples.
         interpretation: of the latent; None where it has none.
         named: whether the explanation names the finding, with its side where it says one.
@@ -43,6 +45,7 @@ class Best:
     place: str
     latent: int
     agreement: float
+    low: float
     n: int
     interpretation: Interpretation | None
     named: bool
@@ -75,7 +78,7 @@ def best_latents(
     """
     sets = {name: RecordSet.open(folder) for name, folder in places.items()}
     keys = next(iter(sets.values())).meta.findings
-    best: dict[str, tuple[float, str, int, int]] = {}
+    best: dict[str, tuple[float, float, str, int, int]] = {}
     for name, records in sets.items():
         if records.meta.findings != keys:
             raise RecordError(
@@ -85,26 +88,36 @@ def best_latents(
         train = train_patients(records.studies.values(), seed)
         for record in records.stream():
             examples = split_examples(record, records.studies, train).train
-            rated = agreement(examples, keys, least)
-            for key, value in zip(keys, rated, strict=True):
-                if not np.isnan(value) and value > best.get(key, (0.0,))[0]:
-                    best[key] = (float(value), name, record.latent, len(examples))
+            values, lows = agreement(examples, keys, least)
+            for key, value, low in zip(keys, values.tolist(), lows.tolist(), strict=True):
+                if low > best.get(key, (0.0,))[0]:
+                    best[key] = (low, value, name, record.latent, len(examples))
     told = {name: _told(records, explainer) for name, records in sets.items()}
     found = []
-    for key, (value, name, latent, n) in best.items():
+    for key, (low, value, name, latent, n) in best.items():
         one = told[name].get(latent)
         named = named_findings(one.explanation or "", keys) if one else frozenset()
-        found.append(Best(key, name, latent, value, n, one, key in named, _exact(key, named)))
+        found.append(Best(key, name, latent, value, low, n, one, key in named, _exact(key, named)))
     return sorted(found, key=lambda b: keys.index(b.finding))
 
 
-def agreement(examples: Sequence[Example], keys: Sequence[str], least: int = 5) -> np.ndarray:
-    """(F,) agreement of a latent with each finding over examples; NaN where there are too few."""
+def agreement(
+    examples: Sequence[Example], keys: Sequence[str], least: int = 5
+) -> tuple[np.ndarray, np.ndarray]:
+    """(F,) agreement of a latent with each finding over examples and its lower 95 % limit; 0 where there are too few."""
     active = np.array([e.active for e in examples], dtype=bool)
-    if active.sum() < least or (~active).sum() < least:
-        return np.full(len(keys), np.nan)
+    n_active, n_silent = int(active.sum()), int((~active).sum())
+    if min(n_active, n_silent) < least:
+        return np.zeros(len(keys)), np.zeros(len(keys))
     present = np.array([[key in e.study.findings for key in keys] for e in examples], dtype=bool)
-    return (present[active].mean(0) + 1 - present[~active].mean(0)) / 2
+    with_it, without = present[active].sum(0), (~present[~active]).sum(0)
+    sensitivity, specificity = with_it / n_active, without / n_silent
+    value = (sensitivity + specificity) / 2
+    below = np.hypot(
+        sensitivity - wilson_arrays(with_it, np.full(len(keys), n_active))[0],
+        specificity - wilson_arrays(without, np.full(len(keys), n_silent))[0],
+    )
+    return value, value - below / 2
 
 
 def best_table(best: Sequence[Best]) -> pd.DataFrame:

