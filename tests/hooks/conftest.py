@@ -1,5 +1,6 @@
 """A small MAIRA-2 of the real classes with random weights, its processor, studies of one to three images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,3 +221,18 @@ def bridge(eager: Maira2) -> Any:
     from sae_lens_maira.hooks import to_bridge
 
     return to_bridge(eager)
+
+
+@pytest.fixture(scope="session")
+def torch_hooks() -> Callable[[torch.nn.Module], int]:
+    """How many hooks a model's modules hold, transformers' own capturing hooks left out."""
+
+    def count(model: torch.nn.Module) -> int:
+        return sum(
+            len(module._forward_pre_hooks)
+            + len(module._backward_hooks)
+            + sum("output_capturing" not in repr(hook) for hook in module._forward_hooks.values())
+            for module in model.modules()
+        )
+
+    return count
