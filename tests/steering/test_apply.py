@@ -8,6 +8,7 @@ from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight
 from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Scale, SetTo, steering
 from sae_lens_maira.steering.schedule import everywhere, patches, prompt, report, window
 
+pytestmark = pytest.mark.compat
 HOOK = "blocks.3.hook_resid_post"
 NEW = 8
 STRONG = Add(latents=(3, 40), strength=4.0)

@@ -20,6 +20,8 @@ from sae_lens_maira.steering.schedule import (
     window,
 )
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture(scope="module")
 def encodings(phantom, few):
