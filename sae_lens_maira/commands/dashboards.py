@@ -21,6 +21,7 @@ def neuronpedia(
     dataset: str = "chest radiographs with reports",
     text_window: int = 128,
     patches: int = 64,
+    sae: Path | None = None,
     as_json: bool = False,
 ) -> None:
     """Write latent records as Neuronpedia's files, and check them.
@@ -39,6 +40,7 @@ def neuronpedia(
         dataset: what the studies are.
         text_window: text tokens shown around a hit; "export" and "saedashboard".
         patches: image patches shown at most; "export" and "saedashboard".
+        sae: folder of the SAE; its metadata get the names, so that SAELens' Neuronpedia helpers find the latents.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.dashboards.api import write_payloads
@@ -46,7 +48,7 @@ def neuronpedia(
     from sae_lens_maira.dashboards.export import write_export
     from sae_lens_maira.dashboards.saedashboard import write_saedashboard
     from sae_lens_maira.dashboards.sequences import Window
-    from sae_lens_maira.dashboards.target import Target
+    from sae_lens_maira.dashboards.target import Target, save_metadata
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.latents.recordset import RecordSet
 
@@ -61,6 +63,8 @@ def neuronpedia(
         folder = write_saedashboard(opened, target, out, window=window)
     else:
         folder = write_payloads(opened, target, out, told)
+    if sae is not None:
+        save_metadata(sae, target, opened.meta)
     faults = validate(folder)[1]
     name = target.neuronpedia_id(opened.meta.layer)
     if as_json:

@@ -59,7 +59,7 @@ def _value(score: Score | None) -> float:
 
 COLUMNS = (
     *("latent", "level", "status", "text", "image", "max", "finding", "f1", "at"),
-    *("name", "category", "score", "control", "words"),
+    *("name", "category", "score", "control", "words", "refines"),
 )
 
 
@@ -85,6 +85,8 @@ def index_row(record: LatentRecord, interpretations: Sequence[Interpretation]) -
         "score": rounded(lead.balanced_accuracy) if lead else None,
         "control": rounded(control.balanced_accuracy) if control else None,
         "words": " ".join(readable(t.token).strip() for t in record.top_tokens[:WORDS_SHOWN]),
+        # The page turns these around, so that a coarse latent names those that refine it.
+        "refines": [[n.latent, rounded(n.value)] for n in record.neighbours if n.relation == "refines"],
     }
 
 

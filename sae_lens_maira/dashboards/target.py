@@ -7,9 +7,14 @@ The layer comes from the records alone, so that rows and folder can not disagree
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents.records import RecordsMeta
@@ -86,11 +91,49 @@ class Target:
 def set_metadata(sae: Any, target: Target, meta: RecordsMeta) -> None:
     """Write `neuronpedia_id`, `hook_name` and `model_name` into an SAE's metadata, in place.
 
+    SAELens' helpers read the first and the last; their `model_name` is the model's name on Neuronpedia.
+
     Args:
         sae: a SAELens SAE.
         target: names on Neuronpedia.
         meta: of the records that the dashboards are made from.
     """
-    sae.cfg.metadata.neuronpedia_id = target.neuronpedia_id(meta.layer)
-    sae.cfg.metadata.hook_name = meta.hook_name
-    sae.cfg.metadata.model_name = meta.model
+    for name, value in _metadata(target, meta).items():
+        setattr(sae.cfg.metadata, name, value)
+
+
+def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path:
+    """Write the same into the configuration of a saved SAE; its weights are not touched.
+
+    Returns:
+        Path of the configuration.
+
+    Raises:
+        ConfigError: the folder has no configuration of an SAE, or its SAE is of another size.
+    """
+    path = Path(folder) / SAE_CFG_FILENAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        size = (config["d_in"], config["d_sae"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no configuration of an SAE ({error}); give the folder that SAELens saved the SAE to."
+        ) from None
+    if size != (meta.d_in, meta.d_sae):
+        raise ConfigError(
+            f"The SAE in {folder} has d_in and d_sae {size}, the records {(meta.d_in, meta.d_sae)}; they are of "
+            "another SAE. Give the folder of the SAE that was recorded."
+        )
+    config["metadata"] = (config.get("metadata") or {}) | _metadata(target, meta)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(config), encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _metadata(target: Target, meta: RecordsMeta) -> dict[str, str]:
+    return {
+        "neuronpedia_id": target.neuronpedia_id(meta.layer),
+        "hook_name": meta.hook_name,
+        "model_name": target.model_id,
+    }

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +14,7 @@ from sae_lens_maira.dashboards.api import payloads, write_payloads
 from sae_lens_maira.dashboards.export import write_export
 from sae_lens_maira.dashboards.saedashboard import feature, write_saedashboard
 from sae_lens_maira.dashboards.sequences import Window, bars, sequences
-from sae_lens_maira.dashboards.target import PUBLIC_CREATOR, Target, set_metadata
+from sae_lens_maira.dashboards.target import PUBLIC_CREATOR, Target
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.records import Interpretation, Score
 from sae_lens_maira.latents.records import Histogram
@@ -182,6 +181,8 @@ def test_export_has_the_keys_of_a_real_one(make_set, target, tmp_path):
     told = shards(folder, "explanations")[0][0]
     assert told["description"] == "fires at pleural effusion"
     assert told["typeName"] is None
+    assert told["explanationModelName"] is None
+    assert "embedding" not in told  # exactly 256 numbers, or absent
     assert "detection 0.80 [0.70, 0.90], control 0.50" in told["notes"]
 
 
@@ -205,6 +206,19 @@ def test_export_passes_every_trap_of_the_importer(make_set, target, tmp_path):
         assert (
             len({tuple(row) for part in shards(folder, table) for row in part}) == 1
         )  # columns come from line 1
+
+
+def test_long_studies_are_cut_to_what_the_site_takes(make_set, target):
+    """A report of 3,000 tokens stays within 1,024 in the widest window, and a wider one is refused."""
+    record = make_set(latents=2, length=3000)[1]
+    widest = Window(text=959, patches=64)
+    lengths = [len(sequence.tokens) for sequence in sequences(record, widest)]
+    assert max(lengths) == 1024
+    assert all(
+        sequence.values[sequence.hit] == max(sequence.values) for sequence in sequences(record, widest)
+    )
+    with pytest.raises(RecordError, match="1023 tokens"):
+        Window(text=960, patches=64)
 
 
 @pytest.mark.parametrize("write", [write_saedashboard, write_export])
@@ -286,10 +300,3 @@ def test_names_that_the_site_refuses_are_refused_here():
         Target(set_name="a", model_id="2maira")
     with pytest.raises(ConfigError, match="layer 15"):
         Target(set_name="a", layers=8).source(15)
-
-
-def test_sae_metadata_lead_saelens_to_the_source(make_set, target):
-    sae = SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace()))
-    set_metadata(sae, target, make_set().meta)
-    assert sae.cfg.metadata.neuronpedia_id == "maira-2/15-res-matryoshka-16k"
-    assert sae.cfg.metadata.hook_name == "blocks.15.hook_resid_post"

@@ -3,6 +3,7 @@
 "use strict";
 
 const page = { about: null, columns: null, tables: null, rows: [], at: 0, sort: "latent", down: false, started: 0, ready: 0 };
+const PRINTED = 200; // rows of the index on paper
 const $ = (id) => document.getElementById(id);
 
 const HEADS = [
@@ -39,6 +40,11 @@ function saeIndex(data) {
     latent, columns.name[i], columns.words[i], words(tables.finding[columns.finding[i]] || ""),
     tables.category[columns.category[i]] || ""].join(" ").toLowerCase());
   page.place = new Map(columns.latent.map((latent, i) => [latent, i]));
+  page.refinedBy = new Map();
+  columns.refines.forEach((coarser, i) => coarser.forEach(([latent, value]) => {
+    if (!page.refinedBy.has(latent)) page.refinedBy.set(latent, []);
+    page.refinedBy.get(latent).push([columns.latent[i], value]);
+  }));
   fillFilters();
   drawBanners();
   drawHead();
@@ -124,9 +130,10 @@ function rowHeight() { return Math.round(2.25 * parseFloat(getComputedStyle(docu
 
 function drawRows() {
   const { columns, tables, rows } = page, height = rowHeight(), scroll = $("scroll");
-  $("space").style.height = `${rows.length * height}px`;
-  const first = Math.max(0, Math.floor(scroll.scrollTop / height) - 6);
-  const last = Math.min(rows.length, first + Math.ceil((scroll.clientHeight || 600) / height) + 12);
+  const shown = page.printing ? Math.min(rows.length, PRINTED) : rows.length;
+  $("space").style.height = `${shown * height}px`;
+  const first = page.printing ? 0 : Math.max(0, Math.floor(scroll.scrollTop / height) - 6);
+  const last = page.printing ? shown : Math.min(rows.length, first + Math.ceil((scroll.clientHeight || 600) / height) + 12);
   const drawn = [];
   for (let n = first; n < last; n++) {
     const i = rows[n], latent = columns.latent[i], status = tables.status[columns.status[i]];
@@ -214,5 +221,6 @@ $("scroll").addEventListener("scroll", drawRows, { passive: true });
 $("theme").addEventListener("click", otherTheme);
 addEventListener("hashchange", route);
 addEventListener("resize", () => { if (page.columns) drawRows(); });
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
+// Paper shows what is open, and of the index its first rows.
+for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) addEventListener(event, () => { page.printing = printing; if (page.columns) drawRows(); });
 try { setTheme(localStorage.getItem("theme") || "dark"); } catch { setTheme("dark"); }

@@ -117,12 +117,19 @@ function drawAgreement({ agreement }) {
     agreement.slice(0, 12).map((a) => [words(a.finding), a.kind, `${number(a.f1)} [${number(a.low)}, ${number(a.high)}]`, bar(a), number(a.precision), number(a.recall), `${a.positives} of ${a.studies}`]), "F1 between firing in a study and the finding") : element("p", { className: "faint", text: "Not measured." }));
 }
 
-function drawNeighbours({ neighbours }) {
-  const says = { refines: "refines", "co-fires": "co-fires with", similar: "decodes like" };
-  return section("Neighbours", neighbours.length ? table(["", "Latent", "Name", "Level", "Value"], neighbours.map(([latent, relation, value]) => {
+function drawNeighbours({ latent: own, neighbours }) {
+  const says = { refines: "refines", "co-fires": "co-fires with", similar: "decodes like" }, most = 12;
+  const finer = [...(page.refinedBy.get(own) || [])].sort((a, b) => b[1] - a[1]);
+  const rank = { refines: 0, "refined by": 1, "co-fires": 2, similar: 3 };
+  const rows = [...neighbours, ...finer.slice(0, most).map(([latent, value]) => [latent, "refined by", value])].sort((a, b) => rank[a[1]] - rank[b[1]]);
+  const line = ([latent, relation, value]) => {
     const at = page.place.get(latent);
-    return [says[relation] || relation, element("a", { href: `#/latent/${latent}`, text: `#${latent}` }), at === undefined ? "" : page.columns.name[at] || page.columns.words[at], at === undefined ? "" : page.columns.level[at], number(value)];
-  }), "Coarser latents it refines, latents it fires with, latents of similar direction") : element("p", { className: "faint", text: "None recorded." }));
+    // A page of some latents names others that it does not hold.
+    const link = at === undefined ? element("span", { className: "faint", text: `#${latent}` }) : element("a", { href: `#/latent/${latent}`, text: `#${latent}` });
+    return [says[relation] || relation, link, at === undefined ? "" : page.columns.name[at] || page.columns.words[at], at === undefined ? "" : page.columns.level[at], number(value)];
+  };
+  return section("Neighbours", rows.length ? table(["", "Latent", "Name", "Level", "Value"], rows.map(line), "Coarser latents it refines, finer ones that refine it, latents it fires with, latents of similar direction") : element("p", { className: "faint", text: "None recorded." }),
+    finer.length > most ? element("p", { className: "faint", text: `${finer.length - most} more refine it.` }) : null);
 }
 
 function drawContext(context, data, scale) {
