@@ -104,7 +104,7 @@ def best_latents(
 def agreement(
     examples: Sequence[Example], keys: Sequence[str], least: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(F,) agreement of a latent with each finding over examples and its lower 95 % limit; 0 where there are too few."""
+    """(F,) agreement of a latent with each finding, and its lower 95 % limit; 0 where examples are few."""
     active = np.array([e.active for e in examples], dtype=bool)
     n_active, n_silent = int(active.sum()), int((~active).sum())
     if min(n_active, n_silent) < least:
