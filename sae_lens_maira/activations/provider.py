@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sae_lens_maira.activations.memory import empty_rows
+from sae_lens_maira.activations.memory import BatchMemory, empty_rows
 from sae_lens_maira.activations.sampling import RoleRates, rate_table, role_rates
-from sae_lens_maira.activations.store import DTYPES, SEGMENT, ActivationStore
+from sae_lens_maira.activations.segments import SEGMENT
+from sae_lens_maira.activations.store import DTYPES, ActivationStore
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
 
@@ -89,6 +90,7 @@ class StoreProvider:
         # The memory of buffers and of a batch in the store's dtype is used again and again.
         self._spare: list[torch.Tensor] = []
         self._rows = empty_rows(batch_size, width, dtype)
+        self._batches = BatchMemory(batch_size, width, torch.float32)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -133,7 +135,7 @@ class StoreProvider:
                 self._offset = 0
         if self._device.type != "cpu":
             return self._rows.to(self._device).float()
-        return empty_rows(*self._rows.shape, torch.float32).copy_(self._rows)
+        return self._batches.empty().copy_(self._rows)
 
     def _following(self, epoch: int, buffer: int) -> tuple[int, int]:
         """The buffer after this one."""

@@ -7,12 +7,11 @@
     shard-000012.json                    the shard's manifest entry, renamed into place last
 
 A shard holds `shard_studies` consecutive studies. One entry file a shard lets many ranks write one store without a
-lock. Pieces of `SEGMENT` rows carry a CRC-32 that every read checks. It knows nothing about models.
+lock. Segments of 4,096 rows carry an XXH3 checksum that every read compares. It knows nothing about models.
 """
 
 import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,16 +22,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from sae_lens_maira.activations.files import read_json, sha256_of, write_json, write_whole
+from sae_lens_maira.activations.memory import empty_rows
 from sae_lens_maira.activations.rows import ActivationRows
+from sae_lens_maira.activations.segments import checksums, read_rows
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
-
-SEGMENT = 4096
-"""Rows per checked piece; the unit in which readers shuffle."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COLUMNS = ("study", "position", "role", "token", "kind", "patch_row", "patch_col", "source")
@@ -134,7 +131,7 @@ class ActivationStore:
         return len(self.committed()) == self.spec.n_shards
 
     def entry(self, shard: int) -> dict[str, Any]:
-        """A shard's manifest entry: rows, files with sizes and SHA-256, CRC-32 per segment."""
+        """A shard's manifest entry: rows, files with sizes and SHA-256, XXH3 per segment."""
         return read_json(self._path(shard, "json"))
 
     @cached_property
@@ -164,7 +161,7 @@ class ActivationStore:
         Raises:
             StoreError: shapes do not fit, or the disk is full; the store is then as before.
         """
-        files, crc = [], {}
+        files, sums = [], {}
         # What a killed process left of this shard; a shard is written by one rank only.
         for left in self.folder.glob(f"shard-{shard:06d}.*.partial"):
             left.unlink(missing_ok=True)
@@ -175,14 +172,14 @@ class ActivationStore:
                     raise StoreError(
                         f"Shard {shard} at {hook} has shape {tuple(tensor.shape)}; expected ({len(index)}, {d_in})."
                     )
-                crc[hook] = [_crc(piece) for piece in tensor.split(SEGMENT)] if len(index) else []
+                sums[hook] = checksums(tensor)
                 content = to_safetensors({"values": tensor}, metadata={"hook": hook})
                 files.append(write_whole(self._path(shard, f"{hook}.safetensors"), content))
             table = io.BytesIO()
             index[list(COLUMNS)].to_parquet(table, index=False)
             files.append(write_whole(self._path(shard, "parquet"), table.getvalue()))
             counts = {int(role): int(n) for role, n in index["role"].value_counts().items()}
-            entry = {"rows": len(index), "roles": counts, "files": files, "crc32": crc}
+            entry = {"rows": len(index), "roles": counts, "files": files, "xxh3": sums}
             write_json(self._path(shard, "json"), entry)
         except BaseException:
             if not self._path(shard, "json").exists():
@@ -233,15 +230,16 @@ class ActivationStore:
     def read(self, hook: str, shard: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` (exclusive) of a shard at a hook point, (n, d_in) in the store's dtype.
 
-        Whole segments are read through a memory map and checked.
+        Whole segments are read and checked.
 
         Raises:
             StoreError: no such hook point, or a segment is damaged.
         """
-        pieces = [piece for piece in self._pieces(hook, shard, start, stop) if len(piece)]
-        if not pieces:
-            return torch.empty(0, self.spec.hooks[hook], dtype=DTYPES[self.spec.dtype])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        entry = self._known(hook, shard)
+        end: int = entry["rows"] if stop is None else min(stop, entry["rows"])
+        place = empty_rows(max(end - start, 0), self.spec.hooks[hook], DTYPES[self.spec.dtype])
+        self.read_into(place, hook, shard, start)
+        return place
 
     def read_into(self, place: torch.Tensor, hook: str, shard: int, start: int) -> None:
         """Read the len(place) rows from `start` on into `place` (n, d_in), as `read` does.
@@ -249,38 +247,23 @@ class ActivationStore:
         Raises:
             StoreError: as in `read`.
         """
-        done = 0
-        for piece in self._pieces(hook, shard, start, start + len(place)):
-            place[done : done + len(piece)] = piece
-            done += len(piece)
+        entry = self._known(hook, shard)
+        path = self._path(shard, f"{hook}.safetensors")
+        try:
+            read_rows(path, entry["rows"], entry["xxh3"][hook], start, place)
+        except StoreError as error:
+            raise StoreError(
+                f"Shard {shard} in {self.folder} is damaged: {error}. Delete the shard's .json and harvest again; only "
+                "this shard is made anew."
+            ) from error
 
-    def _pieces(self, hook: str, shard: int, start: int, stop: int | None) -> Iterator[torch.Tensor]:
+    def _known(self, hook: str, shard: int) -> dict[str, Any]:
+        """A shard's entry, kept from the first look."""
         if hook not in self.spec.hooks:
             raise StoreError(
                 f"{self.folder} holds {', '.join(self.spec.hooks)}, not {hook!r}; name one of these."
             )
-        entry = self._entries.get(shard) or self._entries.setdefault(shard, self.entry(shard))
-        end: int = entry["rows"] if stop is None else min(stop, entry["rows"])
-        path = self._path(shard, f"{hook}.safetensors")
-        try:
-            with safe_open(path, "pt") as file:
-                values = file.get_slice("values")
-                for segment in range(start // SEGMENT, -(-end // SEGMENT)):
-                    first = segment * SEGMENT
-                    piece = values[first : min(first + SEGMENT, entry["rows"])]
-                    if _crc(piece) != entry["crc32"][hook][segment]:
-                        raise StoreError(
-                            f"Shard {shard} in {self.folder} is damaged: segment {segment} of {path.name} has another "
-                            "checksum. Delete the shard's .json and harvest again; only this shard is made anew."
-                        )
-                    yield piece[max(start - first, 0) : end - first]
-        except (StoreError, GeneratorExit):
-            raise
-        except Exception as error:  # safetensors raises its own kind for a damaged header
-            raise StoreError(
-                f"Shard {shard} in {self.folder} is damaged: {path.name} cannot be read ({error}). Delete the shard's "
-                ".json and harvest again; only this shard is made anew."
-            ) from error
+        return self._entries.get(shard) or self._entries.setdefault(shard, self.entry(shard))
 
     @cached_property
     def _entries(self) -> dict[int, dict[str, Any]]:
@@ -313,7 +296,3 @@ class ActivationStore:
                     start = int(edge)
                     if len(rows):
                         yield rows
-
-
-def _crc(values: torch.Tensor) -> int:
-    return zlib.crc32(values.contiguous().view(torch.uint8).numpy().data)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_lens_maira.activations.ahead import in_order
-from sae_lens_maira.activations.memory import LARGE, empty_rows
+from sae_lens_maira.activations.memory import LARGE, BatchMemory, empty_rows
 
 
 def slow(number, seconds):
@@ -56,3 +56,21 @@ def test_memory_can_be_written_and_outlives_its_making(rows):
     assert memory.shape == (rows, 1024)
     memory.fill_(3.0)
     assert float(memory.sum()) == 3 * 1024 * rows
+
+
+def test_memory_comes_back_only_when_no_view_lives():
+    """A dropped tensor's memory is taken again; that of one of which a view is held, however small, is not."""
+    memory = BatchMemory(LARGE // 4096, 1024, torch.float32)
+    first = memory.empty()
+    place = first.data_ptr()
+    del first
+    second = memory.empty()
+    assert second.data_ptr() == place
+    view = second.fill_(1.0)[3:4, :2].T
+    del second
+    others = [memory.empty().fill_(7.0) for _ in range(5)]
+    assert place not in {other.data_ptr() for other in others}
+    assert len({other.data_ptr() for other in others}) == 5
+    assert view.tolist() == [[1.0], [1.0]]
+    del view
+    assert memory.empty().data_ptr() == place

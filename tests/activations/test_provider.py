@@ -12,6 +12,8 @@ from sae_lens_maira.activations import ActivationStore, StoreProvider, StoreSpec
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
 
+pytestmark = pytest.mark.compat
+
 HOOK = "blocks.0.hook_resid_post"
 ROWS = (9000, 0, 5000, 70)
 

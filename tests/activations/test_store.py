@@ -1,6 +1,8 @@
 """Stores: rows equal transformers' hidden states, damage is named, a full disk leaves the store whole."""
 
 import resource
+import shutil
+import subprocess
 from dataclasses import fields
 
 import numpy as np
@@ -12,6 +14,8 @@ from sae_lens_maira.activations import ActivationStore, StoreProvider, harvest
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import ROLE_PRESETS, TokenRole
 from sae_lens_maira.phantom import generate_studies
+
+pytestmark = pytest.mark.compat
 
 HOOKS = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
 
@@ -123,6 +127,39 @@ def test_no_room_leaves_the_store_whole(phantom, studies, store, tmp_path):
     again = harvest(phantom, studies, tmp_path, HOOKS, roles="all", shard_studies=4, progress=False)
     again.validate()
     assert again.entry(1) == store.entry(1)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB of its own; needs the right to mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_the_store_whole(phantom, studies, store, small_disk):
+    """On a file system that really fills up: a clear error, whole shards stay, and with room the harvest goes on."""
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(1_400_000))
+    with pytest.raises(StoreError, match="No room to write"):
+        harvest(phantom, studies, small_disk, HOOKS, roles="all", shard_studies=4, progress=False)
+    half = ActivationStore(small_disk)
+    half.validate()
+    assert not half.complete
+    assert not list(small_disk.glob("*.partial"))
+    assert {p.name.split(".")[0] for p in small_disk.glob("shard-*")} == {
+        f"shard-{s:06d}" for s in half.committed()
+    }
+    filler.unlink()
+    again = harvest(phantom, studies, small_disk, HOOKS, roles="all", shard_studies=4, progress=False)
+    again.validate()
+    assert again.complete
+    for shard in store.committed():
+        assert again.entry(shard) == store.entry(shard)
 
 
 def test_another_harvest_in_the_folder_is_refused(phantom, studies, store):
