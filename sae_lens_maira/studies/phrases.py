@@ -176,18 +176,16 @@ NEGATION_AFTER = (
     r"(?:is|are) (?:\w+ )?(?:absent|resolved|excluded|ruled out)",
     r"not (?:\w+ )?(?:seen|identified|visualized|detected)",
 )
-# "likely", "probably" and "suggesting" state more than even odds and are read as present.
+# Read as present, since they state more than even odds: "likely", "probably", "suggesting", "suspicious for",
+# "concerning for", "worrisome for", "suspected". Uncertain: what is named as one possibility, or not excluded.
 UNCERTAIN_BEFORE = (
     r"may(?:be)?",
     r"might",
     r"could",
     r"possib(?:le|ly|ility of)",
     r"potential(?:ly)?",
-    r"suspicious for",
     r"suspicion (?:of|for)",
-    r"suspected",
-    r"concern(?:ing)? (?:for|of)",
-    r"worrisome for",
+    r"concern (?:for|of)",
     r"question(?:able)?(?: of)?",
     r"equivocal",
     r"(?:cannot|can not|can't) (?:\w+ )?(?:exclude|rule out)",
@@ -200,7 +198,7 @@ UNCERTAIN_BEFORE = (
 )
 UNCERTAIN_AFTER = (
     r"(?:cannot|can not|can't|could not|couldn't|not) (?:\w+ ){0,3}(?:excluded|ruled out|entirely exclude)",
-    r"(?:is|are) (?:\w+ )?(?:possible|not excluded|suspected|questionable|difficult to exclude)",
+    r"(?:is|are) (?:\w+ )?(?:possible|not excluded|questionable|difficult to exclude)",
     r"(?:should|could|may|might) be (?:\w+ )?(?:considered|present|suspected)",
     r"(?:versus|vs)",
     r"(?:is|are) (?:a|in the) (?:\w+ )?(?:consideration|differential|possibility|concern)",
