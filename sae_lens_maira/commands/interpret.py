@@ -24,6 +24,7 @@ def run(
     usd_per_mtok: str | None = None,
     allow_remote: bool = False,
     estimate_only: bool = False,
+    pictures: int = 0,
     seed: int = 0,
 ) -> None:
     """Explain the latents of a record set and score the explanations on unseen patients.
@@ -49,10 +50,12 @@ def run(
         usd_per_mtok: your price of a million tokens asked and answered, such as "0.15,0.60".
         allow_remote: let credentialed studies go to a server on another machine.
         estimate_only: print the estimate and stop.
+        pictures: films with outlined patches to show of an image latent, for a model that sees.
         seed: of the split by patient and every draw.
     """
     from sae_lens_maira.interp.report import statuses, summary, table
-    from sae_lens_maira.interp.run import Plan, estimate, interpret, interpret_offline
+    from sae_lens_maira.interp.run import estimate, interpret, interpret_offline
+    from sae_lens_maira.interp.subjects import Plan
     from sae_lens_maira.latents.recordset import RecordSet
 
     opened = RecordSet.open(records)
@@ -62,6 +65,7 @@ def run(
         n_train=n_train,
         n_test=n_test,
         batch=batch,
+        pictures=pictures,
         seed=seed,
     )
     if model is None:
@@ -163,6 +167,39 @@ def report(
     sys.stdout.write(shown.to_string(index=False, float_format="%.2f", max_colwidth=80) + "\n")
 
 
+def published(
+    records: Path,
+    file: Path,
+    name: str = "published",
+    latent_column: str | None = None,
+    text_column: str | None = None,
+    score_column: str | None = None,
+) -> None:
+    """Put published interpretations of the same SAE beside ours, for the report and the dashboards.
+
+    Example: sae-lens-maira interpret published --records records --file interpretations.csv
+
+    Args:
+        records: record set of that SAE.
+        file: CSV, Parquet, JSON or JSON lines with one interpretation a row.
+        name: stands as their explainer.
+        latent_column: with the latent's number; found by its name if not given.
+        text_column: with the sentence; found by its name if not given.
+        score_column: with a score from 0 to 1, if any; found by its name if not given.
+    """
+    from sae_lens_maira.interp.published import read_published
+    from sae_lens_maira.interp.records import save
+    from sae_lens_maira.latents.recordset import RecordSet
+
+    opened = RecordSet.open(records)
+    rows = read_published(file, name, latent_column, text_column, score_column)
+    kept = [one for one in rows if one.latent in opened]
+    save(opened.folder, kept)
+    sys.stdout.write(
+        f"{len(kept)} of {len(rows)} interpretations are of latents of {records} and lie beside it\n"
+    )
+
+
 def findings(
     records: list[Path],
     untrained: list[Path] | None = None,
@@ -238,4 +275,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "interpret run": run,
     "interpret report": report,
     "interpret findings": findings,
+    "interpret published": published,
 }

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from sae_lens_maira.errors import ServerError
 from sae_lens_maira.interp.journal import Journal, key_of
 from sae_lens_maira.interp.privacy import check_destination, is_loopback
+from sae_lens_maira.interp.prompts import tokens_of, with_text
 
 
 def _import_event_loop() -> None:
@@ -181,7 +182,7 @@ class Judge:
         else:
             shape = {"type": "json_object"}
             told = f"Answer with one JSON object of this schema and nothing else: {json.dumps(schema)}"
-            messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}\n\n{told}"}]
+            messages = with_text(messages, told)
         return {
             "model": self.server.model,
             "messages": messages,
@@ -195,7 +196,7 @@ class Judge:
         key = key_of(request)
         row = self.journal.get(key)
         if row is None:
-            expected = len(json.dumps(messages)) // 4 + self.server.max_tokens
+            expected = tokens_of(messages) + self.server.max_tokens
             if not self._reserve(expected):
                 return Reply(None, key, "over budget")
             try:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, create_model
 
 PROMPT_VERSION = "2026-11"
+PICTURE_TOKENS = 1000
 
 Messages = list[dict[str, Any]]
 
@@ -59,7 +60,10 @@ def verdicts_form(count: int) -> type[BaseModel]:
 
 
 def explain(
-    active: Sequence[tuple[str, str | None, int]], silent: Sequence[str], tokens: Sequence[str]
+    active: Sequence[tuple[str, str | None, int]],
+    silent: Sequence[str],
+    tokens: Sequence[str],
+    pictures: Sequence[str] = (),
 ) -> Messages:
     """Ask for an explanation.
 
@@ -67,6 +71,8 @@ def explain(
         active: (text, place in the image or None, strength 1 to 10) of every active example.
         silent: texts of silent examples.
         tokens: output tokens that the latent raises most.
+        pictures: addresses of the first active examples' films with the firing patches outlined, for a model that
+            sees; they follow the text as image parts.
     """
     lines = ["Active in:"]
     for text, place, strength in active:
@@ -75,7 +81,31 @@ def explain(
     lines += ["", "Silent in:", *(f"- {text}" for text in silent)]
     if tokens:
         lines += ["", "It makes these output tokens likelier: " + ", ".join(repr(token) for token in tokens)]
-    return _pair(_EXPLAIN, "\n".join(lines))
+    if not pictures:
+        return _pair(_EXPLAIN, "\n".join(lines))
+    lines += ["", f"The films of the first {len(pictures)} active examples follow, active patches outlined."]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "\n".join(lines)}]
+    parts += [{"type": "image_url", "image_url": {"url": address}} for address in pictures]
+    return [{"role": "system", "content": _EXPLAIN}, {"role": "user", "content": parts}]
+
+
+def with_text(messages: Messages, text: str) -> Messages:
+    """The messages with a paragraph more at the end, whether the last one has parts or not."""
+    *before, last = messages
+    content = last["content"]
+    more = f"{content}\n\n{text}" if isinstance(content, str) else [*content, {"type": "text", "text": text}]
+    return [*before, {**last, "content": more}]
+
+
+def tokens_of(messages: Messages) -> int:
+    """A rough number of tokens: four letters each, and `PICTURE_TOKENS` a picture."""
+    total = 0
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            total += len(part["text"]) // 4 + 4 if part["type"] == "text" else PICTURE_TOKENS
+    return total
 
 
 def detect(explanation: str, texts: Sequence[str]) -> Messages:

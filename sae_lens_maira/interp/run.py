@@ -8,22 +8,17 @@ file of interpretations is replaced at the end as a whole. It knows nothing abou
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import random
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.interp.examples import Example, sample, split_examples, train_patients
 from sae_lens_maira.interp.findings import named_findings
 from sae_lens_maira.interp.lookup import by_truth, by_words, interval_names
 from sae_lens_maira.interp.offline import EXPLAINER, Explanation, contrast
-from sae_lens_maira.interp.records import FILE, Interpretation, Score, load
-from sae_lens_maira.latents.plain import to_plain
-from sae_lens_maira.latents.records import LatentRecord
+from sae_lens_maira.interp.records import Interpretation, Score, save
+from sae_lens_maira.interp.subjects import Plan, Subject, subjects
 from sae_lens_maira.latents.recordset import RecordSet
 
 if TYPE_CHECKING:
@@ -31,81 +26,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 OFFLINE_VERSION = "contrast-1"
-METHODS = ("detection", "fuzzing", "intruder")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to explain and how to test it.
-
-    Attributes:
-        latents: numbers; None for every latent that is not dead.
-        methods: scorers put to a language model.
-        n_train: active examples shown to the explainer, and a quarter as many silent ones (offline: all of them).
-        n_test: active and as many silent examples asked about.
-        batch: texts a question.
-        least: active studies needed on each half; fewer is "too_rare".
-        seed: of the split and every draw.
-    """
-
-    latents: Sequence[int] | None = None
-    methods: Sequence[str] = ("detection", "fuzzing")
-    n_train: int = 40
-    n_test: int = 50
-    batch: int = 10
-    least: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse scorers that do not exist."""
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown:
-            raise ConfigError(f"Unknown scorer {unknown}; choose from {', '.join(METHODS)}.")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One latent ready to be explained: its numbers, and sampled examples of both halves."""
-
-    latent: int
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
-    tokens: tuple[str, ...]
-    edges: tuple[tuple[float, float], ...]
-    enough: bool
-
-    @property
-    def licences(self) -> list[str]:
-        """Licence classes of its studies."""
-        return sorted({e.study.licence for e in (*self.train, *self.test)})
-
-
-def subjects(records: RecordSet, plan: Plan, offline: bool) -> list[Subject]:
-    """Sampled examples of every latent of the plan, one record in memory at a time."""
-    train = train_patients(records.studies.values(), plan.seed)
-    chosen: Sequence[int] = (
-        plan.latents
-        if plan.latents is not None
-        else [int(n) for n in records.table.loc[records.table["status"] != "dead", "latent"]]
-    )
-    return [_subject(records[latent], records, train, plan, offline) for latent in chosen]
-
-
-def _subject(
-    record: LatentRecord, records: RecordSet, train: frozenset[str], plan: Plan, offline: bool
-) -> Subject:
-    halves = split_examples(record, records.studies, train)
-    rng = random.Random(f"{plan.seed}|{record.latent}")
-    shown = halves.train if offline else sample(halves.train, plan.n_train, max(1, plan.n_train // 4), rng)
-    asked = sample(halves.test, plan.n_test, plan.n_test, rng)
-    enough = all(
-        sum(e.active for e in half) >= plan.least and any(not e.active for e in half)
-        for half in (shown, asked)
-    )
-    tokens = tuple(t.token for t in record.top_tokens[:10])
-    edges = tuple((i.low, i.high) for i in record.intervals)
-    return Subject(record.latent, tuple(shown), tuple(asked), tokens, edges, enough)
 
 
 def pick_controls(told: dict[int, Explanation], keys: Sequence[str], seed: int = 0) -> dict[int, int | None]:
@@ -163,14 +84,15 @@ def estimate(records: RecordSet, plan: Plan, server: Server) -> str:
     """
     from sae_lens_maira.interp.explain import question
     from sae_lens_maira.interp.privacy import check_destination
+    from sae_lens_maira.interp.prompts import tokens_of
 
     found = [s for s in subjects(records, plan, offline=False) if s.enough]
     licences = {licence for s in found for licence in s.licences}
     where = check_destination(licences, server.url, server.allow_remote)
     calls = tokens = 0
     for s in found:
-        size = len(json.dumps(question(s.train, s.tokens, plan.seed))) // 4
-        each = max(1, size // max(1, len(s.train)))
+        size = tokens_of(question(s.train, s.tokens, plan.seed, plan.pictures, records.folder))
+        each = max(1, tokens_of(question(s.train, s.tokens, plan.seed)) // max(1, len(s.train)))
         questions = {
             "detection": -(-len(s.test) // plan.batch),
             "fuzzing": -(-sum(e.active for e in s.test) // plan.batch),
@@ -231,7 +153,7 @@ async def _interpret(records: RecordSet, judge: Judge, plan: Plan) -> list[Inter
     async def tell(s: Subject) -> Explanation:
         if not s.enough:
             return Explanation(None, "other", status="too_rare")
-        return await explain(judge, s.train, s.tokens, keys, plan.seed)
+        return await explain(judge, s.train, s.tokens, keys, plan.seed, plan.pictures, records.folder)
 
     told = dict(zip([s.latent for s in found], await _all([tell(s) for s in found]), strict=True))
     controls = pick_controls(told, keys, plan.seed)
@@ -315,15 +237,3 @@ def _interpretation(
         prompt_version=version or OFFLINE_VERSION,
         journal_keys=calls,
     )
-
-
-def save(folder: Path | str, done: Sequence[Interpretation]) -> list[Interpretation]:
-    """Write interpretations in place of those by the same explainer of the same latents; the others stay."""
-    new = {(one.latent, one.explainer) for one in done}
-    kept = [one for one in load(folder) if (one.latent, one.explainer) not in new]
-    path = Path(folder) / FILE
-    draft = path.with_name(f".{FILE}.{os.getpid()}")
-    lines = [json.dumps(to_plain(one), allow_nan=False, ensure_ascii=False) + "\n" for one in (*kept, *done)]
-    draft.write_text("".join(lines), encoding="utf-8")
-    os.replace(draft, path)
-    return list(done)
