@@ -98,8 +98,10 @@ class Bench:
             self._mapped(MAPS, latents, difference),
             self._mapped(EFFECT, effect, difference),
             self._mapped(AGREEMENT, self.chosen(finding, AGREEMENT), difference),
-            Method(SET, lambda s: self._in_place(finding, effect, s, SetTo), strengths=(1.5,)),
-            Method(AT_LEAST, lambda s: self._in_place(finding, effect, s, AtLeast), strengths=(1.0, 2.5)),
+            Method(SET, lambda s: self._in_place(finding, latents, s, SetTo), strengths=self.strengths),
+            Method(
+                AT_LEAST, lambda s: self._in_place(finding, latents, s, AtLeast), strengths=self.strengths
+            ),
             self._means(MEANS, self.learned.means[FINDING_KEYS.index(finding)]),
             self._random_direction(latents, difference, MAPS),
             self._mapped(RANDOM_LATENTS, self._twins(latents), difference, columns=latents, control_of=MAPS),

@@ -40,6 +40,7 @@ class SteeringRun:
         out: folder of tables, figures, SAEs and what was learned.
         findings: keys; none means all.
         parts: of insert, remove and move; move is for findings with a side.
+        methods: names of `steering_methods`, to run only these; a control needs its method. None means all.
         studies: phantom studies, none of which the phantom was trained on.
         layer: decoder layer whose output is steered.
         d_sae: latents of either SAE.
@@ -57,6 +58,7 @@ class SteeringRun:
     out: Path = Path("runs/steering_table")
     findings: tuple[str, ...] = ()
     parts: tuple[str, ...] = PARTS
+    methods: tuple[str, ...] = ()
     studies: int = 1200
     layer: int = 3
     d_sae: int = 1024
@@ -176,6 +178,8 @@ def steer_part(
             said = read_report(text).present
             return said | {MOVED} if other in said and finding not in said else said
 
+    if settings.methods:
+        methods = [method for method in methods if method.name in settings.methods]
     few = max(8, settings.choose * 3 // 4) if remove else settings.choose
     return evaluate_steering(
         subjects.maira,
