@@ -152,7 +152,7 @@ def _tell_import(imported: "Imported", out: Path, listed: Path, as_json: bool) -
         sys.stdout.write(f"  {count:,} {note}\n")
     sys.stdout.write(f"left out: {sum(counts.values()):,} studies, listed in {listed}\n")
     sys.stdout.writelines(f"  {count:,} {reason}\n" for reason, count in counts.items())
-    if root.resolve() != out.parent.resolve():
+    if numbers["frontal"] and root.resolve() != out.parent.resolve():
         sys.stdout.write(f"image paths are relative to {root}: give --root {root} with this table\n")
 
 
