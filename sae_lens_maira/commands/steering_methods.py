@@ -20,7 +20,6 @@ from sae_lens_maira.steering.schedule import Schedule, everywhere, patches
 from sae_lens_maira.steering.selection import by_map_effect
 
 STRENGTHS = (1.5, 3.0)
-MEANS_STRENGTHS = (1.5,)
 COUNTS = (8.0, 32.0)
 BOX_SHARE = 0.1
 """A patch belongs to a finding's place if its boxes cover at least this share of it on average."""
