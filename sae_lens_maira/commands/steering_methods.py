@@ -35,8 +35,9 @@ MEANS = "difference of means (supervised)"
 RANDOM_DIRECTION, RANDOM_LATENTS = "random direction, equal norm", "random latents, equal density"
 FLIPPED = "flipped sign"
 ABLATE, AT_MOST, SUBTRACT = "ablate latents", "at most as without", "subtract latents' maps"
+ABLATE_HERE = "ablate latents in place"
 MEANS_OUT = "subtract difference of means (supervised)"
-RANDOM_ABLATED = "ablate random latents"
+RANDOM_ABLATED, RANDOM_HERE = "ablate random latents", "ablate random latents in place"
 OTHER, MIRRORED = "latents of the other side", "same latents, mirrored place"
 MEANS_OTHER = "difference of means of the other side (supervised)"
 
@@ -124,7 +125,16 @@ class Bench:
                 for j in more_active(n)
             ]
 
+        here = self._grid(self._place(finding))
         return [
+            Method(
+                ABLATE_HERE, lambda n: [Ablate(latents=tuple(more_active(n)), where=here)], strengths=COUNTS
+            ),
+            Method(
+                RANDOM_HERE,
+                lambda n: [Ablate(latents=tuple(self._twins(more_active(n))), where=here)],
+                control_of=ABLATE_HERE,
+            ),
             Method(
                 ABLATE, lambda n: [Ablate(latents=tuple(more_active(n)), where=patches())], strengths=COUNTS
             ),
@@ -141,8 +151,8 @@ class Bench:
 
     def moving(self, finding: str, other: str) -> list[Method]:
         """Ways to move a sided finding to the other side: its own map out, another one in."""
-        own, latents = self.difference(finding), self.chosen(finding, EFFECT)
-        theirs, other_latents = self.difference(other), self.chosen(other, EFFECT)
+        own, latents = self.difference(finding), self.chosen(finding, MAPS)
+        theirs, other_latents = self.difference(other), self.chosen(other, MAPS)
         mirrored = own.reshape(*self.learned.shape, -1).flip(1).reshape(own.shape)
         means = self.learned.means
         column, other_column = FINDING_KEYS.index(finding), FINDING_KEYS.index(other)
@@ -189,16 +199,17 @@ class Bench:
     def _in_place(
         self, finding: str, latents: Sequence[int], strength: float, kind: type[SetTo] | type[AtLeast]
     ) -> list[Intervention]:
-        column = FINDING_KEYS.index(finding)
-        here = (self.learned.boxes[column] >= BOX_SHARE).float()
-        if not bool(here.any()):  # a finding without boxes has no place of its own
-            here = torch.ones_like(here)
-        grids = self.learned.present[column] * here[:, None]
+        grids = self.learned.present[FINDING_KEYS.index(finding)] * self._place(finding)[:, None]
         return [
             kind(latents=(j,), strength=strength, unit="raw", where=self._grid(grids[:, j]))
             for j in latents
             if bool(grids[:, j].any())
         ]
+
+    def _place(self, finding: str) -> torch.Tensor:
+        """(P,) 1 where the finding's boxes usually lie; everywhere for a finding without boxes."""
+        here = (self.learned.boxes[FINDING_KEYS.index(finding)] >= BOX_SHARE).float()
+        return here if bool(here.any()) else torch.ones_like(here)
 
     def _means(self, name: str, means: torch.Tensor) -> Method:
         return Method(

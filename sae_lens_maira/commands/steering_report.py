@@ -22,7 +22,7 @@ PARTS = {
 }
 LATENT_METHODS = {
     "insert": (names.MAPS, names.EFFECT, names.AGREEMENT, names.SET, names.AT_LEAST),
-    "remove": (names.ABLATE, names.AT_MOST, names.SUBTRACT),
+    "remove": (names.ABLATE_HERE, names.ABLATE, names.AT_MOST, names.SUBTRACT),
     "move": (names.OTHER, names.MIRRORED),
 }
 SHOWN = ("off_target", "kl", "perplexity", "repetition", "length", "ratio")
