@@ -60,7 +60,9 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         kind = super()._get_type_str(action)
         if kind is None or kind.startswith("Literal"):  # the words to choose from stand beside the option
             return None
-        return kind.replace("<class 'Path'>", "path").replace(" | null", "")
+        kind = re.sub(r"(?:Optional|Union)\[(.*)\]", r"\1", kind)
+        kind = re.sub(r"<class '(\w+)'>", r"\1", kind).replace("Path", "path")
+        return re.sub(r" \| null|, null$", "", kind)
 
 
 class _Parser(ArgumentParser):
