@@ -40,7 +40,7 @@ class SteeringRun:
         out: folder of tables, figures, SAEs and what was learned.
         findings: keys; none means all.
         parts: of insert, remove and move; move is for findings with a side.
-        methods: names of `steering_methods`, to run only these; a control needs its method. None means all.
+        methods: names of `steering_methods`, to run only these, controls only with their method; none means all.
         studies: phantom studies, none of which the phantom was trained on.
         layer: decoder layer whose output is steered.
         d_sae: latents of either SAE.
@@ -179,7 +179,9 @@ def steer_part(
             return said | {MOVED} if other in said and finding not in said else said
 
     if settings.methods:
-        methods = [method for method in methods if method.name in settings.methods]
+        # A control says nothing without its method.
+        asked = settings.methods
+        methods = [m for m in methods if m.name in asked and (m.control_of or m.name) in asked]
     few = max(8, settings.choose * 3 // 4) if remove else settings.choose
     return evaluate_steering(
         subjects.maira,
