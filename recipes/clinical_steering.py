@@ -51,6 +51,7 @@ class Clinical:
         latents: sizes of either set that are tried.
         shares: how much of the suppressed latents is taken away.
         factors: what boosted latents are multiplied by.
+        specific: how many times as active a latent must be where the error is.
         random: random twins of the chosen correction.
         seed: of studies, halves, SAE and controls.
         flaw: what is planted.
@@ -65,6 +66,7 @@ class Clinical:
     latents: tuple[int, ...] = (4, 12)
     shares: tuple[float, ...] = (0.5, 1.0)
     factors: tuple[float, ...] = (2.0, 4.0)
+    specific: float = 3.0
     random: int = 3
     seed: int = 0
     flaw: Flaw = field(default_factory=Flaw)
@@ -159,22 +161,29 @@ def run(config: Clinical, out: Path) -> dict:
     acts = encode(rows.values[:: max(1, len(rows) // 5000)])
     candidates: list[tuple[Correction, np.ndarray]] = []
     for n in config.latents:
-        boost = tied_to_errors(rows, encode, decoder, true[:, lost], ~true[:, lost], n)
-        taken = tied_to_errors(
-            rows, encode, decoder, false[:, wrong], ~said[:, wrong] & ~true[:, wrong], 2 * n
-        )
+        boost = tied_to_errors(rows, encode, decoder, true[:, lost], ~true[:, lost], n, config.specific)
+        neither = ~said[:, wrong] & ~true[:, wrong]
+        taken = tied_to_errors(rows, encode, decoder, false[:, wrong], neither, 2 * n, config.specific)
         suppress = tuple(j for j in taken if j not in boost)[:n]
+        if not boost and not suppress:
+            continue
         for share in config.shares:
             for factor in config.factors:
                 made = Correction(suppress, share, boost, factor)
                 name = f"{n}-{share:g}-{factor:g}"
                 candidates.append((made, counts(name, "choose", made.interventions(), config.tuned)))
+    if not candidates:
+        raise ConfigError(
+            f"No latent is {config.specific:g} times as active where the errors are; train a larger SAE, or lower "
+            "`specific`."
+        )
     best = best_of(candidates)
-    parts = {
-        "both": best,
-        "suppress only": Correction(best.suppress, best.share),
-        "boost only": Correction(boost=best.boost, factor=best.factor),
-    }
+    parts = {"both": best}
+    if best.suppress and best.boost:
+        parts |= {
+            "suppress only": Correction(best.suppress, best.share),
+            "boost only": Correction(boost=best.boost, factor=best.factor),
+        }
     parts |= {
         f"random latents {i}": random_twin(best, acts, decoder, config.seed + i) for i in range(config.random)
     }
@@ -190,6 +199,9 @@ def run(config: Clinical, out: Path) -> dict:
             f"{len(c.boost)} latents, share {c.share:g}, factor {c.factor:g}": micro_f1(found)
             for c, found in candidates
         },
+        "no correction, micro F1 on the same studies": micro_f1(
+            label_counts(said[: config.tuned], true[: config.tuned])
+        ),
         "clean model": micro_f1(label_counts(stated(_clean(out, clean, report)), truth["report"])),
         "unsteered": micro_f1(before),
         "arms": {},

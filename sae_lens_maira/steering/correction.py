@@ -17,8 +17,8 @@ from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.latents import Encoder
 from sae_lens_maira.steering.interventions import Intervention, Scale
+from sae_lens_maira.steering.patches import mean_patch_maps
 from sae_lens_maira.steering.schedule import patches
-from sae_lens_maira.steering.selection import by_map_difference
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,17 @@ class Correction:
 
 
 def tied_to_errors(
-    rows: ActivationRows, encode: Encoder, decoder: torch.Tensor, wrong: np.ndarray, right: np.ndarray, n: int
+    rows: ActivationRows,
+    encode: Encoder,
+    decoder: torch.Tensor,
+    wrong: np.ndarray,
+    right: np.ndarray,
+    n: int,
+    specific: float = 3.0,
 ) -> tuple[int, ...]:
     """The latents that are more active in some studies than in others, those that would move the stream most first.
+
+    Latents that every film excites hold its anatomy: to multiply them breaks reports, so they are left out.
 
     Args:
         rows: image rows with all patches of the frontal films.
@@ -72,12 +80,19 @@ def tied_to_errors(
         wrong: (n_studies,) studies of which the finding is stated (to suppress it), or which have it (to boost it).
         right: (n_studies,) studies to compare with.
         n: how many.
+        specific: least ratio of a latent's mean activation in `wrong` to that in `right`.
+
+    Returns:
+        At most `n` latents, and none if none is specific enough.
 
     Raises:
         InterventionError: there is no study on one side.
     """
-    ranking, _ = by_map_difference(rows, encode, decoder, wrong, right)
-    return ranking.boost(n)
+    with_it, without = mean_patch_maps(rows, encode, wrong, right)
+    effect = (with_it - without).norm(dim=0) * decoder.norm(dim=1)
+    kept = with_it.sum(0) > specific * without.sum(0)
+    order = torch.where(kept, effect, torch.zeros(())).argsort(descending=True)[:n]
+    return tuple(int(j) for j in order if kept[j] and effect[j] > 0)
 
 
 def random_twin(

@@ -1,9 +1,12 @@
 """Correction: twins move the stream as much, counts and F1 by hand, multiplied latents leave empty films alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.steering import steering
 from sae_lens_maira.steering.correction import (
@@ -13,6 +16,7 @@ from sae_lens_maira.steering.correction import (
     label_counts,
     micro_f1,
     random_twin,
+    tied_to_errors,
 )
 
 pytestmark = pytest.mark.compat
@@ -34,6 +38,23 @@ def test_twins_move_the_stream_as_much():
     assert twins[0] != twins[1]
     with pytest.raises(InterventionError, match="never fire"):
         random_twin(mine, torch.zeros(10, 64), decoder, 0)
+
+
+def test_ranking_leaves_the_anatomy_out(phantom, few):
+    """Of three units the one that every film excites is left out, however much it differs; the specific one stays."""
+    rows = harvest_rows(phantom, few, HOOK, roles="image_only", progress=False)
+    wrong = np.array([True, True, False, False])
+    # What the units say of a patch stands in for the stream, and the encoder hands it on.
+    base = torch.from_numpy(wrong[rows.study]).float()
+    rows = replace(rows, values=torch.stack([10 + 8 * base, base, 1 - base], dim=1))
+
+    def encode(values):
+        return values
+
+    decoder = torch.ones(3, 128)
+    assert tied_to_errors(rows, encode, decoder, wrong, ~wrong, 3) == (1,)
+    assert tied_to_errors(rows, encode, decoder, wrong, ~wrong, 3, specific=1.5) == (0, 1)
+    assert tied_to_errors(rows, encode, decoder, ~wrong, wrong, 3) == (2,)
 
 
 def test_step_is_what_steering_does(phantom, few, steering_sae):
