@@ -60,6 +60,8 @@ class HarvestedBlocks:
         """
         self._maira, self._studies, self._hook, self._roles = maira, studies, hook_name, roles
         self._size = studies_per_block
+        kept = sorted(int(role) for role in resolve_roles(roles))
+        self.about = {"hook point": hook_name, "roles": kept, "studies a unit": studies_per_block}
 
     def __len__(self) -> int:
         return math.ceil(len(self._studies) / self._size)
@@ -108,7 +110,8 @@ class StoredBlocks:
                 "began it."
             )
         self._hook, self._max = hook_name, max_rows
-        self._roles = None if roles is None else [int(role) for role in resolve_roles(roles)]
+        self._roles = None if roles is None else sorted(int(role) for role in resolve_roles(roles))
+        self.about = {"hook point": hook_name, "roles": self._roles, "store": spec.model}
 
     @property
     def study_ids(self) -> list[str]:

@@ -128,7 +128,7 @@ def collect_records(
             f"Latents {latents[0]} to {latents[-1]} were asked of {d_sae}; choose from 0 to {d_sae - 1}."
         )
     keys, truth, labelled = _truth(studies, labels, findings)
-    place = Workplace(out, _plan(blocks, studies, sae, config, keys), rank, world_size, config.salt)
+    place = Workplace(out, _plan(blocks, studies, sae, config, keys, truth), rank, world_size, config.salt)
 
     def make() -> LatentStatistics:
         return LatentStatistics(
@@ -201,17 +201,25 @@ def _truth(
 
 
 def _plan(
-    blocks: Blocks, studies: Sequence[Study], sae: SAE[Any], config: CollectConfig, keys: tuple[str, ...]
+    blocks: Blocks,
+    studies: Sequence[Study],
+    sae: SAE[Any],
+    config: CollectConfig,
+    keys: tuple[str, ...],
+    truth: np.ndarray,
 ) -> dict[str, Any]:
+    """What decides the records. A control is set on rows, whose last bits may differ between processes."""
     chosen = dataclasses.asdict(config)
     for name in ("salt", "save_seconds", "progress", "chunk"):
         del chosen[name]
+    shape = [int(sae.cfg.d_in), int(sae.cfg.d_sae)]
     return {
         "settings": chosen,
+        "rows": getattr(blocks, "about", None),
         "units": len(blocks),
         "studies": fingerprint_of_ids([study.study_id for study in studies]),
-        "findings": keys,
-        "weights of the SAE": fingerprint(sae),
+        "findings": [keys, int(truth.sum())],
+        "weights of the SAE": fingerprint(sae) if config.control == "trained" else shape,
     }
 
 

@@ -173,7 +173,9 @@ class LatentStatistics:
                     f"A patch of the {name} image lies outside the {height} x {width} grid; give the grid of the model."
                 )
             self.map_studies[name] += len(np.unique(rows.study[here]))
-            if name not in self.maps:  # not `setdefault`: its zeros are 90 MB at MAIRA-2's size, for every block
+            if (
+                name not in self.maps
+            ):  # not `setdefault`: its zeros are 90 MB at MAIRA-2's size, for every block
                 self.maps[name] = torch.zeros(self.d_sae, height * width)
             total = self.maps[name]
             mine = view[row] == number
