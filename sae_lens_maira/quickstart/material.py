@@ -28,6 +28,7 @@ from sae_lens_maira.studies.phrases import OBSERVATIONS
 
 LAYER = 3
 SEED = 80_000
+EXTRA = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +147,11 @@ def _sae(
         )
     kept = folder / f"phantom_sae_{seed}"
     if not (kept / "cfg.json").is_file():
-        rows = harvest_rows(
-            maira, learn, f"blocks.{LAYER}.hook_resid_post", roles="image_only", progress=False
-        )
-        train_sae(rows, d_sae=512, k=8, steps=800, seed=seed, folder=kept)
+        # More films than the halves hold: with few of them, and few steps, every latent fires in every film.
+        more = generate_studies(EXTRA, SEED + 1000 + seed)
+        hook_name = f"blocks.{LAYER}.hook_resid_post"
+        rows = harvest_rows(maira, [*learn, *more], hook_name, roles="image_only", progress=False)
+        train_sae(rows, d_sae=1024, k=8, steps=2000, seed=seed, folder=kept)
     return load_matryoshka(kept)
 
 
