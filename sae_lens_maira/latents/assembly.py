@@ -5,7 +5,6 @@ bins of a quarter octave its histogram, sums its means. It knows nothing about m
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from sae_lens_maira.latents.records import (
     TokenWeight,
 )
 from sae_lens_maira.latents.relations import finding_agreement
+from sae_lens_maira.latents.settings import CollectConfig
 from sae_lens_maira.latents.streaming import (
     BINS_PER_OCTAVE,
     EDGES,
@@ -32,9 +32,6 @@ from sae_lens_maira.latents.streaming import (
     VIEWS,
     LatentStatistics,
 )
-
-if TYPE_CHECKING:
-    from sae_lens_maira.latents.collect import CollectConfig
 
 Weights = Sequence[tuple[str, int, float]]
 
@@ -52,7 +49,7 @@ class RecordBuilder:
         statistics: LatentStatistics,
         findings: Sequence[str],
         levels: np.ndarray,
-        config: "CollectConfig",
+        config: CollectConfig,
     ) -> None:
         self._s, self._findings, self._config = statistics, findings, config
         self.grid, self.levels, self.samples = statistics.grid, levels, statistics.samples
