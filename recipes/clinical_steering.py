@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from sae_lens_maira.maira2 import Maira2, generate_reports
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, read_report, truth_labels
 from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.quickstart.sae import train_sae
-from sae_lens_maira.sae import load_matryoshka
+from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.steering import Intervention, steering
 from sae_lens_maira.steering.correction import (
     Correction,
@@ -75,7 +76,7 @@ class Clinical:
 class Arms:
     """Reports of a set of studies under an intervention, kept in a file each."""
 
-    def __init__(self, folder: Path, maira: Maira2, sae: torch.nn.Module | None, hook: str) -> None:
+    def __init__(self, folder: Path, maira: Maira2, sae: MatryoshkaSAE | None, hook: str) -> None:
         self.folder, self.maira, self.sae, self.hook = folder, maira, sae, hook
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -110,7 +111,7 @@ def image_rows(maira: Maira2, studies: Sequence[Study], hook: str) -> Activation
     return harvest_rows(maira, studies, hook, roles="image_only")
 
 
-def run(config: Clinical, out: Path) -> dict:
+def run(config: Clinical, out: Path) -> dict[str, Any]:
     """Plant, choose, judge; every arm stays in `out`.
 
     Raises:
@@ -189,7 +190,7 @@ def run(config: Clinical, out: Path) -> dict:
     }
     before = counts("unsteered", "report")
     after = {name: counts(name, "report", made.interventions()) for name, made in parts.items()}
-    result = {
+    result: dict[str, Any] = {
         "false finding": FINDING_KEYS[wrong],
         "missed finding": FINDING_KEYS[lost],
         "n choose": len(choose),

@@ -10,6 +10,7 @@ projector's last layer, so that the flawed phantom is an ordinary one. It knows 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ def plant(maira: Maira2, studies: Sequence[Study], flaw: Flaw) -> Maira2:
     )
     shift = flaw.loss * missed * (missed @ centre) - flaw.confusion * false * (seen @ centre_seen)
     flawed = Maira2(copy.deepcopy(maira.model), maira.processor)
-    last = flawed.model.model.multi_modal_projector.layers[-1]
+    last: Any = flawed.model.model.multi_modal_projector.layers[-1]
     with torch.no_grad():
         change, shift = change.to(last.weight), shift.to(last.weight)
         last.bias.copy_(change @ last.bias + shift)
@@ -81,7 +82,7 @@ def plant(maira: Maira2, studies: Sequence[Study], flaw: Flaw) -> Maira2:
 @torch.no_grad()
 def projected_patches(maira: Maira2, studies: Sequence[Study], batch: int = 32) -> torch.Tensor:
     """(n, patches, d_model) of the frontal films, as the language model receives them."""
-    inner = maira.model.model
+    inner: Any = maira.model.model
     found = []
     for start in range(0, len(studies), batch):
         # The film alone: one image a study.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -188,7 +189,7 @@ def _reports(reported: pd.DataFrame, studies: Sequence[Study] | None, options: P
     return "\n".join(found)
 
 
-def _pair(row: dict, study: Study | None, credentialed: bool) -> str:
+def _pair(row: dict[Any, Any], study: Study | None, credentialed: bool) -> str:
     free = credentialed or (study is not None and study.licence != Licence.CREDENTIALED)
     name = study.study_id if free and study is not None else f"study {int(row['study'])} of the half"
     facts = [
