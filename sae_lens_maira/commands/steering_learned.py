@@ -118,7 +118,7 @@ def learn(
         (s / w[:, None]).reshape(len(counts), n_patches, -1) for s, w in zip(sums, weights, strict=True)
     )
     sampled = encode(rows.values[:: max(1, len(rows) // 20_000)])
-    fires, _ = study_firing(encode, rows.where(taught[rows.study]), len(studies))
+    fires, _ = study_firing(encode, frontal, len(studies))
     gradient = torch.zeros_like(with_it)
     if maira is not None:
         for finding in findings:

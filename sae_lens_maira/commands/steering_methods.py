@@ -181,6 +181,8 @@ class Bench:
     ) -> Callable[[float], list[Intervention]]:
         """Adds `s * grids[:, c]` to each latent, patch by patch."""
         pairs = list(zip(latents, latents if columns is None else columns, strict=True))
+        # A latent that is silent on frontal films has no map there, and adds nothing.
+        pairs = [(j, c) for j, c in pairs if bool(grids[:, c].any())]
         return lambda s: [
             Add(latents=(j,), strength=s, unit="raw", where=self._grid(grids[:, c])) for j, c in pairs
         ]
