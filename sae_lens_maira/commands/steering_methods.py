@@ -87,7 +87,8 @@ class Bench:
         elif how == EFFECT:
             scores = by_map_effect(difference, self.learned.gradient[column], self.decoder).scores
         else:
-            scores = self.learned.agreement[:, column]
+            # Its map is what will be added, so it must have one.
+            scores = self.learned.agreement[:, column] * (difference != 0).any(0)
         return scores.topk(min(n, len(scores))).indices.tolist()
 
     def insertion(self, finding: str) -> list[Method]:
