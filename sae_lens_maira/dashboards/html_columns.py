@@ -69,7 +69,7 @@ def index_row(record: LatentRecord, interpretations: Sequence[Interpretation]) -
     name = named(interpretations)
     lead = leading_score(name.scores) if name else None
     control = control_of(name) if name else None
-    density: dict[str, Firing] = {firing.kind: firing for firing in record.firing}
+    density: dict[str, Firing] = {firing.kind: firing for firing in record.firing if firing.rows}
     return {
         "latent": record.latent,
         "level": record.level,

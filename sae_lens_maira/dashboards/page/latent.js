@@ -2,7 +2,7 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
-const CELL = 8; // canvas pixels per patch
+const WIDE = 296; // canvas pixels of an image, so that outlines are equally thin on any grid
 const KEPT = 40; // latents kept in memory
 const latents = new Map();
 
@@ -59,7 +59,7 @@ function drawLatent(data) {
     data.maps.length ? section("Mean maps", element("div", { className: "films" }, ...data.maps.map((map) => film(data, map, { map: true, scale: map.max }, `mean over ${map.studies} studies, max ${number(map.max)}`)))) : null,
     section(`Hits in images (${hits("image").length})`, hits("image").length ? list(hits("image")) : element("p", { className: "faint", text: "None among the largest activations." })),
     section(`Hits in text (${hits("text").length})`, hits("text").length ? list(hits("text")) : element("p", { className: "faint", text: "None among the largest activations." })),
-    section("Contexts per interval", ...data.intervals.map((interval) => folded(`${number(interval.low)} to ${number(interval.high)} · ${number(100 * interval.fraction)} % of rows · ${interval.contexts.length} contexts`, () => list(interval.contexts)))),
+    section("Contexts per interval", data.intervals.length ? null : element("p", { className: "faint", text: "None." }), ...data.intervals.map((interval) => folded(`${number(interval.low)} to ${number(interval.high)} · ${number(100 * interval.fraction)} % of rows · ${interval.contexts.length} contexts`, () => list(interval.contexts)))),
     section("Zero contexts", folded(`${data.zero.length} studies in which it never fires`, () => list(data.zero))),
     data.left_out ? element("p", { className: "faint", text: `${data.left_out} contexts left out to keep this page small; the record set has them.` }) : null,
   ].filter(Boolean));
@@ -84,6 +84,7 @@ function drawScores(data) {
 }
 
 function drawHistogram({ histogram }) {
+  if (!histogram.counts.length) return section("Activations", element("p", { className: "faint", text: "It never fires." }));
   const { counts, edges } = histogram, top = Math.max(...counts, 1), wide = 300, high = 110, bar = wide / Math.max(counts.length, 1);
   // Logarithmic, since the tail is what a latent is about.
   const height = (count) => (count ? 4 + (high - 4) * Math.log1p(count) / Math.log1p(top) : 0);
@@ -98,7 +99,7 @@ function drawHistogram({ histogram }) {
 
 function drawFiring({ firing }) {
   return section("Density", table(["", ...firing.map((f) => f.kind)], [
-    ["density", ...firing.map((f) => number(f.density))], ["rows fired", ...firing.map((f) => f.fired.toLocaleString("en"))], ["of rows", ...firing.map((f) => f.rows.toLocaleString("en"))],
+    ["density", ...firing.map((f) => (f.rows ? number(f.density) : "not read"))], ["rows fired", ...firing.map((f) => f.fired.toLocaleString("en"))], ["of rows", ...firing.map((f) => f.rows.toLocaleString("en"))],
     ["studies fired", ...firing.map((f) => `${f.studies_fired} of ${f.studies}`)], ["mean", ...firing.map((f) => number(f.mean))], ["p99", ...firing.map((f) => number(f.p99))], ["max", ...firing.map((f) => number(f.max))],
   ], "Text and image positions apart"));
 }
@@ -135,11 +136,12 @@ function drawNeighbours({ latent: own, neighbours }) {
 function drawContext(context, data, scale) {
   const study = data.studies[context.study] || { findings: [], images: {}, boxes: [] };
   const hit = context.patch ? `patch ${context.patch[1]}, ${context.patch[2]} of the ${context.patch[0]} image` : context.peak >= 0 ? `token ${context.peak}` : "no firing";
+  const read = data.firing.some((f) => f.kind === "image" && f.rows > 0);
   return element("figure", { className: "context" },
     element("figcaption", {}, element("strong", { text: number(context.value) }), ` ${hit} · study ${context.study}`,
       ...study.findings.map((finding) => element("span", { className: "chip", text: words(finding) })),
       study.labelled_by === "rule_labels" ? element("span", { className: "faint", text: " labels by rule" }) : null),
-    context.heat.length ? element("div", { className: "films" }, ...context.heat.map((heat) => film(data, heat, { scale: scale.image || heat.max, image: study.images[heat.view], boxes: heat.view === "frontal" ? study.boxes : [], patch: context.patch && context.patch[0] === heat.view ? context.patch : null }, heat.max > 0 ? `max ${number(heat.max)}` : "silent"))) : null,
+    context.heat.length ? element("div", { className: "films" }, ...context.heat.map((heat) => film(data, heat, { scale: scale.image || heat.max, image: study.images[heat.view], boxes: heat.view === "frontal" ? study.boxes : [], patch: context.patch && context.patch[0] === heat.view ? context.patch : null }, heat.max > 0 ? `max ${number(heat.max)}` : read ? "silent" : "patches not read"))) : null,
     drawText(context, scale.text || context.value));
 }
 
@@ -169,23 +171,25 @@ function heatLevels(heat, alphabet) {
 }
 
 function film(data, heat, { scale, image, boxes = [], patch = null, map = false }, caption) {
-  const canvas = element("canvas", { width: heat.cols * CELL, height: heat.rows * CELL, role: "img", "aria-label": `${map ? "Mean heatmap" : "Heatmap"} of the ${heat.view} image, ${caption}` });
+  const at = page.place.get(data.latent), best = page.tables.finding[page.columns.finding[at]];
+  const cell = Math.max(1, Math.round(WIDE / heat.cols));
+  const canvas = element("canvas", { width: heat.cols * cell, height: heat.rows * cell, role: "img", "aria-label": `${map ? "Mean heatmap" : "Heatmap"} of the ${heat.view} image, ${caption}` });
   const paint = canvas.getContext("2d"), grid = heatLevels(heat, data.alphabet);
   grid.forEach((value, i) => {
     if (value <= 0) return;
     const part = Math.min(1, value / (scale || 1));
     // Amber over grey, opaque enough to see where it is faint and clear enough to see the film where it is strong.
     paint.fillStyle = `hsla(${44 - 32 * part}, 100%, 55%, ${0.18 + 0.52 * part})`;
-    paint.fillRect((i % heat.cols) * CELL, Math.floor(i / heat.cols) * CELL, CELL, CELL);
+    paint.fillRect((i % heat.cols) * cell, Math.floor(i / heat.cols) * cell, cell, cell);
   });
   if (patch) {
     paint.strokeStyle = "#7df";
     paint.lineWidth = 2;
-    paint.strokeRect(patch[2] * CELL - 1, patch[1] * CELL - 1, CELL + 2, CELL + 2);
+    paint.strokeRect(patch[2] * cell - 1, patch[1] * cell - 1, cell + 2, cell + 2);
   }
   const frame = element("div", { className: image ? "frame" : "frame bare" }, image ? element("img", { src: image, alt: `${heat.view} radiograph`, loading: "lazy" }) : null, canvas,
     ...boxes.map(([finding, left, top, right, bottom]) => {
-      const box = element("div", { className: "box", role: "img", "aria-label": `Box of ${words(finding)}` }, element("span", { text: words(finding) }));
+      const box = element("div", { className: finding === best ? "box best" : "box", role: "img", "aria-label": `Box of ${words(finding)}` }, element("span", { text: words(finding) }));
       Object.assign(box.style, { left: `${100 * left}%`, top: `${100 * top}%`, width: `${100 * (right - left)}%`, height: `${100 * (bottom - top)}%` });
       return box;
     }));
