@@ -127,6 +127,12 @@ The four held-out films on which each finding's image latent is most active. Blu
 {chr(10).join(f"![{finding}](figures/latent_{finding}.png)" for finding in FINDING_KEYS)}
 
 {_steering(result.steering)}
+## The latents, one by one
+
+Open [page/index.html](page/index.html) for latents of the image SAE and [page_text/index.html](page_text/index.html)
+for those of the text SAE: what they fire on in held-out studies, with explanations made without a language model. No
+server is needed. `sae-lens-maira latents` records all latents, `sae-lens-maira dashboards html` makes such a page.
+
 ## Load the SAEs
 
 In plain SAELens, without this package:

@@ -26,6 +26,7 @@ from sae_lens_maira.latents import (
 )
 from sae_lens_maira.maira2 import Maira2, TokenRole
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, truth_labels
+from sae_lens_maira.quickstart.page import write_pages
 from sae_lens_maira.quickstart.report import write_report
 from sae_lens_maira.quickstart.results import PlaceResult, QuickstartConfig, QuickstartResult
 from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
@@ -87,6 +88,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     )
     result = QuickstartResult(config, text, image, steering, config.out)
     write_report(result, studies, rows, halves)
+    write_pages(result, maira, studies, rows, halves)
     return result
 
 

@@ -53,6 +53,11 @@ def test_small_run_writes_everything(tmp_path):
     assert "says anything about\nmedicine" in report
     for name in figures:
         assert f"figures/{name}" in report
+    for name in ("page", "page_text"):
+        assert f"({name}/index.html)" in report
+        assert (config.out / name / "index.html").is_file()
+        assert len(list((config.out / name / "data" / "latents").rglob("*.js"))) > 40
+    assert list((config.out / "page" / "images").glob("*-frontal.png"))
     code = (
         "import sys; sys.modules['sae_lens_maira'] = None\n"
         "from sae_lens import SAE\n"
