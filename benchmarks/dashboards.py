@@ -171,7 +171,7 @@ def in_process(*words: str) -> dict[str, float]:
 
 def main() -> int:
     """Make two record sets, run every writer over both, print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "-").splitlines()[0])
     parser.add_argument("--latents", type=int, default=256)
     parser.add_argument("--json", action="store_true")
     parser.add_argument(

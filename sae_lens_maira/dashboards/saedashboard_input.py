@@ -86,7 +86,7 @@ class Prompts:
         """Ids at whose positions nothing was read."""
         return set(range(self.first_study, self.pad + 1))
 
-    def model(self, readout: Readout, harmless: bool = False) -> SimpleNamespace:
+    def model(self, readout: Readout, harmless: bool = False) -> Any:
         """The four attributes that the runner reads of a model; logits of ids behind the vocabulary are zero.
 
         Args:

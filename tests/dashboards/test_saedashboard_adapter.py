@@ -56,7 +56,7 @@ def sae(blocks):
     torch.manual_seed(0)
     made = untrained_like(MatryoshkaTrainingSAE(config), values, l0=6.0, seed=1)
     with torch.no_grad():
-        made.W_dec *= torch.linspace(0.5, 2.0, 48)[:, None]
+        made.W_dec.data *= torch.linspace(0.5, 2.0, 48)[:, None]
         made.threshold[5] = 1e9
     return made
 

@@ -47,10 +47,11 @@ def test_saelens_helpers_open_our_latents(make_set, target, opened):
     assert json.loads(urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)["features"][0]) == [
         {"modelId": "maira-2", "layer": "15-res-matryoshka-16k", "index": index} for index in ("3", "5")
     ]
-    layer, dataset = sae.cfg.metadata.neuronpedia_id.split("/")[1].split("-", 1)
-    found = neuronpedia_integration.get_neuronpedia_feature(
-        7, int(layer), sae.cfg.metadata.model_name, dataset
-    )
+    names = sae.cfg.metadata
+    assert names.neuronpedia_id is not None
+    assert names.model_name is not None
+    layer, dataset = names.neuronpedia_id.split("/")[1].split("-", 1)
+    found = neuronpedia_integration.get_neuronpedia_feature(7, int(layer), names.model_name, dataset)
     assert found["index"] == 7
     assert opened[-1] == f"{SITE}/api/feature/maira-2/15-res-matryoshka-16k/7"
 
