@@ -48,7 +48,8 @@ class PageOptions:
 
     Attributes:
         title: heading; None takes the finding's name.
-        method: whose reports are shown; None takes the method of largest on - off target.
+        method: whose reports are shown; None takes the method of largest on - off target that is neither a control nor
+            supervised.
         reports: how many pairs of reports.
         credentialed: show films and text of credentialed studies too.
         about: a sentence on model, SAE and studies, below the heading.
@@ -128,7 +129,10 @@ def write_page(
 
 
 def _best(summary: pd.DataFrame) -> str:
-    return str(summary.method[int(np.argmax(summary.on_target - summary.off_target))])
+    # Neither a control nor the supervised reference, if there is anything else.
+    own = ~summary.method.astype(str).str.contains("random|flipped|supervised")
+    ranked = summary[own] if bool(own.any()) else summary
+    return str(ranked.method.iloc[int(np.argmax(ranked.on_target - ranked.off_target))])
 
 
 def _summary(summary: pd.DataFrame) -> str:
@@ -214,9 +218,14 @@ def _pair(row: dict[Any, Any], study: Study | None, credentialed: bool) -> str:
 
 
 def _marked(pieces: Sequence[Piece], tag: str) -> str:
-    return "".join(
-        f"<{tag}>{escape(piece.text)}</{tag}>" if piece.marked else escape(piece.text) for piece in pieces
-    )
+    found = []
+    for piece in pieces:
+        words = piece.text.lstrip()
+        lead = piece.text[: len(piece.text) - len(words)]
+        found.append(
+            f"{lead}<{tag}>{escape(words)}</{tag}>" if piece.marked and words else escape(piece.text)
+        )
+    return "".join(found)
 
 
 def _film(study: Study | None) -> str:
