@@ -11,6 +11,9 @@ def evaluate(
     model: str = "phantom",
     studies: int = 100,
     seed: int = 10_000,
+    table: Path | None = None,
+    root: Path | None = None,
+    split: str | None = None,
     hook: str | None = None,
     device: str = "auto",
     as_json: bool = False,
@@ -22,18 +25,32 @@ def evaluate(
     Args:
         sae: folder of the SAE.
         model: the model it was trained on: "phantom", a folder or a hub id.
-        studies: phantom studies to read.
-        seed: of the studies; the phantom was trained on seed 0.
+        studies: phantom studies to read, or the first so many of a table.
+        seed: of the phantom studies; the phantom was trained on seed 0.
+        table: Parquet or CSV with one study a row, see studies import.
+        root: folder that the table's relative image paths are below; the table's own if not given.
+        split: read only the table's studies of this split, for example test.
         hook: hook point, if the SAE does not name its own.
         device: auto, cpu, cuda, ...
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.commands.evaluation import evaluate as run
     from sae_lens_maira.commands.models import named_model
+    from sae_lens_maira.errors import StudyError
     from sae_lens_maira.phantom import generate_studies
+    from sae_lens_maira.studies import read_table
 
     maira = named_model(model, device=device)
-    tables = run(maira, sae, generate_studies(studies, seed=seed, size=maira.processor.recipe.crop), hook)
+    if table is None:
+        chosen = generate_studies(studies, seed=seed, size=maira.processor.recipe.crop)
+    else:
+        opened = read_table(table, root)
+        chosen = list((opened if split is None else opened.where(split=split)).studies[:studies])
+        if not chosen:
+            raise StudyError(
+                f"{table} has no study in the split {split}; `studies show` counts studies by split."
+            )
+    tables = run(maira, sae, chosen, hook)
     if as_json:
         rows, splice = (table.to_dict("records") for table in (tables.rows, tables.splice))
         sys.stdout.write(json.dumps({"rows": rows, "splice": splice}) + "\n")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.cli import main
 from sae_lens_maira.commands.evaluation import evaluate
 from sae_lens_maira.errors import HookError, SAEError
 from sae_lens_maira.phantom import generate_studies
@@ -59,3 +60,17 @@ def test_refusals(phantom, studies, perfect):
         evaluate(phantom, nameless, studies, hook_name="blocks.99.hook_resid_post")
     with pytest.raises(SAEError, match="belongs to another model"):
         evaluate(phantom, MatryoshkaSAE(MatryoshkaSAEConfig(d_in=64, d_sae=8)), studies, hook_name=HOOK)
+
+
+def test_the_command_reads_a_table(perfect, tmp_path, capsys):
+    """`evaluate --table --split`: the studies of that split alone; a split without studies is the user's to mend."""
+    sae, table = tmp_path / "sae", tmp_path / "studies.parquet"
+    perfect.save_model(sae)
+    words = ["--source", "phantom", "--studies", "3", "--split", "test", "--out", str(table)]
+    assert main(["studies", "import", *words]) == 0
+    capsys.readouterr()
+    words = ["evaluate", "--sae", str(sae), "--hook", HOOK, "--table", str(table), "--split"]
+    assert main([*words, "test", "--studies", "2"]) == 0
+    assert f"at {HOOK}, 2 studies" in capsys.readouterr().out
+    assert main([*words, "train"]) == 2
+    assert "no study in the split train" in capsys.readouterr().err
