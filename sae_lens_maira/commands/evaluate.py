@@ -52,12 +52,12 @@ def evaluate(
             )
     tables = run(maira, sae, chosen, hook)
     if as_json:
-        rows, splice = (table.to_dict("records") for table in (tables.rows, tables.splice))
+        rows, splice = (frame.to_dict("records") for frame in (tables.rows, tables.splice))
         sys.stdout.write(json.dumps({"rows": rows, "splice": splice}) + "\n")
         return
-    for name, table in (("reconstruction", tables.rows), ("spliced into the model", tables.splice)):
+    for name, frame in (("reconstruction", tables.rows), ("spliced into the model", tables.splice)):
         sys.stdout.write(f"{name} at {tables.hook_name}, {tables.n_studies} studies\n")
-        sys.stdout.write(table.to_string(index=False, float_format=lambda x: f"{x:.4g}") + "\n")
+        sys.stdout.write(frame.to_string(index=False, float_format=lambda x: f"{x:.4g}") + "\n")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate}
