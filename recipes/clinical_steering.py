@@ -36,6 +36,7 @@ from sae_lens_maira.steering.correction import (
     tied_to_errors,
 )
 from sae_lens_maira.studies import Study
+from sae_lens_maira.whole import write_whole
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,7 @@ class Arms:
             else:
                 plain = generate_reports(self.maira.model, self.maira.processor, part, max_new_tokens=120)
                 texts += [report.text for report in plain]
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(texts), encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, json.dumps(texts))
         return texts
 
 

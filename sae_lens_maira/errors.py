@@ -9,6 +9,7 @@
     ├── HookError           a hook point is unknown, does not fit the model, or never fired
     ├── SAEError            an SAE's weights, configuration or hook do not fit
     ├── StoreError          an activation store is damaged or does not match its request
+    │   └── DiskError       a disk is full, of whatever was being written
     ├── BackendError        a kernel backend cannot run what was asked
     ├── RecordError         latent records or interpretations are incomplete or do not fit together
     ├── ServerError         a language-model or upload server refused or could not be understood
@@ -55,6 +56,10 @@ class SAEError(MairaError, ValueError):
 
 class StoreError(MairaError, ValueError):
     """An activation store is damaged or does not match what was asked."""
+
+
+class DiskError(StoreError, OSError):
+    """A disk is full; what was complete before is intact."""
 
 
 class BackendError(MairaError, RuntimeError):

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save as to_safetensors
 
-from sae_lens_maira.activations.files import read_json, sha256_of, write_json, write_whole
+from sae_lens_maira.activations.files import read_json, sha256_of, write_json, write_listed
 from sae_lens_maira.activations.memory import empty_rows
 from sae_lens_maira.activations.rows import ActivationRows
 from sae_lens_maira.activations.segments import checksums, read_rows
@@ -174,11 +174,12 @@ class ActivationStore:
                     )
                 sums[hook] = checksums(tensor)
                 content = to_safetensors({"values": tensor}, metadata={"hook": hook})
-                files.append(write_whole(self._path(shard, f"{hook}.safetensors"), content))
+                files.append(write_listed(self._path(shard, f"{hook}.safetensors"), content))
             table = io.BytesIO()
             index[list(COLUMNS)].to_parquet(table, index=False)
-            files.append(write_whole(self._path(shard, "parquet"), table.getvalue()))
-            counts = {int(role): int(n) for role, n in index["role"].value_counts().items()}
+            files.append(write_listed(self._path(shard, "parquet"), table.getvalue()))
+            found = index["role"].value_counts()
+            counts = dict(zip(found.index.tolist(), found.tolist(), strict=True))
             entry = {"rows": len(index), "roles": counts, "files": files, "xxh3": sums}
             write_json(self._path(shard, "json"), entry)
         except BaseException:

@@ -6,7 +6,6 @@ nothing about latents.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.entries import centre_crop
 from sae_lens_maira.latents.records import StudyEntry
+from sae_lens_maira.whole import whole_file
 
 SIDE = 518
 
@@ -53,15 +53,14 @@ class ImageFolder:
             if not path.is_file():
                 raise RecordError(
                     f"Study {entry.study} has a {view} image at {path}, which does not exist. Give the folder that "
-                    "image paths are relative to (--image_root), or write the page without images (--images false)."
+                    "image paths are relative to (--image-root), or write the page without images (--images false)."
                 )
             square, moved = centre_crop(path, entry.boxes if view == "frontal" else (), SIDE)
             boxes = moved if view == "frontal" else boxes
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{number:06d}-{view if view in ('frontal', 'lateral', 'prior') else 'other'}.png"
             if not (self.folder / name).exists():
-                part = self.folder / f".{os.getpid()}-{name}"
-                square.save(part, format="PNG")
-                os.replace(part, self.folder / name)
+                with whole_file(self.folder / name, sync=False) as draft:
+                    square.save(draft, format="PNG")
             paths[view] = f"{self.folder.name}/{name}"
         return ShownStudy(paths, boxes)

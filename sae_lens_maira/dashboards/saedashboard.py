@@ -9,8 +9,6 @@ memory does not grow with latents.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from sae_lens_maira.dashboards.workers import each
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, TokenWeight
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.whole import whole_folder
 
 EMPTY_TABLES = tuple(
     f"{table}_{column}"
@@ -162,17 +161,8 @@ def new_folder(out: Path | str) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecordError(f"{out} exists and is not an empty folder; give a new folder, or remove this one.")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
+    with whole_folder(out) as folder:
+        yield folder
 
 
 def _activation(sequence: Sequence) -> dict[str, Any]:

@@ -8,7 +8,6 @@ The layer comes from the records alone, so that rows and folder can not disagree
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents.records import RecordsMeta
+from sae_lens_maira.whole import write_whole
 
 MODEL_NAME = re.compile(r"[a-z][a-z0-9.-]{1,31}")
 SET_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -125,9 +125,7 @@ def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path
             "another SAE. Give the folder of the SAE that was recorded."
         )
     config["metadata"] = (config.get("metadata") or {}) | _metadata(target, meta)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(config), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(config))
     return path
 
 

@@ -7,13 +7,13 @@ unusable; nothing is imputed. Dashboards read these records; they know nothing a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.plain import from_plain, to_plain
+from sae_lens_maira.whole import write_whole
 
 FILE = "interpretations.jsonl"
 
@@ -110,8 +110,6 @@ def save(folder: Path | str, done: Sequence[Interpretation]) -> list[Interpretat
     new = {(one.latent, one.explainer) for one in done}
     kept = [one for one in load(folder) if (one.latent, one.explainer) not in new]
     path = Path(folder) / FILE
-    draft = path.with_name(f".{FILE}.{os.getpid()}")
     lines = [json.dumps(to_plain(one), allow_nan=False, ensure_ascii=False) + "\n" for one in (*kept, *done)]
-    draft.write_text("".join(lines), encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, "".join(lines))
     return list(done)

@@ -8,7 +8,6 @@ read with `weights_only=True`. It knows nothing about ranks or folders.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.draws import LowestPriorities
 from sae_lens_maira.latents.streaming import LatentStatistics
+from sae_lens_maira.whole import whole_file
 
 _SUMS = (
     "rows",
@@ -36,7 +36,7 @@ _SUMS += ("true_positive", "labelled_fired")
 def state_of(statistics: LatentStatistics) -> dict[str, Any]:
     """Everything counted, as tensors and numbers."""
     own = {name: getattr(statistics, name) for name in (*_SUMS, "max", "top_value", "top_study")}
-    state = {name: _tensor(value) for name, value in own.items()}
+    state: dict[str, Any] = {name: _tensor(value) for name, value in own.items()}
     state |= {"n_studies": statistics.n_studies, "last": statistics.last_study}
     state |= {"maps": dict(statistics.maps), "map_studies": dict(statistics.map_studies)}
     for name in ("octaves", "zero"):
@@ -75,7 +75,8 @@ def restore(statistics: LatentStatistics, state: dict[str, Any]) -> None:
     for name in ("octaves", "zero"):
         getattr(statistics, name).restore(**{k: v.numpy() for k, v in state[name].items()})
     for sample, own in zip(statistics.samples, state["samples"], strict=True):
-        sample.restore(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in own.items()})
+        rows = {name: own[name].numpy() for name in ("priority", "lengths", "latents")}
+        sample.restore(**rows, limit=own["limit"])
 
 
 def add(statistics: LatentStatistics, other: LatentStatistics) -> None:
@@ -104,9 +105,8 @@ def add(statistics: LatentStatistics, other: LatentStatistics) -> None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state in one piece or not at all."""
-    draft = path.with_name(f"{path.name}.partial")
-    torch.save(state, draft)
-    os.replace(draft, path)
+    with whole_file(path) as draft:
+        torch.save(state, draft)
 
 
 def load_state(path: Path) -> dict[str, Any]:

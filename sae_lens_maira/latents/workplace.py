@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import time
@@ -25,6 +24,7 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.whole import write_whole
 
 NAME = ".collecting"
 
@@ -105,9 +105,7 @@ class Workplace:
     @staticmethod
     def write(path: Path, values: dict[str, Any]) -> None:
         """Write JSON in one piece or not at all."""
-        draft = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        draft.write_text(json.dumps(values), encoding="utf-8")
-        os.replace(draft, path)
+        write_whole(path, json.dumps(values))
 
 
 def fingerprint(sae: SAE[Any]) -> str:

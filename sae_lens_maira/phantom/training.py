@@ -30,6 +30,7 @@ from sae_lens_maira.phantom.initial import initialise
 from sae_lens_maira.phantom.model import IMAGE_SIZE, PATCH_SIZE, make_processor, tiny_config
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.phantom.tokenizer import build_tokenizer
+from sae_lens_maira.whole import whole_file
 
 POLISH_SEED = 500
 """Added to the seed for phase 3's own studies."""
@@ -237,10 +238,9 @@ class _Loop:
                 "step": step + 1,
                 "config": asdict(self.config),
             }
-            # Written aside and renamed: a kill during the write leaves the previous checkpoint whole.
-            partial = self.file.with_suffix(".partial")
-            torch.save(state, partial)
-            partial.replace(self.file)
+            # A kill during the write leaves the previous checkpoint whole.
+            with whole_file(self.file) as draft:
+                torch.save(state, draft)
 
 
 def train_phantom(config: PhantomTraining, out: Path) -> Path:

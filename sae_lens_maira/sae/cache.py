@@ -1,4 +1,4 @@
-"""Where converted SAEs are kept, and how a folder appears there whole or not at all.
+"""Where converted SAEs are kept, and how a conversion gets there once.
 
 The place is SAE_LENS_MAIRA_CACHE, else a folder in HF_HOME, else in XDG_CACHE_HOME, else
 ~/.cache/sae-lens-maira. This module knows nothing about what is kept.
@@ -6,12 +6,12 @@ The place is SAE_LENS_MAIRA_CACHE, else a folder in HF_HOME, else in XDG_CACHE_H
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from sae_lens_maira.errors import SAEError
+from sae_lens_maira.whole import whole_folder
 
 
 def cache_root(override: str | Path | None = None) -> Path:
@@ -45,23 +45,13 @@ def build_once(folder: Path, build: Callable[[Path], None], rebuild: bool = Fals
     """
     if folder.is_dir() and not rebuild:
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-    except OSError as error:
-        raise SAEError(
-            f"The cache {folder.parent} cannot be written to: {error}. Pass cache_dir= or set "
-            "SAE_LENS_MAIRA_CACHE."
-        ) from error
-    try:
-        build(scratch)
-        if rebuild and folder.is_dir():
-            shutil.rmtree(folder)
+    with ExitStack() as stack:
         try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            draft = stack.enter_context(whole_folder(folder, "replace" if rebuild else "keep"))
+        except OSError as error:
+            raise SAEError(
+                f"The cache {folder.parent} cannot be written to: {error}. Pass cache_dir= or set "
+                "SAE_LENS_MAIRA_CACHE."
+            ) from error
+        build(draft)
     return folder

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import enum
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_lens_maira.studies.table import StudyTable
+from sae_lens_maira.whole import whole_file
 
 
 class SkipReason(str, enum.Enum):
@@ -59,10 +59,8 @@ class Imported:
         """Write the studies left out as CSV (study_id, reason), in one piece or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with scratch.open("w", encoding="utf-8", newline="") as file:
+        with whole_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(("study_id", "reason"))
             rows.writerows((entry.study_id, entry.reason.value) for entry in self.skipped)
-        scratch.replace(path)
         return path

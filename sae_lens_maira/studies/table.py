@@ -8,7 +8,6 @@ or splits are clean (`validate_table` does). Text is kept in Arrow buffers. It k
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.studies.sequence import IMAGES, SECTIONS, StudySequence
 from sae_lens_maira.studies.study import Licence, Study
+from sae_lens_maira.whole import whole_file
 
 LINKS = ("view", "taken", "prior_study_id", "prior_taken")
 """What a table says beside the record: view of the frontal image, when it was taken, and the study before."""
@@ -70,7 +70,7 @@ def _text(frame: pd.DataFrame, column: str, where: str) -> pd.Series:
     if pd.api.types.is_integer_dtype(values.dtype):  # ids are often read as numbers
         return values.astype(TEXT)
     if not isinstance(values.dtype, pd.StringDtype):
-        kept = values[values.notna()]
+        kept = values.loc[values.notna()]
         wrong = ~kept.map(lambda value: isinstance(value, str)).astype(bool)
         if wrong.any():
             row = int(frame.index.get_indexer([wrong.index[wrong.to_numpy().argmax()]])[0])
@@ -129,9 +129,8 @@ class StudyTable:
         """Write the table as Parquet, in one piece or not at all; the root is not written."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-        self.frame.to_parquet(scratch, index=False)
-        scratch.replace(path)
+        with whole_file(path) as draft:
+            self.frame.to_parquet(draft, index=False)
         return path
 
     def __len__(self) -> int:
@@ -153,7 +152,7 @@ class StudyTable:
             if column not in COLUMNS:
                 raise StudyError(f"There is no column {column!r}; expected one of {', '.join(COLUMNS)}.")
             kept &= (self.frame[column] == value).fillna(False).astype(bool)
-        return StudyTable(self.frame[kept].reset_index(drop=True), self.root)
+        return StudyTable(self.frame.loc[kept].reset_index(drop=True), self.root)
 
     def rows(self) -> Iterator[dict[str, str | None]]:
         """The rows as dictionaries of text, None where empty."""

@@ -1,15 +1,12 @@
-"""Checkpoints that a killed process cannot leave half-written, and the newest of them.
+"""The newest checkpoint, how a run continues from it, and where its data provider stood.
 
-A folder is complete when it carries its final name. Writing happens under `<name>.partial-<owner>` and ends with one
-rename, which a file system does entirely or not at all. The files inside are SAELens', and one more where the data
-provider can say where its next batch starts. This module knows names and files, nothing about tensors.
+A folder is complete when it carries its final name, as `whole` leaves it: a killed process leaves no half. The files
+inside are SAELens', and one more where the data provider can say where its next batch starts. This module knows names
+and files, nothing about tensors.
 """
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,29 +19,6 @@ if TYPE_CHECKING:
 
 PROVIDER_FILENAME = "data_provider.json"
 _NAME = re.compile(r"(?:rescue_)?(\d+)")
-
-
-@contextmanager
-def complete_atomically(base: Path, name: str, owner: str = "0") -> Iterator[str]:
-    """Name of a folder under base to write to, renamed to `name` on success; a complete `name` is replaced.
-
-    A failure removes what was written. With several owners the last to finish wins, which is harmless where they write
-    the same.
-    """
-    partial, final = base / f"{name}.partial-{owner}", base / name
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial.name
-        if final.exists():
-            stale = base / f"{name}.stale-{owner}"
-            final.rename(stale)
-            partial.rename(final)
-            shutil.rmtree(stale, ignore_errors=True)
-        else:
-            partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def latest_checkpoint(base: Path | str) -> Path | None:

@@ -34,7 +34,6 @@ from sae_lens_maira.kernels.dispatch import Backend, say_if_emulated
 from sae_lens_maira.kernels.problem import Candidates
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
 from sae_lens_maira.training.checkpoints import (
-    complete_atomically,
     load_provider_state,
     provider_state,
     save_provider_state,
@@ -43,6 +42,7 @@ from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 from sae_lens_maira.training.inputs import agree_on_scaling, not_finite_error
 from sae_lens_maira.training.interruption import SafePoints
 from sae_lens_maira.training.optimizer import RowMajorAdam
+from sae_lens_maira.whole import whole_folder
 
 MAX_GRADIENT_NORM = 1.0
 """SAELens' fixed clipping norm."""
@@ -317,8 +317,8 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         if base is None:
             super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
             return
-        with complete_atomically(Path(base), checkpoint_name) as partial_name:
-            super().save_checkpoint(partial_name, base, wandb_aliases)
+        with whole_folder(Path(base) / checkpoint_name, "replace", owner="0") as draft:
+            super().save_checkpoint(draft.name, base, wandb_aliases)
 
     @override
     def _checkpoint_if_needed(self) -> None:
@@ -332,9 +332,9 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         if self.cfg.checkpoint_path is None:
             return
         name = f"rescue_{self.n_training_samples}"
-        rank = self.comm.rank
-        with complete_atomically(Path(self.cfg.checkpoint_path), name, owner=str(rank)) as partial_name:
-            SAETrainer.save_checkpoint(self, partial_name, self.cfg.checkpoint_path)
+        place = Path(self.cfg.checkpoint_path) / name
+        with whole_folder(place, "replace", owner=str(self.comm.rank)) as draft:
+            SAETrainer.save_checkpoint(self, draft.name, self.cfg.checkpoint_path)
 
     @override
     def save_trainer_state(self, checkpoint_path: Path) -> None:

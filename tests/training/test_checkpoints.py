@@ -1,12 +1,13 @@
 """Checkpoints: interchangeable with SAELens' trainer mid-run, both ways; resumed bit for bit; never half-written."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.errors import CheckpointError
 from sae_lens_maira.training import FusedSAETrainer, RowMajorAdam, latest_checkpoint, resume
-from sae_lens_maira.training.checkpoints import complete_atomically
 
 pytestmark = pytest.mark.compat
 
@@ -85,30 +86,32 @@ def test_passed_checkpoint_marks_are_not_written_again(make_sae, make_config, pl
     assert len(again.checkpoint_thresholds) == 1
 
 
-def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path):
-    with complete_atomically(tmp_path, "10") as name:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("old")
+def test_an_interrupted_write_leaves_the_old_checkpoint(
+    make_sae, make_config, planted_data, tmp_path, monkeypatch
+):
+    """A failure while the trainer's state is written, after the weights: the older folder stays, and nothing else."""
+    trainer = FusedSAETrainer(make_config(3), make_sae("saelens"), planted_data(24, 64))
+    trainer.save_checkpoint("10", tmp_path)
+    old = {file.name: file.read_bytes() for file in (tmp_path / "10").iterdir()}
 
-    def fail():
-        with complete_atomically(tmp_path, "10") as name:
-            (tmp_path / name).mkdir()
-            raise RuntimeError("disk full")
+    def fail(folder):
+        assert any(Path(folder).iterdir())
+        raise RuntimeError("stopped")
 
-    with pytest.raises(RuntimeError, match="disk full"):
-        fail()
+    monkeypatch.setattr(trainer, "save_trainer_state", fail)
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.save_checkpoint("10", tmp_path)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "10").iterdir()} == old
     assert [p.name for p in tmp_path.iterdir()] == ["10"]
-    with complete_atomically(tmp_path, "10") as name:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("new")
-    assert (tmp_path / "10" / "file").read_text() == "new"
+    trainer.save_checkpoint("10", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["10"]
 
 
 def test_incomplete_folders_are_neither_found_nor_resumed(make_sae, make_config, planted_data, tmp_path):
     trainer = FusedSAETrainer(make_config(3), make_sae("saelens"), planted_data(24, 64))
     (tmp_path / "999").mkdir()
-    (tmp_path / "77.partial-0").mkdir()
+    (tmp_path / "77.0-1234.partial").mkdir()
     assert latest_checkpoint(tmp_path) is None
     trainer.save_checkpoint("64", tmp_path)
     trainer.save_checkpoint("rescue_128", tmp_path)
