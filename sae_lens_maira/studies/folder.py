@@ -158,7 +158,7 @@ def import_csv(
             raise StudyError(f"{path} has no column {theirs!r}; it has {', '.join(map(str, frame))}.{hint}")
         frame[ours] = frame[theirs]
     others = [name for name in frame if name not in COLUMNS and name not in (columns or {}).values()]
-    frame = frame[[name for name in COLUMNS if name in frame]]
+    frame = frame.loc[:, [name for name in COLUMNS if name in frame]]
     if licence is not None:
         frame = frame.assign(licence=licence_of(licence).value)
     elif "licence" not in frame:

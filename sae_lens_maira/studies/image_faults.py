@@ -56,7 +56,7 @@ def _bad_files(frame: pd.DataFrame, root: Path, files: ImageFiles) -> Iterator[T
 
 
 def _shared(frame: pd.DataFrame, own: pd.DataFrame) -> Iterator[TableFault]:
-    for _, group in own[own["image"].duplicated(keep=False)].groupby("image", sort=False):
+    for _, group in own.loc[own["image"].duplicated(keep=False)].groupby("image", sort=False):
         rows = tuple(sorted(int(row) for row in group["row"].unique()))
         paths = " and ".join(group["path"].unique())
         ids = ", ".join(frame["study_id"].iloc[row] for row in rows)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,7 @@ def _read(root: Path, kind: str, columns: Sequence[str]) -> pd.DataFrame:
             f"{found[0]} could not be read ({error}); expected a CSV with the columns {', '.join(columns)}. "
             f"Download it again."
         ) from error
-    return frame.apply(lambda column: column.str.strip())
+    return frame.assign(**{name: frame[name].str.strip() for name in columns})
 
 
 def taken_at(date: pd.Series, time: pd.Series) -> pd.Series:
@@ -98,8 +99,8 @@ def taken_at(date: pd.Series, time: pd.Series) -> pd.Series:
     parts = time.str.extract(r"^(\d{1,6})(\.\d*)?$")
     clock = date.str.replace(r"\.0$", "", regex=True) + parts[0].str.zfill(6)
     whole = pd.to_datetime(clock, format="%Y%m%d%H%M%S", errors="coerce")
-    fraction = pd.to_numeric(parts[1].where(parts[1] != "."), errors="coerce").fillna(0.0)
-    return whole + pd.to_timedelta((fraction * 1000).round(), unit="ms")
+    fraction = cast(pd.Series, pd.to_numeric(parts[1].where(parts[1] != "."), errors="coerce"))
+    return whole + pd.to_timedelta((fraction.fillna(0.0) * 1000).round(), unit="ms")
 
 
 def _studies(meta: pd.DataFrame, split: pd.DataFrame) -> pd.DataFrame:
@@ -109,19 +110,20 @@ def _studies(meta: pd.DataFrame, split: pd.DataFrame) -> pd.DataFrame:
     meta["path"] = (
         "files/p" + patient.str[:2] + "/p" + patient + "/s" + study + "/" + meta["dicom_id"] + ".jpg"
     )
-    studies = meta.groupby(["subject_id", "study_id"], sort=False, as_index=False)["taken"].min()
+    by_study = meta.groupby(["subject_id", "study_id"], sort=False, as_index=False)
+    studies = cast(pd.DataFrame, by_study["taken"].min())
     for name, views in (("frontal", FRONTAL_VIEWS), ("lateral", LATERAL_VIEWS)):
-        chosen = meta[meta["ViewPosition"].isin(views)]
+        chosen = meta.loc[meta["ViewPosition"].isin(views)]
         rank = chosen["ViewPosition"].map({view: number for number, view in enumerate(views)})
         chosen = chosen.assign(rank=rank).sort_values("rank", kind="stable").drop_duplicates("study_id")
         chosen = chosen.rename(columns={"path": name, "ViewPosition": f"{name}_view"})
         columns = ["subject_id", "study_id", name, f"{name}_view"]
         studies = studies.merge(chosen[columns], how="left", on=["subject_id", "study_id"])
-    split = split[split["split"] != ""].drop_duplicates()
+    split = split.loc[split["split"] != ""].drop_duplicates()
     studies["split"] = studies["study_id"].map(
         split.drop_duplicates("study_id").set_index("study_id")["split"]
     )
-    studies["two_splits"] = studies["study_id"].isin(split[split.duplicated("study_id")]["study_id"])
+    studies["two_splits"] = studies["study_id"].isin(split.loc[split.duplicated("study_id"), "study_id"])
     studies = studies.sort_values(["subject_id", "taken", "study_id"], kind="stable").reset_index(drop=True)
     studies["prior"] = _priors(studies)
     return studies

@@ -88,7 +88,7 @@ def _duplicate_ids(frame: pd.DataFrame) -> Iterator[TableFault]:
 
 def _split_leaks(frame: pd.DataFrame) -> Iterator[TableFault]:
     told = frame[frame["split"].notna()]
-    leaking = told[told.groupby("patient_id")["split"].transform("nunique") > 1]
+    leaking = told.loc[told.groupby("patient_id")["split"].transform("nunique") > 1]
     for patient, rows in leaking.groupby("patient_id", sort=False).indices.items():
         splits = ", ".join(sorted(set(leaking["split"].iloc[rows])))
         yield TableFault(

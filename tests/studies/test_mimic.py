@@ -98,7 +98,9 @@ def test_the_table_works_where_the_tree_was_moved_to(imported, tmp_path) -> None
     (tmp_path / "mimic").rename(tmp_path / "elsewhere")
     for study in read_table(tmp_path / "studies.parquet", tmp_path / "elsewhere").studies:
         images = [study.frontal, study.lateral, study.prior_frontal]
-        assert all(Path(image).is_file() for image in images if image is not None)
+        paths = [Path(str(image)) for image in images if image is not None]
+        assert paths
+        assert all(path.is_file() for path in paths)
 
 
 def test_reports_of_their_own_root_unpacked_tables_and_no_images(tmp_path, mimic_tree, mimic_quirks) -> None:
