@@ -150,7 +150,8 @@ def evaluate_steering(
         if method.control_of is None and len(swept) > 1:
             runs += [(i, strength, "choose") for strength in swept]
     frames: list[pd.DataFrame] = []
-    chosen = {m.name: m.strengths[0] for m in methods if m.strengths and len(m.strengths) == 1}
+    sweeps = {m.name: m.strengths or tuple(strengths) for m in methods}
+    chosen = {name: swept[0] for name, swept in sweeps.items() if len(swept) == 1}
     with tqdm(total=len(runs) + len(methods), desc=f"steering {finding}", disable=not progress) as bar:
 
         def run(wanted: Sequence[tuple[int, float, str]]) -> None:
@@ -300,7 +301,7 @@ def _score(
             "on_target": on,
             "off_target": off,
             "kl": out.kl,
-            "perplexity": prompts.perplexity(which, out.texts) if fluency else nothing,
+            "perplexity": prompts.perplexity(which, out.ids) if fluency else nothing,
             "unsteered_perplexity": prompts.unsteered_perplexity(which, budget) if fluency else nothing,
             "repetition": [repetition(text) for text in out.texts],
             "length": length,

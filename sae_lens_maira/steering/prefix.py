@@ -102,13 +102,13 @@ class Written:
 
     Attributes:
         texts: a report a study.
-        n_tokens: tokens of each, the closing one included.
+        ids: the tokens of each, the closing one included; a report that was cut has none.
         ratio: mean |delta| / |h| over the positions that were changed.
         kl: mean KL(unsteered || steered) over the unsteered report's tokens, nats; NaN where it was not measured.
     """
 
     texts: list[str]
-    n_tokens: list[int]
+    ids: list[torch.Tensor]
     ratio: float
     kl: list[float]
 
@@ -180,7 +180,7 @@ class SharedPrompts:
         """
         if any(job.interventions for job in jobs):
             check_point(self.maira.model, self.hook_name, sae)
-        found: list[dict[int, tuple[str, int, float]]] = [{} for _ in jobs]
+        found: list[dict[int, tuple[str, torch.Tensor, float]]] = [{} for _ in jobs]
         moved: list[list[Effect]] = [[] for _ in jobs]
         for batch in self._batches(jobs, batch_size, sae, p99, max_new_tokens):
             segments: list[tuple[int, list[int], Engine | None]] = []
@@ -208,7 +208,7 @@ class SharedPrompts:
                 for place in places:
                     ids, divergence = next(texts)
                     text = self.maira.processor.decode_report(ids).text
-                    found[number][place] = (text, int((ids != self._pad).sum()), divergence)
+                    found[number][place] = (text, ids[ids != self._pad], divergence)
         return [_written(parts, effects) for parts, effects in zip(found, moved, strict=True)]
 
     def _batches(
@@ -251,14 +251,19 @@ class SharedPrompts:
         return Engine(sae, items, encoding, p99, self.maira.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
-    def perplexity(self, which: Sequence[int], texts: Sequence[str], batch_size: int = 64) -> list[float]:
-        """Exp of the mean negative log-probability of each text's tokens, closing one included, without steering."""
+    def perplexity(
+        self, which: Sequence[int], reports: Sequence[str] | Sequence[torch.Tensor], batch_size: int = 64
+    ) -> list[float]:
+        """Exp of the mean negative log-probability of each report's tokens, without steering.
+
+        A text is closed; written ids are taken as they are, since a report that was cut has no closing token.
+        """
         found: dict[int, float] = {}
         order = sorted(range(len(which)), key=lambda i: len(self._prompts[which[i]].hidden))
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             rows = [which[i] for i in places]
-            ids = self._tokens([texts[i] for i in places])
+            ids = self._tokens([reports[i] for i in places])
             encoding, _ = self._batch(rows)
             run = _Run(self, rows, encoding.attention_mask, None, None, ids.shape[1])
             logp = run.score(ids).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
@@ -281,12 +286,16 @@ class SharedPrompts:
         own = logp.gather(-1, ids[..., None])[..., 0] * kept
         return (-own.sum(1) / kept.sum(1)).exp().tolist()
 
-    def _tokens(self, texts: Sequence[str]) -> torch.Tensor:
-        """(B, T) ids of texts with their closing token, padded on the right."""
+    def _tokens(self, reports: Sequence[str | torch.Tensor]) -> torch.Tensor:
+        """(B, T) ids, padded on the right; texts get their closing token."""
         tokenizer = self.maira.processor.tokenizer
-        rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        rows = [torch.tensor([*row, tokenizer.eos_token_id]) for row in rows]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        rows = [
+            torch.tensor([*tokenizer(report, add_special_tokens=False).input_ids, self._eos])
+            if isinstance(report, str)
+            else report
+            for report in reports
+        ]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
 
     def _unsteered(self, rows: Sequence[int], budget: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, T) of the unsteered reports and the log-probabilities (B, T, d_vocab) along them, kept by study."""
@@ -502,7 +511,7 @@ def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([pad(part) for part in parts])
 
 
-def _written(parts: dict[int, tuple[str, int, float]], effects: Sequence[Effect]) -> Written:
+def _written(parts: dict[int, tuple[str, torch.Tensor, float]], effects: Sequence[Effect]) -> Written:
     rows = [parts[i] for i in range(len(parts))]
     changed = sum(effect.changed for effect in effects)
     ratio = sum(effect.changed * effect.ratio for effect in effects) / max(1, changed)
