@@ -180,7 +180,7 @@ def write_best_figure(sets: Mapping[str, Sequence[Best]], path: Path | str) -> N
         axes.errorbar(values, y, xerr=error, fmt="o", markersize=4, linewidth=1, label=label)
     shuffled = [(b.finding, b.control.balanced_accuracy) for b in sets[first] if b.control and b.named]
     axes.scatter(
-        [value for _, value in shuffled],
+        np.array([value for _, value in shuffled], dtype=float),
         [rows.index(finding) for finding, _ in shuffled],
         marker="x",
         color="0.4",

@@ -48,10 +48,8 @@ def test_saelens_helpers_open_our_latents(make_set, target, opened):
         {"modelId": "maira-2", "layer": "15-res-matryoshka-16k", "index": index} for index in ("3", "5")
     ]
     names = sae.cfg.metadata
-    assert names.neuronpedia_id is not None
-    assert names.model_name is not None
-    layer, dataset = names.neuronpedia_id.split("/")[1].split("-", 1)
-    found = neuronpedia_integration.get_neuronpedia_feature(7, int(layer), names.model_name, dataset)
+    layer, dataset = names["neuronpedia_id"].split("/")[1].split("-", 1)
+    found = neuronpedia_integration.get_neuronpedia_feature(7, int(layer), names["model_name"], dataset)
     assert found["index"] == 7
     assert opened[-1] == f"{SITE}/api/feature/maira-2/15-res-matryoshka-16k/7"
 
