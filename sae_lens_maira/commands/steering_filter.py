@@ -192,12 +192,12 @@ def filter_figure(table: pd.DataFrame) -> Figure:
     panels = drawn.subplots(1, 2, sharey=True)
     for axis, method in zip(panels, (MAPS, EVERYWHERE), strict=True):
         for i, preset in enumerate(presets):
-            mine = table[(table.method == method) & (table.preset == preset)]
+            mine = table.loc[(table.method == method) & (table.preset == preset)]
             places = np.arange(len(findings)) + (i - (len(presets) - 1) / 2) * 0.27
-            shares = [100 * mine[mine.finding == f].on_target.mean() for f in findings]
+            shares = [100 * mine.loc[mine.finding == f, "on_target"].mean() for f in findings]
             axis.bar(places, shares, 0.25, color=f"C{i}", alpha=0.55, label=preset)
             for place, finding in zip(places, findings, strict=True):
-                values = 100 * mine[mine.finding == finding].on_target.to_numpy()
+                values = 100 * mine.loc[mine.finding == finding, "on_target"].to_numpy()
                 axis.plot(np.full(len(values), place), values, "o", color=f"C{i}", ms=3.5)
         axis.set_xticks(
             range(len(findings)), [f.replace("_", " ") for f in findings], rotation=25, ha="right", fontsize=8

@@ -47,7 +47,7 @@ def write_tables(out: Path) -> None:
     table.to_parquet(out / "table.parquet")
     pages = ["# Steering the phantom\n"]
     for part, title in PARTS.items():
-        mine = table[table.part == part]
+        mine = table.loc[table.part == part]
         if mine.empty:
             continue
         pages += [f"## {title}\n", by_method(mine), "", by_finding(mine), "", best_line(mine, part), ""]

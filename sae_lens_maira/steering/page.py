@@ -96,7 +96,7 @@ def write_page(
         raise InterventionError(
             f"There is no method {method!r} in this run; it has {', '.join(map(repr, summary.method))}."
         )
-    reported = table[(table.half == "report") & (table.method == method)].sort_values("study")
+    reported = table.loc[(table.half == "report") & (table.method == method)].sort_values("study")
     if studies is not None and len(studies) != len(reported):
         raise InterventionError(
             f"{len(studies)} studies were given and the run reports on {len(reported)}; give the studies of its "
@@ -147,7 +147,7 @@ def _summary(summary: pd.DataFrame) -> str:
         controls = set(summary.method[summary.control_of.notna()])
     else:
         controls = {name for name in summary.method if re.search(r"random|flipped", str(name))}
-    for _, row in summary.iterrows():
+    for row in summary.to_dict("records"):
         cells = [f"<td>{float(row['strength']):g}</td>"]
         for column, _, factor, form, _ in shown:
             value = float(row[column])

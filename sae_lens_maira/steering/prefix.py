@@ -430,13 +430,14 @@ class _Run:
         head = self._shared.maira.model.lm_head
         rows = torch.arange(len(self._mask))
         out = torch.full((len(rows), budget), self._pad)
-        logits = self._first
+        logits, written = self._first, 0
         with self._listening():
             for step in range(budget):
                 ids = logits.argmax(-1)
                 out[rows, step] = ids
+                written = step + 1
                 going = ids != self._eos
-                if not bool(going.any()) or step == budget - 1:
+                if not bool(going.any()) or written == budget:
                     break
                 if not self._hooked and int(going.sum()) <= 0.8 * len(going):
                     keep = going.nonzero()[:, 0]
@@ -446,7 +447,7 @@ class _Run:
                 logits = head(self._pass(input_ids=ids[:, None], more=torch.ones_like(ids)[:, None])[:, -1])
         # A row that ended but stayed in the batch wrote on behind its closing token.
         ended = ((out == self._eos).int().cumsum(1) - (out == self._eos).int()) > 0
-        return out.masked_fill(ended, self._pad)[:, : step + 1]
+        return out.masked_fill(ended, self._pad)[:, :written]
 
     def _pass(self, more: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
         if more is not None:

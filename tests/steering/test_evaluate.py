@@ -42,7 +42,7 @@ def test_sweep_and_tables(phantom, few, steering_sae, p99, tmp_path):
         Method("flipped sign", lambda s: [Add(latents=(3, 40), strength=-s, where=patches())], "latents"),
     ]
     tables = run(phantom, steering_sae, p99, few, methods, strengths=(0.0, 8.0))
-    zero = tables.studies[tables.studies.strength == 0]
+    zero = tables.studies.loc[tables.studies.strength == 0]
     # Divergence is measured where it is reported.
     assert zero.kl[zero.half == "choose"].isna().all()
     reported = zero[zero.half == "report"]
