@@ -1,13 +1,17 @@
 """The command line: help with examples, one-paragraph errors and exit code 2, JSON where it is asked for."""
 
+import inspect
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sae_lens_maira.cli import COMMANDS, build_parser, main
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +34,8 @@ def test_every_command_shows_an_example_and_describes_every_option(name, capsys)
     assert f"Example: sae-lens-maira {name} " in text
     words = " ".join(text.split())
     for option in COMMANDS[name].__annotations__:
-        if option not in ("return", "as_json"):
+        hidden = re.search(rf"\b{option}: not used here", COMMANDS[name].__doc__ or "")
+        if option not in ("return", "as_json") and not hidden:
             shown = option.replace("_", "-")
             assert re.search(rf"--{shown} \S+ [^(\s]", words), f"{name} --{shown} has no text"
 
@@ -97,6 +102,42 @@ def test_options_are_taken_with_hyphens_and_with_underscores(tmp_path):
     for spelling in (["--set-name", "res-16k"], ["--set_name", "res-16k"], ["--set-name=res-16k"]):
         options = parser.parse_args([*words, *spelling])
         assert (options.set_name, str(options.records)) == ("res-16k", "a_b")
+
+
+def test_a_recipes_other_parts_are_no_options(capsys):
+    """`harvest` takes a recipe of `train`, whose parts are not in its help and refused as options."""
+    options = build_parser("harvest").parse_args(["--config", str(ROOT / "recipes" / "phantom.yaml")])
+    assert options.sae["d_sae"] == 1024
+    text = help_of("harvest", capsys)
+    assert "not used" not in text
+    assert not re.search(r"--(sae|trainer|out|provider|direct)\b", text.split("options:")[0])
+    for words in (["--provider.foo", "3"], ["--trainer", "{}"], ["--out=x"]):
+        with pytest.raises(SystemExit):
+            main(["harvest", "--hooks", "blocks.1.hook_resid_post", *words])
+        assert "is not used here; a recipe of `train` may hold it. See" in capsys.readouterr().err
+
+
+def test_a_word_that_is_no_choice_names_the_choices(capsys):
+    """Options with a few words to choose from list them in the help and in the error."""
+    with pytest.raises(SystemExit):
+        main(["latents", "--sae", "a", "--out", "b", "--control", "none"])
+    assert (
+        "--control: Expected one of 'trained', 'untrained', 'raw'. Got value: none."
+        in capsys.readouterr().err
+    )
+    assert "--dtype {bfloat16,float32}" in help_of("harvest", capsys)
+
+
+def test_one_seed_of_phantom_studies_everywhere():
+    """`--study-seed` draws phantom studies wherever a command reads them by number: 0 to learn on, 10,000 held out."""
+    seeds = {
+        name: inspect.signature(function).parameters.get("study_seed") for name, function in COMMANDS.items()
+    }
+    found = {name: seed.default for name, seed in seeds.items() if seed is not None}
+    held_out = {"evaluate", "latents", "dashboards saedashboard", "measure-phantom"}
+    assert {name for name, seed in found.items() if seed == 10_000} == held_out
+    assert {name for name, seed in found.items() if seed == 0} == {"harvest", "train"}
+    assert found["studies import"] is None  # of one source only; 0 there
 
 
 def test_an_option_from_a_pipe(capsys):

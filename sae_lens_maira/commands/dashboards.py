@@ -26,7 +26,7 @@ def neuronpedia(
 ) -> None:
     """Write latent records as Neuronpedia's files, and check them.
 
-    Example: sae-lens-maira dashboards neuronpedia --records records --out export --set_name res-16k
+    Example: sae-lens-maira dashboards neuronpedia --records records --out export --set-name res-16k
 
     Args:
         records: folder of latent records.
@@ -126,7 +126,7 @@ def upload(
 ) -> None:
     """Say what an upload to Neuronpedia would send; with `--confirm true`, send it. Public and synthetic studies only.
 
-    Example: sae-lens-maira dashboards upload --records records --set_name res-16k
+    Example: sae-lens-maira dashboards upload --records records --set-name res-16k
 
     Args:
         records: folder of latent records.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 
 def html(
-    records: Path, out: Path = Path("page"), images: bool | None = None, image_root: Path | None = None
+    records: Path,
+    out: Path = Path("page"),
+    images: bool | None = None,
+    image_root: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Write the page of a record set: static files, opened without a server.
 
@@ -19,12 +24,15 @@ def html(
         out: folder of the page; made if missing, an older page in it is replaced.
         images: copy the radiographs of the contexts shown; if not given, only where no study is credentialed.
         image_root: folder that image paths are relative to; the records' folder if not given.
+        as_json: print JSON instead of the page's path.
     """
     from sae_lens_maira.dashboards.html import write_page
     from sae_lens_maira.latents.recordset import RecordSet
 
-    page = write_page(RecordSet.open(records), None, out, images=images, image_root=image_root)
-    sys.stdout.write(f"{page}\n")
+    opened = RecordSet.open(records)
+    page = write_page(opened, None, out, images=images, image_root=image_root)
+    told = json.dumps({"page": str(page), "latents": len(opened)}) if as_json else page
+    sys.stdout.write(f"{told}\n")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"dashboards html": html}

@@ -13,7 +13,8 @@ def saedashboard(
     latents: str = "0-31",
     model: str = "phantom",
     studies: int = 50,
-    seed: int = 10_000,
+    study_seed: int = 10_000,
+    seed: int | None = None,
     table: Path | None = None,
     root: Path | None = None,
     hook: str | None = None,
@@ -21,6 +22,7 @@ def saedashboard(
     context: int = 12,
     top: int = 20,
     page: bool | None = None,
+    device: str = "auto",
     as_json: bool = False,
 ) -> None:
     """Run sae-dashboard itself over some latents of an SAE: its batch files and its classic page.
@@ -28,7 +30,7 @@ def saedashboard(
     It keeps every row in memory and takes 20 to 30 ms a latent; for all latents write records, then `dashboards
     neuronpedia --kind saedashboard`. Needs the extra `dashboard`.
 
-    Example: sae-lens-maira dashboards saedashboard --sae sae_image --out classic --set_name res-1k --latents 0-31
+    Example: sae-lens-maira dashboards saedashboard --sae sae_image --out classic --set-name res-1k --latents 0-31
 
     Args:
         sae: folder of the SAE.
@@ -37,7 +39,8 @@ def saedashboard(
         latents: numbers and ranges such as "0-49,77".
         model: the model it was trained on: "phantom", a folder or a hub id.
         studies: phantom studies to read, or studies from the table's start.
-        seed: of the phantom studies and of sae-dashboard's draws.
+        study_seed: of the phantom studies; the phantom itself was trained on 0.
+        seed: of sae-dashboard's draws; the study seed if not given.
         table: Parquet or CSV with one study a row, instead of phantom studies.
         root: folder that the table's image paths are relative to; the table's own if not given.
         hook: hook point, if the SAE does not name its own.
@@ -46,12 +49,12 @@ def saedashboard(
         top: sequences of largest activation.
         page: write the classic page, which loads scripts from two other hosts; if not given, only where no study is
             credentialed.
+        device: of the model and the SAE: auto, cpu, cuda, ...
         as_json: print JSON instead of text.
     """
-    import torch
-
     from sae_lens_maira.activations import layer_of
-    from sae_lens_maira.commands.interpret import _numbers
+    from sae_lens_maira.commands.models import named_model
+    from sae_lens_maira.commands.numbers import numbers
     from sae_lens_maira.dashboards.saedashboard_adapter import AdapterConfig, run_saedashboard
     from sae_lens_maira.dashboards.saedashboard_input import Readout
     from sae_lens_maira.dashboards.target import Target
@@ -59,23 +62,27 @@ def saedashboard(
     from sae_lens_maira.errors import SAEError
     from sae_lens_maira.latents.blocks import HarvestedBlocks
     from sae_lens_maira.latents.entries import Pseudonyms
-    from sae_lens_maira.maira2 import load_maira2
-    from sae_lens_maira.phantom import generate_studies, load_phantom
+    from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.sae import load_matryoshka
     from sae_lens_maira.studies import read_table
 
     config = AdapterConfig(
-        latents=_numbers(latents) or (), before=context, behind=context, top=top, page=page, seed=seed
+        latents=numbers(latents, "--latents") or (),
+        before=context,
+        behind=context,
+        top=top,
+        page=page,
+        seed=study_seed if seed is None else seed,
     )
-    maira = load_phantom() if model == "phantom" else load_maira2(model, dtype=torch.float32)
-    dictionary = load_matryoshka(sae)
+    maira = named_model(model, dtype="float32", device=device)
+    dictionary = load_matryoshka(sae, device=str(maira.model.device))
     hook_name = hook or dictionary.cfg.metadata.hook_name
     if not hook_name:
         raise SAEError(
             "The SAE's metadata name no hook point; give --hook, for example blocks.15.hook_resid_post."
         )
     chosen = (
-        generate_studies(studies, seed=seed, size=maira.processor.recipe.crop)
+        generate_studies(studies, seed=study_seed, size=maira.processor.recipe.crop)
         if table is None
         else list(read_table(table, root).studies[:studies])
     )

@@ -10,7 +10,7 @@ def evaluate(
     sae: Path,
     model: str = "phantom",
     studies: int = 100,
-    seed: int = 10_000,
+    study_seed: int = 10_000,
     table: Path | None = None,
     root: Path | None = None,
     split: str | None = None,
@@ -26,7 +26,7 @@ def evaluate(
         sae: folder of the SAE.
         model: the model it was trained on: "phantom", a folder or a hub id.
         studies: phantom studies to read, or the first so many of a table.
-        seed: of the phantom studies; the phantom was trained on seed 0.
+        study_seed: of the phantom studies; the phantom itself was trained on 0.
         table: Parquet or CSV with one study a row, see studies import.
         root: folder that the table's relative image paths are below; the table's own if not given.
         split: read only the table's studies of this split, for example test.
@@ -42,7 +42,7 @@ def evaluate(
 
     maira = named_model(model, device=device)
     if table is None:
-        chosen = generate_studies(studies, seed=seed, size=maira.processor.recipe.crop)
+        chosen = generate_studies(studies, seed=study_seed, size=maira.processor.recipe.crop)
     else:
         opened = read_table(table, root)
         chosen = list((opened if split is None else opened.where(split=split)).studies[:studies])

@@ -36,11 +36,11 @@ def harvest(
 
     Args:
         options: what is read, and what is kept of it.
-        sae: not used here; so that a recipe of `train` can be given.
-        trainer: not used here.
-        out: not used here.
-        provider: not used here.
-        direct: not used here.
+        sae: not used here; a recipe of `train` may hold it.
+        trainer: not used here; a recipe of `train` may hold it.
+        out: not used here; a recipe of `train` may hold it.
+        provider: not used here; a recipe of `train` may hold it.
+        direct: not used here; a recipe of `train` may hold it.
         as_json: print JSON instead of text.
     """
     made = harvest_store(options)
@@ -76,11 +76,11 @@ def harvest_store(options: HarvestOptions) -> Any:
         maira,
         studies,
         options.store,
-        options.hooks,
+        options.hook_names,
         rank=rank,
         world_size=size,
         shard_studies=options.shard_studies,
-        dtype=options.dtype,  # pyright: ignore[reportArgumentType]: checked by the store
+        dtype=options.dtype,
         workers=options.workers,
         **options.rows,
     )

@@ -3,7 +3,9 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sae_lens_maira.commands.numbers import numbers
 from sae_lens_maira.errors import ConfigError
@@ -11,13 +13,13 @@ from sae_lens_maira.errors import ConfigError
 
 def run(
     records: Path,
-    model: str | None = None,
+    judge: str | None = None,
     base_url: str | None = None,
     latents: str | None = None,
     methods: str = "detection,fuzzing",
     n_train: int = 40,
     n_test: int = 50,
-    batch: int = 10,
+    batch_size: int = 10,
     concurrency: int = 8,
     max_tokens_total: int | None = None,
     max_requests: int | None = None,
@@ -26,24 +28,25 @@ def run(
     estimate_only: bool = False,
     pictures: int = 0,
     seed: int = 0,
+    as_json: bool = False,
 ) -> None:
     """Explain the latents of a record set and score the explanations on unseen patients.
 
-    Without a model nothing leaves the process: the offline explainer contrasts words and findings. With a model an
+    Without a judge nothing leaves the process: the offline explainer contrasts words and findings. With one an
     OpenAI-compatible server is asked (OPENAI_BASE_URL, OPENAI_API_KEY); the journal beside the records resumes a
     run that was stopped. The estimate is printed first.
 
-    Example: sae-lens-maira interpret run --records records --model qwen3-8b --base-url http://127.0.0.1:8000/v1
+    Example: sae-lens-maira interpret run --records records --judge qwen3-8b --base-url http://127.0.0.1:8000/v1
 
     Args:
         records: folder written by `sae-lens-maira latents`.
-        model: name of the model at the server; none for the offline explainer.
+        judge: name of the language model at the server, which explains and judges; none for the offline explainer.
         base_url: address of the server, instead of OPENAI_BASE_URL.
         latents: numbers and ranges such as "0-49,77"; all that are not dead if not given.
         methods: scorers, comma-separated: detection, fuzzing, intruder.
         n_train: active examples shown to the explainer.
         n_test: active examples asked about, and as many silent ones.
-        batch: texts a question.
+        batch_size: texts a question.
         concurrency: questions in flight at once.
         max_tokens_total: budget of tokens.
         max_requests: budget of requests.
@@ -52,6 +55,7 @@ def run(
         estimate_only: print the estimate and stop.
         pictures: films with outlined patches to show of an image latent, for a model that sees.
         seed: of the split by patient and every draw.
+        as_json: print statuses, scores and costs as JSON; the estimate then goes to stderr.
     """
     from sae_lens_maira.interp.report import statuses, summary, table
     from sae_lens_maira.interp.run import estimate, interpret, interpret_offline
@@ -60,22 +64,24 @@ def run(
 
     opened = RecordSet.open(records)
     plan = Plan(
-        latents=_numbers(latents),
+        latents=numbers(latents, "--latents"),
         methods=tuple(methods.split(",")),
         n_train=n_train,
         n_test=n_test,
-        batch=batch,
+        batch=batch_size,
         pictures=pictures,
         seed=seed,
     )
-    if model is None:
+    told: dict[str, Any] = {"records": str(records)}
+    say = sys.stderr.write if as_json else sys.stdout.write
+    if judge is None:
         done = interpret_offline(opened, plan)
-        sys.stdout.write(f"{len(done)} latents, contrast (no LLM): nothing is sent anywhere.\n")
+        say(f"{len(done)} latents, contrast (no LLM): nothing is sent anywhere.\n")
     else:
         from sae_lens_maira.interp.judge import Server
 
         server = Server(
-            model=model,
+            model=judge,
             base_url=base_url,
             concurrency=concurrency,
             max_tokens_total=max_tokens_total,
@@ -84,16 +90,23 @@ def run(
             allow_remote=allow_remote,
         )
         if estimate_only:
-            sys.stdout.write(estimate(opened, plan, server))
+            guess = estimate(opened, plan, server)
+            sys.stdout.write(json.dumps(told | {"estimate": guess}) + "\n" if as_json else guess)
             return
-        done, usage = interpret(opened, server, plan, say=sys.stdout.write)
+        done, usage = interpret(opened, server, plan, say=say)
         cost = usage.price(server.usd_per_mtok)
-        sys.stdout.write(
+        told |= asdict(usage) | {"usd": cost}
+        say(
             f"{usage.requests} requests ({usage.retries} retries), {usage.cached} answers from the journal, "
             f"{usage.tokens_in} tokens asked, {usage.tokens_out} answered, {usage.unusable} unusable"
             f"{'' if cost is None else f', {cost:.4f} US dollars'}.\n"
         )
     scores = table(done)
+    if as_json:
+        means = json.loads(str(summary(scores).to_json(orient="records")))
+        told |= {"latents": len(done), "statuses": statuses(done), "scores": means}
+        sys.stdout.write(json.dumps(told) + "\n")
+        return
     sys.stdout.write(f"Statuses: {statuses(done)}\n")
     if scores["balanced_accuracy"].notna().any():
         sys.stdout.write(summary(scores).to_string(index=False, float_format="%.3f") + "\n")
@@ -104,8 +117,8 @@ def report(
     out: Path | None = None,
     untrained: Path | None = None,
     raw: Path | None = None,
-    neuronpedia_model: str | None = None,
-    neuronpedia_source: str | None = None,
+    model_id: str = "maira-2",
+    set_name: str | None = None,
     as_json: bool = False,
 ) -> None:
     """Table, histogram against controls and counts per category of a record set's interpretations.
@@ -117,10 +130,11 @@ def report(
         out: folder for `scores.csv`, `scores.png` and `explanations.jsonl`; nothing is written if not given.
         untrained: interpreted records of an untrained SAE, drawn in the same figure.
         raw: interpreted records of raw residual dimensions, drawn in the same figure.
-        neuronpedia_model: Neuronpedia's name of the model; the records' name if not given.
-        neuronpedia_source: Neuronpedia's name of the SAE; the records' name if not given.
+        model_id: model's name on Neuronpedia, in `explanations.jsonl`.
+        set_name: source set there, lower case with single hyphens; without it rows carry the records' own name.
         as_json: print JSON instead of text.
     """
+    from sae_lens_maira.dashboards.target import Target
     from sae_lens_maira.interp.records import load
     from sae_lens_maira.interp.report import (
         categories,
@@ -145,10 +159,8 @@ def report(
         out.mkdir(parents=True, exist_ok=True)
         scores.to_csv(out / "scores.csv", index=False)
         write_figure(sets, out / "scores.png")
-        rows = neuronpedia_rows(
-            done, opened.meta, neuronpedia_model or opened.meta.model, neuronpedia_source or opened.meta.sae
-        )
-        write_neuronpedia(rows, out / "explanations.jsonl")
+        source = opened.meta.sae if set_name is None else Target(set_name=set_name).source(opened.meta.layer)
+        write_neuronpedia(neuronpedia_rows(done, opened.meta, model_id, source), out / "explanations.jsonl")
     if as_json:
         found = {
             "statuses": statuses(done),
@@ -240,7 +252,7 @@ def findings(
         joined.to_csv(out / "best_latents.csv", index=False)
         write_best_figure(sets, out / "best_latents.png")
     if as_json:
-        found = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+        found = {name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()}
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
     for name, table in tables.items():
@@ -251,12 +263,9 @@ def findings(
             f"detected at 0.85 or more; mean {good['detection'].mean():.3f}, shuffled {good['control'].mean():.3f}\n"
             f"{text}\n\n"
         )
-    for row in tables["trained"].itertuples():
-        sys.stdout.write(f"{row.finding}: {row.explanation}\n")
-
-
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    return numbers(text, "--latents")
+    told = tables["trained"]
+    for finding, explanation in zip(told["finding"], told["explanation"], strict=True):
+        sys.stdout.write(f"{finding}: {explanation}\n")
 
 
 def _prices(text: str | None) -> tuple[float, float] | None:

@@ -8,14 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from sae_lens_maira.commands.models import ModelDtype, named_model
 
 if TYPE_CHECKING:
     from sae_lens_maira.latents.blocks import Blocks
     from sae_lens_maira.maira2 import Maira2
     from sae_lens_maira.studies import Study
-
-CONTROLS = ("trained", "untrained", "raw")
 
 
 def latents(
@@ -28,7 +28,7 @@ def latents(
     store: Path | None = None,
     hook: str | None = None,
     roles: str | list[str] | None = None,
-    control: str = "trained",
+    control: Literal["trained", "untrained", "raw"] = "trained",
     latents: str | None = None,
     top: int = 20,
     per_interval: int = 5,
@@ -36,8 +36,9 @@ def latents(
     keep_images: bool | None = None,
     image_side: int = 256,
     studies_per_block: int | None = None,
-    seed: int = 10_000,
-    model_dtype: str = "auto",
+    study_seed: int = 10_000,
+    seed: int | None = None,
+    model_dtype: ModelDtype = "auto",
     device: str = "auto",
     as_json: bool = False,
 ) -> None:
@@ -59,8 +60,8 @@ def latents(
         hook: hook point, if the SAE does not name its own.
         roles: tokens to read: image_only, paper, text_only, generated_only, all, or a list of roles; sections, report
             and image if not given.
-        control: "trained", or "untrained" or "raw" to record an untrained SAE or the residual stream's own
-            dimensions with the same sparsity instead.
+        control: record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
+            with the same sparsity.
         latents: numbers and ranges such as "0-49,77" to write records of; all if not given.
         top: contexts of largest activation to keep per latent.
         per_interval: contexts to keep per octave of activation.
@@ -68,21 +69,21 @@ def latents(
         keep_images: copy images also of credentialed studies (true) or of none (false).
         image_side: largest side of a copied image in pixels.
         studies_per_block: studies through the model between two looks at the disk; 32 for the phantom, else 4.
-        seed: of the phantom studies and of every draw; the phantom was trained on seed 0.
+        study_seed: of the phantom studies; the phantom itself was trained on 0.
+        seed: of every other draw; the study seed if not given.
         model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
         device: auto, cpu, cuda, ...
         as_json: print counts as JSON instead of a table.
     """
     from sae_lens_maira.commands.harvest import rank_of
     from sae_lens_maira.commands.numbers import numbers
-    from sae_lens_maira.errors import ConfigError, SAEError
+    from sae_lens_maira.errors import SAEError
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
     from sae_lens_maira.phantom import FINDING_KEYS
 
-    if control not in CONTROLS:
-        raise ConfigError(f"control was {control!r}; use one of {', '.join(CONTROLS)}.")
+    seed = study_seed if seed is None else seed
     rank, world = rank_of(os.environ)
-    maira = _load_model(model, model_dtype, _device(device))
+    maira = named_model(model, dtype=model_dtype, device=device)
     dictionary = _load_sae(sae, str(maira.model.device))
     hook_name = hook or dictionary.cfg.metadata.hook_name
     if not hook_name:
@@ -90,7 +91,7 @@ def latents(
             "The SAE's metadata name no hook point; give --hook, for example blocks.3.hook_resid_post."
         )
     size = studies_per_block or (32 if model == "phantom" else 4)
-    chosen, blocks = _rows(maira, hook_name, studies, table, root, store, roles, size, seed)
+    chosen, blocks = _rows(maira, hook_name, studies, table, root, store, roles, size, study_seed)
     if control != "trained":
         dictionary = _stand_in(control, dictionary, blocks, seed)
     config = CollectConfig(
@@ -160,8 +161,8 @@ def _rows(
         chosen = generate_studies(len(ids), seed=seed, size=maira.processor.recipe.crop)
         if [study.study_id for study in chosen] != ids:
             raise ConfigError(
-                f"{store} does not hold the {len(ids)} phantom studies of seed {seed}; give the --seed that `harvest` "
-                "had as --study_seed, or the --table it read."
+                f"{store} does not hold the {len(ids)} phantom studies of seed {seed}; give the --study-seed or the "
+                "--table that `harvest` had."
             )
         return chosen, blocks
     opened = read_table(table, root)
@@ -192,18 +193,6 @@ def _stand_in(control: str, dictionary: Any, blocks: "Blocks", seed: int) -> Any
     return raw_dimensions_like(dictionary, rows)
 
 
-def _load_model(model: str, dtype: str, device: str) -> "Maira2":
-    import torch
-
-    from sae_lens_maira.maira2 import load_maira2
-    from sae_lens_maira.phantom import load_phantom
-
-    if model == "phantom":
-        return load_phantom(device=device)
-    kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return load_maira2(model, dtype=kind, device=device)
-
-
 def _load_sae(folder: Path, device: str) -> Any:
     """An SAE with its levels, or a plain one where there are none."""
     from sae_lens import SAE
@@ -217,14 +206,6 @@ def _load_sae(folder: Path, device: str) -> Any:
         if not (folder / "cfg.json").is_file():
             raise
         return SAE.load_from_disk(folder, device=device)
-
-
-def _device(device: str) -> str:
-    import torch
-
-    if device != "auto":
-        return device
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
 
 
 def _has_truth(studies: "Sequence[Study]") -> bool:

@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from sae_lens_maira.commands.models import ModelDtype, device_of, named_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,29 +19,29 @@ class HarvestOptions:
     """Which model reads which studies, and which of their rows are kept.
 
     Attributes:
-        hooks: hook points, for example "[blocks.15.hook_resid_post]"; all of them in one pass.
+        hooks: a hook point such as blocks.15.hook_resid_post, or several in brackets; all of them in one pass.
         store: folder of the store; train needs none with --direct true.
         model: "phantom", a folder or a hub id.
         studies: phantom studies to read, unless a table is given.
-        study_seed: of the phantom studies.
+        study_seed: of the phantom studies; the phantom itself was trained on 0.
         table: Parquet or CSV with one study a row, see studies import.
         root: folder that the table's relative image paths are below; the table's own if not given.
         split: read only the table's studies of this split, for example train.
         roles: tokens to keep: paper, text_only, image_only, generated_only, all, or a list of roles.
         rates: share to keep by role, for example "{image: 0.05}".
-        reports: teacher (the studies' own), generated, or both.
+        reports: teacher (the studies' own), generated ones, or both.
         max_new_tokens: budget of a generated report.
         shard_studies: studies a shard, which is what a kill can lose.
         batch_size: studies a forward.
-        dtype: of the stored rows, bfloat16 or float32.
+        dtype: of the stored rows.
         model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
         max_norm: drop rows with a larger norm.
-        seed: of the sample of rows, and in train of the shuffle and the initial weights.
+        seed: of every draw but the phantom studies: the sample of rows, in train the shuffle and the initial weights.
         device: auto, cpu, cuda, ...
         workers: threads that read and encode images ahead of the model.
     """
 
-    hooks: list[str]
+    hooks: list[str] | str
     store: Path | None = None
     model: str = "phantom"
     studies: int = 2000
@@ -49,16 +51,21 @@ class HarvestOptions:
     split: str | None = None
     roles: str | list[str] = "paper"
     rates: dict[str, float] | None = None
-    reports: str = "teacher"
+    reports: Literal["teacher", "generated", "both"] = "teacher"
     max_new_tokens: int = 300
     shard_studies: int = 256
     batch_size: int = 8
-    dtype: str = "bfloat16"
-    model_dtype: str = "auto"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    model_dtype: ModelDtype = "auto"
     max_norm: float | None = None
     seed: int = 0
     device: str = "auto"
     workers: int = 2
+
+    @property
+    def hook_names(self) -> list[str]:
+        """The hook points, as a list also where a bare name was given."""
+        return [self.hooks] if isinstance(self.hooks, str) else self.hooks
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -72,23 +79,12 @@ class HarvestOptions:
         Raises:
             StudyError, CheckpointError: the table or the model cannot be read.
         """
-        import os
-
-        import torch
-
         from sae_lens_maira.errors import StudyError
-        from sae_lens_maira.maira2 import load_maira2
-        from sae_lens_maira.phantom import generate_studies, load_phantom
+        from sae_lens_maira.phantom import generate_studies
         from sae_lens_maira.studies import read_table
 
-        device = self.device
-        if device == "auto":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        if self.model == "phantom":
-            maira = load_phantom(device=device)
-        else:
-            kind = torch.bfloat16 if self.model_dtype == "auto" else getattr(torch, self.model_dtype)
-            maira = load_maira2(self.model, dtype=kind, device=device)
+        device = device_of(self.device)
+        maira = named_model(self.model, dtype=self.model_dtype, device=device)
         if self.table is None:
             side = maira.processor.recipe.crop
             return maira, generate_studies(self.studies, seed=self.study_seed, size=side), device

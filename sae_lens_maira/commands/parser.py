@@ -10,13 +10,15 @@ import inspect
 import re
 import sys
 import textwrap
-from argparse import Action, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 HELP_WIDTH = 110
+FOREIGN = "not used here"
+"""How the text of an argument begins that a recipe of another command may hold: no option, and not in the help."""
 
 
 def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
@@ -32,6 +34,9 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_function_arguments(function, as_group=False, skip={"as_json"})
+    for action in parser._actions:
+        if str(action.help).startswith(FOREIGN):
+            parser.foreign[action.dest], action.help = str(action.help), SUPPRESS
     if "as_json" in inspect.signature(function).parameters:
         parser.add_argument("--json", action="store_true", help="print JSON instead of text.")
     return parser
@@ -66,10 +71,22 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's parser with our spelling and our errors."""
+    """jsonargparse's parser with our spelling and our errors.
+
+    Attributes:
+        foreign: options that `--config` may hold and the command line may not, with the reason.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.foreign: dict[str, str] = {}
 
     def parse_args(self, args: list[str] | None = None, *rest: Any, **settings: Any) -> Any:
         words = None if args is None else [_underscores(word) for word in args]
+        for word in words or ():
+            name = re.split(r"[.=]", word.removeprefix("--"))[0]
+            if word.startswith("--") and name in self.foreign:
+                self.error(f"--{name} is {self.foreign[name].rstrip('.')}")
         return super().parse_args(words, *rest, **settings)
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:

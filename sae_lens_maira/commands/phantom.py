@@ -10,6 +10,7 @@ def quickstart(
     out: Path = Path("quickstart_out"),
     studies: int = 1200,
     layer: int = 3,
+    text_layer: int = 6,
     finding: str = "cardiomegaly",
     seed: int = 0,
     as_json: bool = False,
@@ -21,22 +22,25 @@ def quickstart(
     Args:
         out: folder of the report; made if missing.
         studies: phantom studies to read.
-        layer: decoder layer whose output is read and steered, 0 to 7.
+        layer: decoder layer whose output is read at image patches, and steered, 0 to 7.
+        text_layer: decoder layer whose output is read at report tokens, 0 to 7.
         finding: finding to steer into reports that do not have it.
-        seed: of everything that is drawn.
+        seed: of everything that is drawn, the phantom studies too.
         as_json: print the main figures as JSON instead of the report's path.
     """
     from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
     from sae_lens_maira.quickstart.report import summary
 
-    config = QuickstartConfig(out=out, studies=studies, layer=layer, finding=finding, seed=seed)
+    config = QuickstartConfig(
+        out=out, studies=studies, layer=layer, text_layer=text_layer, finding=finding, seed=seed
+    )
     result = run_quickstart(config)
     sys.stdout.write((json.dumps(summary(result)) if as_json else str(result.folder / "report.md")) + "\n")
 
 
 def measure_phantom(
     studies: int = 500,
-    seed: int = 10_000,
+    study_seed: int = 10_000,
     model: str = "phantom",
     device: str = "auto",
     as_json: bool = False,
@@ -47,7 +51,7 @@ def measure_phantom(
 
     Args:
         studies: held-out studies.
-        seed: of the studies; the phantom was trained on seed 0.
+        study_seed: of the studies; the phantom itself was trained on 0.
         model: "phantom" for the shipped one, or the folder of another phantom.
         device: auto, cpu, cuda, ...
         as_json: print JSON instead of text.
@@ -58,7 +62,9 @@ def measure_phantom(
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.phantom.measure import measure
 
-    score = measure(named_model(model, device=device, dtype="float32"), generate_studies(studies, seed=seed))
+    score = measure(
+        named_model(model, device=device, dtype="float32"), generate_studies(studies, seed=study_seed)
+    )
     if as_json:
         sys.stdout.write(json.dumps(asdict(score) | {"mean_accuracy": score.mean_accuracy}) + "\n")
         return

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 
 def show(store: Path, as_json: bool = False) -> None:
@@ -49,22 +50,29 @@ def show(store: Path, as_json: bool = False) -> None:
         sys.stdout.write(f"  {role:14} {n:,}\n")
 
 
-def validate(store: Path) -> None:
+def validate(store: Path, as_json: bool = False) -> None:
     """Read every file of a store once and compare it with the manifest; damaged shards are named.
 
     Example: sae-lens-maira store validate --store runs/phantom_store
 
     Args:
         store: folder of the store.
+        as_json: print JSON instead of text.
     """
     from sae_lens_maira.activations import ActivationStore
 
     opened = ActivationStore(store)
     opened.validate()
+    if as_json:
+        facts = {"store": str(store), "shards": len(opened.rows), "of": opened.spec.n_shards, "whole": True}
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
     sys.stdout.write(f"{store}: {len(opened.rows)} of {opened.spec.n_shards} shards, all whole\n")
 
 
-def export(store: Path, out: Path, hook: str | None = None, context_size: int = 128) -> None:
+def export(
+    store: Path, out: Path, hook: str | None = None, context_size: int = 128, as_json: bool = False
+) -> None:
     """Write a store as SAELens' cached activations, which its ActivationsStore reads.
 
     Example: sae-lens-maira store export --store runs/phantom_store --out runs/cached
@@ -74,12 +82,23 @@ def export(store: Path, out: Path, hook: str | None = None, context_size: int = 
         out: new folder; float32, so about twice the size of a bfloat16 store.
         hook: hook point; the store's first if not given.
         context_size: rows a data set row; SAELens must be told the same.
+        as_json: print JSON instead of text.
     """
     from sae_lens_maira.activations import ActivationStore, export_cached
 
     opened = ActivationStore(store)
     count, left = export_cached(opened, out, hook, context_size)
     name = hook or next(iter(opened.spec.hooks))
+    if as_json:
+        facts = {
+            "out": str(out),
+            "rows": count,
+            "left_out": left,
+            "hook_name": name,
+            "context_size": context_size,
+        }
+        sys.stdout.write(json.dumps(facts | {"d_in": opened.spec.hooks[name]}) + "\n")
+        return
     sys.stdout.write(
         f"{out}: {count:,} times {context_size} rows, {left} rows left out; in SAELens hook_name={name!r}, "
         f"context_size={context_size}, d_in={opened.spec.hooks[name]}\n"
@@ -87,7 +106,12 @@ def export(store: Path, out: Path, hook: str | None = None, context_size: int = 
 
 
 def bring(
-    cached: Path, store: Path, hook: str | None = None, role: str = "report", dtype: str | None = None
+    cached: Path,
+    store: Path,
+    hook: str | None = None,
+    role: str = "report",
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    as_json: bool = False,
 ) -> None:
     """Make a store of SAELens' cached activations.
 
@@ -99,12 +123,18 @@ def bring(
         hook: column to read, if there are several.
         role: of every token, where the data set does not say.
         dtype: of the stored rows; the exported store's own, else float32.
+        as_json: print JSON instead of text.
     """
     from sae_lens_maira.activations import import_cached
     from sae_lens_maira.maira2 import resolve_roles
 
     (kind,) = resolve_roles([role])
     made = import_cached(cached, store, hook, kind, dtype)
+    if as_json:
+        sys.stdout.write(
+            json.dumps({"store": str(store), "rows": len(made), "shards": len(made.rows)}) + "\n"
+        )
+        return
     sys.stdout.write(f"{store}: {len(made):,} rows in {len(made.rows)} shards\n")
 
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "openi": ("images", "reports", "need_images"),
     "folder": ("images", "licence", "patients", "need_reports"),
     "csv": ("table", "images", "columns", "licence"),
-    "phantom": ("studies", "seed", "size", "split"),
+    "phantom": ("studies", "study_seed", "size", "split"),
 }
 
 
@@ -37,12 +37,12 @@ def import_studies(
     reports: Path | None = None,
     table: Path | None = None,
     columns: dict[str, str] | None = None,
-    licence: str | None = None,
-    patients: str | None = None,
+    licence: Literal["public", "credentialed", "synthetic"] | None = None,
+    patients: Literal["study", "folder"] | None = None,
     need_images: bool | None = None,
     need_reports: bool | None = None,
     studies: int | None = None,
-    seed: int | None = None,
+    study_seed: int | None = None,
     size: int | None = None,
     split: str | None = None,
     workers: int | None = None,
@@ -59,12 +59,12 @@ def import_studies(
         reports: mimic: folder above the reports' `files`, if another; openi: folder or .tgz of XML reports.
         table: csv: the file.
         columns: csv: our column and its name in the file, for example "{frontal: image_path}".
-        licence: folder, csv: public, credentialed (if not given) or synthetic.
-        patients: folder: "study" for a patient a study (if not given), "folder" for a patient a folder.
+        licence: folder, csv: credentialed if not given.
+        patients: folder: a patient a study (if not given) or a folder.
         need_images: mimic, openi: false keeps studies whose image files are not on this machine.
         need_reports: folder: false keeps images without a report.
         studies: phantom: how many (200 if not given).
-        seed: phantom: of the studies (0 if not given; the phantom's model was trained on 0).
+        study_seed: phantom: of the studies (0 if not given, which the phantom itself was trained on).
         size: phantom: side of the films in pixels (112 if not given).
         split: phantom: name of the split that all studies are given.
         workers: mimic: threads that read reports (16 if not given).
@@ -82,7 +82,7 @@ def import_studies(
         "need_images": need_images,
         "need_reports": need_reports,
         "studies": studies,
-        "seed": seed,
+        "study_seed": study_seed,
         "size": size,
         "split": split,
         "workers": workers,
@@ -126,7 +126,7 @@ def _read(source: str, out: Path, given: dict[str, Any]) -> "Imported":
 
 
 def _phantom(
-    out: Path, studies: int = 200, seed: int = 0, size: int = 112, split: str | None = None
+    out: Path, studies: int = 200, study_seed: int = 0, size: int = 112, split: str | None = None
 ) -> "Imported":
     """Phantom studies with their truth; films go to the folder `images` beside the table."""
     from tqdm.auto import tqdm
@@ -135,7 +135,7 @@ def _phantom(
     from sae_lens_maira.studies import table_of_studies
     from sae_lens_maira.studies.imported import Imported
 
-    drawn = (generate_study(seed, index, size, split) for index in range(studies))
+    drawn = (generate_study(study_seed, index, size, split) for index in range(studies))
     return Imported(table_of_studies(tqdm(drawn, total=studies, unit="study"), out.parent), [])
 
 

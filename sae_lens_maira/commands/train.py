@@ -40,11 +40,12 @@ def train(
     import torch
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
+    from sae_lens_maira.commands.models import device_of
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
     from sae_lens_maira.training import FusedSAETrainer, latest_checkpoint, resume
 
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    place = device_of(options.device)
     try:
         steps = SAETrainerConfig(**({"device": place, "logger": LoggingConfig(log_to_wandb=False)} | trainer))
         made = _direct if direct else _stored
@@ -56,7 +57,7 @@ def train(
             f"The parts sae, trainer and provider do not fit their configurations: {error}. Use the field names of "
             "MatryoshkaTrainingSAEConfig, of SAELens' SAETrainerConfig and of the provider."
         ) from error
-    config.metadata.hook_name = options.hooks[0]
+    config.metadata.hook_name = options.hook_names[0]
     config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else options.model
     dictionary = MatryoshkaTrainingSAE(config)
     run = FusedSAETrainer(cfg=steps, sae=dictionary, data_provider=batches)
@@ -71,7 +72,7 @@ def train(
         sys.stdout.write(json.dumps(facts) + "\n")
         return
     read = "straight from the model" if rows is None else f"of {rows:,} rows"
-    sys.stdout.write(f"{out}: trained at {options.hooks[0]}, {batches.epoch} whole epochs {read}\n")
+    sys.stdout.write(f"{out}: trained at {options.hook_names[0]}, {batches.epoch} whole epochs {read}\n")
 
 
 def _stored(
@@ -82,7 +83,7 @@ def _stored(
     from sae_lens_maira.commands.harvest import harvest_store
     from sae_lens_maira.errors import ConfigError, StoreError
 
-    store, hook = options.store, options.hooks[0]
+    store, hook = options.store, options.hook_names[0]
     if store is None:
         raise ConfigError(
             "No store was named; give --store FOLDER, or --direct true to keep nothing on disk."
@@ -110,7 +111,7 @@ def _direct(
     maira, studies, _ = options.load()
     given = {"seed": options.seed, "device": place, "workers": options.workers} | settings
     batches = DirectProvider(
-        maira, studies, options.hooks[0], batch, settings=RowSettings(**options.rows), **given
+        maira, studies, options.hook_names[0], batch, settings=RowSettings(**options.rows), **given
     )
     return batches, batches.d_in, None
 

@@ -124,7 +124,7 @@ def test_train_continues_from_its_newest_checkpoint(tmp_path, capsys):
 def test_store_commands(tmp_path, capsys):
     """show counts rows by role, validate names a damaged shard, export and import give the rows back."""
     store, cached, back = (str(tmp_path / name) for name in ("store", "cached", "back"))
-    words = ["--studies", "3", "--hooks", "[blocks.1.hook_resid_post]", "--roles", "generated_only"]
+    words = ["--studies", "3", "--hooks", "blocks.1.hook_resid_post", "--roles", "generated_only"]
     assert main(["harvest", *words, "--store", store]) == 0
     capsys.readouterr()
     assert main(["store", "show", "--store", store, "--json"]) == 0
@@ -133,11 +133,26 @@ def test_store_commands(tmp_path, capsys):
     assert 256 < told["bytes_per_row"] < 500
     assert main(["store", "show", "--store", store]) == 0
     assert f"report         {told['rows']:,}" in capsys.readouterr().out
-    assert main(["store", "export", "--store", store, "--out", cached, "--context_size", "1"]) == 0
+    assert main(["store", "export", "--store", store, "--out", cached, "--context-size", "1"]) == 0
     assert "d_in=128" in capsys.readouterr().out
+    again = [
+        "store",
+        "export",
+        "--store",
+        store,
+        "--out",
+        str(tmp_path / "again"),
+        "--context-size",
+        "1",
+        "--json",
+    ]
+    assert main(again) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert (exported["rows"], exported["left_out"], exported["d_in"]) == (told["rows"], 0, 128)
     assert main(["store", "import", "--cached", cached, "--store", back]) == 0
-    assert main(["store", "validate", "--store", back]) == 0
     assert f"{told['rows']:,} rows" in capsys.readouterr().out
+    assert main(["store", "validate", "--store", back, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["whole"] is True
     (tmp_path / "back" / "shard-000000.parquet").unlink()
     assert main(["store", "validate", "--store", back]) == 2
     assert "shard 0" in capsys.readouterr().err

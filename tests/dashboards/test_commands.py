@@ -9,20 +9,20 @@ def test_write_check_and_dry_run(make_set, tmp_path, capsys):
     records = str(make_set().folder)
     for kind in ("export", "saedashboard", "api"):
         out = str(tmp_path / kind)
-        words = ["--records", records, "--out", out, "--set_name", "res-16k", "--kind", kind, "--json"]
+        words = ["--records", records, "--out", out, "--set-name", "res-16k", "--kind", kind, "--json"]
         assert main(["dashboards", "neuronpedia", *words]) == 0
         said = json.loads(capsys.readouterr().out)
         assert (said["neuronpedia_id"], said["latents"], said["faults"]) == ("maira-2/15-res-16k", 6, 0)
         assert main(["dashboards", "validate", "--folder", out]) == 0
         assert "0 errors" in capsys.readouterr().out
-    assert main(["dashboards", "upload", "--records", records, "--set_name", "res-16k"]) == 0
+    assert main(["dashboards", "upload", "--records", records, "--set-name", "res-16k"]) == 0
     assert "Dry run: would send 5 latents" in capsys.readouterr().out
 
 
 def test_a_fault_ends_with_code_2_and_its_place(make_set, tmp_path, capsys):
     out = tmp_path / "api"
     main(["dashboards", "neuronpedia", "--records", str(make_set().folder), "--out", str(out),
-          "--set_name", "res-16k", "--kind", "api"])  # fmt: skip
+          "--set-name", "res-16k", "--kind", "api"])  # fmt: skip
     path = out / "payloads.jsonl"
     path.write_text(path.read_text() + "{\n")
     assert main(["dashboards", "validate", "--folder", str(out)]) == 2
@@ -34,7 +34,7 @@ def test_a_fault_ends_with_code_2_and_its_place(make_set, tmp_path, capsys):
 def test_credentialed_records_are_not_even_planned(make_set, capsys):
     records = str(make_set(licence="credentialed").folder)
     assert (
-        main(["dashboards", "upload", "--records", records, "--set_name", "res-16k", "--confirm", "true"])
+        main(["dashboards", "upload", "--records", records, "--set-name", "res-16k", "--confirm", "true"])
         == 2
     )
     assert "credentialed" in capsys.readouterr().err

@@ -200,8 +200,8 @@ def test_the_command_writes_files_and_page(sae, tmp_path, capsys):
     from sae_lens_maira.cli import main
 
     sae.save_model(tmp_path / "sae")
-    words = ["--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "out"), "--set_name", "res-1k"]
-    words += ["--latents", "0-2,7", "--studies", "4", "--model_id", "phantom", "--json"]
+    words = ["--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "out"), "--set-name", "res-1k"]
+    words += ["--latents", "0-2,7", "--studies", "4", "--model-id", "phantom", "--json"]
     assert main(["dashboards", "saedashboard", *words]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (said["latents"], said["studies"], said["faults"]) == (4, 4, 0)

@@ -59,7 +59,22 @@ def test_table_puts_the_control_beside_the_score_of_the_same_judge(hand_made):
         assert list(mine["control"]) == [score.balanced_accuracy for score in one.control]
 
 
-@pytest.mark.parametrize("options", [{"latents": "a"}, {"model": "m", "usd_per_mtok": "1"}])
+@pytest.mark.parametrize("options", [{"latents": "a"}, {"judge": "m", "usd_per_mtok": "1"}])
 def test_options_that_cannot_be_read(hand_made, options):
     with pytest.raises(ConfigError):
         run(hand_made(KEYS).folder, **options)
+
+
+def test_run_and_report_print_json_alone(hand_made, tmp_path, capsys):
+    """With --json stdout is one value; `--set-name` gives the rows of the file the name of the source at its layer."""
+    records = hand_made(KEYS)
+    run(records.folder, as_json=True)
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert told["latents"] == len(records) == sum(told["statuses"].values())
+    assert {row["method"] for row in told["scores"]} >= {"detection"}
+    assert "nothing is sent" in said.err
+    report(records.folder, tmp_path, set_name="res-1k", model_id="phantom", as_json=True)
+    assert json.loads(capsys.readouterr().out)["statuses"] == told["statuses"]
+    rows = [json.loads(line) for line in (tmp_path / "explanations.jsonl").read_text().splitlines()]
+    assert {(row["modelId"], row["layer"]) for row in rows} == {("phantom", f"{records.meta.layer}-res-1k")}
