@@ -5,14 +5,14 @@ processes. It knows nothing about what the work is.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def in_order(jobs: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
+def in_order(jobs: Iterable[Callable[[], T]], workers: int) -> Generator[T, None, None]:
     """Results of `jobs` in their order; up to `workers` of them run, and as many wait finished, ahead of the caller.
 
     Args:

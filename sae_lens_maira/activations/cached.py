@@ -224,6 +224,7 @@ def _shards(
 ) -> Iterator[tuple[int, torch.Tensor, pd.DataFrame]]:
     """Shard after shard: rows (n, d_in) and their index, with empty shards where no row belongs to one."""
     step = max(1, GATHERED // context)
+    nothing = (torch.zeros(0, width), _index({}, 0, context, 0, role))
     held: list[tuple[torch.Tensor, pd.DataFrame]] = []
     shard = 0
     for first in range(0, len(data), step):
@@ -240,7 +241,7 @@ def _shards(
                 yield shard, *_together(held)
                 held, shard = [], shard + 1
     while shard < spec.n_shards:
-        yield shard, *_together(held or [(values[:0], index.iloc[:0])])
+        yield shard, *_together(held or [nothing])
         held, shard = [], shard + 1
 
 

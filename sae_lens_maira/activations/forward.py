@@ -10,7 +10,7 @@ knows nothing about stores or SAEs.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -62,7 +62,8 @@ class RowSettings:
         return {"teacher": (0,), "generated": (1,), "both": (0, 1)}[self.reports]
 
 
-class Taken(NamedTuple):
+@dataclass(frozen=True)
+class Taken:
     """Rows of one forward."""
 
     values: dict[str, torch.Tensor]

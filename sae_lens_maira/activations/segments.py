@@ -92,4 +92,4 @@ def _fill(file: FileIO, memory: memoryview) -> str:
 
 
 def _bytes(values: torch.Tensor) -> memoryview:
-    return memoryview(values.contiguous().view(torch.uint8).numpy().reshape(-1))
+    return values.contiguous().view(torch.uint8).numpy().reshape(-1).data

@@ -126,10 +126,9 @@ def build_context(
         elif at >= len(tokens):
             position, token, role = text.special[at - len(tokens)]
             at = bisect_left(positions, position)
-            tokens, positions, roles = (
-                (*column[:at], one, *column[at:])
-                for column, one in ((tokens, token), (positions, position), (roles, role))
-            )
+            tokens = (*tokens[:at], token, *tokens[at:])
+            positions = (*positions[:at], position, *positions[at:])
+            roles = (*roles[:at], role, *roles[at:])
             values.insert(at, short(float(value[peak])))
     number = -1 - place[image]
     return Context(
