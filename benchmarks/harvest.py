@@ -19,13 +19,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from timing import CPU, WALL, clocks, interleaved
 
 from sae_lens_maira.activations import ActivationStore, StoreProvider, StoreSpec, harvest
 from sae_lens_maira.activations.forward import study_length
@@ -38,13 +38,6 @@ HOOK = f"blocks.{LAYER}.hook_resid_post"
 BATCH = 8
 WANTED = {"cut": 0.95, "full": 1.7}
 GB = 1e9
-
-
-def clocks(run: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and CPU seconds of one run."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def median(values: np.ndarray, seed: int = 0) -> dict[str, float]:
@@ -83,21 +76,14 @@ def measure_harvest(studies: int, rounds: int, folder: Path) -> dict[str, Any]:
         kept(maira, chosen, folder / "harvest")
 
     sides = {"harvest": ours, "cut": cut, "full": full}
-    for run in sides.values():
-        run()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    names = list(sides)
-    for turn in range(rounds):
-        for name in names[turn % 3 :] + names[: turn % 3]:
-            times[name].append(clocks(sides[name]))
-    seconds = {name: np.array(pairs) for name, pairs in times.items()}
+    seconds = interleaved(sides, rounds)
     found: dict[str, Any] = {
         "studies": studies,
         "rows": len(ActivationStore(folder / "harvest")),
-        "studies_per_s": {name: median(studies / taken[:, 0]) for name, taken in seconds.items()},
+        "studies_per_s": {name: median(studies / taken[:, WALL]) for name, taken in seconds.items()},
     }
     for name in ("cut", "full"):
-        for clock, unit in enumerate(("wall", "cpu")):
+        for clock, unit in ((WALL, "wall"), (CPU, "cpu")):
             found[f"{name}_{unit}"] = median(seconds[name][:, clock] / seconds["harvest"][:, clock])
     return found
 

@@ -12,13 +12,13 @@ model grows.
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from timing import WALL, interleaved, spread
 
 from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight
 from sae_lens_maira.maira2 import Maira2ForConditionalGeneration, make_config, register
@@ -64,34 +64,14 @@ def make_inputs(device: str, rows: int) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def seconds(run: Callable[[], Any], device: str) -> float:
-    """Time of one run, with the device idle before and after."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def compare(base: Callable[[], Any], other: Callable[[], Any], repeats: int, device: str) -> dict[str, float]:
     """Alternate two runs; medians in milliseconds and quantiles of other/base."""
-    base()
-    other()
-    pairs = []
-    for i in range(repeats):
-        first, second = (base, other) if i % 2 == 0 else (other, base)
-        times = {id(first): seconds(first, device)}
-        times[id(second)] = seconds(second, device)
-        pairs.append((times[id(base)], times[id(other)]))
-    ratios = sorted(b / a for a, b in pairs)
+    times = interleaved({"base": base, "other": other}, repeats, device)
+    wall = {name: taken[:, WALL] for name, taken in times.items()}
     return {
-        "base_ms": 1e3 * statistics.median(a for a, _ in pairs),
-        "other_ms": 1e3 * statistics.median(b for _, b in pairs),
-        "ratio_p20": ratios[len(ratios) // 5],
-        "ratio_p50": statistics.median(ratios),
-        "ratio_p80": ratios[-1 - len(ratios) // 5],
+        "base_ms": 1e3 * float(np.median(wall["base"])),
+        "other_ms": 1e3 * float(np.median(wall["other"])),
+        **spread("ratio", wall["other"] / wall["base"]),
     }
 
 

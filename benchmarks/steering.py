@@ -12,14 +12,14 @@ strength 0.
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
+from timing import CPU, WALL, interleaved, spread
 
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding
 from sae_lens_maira.phantom import generate_studies, load_phantom
@@ -43,37 +43,15 @@ def make_sae(d_sae: int, device: str) -> MatryoshkaSAE:
     return sae.eval().to(device)
 
 
-def seconds(run: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Wall and processor time of one run, with the device idle before and after."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start, busy = time.perf_counter(), time.process_time()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - busy
-
-
 def compare(base: Callable[[], Any], other: Callable[[], Any], repeats: int, device: str) -> dict[str, float]:
     """Alternate two runs; medians in milliseconds, and quantiles of base / other: the throughput that is left."""
-    base()
-    other()
-    pairs = []
-    for i in range(repeats):
-        if i % 2 == 0:
-            first = seconds(base, device)
-            pairs.append((first, seconds(other, device)))
-        else:
-            second = seconds(other, device)
-            pairs.append((seconds(base, device), second))
-    ratios = sorted(a[0] / b[0] for a, b in pairs)
+    times = interleaved({"base": base, "other": other}, repeats, device)
+    left = times["base"] / times["other"]
     return {
-        "plain_ms": 1e3 * statistics.median(a[0] for a, _ in pairs),
-        "steered_ms": 1e3 * statistics.median(b[0] for _, b in pairs),
-        "throughput_p20": ratios[len(ratios) // 5],
-        "throughput_p50": statistics.median(ratios),
-        "throughput_p80": ratios[-1 - len(ratios) // 5],
-        "processor_p50": statistics.median(a[1] / b[1] for a, b in pairs),
+        "plain_ms": 1e3 * float(np.median(times["base"][:, WALL])),
+        "steered_ms": 1e3 * float(np.median(times["other"][:, WALL])),
+        **spread("throughput", left[:, WALL]),
+        "processor_p50": float(np.median(left[:, CPU])),
     }
 
 
