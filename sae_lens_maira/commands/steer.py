@@ -16,7 +16,7 @@ def steer(
     out: Path = Path("steer_out"),
     studies: int = 600,
     steered: int = 32,
-    latents: int = 16,
+    n_latents: int = 16,
     strengths: tuple[float, ...] = (1.0, 2.0, 3.0),
     remove: bool = False,
     seed: int = 0,
@@ -32,10 +32,10 @@ def steer(
         out: folder of the page (index.html), the Parquet tables and the figure; made if missing.
         studies: phantom studies from which latents are chosen.
         steered: studies of each half that are steered.
-        latents: latents a method uses.
+        n_latents: latents a method uses.
         strengths: the sweep of maps; other methods have their own.
         remove: take the finding out of reports that have it.
-        seed: of studies, halves and controls.
+        seed: of everything that is drawn: phantom studies, halves and controls.
         as_json: print the summary as JSON instead of a table.
     """
     from sae_lens_maira.activations import harvest_rows
@@ -67,7 +67,7 @@ def steer(
         maira,
         findings=(finding,),
     )
-    bench = Bench(dictionary, learned, latents, seed=seed, strengths=strengths)
+    bench = Bench(dictionary, learned, n_latents, seed=seed, strengths=strengths)
     has, lacks = ([finding], []) if remove else ([], [finding])
     choose, report = (subjects.pick(half, has, lacks, steered) for half in ("choose", "report"))
     tables = evaluate_steering(
