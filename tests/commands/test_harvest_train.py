@@ -20,21 +20,21 @@ from sae_lens_maira.studies.table import IMAGES
 pytestmark = pytest.mark.compat
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = ["--studies", "6", "--shard_studies", "4", "--trainer.total_training_samples", "4096"]
-SMALL += ["--trainer.lr_warm_up_steps", "1", "--trainer.lr_decay_steps", "1"]
-SMALL += ["--trainer.n_batches_for_norm_estimate", "4"]
+FEW = ["--studies", "6", "--shard-studies", "4"]
+SMALL = [*FEW, "--trainer.total_training_samples", "4096", "--trainer.lr_warm_up_steps", "1"]
+SMALL += ["--trainer.lr_decay_steps", "1", "--trainer.n_batches_for_norm_estimate", "4"]
 
 
 def test_recipe_harvests_then_trains(tmp_path, capsys):
     """The phantom's recipe, made small: a complete store, and an SAE that plain SAELens loads."""
-    words = ["--config", str(RECIPES / "phantom.yaml"), "--store", str(tmp_path / "store"), *SMALL]
-    assert main(["harvest", *words, "--json"]) == 0
+    words = ["--config", str(RECIPES / "phantom.yaml"), "--store", str(tmp_path / "store")]
+    assert main(["harvest", *words, *FEW, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     store = ActivationStore(tmp_path / "store")
     assert told["complete"]
     assert told["rows"] == len(store) > 0
     assert set(store.index(0)["role"]) >= {3, 10}
-    words += ["--trainer.checkpoint_path", "null"]
+    words += [*SMALL, "--trainer.checkpoint_path", "null"]
     assert main(["train", *words, "--out", str(tmp_path / "sae"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == len(store)
     sae = SAE.load_from_disk(tmp_path / "sae")
