@@ -186,6 +186,7 @@ def published(
     latent_column: str | None = None,
     text_column: str | None = None,
     score_column: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Put published interpretations of the same SAE beside ours, for the report and the dashboards.
 
@@ -198,6 +199,7 @@ def published(
         latent_column: with the latent's number; found by its name if not given.
         text_column: with the sentence; found by its name if not given.
         score_column: with a score from 0 to 1, if any; found by its name if not given.
+        as_json: print JSON instead of text.
     """
     from sae_lens_maira.interp.published import read_published
     from sae_lens_maira.interp.records import save
@@ -207,6 +209,10 @@ def published(
     rows = read_published(file, name, latent_column, text_column, score_column)
     kept = [one for one in rows if one.latent in opened]
     save(opened.folder, kept)
+    if as_json:
+        facts = {"records": str(records), "rows": len(rows), "kept": len(kept)}
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
     sys.stdout.write(
         f"{len(kept)} of {len(rows)} interpretations are of latents of {records} and lie beside it\n"
     )
