@@ -6,7 +6,7 @@
 Either SAE is recorded at the positions it was trained on. It composes rooms and owns no science.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +45,11 @@ class RowsInMemory:
 
 
 def write_pages(
-    result: QuickstartResult, maira: Maira2, studies: Sequence[Study], rows: ActivationRows, halves: Halves
+    result: QuickstartResult,
+    maira: Maira2,
+    studies: Sequence[Study],
+    rows: Mapping[str, ActivationRows],
+    halves: Halves,
 ) -> dict[str, Path]:
     """Records, explanations and a page of either SAE.
 
@@ -55,7 +59,7 @@ def write_pages(
     chosen = np.flatnonzero(halves.report)[:STUDIES]
     own = [studies[i] for i in chosen]
     pages = {}
-    for place, mine, name in ((result.image, rows.is_image, ""), (result.text, ~rows.is_image, "_text")):
+    for place, name in ((result.image, ""), (result.text, "_text")):
         config = CollectConfig(
             model="phantom",
             sae=f"sae_{place.place}",
@@ -67,7 +71,7 @@ def write_pages(
             seed=result.config.seed,
         )
         records = collect_records(
-            RowsInMemory(rows.where(mine), chosen),
+            RowsInMemory(rows[place.place], chosen),
             own,
             place.sae.inference,
             maira,

@@ -29,11 +29,10 @@ def write_report(
     for place in places:
         agreement_frame(place).to_csv(folder / "tables" / f"agreement_{place.place}.csv")
     draw_agreement(places, folder / "figures" / "agreement.png")
-    image_rows = rows.where(rows.is_image)
     for column, finding in enumerate(FINDING_KEYS):
         latent = int(result.image.trained.unit[column])
         file = folder / "figures" / f"latent_{finding}.png"
-        draw_heatmaps(finding, latent, result.image.sae, image_rows, studies, halves.report, file)
+        draw_heatmaps(finding, latent, result.image.sae, rows, studies, halves.report, file)
     draw_steering(result.steering, folder / "figures" / "steering.png")
     (folder / "results.json").write_text(json.dumps(summary(result), indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(_markdown(result), encoding="utf-8")
@@ -89,7 +88,7 @@ def summary(result: QuickstartResult) -> dict[str, object]:
     ]
     return {
         "model": "phantom",
-        "hook_name": result.text.sae.hook_name,
+        "hook_names": {place.place: place.sae.hook_name for place in (result.text, result.image)},
         "d_sae": result.text.sae.widths[-1],
         "widths": list(result.text.sae.widths),
         "agreement": places,
@@ -106,9 +105,9 @@ medicine, or about MAIRA-2 itself.
 
 - {config.studies} studies that the phantom was not trained on; latents and strengths chosen on one half of the
   patients, every figure below from the other half ({result.text.trained.n} studies)
-- hook point `{result.text.sae.hook_name}`; two Matryoshka BatchTopK SAEs, one for text and one for image positions,
-  of widths {", ".join(map(str, result.text.sae.widths))}, k = {config.k},
-  {config.steps} steps of 1,024 rows, seed {config.seed}
+- two Matryoshka BatchTopK SAEs of widths {", ".join(map(str, result.text.sae.widths))}, seed {config.seed}: report
+  tokens at `{result.text.sae.hook_name}` (k = {config.text_k}, {config.text_steps} steps of 1,024 rows), image
+  patches at `{result.image.sae.hook_name}` (k = {config.k}, {config.steps} steps)
 
 ## Which latents agree with findings
 

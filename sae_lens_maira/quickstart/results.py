@@ -17,10 +17,13 @@ class QuickstartConfig:
     Attributes:
         out: folder of the report; made if missing.
         studies: phantom studies to read, none of which the phantom was trained on.
-        layer: decoder layer whose output is read and steered, 0 to 7.
+        layer: decoder layer whose output is read at image patches, and steered, 0 to 7.
+        text_layer: decoder layer whose output is read at report tokens, 0 to 7.
         d_sae: latents of either SAE.
-        k: mean active latents per token.
-        steps: training steps of 1,024 rows, for either SAE.
+        k: mean active latents per patch.
+        text_k: mean active latents per report token; few, so that one latent must hold finding and side.
+        steps: training steps of 1,024 patches.
+        text_steps: training steps of 1,024 report tokens.
         finding: the finding to steer into reports that do not have it.
         steer_studies: negative studies to steer, from either half.
         seed: of everything drawn here.
@@ -30,9 +33,12 @@ class QuickstartConfig:
     out: Path = Path("quickstart_out")
     studies: int = 1200
     layer: int = 3
+    text_layer: int = 6
     d_sae: int = 1024
     k: int = 8
+    text_k: int = 2
     steps: int = 3000
+    text_steps: int = 3000
     finding: str = "cardiomegaly"
     steer_studies: int = 60
     seed: int = 0
@@ -43,11 +49,15 @@ class QuickstartConfig:
             raise ConfigError(
                 f"Unknown finding {self.finding!r}; the phantom's are {', '.join(FINDING_KEYS)}."
             )
-        if not 0 <= self.layer <= 7:
-            raise ConfigError(f"layer is {self.layer}; the phantom has decoder layers 0 to 7.")
-        for name, least in (("studies", 40), ("d_sae", 64), ("k", 1), ("steps", 1), ("steer_studies", 4)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        for name in ("layer", "text_layer"):
+            if not 0 <= getattr(self, name) <= 7:
+                raise ConfigError(f"{name} is {getattr(self, name)}; the phantom has decoder layers 0 to 7.")
+        least = {"studies": 40, "d_sae": 64, "steer_studies": 4} | dict.fromkeys(
+            ("k", "text_k", "steps", "text_steps"), 1
+        )
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {lowest}.")
 
 
 @dataclass(frozen=True)

@@ -63,21 +63,34 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     studies = generate_studies(config.studies, seed=20_000 + config.seed)
     halves = split_by_patient([study.patient_id for study in studies], config.seed)
     truth = np.stack([truth_labels(study) for study in studies])
-    hook_name = f"blocks.{config.layer}.hook_resid_post"
-    rows = stored_rows(maira, studies, hook_name, config)
     # One SAE a kind of position: patches have four times the norm of report tokens in the phantom, and one SAE for
-    # both would spend itself on them.
-    places = []
-    for place, mine in (("text", ~rows.is_image), ("image", rows.is_image)):
-        learned = rows.where(mine & halves.choose[rows.study])
-        folder = config.out / f"sae_{place}"
-        trained = train_sae(learned, config.d_sae, config.k, config.steps, config.seed, folder)
-        places.append(_agreement(place, rows, truth, halves, trained, config.seed))
-    text, image = places
+    # both would spend itself on them. Either stands at its own layer: docs/log.md says why.
+    rows = stored_rows(maira, studies, hook_names(config)["image"], config)
+    rows = rows.where(rows.is_image)
+    spoken = stored_rows(maira, studies, hook_names(config)["text"], config)
+    spoken = spoken.where(spoken.role == TokenRole.REPORT)
+    folder = config.out / "sae_text"
+    learned = spoken.where(halves.choose[spoken.study])
+    # A latent that rests for a quarter of so short a run would never come back.
+    trained = train_sae(
+        learned,
+        config.d_sae,
+        config.text_k,
+        config.text_steps,
+        config.seed,
+        folder,
+        lr=2e-3,
+        dead_after=max(1, config.text_steps // 4),
+    )
+    text = _agreement("text", spoken, truth, halves, trained, config.seed)
+    folder = config.out / "sae_image"
+    learned = rows.where(halves.choose[rows.study])
+    trained = train_sae(learned, config.d_sae, config.k, config.steps, config.seed, folder)
+    image = _agreement("image", rows, truth, halves, trained, config.seed)
     steering = steer_finding(
         maira,
         studies,
-        rows.where(rows.is_image),
+        rows,
         truth,
         halves,
         image.sae,
@@ -88,19 +101,31 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     )
     result = QuickstartResult(config, text, image, steering, config.out)
     write_report(result, studies, rows, halves)
-    write_pages(result, maira, studies, rows, halves)
+    write_pages(result, maira, studies, {"image": rows, "text": spoken}, halves)
     return result
+
+
+def hook_names(config: QuickstartConfig) -> dict[str, str]:
+    """Hook point of either SAE, by place."""
+    layers = {"image": config.layer, "text": config.text_layer}
+    return {place: f"blocks.{layer}.hook_resid_post" for place, layer in layers.items()}
 
 
 def stored_rows(
     maira: Maira2, studies: Sequence[Study], hook_name: str, config: QuickstartConfig
 ) -> ActivationRows:
-    """All rows, from a store in the folder; it is harvested where it is not complete, and read in study order."""
+    """All rows at one of `hook_names`, from a store in the folder, in study order.
+
+    The store is harvested where it is not complete, at both hook points in one pass.
+    """
+    names = sorted(set(hook_names(config).values()))
     store = harvest(
         maira,
         studies,
-        config.out / "store" / f"layer{config.layer}_studies{config.studies}_seed{config.seed}",
-        [hook_name],
+        config.out
+        / "store"
+        / f"layers{config.layer}_{config.text_layer}_studies{config.studies}_seed{config.seed}",
+        names,
         roles=KEPT,
         dtype="float32",
         batch_size=16,
@@ -118,24 +143,23 @@ def _agreement(
     trained: TrainedSAE,
     seed: int,
 ) -> PlaceResult:
-    here = rows.where(rows.is_image if place == "image" else rows.role == TokenRole.REPORT)
     n = len(truth)
-    fires, l0 = study_firing(trained.encode, here, n)
-    chosen_half = here.where(halves.choose[here.study])
+    fires, l0 = study_firing(trained.encode, rows, n)
+    chosen_half = rows.where(halves.choose[rows.study])
     others: dict[str, Encoder] = {
         "untrained SAE": RandomDirections(chosen_half, len(trained.decoder), l0, seed),
         "raw dimensions": RawDimensions(chosen_half, l0),
     }
     scored = {
-        name: best_units(name, study_firing(encode, here, n)[0], truth, FINDING_KEYS, halves)
+        name: best_units(name, study_firing(encode, rows, n)[0], truth, FINDING_KEYS, halves)
         for name, encode in others.items()
     }
     # The supervised direction of a finding belongs to that finding: its unit is given, not chosen.
-    fitted = study_firing(MeanDifference(here, truth, halves.choose), here, n)[0]
+    fitted = study_firing(MeanDifference(rows, truth, halves.choose), rows, n)[0]
     own = np.arange(len(FINDING_KEYS))
     supervised = best_units("difference of means", fitted, truth, FINDING_KEYS, halves, unit=own)
     best = best_units("Matryoshka SAE", fires, truth, FINDING_KEYS, halves)
-    held_out = here.where(halves.report[here.study]).values
+    held_out = rows.where(halves.report[rows.study]).values
     return PlaceResult(
         place=place,
         sae=trained,
@@ -146,5 +170,5 @@ def _agreement(
         gain=paired_difference(best, scored["untrained SAE"]),
         l0=l0,
         explained_variance=trained.explained_variance(held_out),
-        n_rows=len(here),
+        n_rows=len(rows),
     )

@@ -62,7 +62,16 @@ def level_widths(d_sae: int) -> tuple[int, ...]:
     return (d_sae // 16, 3 * d_sae // 16, d_sae // 2, d_sae)
 
 
-def train_sae(rows: ActivationRows, d_sae: int, k: int, steps: int, seed: int, folder: Path) -> TrainedSAE:
+def train_sae(
+    rows: ActivationRows,
+    d_sae: int,
+    k: int,
+    steps: int,
+    seed: int,
+    folder: Path,
+    lr: float = 1e-3,
+    dead_after: int = 1000,
+) -> TrainedSAE:
     """Train a Matryoshka BatchTopK SAE on rows and save it to `folder`.
 
     Args:
@@ -72,6 +81,8 @@ def train_sae(rows: ActivationRows, d_sae: int, k: int, steps: int, seed: int, f
         steps: steps of 1,024 rows.
         seed: of the initial weights and of the shuffle.
         folder: where the inference SAE is saved; plain SAELens loads it from there.
+        lr: learning rate; it falls to 0 over the last fifth of the steps.
+        dead_after: steps without firing after which a latent counts as dead and helps with the residual.
     """
     torch.manual_seed(seed)
     widths = level_widths(d_sae)
@@ -91,11 +102,12 @@ def train_sae(rows: ActivationRows, d_sae: int, k: int, steps: int, seed: int, f
             total_training_samples=steps * BATCH,
             train_batch_size_samples=BATCH,
             device="cpu",
-            lr=1e-3,
+            lr=lr,
             lr_end=0.0,
             lr_scheduler_name="constant",
             lr_warm_up_steps=min(100, steps // 10),
             lr_decay_steps=steps // 5,
+            dead_feature_window=dead_after,
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae=sae,

@@ -21,6 +21,7 @@ from sae_lens_maira.quickstart.sae import level_widths
     [
         ({"finding": "pleural_efusion"}, "finding"),
         ({"layer": 8}, "layers 0 to 7"),
+        ({"text_layer": -1}, "text_layer"),
         ({"studies": 3}, "at least 40"),
     ],
 )
@@ -44,7 +45,13 @@ def test_wilson_interval_by_hand():
 def test_small_run_writes_everything(tmp_path):
     """A run of 60 studies leaves report, tables, one heatmap per finding, and SAEs for plain SAELens."""
     config = QuickstartConfig(
-        out=tmp_path / "out", studies=60, steps=40, d_sae=256, k=8, steer_studies=4, progress=False
+        out=tmp_path / "out",
+        studies=60,
+        steps=40,
+        text_steps=40,
+        d_sae=256,
+        steer_studies=4,
+        progress=False,
     )
     result = run_quickstart(config)
     figures = {file.name for file in (config.out / "figures").iterdir()}
@@ -64,6 +71,8 @@ def test_small_run_writes_everything(tmp_path):
         f"sae = SAE.load_from_disk({str(config.out / 'sae_image')!r})\n"
         "assert sae.cfg.metadata.hook_name == 'blocks.3.hook_resid_post', sae.cfg.metadata\n"
         "assert sae.cfg.d_sae == 256\n"
+        f"text = SAE.load_from_disk({str(config.out / 'sae_text')!r})\n"
+        "assert text.cfg.metadata.hook_name == 'blocks.6.hook_resid_post', text.cfg.metadata\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert result.text.trained.n + int(result.image.trained.n) == 2 * result.text.trained.n
@@ -102,14 +111,15 @@ def found(tmp_path_factory):
 
 @pytest.mark.slow
 def test_trained_latents_beat_untrained_ones_at_text_positions(found):
-    """The gain's paired bootstrap interval lies above zero."""
+    """The gain is at least 0.10 with its interval above zero, and the latents explain the rows."""
     text = found["agreement"]["text"]
+    assert text["gain"] >= 0.10
     assert text["gain_low"] > 0
-    assert text["explained_variance"] > 0.9
+    assert text["explained_variance"] > 0.8
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="mean F1 at text positions is about 0.75, 0.85 is wanted: docs/log.md")
+@pytest.mark.xfail(strict=True, reason="mean F1 at text positions is about 0.8, 0.85 is wanted: docs/log.md")
 def test_text_latents_agree_with_findings(found):
     assert found["agreement"]["text"]["mean_f1"] >= 0.85
 
