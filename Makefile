@@ -49,15 +49,19 @@ check: docs
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/pytest -q tests/test_imports.py
 
+# One process a core, each with one thread; a file's tests stay together, for their fixtures.
+WORKERS ?= 2
+PYTEST_WORKERS = -n $(WORKERS) --dist loadfile
+
 test: setup
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_WORKERS)
 
 # Lines that the fast tests reach, subprocesses included.
 coverage: setup
 	$(VENV)/bin/pytest -q -m 'not slow' --cov --cov-report=term:skip-covered
 
 test-dashboard: setup-dashboard
-	$(DASH)/bin/pytest -m compat
+	OMP_NUM_THREADS=1 $(DASH)/bin/pytest -m compat $(PYTEST_WORKERS)
 
 bench: setup
 	$(VENV)/bin/python -m benchmarks

@@ -19,6 +19,7 @@ SMALL = [
     "--clinical.random=1",
     "--clinical.d_sae=128",
     "--clinical.steps=150",
+    "--clinical.specific=1.0",
 ]
 
 
