@@ -25,6 +25,7 @@ from sae_lens_maira.maira2.versions import cache_keyword
 from sae_lens_maira.steering.apply import check_point, listen
 from sae_lens_maira.steering.engine import Effect, Engine
 from sae_lens_maira.steering.interventions import Intervention
+from sae_lens_maira.steering.schedule import KINDS
 
 COLUMNS = ("input_ids", "attention_mask", "roles", "image_index", "image_kind", "patch_row", "patch_col")
 
@@ -145,6 +146,11 @@ class SharedPrompts:
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    def frontal(self, number: int) -> torch.Tensor:
+        """(patches, d_model) the stream at the frontal film's patches of one study, row by row."""
+        prompt = self._prompts[number]
+        return prompt.hidden[prompt.columns["image_kind"] == KINDS["frontal"]]
 
     def write(
         self, which: Sequence[int], interventions: Sequence[Intervention] = (), **options: Any

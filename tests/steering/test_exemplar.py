@@ -1,0 +1,69 @@
+"""One study's map: confined to its place, exact in the stream, of latents that differ there; or refused."""
+
+import pytest
+import torch
+
+from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.phantom import generate_studies
+from sae_lens_maira.steering.exemplar import boxes_place, exemplar_of
+from sae_lens_maira.steering.interventions import Direction
+from sae_lens_maira.steering.prefix import SharedPrompts
+from sae_lens_maira.steering.schedule import patches
+
+SHAPE = (8, 8)
+
+
+def test_the_place_is_the_boxes_and_a_margin():
+    """A box of two by one patches, with no margin 2 patches, with one 4 by 3; no box is the whole film."""
+    box = (0.26, 0.26, 0.49, 0.37)
+    assert boxes_place([box], SHAPE, margin=0).sum() == 2
+    grown = boxes_place([box], SHAPE).reshape(SHAPE)
+    assert grown.sum() == 12
+    assert bool(grown[1:4, 1:5].all())
+    assert boxes_place([], SHAPE).sum() == 64
+
+
+def test_latents_are_those_that_differ_inside_the_place():
+    """A latent that differs outside only is not chosen, and the map is the difference inside and 0 elsewhere."""
+    acts, absent, decoder = torch.zeros(64, 4), torch.zeros(64, 4), torch.eye(4, 6)
+    acts[10, 1], acts[40, 2], absent[10, 3] = 2.0, 50.0, 1.0
+    place = torch.zeros(64)
+    place[10] = 1
+    exemplar = exemplar_of(acts, absent, decoder, place, SHAPE, n_latents=3)
+    assert exemplar.latents == (1, 3)
+    delta = exemplar.delta(decoder)
+    assert delta[10].tolist() == [0, 2, 0, -1, 0, 0]
+    assert delta.abs().sum() == 3
+
+
+def test_interventions_add_the_map(phantom):
+    """Latents' interventions write the same reports as the map added patch by patch as directions."""
+    generator = torch.Generator().manual_seed(0)
+    studies = generate_studies(3, seed=11)
+    prompts = SharedPrompts(phantom, "blocks.0.hook_resid_post", studies)
+    assert prompts.frontal(0).shape == (64, 128)
+    # A dictionary of the stream's own dimensions, whose latents are read and added without an SAE.
+    absent = torch.stack([prompts.frontal(i) for i in (1, 2)]).mean(0)
+    place = (torch.rand(64, generator=generator) < 0.3).float()
+    exemplar = exemplar_of(prompts.frontal(0), absent, torch.eye(128), place, SHAPE, n_latents=128)
+    by_dimension = [
+        Direction(vector=torch.eye(128)[j], strength=1.0, where=patches(grid=grid.reshape(SHAPE)))
+        for j, grid in zip(exemplar.latents, exemplar.grids.T, strict=True)
+    ]
+    by_patch = []
+    for p in place.nonzero()[:, 0].tolist():
+        here = torch.zeros(64)
+        here[p] = 1
+        vector = exemplar.delta(torch.eye(128))[p]
+        by_patch.append(Direction(vector=vector, strength=1.0, where=patches(grid=here.reshape(SHAPE))))
+    assert prompts.write([1, 2], by_dimension).texts == prompts.write([1, 2], by_patch).texts
+    assert [i.latents[0] for i in exemplar.interventions(2.0)] == list(exemplar.latents)
+
+
+def test_refusals():
+    """Activations of another SAE, and an exemplar that shows nothing."""
+    same = torch.ones(64, 4)
+    with pytest.raises(InterventionError, match="the same SAE"):
+        exemplar_of(same, same, torch.eye(5), torch.ones(64), SHAPE)
+    with pytest.raises(InterventionError, match="nothing to add"):
+        exemplar_of(same, same, torch.eye(4), torch.ones(64), SHAPE)
