@@ -21,6 +21,7 @@ Backend = Literal["auto", "triton", "sparse", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 logger = logging.getLogger(__name__)
+_said: list[str] = []
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton", "sparse", "reference"]:
@@ -53,9 +54,10 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
 
 
 def say_if_emulated(candidates: str, device: torch.device | str) -> None:
-    """Log that bfloat16 candidates cost time instead of saving it: on a CPU without AVX-512 they are emulated."""
+    """Log, once a process, that bfloat16 candidates cost time here: on a CPU without AVX-512 they are emulated."""
     wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-    if candidates == "bf16" and torch.device(device).type == "cpu" and not wide:
+    if candidates == "bf16" and torch.device(device).type == "cpu" and not wide and not _said:
+        _said.append(candidates)
         logger.warning(
             "candidates='bf16' was asked for on a CPU without AVX-512, where bfloat16 products are emulated: the step "
             "stays exact, but candidates='off' is faster on this machine."

@@ -36,7 +36,7 @@ class QuickstartConfig:
     text_layer: int = 6
     d_sae: int = 1024
     k: int = 8
-    text_k: int = 2
+    text_k: int = 4
     steps: int = 3000
     text_steps: int = 3000
     finding: str = "cardiomegaly"

@@ -9,79 +9,26 @@ the batch. It holds 2 L layers d_model numbers a study and knows nothing about w
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from sae_lens import SAE
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
 from sae_lens_maira.maira2.versions import cache_keyword
-from sae_lens_maira.steering.apply import check_point, listen
+from sae_lens_maira.steering.apply import check_point
+from sae_lens_maira.steering.continuation import Continuation, UpperModel
 from sae_lens_maira.steering.engine import Effect, Engine
 from sae_lens_maira.steering.interventions import Intervention
+from sae_lens_maira.steering.prompt_cache import Prompt, Room, position_ids_of
 from sae_lens_maira.steering.schedule import KINDS
 
 COLUMNS = ("input_ids", "attention_mask", "roles", "image_index", "image_kind", "patch_row", "patch_col")
-
-
-class _Room(DynamicLayer):
-    """Keys and values of one block with room for what will be written, so that a step copies one token."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self._room, self.used = room, 0
-        self._buffers: list[torch.Tensor] = []
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, heads, T, d_head), and return all that is held."""
-        start, self.used = self.used, self.used + key_states.shape[2]
-        if not self._buffers:
-            shape = (*key_states.shape[:2], self._room, key_states.shape[3])
-            self._buffers = [key_states.new_empty(shape), value_states.new_empty(shape)]
-            self.is_initialized = True
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start : self.used] = new
-        self._show()
-        return self.keys, self.values  # pyright: ignore[reportReturnType] - set by _show
-
-    def rewind(self, length: int) -> None:
-        """Forget what stands behind `length`."""
-        self.used = min(self.used, length)
-        self._show()
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keep some rows of the batch."""
-        self._buffers = [buffer[rows] for buffer in self._buffers]
-        self._show()
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Positions held."""
-        return self.used
-
-    def _show(self) -> None:
-        self.keys, self.values = (buffer[:, :, : self.used] for buffer in self._buffers)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """One study's prompt, without padding: its encoding's columns (1, L), h (L, d_model), keys and values a block.
-
-    `first` (d_vocab,) are the unsteered logits of the report's first token.
-    """
-
-    columns: dict[str, torch.Tensor]
-    hidden: torch.Tensor
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
-    first: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -134,12 +81,13 @@ class SharedPrompts:
                 f"{hook_name!r} leaves other parts of its own block untouched, so the blocks below it are not all that "
                 "is shared; use blocks.{i}.hook_resid_post, or `steering` without shared prompts."
             )
-        self.maira, self.hook_name, self._point, self._block = maira, hook_name, point, point.index
-        self._lm: Any = maira.model.model.language_model
-        self._keyword = cache_keyword()
-        self._pad = int(maira.processor.tokenizer.pad_token_id)
-        self._eos = int(maira.processor.tokenizer.eos_token_id)
-        self._prompts: list[_Prompt] = []
+        self.maira, self.hook_name = maira, hook_name
+        tokenizer = maira.processor.tokenizer
+        self._pad, self._eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+        self._upper = UpperModel(
+            maira.model, point.index, point.module, cache_keyword(), self._pad, self._eos
+        )
+        self._prompts: list[Prompt] = []
         self._plain: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for start in range(0, len(studies), batch_size):
             self._read(list(studies[start : start + batch_size]))
@@ -202,7 +150,7 @@ class SharedPrompts:
             rows = [jobs[number].which[i] for number, places in batch for i in places]
             # A schedule that reaches the report needs its hook at every step, and has its batch to itself.
             only = segments[0][2] if len(segments) == 1 else None
-            run = _Run(self, rows, _stack(masks), _stack(hidden), only, max_new_tokens)
+            run = self._go_on(rows, _stack(masks), _stack(hidden), only, max_new_tokens)
             kl = [float("nan")] * len(rows)
             if measure_kl:
                 kl = run.kl(*self._unsteered(rows, max_new_tokens))
@@ -271,7 +219,7 @@ class SharedPrompts:
             rows = [which[i] for i in places]
             ids = self._tokens([reports[i] for i in places])
             encoding, _ = self._batch(rows)
-            run = _Run(self, rows, encoding.attention_mask, None, None, ids.shape[1])
+            run = self._go_on(rows, encoding.attention_mask, None, None, ids.shape[1])
             logp = run.score(ids).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
             kept = ids != self._pad
             mean = (logp * kept).sum(1) / kept.sum(1)
@@ -309,8 +257,8 @@ class SharedPrompts:
         if missing:
             encoding, hidden = self._batch(missing)
             mask = encoding.attention_mask
-            ids = _Run(self, missing, mask, hidden, None, budget).decode(budget)
-            run = _Run(self, missing, mask, None, None, ids.shape[1])
+            ids = self._go_on(missing, mask, hidden, None, budget).decode(budget)
+            run = self._go_on(missing, mask, None, None, ids.shape[1])
             logp = run.score(ids).log_softmax(-1)
             for row, written, scores in zip(missing, ids, logp, strict=True):
                 n = int((written != self._pad).sum())
@@ -320,6 +268,16 @@ class SharedPrompts:
         logp = nn.utils.rnn.pad_sequence([k[1] for k in kept], batch_first=True)
         return ids, logp
 
+    def _go_on(
+        self,
+        rows: Sequence[int],
+        mask: torch.Tensor,
+        hidden: torch.Tensor | None,
+        engine: Engine | None,
+        room: int,
+    ) -> Continuation:
+        return Continuation(self._upper, [self._prompts[row] for row in rows], mask, hidden, engine, room)
+
     @torch.no_grad()
     def _read(self, studies: Sequence[Any]) -> None:
         maira = self.maira
@@ -327,27 +285,27 @@ class SharedPrompts:
             maira.model.device, maira.model.dtype
         )
         length = encoding.input_ids.shape[1]
-        cache = Cache(layers=[_Room(length) for _ in range(len(self._lm.layers))])
+        cache = Cache(layers=[Room(length) for _ in self._upper.language_model.layers])
         seen: list[torch.Tensor] = []
 
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-        handle = maira.model.get_submodule(self._point.module).register_forward_hook(look, prepend=True)
+        handle = maira.model.get_submodule(self._upper.module).register_forward_hook(look, prepend=True)
         try:
             output: Any = maira.model(
                 **encoding.model_inputs(),
-                position_ids=places_of(encoding.attention_mask),
+                position_ids=position_ids_of(encoding.attention_mask),
                 use_cache=True,
                 logits_to_keep=1,
-                **{self._keyword: cache},
+                **{self._upper.cache_keyword: cache},
             )
         finally:
             handle.remove()
         for row in range(len(encoding)):
             real = encoding.attention_mask[row].bool()
             self._prompts.append(
-                _Prompt(
+                Prompt(
                     {name: getattr(encoding, name)[row, real] for name in COLUMNS},
                     seen[0][row, real].clone(),
                     tuple(layer.keys[row][:, real] for layer in cache.layers),  # pyright: ignore[reportOptionalSubscript, reportAttributeAccessIssue]
@@ -378,134 +336,6 @@ class SharedPrompts:
             eos_token_id=self._eos,
         )
         return encoding, hidden
-
-
-class _Run:
-    """The upper blocks over one batch's edited prompt, and what is written behind it.
-
-    `hidden` (B, L, d_model) is edited already; `engine` is asked again for what is written. Without `hidden` the
-    prompt's own keys and values are taken for every block: nothing is steered.
-    """
-
-    def __init__(
-        self,
-        shared: SharedPrompts,
-        rows: Sequence[int],
-        mask: torch.Tensor,
-        hidden: torch.Tensor | None,
-        engine: Engine | None,
-        room: int,
-    ) -> None:
-        self._shared, self._engine, self._pad, self._eos = shared, engine, shared._pad, shared._eos
-        self._mask, self._length = mask, mask.shape[1]
-        lm = shared._lm
-        self._cache = Cache(layers=[_Room(self._length + room) for _ in range(len(lm.layers))])
-        below = shared._block + 1 if hidden is not None else len(lm.layers)
-        parts = [shared._prompts[row] for row in rows]
-        self._first = torch.stack([part.first for part in parts])
-        if hidden is not None:
-            with _upper(lm, below):
-                # The lower blocks' entries are still empty, so the library builds the mask of a first pass.
-                last = self._pass(inputs_embeds=hidden)[:, -1]
-            self._first = shared.maira.model.lm_head(last)
-        for block in range(below):
-            room_of: Any = self._cache.layers[block]
-            room_of.update(
-                _left([p.keys[block] for p in parts], self._length),
-                _left([p.values[block] for p in parts], self._length),
-            )
-        # Positions written later are steered only if a schedule reaches them; otherwise no hook is needed.
-        self._hooked = engine is not None and engine.reaches(self._length + room)
-
-    def score(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T, d_vocab) logits that predict `ids` (B, T), as if they had been written; nothing is kept of it."""
-        with self._listening():
-            hidden = self._pass(input_ids=ids[:, :-1], more=(ids[:, :-1] != self._pad).long())
-        self._rewind()
-        return torch.cat([self._first[:, None], self._shared.maira.model.lm_head(hidden)], 1).float()
-
-    def kl(self, ids: torch.Tensor, base: torch.Tensor) -> list[float]:
-        """Per row, mean KL(base || steered) over the report's tokens."""
-        moved = self.score(ids).log_softmax(-1)
-        kept = (ids != self._pad).float()
-        divergence = (base.exp() * (base - moved)).sum(-1) * kept
-        return (divergence.sum(1) / kept.sum(1)).tolist()
-
-    def decode(self, budget: int) -> torch.Tensor:
-        """(B, T) ids written greedily, closing token included, padded behind it."""
-        head = self._shared.maira.model.lm_head
-        rows = torch.arange(len(self._mask))
-        out = torch.full((len(rows), budget), self._pad)
-        logits, written = self._first, 0
-        with self._listening():
-            for step in range(budget):
-                ids = logits.argmax(-1)
-                out[rows, step] = ids
-                written = step + 1
-                going = ids != self._eos
-                if not bool(going.any()) or written == budget:
-                    break
-                if not self._hooked and int(going.sum()) <= 0.8 * len(going):
-                    keep = going.nonzero()[:, 0]
-                    rows, ids, self._mask = rows[keep], ids[keep], self._mask[keep]
-                    for layer in self._cache.layers:
-                        layer.keep(keep)  # pyright: ignore[reportAttributeAccessIssue] - a _Room
-                logits = head(self._pass(input_ids=ids[:, None], more=torch.ones_like(ids)[:, None])[:, -1])
-        # A row that ended but stayed in the batch wrote on behind its closing token.
-        ended = ((out == self._eos).int().cumsum(1) - (out == self._eos).int()) > 0
-        return out.masked_fill(ended, self._pad)[:, :written]
-
-    def _pass(self, more: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
-        if more is not None:
-            self._mask = torch.cat([self._mask, more], 1)
-        n = next(iter(inputs.values())).shape[1]
-        return self._shared._lm(
-            **inputs,
-            attention_mask=self._mask,
-            position_ids=places_of(self._mask)[:, -n:],
-            use_cache=True,
-            **{self._shared._keyword: self._cache},
-        ).last_hidden_state
-
-    def _rewind(self) -> None:
-        self._mask = self._mask[:, : self._length]
-        for layer in self._cache.layers:
-            layer.rewind(self._length)  # pyright: ignore[reportAttributeAccessIssue] - a _Room
-        if self._engine is not None:
-            self._engine.effect.positions = self._length
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        if self._engine is None or not self._hooked:
-            yield
-            return
-        module = self._shared.maira.model.get_submodule(self._shared._point.module)
-        handle = listen(module, self._engine)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-def places_of(mask: torch.Tensor) -> torch.Tensor:
-    """(B, n) place of every real token in its row, 0 at padding: the positions that `generate` gives."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-@contextmanager
-def _upper(lm: Any, first: int) -> Iterator[None]:
-    """The language model with only its blocks from `first` on."""
-    layers = lm.layers
-    lm.layers = nn.ModuleList(list(layers)[first:])
-    try:
-        yield
-    finally:
-        lm.layers = layers
-
-
-def _left(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
-    """(B, heads, length, d_head) of (heads, l, d_head), padded on the left."""
-    return torch.stack([nn.functional.pad(part, (0, 0, length - part.shape[1], 0)) for part in parts])
 
 
 def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:

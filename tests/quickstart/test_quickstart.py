@@ -115,11 +115,11 @@ def test_trained_latents_beat_untrained_ones_at_text_positions(found):
     text = found["agreement"]["text"]
     assert text["gain"] >= 0.10
     assert text["gain_low"] > 0
-    assert text["explained_variance"] > 0.8
+    assert text["explained_variance"] > 0.9
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="0.75 to 0.86 by seed and length of training, 0.85 is wanted: docs/log.md")
+@pytest.mark.xfail(strict=True, reason="mean F1 at text positions is about 0.8, 0.85 is wanted: docs/log.md")
 def test_text_latents_agree_with_findings(found):
     assert found["agreement"]["text"]["mean_f1"] >= 0.85
 
