@@ -26,7 +26,7 @@ from sae_lens_maira.latents.contexts import build_context
 from sae_lens_maira.latents.entries import Pseudonyms, save_images, study_entry
 from sae_lens_maira.latents.hits import read_hits
 from sae_lens_maira.latents.packing import TEXTS, TextReader
-from sae_lens_maira.latents.passes import Wanted, count, spool
+from sae_lens_maira.latents.passes import ContextReader, Wanted, count, spool
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyEntry
 from sae_lens_maira.latents.recordset import RecordSet, write_records
 from sae_lens_maira.latents.relations import Relations, token_weights
@@ -104,19 +104,8 @@ def collect_records(
     builder = RecordBuilder(statistics, keys, level_of_latents(widths, d_sae), config)
     wanted = Wanted([(latent, builder.wanted(latent)) for latent in latents], d_sae)
     names = Pseudonyms(place.salt)
-    spool(
-        blocks,
-        studies,
-        sae,
-        maira,
-        wanted,
-        names,
-        builder.grid,
-        place,
-        config.chunk,
-        config.save_seconds,
-        bars,
-    )
+    reader = ContextReader(studies, sae, maira, wanted, names, builder.grid, config.chunk)
+    spool(blocks, reader, place, config.save_seconds, bars)
     if rank == 0:
         meta = RecordsMeta(
             model=config.model,

@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,18 +114,31 @@ class Wanted:
         return self._pairs[at] == pair
 
 
+@dataclass(frozen=True)
+class ContextReader:
+    """What turns rows into hits and texts.
+
+    Attributes:
+        studies: the sequence that rows count in.
+        sae: its latents.
+        maira: whose processor writes the texts.
+        wanted: pairs of study and latent to keep.
+        names: pseudonyms of studies.
+        grid: rows and columns of patches.
+        chunk: rows encoded at once.
+    """
+
+    studies: Sequence[Study]
+    sae: SAE[Any]
+    maira: Maira2
+    wanted: Wanted
+    names: Pseudonyms
+    grid: tuple[int, int]
+    chunk: int
+
+
 def spool(
-    blocks: Blocks,
-    studies: Sequence[Study],
-    sae: SAE[Any],
-    maira: Maira2,
-    wanted: Wanted,
-    names: Pseudonyms,
-    grid: tuple[int, int],
-    place: Workplace,
-    chunk: int,
-    save_seconds: float,
-    progress: bool,
+    blocks: Blocks, reader: ContextReader, place: Workplace, save_seconds: float, progress: bool
 ) -> None:
     """Pass 2 of this process; returns when all processes are done.
 
@@ -146,9 +161,9 @@ def spool(
         range(saved["next"], len(blocks), place.world), desc="contexts", unit="unit", disable=not progress
     ):
         for rows in blocks[unit]:
-            rows = rows.where(np.isin(rows.study, wanted.studies))
+            rows = rows.where(np.isin(rows.study, reader.wanted.studies))
             if len(rows):
-                found += _spool_block(rows, studies, sae, maira, wanted, names, grid, files, texts, chunk)
+                found += _spool_block(rows, reader, files, texts)
         if time.monotonic() - at >= save_seconds or unit + place.world >= len(blocks):
             saved = {
                 "next": unit + place.world,
@@ -164,26 +179,15 @@ def spool(
     place.wait_for_all("contexts")
     logs = [place.contexts(rank) / "progress.json" for rank in range(place.world)]
     all_found = sum(json.loads(path.read_text(encoding="utf-8"))["found"] for path in logs)
-    if all_found != len(wanted.studies):
+    if all_found != len(reader.wanted.studies):
         raise RecordError(
             f"The second pass over the blocks found {all_found} studies where the first one wanted "
-            f"{len(wanted.studies)}; blocks must give the same rows whenever they are read."
+            f"{len(reader.wanted.studies)}; blocks must give the same rows whenever they are read."
         )
 
 
 @torch.no_grad()
-def _spool_block(
-    rows: ActivationRows,
-    studies: Sequence[Study],
-    sae: SAE[Any],
-    maira: Maira2,
-    wanted: Wanted,
-    names: Pseudonyms,
-    grid: tuple[int, int],
-    files: HitFiles,
-    texts: Any,
-    chunk: int,
-) -> int:
+def _spool_block(rows: ActivationRows, reader: ContextReader, files: HitFiles, texts: Path) -> int:
     """Hits and texts of a block of wanted studies; returns how many studies it held."""
     edges = np.r_[0, np.flatnonzero(np.diff(rows.study)) + 1, len(rows)]
     where = np.zeros(len(rows), dtype=np.int32)
@@ -192,12 +196,14 @@ def _spool_block(
         mask = np.zeros(len(rows), dtype=bool)
         mask[a:b] = True
         own = rows.where(mask)
-        study = studies[int(own.study[0])]
-        text = study_text(maira.processor, study, own, grid)
-        where[a:b] = places_of(own, text, grid)
-        lines.append(text_line(names.study(study), text))
-    row, latent, value = (x.numpy() for x in active_entries(encode_sparse(sae, rows.values, chunk)))
-    kept = wanted.holds(rows.study[row], latent)
+        study = reader.studies[int(own.study[0])]
+        text = study_text(reader.maira.processor, study, own, reader.grid)
+        where[a:b] = places_of(own, text, reader.grid)
+        lines.append(text_line(reader.names.study(study), text))
+    row, latent, value = (
+        x.numpy() for x in active_entries(encode_sparse(reader.sae, rows.values, reader.chunk))
+    )
+    kept = reader.wanted.holds(rows.study[row], latent)
     row, latent, value = row[kept], latent[kept], value[kept]
     hits = np.zeros(len(row), HIT)
     hits["study"], hits["latent"], hits["place"], hits["value"] = rows.study[row], latent, where[row], value

@@ -1,12 +1,13 @@
 """Selection: the one-gradient effect is the derivative, and rankings keep signs."""
 
+import numpy as np
 import pytest
 import torch
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.steering import Direction, steering
 from sae_lens_maira.steering.schedule import patches
-from sae_lens_maira.steering.selection import Ranking, by_output_effect, log_probability
+from sae_lens_maira.steering.selection import Ranking, by_agreement, by_output_effect, log_probability
 
 HOOK = "blocks.3.hook_resid_post"
 TARGET = "There is a large left pleural effusion."
@@ -45,3 +46,12 @@ def test_bad_input(phantom, few, steering_sae):
     if alone:
         with pytest.raises(InterventionError, match="no position"):
             by_output_effect(phantom, steering_sae, HOOK, alone, [TARGET], where=patches("lateral"))
+
+
+def test_agreement_ranks_by_f1_of_firing():
+    """A latent that fires where the finding is stands first, one that fires everywhere next, a silent one nowhere."""
+    truth = np.array([True, False, True, False])
+    fires = np.stack([truth, np.ones(4, bool), np.zeros(4, bool), ~truth], 1)
+    ranking = by_agreement(fires, truth)
+    assert ranking.scores.tolist() == pytest.approx([1, 2 / 3, 0, 0])
+    assert ranking.boost(4) == (0, 1)
