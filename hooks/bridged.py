@@ -40,6 +40,7 @@ class BridgedMaira2(SAETransformerBridge):
     points: PointTable
     _generating = False
     _takes_cache = False
+    _conversions: dict[str, Any]
     _hooks_by_name: dict[str, HookPoint] | None = None
 
     @classmethod
@@ -54,6 +55,7 @@ class BridgedMaira2(SAETransformerBridge):
         taken.__class__ = cls
         taken._acts_to_saes = {}
         taken._transcoder_output_hooks = {}
+        taken._conversions = {}
         taken.points = PointTable(taken.original_model.config)
         if processor is not None:
             taken.processor = processor
@@ -144,11 +146,19 @@ class BridgedMaira2(SAETransformerBridge):
                 f"The SAE has d_in {sae.cfg.d_in}, but the value at {name!r} has width {width}. Check"
                 " that the SAE belongs to this model and hook."
             )
+        for hook in (name, sae.cfg.metadata.hook_name_out or name):
+            site = self._resolve_hook_name(hook)
+            if isinstance(covered := self._hook_registry[site], HookPoint):
+                self._conversions[site] = covered.hook_conversion
         super().add_sae(sae, use_error_term)
         self._hooks_by_name = None
 
     def _reset_sae(self, *args: Any, **kwargs: Any) -> None:
         super()._reset_sae(*args, **kwargs)
+        # SAELens puts a bare hook point back: without the split into heads that hook_q, _k, _v and _z had.
+        for site, conversion in self._conversions.items():
+            if isinstance(point := self._hook_registry[site], HookPoint):
+                point.hook_conversion = conversion
         # The fresh hook point took its short name when it was put in place; TransformerLens then takes the long
         # one for an alias of nothing and drops hooks that are added under it.
         for name, point in self._hook_registry.items():

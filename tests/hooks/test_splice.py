@@ -58,6 +58,18 @@ def test_with_the_error_term_nothing_changes(host: Any, encoding: Any, hook_name
     assert host.acts_to_saes == {}
 
 
+def test_heads_are_split_again_where_an_sae_has_left(host: Any, encoding: Any) -> None:
+    """SAELens' bridge puts a bare hook point back, and values there would lose their heads for good."""
+    name = "blocks.2.attn.hook_z"
+    sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=128, reshape_activations="hook_z"))
+    sae.cfg.metadata.hook_name = name
+    with torch.no_grad():
+        _, before = host.run_with_cache(encoding, names_filter=[name])
+        host.run_with_saes(encoding, saes=sae)
+        _, after = host.run_with_cache(encoding, names_filter=[name])
+    assert torch.equal(after[name], before[name])
+
+
 def test_a_bf16_stream_comes_back_exactly(eager: Any, encoding: Any) -> None:
     """An fp32 SAE in a bf16 model: with the error term the logits are the model's own."""
     half = HookedMaira2(copy.deepcopy(eager.model).bfloat16())
