@@ -16,6 +16,7 @@ from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Intervention, SetTo
 from sae_lens_maira.steering.evaluate import Method, map_directions
+from sae_lens_maira.steering.exemplar import LatentMap
 from sae_lens_maira.steering.schedule import Schedule, everywhere, patches
 from sae_lens_maira.steering.selection import by_map_effect
 
@@ -29,6 +30,10 @@ ENERGY = 0.02
 MAPS = "latents by map difference"
 EFFECT = "latents by output effect"
 AGREEMENT = "latents by agreement"
+CAUSAL = "latent map chosen by its effect on the other half"
+EXEMPLAR, POOLED = "one exemplar's latents", "mean of exemplars' latents"
+RANDOM_CAUSAL = "random direction, norm and place of the chosen map"
+TWINS_CAUSAL = "random latents, norm and place of the chosen map"
 SET, AT_LEAST = "set in place", "at least in place"
 EVERYWHERE = "text latent everywhere"
 MEANS = "difference of means (supervised)"
@@ -91,6 +96,30 @@ class Bench:
             scores = self.learned.agreement[:, column] * (difference != 0).any(0)
         return scores.topk(min(n, len(scores))).indices.tolist()
 
+    def tried(self, chosen: dict[str, tuple[LatentMap, float]]) -> list[Method]:
+        """Maps that were tried on the choosing half, each at its strength, and controls of the one named `CAUSAL`.
+
+        Args:
+            chosen: map and strength by the method's name.
+        """
+        methods = [Method(name, m.interventions, strengths=(s,)) for name, (m, s) in chosen.items()]
+        if CAUSAL in chosen:
+            kept = chosen[CAUSAL][0]
+            size, twins = kept.delta(self.decoder).norm(dim=1), self._twins(kept.latents)
+            methods += [
+                Method(
+                    RANDOM_CAUSAL,
+                    lambda s: [Direction(vector=self._direction(), strength=s, where=self._grid(size))],
+                    control_of=CAUSAL,
+                ),
+                Method(
+                    TWINS_CAUSAL,
+                    kept.on_other_latents(twins, self.decoder).interventions,
+                    control_of=CAUSAL,
+                ),
+            ]
+        return methods
+
     def insertion(self, finding: str) -> list[Method]:
         """Ways to put a finding into reports that lack it, and controls."""
         difference, latents = self.difference(finding), self.chosen(finding, MAPS)
@@ -126,7 +155,7 @@ class Bench:
                 for j in more_active(n)
             ]
 
-        here = self._grid(self._place(finding))
+        here = self._grid(self.place(finding))
         return [
             Method(
                 ABLATE_HERE, lambda n: [Ablate(latents=tuple(more_active(n)), where=here)], strengths=COUNTS
@@ -202,14 +231,14 @@ class Bench:
     def _in_place(
         self, finding: str, latents: Sequence[int], strength: float, kind: type[SetTo] | type[AtLeast]
     ) -> list[Intervention]:
-        grids = self.learned.present[FINDING_KEYS.index(finding)] * self._place(finding)[:, None]
+        grids = self.learned.present[FINDING_KEYS.index(finding)] * self.place(finding)[:, None]
         return [
             kind(latents=(j,), strength=strength, unit="raw", where=self._grid(grids[:, j]))
             for j in latents
             if bool(grids[:, j].any())
         ]
 
-    def _place(self, finding: str) -> torch.Tensor:
+    def place(self, finding: str) -> torch.Tensor:
         """(P,) 1 where the finding's boxes usually lie; everywhere for a finding without boxes."""
         here = (self.learned.boxes[FINDING_KEYS.index(finding)] >= BOX_SHARE).float()
         return here if bool(here.any()) else torch.ones_like(here)

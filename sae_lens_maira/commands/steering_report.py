@@ -21,7 +21,16 @@ PARTS = {
     "move": "Move to the other side",
 }
 LATENT_METHODS = {
-    "insert": (names.MAPS, names.EFFECT, names.AGREEMENT, names.SET, names.AT_LEAST),
+    "insert": (
+        names.CAUSAL,
+        names.EXEMPLAR,
+        names.POOLED,
+        names.MAPS,
+        names.EFFECT,
+        names.AGREEMENT,
+        names.SET,
+        names.AT_LEAST,
+    ),
     "remove": (names.ABLATE_HERE, names.ABLATE, names.AT_MOST, names.SUBTRACT),
     "move": (names.OTHER, names.MIRRORED),
 }

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.commands.steering_chosen import choose_map
 from sae_lens_maira.commands.steering_learned import Learned, encoder_of, learn
-from sae_lens_maira.commands.steering_methods import Bench
+from sae_lens_maira.commands.steering_methods import CAUSAL, EXEMPLAR, POOLED, Bench
 from sae_lens_maira.commands.steering_report import write_tables
 from sae_lens_maira.commands.steering_subjects import MAX_NEW_TOKENS, Subjects
 from sae_lens_maira.errors import ConfigError, InterventionError
@@ -178,17 +179,26 @@ def steer_part(
             said = read_report(text).present
             return said | {MOVED} if other in said and finding not in said else said
 
+    few = max(8, settings.choose * 3 // 4) if remove else settings.choose
+    choose = subjects.pick("choose", present, absent, few)
+    kinds = {CAUSAL: None, EXEMPLAR: EXEMPLAR, POOLED: POOLED}
+    if part == "insert" and (not settings.methods or set(kinds) & set(settings.methods)):
+        choice = choose_map(bench, subjects, finding, choose)
+        folder = settings.out / finding / part
+        folder.mkdir(parents=True, exist_ok=True)
+        choice.table().to_parquet(folder / "trials.parquet")
+        best = {name: choice.best(kind) for name, kind in kinds.items()}
+        methods = bench.tried({k: (t.candidate.map, t.strength) for k, t in best.items()}) + methods
     if settings.methods:
         # A control says nothing without its method.
         asked = settings.methods
         methods = [m for m in methods if m.name in asked and (m.control_of or m.name) in asked]
-    few = max(8, settings.choose * 3 // 4) if remove else settings.choose
     return evaluate_steering(
         subjects.maira,
         bench.sae,
         subjects.hook_name,
         methods,
-        subjects.pick("choose", present, absent, few),
+        choose,
         subjects.pick("report", present, absent, settings.report),
         target,
         read,

@@ -2,9 +2,9 @@
 
     delta[p] = w[p] sum_j (e_j[p] - absent_j[p]) W_dec[j]        w[p] = 1 in its boxes and `margin` patches around
 
-e_j are the exemplar's activations, absent_j the mean of studies without the finding, and j runs over the latents whose
-difference is largest inside w. A mean map smears a finding that lies elsewhere in every study; one study's does not.
-It knows nothing about reports, and does not choose the exemplar.
+e_j are the activations of an exemplar, or of several on average, absent_j the mean of studies without the finding, and
+j runs over the latents whose difference is largest inside w. The mean of all studies smears a finding that lies
+elsewhere in each; one study's map does not. It knows nothing about reports, and does not choose the exemplar.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from sae_lens_maira.steering.schedule import box_grid, patches
 
 
 @dataclass(frozen=True)
-class Exemplar:
-    """One study's latents at the frontal patches, beyond what others hold there.
+class LatentMap:
+    """What is added to a few latents at every frontal patch, at strength 1.
 
     Attributes:
         latents: largest difference first.
-        grids: (P, n) what is added to each latent's activation at strength 1.
+        grids: (P, n) added activations.
         shape: rows and columns of patches.
     """
 
@@ -32,15 +32,27 @@ class Exemplar:
     shape: tuple[int, int]
 
     def interventions(self, strength: float) -> list[Add]:
-        """One `Add` a latent."""
+        """One `Add` a latent that has a map."""
         return [
             Add(latents=(j,), strength=strength, unit="raw", where=patches(grid=grid.reshape(self.shape)))
             for j, grid in zip(self.latents, self.grids.T, strict=True)
+            if bool(grid.any())
         ]
 
     def delta(self, decoder: torch.Tensor) -> torch.Tensor:
         """(P, d_model) what is added to the stream at strength 1, for decoder rows (D, d_model)."""
         return self.grids @ decoder[list(self.latents)]
+
+    def on_other_latents(self, latents: Sequence[int], decoder: torch.Tensor) -> "LatentMap":
+        """The same map on other latents, scaled so that every patch is moved as far as by this one: a control.
+
+        Args:
+            latents: as many others, in order.
+            decoder: (D, d_model) decoder rows.
+        """
+        other = LatentMap(tuple(latents), self.grids, self.shape)
+        size, theirs = (m.delta(decoder).norm(dim=1, keepdim=True) for m in (self, other))
+        return LatentMap(other.latents, self.grids * size / theirs.clamp(min=1e-12), self.shape)
 
 
 def boxes_place(
@@ -60,18 +72,19 @@ def boxes_place(
     return grown.flatten()
 
 
-def exemplar_of(
+def exemplar_map(
     acts: torch.Tensor,
     absent: torch.Tensor,
     decoder: torch.Tensor,
     place: torch.Tensor,
     shape: tuple[int, int],
     n_latents: int = 16,
-) -> Exemplar:
-    """The exemplar's map over the latents that differ most inside the place.
+) -> LatentMap:
+    """What studies with the finding hold beyond those without it, over the latents that differ most inside the place.
 
     Args:
-        acts: (P, D) the exemplar's activations at its frontal patches.
+        acts: (P, D) an exemplar's activations at its frontal patches, or a mean over some or all studies that have
+            the finding.
         absent: (P, D) mean activations of studies without the finding.
         decoder: (D, d_model) decoder rows.
         place: (P,) weights, from `boxes_place`.
@@ -95,4 +108,4 @@ def exemplar_of(
             "The exemplar's latents equal the mean of other studies at every patch of the place, so there is "
             "nothing to add; give a study that shows the finding there."
         )
-    return Exemplar(tuple(chosen), difference[:, chosen].contiguous(), shape)
+    return LatentMap(tuple(chosen), difference[:, chosen].contiguous(), shape)

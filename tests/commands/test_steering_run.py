@@ -36,6 +36,8 @@ def test_latents_put_it_in_and_controls_do_not(folder):
     assert table.on_target[names.MEANS] >= 0.8
     assert table.on_target[names.RANDOM_DIRECTION] <= 0.1
     assert table.on_target[names.FLIPPED] <= 0.1
+    assert table.on_target[names.CAUSAL] >= 0.8
+    assert table.on_target[[names.RANDOM_CAUSAL, names.TWINS_CAUSAL]].max() <= 0.1
     assert table.off_target[names.MAPS] <= 0.1
     assert (table.on_target_high - table.on_target_low > 0.2).all(), "ten studies cannot be this certain"
 

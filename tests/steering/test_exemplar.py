@@ -5,7 +5,7 @@ import torch
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.phantom import generate_studies
-from sae_lens_maira.steering.exemplar import boxes_place, exemplar_of
+from sae_lens_maira.steering.exemplar import LatentMap, boxes_place, exemplar_map
 from sae_lens_maira.steering.interventions import Direction
 from sae_lens_maira.steering.prefix import SharedPrompts
 from sae_lens_maira.steering.schedule import patches
@@ -29,7 +29,7 @@ def test_latents_are_those_that_differ_inside_the_place():
     acts[10, 1], acts[40, 2], absent[10, 3] = 2.0, 50.0, 1.0
     place = torch.zeros(64)
     place[10] = 1
-    exemplar = exemplar_of(acts, absent, decoder, place, SHAPE, n_latents=3)
+    exemplar = exemplar_map(acts, absent, decoder, place, SHAPE, n_latents=3)
     assert exemplar.latents == (1, 3)
     delta = exemplar.delta(decoder)
     assert delta[10].tolist() == [0, 2, 0, -1, 0, 0]
@@ -45,7 +45,7 @@ def test_interventions_add_the_map(phantom):
     # A dictionary of the stream's own dimensions, whose latents are read and added without an SAE.
     absent = torch.stack([prompts.frontal(i) for i in (1, 2)]).mean(0)
     place = (torch.rand(64, generator=generator) < 0.3).float()
-    exemplar = exemplar_of(prompts.frontal(0), absent, torch.eye(128), place, SHAPE, n_latents=128)
+    exemplar = exemplar_map(prompts.frontal(0), absent, torch.eye(128), place, SHAPE, n_latents=128)
     by_dimension = [
         Direction(vector=torch.eye(128)[j], strength=1.0, where=patches(grid=grid.reshape(SHAPE)))
         for j, grid in zip(exemplar.latents, exemplar.grids.T, strict=True)
@@ -60,10 +60,20 @@ def test_interventions_add_the_map(phantom):
     assert [i.latents[0] for i in exemplar.interventions(2.0)] == list(exemplar.latents)
 
 
+def test_other_latents_move_every_patch_as_far():
+    """A control on other latents has the map's norm at every patch, whatever the length of their decoder rows."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.randn(12, 6, generator=generator) * torch.arange(1, 13)[:, None]
+    own = LatentMap((1, 4, 7), torch.randn(64, 3, generator=generator), SHAPE)
+    other = own.on_other_latents((0, 9, 11), decoder)
+    torch.testing.assert_close(other.delta(decoder).norm(dim=1), own.delta(decoder).norm(dim=1))
+    assert other.latents == (0, 9, 11)
+
+
 def test_refusals():
     """Activations of another SAE, and an exemplar that shows nothing."""
     same = torch.ones(64, 4)
     with pytest.raises(InterventionError, match="the same SAE"):
-        exemplar_of(same, same, torch.eye(5), torch.ones(64), SHAPE)
+        exemplar_map(same, same, torch.eye(5), torch.ones(64), SHAPE)
     with pytest.raises(InterventionError, match="nothing to add"):
-        exemplar_of(same, same, torch.eye(4), torch.ones(64), SHAPE)
+        exemplar_map(same, same, torch.eye(4), torch.ones(64), SHAPE)
