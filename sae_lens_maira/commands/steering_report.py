@@ -34,6 +34,7 @@ LATENT_METHODS = {
     "remove": (names.ABLATE_HERE, names.ABLATE, names.AT_MOST, names.SUBTRACT),
     "move": (names.OTHER, names.MIRRORED),
 }
+REACHED = 0.8
 SHOWN = ("off_target", "kl", "perplexity", "repetition", "length", "ratio")
 
 
@@ -67,9 +68,9 @@ def write_tables(out: Path) -> None:
 def by_method(table: pd.DataFrame) -> str:
     """A row a method: pooled on-target share with its Wilson interval, and means over findings of the rest."""
     lines = [
-        "| method | findings | n | on target % (95 %) | off target % | KL | perplexity (unsteered) | repetition | "
-        "length | norm ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | findings | n | on target % (95 %) | findings at 80 % or more | off target % | KL | "
+        "perplexity (unsteered) | repetition | length | norm ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, part in table.groupby("method", sort=False):
         n = int(part.n.sum())
@@ -78,6 +79,7 @@ def by_method(table: pd.DataFrame) -> str:
         off, kl, perplexity, repeated, length, ratio = (float(part[name].mean()) for name in SHOWN)
         lines.append(
             f"| {method} | {len(part)} | {n} | {100 * hits / n:.1f} ({100 * low:.0f} to {100 * high:.0f}) | "
+            f"{int((part.on_target >= REACHED).sum())} | "
             f"{100 * off:.1f} | {kl:.3f} | {perplexity:.2f} ({part.unsteered_perplexity.mean():.2f}) | "
             f"{repeated:.3f} | {length:.2f} | {ratio:.2f} |"
         )
@@ -104,7 +106,7 @@ def by_finding(table: pd.DataFrame) -> str:
 
 
 def best_line(table: pd.DataFrame, part: str) -> str:
-    """How the best single latent method does over findings."""
+    """How the chosen maps do over findings, or else the latent method that does best on the very studies shown."""
     found = []
     for method in LATENT_METHODS[part]:
         mine = table[table.method == method]
@@ -113,16 +115,18 @@ def best_line(table: pd.DataFrame, part: str) -> str:
                 (
                     float(mine.on_target.mean()),
                     method,
-                    int((mine.on_target >= 0.8).sum()),
+                    int((mine.on_target >= REACHED).sum()),
                     float(mine.off_target.mean()),
                 )
             )
     if not found:
         return ""
-    mean, method, reached, off = max(found)
+    chosen = [row for row in found if row[1] == names.CAUSAL]
+    mean, method, reached, off = max(chosen or found)
     findings = table.finding.nunique()
+    how = "Chosen without the studies shown" if chosen else "Best latent method over findings"
     return (
-        f"Best latent method over findings: {method}, mean {100 * mean:.1f} %, at least 80 % for {reached} of "
+        f"{how}: {method}, mean {100 * mean:.1f} %, at least 80 % for {reached} of "
         f"{findings} findings, {100 * off:.1f} % of other labels changed."
     )
 
