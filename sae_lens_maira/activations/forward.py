@@ -135,7 +135,7 @@ class RowReader:
                 encoding = generate_reports(self._maira, encoded, self._settings.max_new_tokens)
             with torch.no_grad():
                 _, cache = self._hooked.run_with_cache(
-                    encoding, names_filter=self._names, stop_at_layer=self._stop
+                    encoding.forward_inputs(), names_filter=self._names, stop_at_layer=self._stop
                 )
             yield self._kept(encoding, {name: cache[name] for name in self._names}, chosen, source)
 

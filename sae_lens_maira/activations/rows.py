@@ -127,7 +127,9 @@ def harvest_rows(
             patches = encoding.roles == TokenRole.IMAGE
             keep = keep & (~patches | torch.from_numpy(rng.random(tuple(keep.shape)) < image_rate))
         with torch.no_grad():
-            _, cache = hooked.run_with_cache(encoding, names_filter=[hook_name], stop_at_layer=stop)
+            _, cache = hooked.run_with_cache(
+                encoding.forward_inputs(), names_filter=[hook_name], stop_at_layer=stop
+            )
         parts.append(_kept(encoding, keep, cache[hook_name], chosen))
     if not parts or not sum(len(p["study"]) for p in parts):
         raise StoreError(

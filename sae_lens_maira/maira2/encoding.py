@@ -56,6 +56,17 @@ class Maira2Encoding:
             inputs["pixel_values"] = self.pixel_values
         return inputs
 
+    def forward_inputs(self) -> dict[str, torch.Tensor]:
+        """The arguments of one forward without a cache: without the mask where all padding stands on the right.
+
+        A causal model reads nothing behind a token, so such a mask changes no value at a real token; without it
+        attention needs no mask at all, which is faster. Values at padding then mean nothing.
+        """
+        inputs = self.model_inputs()
+        if not bool((self.attention_mask[:, 1:] > self.attention_mask[:, :-1]).any()):
+            del inputs["attention_mask"]
+        return inputs
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Maira2Encoding":
         """Move every tensor to `device`; `dtype` applies to the pixels only."""
         moved: dict[str, Any] = {}

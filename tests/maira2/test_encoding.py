@@ -35,6 +35,20 @@ def test_a_row_in_a_batch_is_the_row_alone_plus_padding(
     assert batch.attention_mask[1, 0 if side == "left" else -1] == 0
 
 
+def test_padding_on_the_right_needs_no_mask(tiny: Any, processor: Maira2Processor, pair: list[Any]) -> None:
+    """At real tokens the forward without the mask is the forward with it; padding on the left keeps the mask."""
+    right = processor.encode(pair, report="teacher", padding_side="right")
+    left = processor.encode(pair, report="teacher", padding_side="left")
+    assert "attention_mask" not in right.forward_inputs()
+    assert "attention_mask" in left.forward_inputs()
+    with torch.no_grad():
+        bare = tiny.model(**right.forward_inputs(), use_cache=False).logits
+        masked = tiny.model(**right.model_inputs(), use_cache=False).logits
+    real = right.attention_mask.bool()
+    assert not bool(real.all())
+    assert (bare - masked)[real].abs().max() <= 1e-5 * masked.abs().max()
+
+
 def test_model_inputs_hold_nothing_the_model_refuses(processor: Maira2Processor, study: Any) -> None:
     assert set(processor.encode(study).model_inputs()) == {"input_ids", "attention_mask", "pixel_values"}
 
