@@ -131,8 +131,18 @@ class ActivationStore:
         return len(self.committed()) == self.spec.n_shards
 
     def entry(self, shard: int) -> dict[str, Any]:
-        """A shard's manifest entry: rows, files with sizes and SHA-256, XXH3 per segment."""
-        return read_json(self._path(shard, "json"))
+        """A shard's manifest entry: rows, files with sizes and SHA-256, XXH3 per segment.
+
+        Raises:
+            StoreError: the entry lacks one of these, as those of earlier versions do.
+        """
+        entry: dict[str, Any] = read_json(self._path(shard, "json"))
+        if lacking := [name for name in ("rows", "files", "xxh3") if name not in entry]:
+            raise StoreError(
+                f"The entry of shard {shard} in {self.folder} has no {', '.join(lacking)}; an earlier version wrote "
+                "it. Delete the folder, or this shard's .json, and harvest again."
+            )
+        return entry
 
     @cached_property
     def rows(self) -> dict[int, int]:

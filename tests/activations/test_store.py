@@ -114,6 +114,15 @@ def test_missing_and_cut_files_are_named(store, tmp_path):
         damaged.validate()
 
 
+def test_an_entry_of_an_earlier_version_is_named(store, tmp_path):
+    """Neither validation nor reading ends in a KeyError."""
+    old = copy(store, tmp_path)
+    path = tmp_path / "shard-000000.json"
+    path.write_text(path.read_text().replace('"xxh3"', '"crc32"'))
+    with pytest.raises(StoreError, match=r"shard 0 .* has no xxh3; an earlier version"):
+        old.read(HOOKS[0], 0)
+
+
 def test_no_room_leaves_the_store_whole(phantom, studies, store, tmp_path):
     """With a limit on file sizes (which writes hit as they hit a full disk) a clear error; then it continues."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
