@@ -1,9 +1,11 @@
 """Killed and restarted harvests, and other numbers of ranks, give the rows of an uninterrupted one."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -43,35 +45,57 @@ def same_rows(one: ActivationStore, other: ActivationStore) -> None:
             assert torch.equal(one.read(hook, shard), other.read(hook, shard))
 
 
-def run_until(folder: Path, seconds: float | None, rank: int = 0, size: int = 1) -> bool:
-    """Run a worker; SIGKILL it `seconds` after it said ready. True if it had finished."""
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(folder), str(rank), str(size)], stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    if seconds is not None:
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-    code = process.wait()
-    process.stdout.close()
-    assert code in (0, -signal.SIGKILL)
-    return code == 0
+class Worker:
+    """The process of `harvest_worker.py`, whose children are killed."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run_until(self, folder: Path, seconds: float | None) -> bool:
+        """Harvest in a child; SIGKILL it `seconds` after it started. True if it had finished."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{folder} 0 1\n")
+        self._process.stdin.flush()
+        child = int(self._process.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            with suppress(ProcessLookupError):  # it had finished
+                os.kill(child, signal.SIGKILL)
+        code = int(self._process.stdout.readline())
+        assert code in (0, -signal.SIGKILL)
+        return code == 0
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+        assert self._process.returncode == 0
 
 
-def killed_and_resumed(folder: Path, whole: ActivationStore, kills: int, longest: float) -> int:
+@pytest.fixture(scope="module")
+def worker():
+    started = Worker()
+    yield started
+    started.close()
+
+
+def killed_and_resumed(
+    worker: Worker, folder: Path, whole: ActivationStore, kills: int, longest: float
+) -> int:
     """Kill at random points, check the store after each, finish; returns the kills that hit a running harvest."""
     rng = np.random.default_rng(kills)
     hits = 0
     before: list[int] = []
     for seconds in rng.uniform(0, longest, kills):
-        hits += not run_until(folder, float(seconds))
+        hits += not worker.run_until(folder, float(seconds))
         if (folder / "store.json").exists():
             store = ActivationStore(folder)
             store.validate()
             assert set(before) <= set(store.committed())
             before = store.committed()
-    assert run_until(folder, None)
+    assert worker.run_until(folder, None)
     same_rows(whole, ActivationStore(folder))
     assert not list(folder.glob("shard-*.partial"))
     assert not set(folder.glob("*.safetensors")) - {
@@ -80,15 +104,15 @@ def killed_and_resumed(folder: Path, whole: ActivationStore, kills: int, longest
     return hits
 
 
-def test_kill_and_resume_gives_the_same_rows(whole, tmp_path):
+def test_kill_and_resume_gives_the_same_rows(worker, whole, tmp_path):
     """Two kills -9; what was committed stays, the end is bit-equal to the uninterrupted harvest."""
-    assert killed_and_resumed(tmp_path, whole, kills=2, longest=0.6) > 0
+    assert killed_and_resumed(worker, tmp_path, whole, kills=2, longest=0.6) > 0
 
 
 @pytest.mark.slow
-def test_twenty_kills(whole, tmp_path):
+def test_twenty_kills(worker, whole, tmp_path):
     """Twenty kills -9 at random points of short runs."""
-    assert killed_and_resumed(tmp_path, whole, kills=20, longest=0.35) >= 10
+    assert killed_and_resumed(worker, tmp_path, whole, kills=20, longest=0.35) >= 10
 
 
 def test_two_ranks_then_three(phantom, studies, whole, tmp_path):
