@@ -24,10 +24,10 @@ ALLOWED = 0.06
 MARGINS: tuple[int | None, ...] = (0, 1, None)
 """Patches around an exemplar's boxes; None is the whole film."""
 SCREENED_AT = 2.0
-STRENGTHS = {MAPS: (1.0, 1.5, 2.0, 3.0), EXEMPLAR: (1.0, 1.5, 2.0, 3.0), POOLED: (1.5, 2.0, 3.0)}
+STRENGTHS = {MAPS: (1.5, 2.0, 3.0), EXEMPLAR: (1.5, 2.0, 3.0), POOLED: (1.5, 2.5)}
 POOLS = (2, 4)
 """Exemplars in a mean."""
-FINALISTS = 3
+FINALISTS = 2
 """Maps of one exemplar that pass the screening."""
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from sae_lens_maira.activations import ActivationRows, harvest_rows
 from sae_lens_maira.commands.steering_chosen import choose_map
 from sae_lens_maira.commands.steering_learned import Learned, encoder_of, learn
-from sae_lens_maira.commands.steering_methods import CAUSAL, EXEMPLAR, POOLED, Bench
+from sae_lens_maira.commands.steering_methods import CAUSAL, EVERYWHERE, EXEMPLAR, POOLED, Bench
 from sae_lens_maira.commands.steering_report import write_tables
 from sae_lens_maira.commands.steering_subjects import MAX_NEW_TOKENS, Subjects
 from sae_lens_maira.errors import ConfigError, InterventionError
@@ -113,7 +113,10 @@ def prepare(settings: SteeringRun) -> tuple[Bench, Subjects]:
     # About one study in five has a finding; more prompts than are needed for the rarest would only cost time.
     pool = (7 * settings.choose, 6 * settings.report)
     subjects = Subjects(maira, settings.studies, hook_name, settings.seed, pool)
-    folders = {place: out / f"sae_{place}" for place in ("image", "text")}
+    # The text SAE serves one method only.
+    texts = not settings.methods or EVERYWHERE in settings.methods
+    places = ("image", "text") if texts else ("image",)
+    folders = {place: out / f"sae_{place}" for place in places}
     files = {place: out / f"learned_{place}.safetensors" for place in folders}
     if not all(file.exists() for file in files.values()):
         taught = np.flatnonzero(subjects.halves.choose)
@@ -126,10 +129,11 @@ def prepare(settings: SteeringRun) -> tuple[Bench, Subjects]:
             progress=settings.progress,
         )
         rows = replace(rows, study=taught[rows.study])
-        for place, mine in (("image", rows.is_image), ("text", ~rows.is_image)):
+        mine = {"image": rows.is_image, "text": ~rows.is_image}
+        for place in places:
             if not (folders[place] / "cfg.json").exists():
                 train_sae(
-                    rows.where(mine),
+                    rows.where(mine[place]),
                     settings.d_sae,
                     settings.k,
                     settings.steps,
@@ -137,9 +141,8 @@ def prepare(settings: SteeringRun) -> tuple[Bench, Subjects]:
                     folders[place],
                 )
         sae = load_matryoshka(folders["image"])
-        image = rows.where(rows.is_image)
         learn(
-            image,
+            rows.where(mine["image"]),
             encoder_of(sae),
             subjects.studies,
             subjects.truth,
@@ -147,11 +150,13 @@ def prepare(settings: SteeringRun) -> tuple[Bench, Subjects]:
             maira,
             settings.gradients,
         ).save(files["image"])
-        save_text_units(rows.where(~rows.is_image), load_matryoshka(folders["text"]), subjects, files["text"])
-    text = load_text_units(files["text"])
+        if texts:
+            save_text_units(
+                rows.where(mine["text"]), load_matryoshka(folders["text"]), subjects, files["text"]
+            )
     sae, learned = load_matryoshka(folders["image"]), Learned.load(files["image"])
-    bench = Bench(sae, learned, settings.latents, (load_matryoshka(folders["text"]), *text), settings.seed)
-    return bench, subjects
+    text = (load_matryoshka(folders["text"]), *load_text_units(files["text"])) if texts else None
+    return Bench(sae, learned, settings.latents, text, settings.seed), subjects
 
 
 def steer_part(
