@@ -9,7 +9,6 @@ state dict shows it contiguous.
 
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
-from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
+from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
 from typing_extensions import override
 
@@ -33,22 +32,18 @@ from sae_lens_maira.kernels import (
 from sae_lens_maira.kernels.dispatch import Backend, say_if_emulated
 from sae_lens_maira.kernels.problem import Candidates
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
-from sae_lens_maira.training.checkpoints import (
-    load_provider_state,
-    provider_state,
-    save_provider_state,
-)
+from sae_lens_maira.training.checkpoints import provider_state
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 from sae_lens_maira.training.inputs import agree_on_scaling, not_finite_error
 from sae_lens_maira.training.interruption import SafePoints
 from sae_lens_maira.training.optimizer import RowMajorAdam
-from sae_lens_maira.whole import whole_folder
+from sae_lens_maira.training.saving import SavingTrainer
 
 MAX_GRADIENT_NORM = 1.0
 """SAELens' fixed clipping norm."""
 
 
-class FusedSAETrainer(SAETrainer[Any, Any]):
+class FusedSAETrainer(SavingTrainer):
     """Drop-in for `sae_lens.training.sae_trainer.SAETrainer`.
 
     Over N processes (`comm` from `distributed()`), `cfg.train_batch_size_samples` is the batch of all ranks
@@ -97,9 +92,7 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
             SAEError: the SAE's normalisation works with no trainer.
         """
         check_architecture(sae)
-        self.comm: ProcessGroupCommunicator | LocalCommunicator = (
-            LocalCommunicator() if comm is None else comm
-        )
+        self.comm = LocalCommunicator() if comm is None else comm
         if self.comm.rank > 0 and cfg.logger.log_to_wandb:
             cfg = replace(cfg, logger=replace(cfg.logger, log_to_wandb=False))
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
@@ -115,7 +108,6 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
         self._reasons_said: set[str] = set()
         self._safe_points = SafePoints()
         self._tokens = 0
-        self._place: Any = None
         self._workspace = Workspace()
         self._buffers: Gradients | None = None
         assert cfg.lr_end is not None  # set by SAELens' configuration classes
@@ -154,11 +146,11 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
                 if group is None and self.cfg.checkpoint_path is not None:
                     self.save_checkpoint(str(self.n_training_samples))
                 elif group is not None:
-                    self._save_rescue()
+                    self.save_rescue()
                 raise
             except Exception:
                 if group is not None:
-                    self._save_rescue()
+                    self.save_rescue()
                 raise
 
     @override
@@ -302,54 +294,6 @@ class FusedSAETrainer(SAETrainer[Any, Any]):
                 "result, more slowly.",
                 stacklevel=2,
             )
-
-    @override
-    def save_checkpoint(
-        self,
-        checkpoint_name: str,
-        base_path: Path | str | None = None,
-        wandb_aliases: list[str] | None = None,
-    ) -> None:
-        """SAELens' checkpoint, written aside and then renamed: a kill leaves the old or the new, never half."""
-        if self.comm.rank > 0:
-            return
-        base = base_path if base_path is not None else self.cfg.checkpoint_path
-        if base is None:
-            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
-            return
-        with whole_folder(Path(base) / checkpoint_name, "replace", owner="0") as draft:
-            super().save_checkpoint(draft.name, base, wandb_aliases)
-
-    @override
-    def _checkpoint_if_needed(self) -> None:
-        # SAELens writes before it counts the step, so its own mid-run checkpoints are one step short of their weights.
-        self.n_training_steps += 1
-        super()._checkpoint_if_needed()
-        self.n_training_steps -= 1
-
-    def _save_rescue(self) -> None:
-        """Any survivor may write it: all ranks hold the same state, and the first complete one wins."""
-        if self.cfg.checkpoint_path is None:
-            return
-        name = f"rescue_{self.n_training_samples}"
-        place = Path(self.cfg.checkpoint_path) / name
-        with whole_folder(place, "replace", owner=str(self.comm.rank)) as draft:
-            SAETrainer.save_checkpoint(self, draft.name, self.cfg.checkpoint_path)
-
-    @override
-    def save_trainer_state(self, checkpoint_path: Path) -> None:
-        """SAELens' state, and where the data provider's next batch starts."""
-        super().save_trainer_state(checkpoint_path)
-        save_provider_state(checkpoint_path, self._place)
-
-    @override
-    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """Reads a checkpoint of this trainer or of SAELens'."""
-        super().load_trainer_state(checkpoint_path)
-        load_provider_state(Path(checkpoint_path), self.data_provider)
-        self._place = provider_state(self.data_provider)
-        done = self.n_training_samples
-        self.checkpoint_thresholds = [at for at in self.checkpoint_thresholds if at >= done]
 
 
 def _contiguous_W_enc(
