@@ -149,20 +149,18 @@ def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], 
             "values; they must be equally many. Write the records again."
         )
     tokens, values, hit = [f"⟦study {clean(context.study)}⟧"], [0.0], 0
-    for value, (view, row, col) in _patches(context, window.patches):
-        if (view, row, col) == context.patch:
-            hit = len(tokens)
-        tokens.append(f"<{view} r{row:02d}c{col:02d}>")
-        values.append(value)
+    for view, patches in enumerate(_patches(context, window.patches)):
+        heat = context.heat[view]
+        names = _names(heat.view, heat.rows, heat.cols)
+        if (mine := _hit(context, view)) in patches:
+            hit = len(tokens) + list(patches).index(mine)
+        tokens += [names[patch] for patch in patches]
+        values += [round(float(value), DIGITS) + 0.0 for value in patches.values()]
     first, last = _around(context, window.text)
     if context.value > 0 and context.patch is None and context.peak >= 0:
         hit = len(tokens) + context.peak - first
-    shown = [0.0] * (last - first)
-    for place, value in enumerate(context.values[first:last]):
-        if value:
-            shown[place] = round(value, DIGITS) + 0.0
     tokens += _cleaned(context.tokens)[first:last]
-    values += shown
+    values += [round(value, DIGITS) + 0.0 if value else 0.0 for value in context.values[first:last]]
     if not math.isfinite(sum(values)):
         raise RecordError(
             f"Latent {latent}, study {context.study}: an activation is NaN or infinite; dashboards hold finite "
@@ -171,16 +169,34 @@ def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], 
     return tokens, values, hit
 
 
-def _patches(context: Context, most: int) -> list[tuple[float, tuple[str, int, int]]]:
-    """The strongest patches in reading order, view by view."""
-    found = [
-        (value, (number, patch), (heat.view, patch // heat.cols, patch % heat.cols))
-        for number, heat in enumerate(context.heat)
-        for patch, value in zip(heat.patches, heat.values, strict=True)
-    ]
-    found.sort(key=lambda f: (f[2] != context.patch, -f[0], f[1]))
-    kept = sorted(found[:most], key=lambda f: f[1])
-    return [(round(float(value), DIGITS) + 0.0, place) for value, _, place in kept]
+@lru_cache(64)
+def _names(view: str, rows: int, cols: int) -> tuple[str, ...]:
+    """What the patches of a view are called."""
+    return tuple(f"<{view} r{row:02d}c{col:02d}>" for row in range(rows) for col in range(cols))
+
+
+def _hit(context: Context, view: int) -> int:
+    """The patch of a view where the context has its hit, -1 if that is elsewhere."""
+    heat = context.heat[view]
+    if context.patch is None or context.patch[0] != heat.view:
+        return -1
+    return context.patch[1] * heat.cols + context.patch[2]
+
+
+def _patches(context: Context, most: int) -> list[dict[int, float]]:
+    """Per view the strongest patches in reading order and their values; the hit's own is always among them."""
+    views = [dict(zip(heat.patches, heat.values, strict=True)) for heat in context.heat]
+    if sum(map(len, views)) > most:
+        hits = [_hit(context, view) for view in range(len(views))]
+        ranked = sorted(
+            (patch != hits[view], -value, view, patch)
+            for view, values in enumerate(views)
+            for patch, value in values.items()
+        )
+        views = [{} for _ in views]
+        for _, value, view, patch in ranked[:most]:
+            views[view][patch] = -value
+    return [dict(sorted(values.items())) for values in views]
 
 
 def _around(context: Context, size: int) -> tuple[int, int]:
@@ -188,8 +204,8 @@ def _around(context: Context, size: int) -> tuple[int, int]:
     centre = context.peak
     if context.patch is not None or centre < 0:
         strengths = [value or 0.0 for value in context.values]
-        if any(value > 0 for value in strengths):
-            centre = max(range(len(strengths)), key=strengths.__getitem__)
+        if (strongest := max(strengths, default=0.0)) > 0:
+            centre = strengths.index(strongest)
         else:
             centre = context.roles.index("report") + size // 2 if "report" in context.roles else 0
     first = max(0, min(centre - size // 2, len(context.tokens) - size))
