@@ -1,16 +1,21 @@
 """README and docs: every command block runs, every command that is named exists, links lead somewhere.
 
-Blocks of a page run in order in one empty folder. `<!-- test: a => b; c => d -->` above a block makes it small;
-`<!-- not run: reason -->` leaves it out, and the reason stands in the page's source.
+Blocks of a page run in order, bash and python, in one folder. Comments that a reader does not see: above a block
+`<!-- test: a => b; c => d -->` makes it small, `<!-- not run: reason -->` leaves it out and says which test does its
+work; `<!-- given: copy = original; ... -->` anywhere puts into the folder what the page takes for granted: outputs of
+the tutorial, a small MIMIC-CXR tree, a release in the published layout, a radiograph.
 """
 
+import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +23,11 @@ from sae_lens_maira.cli import COMMANDS, build_parser, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(
-    r"(?:^<!--\s*(?P<note>(?:test|not run):.*?)-->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.M | re.S
+    r"(?:^<!--\s*(?P<note>(?:test|not run):.*?)-->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```", re.M | re.S
 )
+GIVEN = re.compile(r"^<!--\s*given:(.*?)-->", re.M | re.S)
 OWN_TEST = {"hooks.md"}  # tests/hooks/test_docs.py runs every line of it
 
 
@@ -46,12 +53,8 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def runnable(kind: str) -> list[Path]:
-    return [
-        p
-        for p in PAGES
-        if p.name not in OWN_TEST and any(b.kind == kind and not b.skipped for b in blocks(p))
-    ]
+def to_run(page: Path) -> list[Block]:
+    return [block for block in blocks(page) if block.kind in ("bash", "python") and not block.skipped]
 
 
 def named(page: Path) -> list[str]:
@@ -86,51 +89,120 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
-def test_blocks_left_out_say_why() -> None:
-    """Every bash or python block is run here or by a test of its own, or its page says why not."""
-    for page in PAGES:
-        for block in blocks(page):
-            assert block.skipped is None or len(block.skipped) > 10, page.name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_block_left_out_names_the_test_that_does_its_work(page: Path) -> None:
+    """The reason names tests, which name each command of the block."""
+    for block in blocks(page):
+        if block.skipped is None:
+            continue
+        files = re.findall(r"(?:tests|\.ci)/[\w/.]*\w", block.skipped)
+        assert files, f"{page.name}: {block.skipped!r} names no test"
+        paths = [p for file in files for p in sorted((ROOT / file).rglob("*.py")) or [ROOT / file]]
+        tests = "".join(path.read_text(encoding="utf-8") for path in paths)
+        for command in re.findall(r"(?:sae-lens-maira|sae_lens_maira\.cli) +([a-z].*)", block.text):
+            name = max((n for n in COMMANDS if f"{command} ".startswith(f"{n} ")), key=len)
+            for word in name.split():
+                assert word in tests, f"{page.name}: {files} do not name {word}"
 
 
-def run(script: str, folder: Path) -> None:
-    """Run a script of bash: `sae-lens-maira ...` in this process, which has its imports; the lines between in bash."""
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_stand_in_blocks_of_their_language(page: Path) -> None:
+    """A block without a language holds no command: it would not be run."""
+    for block in blocks(page):
+        if not block.kind:
+            assert not re.search(r"^(?:sae-lens-maira|python|pip|make|export|import) ", block.text, re.M)
+
+
+def run(block: Block, space: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    """Run a block here: python and `sae-lens-maira ...` in this process, which has its imports; other lines in bash."""
+    if block.kind == "python":
+        exec(compile(block.text, "block", "exec"), space)
+        return
     others: list[str] = []
 
     def flush() -> None:
         if others:
-            subprocess.run(["bash", "-euo", "pipefail", "-c", "\n".join(others)], cwd=folder, check=True)
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            script = ["bash", "-euo", "pipefail", "-c", "\n".join(others)]
+            subprocess.run(script, env=os.environ | {"PATH": path}, check=True)
             others.clear()
 
-    for line in re.sub(r"\\\n\s*", " ", script).splitlines():
-        if not line.startswith("sae-lens-maira "):
+    for line in re.sub(r"\\\n\s*", " ", block.text).splitlines():
+        if setting := re.fullmatch(r"export (\w+)=(\S+)", line):
+            patch.setenv(*setting.groups())
+        elif not line.startswith("sae-lens-maira "):
             others.append(line)
-            continue
-        flush()
-        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+        else:
+            flush()
+            assert main(shlex.split(line, comments=True)[1:]) == 0, line
     flush()
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pages take for granted: the folder of the tutorial, whose blocks all run, and what others publish."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    space: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for block in to_run(TUTORIAL):
+            run(block, space, patch)
+    others_data(folder)
+    return folder
+
+
+def others_data(folder: Path) -> None:
+    """A small MIMIC-CXR tree, a release in the published layout, interpretations, a checkpoint, a radiograph."""
+    from pydicom.data import get_testdata_file
+
+    from sae_lens_maira.phantom import phantom_path
+    from sae_lens_maira.sae import export_dictionary_learning, load_matryoshka
+
+    mimic = runpy.run_path(str(ROOT / "tests" / "studies" / "conftest.py"))
+    cases = [mimic["Case"](f"1{n:07d}", f"5{n:07d}", "21800506", "80000") for n in range(12)]
+    mimic["build_mimic_tree"](folder / "mimic-cxr-jpg", cases, reports=folder / "mimic-cxr")
+    export_dictionary_learning(load_matryoshka(folder / "sae"), folder / "release")
+    shutil.copytree(phantom_path(), folder / "weights")
+    (folder / "interpretations.csv").write_text(
+        "latent,interpretation,score\n3,pacemaker,0.9\n", encoding="utf-8"
+    )
+    film = get_testdata_file("RG1_UNCI.dcm", download=False)
+    assert isinstance(film, str), "install pydicom-data"
+    shutil.copy(film, folder / "film.dcm")
+
+
+def copy_given(page: Path, material: Path, folder: Path) -> None:
+    """The recipes and benchmarks, and the page's `given`, into the folder that its blocks run in."""
+    for name in ("recipes", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name)
+    for pairs in GIVEN.findall(page.read_text(encoding="utf-8")):
+        for pair in pairs.split(";"):
+            copy, original = (name.strip() for name in pair.split("="))
+            target = folder / copy
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (material / original).is_dir() else shutil.copy)(material / original, target)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("page", runnable("bash"), ids=lambda page: page.name)
-def test_bash_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's bash blocks, in order, in one empty folder that holds the recipes."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    monkeypatch.chdir(tmp_path)
-    run(
-        "\n".join(block.text for block in blocks(page) if block.kind == "bash" and not block.skipped),
-        tmp_path,
-    )
+def test_the_tutorial_runs(given: Path) -> None:
+    """Every block of the tutorial, in order; what its text promises lies there."""
+    for name in ("records_untrained", "report/scores.png", "page/index.html", "steered/index.html"):
+        assert (given / name).exists(), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", runnable("python"), ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
-    """The page's python blocks, in order, in one process."""
-    script = tmp_path / "blocks.py"
-    script.write_text("\n".join(b.text for b in blocks(page) if b.kind == "python" and not b.skipped))
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{script.read_text()}\n{done.stderr[-3000:]}"
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page != TUTORIAL and page.name not in OWN_TEST and to_run(page)],
+    ids=lambda page: page.name,
+)
+def test_blocks_run(page: Path, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's blocks, in order, in one folder that holds the recipes and what the page takes for granted."""
+    copy_given(page, given, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAE_LENS_MAIRA_CACHE", str(tmp_path / "cache"))
+    space: dict[str, Any] = {}
+    for block in to_run(page):
+        run(block, space, monkeypatch)

@@ -1,12 +1,15 @@
-"""The wheel that is published: what is in it, what is not, and how large it is."""
+"""The wheel that is published: what is in it, what is not, how large it is, and which versions it forbids."""
 
+import email
 import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -85,3 +88,23 @@ def test_the_command_is_declared(wheel: Path) -> None:
         (metadata,) = (name for name in opened.namelist() if name.endswith("dist-info/METADATA"))
         extras = set(re.findall(r"^Provides-Extra: (\S+)", opened.read(metadata).decode(), re.M))
     assert {"dashboard", "dicom", "llm", "notebooks", "triton"} <= extras
+
+
+def test_only_two_requirements_have_an_upper_bound(wheel: Path) -> None:
+    """Beside a plain sae-lens no version goes down: capped is sae-lens, and transformers where sae-lens caps it too.
+
+    The holes in transformers are versions that nobody gets today. CONTRIBUTING.md has the check by installing, which takes minutes.
+    """
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith("dist-info/METADATA"))
+        head = email.message_from_bytes(opened.read(name))
+    needed = [Requirement(line) for line in head.get_all("Requires-Dist", [])]
+    needed = [one for one in needed if one.marker is None or "extra" not in str(one.marker)]
+    assert len(needed) > 10
+    capped = {one.name: {str(s) for s in one.specifier if s.operator != ">="} for one in needed}
+    assert {name: caps for name, caps in capped.items() if caps} == {
+        "sae-lens": {"<7"},
+        "transformers": {"<6", "!=5.0.*", "!=5.1.*", "!=5.2.*", "!=5.3.*"},
+    }
+    for one in needed:
+        assert one.specifier.contains(version(one.name), prereleases=True), one
