@@ -61,11 +61,11 @@ class SteeringRun:
     parts: tuple[str, ...] = PARTS
     methods: tuple[str, ...] = ()
     studies: int = 1200
-    layer: int = 3
+    layer: int = 0
     d_sae: int = 1024
-    k: int = 8
+    k: int = 16
     steps: int = 3000
-    latents: int = 16
+    latents: int = 32
     gradients: int = 8
     choose: int = 16
     report: int = 40

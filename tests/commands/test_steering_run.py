@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_latents_put_it_in_and_controls_do_not(folder):
-    """Cardiomegaly into studies without it: 16 latents at the patches in 8 of 10 or more, controls in at most 1."""
+    """Cardiomegaly into studies without it: 32 latents at the patches in 8 of 10 or more, controls in at most 1."""
     table = pd.read_parquet(folder / "table.parquet").set_index(["part", "method"]).loc["insert"]
     assert set(table.n) == {10}
     assert (table.unsteered == 0).all()
