@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from sae_lens_maira.cli import main
 from sae_lens_maira.errors import ConfigError, PrivacyError
 from sae_lens_maira.interp.findings import named_findings
 from sae_lens_maira.interp.offline import EXPLAINER
@@ -131,6 +132,19 @@ def test_a_model_that_reads_scores_high_and_the_control_low(hand_made, httpserve
     again, usage = interpret(records, server, plan)
     assert again == done
     assert usage.requests == 0
+
+
+def test_the_command_asks_the_server_of_the_environment(hand_made, httpserver, monkeypatch, capsys):
+    """`export OPENAI_BASE_URL`, then `interpret run --judge`: estimate first, scores last, and the journal beside."""
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(reading_model)
+    monkeypatch.setenv("OPENAI_BASE_URL", httpserver.url_for("/v1"))
+    records = hand_made(KEYS[:3])
+    words = ["interpret", "run", "--records", str(records.folder), "--judge", "reader", "--latents", "0-1"]
+    assert main([*words, "--n-test", "20"]) == 0
+    said = capsys.readouterr().out
+    assert said.index("at most") < said.index(" requests (") < said.index("Statuses: {'ok': 2}")
+    assert (records.folder / JOURNAL).is_file()
+    assert {one.latent for one in load(records.folder)} == {0, 1}
 
 
 def test_the_client_works_after_nnsight():
