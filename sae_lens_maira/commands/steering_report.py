@@ -141,7 +141,9 @@ def figure(table: pd.DataFrame, title: str) -> Figure:
             mine = table[(table.finding == finding) & (table.method == method)]
             if len(mine):
                 grid[row, column] = 100 * mine.on_target.iloc[0]
-    drawn = Figure(figsize=(1.4 + 0.85 * len(methods), 2.4 + 0.33 * len(findings)), layout="constrained")
+    drawn = Figure(
+        figsize=(max(5.5, 1.4 + 0.85 * len(methods)), 2.4 + 0.33 * len(findings)), layout="constrained"
+    )
     axis = drawn.subplots()
     image = axis.imshow(grid, cmap=colormaps["viridis"], vmin=0, vmax=100, aspect="auto")
     for row in range(len(findings)):
@@ -159,6 +161,6 @@ def figure(table: pd.DataFrame, title: str) -> Figure:
                 )
     axis.set_xticks(range(len(methods)), methods, rotation=35, ha="right", fontsize=8)
     axis.set_yticks(range(len(findings)), [f.replace("_", " ") for f in findings], fontsize=8)
-    axis.set_title(f"{title}: % of held-out studies", fontsize=10, loc="left")
+    axis.set_title(f"{title}\n% of held-out studies", fontsize=10, loc="left")
     drawn.colorbar(image, ax=axis, shrink=0.7)
     return drawn
