@@ -99,21 +99,30 @@ class Engine:
             return None  # a decode step behind the patches costs no more than this
         for i, count in enumerate(counts):
             self.effect.fired[i] += count
-        weights = [w.repeat_interleave(copies, 0).to(hidden.device, torch.float32) for w in here]
-        active = torch.stack([weight != 0 for weight in weights]).any(0)
-        h = hidden[active]
-        row = active.nonzero()[:, 0] // copies
-        delta, changed = self._delta(h, row, [weight[active] for weight in weights])
-        if not bool(changed.any()):
+        weights = [w if copies == 1 else w.repeat_interleave(copies, 0) for w in here]
+        active = weights[0] != 0
+        for weight in weights[1:]:
+            active = active | (weight != 0)
+        place = active.flatten().nonzero().squeeze(1)
+        stream = hidden.reshape(-1, hidden.shape[2])
+        everywhere = len(place) == len(stream)  # as in most decode steps; then nothing is gathered
+        at = [weight.flatten() if everywhere else weight.flatten()[place] for weight in weights]
+        row = (place // hidden.shape[1] // copies).to(hidden.device)
+        place = place.to(hidden.device)
+        h = stream if everywhere else stream.index_select(0, place)
+        delta, changed = self._delta(h, row, [w.to(hidden.device, torch.float32) for w in at])
+        moved = int(changed.count_nonzero())
+        if not moved:
             return None
-        size = delta[changed].norm(dim=1) / h[changed].float().norm(dim=1).clamp(min=1e-12)
+        size = delta.norm(dim=1) / h.float().norm(dim=1).clamp(min=1e-12)
+        edited = (h.float() + delta).to(h.dtype)
+        if moved < len(h):  # a gate was shut somewhere: those rows keep their bits
+            size, edited = size[changed], torch.where(changed[:, None], edited, h)
         total = self.effect.ratio * self.effect.changed + float(size.sum())
-        self.effect.changed += len(size)
+        self.effect.changed += moved
         self.effect.ratio = total / self.effect.changed
         self.effect.largest = max(self.effect.largest, float(size.max()))
-        out = hidden.clone()
-        out[active] = torch.where(changed[:, None], (h.float() + delta).to(h.dtype), h)
-        return out
+        return (edited if everywhere else stream.index_copy(0, place, edited)).view_as(hidden)
 
     def reaches(self, stop: int) -> bool:
         """Whether any schedule acts between the prompt and position `stop`."""
