@@ -12,6 +12,7 @@ from sae_lens_maira.commands.steering_subjects import Subjects
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.steering import Direction
 from sae_lens_maira.steering.exemplar import LatentMap
+from sae_lens_maira.steering.schedule import Patches
 
 FINDING = "cardiomegaly"
 SMALL = {
@@ -118,6 +119,8 @@ def test_controls_move_every_patch_as_far(bench):
         total = torch.zeros(len(wanted), decoder.shape[1])
         for item in methods[name].make(2.0):
             row = item.vector if isinstance(item, Direction) else decoder[item.latents[0]]
+            assert isinstance(item.where, Patches)
+            assert item.where.grid is not None
             total += item.strength * item.where.grid.reshape(-1, 1) * row
         return total
 
