@@ -118,10 +118,10 @@ def test_controls_move_every_patch_as_far(bench):
     def moved(name):
         total = torch.zeros(len(wanted), decoder.shape[1])
         for item in methods[name].make(2.0):
-            row = item.vector if isinstance(item, Direction) else decoder[item.latents[0]]
+            row = torch.as_tensor(item.vector) if isinstance(item, Direction) else decoder[item.latents[0]]
             assert isinstance(item.where, Patches)
             assert item.where.grid is not None
-            total += item.strength * item.where.grid.reshape(-1, 1) * row
+            total += torch.as_tensor(item.strength) * item.where.grid.reshape(-1, 1) * row
         return total
 
     for name in (names.CAUSAL, names.RANDOM_CAUSAL, names.TWINS_CAUSAL):
