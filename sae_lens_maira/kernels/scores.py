@@ -37,12 +37,16 @@ MASK_AT_ONCE = 1 << 20
 
 
 class DenseScores:
-    """Scores that were computed in full: h (rows, d_sae) and norms (d_sae,), None standing for 1."""
+    """Scores that were computed in full: h (rows, d_sae) and norms (d_sae,), None standing for 1.
+
+    h may lie in memory latent by latent (the transpose of a contiguous tensor): a CPU's matrix product is faster so.
+    """
 
     def __init__(self, h: torch.Tensor, norms: torch.Tensor | None) -> None:
         self.h = h
         self.norms = norms
         self.shape = (h.shape[0], h.shape[1])
+        self.by_latent = h.T.is_contiguous() and not h.is_contiguous()
 
     def sample(self, rows: int) -> torch.Tensor:
         """H * norm of evenly spaced rows, flattened."""
@@ -52,24 +56,36 @@ class DenseScores:
     def above(self, lo: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Flat indices, h and h * norm of the entries above lo."""
         bound = lo if self.norms is None or lo == 0 else lo / self.norms
-        index = self._flat_above(bound)
-        return _with_values(index, self.h.view(-1)[index], self.norms, self.shape[1])
+        if not self.by_latent:
+            index = self._flat_above(bound)
+            return _with_values(index, self.h.view(-1)[index], self.norms, self.shape[1])
+        stored = _above_in_blocks(self.h.T, bound[:, None] if isinstance(bound, torch.Tensor) else bound)
+        rows, d_sae = self.shape
+        index, order = (stored % rows * d_sae + stored // rows).sort()
+        return _with_values(index, self.h.T.view(-1)[stored[order]], self.norms, d_sae)
 
     def _flat_above(self, bound: torch.Tensor | float) -> torch.Tensor:
-        rows, d_sae = self.shape
-        block = max(1, MASK_AT_ONCE // d_sae) if self.h.device.type == "cpu" else max(1, rows)
-        parts = [
-            compact(self.h[start : start + block] > bound) + start * d_sae for start in range(0, rows, block)
-        ]
-        return torch.cat(parts) if parts else compact(self.h > bound)
+        return _above_in_blocks(self.h, bound)
 
     def columns(self, latents: torch.Tensor) -> torch.Tensor:
         """H (rows, latents) of some latents."""
-        return self.h.index_select(1, latents)
+        return self.h.T.index_select(0, latents).T if self.by_latent else self.h.index_select(1, latents)
 
     def poison(self) -> torch.Tensor:
         """0, or NaN if a weight of the encoder is not finite; such a latent shows in every row."""
         return self.h[:1].sum() * 0
+
+
+def _above_in_blocks(table: torch.Tensor, bound: torch.Tensor | float) -> torch.Tensor:
+    """Flat indices, ascending, of the entries of a contiguous table above a bound; a bound (n, 1) holds row by row."""
+    rows, width = table.shape
+    block = max(1, MASK_AT_ONCE // max(1, width)) if table.device.type == "cpu" else max(1, rows)
+    by_row = isinstance(bound, torch.Tensor) and bound.ndim == 2
+    parts = []
+    for start in range(0, rows, block):
+        limit = bound[start : start + block] if isinstance(bound, torch.Tensor) and by_row else bound
+        parts.append(compact(table[start : start + block] > limit) + start * width)
+    return torch.cat(parts) if parts else compact(table > bound)
 
 
 class BoundedScores:

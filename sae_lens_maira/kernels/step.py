@@ -170,7 +170,13 @@ def _encode(
                 f"Exact low-precision candidates are for float32 SAEs; this one is {xc.dtype}."
             )
         return BoundedScores(xc, weights.W_enc, weights.b_enc, norms, spec.candidates, workspace.buffer)
-    h = workspace.buffer("h", (xc.shape[0], weights.W_dec.shape[0]), xc)
+    rows, d_sae = xc.shape[0], weights.W_dec.shape[0]
+    if xc.device.type == "cpu" and not spec.autocast:
+        # Latent by latent the same product takes a sixth less time with MKL (measured on Zen 3).
+        by_latent = workspace.buffer("h", (d_sae, rows), xc)
+        torch.addmm(weights.b_enc[:, None], weights.W_enc.T, xc.T, out=by_latent)
+        return stages.dense_scores(by_latent.T, norms)
+    h = workspace.buffer("h", (rows, d_sae), xc)
     if spec.autocast:
         product = xc.to(torch.bfloat16) @ workspace.bf16("W_enc", weights.W_enc.T).T
         torch.add(product, weights.b_enc, out=h)

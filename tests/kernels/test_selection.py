@@ -43,6 +43,21 @@ def test_selection_is_the_top_of_a_sort(n, scaled):
     assert torch.equal(selection.values, values[expected])
 
 
+@pytest.mark.parametrize("shape", [(7, 24), (16, 40), (1, 8), (0, 8)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scores_stored_latent_by_latent_are_the_same_scores(shape, scaled):
+    """Memory order changes neither indices (ascending), nor values, nor columns."""
+    h = torch.randn(shape)
+    norms = torch.rand(shape[1]) + 0.5 if scaled else None
+    by_row, by_latent = DenseScores(h, norms), DenseScores(h.T.contiguous().T, norms)
+    assert by_latent.by_latent == (shape[0] > 1)
+    for lo in (0.0, 0.7):
+        for one, other in zip(by_row.above(lo), by_latent.above(lo), strict=True):
+            assert torch.equal(one, other)
+    latents = torch.tensor([5, 1])
+    assert torch.equal(by_row.columns(latents), by_latent.columns(latents))
+
+
 @pytest.mark.parametrize("kind", ["bf16", "tf32"])
 @pytest.mark.parametrize("spread", [1.0, 1e4])
 def test_the_margin_is_an_upper_bound(kind, spread):
