@@ -149,16 +149,17 @@ class BridgedMaira2(SAETransformerBridge):
         for hook in (name, sae.cfg.metadata.hook_name_out or name):
             site = self._resolve_hook_name(hook)
             if isinstance(covered := self._hook_registry[site], HookPoint):
-                self._conversions[site] = covered.hook_conversion
+                # An SAE that another one covered comes back on a bare point: the first entry is the true one.
+                self._conversions.setdefault(site, covered.hook_conversion)
         super().add_sae(sae, use_error_term)
         self._hooks_by_name = None
 
     def _reset_sae(self, *args: Any, **kwargs: Any) -> None:
         super()._reset_sae(*args, **kwargs)
         # SAELens puts a bare hook point back: without the split into heads that hook_q, _k, _v and _z had.
-        for site, conversion in self._conversions.items():
+        for site in list(self._conversions):
             if isinstance(point := self._hook_registry[site], HookPoint):
-                point.hook_conversion = conversion
+                point.hook_conversion = self._conversions.pop(site)
         # The fresh hook point took its short name when it was put in place; TransformerLens then takes the long
         # one for an alias of nothing and drops hooks that are added under it.
         for name, point in self._hook_registry.items():

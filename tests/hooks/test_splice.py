@@ -66,6 +66,9 @@ def test_heads_are_split_again_where_an_sae_has_left(host: Any, encoding: Any) -
     with torch.no_grad():
         _, before = host.run_with_cache(encoding, names_filter=[name])
         host.run_with_saes(encoding, saes=sae)
+        host.add_sae(sae)
+        host.run_with_saes(encoding, saes=copy.deepcopy(sae))  # covers the first, which comes back
+        host.reset_saes()
         _, after = host.run_with_cache(encoding, names_filter=[name])
     assert torch.equal(after[name], before[name])
 
