@@ -68,6 +68,7 @@ class Agreement:
         name: of the dictionary ("Matryoshka SAE", "untrained SAE", ...).
         findings: (F,) names.
         unit: (F,) the unit chosen on the first half.
+        choose_f1: (F,) its F1 on that first half: it says which of several dictionaries to take, and is flattered.
         f1: (F,) its F1 on the second half.
         low, high: (F,) 95 % bootstrap interval of `f1` over the second half's studies.
         samples: (n_boot, F) bootstrap F1, the same resampled studies for every dictionary: differences are paired.
@@ -77,6 +78,7 @@ class Agreement:
     name: str
     findings: tuple[str, ...]
     unit: np.ndarray
+    choose_f1: np.ndarray
     f1: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -123,8 +125,9 @@ def best_units(
     Returns:
         The scores with intervals.
     """
+    first = f1_of_firing(fires[halves.choose], truth[halves.choose])
     if unit is None:
-        unit = np.asarray(f1_of_firing(fires[halves.choose], truth[halves.choose]).argmax(0))
+        unit = np.asarray(first.argmax(0))
     fired, known = fires[halves.report][:, unit], truth[halves.report]
     hits, total = (fired & known).astype(np.float64), fired.astype(np.float64) + known
     f1 = _ratio(2 * hits.sum(0), total.sum(0))
@@ -134,7 +137,38 @@ def best_units(
     )
     samples = _ratio(2 * (weights @ hits), weights @ total)
     low, high = np.quantile(samples, [0.025, 0.975], axis=0)
-    return Agreement(name, tuple(findings), unit, f1, low, high, samples, len(known), known.sum(0))
+    return Agreement(
+        name=name,
+        findings=tuple(findings),
+        unit=unit,
+        choose_f1=first[unit, np.arange(len(findings))],
+        f1=f1,
+        low=low,
+        high=high,
+        samples=samples,
+        n=len(known),
+        positives=known.sum(0),
+    )
+
+
+def best_dictionary(drawn: Sequence[Agreement]) -> int:
+    """Which of several dictionaries agrees best with the findings on the half that units are chosen on.
+
+    SAEs that differ in their initial weights alone learn different latents, and which finding gets one of its own is
+    chance (docs/log.md). A control must be drawn as often and be taken by the same rule.
+
+    Args:
+        drawn: one or more, scored on the same studies.
+
+    Returns:
+        The number of the one with the highest mean `choose_f1`; the first of equals.
+
+    Raises:
+        StudyError: none was given.
+    """
+    if not drawn:
+        raise StudyError("There are 0 dictionaries to choose from; score one or more with `best_units`.")
+    return int(np.argmax([scores.choose_f1.mean() for scores in drawn]))
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,18 @@ class RandomDirections:
     """An untrained SAE: random unit directions on centred rows, sparse by one global threshold.
 
     It has the trained SAE's number of units and, through `l0`, its sparsity on the same rows, so what it scores is
-    what chance and a large number of units give.
+    what chance and a large number of units give. With `whiten` the directions are random in the space where the rows
+    given have unit covariance, as an SAE's are that SAELens trains with "covariance_whitening": there random units
+    detect findings better (docs/log.md), so that a whitened SAE must stand beside this control, not the plain one.
     """
 
-    def __init__(self, rows: ActivationRows, n_units: int, l0: float, seed: int = 0) -> None:
+    def __init__(
+        self, rows: ActivationRows, n_units: int, l0: float, seed: int = 0, whiten: bool = False
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(rows.values.shape[1], n_units, generator=generator)
-        self._directions = directions / directions.norm(dim=0)
+        directions = directions / directions.norm(dim=0)
+        self._directions = _whitening(rows.values) @ directions if whiten else directions
         self._mean = rows.values.mean(0)
         self._threshold = _threshold_for(self._project(_sample(rows, 2000)), l0)
 
@@ -86,6 +91,12 @@ class RawDimensions:
 
     def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
         return torch.relu(self._scaled(values) - self._threshold)
+
+
+def _whitening(values: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
+    """(d_in, d_in) matrix that gives centred rows unit covariance; `eps` as in SAELens' `estimate_whitening`."""
+    variances, axes = torch.linalg.eigh(torch.cov(values.T.double()))
+    return (axes * (variances.clamp(min=0) + eps).rsqrt()).to(values.dtype)
 
 
 def _sample(rows: ActivationRows, n: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ show. It computes nothing.
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import pandas as pd
 
@@ -71,6 +72,7 @@ def summary(result: QuickstartResult) -> dict[str, object]:
             "explained_variance": place.explained_variance,
             "n_studies": place.trained.n,
             "n_rows": place.n_rows,
+            "draws": [asdict(draw) for draw in place.draws],
         }
         for place in (result.text, result.image)
     }
@@ -105,15 +107,17 @@ medicine, or about MAIRA-2 itself.
 
 - {config.studies} studies that the phantom was not trained on; latents and strengths chosen on one half of the
   patients, every figure below from the other half ({result.text.trained.n} studies)
-- two Matryoshka BatchTopK SAEs of widths {", ".join(map(str, result.text.sae.widths))}, seed {config.seed}: report
-  tokens at `{result.text.sae.hook_name}` (k = {config.text_k}, {config.text_steps} steps of 1,024 rows), image
-  patches at `{result.image.sae.hook_name}` (k = {config.k}, {config.steps} steps)
+- two Matryoshka BatchTopK SAEs of widths {", ".join(map(str, result.text.sae.widths))}: report tokens at
+  `{result.text.sae.hook_name}` (k = {config.text_k:g}, {config.text_steps} steps of 1,024 whitened rows, seed
+  {result.text.sae.seed}), image patches at `{result.image.sae.hook_name}` (k = {config.k}, {config.steps} steps, seed
+  {result.image.sae.seed})
 
 ## Which latents agree with findings
 
 F1 of firing: a latent fires in a study if it is active at one or more positions. No threshold is tuned.
-*untrained* has random directions and the same L0, *raw* are the residual stream's own dimensions at the same L0,
-*supervised* is the difference of means, which has seen the labels of the first half.
+*untrained* has random directions and the same L0 (where the SAE was trained on whitened rows, directions that are
+random in the whitened space), *raw* are the residual stream's own dimensions at the same L0, *supervised* is the
+difference of means, which has seen the labels of the first half.
 
 ![agreement](figures/agreement.png)
 
@@ -157,6 +161,27 @@ supervised {place.supervised.f1.mean():.3f}. Trained minus untrained {gain.mean:
 {place.explained_variance:.3f} at L0 {place.l0:.1f} on {place.n_rows:,} rows.
 
 {_table(agreement_frame(place))}
+{_draws(place)}"""
+
+
+def _draws(place: PlaceResult) -> str:
+    if len(place.draws) < 2:
+        return ""
+    frame = pd.DataFrame(
+        {
+            "taken": ["yes" if draw.seed == place.sae.seed else "" for draw in place.draws],
+            "F1, choosing half": [f"{draw.choose_f1:.3f}" for draw in place.draws],
+            "F1, other half": [f"{draw.f1:.3f}" for draw in place.draws],
+            "untrained": [f"{draw.untrained_f1:.3f}" for draw in place.draws],
+            "explained variance": [f"{draw.explained_variance:.3f}" for draw in place.draws],
+        },
+        index=pd.Index([draw.seed for draw in place.draws], name="seed"),
+    )
+    return f"""
+SAEs that differ in their initial weights alone learn different latents. {len(place.draws)} were trained; the one with
+the highest F1 on the choosing half was taken, and so was the untrained SAE, drawn as often.
+
+{_table(frame)}
 """
 
 

@@ -22,6 +22,8 @@ class QuickstartConfig:
         d_sae: latents of either SAE.
         k: mean active latents per patch.
         text_k: mean active latents per report token; few, so that one latent must hold finding and side.
+        text_seeds: text SAEs to train from different initial weights; the one that agrees best on the choosing half
+            of the studies is taken, and the untrained SAE is drawn as often.
         steps: training steps of 1,024 patches.
         text_steps: training steps of 1,024 report tokens.
         finding: the finding to steer into reports that do not have it.
@@ -36,9 +38,10 @@ class QuickstartConfig:
     text_layer: int = 6
     d_sae: int = 1024
     k: int = 8
-    text_k: int = 4
+    text_k: float = 2.5
+    text_seeds: int = 4
     steps: int = 3000
-    text_steps: int = 3000
+    text_steps: int = 1500
     finding: str = "cardiomegaly"
     steer_studies: int = 60
     seed: int = 0
@@ -53,11 +56,30 @@ class QuickstartConfig:
             if not 0 <= getattr(self, name) <= 7:
                 raise ConfigError(f"{name} is {getattr(self, name)}; the phantom has decoder layers 0 to 7.")
         least = {"studies": 40, "d_sae": 64, "steer_studies": 4} | dict.fromkeys(
-            ("k", "text_k", "steps", "text_steps"), 1
+            ("k", "text_k", "text_seeds", "steps", "text_steps"), 1
         )
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {lowest}.")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One of the SAEs that were trained, of which one is taken.
+
+    Attributes:
+        seed: of its initial weights.
+        choose_f1: mean F1 of its best units on the half they were chosen on; the highest is taken.
+        f1: of the same units on the other half.
+        untrained_f1: of the untrained SAE drawn beside it, on the other half.
+        explained_variance: on the other half's rows.
+    """
+
+    seed: int
+    choose_f1: float
+    f1: float
+    untrained_f1: float
+    explained_variance: float
 
 
 @dataclass(frozen=True)
@@ -66,12 +88,13 @@ class PlaceResult:
 
     Attributes:
         place: "text" or "image".
-        sae: the SAE trained on positions of this kind.
+        sae: the SAE trained on positions of this kind, taken from `draws`.
         trained, untrained, raw, supervised: best units of each dictionary.
         gain: trained minus untrained, mean over the findings, paired over studies.
         l0: active latents per row of the trained SAE here.
         explained_variance: of the trained SAE on the held-out half's rows here.
         n_rows: rows of this kind.
+        draws: every SAE that was trained.
     """
 
     place: str
@@ -84,6 +107,7 @@ class PlaceResult:
     l0: float
     explained_variance: float
     n_rows: int
+    draws: tuple[Draw, ...]
 
 
 @dataclass(frozen=True)

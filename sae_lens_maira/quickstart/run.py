@@ -7,28 +7,21 @@ the same sparsity, a supervised difference of means, and for steering a random d
 strengths are chosen on one half of the patients and reported on the other. It composes rooms and owns no science.
 """
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows, harvest, joined
-from sae_lens_maira.latents import (
-    Encoder,
-    Halves,
-    MeanDifference,
-    RandomDirections,
-    RawDimensions,
-    best_units,
-    paired_difference,
-    split_by_patient,
-    study_firing,
-)
+from sae_lens_maira.latents import Halves, split_by_patient
 from sae_lens_maira.maira2 import Maira2, TokenRole
-from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, truth_labels
+from sae_lens_maira.phantom import generate_studies, load_phantom, truth_labels
+from sae_lens_maira.quickstart.agree import agreement
 from sae_lens_maira.quickstart.page import write_pages
 from sae_lens_maira.quickstart.report import write_report
-from sae_lens_maira.quickstart.results import PlaceResult, QuickstartConfig, QuickstartResult
+from sae_lens_maira.quickstart.results import QuickstartConfig, QuickstartResult
 from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
 from sae_lens_maira.quickstart.steer import steer_finding
 from sae_lens_maira.studies import Study
@@ -69,24 +62,11 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     rows = rows.where(rows.is_image)
     spoken = stored_rows(maira, studies, hook_names(config)["text"], config)
     spoken = spoken.where(spoken.role == TokenRole.REPORT)
-    folder = config.out / "sae_text"
-    learned = spoken.where(halves.choose[spoken.study])
-    # A latent that rests for a quarter of so short a run would never come back.
-    trained = train_sae(
-        learned,
-        config.d_sae,
-        config.text_k,
-        config.text_steps,
-        config.seed,
-        folder,
-        lr=2e-3,
-        dead_after=max(1, config.text_steps // 4),
-    )
-    text = _agreement("text", spoken, truth, halves, trained, config.seed)
-    folder = config.out / "sae_image"
+    text = agreement("text", spoken, truth, halves, _text_saes(spoken, halves, config), config.seed)
+    shutil.copytree(text_folder(config, text.sae.seed), config.out / "sae_text", dirs_exist_ok=True)
     learned = rows.where(halves.choose[rows.study])
-    trained = train_sae(learned, config.d_sae, config.k, config.steps, config.seed, folder)
-    image = _agreement("image", rows, truth, halves, trained, config.seed)
+    trained = train_sae(learned, config.d_sae, config.k, config.steps, config.seed, config.out / "sae_image")
+    image = agreement("image", rows, truth, halves, [trained], config.seed)
     steering = steer_finding(
         maira,
         studies,
@@ -103,6 +83,33 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     write_report(result, studies, rows, halves)
     write_pages(result, maira, studies, {"image": rows, "text": spoken}, halves)
     return result
+
+
+def _text_saes(spoken: ActivationRows, halves: Halves, config: QuickstartConfig) -> list[TrainedSAE]:
+    """SAEs of report tokens that differ in their initial weights and in the order of rows."""
+    learned = spoken.where(halves.choose[spoken.study])
+    # Whitened, since what a token is takes most of the variance of report tokens and what the study has little:
+    # without it two thirds of the latents die. The whitening ends up in the weights. A latent that rests for a sixth
+    # of so short a run would never come back.
+    return [
+        train_sae(
+            learned,
+            config.d_sae,
+            config.text_k,
+            config.text_steps,
+            seed,
+            text_folder(config, seed),
+            lr=3e-3,
+            dead_after=max(1, config.text_steps // 6),
+            normalize="covariance_whitening",
+        )
+        for seed in range(config.seed, config.seed + config.text_seeds)
+    ]
+
+
+def text_folder(config: QuickstartConfig, seed: int) -> Path:
+    """Where the text SAE of one seed is saved; the one taken is copied to `sae_text`."""
+    return config.out / "sae_text_seeds" / str(seed)
 
 
 def hook_names(config: QuickstartConfig) -> dict[str, str]:
@@ -133,42 +140,3 @@ def stored_rows(
         progress=config.progress,
     )
     return joined(list(store.blocks(hook_name, max_rows=len(store))))
-
-
-def _agreement(
-    place: str,
-    rows: ActivationRows,
-    truth: np.ndarray,
-    halves: Halves,
-    trained: TrainedSAE,
-    seed: int,
-) -> PlaceResult:
-    n = len(truth)
-    fires, l0 = study_firing(trained.encode, rows, n)
-    chosen_half = rows.where(halves.choose[rows.study])
-    others: dict[str, Encoder] = {
-        "untrained SAE": RandomDirections(chosen_half, len(trained.decoder), l0, seed),
-        "raw dimensions": RawDimensions(chosen_half, l0),
-    }
-    scored = {
-        name: best_units(name, study_firing(encode, rows, n)[0], truth, FINDING_KEYS, halves)
-        for name, encode in others.items()
-    }
-    # The supervised direction of a finding belongs to that finding: its unit is given, not chosen.
-    fitted = study_firing(MeanDifference(rows, truth, halves.choose), rows, n)[0]
-    own = np.arange(len(FINDING_KEYS))
-    supervised = best_units("difference of means", fitted, truth, FINDING_KEYS, halves, unit=own)
-    best = best_units("Matryoshka SAE", fires, truth, FINDING_KEYS, halves)
-    held_out = rows.where(halves.report[rows.study]).values
-    return PlaceResult(
-        place=place,
-        sae=trained,
-        trained=best,
-        untrained=scored["untrained SAE"],
-        raw=scored["raw dimensions"],
-        supervised=supervised,
-        gain=paired_difference(best, scored["untrained SAE"]),
-        l0=l0,
-        explained_variance=trained.explained_variance(held_out),
-        n_rows=len(rows),
-    )

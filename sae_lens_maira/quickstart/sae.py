@@ -6,6 +6,7 @@ the folder. This module knows nothing about findings.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -20,6 +21,7 @@ from sae_lens_maira.sae import (
 from sae_lens_maira.training import FusedSAETrainer
 
 BATCH = 1024
+Normalization = Literal["expected_average_only_in", "covariance_whitening"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,15 @@ class TrainedSAE:
         inference: the SAE, read back from the folder that plain SAELens loads too.
         widths: cumulative level widths.
         hook_name: where it was trained.
+        seed: of its initial weights.
+        whitened: whether it was trained on whitened rows; the whitening is part of its weights.
     """
 
     inference: MatryoshkaSAE
     widths: tuple[int, ...]
     hook_name: str
+    seed: int
+    whitened: bool
 
     def encode(self, values: torch.Tensor, /) -> torch.Tensor:
         """Latent activations (n, d_sae) of rows (n, d_in), without gradients."""
@@ -65,12 +71,13 @@ def level_widths(d_sae: int) -> tuple[int, ...]:
 def train_sae(
     rows: ActivationRows,
     d_sae: int,
-    k: int,
+    k: float,
     steps: int,
     seed: int,
     folder: Path,
     lr: float = 1e-3,
     dead_after: int = 1000,
+    normalize: Normalization = "expected_average_only_in",
 ) -> TrainedSAE:
     """Train a Matryoshka BatchTopK SAE on rows and save it to `folder`.
 
@@ -83,6 +90,8 @@ def train_sae(
         folder: where the inference SAE is saved; plain SAELens loads it from there.
         lr: learning rate; it falls to 0 over the last fifth of the steps.
         dead_after: steps without firing after which a latent counts as dead and helps with the residual.
+        normalize: SAELens' `normalize_activations`, of the two kinds that it folds into the weights.
+            "covariance_whitening" gives every direction of the rows the same variance, so that rare ones get latents.
     """
     torch.manual_seed(seed)
     widths = level_widths(d_sae)
@@ -91,7 +100,7 @@ def train_sae(
         d_sae=d_sae,
         k=k,
         matryoshka_widths=list(widths),
-        normalize_activations="expected_average_only_in",
+        normalize_activations=normalize,
         device="cpu",
     )
     config.metadata.hook_name = rows.hook_name
@@ -116,4 +125,5 @@ def train_sae(
     )
     trainer.fit()
     sae.save_inference_model(folder)
-    return TrainedSAE(load_matryoshka(folder), widths, rows.hook_name)
+    whitened = normalize == "covariance_whitening"
+    return TrainedSAE(load_matryoshka(folder), widths, rows.hook_name, seed, whitened)

@@ -1,13 +1,14 @@
 """What can be wrong with the rows that a trainer is fed, and how ranks agree on their scale.
 
-A loss that is not finite is traced to its cause before any weight changes. The norm that inputs are scaled by is the
-mean over all ranks' rows. It knows nothing about kernels.
+A loss that is not finite is traced to its cause before any weight changes. The norm or covariance that inputs are
+scaled by is that of all ranks' rows. It knows nothing about kernels.
 """
 
 from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.errors import SAEError
@@ -30,23 +31,47 @@ def not_finite_error(sae: TrainingSAE[Any], x: torch.Tensor, step: int) -> SAEEr
 
 
 def agree_on_scaling(trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicator) -> None:
-    """Estimates the activation scaling over the rows of all ranks, before SAELens would do so over this rank's.
-
-    Raises:
-        SAEError: whitening would have to be estimated, which one rank's rows do not allow.
-    """
+    """Estimates scaling or whitening over the rows of all ranks, before SAELens would do so over this rank's."""
     kind, d_in, scaler = (
         trainer.sae.cfg.normalize_activations,
         trainer.sae.cfg.d_in,
         trainer.activation_scaler,
     )
     if kind == "covariance_whitening" and scaler.whitening is None:
-        raise SAEError(
-            "normalize_activations='covariance_whitening' cannot be estimated over several ranks, since each sees its "
-            "own rows. Estimate it in one process and resume from that checkpoint."
-        )
+        scaler.whitening = _whitening_of_all_ranks(trainer, comm)
     if kind == "expected_average_only_in" and scaler.scaling_factor is None:
         scaler.estimate_scaling_factor(d_in, trainer.data_provider, trainer.cfg.n_batches_for_norm_estimate)
         assert scaler.scaling_factor is not None  # just estimated
         mean_norm = torch.tensor(d_in**0.5 / scaler.scaling_factor, dtype=torch.float64)
         scaler.scaling_factor = d_in**0.5 * comm.size / float(comm.sum_(mean_norm))
+
+
+def _whitening_of_all_ranks(
+    trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicator, eps: float = 1e-3
+) -> ActivationWhitening:
+    """PCA whitening of mean and covariance over `n_batches_for_norm_estimate` batches of every rank.
+
+    Count, sum and sum of outer products are added over ranks in float64 and finished as SAELens'
+    `ActivationScaler.estimate_whitening` does, so that with one rank the result is that method's. The ranks' axes are
+    bit-equal only because rank 0's are sent to all: an eigenvector's sign is free.
+    """
+    d_in, device = trainer.sae.cfg.d_in, trainer.sae.device
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(d_in, dtype=torch.float64, device=device)
+    outer = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+    for _ in range(trainer.cfg.n_batches_for_norm_estimate):
+        rows = next(trainer.data_provider).to(device, torch.float64).reshape(-1, d_in)
+        count += len(rows)
+        total += rows.sum(0)
+        outer += rows.T @ rows
+    count, total, outer = comm.sum_(count), comm.sum_(total), comm.sum_(outer)
+    mean = total / count
+    covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
+    variances, axes = torch.linalg.eigh(covariance)
+    variances, axes = comm.broadcast_(variances), comm.broadcast_(axes.contiguous())
+    variances = variances.clamp(min=0) + eps
+    return ActivationWhitening(
+        mean=mean,
+        matrix=(axes * variances.rsqrt()).contiguous(),
+        inverse_matrix=(variances.sqrt()[:, None] * axes.T).contiguous(),
+    )

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.latents import best_units, f1_of_firing, paired_difference, split_by_patient
+from sae_lens_maira.latents import (
+    best_dictionary,
+    best_units,
+    f1_of_firing,
+    paired_difference,
+    split_by_patient,
+)
 
 
 @pytest.fixture
@@ -51,6 +57,33 @@ def test_the_unit_is_chosen_without_the_reported_half(table):
         f1_of_firing(fires[halves.report], truth[halves.report])[6, 0], abs=1e-6
     )
     assert scores.f1[0] < 0.6
+
+
+def test_the_dictionary_is_chosen_without_the_reported_half(table):
+    """Of two, the one that is right on the choosing half is taken, though the other is right on the reported one."""
+    truth, noise = table
+    halves = split_by_patient([str(i) for i in range(200)])
+    names = ["a", "b", "c"]
+    early, late = noise.copy(), noise.copy()
+    early[:, :3] = np.where(halves.choose[:, None], truth, noise[:, :3])
+    late[:, :3] = np.where(halves.report[:, None], truth, noise[:, :3])
+    drawn = [
+        best_units(name, fires, truth, names, halves) for name, fires in (("late", late), ("early", early))
+    ]
+    assert best_dictionary(drawn) == 1
+    assert drawn[1].choose_f1 == pytest.approx(np.ones(3))
+    assert best_dictionary([drawn[1], drawn[1]]) == 0
+    with pytest.raises(StudyError, match="0 dictionaries"):
+        best_dictionary([])
+
+
+def test_f1_on_the_choosing_half_is_that_of_the_unit_given(table):
+    """Also where the unit is not chosen but given."""
+    truth, noise = table
+    halves = split_by_patient([str(i) for i in range(200)])
+    given = best_units("d", noise, truth, ["a", "b", "c"], halves, unit=np.array([4, 9, 4]))
+    whole = f1_of_firing(noise[halves.choose], truth[halves.choose])
+    assert given.choose_f1.tolist() == [whole[4, 0], whole[9, 1], whole[4, 2]]
 
 
 def test_bootstrap_interval_covers_and_is_that_of_resampling(table):

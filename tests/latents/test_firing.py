@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.latents import MeanDifference, RandomDirections, RawDimensions, study_firing
-from sae_lens_maira.latents.firing import _best_threshold
+from sae_lens_maira.latents.firing import _best_threshold, _whitening
 
 
 def make_rows(values: torch.Tensor, study: np.ndarray) -> ActivationRows:
@@ -52,6 +53,26 @@ def test_random_directions_have_the_wanted_size_and_sparsity(rows):
     assert encode(rows.values).shape == (700, 50)
     assert study_firing(encode, rows, 70)[1] == pytest.approx(3.0, abs=0.1)
     assert not torch.equal(encode(rows.values), RandomDirections(rows, 50, 3.0, seed=2)(rows.values))
+
+
+def test_whitened_random_directions_see_unit_covariance(rows):
+    """Projections of whitened directions are those of explicitly whitened rows, however the rows are stretched."""
+    stretch = torch.diag(torch.logspace(-1, 2, 12))
+    stretched = make_rows(rows.values @ stretch, rows.study)
+    encode = RandomDirections(stretched, 40, 3.0, seed=1, whiten=True)
+    assert study_firing(encode, stretched, 70)[1] == pytest.approx(3.0, abs=0.1)
+    projected = (stretched.values - stretched.values.mean(0)) @ encode._directions
+    assert projected.std(0).numpy() == pytest.approx(1, abs=0.05)
+    plain = RandomDirections(stretched, 40, 3.0, seed=1)
+    assert ((stretched.values - stretched.values.mean(0)) @ plain._directions).std(0).min() < 10
+    scaler = ActivationScaler()
+    scaler.estimate_whitening(12, iter([stretched.values]), n_batches_for_norm_estimate=1)
+    assert scaler.whitening is not None
+    theirs = scaler.whitening.matrix
+    # The signs of principal axes are free.
+    torch.testing.assert_close(
+        _whitening(stretched.values).double().abs(), theirs.abs(), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_mean_difference_finds_a_planted_direction(rows):

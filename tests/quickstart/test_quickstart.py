@@ -12,7 +12,7 @@ from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents import wilson
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
-from sae_lens_maira.quickstart.run import KEPT, stored_rows
+from sae_lens_maira.quickstart.run import KEPT, stored_rows, text_folder
 from sae_lens_maira.quickstart.sae import level_widths
 
 
@@ -23,6 +23,7 @@ from sae_lens_maira.quickstart.sae import level_widths
         ({"layer": 8}, "layers 0 to 7"),
         ({"text_layer": -1}, "text_layer"),
         ({"studies": 3}, "at least 40"),
+        ({"text_seeds": 0}, "text_seeds is 0; it must be at least 1"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(setting, match):
@@ -49,6 +50,8 @@ def test_small_run_writes_everything(tmp_path):
         studies=60,
         steps=40,
         text_steps=40,
+        text_seeds=2,
+        seed=3,
         d_sae=256,
         steer_studies=4,
         progress=False,
@@ -76,6 +79,18 @@ def test_small_run_writes_everything(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert result.text.trained.n + int(result.image.trained.n) == 2 * result.text.trained.n
+    # Of two text SAEs the one that agrees best on the choosing half was taken, and its control by the same rule.
+    draws = result.text.draws
+    assert [draw.seed for draw in draws] == [3, 4]
+    taken = max(draws, key=lambda draw: draw.choose_f1)
+    assert taken.seed == result.text.sae.seed
+    assert taken.f1 == pytest.approx(result.text.trained.f1.mean())
+    assert taken.explained_variance == result.text.explained_variance
+    assert result.text.untrained.f1.mean() in [draw.untrained_f1 for draw in draws]
+    copied = (config.out / "sae_text" / "sae_weights.safetensors").read_bytes()
+    assert copied == (text_folder(config, taken.seed) / "sae_weights.safetensors").read_bytes()
+    assert f"| {taken.seed} | yes |" in report
+    assert len(result.image.draws) == 1
 
 
 @pytest.mark.slow
@@ -119,9 +134,11 @@ def test_trained_latents_beat_untrained_ones_at_text_positions(found):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="mean F1 at text positions is about 0.8, 0.85 is wanted: docs/log.md")
 def test_text_latents_agree_with_findings(found):
-    assert found["agreement"]["text"]["mean_f1"] >= 0.85
+    """Mean F1 of firing on the half that neither latents nor the SAE were chosen on."""
+    text = found["agreement"]["text"]
+    assert text["mean_f1"] >= 0.85
+    assert text["mean_f1"] in [draw["f1"] for draw in text["draws"]]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -45,10 +46,12 @@ def samples(steps: int) -> int:
     return sum(ROWS[i % len(ROWS)] for i in range(steps))
 
 
-def train(
-    convention: LossConvention, out: Path, comm: ProcessGroupCommunicator | None, kill_step: int | None
-) -> list[float]:
-    """One run to the end, or to the kill; the loss and auxiliary loss of every step done here."""
+def train(kind: str, out: Path, comm: ProcessGroupCommunicator | None, kill_step: int | None) -> list[float]:
+    """One run to the end, or to the kill; the loss and auxiliary loss of every step done here.
+
+    `kind` is a loss convention, or "whitened": that of SAELens on whitened rows.
+    """
+    convention = cast(LossConvention, "saelens" if kind == "whitened" else kind)
     torch.manual_seed(0 if comm is None else comm.rank)  # ranks start apart: rank 0's weights must win
     cfg = MatryoshkaTrainingSAEConfig(
         d_in=D_IN,
@@ -59,6 +62,7 @@ def train(
         use_matryoshka_aux_loss=convention == "saelens",
         threshold_start_step=3,
         dead_after_tokens=60,
+        normalize_activations="covariance_whitening" if kind == "whitened" else "none",
     )
     trainer_cfg = SAETrainerConfig(
         total_training_samples=samples(STEPS),
@@ -67,6 +71,7 @@ def train(
         lr_end=1e-3,
         dead_feature_window=3,
         n_checkpoints=3,
+        n_batches_for_norm_estimate=8,
         checkpoint_path=str(out),
     )
     trainer = FusedSAETrainer(trainer_cfg, MatryoshkaTrainingSAE(cfg), iter(()), comm=comm)
@@ -96,15 +101,15 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--convention", nargs="+", default=["saelens"])
+    parser.add_argument("--kind", nargs="+", default=["saelens"])
     parser.add_argument("--kill-step", type=int, default=None)
     parser.add_argument("--kill-ranks", type=int, nargs="*", default=[])
     args = parser.parse_args()
     with distributed(timeout_s=60) as comm:
-        for convention in args.convention:
+        for kind in args.kind:
             kill_step = args.kill_step if comm.rank in args.kill_ranks else None
-            losses = train(convention, args.out / convention, comm, kill_step)
-            (args.out / convention / f"losses_{comm.rank}.json").write_text(json.dumps(losses))
+            losses = train(kind, args.out / kind, comm, kill_step)
+            (args.out / kind / f"losses_{comm.rank}.json").write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":

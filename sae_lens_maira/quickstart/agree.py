@@ -1,0 +1,97 @@
+"""How well the latents of an SAE agree with the findings, beside its controls.
+
+    trained, untrained, raw, supervised -> F1 of firing, units chosen on one half of the patients, reported on the other
+
+Of several SAEs that differ in their initial weights alone, the one that agrees best on the choosing half is taken;
+the untrained SAE is drawn as often and taken by the same rule. It knows nothing about where the rows come from.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.latents import (
+    Agreement,
+    Encoder,
+    Halves,
+    MeanDifference,
+    RandomDirections,
+    RawDimensions,
+    best_dictionary,
+    best_units,
+    paired_difference,
+    study_firing,
+)
+from sae_lens_maira.phantom import FINDING_KEYS
+from sae_lens_maira.quickstart.results import Draw, PlaceResult
+from sae_lens_maira.quickstart.sae import TrainedSAE
+
+
+def agreement(
+    place: str,
+    rows: ActivationRows,
+    truth: np.ndarray,
+    halves: Halves,
+    saes: Sequence[TrainedSAE],
+    seed: int,
+) -> PlaceResult:
+    """Score SAEs of one kind of position, take one, and set it beside its controls.
+
+    Args:
+        place: "text" or "image".
+        rows: positions of this kind, of both halves.
+        truth: (n_studies, F) bool.
+        halves: the split by patient.
+        saes: trained on the choosing half's rows from different initial weights; one or more.
+        seed: of the untrained SAEs; the i-th takes `seed + i`.
+
+    Returns:
+        The scores of the SAE taken, of its controls, and of every SAE drawn.
+    """
+    n = len(truth)
+    chosen_half = rows.where(halves.choose[rows.study])
+    held_out = rows.where(halves.report[rows.study]).values
+
+    def scored(name: str, encode: Encoder) -> tuple[Agreement, float]:
+        fires, l0 = study_firing(encode, rows, n)
+        return best_units(name, fires, truth, FINDING_KEYS, halves), l0
+
+    trained = [scored("Matryoshka SAE", sae.encode) for sae in saes]
+    # Every untrained SAE stands beside one trained: as many draws, each whitened and as sparse as its counterpart.
+    untrained = [
+        scored(
+            "untrained SAE",
+            RandomDirections(chosen_half, len(sae.decoder), l0, seed + i, whiten=sae.whitened),
+        )[0]
+        for i, (sae, (_, l0)) in enumerate(zip(saes, trained, strict=True))
+    ]
+    taken = best_dictionary([scores for scores, _ in trained])
+    best, l0 = trained[taken]
+    control = untrained[best_dictionary(untrained)]
+    draws = tuple(
+        Draw(
+            seed=sae.seed,
+            choose_f1=float(scores.choose_f1.mean()),
+            f1=float(scores.f1.mean()),
+            untrained_f1=float(other.f1.mean()),
+            explained_variance=sae.explained_variance(held_out),
+        )
+        for sae, (scores, _), other in zip(saes, trained, untrained, strict=True)
+    )
+    # The supervised direction of a finding belongs to that finding: its unit is given, not chosen.
+    fitted = study_firing(MeanDifference(rows, truth, halves.choose), rows, n)[0]
+    own = np.arange(len(FINDING_KEYS))
+    return PlaceResult(
+        place=place,
+        sae=saes[taken],
+        trained=best,
+        untrained=control,
+        raw=scored("raw dimensions", RawDimensions(chosen_half, l0))[0],
+        supervised=best_units("difference of means", fitted, truth, FINDING_KEYS, halves, unit=own),
+        gain=paired_difference(best, control),
+        l0=l0,
+        explained_variance=draws[taken].explained_variance,
+        n_rows=len(rows),
+        draws=draws,
+    )
