@@ -122,7 +122,7 @@ def test_a_word_that_is_no_choice_names_the_choices(capsys):
     with pytest.raises(SystemExit):
         main(["latents", "--sae", "a", "--out", "b", "--control", "none"])
     assert (
-        "--control: Expected one of 'trained', 'untrained', 'raw'. Got value: none."
+        "--control: Expected one of 'trained', 'untrained', 'untrained_whitened', 'raw'. Got value: none."
         in capsys.readouterr().err
     )
     assert "--dtype {bfloat16,float32}" in help_of("harvest", capsys)

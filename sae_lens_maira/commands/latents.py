@@ -28,7 +28,7 @@ def latents(
     store: Path | None = None,
     hook: str | None = None,
     roles: str | list[str] | None = None,
-    control: Literal["trained", "untrained", "raw"] = "trained",
+    control: Literal["trained", "untrained", "untrained_whitened", "raw"] = "trained",
     latents: str | None = None,
     top: int = 20,
     per_interval: int = 5,
@@ -61,7 +61,7 @@ def latents(
         roles: tokens to read: image_only, paper, text_only, generated_only, all, or a list of roles; sections, report
             and image if not given.
         control: record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
-            with the same sparsity.
+            with the same sparsity; untrained_whitened for an SAE trained on whitened rows.
         latents: numbers and ranges such as "0-49,77" to write records of; all if not given.
         top: contexts of largest activation to keep per latent.
         per_interval: contexts to keep per octave of activation.
@@ -181,16 +181,27 @@ def _rows(
 
 def _stand_in(control: str, dictionary: Any, blocks: "Blocks", seed: int) -> Any:
     """The untrained SAE or the raw dimensions, with the sparsity of the trained one on the first rows."""
+    import torch
+
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.latents.raw import raw_dimensions_like
     from sae_lens_maira.sae import untrained_like
 
-    rows = next((block.values for unit in range(len(blocks)) for block in blocks[unit]), None)
-    if rows is None:
+    whiten = control == "untrained_whitened"
+    # A covariance wants several times as many rows as dimensions; a threshold is content with a block.
+    wanted = 8 * dictionary.cfg.d_in if whiten else 1
+    parts, n = [], 0
+    for block in (block for unit in range(len(blocks)) for block in blocks[unit]):
+        parts.append(block.values)
+        n += len(block)
+        if n >= wanted:
+            break
+    if not parts:
         raise ConfigError("There are no rows to set the control's sparsity on; give studies with reports.")
-    if control == "untrained":
-        return untrained_like(dictionary, rows, seed=seed)
-    return raw_dimensions_like(dictionary, rows)
+    rows = torch.cat(parts)
+    if control == "raw":
+        return raw_dimensions_like(dictionary, rows)
+    return untrained_like(dictionary, rows, seed=seed, whiten=whiten)
 
 
 def _load_sae(folder: Path, device: str) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.sae.whitening import whitening_of
 
 
 class Encoder(Protocol):
@@ -63,7 +64,9 @@ class RandomDirections:
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(rows.values.shape[1], n_units, generator=generator)
         directions = directions / directions.norm(dim=0)
-        self._directions = _whitening(rows.values) @ directions if whiten else directions
+        self._directions = directions
+        if whiten:
+            self._directions = whitening_of(rows.values).matrix.to(directions) @ directions
         self._mean = rows.values.mean(0)
         self._threshold = _threshold_for(self._project(_sample(rows, 2000)), l0)
 
@@ -91,12 +94,6 @@ class RawDimensions:
 
     def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
         return torch.relu(self._scaled(values) - self._threshold)
-
-
-def _whitening(values: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
-    """(d_in, d_in) matrix that gives centred rows unit covariance; `eps` as in SAELens' `estimate_whitening`."""
-    variances, axes = torch.linalg.eigh(torch.cov(values.T.double()))
-    return (axes * (variances.clamp(min=0) + eps).rsqrt()).to(values.dtype)
 
 
 def _sample(rows: ActivationRows, n: int) -> torch.Tensor:

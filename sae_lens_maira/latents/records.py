@@ -245,7 +245,7 @@ class RecordsMeta:
         hook_name: hook point.
         layer: decoder layer of the hook point.
         sae: name or folder of the SAE.
-        control: "trained", or what stands in its place: "untrained", "raw" (residual dimensions).
+        control: "trained", or what stands in its place: "untrained", "untrained_whitened", "raw" (residual dimensions).
         d_in, d_sae: its sizes.
         level_widths: Matryoshka widths, ascending; (d_sae,) for a plain SAE.
         rows_text, rows_image: rows read.

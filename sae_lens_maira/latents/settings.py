@@ -8,7 +8,8 @@ class CollectConfig:
     """What to keep.
 
     Attributes:
-        model, sae, control: names for the record set's meta; control is "trained", "untrained" or "raw".
+        model, sae, control: names for the record set's meta; control is "trained", "untrained", "untrained_whitened"
+            or "raw".
         latents: write records of these only; all if None. Statistics and neighbours always see all.
         top: contexts of largest activation.
         intervals: octaves of activation, highest first, that get contexts.

@@ -40,7 +40,7 @@ class QuickstartConfig:
     k: int = 8
     text_k: float = 2.5
     text_seeds: int = 4
-    steps: int = 3000
+    steps: int = 1500
     text_steps: int = 1500
     finding: str = "cardiomegaly"
     steer_studies: int = 60

@@ -65,7 +65,16 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     text = agreement("text", spoken, truth, halves, _text_saes(spoken, halves, config), config.seed)
     shutil.copytree(text_folder(config, text.sae.seed), config.out / "sae_text", dirs_exist_ok=True)
     learned = rows.where(halves.choose[rows.study])
-    trained = train_sae(learned, config.d_sae, config.k, config.steps, config.seed, config.out / "sae_image")
+    trained = train_sae(
+        learned,
+        config.d_sae,
+        config.k,
+        config.steps,
+        config.seed,
+        config.out / "sae_image",
+        lr=2e-3,
+        dead_after=dead_after(config.steps),
+    )
     image = agreement("image", rows, truth, halves, [trained], config.seed)
     steering = steer_finding(
         maira,
@@ -89,8 +98,7 @@ def _text_saes(spoken: ActivationRows, halves: Halves, config: QuickstartConfig)
     """SAEs of report tokens that differ in their initial weights and in the order of rows."""
     learned = spoken.where(halves.choose[spoken.study])
     # Whitened, since what a token is takes most of the variance of report tokens and what the study has little:
-    # without it two thirds of the latents die. The whitening ends up in the weights. A latent that rests for a sixth
-    # of so short a run would never come back.
+    # without it more latents die. The whitening ends up in the weights.
     return [
         train_sae(
             learned,
@@ -100,11 +108,16 @@ def _text_saes(spoken: ActivationRows, halves: Halves, config: QuickstartConfig)
             seed,
             text_folder(config, seed),
             lr=3e-3,
-            dead_after=max(1, config.text_steps // 6),
+            dead_after=dead_after(config.text_steps),
             normalize="covariance_whitening",
         )
         for seed in range(config.seed, config.seed + config.text_seeds)
     ]
+
+
+def dead_after(steps: int) -> int:
+    """Steps of rest after which a latent counts as dead: a sixth of so short a run, or it would never come back."""
+    return max(1, steps // 6)
 
 
 def text_folder(config: QuickstartConfig, seed: int) -> Path:

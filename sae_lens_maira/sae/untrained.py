@@ -1,6 +1,7 @@
 """The yardstick beside every SAE: one of the same shape that has learnt nothing.
 
     W_dec[j] = g u_j,  |u_j| = 1 random,  W_enc = u^T,  b_dec = mean of the rows
+    whitened:  W_dec[j] = g u_j M^-1,  W_enc = M u^T
 
 Its threshold is set so that as many latents fire per row as in the trained SAE, and its gain g is the best single
 factor in the least-squares sense: an untrained SAE that overshoots would be too easy to beat. What it explains,
@@ -18,11 +19,18 @@ from sae_lens_maira.errors import SAEError
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig
 from sae_lens_maira.sae.inference import MatryoshkaSAE, matryoshka_from_state_dict
 from sae_lens_maira.sae.levels import level_widths_of
+from sae_lens_maira.sae.whitening import whitening_of
 
 
 @torch.no_grad()
 def untrained_like(
-    sae: SAE[Any], rows: Tensor, *, l0: float | None = None, seed: int = 0, max_rows: int = 2048
+    sae: SAE[Any],
+    rows: Tensor,
+    *,
+    l0: float | None = None,
+    seed: int = 0,
+    max_rows: int = 2048,
+    whiten: bool = False,
 ) -> MatryoshkaSAE:
     """An untrained SAE of the same shape, levels and sparsity.
 
@@ -32,14 +40,18 @@ def untrained_like(
         l0: latents that fire per row; None measures the given SAE on the rows. About half of all latents is the
             most that random directions give.
         seed: of the random directions.
-        max_rows: use at most this many rows, evenly spaced.
+        max_rows: set threshold and gain on at most this many rows, evenly spaced.
+        whiten: directions are random where all the rows given have unit covariance, as they are at the start of an SAE
+            trained with `normalize_activations="covariance_whitening"`. Which of the two is the stricter control
+            differs from one kind of position to another (docs/log.md).
 
     Raises:
-        SAEError: the rows do not fit the SAE, or no threshold gives that sparsity.
+        SAEError: the rows do not fit the SAE, no threshold gives that sparsity, or there are too few to whiten.
     """
     d_in, d_sae = sae.cfg.d_in, sae.cfg.d_sae
     if rows.ndim != 2 or rows.shape[1] != d_in or len(rows) == 0:
         raise SAEError(f"Rows of shape {tuple(rows.shape)} were given; (n, {d_in}) with n > 0 was expected.")
+    whitening = whitening_of(rows) if whiten else None
     stride = -(-len(rows) // max_rows)
     rows = rows[::stride].to(sae.device, torch.float32)
     if l0 is None:
@@ -50,11 +62,15 @@ def untrained_like(
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(d_sae, d_in, generator=generator)
     directions = (directions / directions.norm(dim=-1, keepdim=True)).to(rows.device)
+    encoder, decoder = directions.T, directions
+    if whitening is not None:
+        encoder = whitening.matrix.to(rows) @ directions.T
+        decoder = directions @ whitening.inverse_matrix.to(rows)
     b_dec = rows.mean(0)
     centred = rows - b_dec
-    pre = centred @ directions.T
+    pre = centred @ encoder
     threshold = pre.flatten().topk(n_active + 1).values[-1].clamp(min=0)
-    raw = (pre * (pre > threshold)) @ directions
+    raw = (pre * (pre > threshold)) @ decoder
     gain = (centred * raw).sum() / raw.pow(2).sum().clamp(min=torch.finfo(torch.float32).tiny)
     config = MatryoshkaSAEConfig(
         d_in=d_in,
@@ -63,7 +79,7 @@ def untrained_like(
         metadata=SAEMetadata(
             model_name=sae.cfg.metadata.model_name,
             hook_name=sae.cfg.metadata.hook_name,
-            untrained={"seed": seed, "l0": l0, "gain": float(gain)},
+            untrained={"seed": seed, "l0": l0, "gain": float(gain), "whitened": whiten},
         ),
         matryoshka_widths=list(level_widths_of(sae)),
         k=l0,
@@ -71,10 +87,10 @@ def untrained_like(
     return matryoshka_from_state_dict(
         config,
         {
-            "W_enc": directions.T,
+            "W_enc": encoder,
             "b_enc": torch.zeros(d_sae, device=rows.device),
             "threshold": threshold.expand(d_sae),
-            "W_dec": gain * directions,
+            "W_dec": gain * decoder,
             "b_dec": b_dec,
         },
     )

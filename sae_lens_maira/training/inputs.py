@@ -12,6 +12,7 @@ from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.errors import SAEError
+from sae_lens_maira.sae.whitening import whitening_from_moments
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 
 
@@ -47,13 +48,11 @@ def agree_on_scaling(trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicat
 
 
 def _whitening_of_all_ranks(
-    trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicator, eps: float = 1e-3
+    trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicator
 ) -> ActivationWhitening:
-    """PCA whitening of mean and covariance over `n_batches_for_norm_estimate` batches of every rank.
+    """Whitening by mean and covariance of `n_batches_for_norm_estimate` batches of every rank.
 
-    Count, sum and sum of outer products are added over ranks in float64 and finished as SAELens'
-    `ActivationScaler.estimate_whitening` does, so that with one rank the result is that method's. The ranks' axes are
-    bit-equal only because rank 0's are sent to all: an eigenvector's sign is free.
+    Moments are summed over ranks in float64. Rank 0's matrices are sent to all, since an axis' sign is free.
     """
     d_in, device = trainer.sae.cfg.d_in, trainer.sae.device
     count = torch.zeros((), dtype=torch.float64, device=device)
@@ -64,14 +63,7 @@ def _whitening_of_all_ranks(
         count += len(rows)
         total += rows.sum(0)
         outer += rows.T @ rows
-    count, total, outer = comm.sum_(count), comm.sum_(total), comm.sum_(outer)
-    mean = total / count
-    covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
-    variances, axes = torch.linalg.eigh(covariance)
-    variances, axes = comm.broadcast_(variances), comm.broadcast_(axes.contiguous())
-    variances = variances.clamp(min=0) + eps
-    return ActivationWhitening(
-        mean=mean,
-        matrix=(axes * variances.rsqrt()).contiguous(),
-        inverse_matrix=(variances.sqrt()[:, None] * axes.T).contiguous(),
-    )
+    whitening = whitening_from_moments(comm.sum_(count), comm.sum_(total), comm.sum_(outer))
+    for matrix in (whitening.mean, whitening.matrix, whitening.inverse_matrix):
+        comm.broadcast_(matrix)
+    return whitening
