@@ -45,14 +45,14 @@ def test_an_untrained_sae_of_whitened_rows(make_config, rows):
     """Same sparsity, unit projections in whitened space where the plain one follows the loudest dimensions."""
     sae = MatryoshkaTrainingSAE(make_config(d_in=24))
     plain, whitened = (untrained_like(sae, rows, l0=5.0, seed=1, whiten=w) for w in (False, True))
-    assert whitened.cfg.metadata.untrained["whitened"]
-    assert not plain.cfg.metadata.untrained["whitened"]
+    notes = [dict(s.cfg.metadata.untrained or {}) for s in (plain, whitened)]
+    assert [note["whitened"] for note in notes] == [False, True]
     assert float((whitened.encode(rows) > 0).sum(-1).float().mean()) == pytest.approx(5.0, abs=0.05)
     spread = [((rows - rows.mean(0)) @ s.W_enc).std(0) for s in (plain, whitened)]
     assert spread[0].max() > 3
     assert spread[1].detach().numpy() == pytest.approx(1, abs=0.1)
     # Encoder column and decoder row are one direction seen from both sides: W_dec[j] Wenc[:, j] = g |u|^2 = g.
-    gain = torch.tensor(whitened.cfg.metadata.untrained["gain"])
+    gain = torch.tensor(notes[1]["gain"])
     torch.testing.assert_close(
         (whitened.W_dec * whitened.W_enc.T).sum(1), gain.expand(48), rtol=1e-3, atol=1e-4
     )
