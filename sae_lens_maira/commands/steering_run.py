@@ -27,7 +27,8 @@ from sae_lens_maira.quickstart.run import KEPT
 from sae_lens_maira.quickstart.sae import train_sae
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.steering import p99_of
-from sae_lens_maira.steering.evaluate import SteeringTables, evaluate_steering
+from sae_lens_maira.steering.evaluate import evaluate_steering
+from sae_lens_maira.steering.tables import SteeringTables
 
 PARTS = ("insert", "remove", "move")
 MOVED = "moved"

@@ -13,36 +13,22 @@ they belong to. Labels are read by a callable; it knows nothing about findings o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.latents import wilson
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.steering.interventions import Direction, Intervention
 from sae_lens_maira.steering.prefix import Job, SharedPrompts, Written
 from sae_lens_maira.steering.schedule import View, patches
+from sae_lens_maira.steering.tables import SteeringTables, summarise
 
 LabelReader = Callable[[str], frozenset[str]]
-METRICS = (
-    "on_target",
-    "off_target",
-    "kl",
-    "perplexity",
-    "unsteered_perplexity",
-    "repetition",
-    "length",
-    "ratio",
-)
-SHARES = ("on_target",)
 
 
 @dataclass(frozen=True)
@@ -64,25 +50,6 @@ class Method:
     strengths: tuple[float, ...] | None = None
     sae: SAE[Any] | None = None
     p99: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class SteeringTables:
-    """`studies`: a row per method, strength and study, with its report; `summary`: a row per method.
-
-    The summary holds the chosen strength and, for the reporting half, every metric with a 95 % interval; `n` studies.
-    """
-
-    studies: pd.DataFrame
-    summary: pd.DataFrame
-    finding: str
-
-    def save(self, folder: Path) -> None:
-        """Write `studies.parquet`, `summary.parquet` and `dose_response.png`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.studies.to_parquet(folder / "studies.parquet")
-        self.summary.to_parquet(folder / "summary.parquet")
-        dose_response(self).savefig(folder / "dose_response.png", dpi=130)
 
 
 def evaluate_steering(
@@ -184,7 +151,7 @@ def evaluate_steering(
     table = pd.concat(frames, ignore_index=True)
     plain = prompts.unsteered(report, max_new_tokens)
     before = np.mean([(finding in read(text)) != remove for text in plain])
-    return SteeringTables(table, _summary(table, names, chosen, float(before), seed), finding)
+    return SteeringTables(table, summarise(table, names, chosen, float(before), seed), finding)
 
 
 def _made(method: Method, strength: float) -> Sequence[Intervention]:
@@ -248,31 +215,6 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def dose_response(tables: SteeringTables) -> Figure:
-    """On-target and off-target shares of the choosing half against strength, a line a method."""
-    swept = tables.studies[tables.studies.half == "choose"]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True)
-    colours = mpl.colormaps["tab10"]
-    for axis, metric, title in zip(
-        axes, ("on_target", "off_target"), ("states the finding", "other labels changed"), strict=True
-    ):
-        for i, (name, part) in enumerate(swept.groupby("method", sort=False)):
-            means = part.groupby("strength")[metric].mean()
-            dashed = "--" if "random" in str(name) or "flipped" in str(name) else "-"
-            axis.plot(
-                means.index, 100 * means, dashed, marker="o", ms=4, color=colours(i % 10), label=str(name)
-            )
-        axis.set(
-            xlabel="strength", ylabel="% of studies" if metric == "on_target" else "% of labels", title=title
-        )
-        axis.set_ylim(bottom=-2)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(tables.finding.replace("_", " "))
-    return figure
-
-
 def _score(
     prompts: SharedPrompts,
     which: Sequence[int],
@@ -308,22 +250,3 @@ def _score(
             "ratio": out.ratio,
         }
     )
-
-
-def _summary(
-    table: pd.DataFrame, names: Sequence[str], chosen: dict[str, float], before: float, seed: int
-) -> pd.DataFrame:
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        part = table.loc[(table.method == name) & (table.half == "report")].sort_values(by="study")
-        # The same resampled studies for every method.
-        draws = np.random.default_rng(seed).integers(0, len(part), (1000, len(part)))
-        row: dict[str, Any] = {"method": name, "strength": chosen[name], "n": len(part), "unsteered": before}
-        for metric in METRICS:
-            values = part[metric].to_numpy()
-            low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-            if metric in SHARES:  # a bootstrap of 0 hits would claim certainty
-                low, high = wilson(int(values.sum()), len(values))
-            row |= {metric: float(values.mean()), f"{metric}_low": float(low), f"{metric}_high": float(high)}
-        rows.append(row)
-    return pd.DataFrame(rows)

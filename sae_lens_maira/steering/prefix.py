@@ -15,20 +15,18 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from torch import nn
-from transformers.cache_utils import Cache
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import PointTable
-from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
+from sae_lens_maira.maira2 import Maira2, Maira2Encoding
 from sae_lens_maira.maira2.versions import cache_keyword
 from sae_lens_maira.steering.apply import check_point
 from sae_lens_maira.steering.continuation import Continuation, UpperModel
 from sae_lens_maira.steering.engine import Effect, Engine
 from sae_lens_maira.steering.interventions import Intervention
-from sae_lens_maira.steering.prompt_cache import Prompt, Room, position_ids_of
+from sae_lens_maira.steering.prompt_cache import Prompt
+from sae_lens_maira.steering.prompt_reading import padded, read_prompts, stacked
 from sae_lens_maira.steering.schedule import KINDS
-
-COLUMNS = ("input_ids", "attention_mask", "roles", "image_index", "image_kind", "patch_row", "patch_col")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class SharedPrompts:
         self._prompts: list[Prompt] = []
         self._plain: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for start in range(0, len(studies), batch_size):
-            self._read(list(studies[start : start + batch_size]))
+            self._prompts += read_prompts(maira, list(studies[start : start + batch_size]), self._upper)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -141,7 +139,7 @@ class SharedPrompts:
             hidden, masks = [], []
             for number, places in batch:
                 job = jobs[number]
-                encoding, h = self._batch([job.which[i] for i in places])
+                encoding, h = self._padded([job.which[i] for i in places])
                 engine = self._engine(job, encoding, sae, p99) if job.interventions else None
                 edited = engine(h) if engine is not None else None
                 hidden.append(h if edited is None else edited)
@@ -150,7 +148,7 @@ class SharedPrompts:
             rows = [jobs[number].which[i] for number, places in batch for i in places]
             # A schedule that reaches the report needs its hook at every step, and has its batch to itself.
             only = segments[0][2] if len(segments) == 1 else None
-            run = self._go_on(rows, _stack(masks), _stack(hidden), only, max_new_tokens)
+            run = self._go_on(rows, stacked(masks), stacked(hidden), only, max_new_tokens)
             kl = [float("nan")] * len(rows)
             if measure_kl:
                 kl = run.kl(*self._unsteered(rows, max_new_tokens))
@@ -178,7 +176,7 @@ class SharedPrompts:
         for number, job in enumerate(jobs):
             order = sorted((len(self._prompts[row].hidden), i) for i, row in enumerate(job.which))
             if job.interventions and order:
-                first, _ = self._batch([job.which[order[-1][1]]])
+                first, _ = self._padded([job.which[order[-1][1]]])
                 if self._engine(job, first, sae, p99, probe=True).reaches(first.input_ids.shape[1] + budget):
                     for start in range(0, len(order), size):
                         yield [(number, [i for _, i in order[start : start + size]])]
@@ -218,7 +216,7 @@ class SharedPrompts:
             places = order[start : start + batch_size]
             rows = [which[i] for i in places]
             ids = self._tokens([reports[i] for i in places])
-            encoding, _ = self._batch(rows)
+            encoding, _ = self._padded(rows)
             run = self._go_on(rows, encoding.attention_mask, None, None, ids.shape[1])
             logp = run.score(ids).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
             kept = ids != self._pad
@@ -255,7 +253,7 @@ class SharedPrompts:
         """Ids (B, T) of the unsteered reports and the log-probabilities (B, T, d_vocab) along them, kept by study."""
         missing = [row for row in rows if row not in self._plain]
         if missing:
-            encoding, hidden = self._batch(missing)
+            encoding, hidden = self._padded(missing)
             mask = encoding.attention_mask
             ids = self._go_on(missing, mask, hidden, None, budget).decode(budget)
             run = self._go_on(missing, mask, None, None, ids.shape[1])
@@ -268,6 +266,9 @@ class SharedPrompts:
         logp = nn.utils.rnn.pad_sequence([k[1] for k in kept], batch_first=True)
         return ids, logp
 
+    def _padded(self, rows: Sequence[int]) -> tuple[Maira2Encoding, torch.Tensor]:
+        return padded([self._prompts[row] for row in rows], self._pad, self._eos)
+
     def _go_on(
         self,
         rows: Sequence[int],
@@ -277,75 +278,6 @@ class SharedPrompts:
         room: int,
     ) -> Continuation:
         return Continuation(self._upper, [self._prompts[row] for row in rows], mask, hidden, engine, room)
-
-    @torch.no_grad()
-    def _read(self, studies: Sequence[Any]) -> None:
-        maira = self.maira
-        encoding = maira.processor.encode(studies, padding_side="left").to(
-            maira.model.device, maira.model.dtype
-        )
-        length = encoding.input_ids.shape[1]
-        cache = Cache(layers=[Room(length) for _ in self._upper.language_model.layers])
-        seen: list[torch.Tensor] = []
-
-        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
-
-        handle = maira.model.get_submodule(self._upper.module).register_forward_hook(look, prepend=True)
-        try:
-            output: Any = maira.model(
-                **encoding.model_inputs(),
-                position_ids=position_ids_of(encoding.attention_mask),
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._upper.cache_keyword: cache},
-            )
-        finally:
-            handle.remove()
-        for row in range(len(encoding)):
-            real = encoding.attention_mask[row].bool()
-            self._prompts.append(
-                Prompt(
-                    {name: getattr(encoding, name)[row, real] for name in COLUMNS},
-                    seen[0][row, real].clone(),
-                    tuple(layer.keys[row][:, real] for layer in cache.layers),  # pyright: ignore[reportOptionalSubscript, reportAttributeAccessIssue]
-                    tuple(layer.values[row][:, real] for layer in cache.layers),  # pyright: ignore[reportOptionalSubscript, reportAttributeAccessIssue]
-                    output.logits[row, -1].clone(),
-                )
-            )
-
-    def _batch(self, rows: Sequence[int]) -> tuple[Maira2Encoding, torch.Tensor]:
-        """Left-padded encoding (without pixels) and h (B, L, d_model) of some studies."""
-        parts = [self._prompts[row] for row in rows]
-        length = max(len(part.hidden) for part in parts)
-        fill = {"input_ids": self._pad, "attention_mask": 0, "roles": int(TokenRole.PAD)}
-
-        def pad(value: torch.Tensor, number: int) -> torch.Tensor:
-            return nn.functional.pad(value, (length - len(value), 0), value=number)
-
-        columns = {
-            name: torch.stack([pad(part.columns[name], fill.get(name, -1)) for part in parts])
-            for name in COLUMNS
-        }
-        hidden = torch.stack([nn.functional.pad(p.hidden, (0, 0, length - len(p.hidden), 0)) for p in parts])
-        encoding = Maira2Encoding(
-            **columns,
-            pixel_values=None,
-            images_per_row=(0,) * len(parts),
-            pad_token_id=self._pad,
-            eos_token_id=self._eos,
-        )
-        return encoding, hidden
-
-
-def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows (B_i, L_i, ...) of several batches in one, padded with 0 on the left."""
-    length = max(part.shape[1] for part in parts)
-
-    def pad(part: torch.Tensor) -> torch.Tensor:
-        return nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (length - part.shape[1], 0))
-
-    return torch.cat([pad(part) for part in parts])
 
 
 def _written(parts: dict[int, tuple[str, torch.Tensor, float]], effects: Sequence[Effect]) -> Written:
