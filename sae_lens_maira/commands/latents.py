@@ -61,7 +61,7 @@ def latents(
         roles: tokens to read: image_only, paper, text_only, generated_only, all, or a list of roles; sections, report
             and image if not given.
         control: record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
-            with the same sparsity; untrained_whitened for an SAE trained on whitened rows.
+            with the same sparsity; untrained_whitened beside untrained for an SAE trained on whitened rows.
         latents: numbers and ranges such as "0-49,77" to write records of; all if not given.
         top: contexts of largest activation to keep per latent.
         per_interval: contexts to keep per octave of activation.
@@ -188,13 +188,18 @@ def _stand_in(control: str, dictionary: Any, blocks: "Blocks", seed: int) -> Any
     from sae_lens_maira.sae import untrained_like
 
     whiten = control == "untrained_whitened"
-    # A covariance wants several times as many rows as dimensions; a threshold is content with a block.
+    # A threshold is content with the first rows. A covariance wants several times as many rows as dimensions, and of
+    # many studies: of each unit no more than its share, units spread over all of them.
     wanted = 8 * dictionary.cfg.d_in if whiten else 1
+    n_units = min(len(blocks), 32) if whiten else len(blocks)
+    share = -(-wanted // max(1, n_units))
     parts, n = [], 0
-    for block in (block for unit in range(len(blocks)) for block in blocks[unit]):
-        parts.append(block.values)
-        n += len(block)
-        if n >= wanted:
+    for i in range(n_units):
+        unit = torch.cat([block.values for block in blocks[i * len(blocks) // n_units]] or [torch.empty(0)])
+        if len(unit):
+            parts.append(unit[:: max(1, len(unit) // share)] if whiten else unit)
+            n += len(parts[-1])
+        if n >= wanted and not whiten:
             break
     if not parts:
         raise ConfigError("There are no rows to set the control's sparsity on; give studies with reports.")

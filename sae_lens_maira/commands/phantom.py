@@ -15,7 +15,7 @@ def quickstart(
     seed: int = 0,
     as_json: bool = False,
 ) -> None:
-    """Train a Matryoshka SAE on the phantom and show what it found, in about five minutes.
+    """Train Matryoshka SAEs on the phantom and show what they found, in about five minutes.
 
     Example: sae-lens-maira quickstart --out quickstart_out
 

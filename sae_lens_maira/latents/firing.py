@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.sae.whitening import whitening_of
+from sae_lens_maira.sae.whitening import symmetric_whitening
 
 
 class Encoder(Protocol):
@@ -54,8 +54,9 @@ class RandomDirections:
 
     It has the trained SAE's number of units and, through `l0`, its sparsity on the same rows, so what it scores is
     what chance and a large number of units give. With `whiten` the directions are random in the space where the rows
-    given have unit covariance, as an SAE's are that SAELens trains with "covariance_whitening": there random units
-    detect findings better (docs/log.md), so that a whitened SAE must stand beside this control, not the plain one.
+    given have unit covariance, as an SAE's are that SAELens trains with "covariance_whitening". On the phantom such
+    directions agree better with findings at report tokens and worse at image patches (docs/log.md): a whitened SAE
+    wants both beside it, and the stricter counts.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class RandomDirections:
         directions = directions / directions.norm(dim=0)
         self._directions = directions
         if whiten:
-            self._directions = whitening_of(rows.values).matrix.to(directions) @ directions
+            self._directions = symmetric_whitening(rows.values)[0].to(directions) @ directions
         self._mean = rows.values.mean(0)
         self._threshold = _threshold_for(self._project(_sample(rows, 2000)), l0)
 

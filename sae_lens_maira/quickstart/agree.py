@@ -58,22 +58,23 @@ def agreement(
         return best_units(name, fires, truth, FINDING_KEYS, halves), l0
 
     trained = [scored("Matryoshka SAE", sae.encode) for sae in saes]
-    # Every untrained SAE stands beside one trained: as many draws, each whitened and as sparse as its counterpart.
+    taken = best_dictionary([scores for scores, _ in trained])
+    best, l0 = trained[taken]
+    # As many draws as SAEs were trained, each as sparse as the one taken, whitened if that was.
     untrained = [
         scored(
             "untrained SAE",
             RandomDirections(chosen_half, len(sae.decoder), l0, seed + i, whiten=sae.whitened),
         )[0]
-        for i, (sae, (_, l0)) in enumerate(zip(saes, trained, strict=True))
+        for i, sae in enumerate(saes)
     ]
-    taken = best_dictionary([scores for scores, _ in trained])
-    best, l0 = trained[taken]
     control = untrained[best_dictionary(untrained)]
     draws = tuple(
         Draw(
             seed=sae.seed,
             choose_f1=float(scores.choose_f1.mean()),
             f1=float(scores.f1.mean()),
+            untrained_choose_f1=float(other.choose_f1.mean()),
             untrained_f1=float(other.f1.mean()),
             explained_variance=sae.explained_variance(held_out),
         )

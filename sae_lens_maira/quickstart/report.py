@@ -147,7 +147,8 @@ text_sae = SAE.load_from_disk("sae_text")
 image_sae = SAE.load_from_disk("sae_image")
 ```
 
-With it, `sae_lens_maira.sae.load_matryoshka` reads the same folders and knows the levels.
+`sae_text_seeds` has every text SAE that was trained. With this package, `sae_lens_maira.sae.load_matryoshka` reads the
+same folders and knows the levels.
 """
 
 
@@ -172,14 +173,15 @@ def _draws(place: PlaceResult) -> str:
             "taken": ["yes" if draw.seed == place.sae.seed else "" for draw in place.draws],
             "F1, choosing half": [f"{draw.choose_f1:.3f}" for draw in place.draws],
             "F1, other half": [f"{draw.f1:.3f}" for draw in place.draws],
-            "untrained": [f"{draw.untrained_f1:.3f}" for draw in place.draws],
+            "untrained, choosing half": [f"{draw.untrained_choose_f1:.3f}" for draw in place.draws],
+            "untrained, other half": [f"{draw.untrained_f1:.3f}" for draw in place.draws],
             "explained variance": [f"{draw.explained_variance:.3f}" for draw in place.draws],
         },
         index=pd.Index([draw.seed for draw in place.draws], name="seed"),
     )
     return f"""
 SAEs that differ in their initial weights alone learn different latents. {len(place.draws)} were trained; the one with
-the highest F1 on the choosing half was taken, and so was the untrained SAE, drawn as often.
+the highest F1 on the choosing half was taken, and so was the untrained SAE, drawn as often at the L0 of the one taken.
 
 {_table(frame)}
 """

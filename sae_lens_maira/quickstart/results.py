@@ -71,13 +71,14 @@ class Draw:
         seed: of its initial weights.
         choose_f1: mean F1 of its best units on the half they were chosen on; the highest is taken.
         f1: of the same units on the other half.
-        untrained_f1: of the untrained SAE drawn beside it, on the other half.
+        untrained_choose_f1, untrained_f1: the same of the untrained SAE drawn beside it, taken by the same rule.
         explained_variance: on the other half's rows.
     """
 
     seed: int
     choose_f1: float
     f1: float
+    untrained_choose_f1: float
     untrained_f1: float
     explained_variance: float
 

@@ -1,8 +1,8 @@
 """The one path through the house, at the size of the phantom.
 
-    studies -> store of activation rows -> Matryoshka SAE -> best latent per finding -> steering -> a folder to read
+    studies -> store of activation rows -> Matryoshka SAEs -> best latent per finding -> steering -> a folder to read
 
-Every score stands beside its controls: an untrained SAE with the same sparsity, the raw residual dimensions under
+Every score stands beside its controls: an untrained SAE as sparse and made likewise, the raw residual dimensions under
 the same sparsity, a supervised difference of means, and for steering a random direction of equal norm. Units and
 strengths are chosen on one half of the patients and reported on the other. It composes rooms and owns no science.
 """
@@ -25,6 +25,7 @@ from sae_lens_maira.quickstart.results import QuickstartConfig, QuickstartResult
 from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
 from sae_lens_maira.quickstart.steer import steer_finding
 from sae_lens_maira.studies import Study
+from sae_lens_maira.whole import whole_folder
 
 # Everything a report is written from: the film, the sections, the report itself; no boilerplate.
 KEPT = (
@@ -62,8 +63,10 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     rows = rows.where(rows.is_image)
     spoken = stored_rows(maira, studies, hook_names(config)["text"], config)
     spoken = spoken.where(spoken.role == TokenRole.REPORT)
-    text = agreement("text", spoken, truth, halves, _text_saes(spoken, halves, config), config.seed)
-    shutil.copytree(text_folder(config, text.sae.seed), config.out / "sae_text", dirs_exist_ok=True)
+    saes = _text_saes(spoken, halves, config)
+    text = agreement("text", spoken, truth, halves, saes, saes[0].seed)
+    with whole_folder(config.out / "sae_text", "replace") as draft:
+        shutil.copytree(text_folder(config, text.sae.seed), draft, dirs_exist_ok=True)
     learned = rows.where(halves.choose[rows.study])
     trained = train_sae(
         learned,
@@ -97,6 +100,9 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
 def _text_saes(spoken: ActivationRows, halves: Halves, config: QuickstartConfig) -> list[TrainedSAE]:
     """SAEs of report tokens that differ in their initial weights and in the order of rows."""
     learned = spoken.where(halves.choose[spoken.study])
+    # SAEs of an earlier run into this folder could not be told from those of this one.
+    shutil.rmtree(config.out / "sae_text_seeds", ignore_errors=True)
+    first = config.seed * config.text_seeds  # runs of different seeds share no initial weights
     # Whitened, since what a token is takes most of the variance of report tokens and what the study has little:
     # without it more latents die. The whitening ends up in the weights.
     return [
@@ -111,7 +117,7 @@ def _text_saes(spoken: ActivationRows, halves: Halves, config: QuickstartConfig)
             dead_after=dead_after(config.text_steps),
             normalize="covariance_whitening",
         )
-        for seed in range(config.seed, config.seed + config.text_seeds)
+        for seed in range(first, first + config.text_seeds)
     ]
 
 

@@ -19,7 +19,7 @@ from sae_lens_maira.errors import SAEError
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig
 from sae_lens_maira.sae.inference import MatryoshkaSAE, matryoshka_from_state_dict
 from sae_lens_maira.sae.levels import level_widths_of
-from sae_lens_maira.sae.whitening import whitening_of
+from sae_lens_maira.sae.whitening import symmetric_whitening
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def untrained_like(
     d_in, d_sae = sae.cfg.d_in, sae.cfg.d_sae
     if rows.ndim != 2 or rows.shape[1] != d_in or len(rows) == 0:
         raise SAEError(f"Rows of shape {tuple(rows.shape)} were given; (n, {d_in}) with n > 0 was expected.")
-    whitening = whitening_of(rows) if whiten else None
+    whitening = symmetric_whitening(rows) if whiten else None
     stride = -(-len(rows) // max_rows)
     rows = rows[::stride].to(sae.device, torch.float32)
     if l0 is None:
@@ -64,8 +64,8 @@ def untrained_like(
     directions = (directions / directions.norm(dim=-1, keepdim=True)).to(rows.device)
     encoder, decoder = directions.T, directions
     if whitening is not None:
-        encoder = whitening.matrix.to(rows) @ directions.T
-        decoder = directions @ whitening.inverse_matrix.to(rows)
+        matrix, inverse = (part.to(rows) for part in whitening)
+        encoder, decoder = matrix @ directions.T, directions @ inverse
     b_dec = rows.mean(0)
     centred = rows - b_dec
     pre = centred @ encoder

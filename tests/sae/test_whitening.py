@@ -6,7 +6,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_maira.errors import SAEError
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, untrained_like
-from sae_lens_maira.sae.whitening import whitening_of
+from sae_lens_maira.sae.whitening import symmetric_whitening, whitening_from_moments
 
 
 @pytest.fixture
@@ -16,29 +16,55 @@ def rows() -> torch.Tensor:
     return torch.randn(1000, 24, generator=generator) @ torch.diag(torch.logspace(-1, 1, 24)) + 3
 
 
+def moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = rows.double()
+    return torch.tensor(float(len(x)), dtype=torch.float64), x.sum(0), x.T @ x
+
+
 def test_it_is_that_of_saelens(rows):
     """Mean, matrix and inverse equal those of `estimate_whitening`, but for the free signs of the axes."""
     scaler = ActivationScaler()
     scaler.estimate_whitening(24, iter(rows.split(250)), n_batches_for_norm_estimate=4)
-    theirs, ours = scaler.whitening, whitening_of(rows, chunk=300)
+    theirs, ours = scaler.whitening, whitening_from_moments(*moments(rows))
     assert theirs is not None
     torch.testing.assert_close(ours.mean, theirs.mean)
     torch.testing.assert_close(ours.matrix.abs(), theirs.matrix.abs(), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(ours.inverse_matrix.abs(), theirs.inverse_matrix.abs(), rtol=1e-6, atol=1e-9)
 
 
-def test_rows_get_unit_covariance_and_come_back(rows):
-    whitening = whitening_of(rows)
-    z = (rows.double() - whitening.mean) @ whitening.matrix
+def test_symmetric_form_is_the_other_turned_back(rows):
+    """Both forms differ by a rotation; rows get unit covariance and come back; the chunks do not matter."""
+    matrix, inverse = symmetric_whitening(rows, chunk=300)
+    torch.testing.assert_close(matrix, matrix.T)
+    torch.testing.assert_close(matrix @ inverse, torch.eye(24, dtype=torch.float64))
+    pca = whitening_from_moments(*moments(rows))
+    torch.testing.assert_close(matrix @ matrix.T, pca.matrix @ pca.matrix.T)
     # The smallest variance is 0.01, of which eps = 0.001 takes a tenth.
+    z = (rows.double() - rows.double().mean(0)) @ matrix
     torch.testing.assert_close(torch.cov(z.T), torch.eye(24, dtype=torch.float64), rtol=0, atol=0.1)
-    torch.testing.assert_close(z @ whitening.inverse_matrix + whitening.mean, rows.double())
+
+
+def test_last_bits_of_the_rows_stay_last_bits(rows):
+    """With equal variances axes are free to turn; the symmetric form hardly moves, so that processes agree."""
+    flat = torch.randn(4000, 24, generator=torch.Generator().manual_seed(1))
+    moved = flat * (1 + 1e-6 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(2)))
+    one, other = symmetric_whitening(flat)[0], symmetric_whitening(moved)[0]
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (3, 24), (24,)])
 def test_too_few_rows_are_refused(shape, rows):
     with pytest.raises(SAEError, match="cannot be whitened"):
-        whitening_of(torch.zeros(shape))
+        symmetric_whitening(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_refused(bad, rows):
+    rows[3, 3] = bad
+    with pytest.raises(SAEError, match="1000 rows cannot be had"):
+        symmetric_whitening(rows)
+    with pytest.raises(SAEError, match="of 1 rows"):
+        whitening_from_moments(*moments(rows[:1]))
 
 
 def test_an_untrained_sae_of_whitened_rows(make_config, rows):
