@@ -39,7 +39,7 @@ class QuickstartConfig:
     d_sae: int = 1024
     k: int = 8
     text_k: float = 2.5
-    text_seeds: int = 4
+    text_seeds: int = 3
     steps: int = 1500
     text_steps: int = 1500
     finding: str = "cardiomegaly"

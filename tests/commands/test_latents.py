@@ -14,7 +14,8 @@ from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfi
 def blocks():
     """40 studies in units of 8: a unit's report tokens are fewer than a covariance wants."""
     maira, studies = load_phantom(), generate_studies(40, seed=10_000)
-    return HarvestedBlocks(maira, studies, "blocks.3.hook_resid_post", "generated_only", 8)
+    harvested = HarvestedBlocks(maira, studies, "blocks.3.hook_resid_post", "generated_only", 8)
+    return [list(harvested[unit]) for unit in range(len(harvested))]  # read once: these run the model anew
 
 
 @pytest.fixture(scope="module")
