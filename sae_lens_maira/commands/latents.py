@@ -180,33 +180,32 @@ def _rows(
 
 
 def _stand_in(control: str, dictionary: Any, blocks: "Blocks", seed: int) -> Any:
-    """The untrained SAE or the raw dimensions, with the sparsity of the trained one on the first rows."""
-    import torch
-
+    """The untrained SAE or the raw dimensions, as sparse as the trained one on the rows that they are set on."""
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.latents.raw import raw_dimensions_like
     from sae_lens_maira.sae import untrained_like
 
     whiten = control == "untrained_whitened"
-    # A threshold is content with the first rows. A covariance wants several times as many rows as dimensions, and of
-    # many studies: of each unit no more than its share, units spread over all of them.
-    wanted = 8 * dictionary.cfg.d_in if whiten else 1
-    n_units = min(len(blocks), 32) if whiten else len(blocks)
-    share = -(-wanted // max(1, n_units))
-    parts, n = [], 0
-    for i in range(n_units):
-        unit = torch.cat([block.values for block in blocks[i * len(blocks) // n_units]] or [torch.empty(0)])
-        if len(unit):
-            parts.append(unit[:: max(1, len(unit) // share)] if whiten else unit)
-            n += len(parts[-1])
-        if n >= wanted and not whiten:
-            break
-    if not parts:
+    if whiten:
+        rows = _spread_rows(blocks, 8 * dictionary.cfg.d_in)
+    else:
+        rows = next((block.values for unit in range(len(blocks)) for block in blocks[unit]), None)
+    if rows is None:
         raise ConfigError("There are no rows to set the control's sparsity on; give studies with reports.")
-    rows = torch.cat(parts)
     if control == "raw":
         return raw_dimensions_like(dictionary, rows)
     return untrained_like(dictionary, rows, seed=seed, whiten=whiten)
+
+
+def _spread_rows(blocks: "Blocks", wanted: int, most_units: int = 32) -> Any:
+    """About `wanted` rows of many studies, for a covariance: an even share of the first block of units far apart."""
+    import torch
+
+    n_units = min(len(blocks), most_units)
+    firsts = (next(iter(blocks[i * len(blocks) // n_units]), None) for i in range(n_units))
+    share = -(-wanted // max(1, n_units))
+    parts = [b.values[:: max(1, len(b) // share)] for b in firsts if b is not None]
+    return torch.cat(parts) if parts else None
 
 
 def _load_sae(folder: Path, device: str) -> Any:

@@ -8,6 +8,8 @@ here the moments come from wherever they were summed. Its axes have free signs, 
 more than rounding; the symmetric form has none, and random directions are as random in it. It knows nothing about SAEs.
 """
 
+from dataclasses import dataclass
+
 import torch
 from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
@@ -17,18 +19,35 @@ from sae_lens_maira.errors import SAEError
 EPS = 1e-3
 
 
-def whitening_from_moments(count: Tensor, total: Tensor, outer: Tensor) -> ActivationWhitening:
-    """PCA whitening of rows known by their moments.
+@dataclass
+class Moments:
+    """Count (), sum (d_in,) and sum of outer products (d_in, d_in) of rows, in float64; sums of ranks may be added."""
 
-    Args:
-        count: () number of rows, float64.
-        total: (d_in,) their sum, float64.
-        outer: (d_in, d_in) sum of their outer products, float64.
+    count: Tensor
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def none(cls, d_in: int, device: torch.device) -> "Moments":
+        """Of no rows yet."""
+        shapes = ((), (d_in,), (d_in, d_in))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, rows: Tensor) -> None:
+        """Count rows (n, d_in) in."""
+        rows = rows.to(self.total.device, torch.float64)
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.outer += rows.T @ rows
+
+
+def pca_whitening(moments: Moments) -> ActivationWhitening:
+    """SAELens' whitening of rows known by their moments.
 
     Raises:
         SAEError: fewer than two rows, or a value that is not finite.
     """
-    mean, axes, scale = _spectrum(count, total, outer)
+    mean, axes, scale = _spectrum(moments)
     return ActivationWhitening(
         mean=mean, matrix=(axes / scale).contiguous(), inverse_matrix=(scale[:, None] * axes.T).contiguous()
     )
@@ -50,20 +69,16 @@ def symmetric_whitening(rows: Tensor, chunk: int = 65536) -> tuple[Tensor, Tenso
             f"Rows of shape {tuple(rows.shape)} cannot be whitened: (n, d_in) with n above d_in was expected, since a "
             "direction in which the rows do not vary would be blown up. Give more rows."
         )
-    d_in, device = rows.shape[1], rows.device
-    total = torch.zeros(d_in, dtype=torch.float64, device=device)
-    outer = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk].double()
-        total += part.sum(0)
-        outer += part.T @ part
-    count = torch.tensor(len(rows), dtype=torch.float64, device=device)
-    _, axes, scale = _spectrum(count, total, outer)
+    moments = Moments.none(rows.shape[1], rows.device)
+    for part in rows.split(chunk):
+        moments.add(part)
+    _, axes, scale = _spectrum(moments)
     return (axes / scale) @ axes.T, (axes * scale) @ axes.T
 
 
-def _spectrum(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _spectrum(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, principal axes (columns) and standard deviations, `EPS` added to the variances."""
+    count, total, outer = moments.count, moments.total, moments.outer
     if count < 2 or not bool(torch.isfinite(outer).all()):
         raise SAEError(
             f"The covariance of {int(count)} rows cannot be had: two or more rows of finite values were expected. Drop "

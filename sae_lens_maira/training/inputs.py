@@ -12,7 +12,7 @@ from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.errors import SAEError
-from sae_lens_maira.sae.whitening import whitening_from_moments
+from sae_lens_maira.sae.whitening import Moments, pca_whitening
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 
 
@@ -54,16 +54,13 @@ def _whitening_of_all_ranks(
 
     Moments are summed over ranks in float64. Rank 0's matrices are sent to all, since an axis' sign is free.
     """
-    d_in, device = trainer.sae.cfg.d_in, trainer.sae.device
-    count = torch.zeros((), dtype=torch.float64, device=device)
-    total = torch.zeros(d_in, dtype=torch.float64, device=device)
-    outer = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+    d_in = trainer.sae.cfg.d_in
+    moments = Moments.none(d_in, trainer.sae.device)
     for _ in range(trainer.cfg.n_batches_for_norm_estimate):
-        rows = next(trainer.data_provider).to(device, torch.float64).reshape(-1, d_in)
-        count += len(rows)
-        total += rows.sum(0)
-        outer += rows.T @ rows
-    whitening = whitening_from_moments(comm.sum_(count), comm.sum_(total), comm.sum_(outer))
+        moments.add(next(trainer.data_provider).reshape(-1, d_in))
+    for part in (moments.count, moments.total, moments.outer):
+        comm.sum_(part)
+    whitening = pca_whitening(moments)
     for matrix in (whitening.mean, whitening.matrix, whitening.inverse_matrix):
         comm.broadcast_(matrix)
     return whitening
