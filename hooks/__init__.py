@@ -7,12 +7,12 @@ when it is asked for, since TransformerLens 2.17 has none.
 
 from typing import TYPE_CHECKING, Any
 
-from sae_lens_maira.hooks.evaluation import Maira2Evaluator
-from sae_lens_maira.hooks.names import Point, PointTable
+from sae_lens_maira.hooks._evaluation import Maira2Evaluator
+from sae_lens_maira.hooks._names import Point, PointTable
+from sae_lens_maira.hooks.hooked import HookedMaira2
 from sae_lens_maira.hooks.nnsight import Maira2NNsight
 from sae_lens_maira.hooks.points import SPECS, PointSpec
 from sae_lens_maira.hooks.sae_lens import Maira2ActivationsStore, Maira2TrainingRunner, maira2_runner
-from sae_lens_maira.hooks.transformer_lens import HookedMaira2
 
 if TYPE_CHECKING:
     from sae_lens_maira.hooks.bridge import to_bridge

@@ -24,9 +24,9 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.model_bridge.supported_architectures.llava import LlavaArchitectureAdapter
 
-from sae_lens_maira.hooks.bridged import BridgedMaira2
-from sae_lens_maira.hooks.components import CachedAttentionBridge, Dinov2TowerBridge, projector_bridge
-from sae_lens_maira.hooks.twin import share_weights
+from sae_lens_maira.hooks._bridged import BridgedMaira2
+from sae_lens_maira.hooks._components import CachedAttentionBridge, Dinov2TowerBridge, projector_bridge
+from sae_lens_maira.hooks._twin import share_weights
 
 ARCHITECTURE = "Maira2ForConditionalGeneration"
 

@@ -1,292 +1,257 @@
-"""Hooks by name on MAIRA-2's live points, with TransformerLens' own HookedRootModule underneath.
+"""MAIRA-2 as a TransformerLens model: names for activations, caches, hooks, early stop, SAEs, generation.
 
-What TransformerLens does not promise is added here: aliases and module paths work wherever a name does, an
-unknown name is an error, a hook asked for by name that never fires is an error (hooks chosen by a function
-may stay silent), and `run_with_cache` holds just the named tensors. It knows nothing about inputs or SAEs.
+`HookedMaira2` wraps the transformers model and runs it as it is, so its logits are the wrapped model's, bit
+for bit; hooks listen through `attach.py`. It works with TransformerLens 2.17 and 3.9, beside nnsight on the
+same model, and as `override_model` of SAELens' runners. It takes a study, a list of studies, an encoding or
+tensors. It knows nothing about training or steering.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformer_lens.hook_points import HookPoint
 
 from sae_lens_maira.errors import HookError
-from sae_lens_maira.hooks.attach import LivePoint, attach_points
-from sae_lens_maira.hooks.firing import Firings, silence
-from sae_lens_maira.hooks.names import PointTable
-from sae_lens_maira.hooks.pattern import is_eager
-from sae_lens_maira.maira2.versions import has_transformer_bridge
+from sae_lens_maira.hooks._attach import StopForward, stopping_at
+from sae_lens_maira.hooks._inputs import ModelInputs, gather_inputs
+from sae_lens_maira.hooks._lens import LensMixin
+from sae_lens_maira.hooks._positions import Bypass, Positions
+from sae_lens_maira.hooks._splice import SplicingPoints
+from sae_lens_maira.maira2 import (
+    MAX_NEW_TOKENS,
+    Maira2,
+    Maira2ForConditionalGeneration,
+    Maira2Processor,
+    load_maira2,
+    role_mask,
+)
 
-if TYPE_CHECKING or has_transformer_bridge():
-    from transformer_lens.HookedRootModule import HookedRootModule
-else:
-    from transformer_lens.hook_points import HookedRootModule
 
-HookFn = Callable[..., Any]
-Hooks = Sequence[tuple[str | Callable[[str], bool], HookFn]]
-Filter = str | Sequence[str] | Callable[[str], bool] | None
+@dataclass
+class HookedMaira2Config:
+    """What TransformerLens and SAELens read from a model's `cfg`."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    model_name: str
+    device: torch.device
+    dtype: torch.dtype
+    original_architecture: str = "Maira2ForConditionalGeneration"
+    positional_embedding_type: str = "rotary"
+    normalization_type: str = "RMS"
+    is_multimodal: bool = True
+    use_attn_result: bool = False
 
 
-class HookedPoints(HookedRootModule):
-    """A transformers model whose hook points answer to names.
+class HookedMaira2(LensMixin, SplicingPoints):
+    """A MAIRA-2 with named hook points.
 
     Args:
-        model: a `Maira2ForConditionalGeneration`; it is wrapped, not copied or changed.
+        model: the result of `load_maira2`, or a `Maira2ForConditionalGeneration`.
+        processor: its processor; needed for studies and text, taken from `model` if that is a `Maira2`.
+        model_name: what SAEs trained on it are told.
 
     Raises:
-        HookError: the model lacks a module where a hook point lies.
+        HookError: the model is not MAIRA-2's module graph.
+
+    Example:
+        ```python
+        hooked = HookedMaira2.from_pretrained("microsoft/maira-2")
+        logits, cache = hooked.run_with_cache(study, names_filter="blocks.15.hook_resid_post",
+        stop_at_layer=16) ```
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.points = PointTable(model.config)
-        """The table of hook points: names, aliases, order."""
-        self.live: dict[str, LivePoint] = attach_points(model, self.points)
-        self._watched: set[str] = set()
-        self.setup()
-
-    def setup(self) -> None:
-        """List the hook points anew; TransformerLens looks them up in `hook_dict` and `mod_dict`."""
-        self.hook_dict: dict[str, HookPoint] = dict(self.live)
-        self.mod_dict: dict[str, nn.Module] = dict(self.hook_dict)
-
-    def resolve(self, name: str) -> str:
-        """The name under which `hook_dict` knows a point, from any accepted name.
-
-        Raises:
-            HookError: no such point, or it is covered by an SAE.
-        """
-        if name in self.hook_dict:
-            return name
-        base, dot, inner = name.partition(".hook_sae_")
-        canonical = self.points.resolve(base).name
-        full = canonical + dot + inner
-        if full in self.hook_dict:
-            return full
-        inside = [n.rsplit(".", 1)[-1] for n in self.hook_dict if n.startswith(f"{canonical}.hook_sae_")]
-        if inside:
-            raise HookError(
-                f"An SAE is spliced in at {canonical!r}, so {name!r} is no hook point now. Inside it"
-                f" there are {', '.join(inside)}; the value before is hook_sae_input, the value after"
-                " hook_sae_output."
-            )
-        raise HookError(
-            f"{name!r} lies inside an SAE, but none is spliced in at {canonical!r}. Add it first."
-        )
-
-    def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
-        """As in TransformerLens, but only where there are hooks: every context ends with this call."""
-        for point in self.hook_points():
-            if point.fwd_hooks or point.bwd_hooks:
-                point.remove_hooks(*args, **kwargs)
-
-    def add_hook(
+    def __init__(
         self,
-        name: str | Callable[[str], bool],
-        hook: HookFn,
-        dir: Any = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
+        model: Maira2 | Maira2ForConditionalGeneration,
+        processor: Maira2Processor | None = None,
+        model_name: str = "microsoft/maira-2",
     ) -> None:
-        """Add a hook until `reset_hooks`; one added by name must fire in every forward and `generate`.
+        if isinstance(model, Maira2):
+            model, processor = model.model, processor or model.processor
+        super().__init__(model)
+        self.processor = processor
+        self.tokenizer: Any = None if processor is None else processor.tokenizer
+        text: Any = model.config.text_config
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.cfg = HookedMaira2Config(
+            n_layers=text.num_hidden_layers,
+            d_model=text.hidden_size,
+            n_heads=text.num_attention_heads,
+            n_key_value_heads=text.num_key_value_heads,
+            d_head=head,
+            d_mlp=text.intermediate_size,
+            d_vocab=text.vocab_size,
+            n_ctx=text.max_position_embeddings,
+            model_name=model_name,
+            device=self.W_E.device,
+            dtype=self.W_E.dtype,
+        )
+        self._positions = Positions()
 
-        Args:
-            name: a hook point, or a function that chooses among all.
-            hook: `hook(value, hook=point)` returns a replacement or None.
-            dir: "fwd" or "bwd".
-            is_permanent: whether `reset_hooks` leaves it alone.
-            level: TransformerLens' context level.
-            prepend: whether it runs before the point's other hooks.
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path = "microsoft/maira-2", **kwargs: Any) -> "HookedMaira2":
+        """Load a checkpoint with `load_maira2` (whose keyword arguments these are) and wrap it."""
+        return cls(load_maira2(path_or_id, **kwargs), model_name=str(path_or_id))
 
-        Raises:
-            HookError: an unknown name, or attention that never forms a pattern.
-        """
-        if isinstance(name, str):
-            name = self.resolve(name)
-            if dir == "fwd":
-                self._watched.add(name)
-        else:
-            chosen = set(self._choose(name))
-            name = chosen.__contains__
-        super().add_hook(name, hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
+    def inputs(self, given: Any, **kwargs: Any) -> ModelInputs:
+        """The model's tensors for whatever was given; see `gather_inputs`."""
+        return gather_inputs(given, self.processor, self.W_E.device, **kwargs)
 
-    @contextmanager
-    def hooks(
+    def forward(
         self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator["HookedPoints"]:
-        """Hooks for the length of a `with` block; none remains after it, whatever is raised inside.
-
-        Args:
-            fwd_hooks: pairs of a hook point (or a function that chooses among all) and
-                `hook(value, hook=point)`, which returns a replacement or None.
-            bwd_hooks: the same for gradients.
-            reset_hooks_end: whether the hooks are removed at the end.
-            clear_contexts: whether the points' `ctx` is cleared with them.
-
-        Raises:
-            HookError: an unknown name; or, at the end of a block that raised nothing, a hook asked for by
-                name that never fired.
-        """
-        firings = Firings(self.points)
-        forward = self._named(fwd_hooks, firings, "forward")
-        backward = self._named(bwd_hooks, firings, "backward")
-        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
-            yield self
-        firings.require(backward=reset_hooks_end)
-
-    def run_with_hooks(
-        self,
-        *args: Any,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
+        input: Any = None,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        stop_at_layer: int | None = None,
+        prepend_bos: bool | None = None,
+        loss_roles: Any = None,
+        task: str | None = None,
+        phrase: Any = None,
+        report: Any = None,
+        padding_side: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """One call of the model with hooks; see `hooks` for these, and the call for the other arguments."""
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            return self(*args, **kwargs)
+        """One forward pass.
 
-    def _named(self, pairs: Any, firings: Firings, direction: str) -> list[Any]:
-        made: list[Any] = []
-        for name, hook in pairs:
-            if isinstance(name, str):
-                known = self.resolve(name)
-                made.append((known, firings.watch(known, hook, direction)))
-            else:
-                made += [(chosen, hook) for chosen in self._choose(name)]
-        return made
+        Args:
+            input: a study, a list of studies, a `Maira2Encoding`, a mapping of tensors, token ids `(B, L)`,
+                text.
+            return_type: "logits", "loss", "both" or None.
+            loss_per_token: whether the loss keeps its `(B, L - 1)` axes.
+            stop_at_layer: run only the blocks before this one (negative: from the end) and return the
+                residual stream `(B, L, d_model)` there.
+            prepend_bos: accepted for TransformerLens' sake; prompts carry their own BOS.
+            loss_roles: token roles whose tokens count as targets of the mean loss; needs an encoding or
+                studies.
+            task: for studies, see `Maira2Processor.encode`.
+            phrase: for studies, as above.
+            report: for studies, as above.
+            padding_side: for studies, as above.
+            **kwargs: `attention_mask`, `pixel_values` beside token ids; further arguments of the model.
 
-    def _choose(self, wanted: Callable[[str], bool] | None) -> list[str]:
-        """Names a function picks; patterns that fused attention never forms are left out."""
-        return [
-            name
-            for name in self.hook_dict
-            if (wanted is None or wanted(name))
-            and (self.forms_pattern or not name.endswith("attn.hook_pattern"))
-        ]
+        Returns:
+            Logits `(B, L, d_vocab)`, the loss (mean over targets, in nats), a pair of both, or None.
 
-    @property
-    def forms_pattern(self) -> bool:
-        """Whether the language model's attention is eager, so that `attn.hook_pattern` exists."""
-        return is_eager(self.model.get_submodule("model.language_model.layers.0.self_attn"))
+        Raises:
+            HookError: an input no door takes, `prepend_bos=True`, a hook that never fired, a stop out of
+                range.
+            PromptError: image placeholders and images do not agree.
+        """
+        if prepend_bos:
+            raise HookError(
+                "prepend_bos=True was asked for, but MAIRA-2's prompts carry their own BOS. Leave it out, or"
+                " put the token in front yourself."
+            )
+        if return_type not in ("logits", "loss", "both", None):
+            raise HookError(f"return_type is {return_type!r}; use 'logits', 'loss', 'both' or None.")
+        encode = {"task": task, "phrase": phrase, "report": report, "padding_side": padding_side}
+        tensors = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "pixel_values")}
+        inputs = self.inputs(input, encode=encode, **tensors)
+        stop = self.stop_before(stop_at_layer)
+        with self._running(inputs), self._watching(), stopping_at(self.model, stop, self.cfg.n_layers):
+            try:
+                # No cache unless asked for: at 4,000 positions it is 2 GB in bf16 that nobody reads.
+                output = self.model(**inputs.tensors, **{"use_cache": False, **kwargs})
+            except StopForward as stopped:
+                return stopped.residual
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return output.logits
+        loss = self._loss(output.logits, inputs, loss_per_token, loss_roles)
+        return loss if return_type == "loss" else (output.logits, loss)
+
+    def _loss(self, logits: torch.Tensor, inputs: ModelInputs, per_token: bool, roles: Any) -> torch.Tensor:
+        ids = inputs.tensors["input_ids"].to(logits.device)
+        nll = -logits.log_softmax(dim=-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        if per_token and roles is None:
+            return nll
+        if per_token:
+            raise HookError(
+                "loss_per_token=True and loss_roles were both given; a loss per token keeps every"
+                " position. Take it without loss_roles and select with role_mask."
+            )
+        if roles is not None:
+            if inputs.encoding is None:
+                raise HookError(
+                    "loss_roles needs token roles, which tensors do not carry. Pass a study or a"
+                    " Maira2Encoding."
+                )
+            counted = role_mask(inputs.encoding, roles).to(nll.device)[:, 1:]
+        else:
+            mask = inputs.tensors.get("attention_mask", torch.ones_like(ids)).to(nll.device).bool()
+            counted = mask[:, 1:] & mask[:, :-1]
+        if not bool(counted.any()):
+            raise HookError(
+                f"No target of the loss has one of the roles {roles!r}. Encode with report='teacher', so that"
+                " there is a report to predict."
+            )
+        return nll[counted].mean()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input: Any = None,
+        max_new_tokens: int | None = None,
+        return_type: str = "tokens",
+        task: str | None = None,
+        phrase: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate, greedily unless told otherwise, with every hook and SAE in force.
+
+        Vision and projector points fire once, with the prompt; the others fire again for every new token.
+
+        Args:
+            input: as in `forward`.
+            max_new_tokens: token budget; None is the task's own.
+            return_type: "tokens" for transformers' result, `(B, L + T)` ids with the prompt; "reports" for
+                one `ParsedReport` per row.
+            task: for studies: "findings", "grounded" or "phrase".
+            phrase: for studies and task "phrase".
+            **kwargs: `attention_mask`, `pixel_values` beside token ids; arguments of transformers'
+                `generate`.
+
+        Raises:
+            HookError: an input no door takes, or a hook added by name that never fired.
+            PromptError: image placeholders and images do not agree.
+        """
+        if return_type not in ("tokens", "reports"):
+            raise HookError(f"return_type is {return_type!r}; use 'tokens' or 'reports'.")
+        encode = {"task": task, "phrase": phrase}
+        tensors = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "pixel_values")}
+        inputs = self.inputs(input, encode=encode, **tensors)
+        arguments = {
+            "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[task or "findings"],
+            "do_sample": False,
+        } | kwargs
+        model: Any = self.model
+        with self._running(inputs), self._watching():
+            output = model.generate(**inputs.tensors, **arguments)
+        if return_type == "tokens":
+            return output
+        if self.processor is None:
+            raise HookError(
+                "Reports are read by a processor, and this model was wrapped without one. Pass one."
+            )
+        new = getattr(output, "sequences", output)[:, inputs.tensors["input_ids"].shape[1] :]
+        return [self.processor.decode_report(row) for row in new]
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Check that every hook added by name fires while the model runs."""
-        before = {name: self.live[name].calls for name in self._watched if name in self.live}
-        before = {name: calls for name, calls in before.items() if self.live[name].fwd_hooks}
-        self._watched &= set(before)
-        yield
-        for name, calls in before.items():
-            if self.live[name].calls == calls:
-                raise HookError(silence(self.points, name))
+    def _running(self, inputs: ModelInputs) -> Iterator[None]:
+        roles = None if inputs.encoding is None else inputs.encoding.roles
+        with self._positions.following(self.model, roles):
+            yield
 
-    def run_with_cache(
-        self,
-        *args: Any,
-        names_filter: Filter = None,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        pos_slice: Any = None,
-        stop_at_layer: int | None = None,
-        return_cache_object: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Any, Any]:
-        """Run the model and keep the values at the named points.
-
-        Args:
-            *args: arguments of the model's call.
-            names_filter: a name, a list of names, a function of canonical names, or None for all.
-            device: where the kept tensors go, for instance "cpu"; None leaves them where they are.
-            remove_batch_dim: whether a batch of one loses its first axis.
-            incl_bwd: whether `backward()` is called on the result and gradients are kept under `<name>_grad`.
-            reset_hooks_end: whether the caching hooks are removed.
-            clear_contexts: whether the points' `ctx` is cleared.
-            pos_slice: positions to keep, as in TransformerLens.
-            stop_at_layer: run only the blocks before this one; the result is then the residual stream there.
-            return_cache_object: whether the cache is TransformerLens' `ActivationCache` and not a dict.
-            **kwargs: further arguments of the model's call.
-
-        Returns:
-            The call's result, and the cache: canonical name (and every other name that was asked for) ->
-            tensor.
-
-        Raises:
-            HookError: an unknown name, or a named point that never fires in this run.
-        """
-        asked = [names_filter] if isinstance(names_filter, str) else names_filter
-        if asked is None or callable(asked):
-            named, aliases = None, {}
-            wanted = self._choose(asked if callable(asked) else None)
-        else:
-            aliases = {name: self.resolve(name) for name in asked}
-            named = wanted = list(dict.fromkeys(aliases.values()))
-        stop = self.stop_before(stop_at_layer, named)
-        place = None if device is None else torch.device(device)
-        cache, forward, backward = self.get_caching_hooks(
-            wanted, incl_bwd, place, remove_batch_dim, pos_slice=pos_slice
-        )
-        # Only hooks asked for by name must fire; gradients stay away from frozen parts.
-        unchecked = super().hooks([] if named else forward, backward, reset_hooks_end, clear_contexts)
-        with self.hooks(forward if named else (), (), reset_hooks_end, clear_contexts), unchecked:
-            out = self(*args, stop_at_layer=stop, **kwargs)
-            if incl_bwd:
-                out.backward()
-        self.is_caching = False
-        cache |= {name: cache[known] for name, known in aliases.items()}
-        if return_cache_object:
-            from transformer_lens import ActivationCache
-
-            return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
-        return out, cache
-
-    def stop_before(self, layer: int | None, named: Sequence[str] | None = None) -> int | None:
-        """The decoder block before which a run ends.
-
-        SAELens takes the first number of a hook's name for the layer, so a vision block's number arrives here
-        too; images are seen before any decoder block, and the run then ends before block 0.
-
-        Args:
-            layer: blocks to run; negative counts from the end, None runs everything.
-            named: names that the caller wants from the run, if it named any.
-
-        Returns:
-            A number from 0 to the number of blocks, or None.
-
-        Raises:
-            HookError: a number out of range, or a named point that lies behind the stop.
-        """
-        if layer is None:
-            return None
-        count = self.points.counts["block"]
-        stops = {name: self.points.points[name.partition(".hook_sae_")[0]].stop for name in named or ()}
-        if stops and all(stop == 0 for stop in stops.values()):
-            return 0
-        wanted = layer + count if layer < 0 else layer
-        if 0 in stops.values():
-            wanted = min(wanted, count)
-        if not 0 <= wanted <= count:
-            raise HookError(
-                f"stop_at_layer={layer} was asked for, but this model has {count} blocks. Use 0 to {count}, a"
-                f" negative number from the end, or None."
-            )
-        behind = [name for name, stop in stops.items() if stop is None or stop > wanted]
-        if behind:
-            raise HookError(
-                f"stop_at_layer={layer} ends the run before {', '.join(behind)} could fire. Stop later,"
-                f" or leave stop_at_layer out."
-            )
-        return wanted
+    def _bypass(self, site: str, exclude: bool | Sequence[int], roles: Any) -> Bypass:
+        return self._positions.bypass(self.points.points[site], self.tokenizer, exclude, roles)

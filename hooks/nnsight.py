@@ -17,10 +17,10 @@ from nnsight import NNsight
 from nnsight.intervention.envoy import traceable
 
 from sae_lens_maira.errors import HookError
-from sae_lens_maira.hooks.firing import silence
-from sae_lens_maira.hooks.inputs import gather_inputs
-from sae_lens_maira.hooks.names import Point, PointTable
-from sae_lens_maira.hooks.pattern import require_eager
+from sae_lens_maira.hooks._firing import silence
+from sae_lens_maira.hooks._inputs import gather_inputs
+from sae_lens_maira.hooks._names import Point, PointTable
+from sae_lens_maira.hooks._pattern import require_eager
 from sae_lens_maira.maira2 import MAX_NEW_TOKENS, Maira2, Maira2ForConditionalGeneration, Maira2Processor
 
 NAMES: dict[str, str] = {

@@ -19,9 +19,9 @@ from sae_lens import (
 from safetensors.torch import load_file
 
 from sae_lens_maira.errors import HookError
-from sae_lens_maira.hooks.evaluation import Maira2Evaluator
-from sae_lens_maira.hooks.inputs import is_study
-from sae_lens_maira.hooks.transformer_lens import HookedMaira2
+from sae_lens_maira.hooks._evaluation import Maira2Evaluator
+from sae_lens_maira.hooks._inputs import is_study
+from sae_lens_maira.hooks.hooked import HookedMaira2
 from sae_lens_maira.maira2 import Maira2Encoding, resolve_roles, role_mask
 
 
@@ -77,7 +77,7 @@ class Maira2ActivationsStore(ActivationsStore):
         """Refused: SAELens' evaluations call it and would run MAIRA-2 without its images."""
         raise HookError(
             "SAELens asked the store for a batch of text tokens, which its own evaluations run without"
-            " images. Evaluate with sae_lens_maira.hooks.evaluation.Maira2Evaluator; maira2_runner does"
+            " images. Evaluate with sae_lens_maira.hooks._evaluation.Maira2Evaluator; maira2_runner does"
             " so by itself."
         )
 

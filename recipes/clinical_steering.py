@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, harvest_rows
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents import split_by_patient
 from sae_lens_maira.maira2 import Maira2, generate_reports
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, read_report, truth_labels
@@ -36,7 +37,6 @@ from sae_lens_maira.steering.correction import (
     tied_to_errors,
 )
 from sae_lens_maira.studies import Study
-from sae_lens_maira.whole import write_whole
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Arms:
             else:
                 plain = generate_reports(self.maira.model, self.maira.processor, part, max_new_tokens=120)
                 texts += [report.text for report in plain]
-        write_whole(file, json.dumps(texts))
+        atomic_write(file, json.dumps(texts))
         return texts
 
 

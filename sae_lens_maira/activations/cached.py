@@ -22,9 +22,9 @@ import torch
 from datasets import Array2D, Dataset, Features, Sequence, Value, load_from_disk
 from datasets.features.features import Array2DExtensionType, numpy_to_pyarrow_listarray
 
-from sae_lens_maira.activations.files import read_json, write_json
 from sae_lens_maira.activations.store import COLUMNS, ActivationStore, StoreSpec
 from sae_lens_maira.errors import StoreError
+from sae_lens_maira.io import read_json, write_json
 from sae_lens_maira.maira2 import TokenRole
 
 TOKENS = "token_ids"

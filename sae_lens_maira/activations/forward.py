@@ -21,7 +21,7 @@ from sae_lens_maira.activations.generated import generate_reports
 from sae_lens_maira.activations.sampling import RoleRates, kept_positions, rate_table, role_rates
 from sae_lens_maira.activations.store import COLUMNS, SOURCES
 from sae_lens_maira.errors import StoreError
-from sae_lens_maira.hooks.transformer_lens import HookedMaira2
+from sae_lens_maira.hooks.hooked import HookedMaira2
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
 from sae_lens_maira.studies import Study
 

@@ -14,8 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import StoreError
-from sae_lens_maira.hooks.names import PointTable
-from sae_lens_maira.hooks.transformer_lens import HookedMaira2
+from sae_lens_maira.hooks._names import PointTable
+from sae_lens_maira.hooks.hooked import HookedMaira2
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole, role_mask
 from sae_lens_maira.studies import Study
 

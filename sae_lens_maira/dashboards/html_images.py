@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import atomic_file
 from sae_lens_maira.latents.entries import centre_crop
 from sae_lens_maira.latents.records import StudyEntry
-from sae_lens_maira.whole import whole_file
 
 SIDE = 518
 
@@ -60,7 +60,7 @@ class ImageFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{number:06d}-{view if view in ('frontal', 'lateral', 'prior') else 'other'}.png"
             if not (self.folder / name).exists():
-                with whole_file(self.folder / name, sync=False) as draft:
+                with atomic_file(self.folder / name, sync=False) as draft:
                     square.save(draft, format="PNG")
             paths[view] = f"{self.folder.name}/{name}"
         return ShownStudy(paths, boxes)

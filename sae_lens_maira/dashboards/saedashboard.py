@@ -18,9 +18,9 @@ from sae_lens_maira.dashboards.sequences import Sequence, Window, bars, clean, f
 from sae_lens_maira.dashboards.target import Target
 from sae_lens_maira.dashboards.workers import each
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, TokenWeight
 from sae_lens_maira.latents.recordset import RecordSet
-from sae_lens_maira.whole import whole_folder
 
 EMPTY_TABLES = tuple(
     f"{table}_{column}"
@@ -161,7 +161,7 @@ def new_folder(out: Path | str) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecordError(f"{out} exists and is not an empty folder; give a new folder, or remove this one.")
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         yield folder
 
 

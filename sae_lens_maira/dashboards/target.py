@@ -16,8 +16,8 @@ from typing import Any
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.records import RecordsMeta
-from sae_lens_maira.whole import write_whole
 
 MODEL_NAME = re.compile(r"[a-z][a-z0-9.-]{1,31}")
 SET_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -125,7 +125,7 @@ def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path
             "another SAE. Give the folder of the SAE that was recorded."
         )
     config["metadata"] = (config.get("metadata") or {}) | _metadata(target, meta)
-    write_whole(path, json.dumps(config))
+    atomic_write(path, json.dumps(config))
     return path
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.plain import from_plain, to_plain
-from sae_lens_maira.whole import write_whole
 
 FILE = "interpretations.jsonl"
 
@@ -111,5 +111,5 @@ def save(folder: Path | str, done: Sequence[Interpretation]) -> list[Interpretat
     kept = [one for one in load(folder) if (one.latent, one.explainer) not in new]
     path = Path(folder) / FILE
     lines = [json.dumps(to_plain(one), allow_nan=False, ensure_ascii=False) + "\n" for one in (*kept, *done)]
-    write_whole(path, "".join(lines))
+    atomic_write(path, "".join(lines))
     return list(done)

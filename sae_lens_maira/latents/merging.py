@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import atomic_file
 from sae_lens_maira.latents.draws import LowestPriorities
 from sae_lens_maira.latents.streaming import LatentStatistics
-from sae_lens_maira.whole import whole_file
 
 _SUMS = (
     "rows",
@@ -105,7 +105,7 @@ def add(statistics: LatentStatistics, other: LatentStatistics) -> None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state in one piece or not at all."""
-    with whole_file(path) as draft:
+    with atomic_file(path) as draft:
         torch.save(state, draft)
 
 

@@ -24,7 +24,7 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.whole import write_whole
+from sae_lens_maira.io import atomic_write
 
 NAME = ".collecting"
 
@@ -105,7 +105,7 @@ class Workplace:
     @staticmethod
     def write(path: Path, values: dict[str, Any]) -> None:
         """Write JSON in one piece or not at all."""
-        write_whole(path, json.dumps(values))
+        atomic_write(path, json.dumps(values))
 
 
 def fingerprint(sae: SAE[Any]) -> str:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.io import atomic_file
 from sae_lens_maira.maira2 import (
     Maira2ForConditionalGeneration,
     Maira2Processor,
@@ -30,7 +31,6 @@ from sae_lens_maira.phantom.initial import initialise
 from sae_lens_maira.phantom.model import IMAGE_SIZE, PATCH_SIZE, make_processor, tiny_config
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.phantom.tokenizer import build_tokenizer
-from sae_lens_maira.whole import whole_file
 
 POLISH_SEED = 500
 """Added to the seed for phase 3's own studies."""
@@ -239,7 +239,7 @@ class _Loop:
                 "config": asdict(self.config),
             }
             # A kill during the write leaves the previous checkpoint whole.
-            with whole_file(self.file) as draft:
+            with atomic_file(self.file) as draft:
                 torch.save(state, draft)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows, harvest_rows
-from sae_lens_maira.commands.models import named_model
+from sae_lens_maira.cli.models import named_model
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents import Halves, split_by_patient
 from sae_lens_maira.maira2 import Maira2

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows, harvest, joined
+from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.latents import Halves, split_by_patient
 from sae_lens_maira.maira2 import Maira2, TokenRole
 from sae_lens_maira.phantom import generate_studies, load_phantom, truth_labels
@@ -25,7 +26,6 @@ from sae_lens_maira.quickstart.results import QuickstartConfig, QuickstartResult
 from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
 from sae_lens_maira.quickstart.steer import steer_finding
 from sae_lens_maira.studies import Study
-from sae_lens_maira.whole import whole_folder
 
 # Everything a report is written from: the film, the sections, the report itself; no boilerplate.
 KEPT = (
@@ -65,7 +65,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     spoken = spoken.where(spoken.role == TokenRole.REPORT)
     saes = _text_saes(spoken, halves, config)
     text = agreement("text", spoken, truth, halves, saes, saes[0].seed)
-    with whole_folder(config.out / "sae_text", "replace") as draft:
+    with atomic_folder(config.out / "sae_text", "replace") as draft:
         shutil.copytree(text_folder(config, text.sae.seed), draft, dirs_exist_ok=True)
     learned = rows.where(halves.choose[rows.study])
     trained = train_sae(

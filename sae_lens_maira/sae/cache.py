@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sae_lens_maira.errors import SAEError
-from sae_lens_maira.whole import whole_folder
+from sae_lens_maira.io import atomic_folder
 
 
 def cache_root(override: str | Path | None = None) -> Path:
@@ -47,7 +47,7 @@ def build_once(folder: Path, build: Callable[[Path], None], rebuild: bool = Fals
         return folder
     with ExitStack() as stack:
         try:
-            draft = stack.enter_context(whole_folder(folder, "replace" if rebuild else "keep"))
+            draft = stack.enter_context(atomic_folder(folder, "replace" if rebuild else "keep"))
         except OSError as error:
             raise SAEError(
                 f"The cache {folder.parent} cannot be written to: {error}. Pass cache_dir= or set "

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from sae_lens_maira.io import atomic_file
 from sae_lens_maira.studies.table import StudyTable
-from sae_lens_maira.whole import whole_file
 
 
 class SkipReason(str, enum.Enum):
@@ -59,7 +59,7 @@ class Imported:
         """Write the studies left out as CSV (study_id, reason), in one piece or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        with atomic_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(("study_id", "reason"))
             rows.writerows((entry.study_id, entry.reason.value) for entry in self.skipped)

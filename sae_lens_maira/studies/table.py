@@ -18,9 +18,9 @@ import pandas as pd
 from PIL import Image
 
 from sae_lens_maira.errors import StudyError
+from sae_lens_maira.io import atomic_file
 from sae_lens_maira.studies.sequence import IMAGES, SECTIONS, StudySequence
 from sae_lens_maira.studies.study import Licence, Study
-from sae_lens_maira.whole import whole_file
 
 LINKS = ("view", "taken", "prior_study_id", "prior_taken")
 """What a table says beside the record: view of the frontal image, when it was taken, and the study before."""
@@ -129,7 +129,7 @@ class StudyTable:
         """Write the table as Parquet, in one piece or not at all; the root is not written."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as draft:
+        with atomic_file(path) as draft:
             self.frame.to_parquet(draft, index=False)
         return path
 

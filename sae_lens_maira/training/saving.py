@@ -11,10 +11,10 @@ from typing import Any
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.kernels import LocalCommunicator
 from sae_lens_maira.training.checkpoints import load_provider_state, provider_state, save_provider_state
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator
-from sae_lens_maira.whole import whole_folder
 
 
 class SavingTrainer(SAETrainer[Any, Any]):
@@ -42,7 +42,7 @@ class SavingTrainer(SAETrainer[Any, Any]):
         if base is None:
             super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
             return
-        with whole_folder(Path(base) / checkpoint_name, "replace", owner="0") as draft:
+        with atomic_folder(Path(base) / checkpoint_name, "replace", owner="0") as draft:
             super().save_checkpoint(draft.name, base, wandb_aliases)
 
     @override
@@ -58,7 +58,7 @@ class SavingTrainer(SAETrainer[Any, Any]):
             return
         name = f"rescue_{self.n_training_samples}"
         place = Path(self.cfg.checkpoint_path) / name
-        with whole_folder(place, "replace", owner=str(self.comm.rank)) as draft:
+        with atomic_folder(place, "replace", owner=str(self.comm.rank)) as draft:
             SAETrainer.save_checkpoint(self, draft.name, self.cfg.checkpoint_path)
 
     @override

@@ -7,7 +7,7 @@ import torch
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight
-from sae_lens_maira.hooks.pattern import HOOKED_EAGER
+from sae_lens_maira.hooks._pattern import HOOKED_EAGER
 from sae_lens_maira.maira2 import Maira2
 
 pytestmark = pytest.mark.compat

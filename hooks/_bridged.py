@@ -1,0 +1,299 @@
+"""The bridged MAIRA-2: SAELens' TransformerBridge class, with our names and our refusal to be silent.
+
+TransformerLens' bridge skips unknown hook names without a word, SAELens' loses its aliases, and both let a
+hook that never fires pass. Here every name goes through the one table of points first, a name that leads
+nowhere is an error, and studies and encodings are inputs like any other. It knows nothing about how a
+bridge is built.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import LlavaForConditionalGeneration
+
+from sae_lens_maira.errors import HookError, SAEError
+from sae_lens_maira.hooks._attach import LivePoint, MidEdits, tap_mid
+from sae_lens_maira.hooks._firing import Firings
+from sae_lens_maira.hooks._inputs import ModelInputs, gather_inputs
+from sae_lens_maira.hooks._names import Point, PointTable
+from sae_lens_maira.maira2 import MAX_NEW_TOKENS
+
+Named = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+_ENCODE = ("task", "phrase", "report")
+
+
+class BridgedMaira2(SAETransformerBridge):
+    """A TransformerBridge over MAIRA-2, made by `to_bridge`.
+
+    Everything of TransformerLens' and SAELens' bridges works with images: call it, `run_with_cache`,
+    `run_with_hooks`, `hooks`, `generate`, `add_sae`, `run_with_saes`. Inputs may be studies or encodings.
+    Two limits are TransformerLens': an edit at `hook_resid_mid` reaches the MLP but not the residual stream
+    (in `HookedMaira2` it reaches both), and attention is always eager.
+    """
+
+    points: PointTable
+    _generating = False
+    _takes_cache = False
+    _conversions: dict[str, Any]
+    _hooks_by_name: dict[str, HookPoint] | None = None
+
+    @classmethod
+    def take_over(cls, bridge: TransformerBridge, processor: Any = None) -> "BridgedMaira2":
+        """Turn a TransformerBridge over MAIRA-2 into this class, as SAELens turns one into its own.
+
+        Args:
+            bridge: the bridge; it becomes the result.
+            processor: the processor of the model, for studies and text.
+        """
+        taken: Any = bridge
+        taken.__class__ = cls
+        taken._acts_to_saes = {}
+        taken._transcoder_output_hooks = {}
+        taken._conversions = {}
+        taken.points = PointTable(taken.original_model.config)
+        if processor is not None:
+            taken.processor = processor
+            # Set here it is taken as it is; given to the builder it would be loaded again from disk.
+            taken.tokenizer = processor.tokenizer
+            taken.cfg.tokenizer_prepends_bos, taken.cfg.tokenizer_appends_eos = True, False
+        taken._takes_cache = "cache" in signature(LlavaForConditionalGeneration.forward).parameters
+        for i, block in enumerate(taken.blocks):
+            mid = taken.points.points[f"blocks.{i}.hook_resid_mid"]
+            taken._hook_registry[mid.name] = _mid_point(mid, block.original_component)
+        return taken
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every accepted TransformerLens name -> hook point; SAELens' own property drops the aliases.
+
+        TransformerLens makes this dict anew, and slowly, several times a call; here it is kept until an SAE
+        goes in or out.
+        """
+        if self._hooks_by_name is None:
+            self._hooks_by_name = self._list_hooks()
+        return self._hooks_by_name
+
+    def _list_hooks(self) -> dict[str, HookPoint]:
+        inside = super().hook_dict
+        covered = {name for name in self._hook_registry if name not in inside}
+        base = {name: point for name, point in self._aliased().items() if name not in covered}
+        for name, point in list(inside.items()):
+            site, dot, inner = name.partition(".hook_sae_")
+            if dot:
+                inside |= {alias + dot + inner: point for alias in self._names_of(site)}
+        return {**base, **inside}
+
+    def _aliased(self) -> dict[str, HookPoint]:
+        return {
+            name: point
+            for name, point in TransformerBridge.hook_dict.fget(self).items()  # pyright: ignore[reportOptionalCall]
+            if isinstance(point, HookPoint)
+        }
+
+    def _names_of(self, site: str) -> list[str]:
+        """Canonical names of the point that the bridge calls `site`."""
+        canonical = self.points.aliases.get(site)
+        return [canonical] if canonical is not None and canonical != site else []
+
+    def resolve(self, name: str) -> str:
+        """The name under which `hook_dict` knows a point, from any accepted name.
+
+        Raises:
+            HookError: no such point.
+        """
+        known = self.hook_dict
+        if name in known:
+            return name
+        base, dot, inner = name.partition(".hook_sae_")
+        full = self.points.resolve(base).name + dot + inner
+        if full in known:
+            return full
+        raise HookError(
+            f"{name!r} is no hook point of this bridge now: an SAE covers it, or none is spliced in"
+            " there. The points inside an SAE are called <point>.hook_sae_input, hook_sae_acts_post,"
+            " hook_sae_output."
+        )
+
+    def _resolve_hook_name(self, hook_name: str) -> str:
+        if hook_name in self._hook_registry:
+            return hook_name
+        resolved = super()._resolve_hook_name(hook_name)
+        if resolved in self._hook_registry:
+            return resolved
+        return super()._resolve_hook_name(self.points.resolve(hook_name).name)
+
+    def add_sae(self, sae: Any, use_error_term: bool | None = None) -> None:
+        """Splice an SAE in; SAELens warns and goes on where it finds no hook, here that is an error.
+
+        Raises:
+            SAEError: the SAE names no hook, or its width is not the point's.
+            HookError: the hook is unknown, or is `hook_resid_mid`, which SAELens cannot reach here.
+        """
+        name = sae.cfg.metadata.hook_name
+        if not name:
+            raise SAEError("The SAE's cfg.metadata.hook_name is empty; set it to the point it belongs to.")
+        if self.points.resolve(name).spec.name.endswith("hook_resid_mid"):
+            raise HookError(f"SAELens cannot splice at {name!r} of a bridge. Use HookedMaira2, which can.")
+        width = self.points.width(name)
+        if sae.cfg.d_in != width:
+            raise SAEError(
+                f"The SAE has d_in {sae.cfg.d_in}, but the value at {name!r} has width {width}. Check"
+                " that the SAE belongs to this model and hook."
+            )
+        for hook in (name, sae.cfg.metadata.hook_name_out or name):
+            site = self._resolve_hook_name(hook)
+            if isinstance(covered := self._hook_registry[site], HookPoint):
+                # An SAE that another one covered comes back on a bare point: the first entry is the true one.
+                self._conversions.setdefault(site, covered.hook_conversion)
+        super().add_sae(sae, use_error_term)
+        self._hooks_by_name = None
+
+    def _reset_sae(self, *args: Any, **kwargs: Any) -> None:
+        super()._reset_sae(*args, **kwargs)
+        # SAELens puts a bare hook point back: without the split into heads that hook_q, _k, _v and _z had.
+        for site in list(self._conversions):
+            if isinstance(point := self._hook_registry[site], HookPoint):
+                point.hook_conversion = self._conversions.pop(site)
+        # The fresh hook point took its short name when it was put in place; TransformerLens then takes the long
+        # one for an alias of nothing and drops hooks that are added under it.
+        for name, point in self._hook_registry.items():
+            if isinstance(point, HookPoint) and point.name != name and name.endswith(f".{point.name}"):
+                point.name = name
+        self._hooks_by_name = None
+
+    def _gather(self, given: Any, kwargs: dict[str, Any]) -> ModelInputs:
+        encode = {key: kwargs.pop(key) for key in (*_ENCODE, "padding_side") if kwargs.get(key) is not None}
+        tensors = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "pixel_values")}
+        return gather_inputs(given, self.processor, self.cfg.device, encode=encode, **tensors)
+
+    def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerBridge's, for studies, encodings and mappings too.
+
+        Positions are transformers' own (0, 1, 2, ... with padding counted) unless `position_ids` says
+        otherwise.
+
+        Raises:
+            HookError: an input that no door takes.
+            PromptError: image placeholders and images do not agree.
+        """
+        inputs = self._gather(input, kwargs)
+        tensors = dict(inputs.tensors)
+        ids = tensors.pop("input_ids")
+        if "past_key_values" in kwargs and self._takes_cache:
+            kwargs["cache"] = kwargs.pop("past_key_values")  # its name since transformers 5.24
+        if not self._generating:  # generate counts positions without padding, as transformers' own does
+            kwargs.setdefault("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
+        return super().forward(ids, *args, **tensors, **kwargs)
+
+    def run_with_cache(self, input: Any = None, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
+        """As TransformerBridge's; a name or list of names must be there afterwards, under the names asked
+        for.
+
+        Raises:
+            HookError: an unknown name, or a named point that never fired.
+        """
+        host: Any = super()
+        if names_filter is None or callable(names_filter):
+            return host.run_with_cache(input, *args, names_filter=names_filter, **kwargs)
+        asked: list[str] = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        names = {name: self.resolve(name) for name in asked}
+        out, cache = host.run_with_cache(input, *args, names_filter=list(names.values()), **kwargs)
+        kept: Any = cache if isinstance(cache, dict) else cache.cache_dict
+        firings = Firings(self.points)
+        firings.counts = {("forward", name): int(known in kept) for name, known in names.items()}
+        firings.require()
+        kept |= {name: kept[known] for name, known in names.items()}
+        return out, cache
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Named = (),
+        bwd_hooks: Named = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator["BridgedMaira2"]:
+        """As TransformerBridge's; unknown names and named hooks that never fire are errors.
+
+        Raises:
+            HookError: an unknown name, or a named hook that never fired in a block that raised nothing.
+        """
+        firings = Firings(self.points)
+        pairs = [
+            self._watched(given, firings, way)
+            for given, way in ((fwd_hooks, "forward"), (bwd_hooks, "backward"))
+        ]
+        with super().hooks(*pairs, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
+            yield self
+        firings.require(backward=reset_hooks_end)
+
+    def _watched(self, pairs: Named, firings: Firings, direction: str) -> list[Any]:
+        made: list[Any] = []
+        for name, hook in pairs:
+            if isinstance(name, str):
+                known = self.resolve(name)
+                made.append((known, firings.watch(known, hook, direction)))
+            else:
+                made.append((name, hook))
+        return made
+
+    def run_with_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest goes by keyword
+        self,
+        input: Any = None,
+        fwd_hooks: Named = (),
+        bwd_hooks: Named = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As TransformerBridge's; unknown names and named hooks that never fire are errors."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(input, **kwargs)
+
+    def add_hook(self, name: Any, hook_fn: Any, dir: Any = "fwd", is_permanent: bool = False) -> None:
+        """As TransformerBridge's, under any accepted name."""
+        if not isinstance(name, str):
+            super().add_hook(name, hook_fn, dir=dir, is_permanent=is_permanent)
+            return
+        self.hook_dict[self.resolve(name)].add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
+
+    def generate(self, input: Any = None, max_new_tokens: int | None = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As TransformerBridge's, but greedy, silent and giving tokens `(B, L + T)` unless told otherwise.
+
+        Raises:
+            HookError: images and `use_past_kv_cache=False`, with which TransformerLens forgets the images
+                after the first token.
+        """
+        task = kwargs.get("task")
+        inputs = self._gather(input, kwargs)
+        if "pixel_values" in inputs.tensors and not kwargs.get("use_past_kv_cache", True):
+            raise HookError(
+                "TransformerBridge passes images with the first token only, so it cannot generate without"
+                " a KV cache. Leave use_past_kv_cache on, or use HookedMaira2.generate(..., use_cache=False)."
+            )
+        tensors = dict(inputs.tensors)
+        config: Any = self.original_model.config  # pyright: ignore[reportAttributeAccessIssue]
+        defaults = {
+            "do_sample": False,
+            "verbose": False,
+            "return_type": "tokens",
+            "eos_token_id": config.text_config.eos_token_id,
+        }
+        budget = max_new_tokens or MAX_NEW_TOKENS[task or "findings"]
+        self._generating = True
+        try:
+            return super().generate(
+                tensors.pop("input_ids"), max_new_tokens=budget, **{**defaults, **tensors, **kwargs}
+            )
+        finally:
+            self._generating = False
+
+
+def _mid_point(point: Point, block: Any) -> LivePoint:
+    return LivePoint(point, lambda live: tap_mid(block, live, MidEdits()))

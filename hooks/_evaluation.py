@@ -1,0 +1,160 @@
+"""What an SAE's reconstruction costs MAIRA-2: loss and divergence on the tokens that matter, images in place.
+
+    score = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)      KL(clean || sae)
+
+Both over targets of the wanted roles, with the SAE (or zeros) put in at the positions of the roles it was
+trained on. SAELens' own evaluation runs text alone and counts every position, image placeholders included.
+It knows nothing about training.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sae_lens_maira.errors import HookError
+from sae_lens_maira.hooks.hooked import HookedMaira2
+from sae_lens_maira.maira2 import Maira2Encoding, role_mask
+
+
+@dataclass
+class Maira2Evaluator:
+    """Evaluates an SAE on encoded studies; callable as SAELens' trainer calls its evaluator."""
+
+    model: HookedMaira2
+    encodings: Sequence[Maira2Encoding]
+    """Batches with teacher-forced reports."""
+    roles: Any = "all"
+    """Roles whose positions the SAE replaces; None at vision and projector points."""
+    target_roles: Any = "generated_only"
+    """Roles whose tokens are predicted."""
+
+    def __post_init__(self) -> None:
+        if not self.encodings:
+            raise HookError(
+                "The evaluator was given no encodings; expected at least one batch. Encode studies with"
+                " report='teacher'."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self, sae: Any, data_provider: Any = None, activation_scaler: Any = None
+    ) -> dict[str, float]:
+        """Evaluate.
+
+        Args:
+            sae: the SAE; `cfg.metadata.hook_name` says where it belongs.
+            data_provider: paused meanwhile if it prefetches; SAELens passes its own.
+            activation_scaler: SAELens' scaler of the training run, if activations were scaled.
+
+        Returns:
+            `maira2/` metrics in nats and fractions: ce_loss, ce_loss_with_sae, ce_loss_with_ablation,
+            ce_loss_score, kl_div_with_sae, l0, explained_variance.
+
+        Raises:
+            HookError: no position or no target has a wanted role.
+        """
+        # A prefetching provider runs the same model, and its hooks, in another thread.
+        with data_provider.paused() if hasattr(data_provider, "paused") else nullcontext():
+            return self._evaluate(sae, activation_scaler)
+
+    def _evaluate(self, sae: Any, activation_scaler: Any) -> dict[str, float]:
+        name = self.model.resolve(sae.cfg.metadata.hook_name)
+        sums: dict[str, float] = {}
+        moments = _Moments()
+        targets = 0
+        for encoding in self.encodings:
+            batch = encoding.to(self.model.W_E.device)
+            wanted = role_mask(batch, self.target_roles)[:, 1:]
+            positions = None if self.roles is None else role_mask(batch, self.roles)
+            clean = self.model(batch)[:, :-1][wanted].log_softmax(-1)
+            labels = batch.input_ids[:, 1:][wanted]
+            replace = self._replacement(sae, activation_scaler, positions, moments)
+            with_sae = self._logits(batch, name, replace, wanted)
+            ablated = self._logits(batch, name, _zeros(positions), wanted)
+            found = {
+                "ce_loss": -clean.gather(-1, labels[:, None]).sum(),
+                "ce_loss_with_sae": -with_sae.gather(-1, labels[:, None]).sum(),
+                "ce_loss_with_ablation": -ablated.gather(-1, labels[:, None]).sum(),
+                "kl_div_with_sae": (clean.exp() * (clean - with_sae)).sum(),
+            }
+            for key, value in found.items():
+                sums[key] = sums.get(key, 0.0) + float(value)
+            targets += int(wanted.sum())
+        if targets == 0:
+            raise HookError(
+                f"No token of the evaluation has one of the roles {self.target_roles!r}. Encode with"
+                " report='teacher', or ask for other target_roles."
+            )
+        result = {f"maira2/{key}": value / targets for key, value in sums.items()}
+        gap = result["maira2/ce_loss_with_ablation"] - result["maira2/ce_loss"]
+        gained = result["maira2/ce_loss_with_ablation"] - result["maira2/ce_loss_with_sae"]
+        return result | {"maira2/ce_loss_score": gained / gap if gap else float("nan"), **moments.metrics()}
+
+    def _logits(self, batch: Maira2Encoding, name: str, hook: Any, wanted: torch.Tensor) -> torch.Tensor:
+        return self.model.run_with_hooks(batch, fwd_hooks=[(name, hook)])[:, :-1][wanted].log_softmax(-1)
+
+    def _replacement(
+        self, sae: Any, scaler: Any, positions: torch.Tensor | None, moments: "_Moments"
+    ) -> Callable[..., torch.Tensor]:
+        scale: Any = (lambda x: x) if scaler is None else scaler.scale
+        unscale: Any = (lambda x: x) if scaler is None else scaler.unscale
+
+        def replace(value: torch.Tensor, hook: Any) -> torch.Tensor:
+            rows = value.reshape(-1, value.shape[-1]) if positions is None else value[positions]
+            flat = rows.reshape(len(rows), -1).to(sae.W_dec)
+            acts = sae.encode(scale(flat))
+            acts = acts.to_dense() if acts.is_sparse else acts
+            out = unscale(sae.decode(acts))
+            moments.add(flat, out, acts)
+            new = value.clone()
+            if positions is None:
+                return out.to(value).view(value.shape)
+            new[positions] = out.to(value).view(rows.shape)
+            return new
+
+        return replace
+
+
+def _zeros(positions: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    def ablate(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        if positions is None:
+            return torch.zeros_like(value)
+        return value.masked_fill(positions.view(*positions.shape, *[1] * (value.ndim - 2)), 0)
+
+    return ablate
+
+
+class _Moments:
+    """Running sums for explained variance and L0 over rows."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.active = 0.0
+        self.residual = 0.0
+        self.square = 0.0
+        self.total: torch.Tensor | float = 0.0
+
+    def add(self, x: torch.Tensor, out: torch.Tensor, acts: torch.Tensor) -> None:
+        x, out = x.double(), out.double()
+        self.rows += len(x)
+        self.active += float((acts > 0).sum())
+        self.residual += float((x - out).pow(2).sum())
+        self.square += float(x.pow(2).sum())
+        self.total = self.total + x.sum(0)
+
+    def metrics(self) -> dict[str, float]:
+        if self.rows == 0:
+            raise HookError(
+                "No position of the evaluation has a role that the SAE replaces. Ask for other roles, or use"
+                " studies that have such positions."
+            )
+        mean = torch.as_tensor(self.total) / self.rows
+        nan = float("nan")
+        variance = self.square / self.rows - float(mean.pow(2).sum())
+        return {
+            "maira2/l0": self.active / self.rows,
+            "maira2/explained_variance": 1 - self.residual / self.rows / variance if variance else nan,
+        }

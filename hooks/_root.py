@@ -1,0 +1,292 @@
+"""Hooks by name on MAIRA-2's live points, with TransformerLens' own HookedRootModule underneath.
+
+What TransformerLens does not promise is added here: aliases and module paths work wherever a name does, an
+unknown name is an error, a hook asked for by name that never fires is an error (hooks chosen by a function
+may stay silent), and `run_with_cache` holds just the named tensors. It knows nothing about inputs or SAEs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+
+from sae_lens_maira.errors import HookError
+from sae_lens_maira.hooks._attach import LivePoint, attach_points
+from sae_lens_maira.hooks._firing import Firings, silence
+from sae_lens_maira.hooks._names import PointTable
+from sae_lens_maira.hooks._pattern import is_eager
+from sae_lens_maira.maira2.versions import has_transformer_bridge
+
+if TYPE_CHECKING or has_transformer_bridge():
+    from transformer_lens.HookedRootModule import HookedRootModule
+else:
+    from transformer_lens.hook_points import HookedRootModule
+
+HookFn = Callable[..., Any]
+Hooks = Sequence[tuple[str | Callable[[str], bool], HookFn]]
+Filter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+class HookedPoints(HookedRootModule):
+    """A transformers model whose hook points answer to names.
+
+    Args:
+        model: a `Maira2ForConditionalGeneration`; it is wrapped, not copied or changed.
+
+    Raises:
+        HookError: the model lacks a module where a hook point lies.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.points = PointTable(model.config)
+        """The table of hook points: names, aliases, order."""
+        self.live: dict[str, LivePoint] = attach_points(model, self.points)
+        self._watched: set[str] = set()
+        self.setup()
+
+    def setup(self) -> None:
+        """List the hook points anew; TransformerLens looks them up in `hook_dict` and `mod_dict`."""
+        self.hook_dict: dict[str, HookPoint] = dict(self.live)
+        self.mod_dict: dict[str, nn.Module] = dict(self.hook_dict)
+
+    def resolve(self, name: str) -> str:
+        """The name under which `hook_dict` knows a point, from any accepted name.
+
+        Raises:
+            HookError: no such point, or it is covered by an SAE.
+        """
+        if name in self.hook_dict:
+            return name
+        base, dot, inner = name.partition(".hook_sae_")
+        canonical = self.points.resolve(base).name
+        full = canonical + dot + inner
+        if full in self.hook_dict:
+            return full
+        inside = [n.rsplit(".", 1)[-1] for n in self.hook_dict if n.startswith(f"{canonical}.hook_sae_")]
+        if inside:
+            raise HookError(
+                f"An SAE is spliced in at {canonical!r}, so {name!r} is no hook point now. Inside it"
+                f" there are {', '.join(inside)}; the value before is hook_sae_input, the value after"
+                " hook_sae_output."
+            )
+        raise HookError(
+            f"{name!r} lies inside an SAE, but none is spliced in at {canonical!r}. Add it first."
+        )
+
+    def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens, but only where there are hooks: every context ends with this call."""
+        for point in self.hook_points():
+            if point.fwd_hooks or point.bwd_hooks:
+                point.remove_hooks(*args, **kwargs)
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFn,
+        dir: Any = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Add a hook until `reset_hooks`; one added by name must fire in every forward and `generate`.
+
+        Args:
+            name: a hook point, or a function that chooses among all.
+            hook: `hook(value, hook=point)` returns a replacement or None.
+            dir: "fwd" or "bwd".
+            is_permanent: whether `reset_hooks` leaves it alone.
+            level: TransformerLens' context level.
+            prepend: whether it runs before the point's other hooks.
+
+        Raises:
+            HookError: an unknown name, or attention that never forms a pattern.
+        """
+        if isinstance(name, str):
+            name = self.resolve(name)
+            if dir == "fwd":
+                self._watched.add(name)
+        else:
+            chosen = set(self._choose(name))
+            name = chosen.__contains__
+        super().add_hook(name, hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator["HookedPoints"]:
+        """Hooks for the length of a `with` block; none remains after it, whatever is raised inside.
+
+        Args:
+            fwd_hooks: pairs of a hook point (or a function that chooses among all) and
+                `hook(value, hook=point)`, which returns a replacement or None.
+            bwd_hooks: the same for gradients.
+            reset_hooks_end: whether the hooks are removed at the end.
+            clear_contexts: whether the points' `ctx` is cleared with them.
+
+        Raises:
+            HookError: an unknown name; or, at the end of a block that raised nothing, a hook asked for by
+                name that never fired.
+        """
+        firings = Firings(self.points)
+        forward = self._named(fwd_hooks, firings, "forward")
+        backward = self._named(bwd_hooks, firings, "backward")
+        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
+            yield self
+        firings.require(backward=reset_hooks_end)
+
+    def run_with_hooks(
+        self,
+        *args: Any,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """One call of the model with hooks; see `hooks` for these, and the call for the other arguments."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*args, **kwargs)
+
+    def _named(self, pairs: Any, firings: Firings, direction: str) -> list[Any]:
+        made: list[Any] = []
+        for name, hook in pairs:
+            if isinstance(name, str):
+                known = self.resolve(name)
+                made.append((known, firings.watch(known, hook, direction)))
+            else:
+                made += [(chosen, hook) for chosen in self._choose(name)]
+        return made
+
+    def _choose(self, wanted: Callable[[str], bool] | None) -> list[str]:
+        """Names a function picks; patterns that fused attention never forms are left out."""
+        return [
+            name
+            for name in self.hook_dict
+            if (wanted is None or wanted(name))
+            and (self.forms_pattern or not name.endswith("attn.hook_pattern"))
+        ]
+
+    @property
+    def forms_pattern(self) -> bool:
+        """Whether the language model's attention is eager, so that `attn.hook_pattern` exists."""
+        return is_eager(self.model.get_submodule("model.language_model.layers.0.self_attn"))
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Check that every hook added by name fires while the model runs."""
+        before = {name: self.live[name].calls for name in self._watched if name in self.live}
+        before = {name: calls for name, calls in before.items() if self.live[name].fwd_hooks}
+        self._watched &= set(before)
+        yield
+        for name, calls in before.items():
+            if self.live[name].calls == calls:
+                raise HookError(silence(self.points, name))
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: Filter = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        stop_at_layer: int | None = None,
+        return_cache_object: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run the model and keep the values at the named points.
+
+        Args:
+            *args: arguments of the model's call.
+            names_filter: a name, a list of names, a function of canonical names, or None for all.
+            device: where the kept tensors go, for instance "cpu"; None leaves them where they are.
+            remove_batch_dim: whether a batch of one loses its first axis.
+            incl_bwd: whether `backward()` is called on the result and gradients are kept under `<name>_grad`.
+            reset_hooks_end: whether the caching hooks are removed.
+            clear_contexts: whether the points' `ctx` is cleared.
+            pos_slice: positions to keep, as in TransformerLens.
+            stop_at_layer: run only the blocks before this one; the result is then the residual stream there.
+            return_cache_object: whether the cache is TransformerLens' `ActivationCache` and not a dict.
+            **kwargs: further arguments of the model's call.
+
+        Returns:
+            The call's result, and the cache: canonical name (and every other name that was asked for) ->
+            tensor.
+
+        Raises:
+            HookError: an unknown name, or a named point that never fires in this run.
+        """
+        asked = [names_filter] if isinstance(names_filter, str) else names_filter
+        if asked is None or callable(asked):
+            named, aliases = None, {}
+            wanted = self._choose(asked if callable(asked) else None)
+        else:
+            aliases = {name: self.resolve(name) for name in asked}
+            named = wanted = list(dict.fromkeys(aliases.values()))
+        stop = self.stop_before(stop_at_layer, named)
+        place = None if device is None else torch.device(device)
+        cache, forward, backward = self.get_caching_hooks(
+            wanted, incl_bwd, place, remove_batch_dim, pos_slice=pos_slice
+        )
+        # Only hooks asked for by name must fire; gradients stay away from frozen parts.
+        unchecked = super().hooks([] if named else forward, backward, reset_hooks_end, clear_contexts)
+        with self.hooks(forward if named else (), (), reset_hooks_end, clear_contexts), unchecked:
+            out = self(*args, stop_at_layer=stop, **kwargs)
+            if incl_bwd:
+                out.backward()
+        self.is_caching = False
+        cache |= {name: cache[known] for name, known in aliases.items()}
+        if return_cache_object:
+            from transformer_lens import ActivationCache
+
+            return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return out, cache
+
+    def stop_before(self, layer: int | None, named: Sequence[str] | None = None) -> int | None:
+        """The decoder block before which a run ends.
+
+        SAELens takes the first number of a hook's name for the layer, so a vision block's number arrives here
+        too; images are seen before any decoder block, and the run then ends before block 0.
+
+        Args:
+            layer: blocks to run; negative counts from the end, None runs everything.
+            named: names that the caller wants from the run, if it named any.
+
+        Returns:
+            A number from 0 to the number of blocks, or None.
+
+        Raises:
+            HookError: a number out of range, or a named point that lies behind the stop.
+        """
+        if layer is None:
+            return None
+        count = self.points.counts["block"]
+        stops = {name: self.points.points[name.partition(".hook_sae_")[0]].stop for name in named or ()}
+        if stops and all(stop == 0 for stop in stops.values()):
+            return 0
+        wanted = layer + count if layer < 0 else layer
+        if 0 in stops.values():
+            wanted = min(wanted, count)
+        if not 0 <= wanted <= count:
+            raise HookError(
+                f"stop_at_layer={layer} was asked for, but this model has {count} blocks. Use 0 to {count}, a"
+                f" negative number from the end, or None."
+            )
+        behind = [name for name, stop in stops.items() if stop is None or stop > wanted]
+        if behind:
+            raise HookError(
+                f"stop_at_layer={layer} ends the run before {', '.join(behind)} could fire. Stop later,"
+                f" or leave stop_at_layer out."
+            )
+        return wanted

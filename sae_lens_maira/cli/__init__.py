@@ -1,0 +1,193 @@
+"""The command line: `sae-lens-maira COMMAND --help` says what each command does.
+
+A command is one function of a module of this package; `_TABLE` lists them all and `parser.py` makes options and help
+from the function's arguments and docstring. Heavy modules are imported when their command runs.
+
+    stdout   the result, with --json one JSON value     exit 0     done
+    stderr   progress and errors                        exit 2     one paragraph: an error that the user can fix
+                                                        exit 1     a traceback: a bug in this package
+                                                        exit 130   interrupted; 141: nobody reads stdout any more
+"""
+
+import contextlib
+import difflib
+import errno
+import importlib
+import inspect
+import io
+import os
+import sys
+from collections import UserDict
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from sae_lens_maira import __version__
+from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser
+from sae_lens_maira.errors import MairaError
+
+PROGRAM = "sae-lens-maira"
+# What a path or a disk can be guilty of, and no code of ours.
+DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.ENOENT}
+INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports for any other program
+
+
+# Every command, in the order of the work: its words -> the module and function that run it.
+_TABLE: dict[str, str] = {
+    "quickstart": "phantom:quickstart",
+    "studies import": "studies:import_studies",
+    "studies show": "studies_show:show",
+    "studies validate": "studies:validate_studies",
+    "harvest": "harvest:harvest",
+    "store show": "store:show",
+    "store validate": "store:validate",
+    "store export": "store:export",
+    "store import": "store:bring",
+    "train": "train:train",
+    "evaluate": "evaluate:evaluate",
+    "latents": "latents:latents",
+    "interpret run": "interpret:run",
+    "interpret report": "interpret:report",
+    "interpret findings": "interpret:findings",
+    "interpret published": "interpret:published",
+    "dashboards html": "dashboards_html:html",
+    "dashboards neuronpedia": "dashboards:neuronpedia",
+    "dashboards saedashboard": "dashboards_saedashboard:saedashboard",
+    "dashboards validate": "dashboards:check",
+    "dashboards upload": "dashboards:upload",
+    "steer": "steer:steer",
+    "measure-phantom": "phantom:measure_phantom",
+}
+
+
+class _Commands(UserDict[str, Any]):
+    """Command name -> function. A command's module is imported when its function is asked for."""
+
+    def __getitem__(self, name: str, /) -> Callable[..., None]:
+        target = self.data[name]
+        if isinstance(target, str):
+            module, function = target.split(":")
+            target = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        return target
+
+
+COMMANDS = _Commands(_TABLE)
+
+
+def build_parser(name: str) -> ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        name: a key of `COMMANDS`, such as "latents" or "interpret run".
+    """
+    return command_parser(name, COMMANDS[name])
+
+
+def help_of(name: str) -> str:
+    """What `sae-lens-maira NAME --help` prints.
+
+    Args:
+        name: a key of `COMMANDS`.
+    """
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        build_parser(name).print_help()
+    return text.getvalue()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after the program's name; those of the process if not given.
+
+    Returns:
+        0, or another exit code of this module's docstring.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["bench"]:
+        return _bench(words[1:])
+    if not words or words[0] in ("-h", "--help", "--version"):
+        sys.stdout.write(f"{PROGRAM} {__version__}\n" if words[:1] == ["--version"] else _overview())
+        return 0 if words else 2
+    name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), None)
+    if name is None:
+        return _no_command(words)
+    options = build_parser(name).parse_args(words[len(name.split()) :])
+    chosen = {key: value for key, value in vars(options).items() if key != "config"}
+    if "json" in chosen:
+        chosen["as_json"] = chosen.pop("json")
+    try:
+        COMMANDS[name](**chosen)
+        sys.stdout.flush()
+    except MairaError as error:
+        sys.stderr.write(f"{PROGRAM} {name}: {error}\n")
+        return 2
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the interpreter flushes once more at its end
+        return UNREAD
+    except OSError as error:
+        if error.errno not in DISK or (error.filename is None and error.errno != errno.ENOSPC):
+            raise
+        place = f" at {error.filename}" if error.filename is not None else ""
+        sys.stderr.write(
+            f"{PROGRAM} {name}: {error.strerror}{place}. Give another path, or make room or rights there.\n"
+        )
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROGRAM} {name}: interrupted.\n")
+        return INTERRUPTED
+    return 0
+
+
+def _overview(group: str = "") -> str:
+    """All commands, or those of a group, each with the first line of its help."""
+    lines = {
+        n: (inspect.getdoc(f) or "").splitlines()[0] for n, f in COMMANDS.items() if f"{n} ".startswith(group)
+    }
+    if not group:
+        lines["bench step"] = "Time one training step against SAELens."
+    width = max(map(len, lines))
+    shown = "".join(
+        f"  {name:<{width}}  {_cut(line, HELP_WIDTH - width - 4)}\n" for name, line in lines.items()
+    )
+    return (
+        f"usage: {PROGRAM} {group or 'COMMAND '}[options]\n\n{shown}\n{PROGRAM} COMMAND --help says more.\n"
+    )
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 3].rsplit(" ", 1)[0] + " ..."
+
+
+def _no_command(words: list[str]) -> int:
+    """A group alone lists its members; anything else is an error that names the nearest command."""
+    members = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if members and words[1:2] in (["--help"], ["-h"]):
+        sys.stdout.write(_overview(f"{words[0]} "))
+        return 0
+    typed = " ".join(words[:2] if members else words[:1])
+    close = difflib.get_close_matches(typed, members or [*COMMANDS, *{n.split()[0] for n in COMMANDS}], n=1)
+    guess = f"Did you mean {close[0]}? " if close else ""
+    known = ", ".join(members or [*COMMANDS, "bench step"])
+    alone = members and not words[1:]
+    seen = f"{typed!r} alone is no command" if alone else f"there is no command {typed!r}"
+    sys.stderr.write(f"{PROGRAM}: {seen}. {'' if alone else guess}Commands are {known}.\n")
+    return 2
+
+
+def _bench(words: list[str]) -> int:
+    """Benchmarks have parsers of their own: they also run as scripts, where jsonargparse is not wanted."""
+    if words[:1] != ["step"]:
+        typed = " ".join(words) or "nothing"
+        sys.stderr.write(f"{PROGRAM} bench: {typed} is no benchmark; try bench step --help.\n")
+        return 2
+    from sae_lens_maira.training.benchmark import main as step
+
+    return step(words[1:])
+
+
+__all__ = ["COMMANDS", "build_parser", "help_of", "main"]

@@ -1,0 +1,285 @@
+"""`interpret run`, `report` and `findings`: explain latents and score the explanations, with controls beside them."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sae_lens_maira.cli.numbers import numbers
+from sae_lens_maira.errors import ConfigError
+
+
+def run(
+    records: Path,
+    judge: str | None = None,
+    base_url: str | None = None,
+    latents: str | None = None,
+    methods: str = "detection,fuzzing",
+    n_train: int = 40,
+    n_test: int = 50,
+    batch_size: int = 10,
+    concurrency: int = 8,
+    max_tokens_total: int | None = None,
+    max_requests: int | None = None,
+    usd_per_mtok: str | None = None,
+    allow_remote: bool = False,
+    estimate_only: bool = False,
+    pictures: int = 0,
+    seed: int = 0,
+    as_json: bool = False,
+) -> None:
+    """Explain the latents of a record set and score the explanations on unseen patients.
+
+    Without a judge nothing leaves the process: the offline explainer contrasts words and findings. With one an
+    OpenAI-compatible server is asked (OPENAI_BASE_URL, OPENAI_API_KEY); the journal beside the records resumes a
+    run that was stopped. The estimate is printed first.
+
+    Example: sae-lens-maira interpret run --records records --judge qwen3-8b --base-url http://127.0.0.1:8000/v1
+
+    Args:
+        records: folder written by `sae-lens-maira latents`.
+        judge: name of the language model at the server, which explains and judges; none for the offline explainer.
+        base_url: address of the server, instead of OPENAI_BASE_URL.
+        latents: numbers and ranges such as "0-49,77"; all that are not dead if not given.
+        methods: scorers, comma-separated: detection, fuzzing, intruder.
+        n_train: active examples shown to the explainer.
+        n_test: active examples asked about, and as many silent ones.
+        batch_size: texts a question.
+        concurrency: questions in flight at once.
+        max_tokens_total: budget of tokens.
+        max_requests: budget of requests.
+        usd_per_mtok: your price of a million tokens asked and answered, such as "0.15,0.60".
+        allow_remote: let credentialed studies go to a server on another machine.
+        estimate_only: print the estimate and stop.
+        pictures: films with outlined patches to show of an image latent, for a model that sees.
+        seed: of the split by patient and every draw.
+        as_json: print statuses, scores and costs as JSON; the estimate then goes to stderr.
+    """
+    from sae_lens_maira.interp.report import statuses, summary, table
+    from sae_lens_maira.interp.run import estimate, interpret, interpret_offline
+    from sae_lens_maira.interp.subjects import Plan
+    from sae_lens_maira.latents.recordset import RecordSet
+
+    opened = RecordSet.open(records)
+    plan = Plan(
+        latents=numbers(latents, "--latents"),
+        methods=tuple(methods.split(",")),
+        n_train=n_train,
+        n_test=n_test,
+        batch=batch_size,
+        pictures=pictures,
+        seed=seed,
+    )
+    told: dict[str, Any] = {"records": str(records)}
+    say = sys.stderr.write if as_json else sys.stdout.write
+    if judge is None:
+        done = interpret_offline(opened, plan)
+        say(f"{len(done)} latents, contrast (no LLM): nothing is sent anywhere.\n")
+    else:
+        from sae_lens_maira.interp.judge import Server
+
+        server = Server(
+            model=judge,
+            base_url=base_url,
+            concurrency=concurrency,
+            max_tokens_total=max_tokens_total,
+            max_requests=max_requests,
+            usd_per_mtok=_prices(usd_per_mtok),
+            allow_remote=allow_remote,
+        )
+        if estimate_only:
+            guess = estimate(opened, plan, server)
+            sys.stdout.write(json.dumps(told | {"estimate": guess}) + "\n" if as_json else guess)
+            return
+        done, usage = interpret(opened, server, plan, say=say)
+        cost = usage.price(server.usd_per_mtok)
+        told |= asdict(usage) | {"usd": cost}
+        say(
+            f"{usage.requests} requests ({usage.retries} retries), {usage.cached} answers from the journal, "
+            f"{usage.tokens_in} tokens asked, {usage.tokens_out} answered, {usage.unusable} unusable"
+            f"{'' if cost is None else f', {cost:.4f} US dollars'}.\n"
+        )
+    scores = table(done)
+    if as_json:
+        means = json.loads(str(summary(scores).to_json(orient="records")))
+        told |= {"latents": len(done), "statuses": statuses(done), "scores": means}
+        sys.stdout.write(json.dumps(told) + "\n")
+        return
+    sys.stdout.write(f"Statuses: {statuses(done)}\n")
+    if scores["balanced_accuracy"].notna().any():
+        sys.stdout.write(summary(scores).to_string(index=False, float_format="%.3f") + "\n")
+
+
+def report(
+    records: Path,
+    out: Path | None = None,
+    untrained: Path | None = None,
+    raw: Path | None = None,
+    model_id: str = "maira-2",
+    set_name: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Table, histogram against controls and counts per category of a record set's interpretations.
+
+    Example: sae-lens-maira interpret report --records records --untrained records_untrained --out report
+
+    Args:
+        records: folder with interpretations.
+        out: folder for `scores.csv`, `scores.png` and `explanations.jsonl`; nothing is written if not given.
+        untrained: interpreted records of an untrained SAE, drawn in the same figure.
+        raw: interpreted records of raw residual dimensions, drawn in the same figure.
+        model_id: model's name on Neuronpedia, in `explanations.jsonl`.
+        set_name: source set there, lower case with single hyphens; without it rows carry the records' own name.
+        as_json: print JSON instead of text.
+    """
+    from sae_lens_maira.dashboards.target import Target
+    from sae_lens_maira.interp.records import load
+    from sae_lens_maira.interp.report import (
+        categories,
+        neuronpedia_rows,
+        statuses,
+        summary,
+        table,
+        write_figure,
+        write_neuronpedia,
+    )
+    from sae_lens_maira.latents.recordset import RecordSet
+
+    opened = RecordSet.open(records)
+    done = load(records)
+    controls = {"untrained SAE": untrained, "raw dimensions": raw}
+    sets = {"explanations": done} | {
+        name: load(folder) for name, folder in controls.items() if folder is not None
+    }
+    scores = table(done)
+    means = {name: summary(table(each)) for name, each in sets.items()}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        scores.to_csv(out / "scores.csv", index=False)
+        write_figure(sets, out / "scores.png")
+        source = opened.meta.sae if set_name is None else Target(set_name=set_name).source(opened.meta.layer)
+        write_neuronpedia(neuronpedia_rows(done, opened.meta, model_id, source), out / "explanations.jsonl")
+    if as_json:
+        found = {
+            "statuses": statuses(done),
+            "categories": categories(done),
+            "scores": {
+                name: json.loads(mean.to_json(None, orient="records") or "[]") for name, mean in means.items()
+            },
+        }
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    for name, mean in means.items():
+        sys.stdout.write(f"{name}\n{mean.to_string(index=False, float_format='%.3f')}\n\n")
+    sys.stdout.write(f"Categories: {categories(done)}\nStatuses: {statuses(done)}\n\n")
+    best = scores.sort_values("balanced_accuracy", ascending=False, na_position="last").head(40)
+    shown = best[["latent", "method", "judge", "balanced_accuracy", "control", "category", "explanation"]]
+    sys.stdout.write(shown.to_string(index=False, float_format="%.2f", max_colwidth=80) + "\n")
+
+
+def published(
+    records: Path,
+    file: Path,
+    name: str = "published",
+    latent_column: str | None = None,
+    text_column: str | None = None,
+    score_column: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Put published interpretations of the same SAE beside ours, for the report and the dashboards.
+
+    Example: sae-lens-maira interpret published --records records --file interpretations.csv
+
+    Args:
+        records: record set of that SAE.
+        file: CSV, Parquet, JSON or JSON lines with one interpretation a row.
+        name: stands as their explainer.
+        latent_column: with the latent's number; found by its name if not given.
+        text_column: with the sentence; found by its name if not given.
+        score_column: with a score from 0 to 1, if any; found by its name if not given.
+        as_json: print JSON instead of text.
+    """
+    from sae_lens_maira.interp.published import read_published
+    from sae_lens_maira.interp.records import save
+    from sae_lens_maira.latents.recordset import RecordSet
+
+    opened = RecordSet.open(records)
+    rows = read_published(file, name, latent_column, text_column, score_column)
+    kept = [one for one in rows if one.latent in opened]
+    save(opened.folder, kept)
+    if as_json:
+        facts = {"records": str(records), "rows": len(rows), "kept": len(kept)}
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
+    sys.stdout.write(
+        f"{len(kept)} of {len(rows)} interpretations are of latents of {records} and lie beside it\n"
+    )
+
+
+def findings(
+    records: list[Path],
+    untrained: list[Path] | None = None,
+    raw: list[Path] | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    as_json: bool = False,
+) -> None:
+    """The best latent of each finding, chosen on train patients: its explanation, and detection on unseen patients.
+
+    Needs record sets with known findings that `interpret run` has explained without a model. Several sets of one
+    model, such as those of a text and an image SAE, are searched together.
+
+    Example: sae-lens-maira interpret findings --records "[text, image]" --untrained "[text_u, image_u]" --out best
+
+    Args:
+        records: interpreted record sets.
+        untrained: interpreted record sets of untrained SAEs, chosen from in the same way.
+        raw: interpreted record sets of raw residual dimensions.
+        out: folder for `best_latents.csv` and `best_latents.png`; nothing is written if not given.
+        seed: of the split by patient, as `interpret run` had.
+        as_json: print JSON instead of text.
+    """
+    import pandas as pd
+
+    from sae_lens_maira.interp.best import best_latents, best_table, write_best_figure
+
+    named = {"trained": records, "untrained SAE": untrained, "raw dimensions": raw}
+    sets = {
+        name: best_latents({folder.name: folder for folder in folders}, seed)
+        for name, folders in named.items()
+        if folders
+    }
+    tables = {name: best_table(best) for name, best in sets.items()}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        joined = pd.concat([table.assign(set=name) for name, table in tables.items()])
+        joined.to_csv(out / "best_latents.csv", index=False)
+        write_best_figure(sets, out / "best_latents.png")
+    if as_json:
+        found = {name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()}
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    for name, table in tables.items():
+        good = table.loc[table["named"]]
+        text = table.drop(columns="explanation").to_string(index=False, float_format="%.2f")
+        sys.stdout.write(
+            f"{name}: {len(good)} of {len(table)} findings named, {(good['detection'] >= 0.85).sum()} of them "
+            f"detected at 0.85 or more; mean {good['detection'].mean():.3f}, shuffled {good['control'].mean():.3f}\n"
+            f"{text}\n\n"
+        )
+    told = tables["trained"]
+    for finding, explanation in zip(told["finding"], told["explanation"], strict=True):
+        sys.stdout.write(f"{finding}: {explanation}\n")
+
+
+def _prices(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        asked, answered = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f'--usd-per-mtok {text!r} is not two prices; write for example "0.15,0.60".'
+        ) from None
+    return asked, answered

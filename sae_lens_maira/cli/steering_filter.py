@@ -1,0 +1,216 @@
+"""Does it matter on which tokens an SAE was trained? Presets of token roles, trained alike and steered alike.
+
+    preset x seed -> an SAE on as many rows -> its latents at the patches, and its best text latent everywhere
+
+The study left image tokens out when it trained and steered. Here every preset gets the same budget of rows, steps and
+latents, and the same studies are steered. The untrained part of a result is shown by a preset that never saw a patch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.cli.steering_learned import encoder_of, learn
+from sae_lens_maira.cli.steering_methods import EVERYWHERE, MAPS, MEANS, Bench
+from sae_lens_maira.cli.steering_subjects import MAX_NEW_TOKENS, Subjects
+from sae_lens_maira.latents import Encoder, f1_of_firing, study_firing
+from sae_lens_maira.maira2 import TokenRole, resolve_roles
+from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, read_report
+from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.sae import load_matryoshka
+from sae_lens_maira.steering import p99_of
+from sae_lens_maira.steering.evaluate import evaluate_steering
+
+PRESETS = ("paper", "text_only", "all")
+FINDINGS = ("cardiomegaly", "pacemaker", "oedema", "pleural_effusion_left", "pneumothorax_right")
+
+
+@dataclass(frozen=True)
+class FilterRun:
+    """Settings of the comparison of token filters.
+
+    Attributes:
+        out: folder of SAEs, tables and the figure; what is there is not made again.
+        findings: what is steered in.
+        presets: token roles to train on.
+        seeds: SAEs a preset.
+        studies: phantom studies, half of them to learn from.
+        layer: decoder layer.
+        rows: rows every SAE is trained on.
+        d_sae: latents.
+        k: mean active latents a token.
+        steps: steps of 1,024 rows.
+        latents: budget of the maps.
+        choose: studies on which a strength is chosen.
+        report: studies on which it is reported.
+        seed: of studies and halves.
+        progress: show bars.
+    """
+
+    out: Path = Path("runs/token_filter")
+    findings: tuple[str, ...] = FINDINGS
+    presets: tuple[str, ...] = PRESETS
+    seeds: int = 3
+    studies: int = 1200
+    layer: int = 3
+    rows: int = 30_000
+    d_sae: int = 1024
+    k: int = 8
+    steps: int = 3000
+    latents: int = 16
+    choose: int = 16
+    report: int = 40
+    seed: int = 0
+    progress: bool = True
+
+
+def run_filters(settings: FilterRun) -> Path:
+    """Train and steer what is missing, and write `table.md`, `table.parquet` and `token_filter.png`."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    wanted = [(preset, seed) for seed in range(settings.seeds) for preset in settings.presets]
+    missing = [(p, s) for p, s in wanted if not (settings.out / f"{p}_{s}.parquet").exists()]
+    if missing:
+        hook_name = f"blocks.{settings.layer}.hook_resid_post"
+        pool = (7 * settings.choose, 6 * settings.report)
+        subjects = Subjects(load_phantom(), settings.studies, hook_name, settings.seed, pool)
+        rows = harvest_rows(
+            subjects.maira, subjects.studies, hook_name, "all", seed=settings.seed, progress=settings.progress
+        )
+        for preset, seed in tqdm(missing, desc="SAEs", unit="SAE", disable=not settings.progress):
+            one_sae(subjects, rows, preset, seed, settings).to_parquet(
+                settings.out / f"{preset}_{seed}.parquet"
+            )
+            write_filter_tables(settings.out)
+    write_filter_tables(settings.out)
+    return settings.out
+
+
+def one_sae(
+    subjects: Subjects, rows: ActivationRows, preset: str, seed: int, settings: FilterRun
+) -> pd.DataFrame:
+    """Train one SAE and steer every finding with it: a row per finding and method."""
+    taught = subjects.halves.choose
+    roles = [int(role) for role in resolve_roles(preset)]
+    mine = np.flatnonzero(np.isin(rows.role, roles) & taught[rows.study])
+    drawn = np.random.default_rng(seed).permutation(mine)[: settings.rows]
+    chosen = np.zeros(len(rows), dtype=bool)
+    chosen[drawn] = True
+    learned_from = rows.where(chosen)
+    folder = settings.out / f"sae_{preset}_{seed}"
+    if not (folder / "cfg.json").exists():
+        train_sae(learned_from, settings.d_sae, settings.k, settings.steps, seed, folder)
+    sae = load_matryoshka(folder)
+    encode = encoder_of(sae)
+    image, text = rows.where(rows.is_image), rows.where((rows.role == TokenRole.REPORT) & taught[rows.study])
+    learned = learn(image, encode, subjects.studies, subjects.truth, taught)
+    fires, _ = study_firing(encode, text, len(subjects.studies))
+    agreement = torch.from_numpy(f1_of_firing(fires[taught], subjects.truth[taught]))
+    units = p99_of(encode(text.values[:: max(1, len(text) // 20_000)]))
+    bench = Bench(sae, learned, settings.latents, (sae, units, agreement), seed)
+    parts = []
+    for finding in settings.findings:
+        methods = [m for m in bench.insertion(finding) if m.name in (MAPS, EVERYWHERE)]
+        if seed == 0 and preset == settings.presets[0]:  # needs no SAE: once is enough
+            methods += [m for m in bench.insertion(finding) if m.name == MEANS]
+        tables = evaluate_steering(
+            subjects.maira,
+            sae,
+            subjects.hook_name,
+            methods,
+            subjects.pick("choose", [], [finding], settings.choose),
+            subjects.pick("report", [], [finding], settings.report),
+            finding,
+            lambda said: read_report(said).present,
+            FINDING_KEYS,
+            p99=learned.p99,
+            max_new_tokens=MAX_NEW_TOKENS,
+            progress=False,
+            prompts=subjects.prompts,
+            measure_kl=False,
+        )
+        parts.append(tables.summary.assign(finding=finding))
+    patches = image.values[:: max(1, len(image) // 5000)]
+    report = text.values[:: max(1, len(text) // 5000)]
+    return pd.concat(parts, ignore_index=True).assign(
+        preset=preset,
+        seed=seed,
+        rows=len(learned_from),
+        explained_patches=_explained(encode, sae.decode, patches),
+        explained_report=_explained(encode, sae.decode, report),
+    )
+
+
+def write_filter_tables(out: Path) -> None:
+    """Means and spread over seeds from what the folder holds."""
+    files = sorted(out.glob("*_[0-9].parquet"))
+    if not files:
+        return
+    table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    table.to_parquet(out / "table.parquet")
+    (out / "table.md").write_text(filter_page(table), encoding="utf-8")
+    filter_figure(table).savefig(out / "token_filter.png", dpi=90)
+
+
+def filter_page(table: pd.DataFrame) -> str:
+    """Per preset and method: mean over findings, with the seeds' own means as spread."""
+    lines = [
+        "| trained on | seeds | explained variance patches / report | method | on target %, mean (each seed) | "
+        "off target % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for preset in [p for p in PRESETS if p in set(table.preset)]:
+        for method in (MAPS, EVERYWHERE):
+            mine = table[(table.preset == preset) & (table.method == method)]
+            if mine.empty:
+                continue
+            seeds = 100 * mine.groupby("seed").on_target.mean()
+            each = ", ".join(f"{value:.0f}" for value in seeds)
+            lines.append(
+                f"| {preset} | {len(seeds)} | {mine.explained_patches.mean():.3f} / "
+                f"{mine.explained_report.mean():.3f} | {method} | {seeds.mean():.1f} ({each}) | "
+                f"{100 * mine.off_target.mean():.1f} |"
+            )
+    means = table[table.method == MEANS]
+    if len(means):
+        lines.append(
+            f"| no SAE | | | {MEANS} | {100 * means.on_target.mean():.1f} | {100 * means.off_target.mean():.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def filter_figure(table: pd.DataFrame) -> Figure:
+    """On-target share per finding and preset: bars are means over seeds, dots are seeds."""
+    findings = list(dict.fromkeys(table.finding))
+    presets = [p for p in PRESETS if p in set(table.preset)]
+    drawn = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = drawn.subplots(1, 2, sharey=True)
+    for axis, method in zip(panels, (MAPS, EVERYWHERE), strict=True):
+        for i, preset in enumerate(presets):
+            mine = table.loc[(table.method == method) & (table.preset == preset)]
+            places = np.arange(len(findings)) + (i - (len(presets) - 1) / 2) * 0.27
+            shares = [100 * mine.loc[mine.finding == f, "on_target"].mean() for f in findings]
+            axis.bar(places, shares, 0.25, color=f"C{i}", alpha=0.55, label=preset)
+            for place, finding in zip(places, findings, strict=True):
+                values = 100 * mine.loc[mine.finding == finding, "on_target"].to_numpy()
+                axis.plot(np.full(len(values), place), values, "o", color=f"C{i}", ms=3.5)
+        axis.set_xticks(
+            range(len(findings)), [f.replace("_", " ") for f in findings], rotation=25, ha="right", fontsize=8
+        )
+        axis.set_title({MAPS: "latents at the patches"}.get(method, method), fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(-3, 103)
+    panels[0].set_ylabel("% of studies that get the finding")
+    panels[1].legend(title="SAE trained on", frameon=False, fontsize=8)
+    return drawn
+
+
+def _explained(encode: Encoder, decode: Encoder, values: torch.Tensor) -> float:
+    with torch.no_grad():
+        rest = ((values - decode(encode(values))) ** 2).sum()
+    return float(1 - rest / ((values - values.mean(0)) ** 2).sum())

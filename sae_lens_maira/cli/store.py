@@ -1,0 +1,137 @@
+"""The commands `store show|validate|export|import`: what lies in an activation store, and SAELens' cached format.
+
+It knows nothing about models; `harvest` makes stores.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+
+def show(store: Path, as_json: bool = False) -> None:
+    """Say what a store holds: hook points, rows by role, size, settings, and how far its harvest is.
+
+    Example: sae-lens-maira store show --store runs/phantom_store
+
+    Args:
+        store: folder of the store.
+        as_json: print JSON instead of text.
+    """
+    from dataclasses import asdict
+
+    from sae_lens_maira.activations import ActivationStore
+
+    opened = ActivationStore(store)
+    rows = len(opened)
+    files = [file for shard in opened.rows for file in opened.entry(shard)["files"]]
+    size = sum(file["bytes"] for file in files)
+    facts = {
+        "store": str(store),
+        "rows": rows,
+        "bytes": size,
+        "bytes_per_row": size / rows if rows else None,
+        "shards": len(opened.rows),
+        "of": opened.spec.n_shards,
+        "complete": opened.complete,
+        "roles": {role.name.lower(): n for role, n in opened.role_counts().items()},
+        **asdict(opened.spec),
+    }
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
+    hooks = ", ".join(f"{hook} ({width})" for hook, width in opened.spec.hooks.items())
+    sys.stdout.write(
+        f"{store}: {rows:,} rows of {opened.spec.n_studies:,} studies, {size / 1e9:.3f} GB in {facts['shards']} of "
+        f"{facts['of']} shards\n  {opened.spec.dtype} at {hooks}\n"
+    )
+    for role, n in facts["roles"].items():
+        sys.stdout.write(f"  {role:14} {n:,}\n")
+
+
+def validate(store: Path, as_json: bool = False) -> None:
+    """Read every file of a store once and compare it with the manifest; damaged shards are named.
+
+    Example: sae-lens-maira store validate --store runs/phantom_store
+
+    Args:
+        store: folder of the store.
+        as_json: print JSON instead of text.
+    """
+    from sae_lens_maira.activations import ActivationStore
+
+    opened = ActivationStore(store)
+    opened.validate()
+    if as_json:
+        facts = {"store": str(store), "shards": len(opened.rows), "of": opened.spec.n_shards, "whole": True}
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
+    sys.stdout.write(f"{store}: {len(opened.rows)} of {opened.spec.n_shards} shards, all whole\n")
+
+
+def export(
+    store: Path, out: Path, hook: str | None = None, context_size: int = 128, as_json: bool = False
+) -> None:
+    """Write a store as SAELens' cached activations, which its ActivationsStore reads.
+
+    Example: sae-lens-maira store export --store runs/phantom_store --out runs/cached
+
+    Args:
+        store: folder of the store.
+        out: new folder; float32, so about twice the size of a bfloat16 store.
+        hook: hook point; the store's first if not given.
+        context_size: rows a data set row; SAELens must be told the same.
+        as_json: print JSON instead of text.
+    """
+    from sae_lens_maira.activations import ActivationStore, export_cached
+
+    opened = ActivationStore(store)
+    count, left = export_cached(opened, out, hook, context_size)
+    name = hook or next(iter(opened.spec.hooks))
+    if as_json:
+        facts = {
+            "out": str(out),
+            "rows": count,
+            "left_out": left,
+            "hook_name": name,
+            "context_size": context_size,
+        }
+        sys.stdout.write(json.dumps(facts | {"d_in": opened.spec.hooks[name]}) + "\n")
+        return
+    sys.stdout.write(
+        f"{out}: {count:,} times {context_size} rows, {left} rows left out; in SAELens hook_name={name!r}, "
+        f"context_size={context_size}, d_in={opened.spec.hooks[name]}\n"
+    )
+
+
+def bring(
+    cached: Path,
+    store: Path,
+    hook: str | None = None,
+    role: str = "report",
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    as_json: bool = False,
+) -> None:
+    """Make a store of SAELens' cached activations.
+
+    Example: sae-lens-maira store import --cached activations/data --store runs/imported
+
+    Args:
+        cached: folder that SAELens' CacheActivationsRunner or store export wrote.
+        store: folder of the new store.
+        hook: column to read, if there are several.
+        role: of every token, where the data set does not say.
+        dtype: of the stored rows; the exported store's own, else float32.
+        as_json: print JSON instead of text.
+    """
+    from sae_lens_maira.activations import import_cached
+    from sae_lens_maira.maira2 import resolve_roles
+
+    (kind,) = resolve_roles([role])
+    made = import_cached(cached, store, hook, kind, dtype)
+    if as_json:
+        sys.stdout.write(
+            json.dumps({"store": str(store), "rows": len(made), "shards": len(made.rows)}) + "\n"
+        )
+        return
+    sys.stdout.write(f"{store}: {len(made):,} rows in {len(made.rows)} shards\n")

@@ -1,0 +1,225 @@
+"""The commands `studies import` and `studies validate`: a data set into one Parquet table, and what is wrong with it.
+
+The readers, the checks and the phantom do the work; this file says which options belong to which source and prints
+what was read, what was left out and why.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from sae_lens_maira.studies import StudyTable
+    from sae_lens_maira.studies.imported import Imported
+
+NEEDED = {
+    "mimic": ("images",),
+    "openi": ("reports",),
+    "folder": ("images",),
+    "csv": ("table",),
+    "phantom": (),
+}
+ALLOWED = {
+    "mimic": ("images", "reports", "need_images", "workers"),
+    "openi": ("images", "reports", "need_images"),
+    "folder": ("images", "licence", "patients", "need_reports"),
+    "csv": ("table", "images", "columns", "licence"),
+    "phantom": ("studies", "study_seed", "size", "split"),
+}
+
+
+def import_studies(
+    source: Literal["mimic", "openi", "folder", "csv", "phantom"],
+    out: Path,
+    images: Path | None = None,
+    reports: Path | None = None,
+    table: Path | None = None,
+    columns: dict[str, str] | None = None,
+    licence: Literal["public", "credentialed", "synthetic"] | None = None,
+    patients: Literal["study", "folder"] | None = None,
+    need_images: bool | None = None,
+    need_reports: bool | None = None,
+    studies: int | None = None,
+    study_seed: int | None = None,
+    size: int | None = None,
+    split: str | None = None,
+    workers: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Make one table of studies (Parquet) of a data set; every study that is left out is counted with its reason.
+
+    Example: sae-lens-maira studies import --source mimic --images mimic-cxr-jpg --reports mimic-cxr --out mimic.parquet
+
+    Args:
+        source: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), openi, folder, csv, or phantom.
+        out: Parquet file of the table; the studies left out go beside it as .skipped.csv.
+        images: folder of the images; mimic: the one above `files`, csv: the one its paths are relative to.
+        reports: mimic: folder above the reports' `files`, if another; openi: folder or .tgz of XML reports.
+        table: csv: the file.
+        columns: csv: our column and its name in the file, for example "{frontal: image_path}".
+        licence: folder, csv: credentialed if not given.
+        patients: folder: a patient a study (if not given) or a folder.
+        need_images: mimic, openi: false keeps studies whose image files are not on this machine.
+        need_reports: folder: false keeps images without a report.
+        studies: phantom: how many (200 if not given).
+        study_seed: phantom: of the studies (0 if not given, which the phantom itself was trained on).
+        size: phantom: side of the films in pixels (112 if not given).
+        split: phantom: name of the split that all studies are given.
+        workers: mimic: threads that read reports (16 if not given).
+        as_json: print JSON instead of text.
+    """
+    from sae_lens_maira.errors import ConfigError
+
+    words = {
+        "images": images,
+        "reports": reports,
+        "table": table,
+        "columns": columns,
+        "licence": licence,
+        "patients": patients,
+        "need_images": need_images,
+        "need_reports": need_reports,
+        "studies": studies,
+        "study_seed": study_seed,
+        "size": size,
+        "split": split,
+        "workers": workers,
+    }
+    given = {name: value for name, value in words.items() if value is not None}
+    foreign = [name for name in given if name not in ALLOWED[source]]
+    lacking = [name for name in NEEDED[source] if name not in given]
+    if foreign or lacking:
+        wrong = [f"does not read {', '.join(foreign)}"] if foreign else []
+        wrong += [f"needs {', '.join(lacking)}"] if lacking else []
+        raise ConfigError(
+            f"--source {source} {' and '.join(wrong)}; it takes {', '.join(ALLOWED[source])}. Add or drop options."
+        )
+    if out.suffix.lower() not in (".parquet", ".pq"):
+        raise ConfigError(
+            f"--out was {out}; a table of studies is Parquet, so give a name ending in .parquet."
+        )
+    imported = _read(source, out, given)
+    if not len(imported.table):
+        reasons = ", ".join(f"{count} {reason.value}" for reason, count in imported.counts().items())
+        raise ConfigError(f"No study was imported ({reasons}), so {out} was not written. Check the folders.")
+    imported.table.save(out)
+    listed = imported.save_skipped(out.with_suffix(".skipped.csv"))
+    _tell_import(imported, out, listed, as_json)
+
+
+def _read(source: str, out: Path, given: dict[str, Any]) -> "Imported":
+    from sae_lens_maira.studies.folder import import_csv, import_folder
+    from sae_lens_maira.studies.mimic import import_mimic
+    from sae_lens_maira.studies.openi import import_openi
+
+    if source == "mimic":
+        return import_mimic(**given)
+    if source == "openi":
+        return import_openi(**given)
+    if source == "folder":
+        return import_folder(given.pop("images"), **given)
+    if source == "csv":
+        return import_csv(given.pop("table"), given.pop("images", None), **given)
+    return _phantom(out, **given)
+
+
+def _phantom(
+    out: Path, studies: int = 200, study_seed: int = 0, size: int = 112, split: str | None = None
+) -> "Imported":
+    """Phantom studies with their truth; films go to the folder `images` beside the table."""
+    from tqdm.auto import tqdm
+
+    from sae_lens_maira.phantom import generate_study
+    from sae_lens_maira.studies import table_of_studies
+    from sae_lens_maira.studies.imported import Imported
+
+    drawn = (generate_study(study_seed, index, size, split) for index in range(studies))
+    return Imported(table_of_studies(tqdm(drawn, total=studies, unit="study"), out.parent), [])
+
+
+def _tell_import(imported: "Imported", out: Path, listed: Path, as_json: bool) -> None:
+    counts = {reason.value: count for reason, count in imported.counts().items()}
+    root = imported.table.root
+    if as_json:
+        told = imported.table.counts() | {"skipped": counts, "notes": dict(imported.notes)}
+        sys.stdout.write(json.dumps(told | {"table": str(out), "root": str(root)}) + "\n")
+        return
+    numbers = imported.table.counts()
+    sys.stdout.write(f"{out}: {numbers['studies']:,} studies of {numbers['patients']:,} patients\n")
+    for note, count in imported.notes.items():
+        sys.stdout.write(f"  {count:,} {note}\n")
+    sys.stdout.write(f"left out: {sum(counts.values()):,} studies, listed in {listed}\n")
+    sys.stdout.writelines(f"  {count:,} {reason}\n" for reason, count in counts.items())
+    if numbers["frontal"] and root.resolve() != out.parent.resolve():
+        sys.stdout.write(f"image paths are relative to {root}: give --root {root} with this table\n")
+
+
+def open_table(table: Path, root: Path | None, errors: str = "strict") -> "StudyTable":
+    """The table that a command names."""
+    from sae_lens_maira.studies import read_table
+
+    return read_table(table, root, errors)
+
+
+def validate_studies(
+    table: Path,
+    root: Path | None = None,
+    images: Literal["decode", "open", "exist", "none"] = "decode",
+    most: int = 50,
+    workers: int = 16,
+    out: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Look for what is wrong with a table: images, ids, splits, text, priors; every fault with its rows from 0.
+
+    Example: sae-lens-maira studies validate --table mimic.parquet --root mimic-cxr-jpg
+
+    Exit code 2 if there is an error; advice alone leaves it at 0.
+
+    Args:
+        table: Parquet or CSV.
+        root: folder that relative image paths are below; the table's own if not given.
+        images: decode reads every image as the model would, open reads headers, exist asks the file system, none.
+        most: faults printed; all are counted.
+        workers: threads that look at images.
+        out: CSV for all faults.
+        as_json: print JSON instead of text.
+    """
+    from sae_lens_maira.errors import StudyError
+    from sae_lens_maira.maira2.images import read_grey, stretch_contrast
+    from sae_lens_maira.studies.validate import validate_table
+
+    report = validate_table(
+        open_table(table, root, "replace"),
+        images=images,
+        read_image=lambda path: stretch_contrast(read_grey(path)),
+        workers=workers,
+    )
+    rows = [
+        {
+            "severity": "error" if fault.kind.is_error else "advice",
+            "kind": fault.kind.value,
+            "rows": list(fault.rows),
+            "detail": fault.detail,
+        }
+        for fault in report.faults
+    ]
+    counts = {kind.value: count for kind, count in report.counts().items()}
+    if out is not None:
+        import pandas as pd
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows, columns=["severity", "kind", "rows", "detail"]).to_csv(out, index=False)
+    if as_json:
+        told = {"studies": report.studies, "images": report.images, "counts": counts, "faults": rows[:most]}
+        sys.stdout.write(json.dumps(told) + "\n")
+    else:
+        sys.stdout.writelines(f"{fault}\n" for fault in report.faults[:most])
+        found = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "no fault"
+        sys.stdout.write(f"{table}: {report.studies:,} studies, {report.images:,} images: {found}\n")
+    if report.exit_code:
+        raise StudyError(
+            f"{table} has {len(report.errors)} errors that later steps would stumble over or be wrong by. Mend or "
+            f"leave out the rows named above{'' if out is None else f' and in {out}'}, then validate again."
+        )

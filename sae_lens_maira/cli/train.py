@@ -1,0 +1,115 @@
+"""The command `train`: a Matryoshka SAE from a store, or straight from the model.
+
+A store that is not complete is harvested first; it is validated before the first step, and every read is checked
+again. A run that was killed continues from its newest checkpoint. It composes the activations, sae and training rooms
+and computes nothing itself.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sae_lens_maira.cli.options import HarvestOptions, flat
+
+
+@flat
+def train(
+    options: HarvestOptions,
+    out: Path,
+    sae: dict[str, Any],
+    trainer: dict[str, Any],
+    provider: dict[str, Any] | None = None,
+    direct: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Train a Matryoshka SAE on a store, harvesting it first where it is not complete; or straight from the model.
+
+    Example: sae-lens-maira train --config recipes/phantom.yaml
+
+    Args:
+        options: what is read, and what is kept of it.
+        out: folder of the SAE, which plain SAELens loads.
+        sae: fields of MatryoshkaTrainingSAEConfig without d_in, for example "{d_sae: 1024, k: 16, ...}".
+        trainer: fields of SAELens' SAETrainerConfig; with checkpoint_path and n_checkpoints a killed run continues.
+        provider: of a store: roles, rates, buffer_rows, workers; direct: buffer_rows, mix_fraction, group.
+        direct: run the model while training and keep nothing on disk; the first hook point is trained on.
+        as_json: print JSON instead of text.
+    """
+    import torch
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+
+    from sae_lens_maira.cli.models import device_of
+    from sae_lens_maira.errors import ConfigError
+    from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+    from sae_lens_maira.training import FusedSAETrainer, latest_checkpoint, resume
+
+    place = device_of(options.device)
+    try:
+        steps = SAETrainerConfig(**({"device": place, "logger": LoggingConfig(log_to_wandb=False)} | trainer))
+        made = _direct if direct else _stored
+        batches, width, rows = made(options, steps.train_batch_size_samples, place, provider or {})
+        torch.manual_seed(options.seed)
+        config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **sae)
+    except TypeError as error:
+        raise ConfigError(
+            f"The parts sae, trainer and provider do not fit their configurations: {error}. Use the field names of "
+            "MatryoshkaTrainingSAEConfig, of SAELens' SAETrainerConfig and of the provider."
+        ) from error
+    config.metadata.hook_name = options.hook_names[0]
+    config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else options.model
+    dictionary = MatryoshkaTrainingSAE(config)
+    run = FusedSAETrainer(cfg=steps, sae=dictionary, data_provider=batches)
+    newest = latest_checkpoint(steps.checkpoint_path) if steps.checkpoint_path else None
+    if newest is not None:
+        sys.stderr.write(f"continuing from {newest}\n")
+        resume(run, newest)
+    run.fit()
+    dictionary.save_inference_model(out)
+    if as_json:
+        facts = {"sae": str(out), "rows": rows, "epochs": batches.epoch, "samples": run.n_training_samples}
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
+    read = "straight from the model" if rows is None else f"of {rows:,} rows"
+    sys.stdout.write(f"{out}: trained at {options.hook_names[0]}, {batches.epoch} whole epochs {read}\n")
+
+
+def _stored(
+    options: HarvestOptions, batch: int, place: str, settings: dict[str, Any]
+) -> tuple[Any, int, int | None]:
+    """A provider over the store, which is harvested first where it is not complete; d_in; its rows."""
+    from sae_lens_maira.activations import ActivationStore, StoreProvider
+    from sae_lens_maira.cli.harvest import harvest_store
+    from sae_lens_maira.errors import ConfigError, StoreError
+
+    store, hook = options.store, options.hook_names[0]
+    if store is None:
+        raise ConfigError(
+            "No store was named; give --store FOLDER, or --direct true to keep nothing on disk."
+        )
+    if not (store / "store.json").exists() or not ActivationStore(store).complete:
+        harvest_store(options)
+    activations = ActivationStore(store)
+    if not activations.complete:
+        raise StoreError(
+            f"{store} has {len(activations.committed())} of {activations.spec.n_shards} shards; the other ranks of "
+            "the harvest have not finished. Train when they have."
+        )
+    activations.validate()
+    given = {"seed": options.seed, "device": place} | settings
+    batches = StoreProvider(activations, hook, batch, **given)
+    return batches, activations.spec.hooks[hook], len(activations)
+
+
+def _direct(
+    options: HarvestOptions, batch: int, place: str, settings: dict[str, Any]
+) -> tuple[Any, int, int | None]:
+    """A provider that runs the model; d_in; None for the rows, which nobody counted."""
+    from sae_lens_maira.activations import DirectProvider, RowSettings
+
+    maira, studies, _ = options.load()
+    given = {"seed": options.seed, "device": place, "workers": options.workers} | settings
+    batches = DirectProvider(
+        maira, studies, options.hook_names[0], batch, settings=RowSettings(**options.rows), **given
+    )
+    return batches, batches.d_in, None

@@ -1,0 +1,192 @@
+"""Files and folders that are whole or absent: written aside under a name of their own, then renamed into place.
+
+    draft       <name>.<process>.partial, beside the place; another process's draft is never touched
+    success     one rename, which a file system does entirely or not at all
+    failure     the draft is removed and the place is as before; a full disk is said in one paragraph
+
+A killed process leaves at most its draft. Every room may use this one; it knows nothing about what is written.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from sae_lens_maira.errors import DiskError, StoreError
+
+# A quota and a limit on file sizes mean the same to a user as a full disk.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def atomic_file(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
+    """A draft to write to, which becomes `path` when the block ends; an older `path` is replaced.
+
+    Args:
+        path: the file; its folder exists.
+        sync: force the bytes to disk before the rename, so that the file is whole after a power cut as well.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    path = Path(path)
+    draft = _draft(path)
+    try:
+        yield draft
+        if sync:
+            _sync(draft)
+        draft.replace(path)
+        if sync:
+            _sync(path.parent)
+    except BaseException as error:
+        draft.unlink(missing_ok=True)
+        _say_if_full(error, path)
+        raise
+
+
+def atomic_write(path: Path | str, content: bytes | str, *, sync: bool = True) -> None:
+    """Write bytes, or text as UTF-8, by `atomic_file`.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    with atomic_file(path, sync=sync) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_folder(
+    path: Path | str, existing: Literal["refuse", "keep", "replace"] = "refuse", owner: str | None = None
+) -> Iterator[Path]:
+    """An empty folder beside `path` to write to, which becomes `path` when the block ends.
+
+    Whole against a kill; the files are not forced to disk one by one.
+
+    Args:
+        path: the folder; parents are made.
+        existing: what becomes of a folder with files that is there by then. "refuse" fails, "keep" drops the new one
+            (another process was faster with the same content), "replace" moves the old one away and removes it.
+        owner: who writes, such as a rank, where only one process at a time writes under that name: what it left when
+            it was killed is removed first.
+
+    Raises:
+        DiskError: the disk is full.
+        FileExistsError: "refuse", and there are files by then.
+    """
+    path = Path(path)
+    draft = _draft(path, owner)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if owner is not None:
+        for left in path.parent.glob(f"{path.name}.{owner}-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        yield draft
+        _move(draft, path, existing)
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        _say_if_full(error, path)
+        raise
+
+
+def _move(draft: Path, path: Path, existing: str) -> None:
+    """Rename, with what was asked done to a folder that is there."""
+    filled = path.is_dir() and any(path.iterdir())
+    if filled and existing == "refuse":
+        raise FileExistsError(errno.EEXIST, "there are files by now", str(path))
+    if filled and existing == "replace":
+        stale = draft.with_suffix(".stale")
+        path.rename(stale)
+        try:
+            draft.rename(path)
+        except OSError:
+            stale.rename(path)
+            raise
+        shutil.rmtree(stale, ignore_errors=True)
+        return
+    try:
+        draft.rename(path)  # onto an empty folder too
+    except OSError:
+        if existing != "keep" or not path.is_dir():
+            raise
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft(path: Path, owner: str | None = None) -> Path:
+    who = str(os.getpid()) if owner is None else f"{owner}-{os.getpid()}"
+    return path.with_name(f"{path.name}.{who}.partial")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _say_if_full(error: BaseException, path: Path) -> None:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        raise DiskError(
+            f"No room to write {path}: {error.strerror}. What was complete before is intact; free some space and run "
+            "the same command again."
+        ) from error
+
+
+def write_listed(path: Path, content: bytes) -> dict[str, Any]:
+    """Write `content` so that `path` holds all of it or is as before.
+
+    Returns:
+        {"name", "bytes", "sha256"} of the file.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    atomic_write(path, content)
+    return {"name": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def write_json(path: Path, content: Any) -> dict[str, Any]:
+    """`write_listed` of JSON."""
+    return write_listed(path, json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        StoreError: it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{path} cannot be read as JSON ({error}). If this folder is an activation store, harvest into it again or "
+            "restore the file from a copy."
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "atomic_write",
+    "read_json",
+    "sha256_of",
+    "write_json",
+    "write_listed",
+]

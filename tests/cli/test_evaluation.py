@@ -1,0 +1,76 @@
+"""`evaluate` on the phantom: tables per level and role, the untrained SAE beside, and refusals."""
+
+import pytest
+import torch
+
+from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.cli import main
+from sae_lens_maira.cli.evaluation import evaluate
+from sae_lens_maira.errors import HookError, SAEError
+from sae_lens_maira.phantom import generate_studies
+from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return generate_studies(6, seed=77)
+
+
+@pytest.fixture(scope="module")
+def perfect(phantom, studies):
+    """An SAE that reconstructs exactly: both signs of every axis, whatever the level says."""
+    rows = harvest_rows(phantom, studies, HOOK, roles="all", progress=False)
+    width = rows.values.shape[1]
+    sae = MatryoshkaSAE(
+        MatryoshkaSAEConfig(d_in=width, d_sae=2 * width, matryoshka_widths=[width, 2 * width])
+    )
+    eye = torch.eye(width)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], 1))
+        sae.W_dec.copy_(torch.cat([eye, -eye], 0))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+        sae.threshold.zero_()
+    sae.cfg.metadata.hook_name = HOOK
+    return sae
+
+
+def test_perfect_reconstruction_recovers_everything(phantom, studies, perfect):
+    """The whole of an exact SAE has explained variance 1 and loss recovered 1 at text and image positions."""
+    tables = evaluate(phantom, perfect, studies, progress=False)
+    whole = tables.rows[(tables.rows.sae == "trained") & (tables.rows.level == 1)]
+    assert (whole.explained_variance > 1 - 1e-4).all()
+    spliced = tables.splice[(tables.splice.sae == "trained") & (tables.splice.level == 1)]
+    assert set(spliced.positions) == {"text", "image"}
+    assert spliced.loss_recovered.to_numpy() == pytest.approx([1, 1], abs=1e-3)
+    half = tables.rows[(tables.rows.sae == "trained") & (tables.rows.level == 0)]
+    assert (half.explained_variance < 0.999).all()
+    assert "untrained" in set(tables.rows.sae)
+    assert "untrained" in set(tables.splice.sae)
+
+
+def test_refusals(phantom, studies, perfect):
+    """No hook point, an unknown one, and an SAE of another width are one-paragraph errors."""
+    nameless = MatryoshkaSAE(MatryoshkaSAEConfig(d_in=128, d_sae=8))
+    with pytest.raises(SAEError, match="name no hook point"):
+        evaluate(phantom, nameless, studies)
+    with pytest.raises(HookError):
+        evaluate(phantom, nameless, studies, hook_name="blocks.99.hook_resid_post")
+    with pytest.raises(SAEError, match="belongs to another model"):
+        evaluate(phantom, MatryoshkaSAE(MatryoshkaSAEConfig(d_in=64, d_sae=8)), studies, hook_name=HOOK)
+
+
+def test_the_command_reads_a_table(perfect, tmp_path, capsys):
+    """`evaluate --table --split`: the studies of that split alone; a split without studies is the user's to mend."""
+    sae, table = tmp_path / "sae", tmp_path / "studies.parquet"
+    perfect.save_model(sae)
+    words = ["--source", "phantom", "--studies", "3", "--split", "test", "--out", str(table)]
+    assert main(["studies", "import", *words]) == 0
+    capsys.readouterr()
+    words = ["evaluate", "--sae", str(sae), "--hook", HOOK, "--table", str(table), "--split"]
+    assert main([*words, "test", "--studies", "2"]) == 0
+    assert f"at {HOOK}, 2 studies" in capsys.readouterr().out
+    assert main([*words, "train"]) == 2
+    assert "no study in the split train" in capsys.readouterr().err

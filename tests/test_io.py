@@ -1,0 +1,133 @@
+"""Files and folders written whole: after any failure the place is as before, and nothing is left beside it."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_lens_maira.errors import DiskError
+from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write
+
+pytestmark = pytest.mark.compat
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def small_files():
+    """The kernel refuses files over 100 kB, as a quota or a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_replaced_in_one_piece(tmp_path, sync):
+    """Until the block ends the old content stands under the name."""
+    path = tmp_path / "file"
+    atomic_write(path, "old", sync=sync)
+    with atomic_file(path, sync=sync) as draft:
+        draft.write_text("new")
+        assert path.read_text() == "old"
+        assert str(os.getpid()) in draft.name
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_failure_leaves_the_old_file_and_no_draft(tmp_path):
+    """Also an interruption, which is no Exception."""
+    path = tmp_path / "file"
+    atomic_write(path, b"old")
+
+    def interrupted():
+        with atomic_file(path) as draft:
+            draft.write_bytes(b"ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_said_in_one_paragraph(tmp_path, small_files):
+    """The kernel's refusal becomes a DiskError that names the place; the old file stands."""
+    path = tmp_path / "file"
+    atomic_write(path, b"old")
+    with pytest.raises(DiskError, match=r"No room to write .*file: .* run the same command again") as caught:
+        atomic_write(path, bytes(200_000))
+    assert isinstance(caught.value, OSError)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+    with pytest.raises(DiskError, match="No room"), atomic_folder(tmp_path / "folder") as draft:
+        (draft / "large").write_bytes(bytes(200_000))
+    assert names(tmp_path) == ["file"]
+
+
+def test_torch_on_a_full_disk(tmp_path, small_files):
+    """torch.save's own archive writer hides the kernel's reason; the old file stands and no draft is left."""
+    path = tmp_path / "state.pt"
+    with atomic_file(path) as draft:
+        torch.save({"a": torch.zeros(10)}, draft)
+    with pytest.raises((DiskError, RuntimeError)), atomic_file(path) as draft:
+        torch.save({"a": torch.zeros(100_000)}, draft)
+    assert torch.load(path, weights_only=True)["a"].shape == (10,)
+    assert names(tmp_path) == ["state.pt"]
+
+
+def test_processes_do_not_share_a_draft(tmp_path):
+    """Two that write the same file at once: both succeed, and the last one's content is whole."""
+    path = tmp_path / "file"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom sae_lens_maira.io import atomic_write\n"
+        "for _ in range(100): atomic_write(Path(sys.argv[1]), sys.argv[2] * 50_000, sync=False)\n"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(path), letter]) for letter in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert path.read_text() in ("a" * 50_000, "b" * 50_000)
+    assert names(tmp_path) == ["file"]
+
+
+def put(folder: Path, text: str, existing, meanwhile: str | None = None) -> None:
+    """Write a folder with one file; `meanwhile` another process's folder appears at the place."""
+    with atomic_folder(folder, existing) as draft:
+        (draft / "file").write_text(text)
+        if meanwhile is not None:
+            folder.mkdir()
+            (folder / "file").write_text(meanwhile)
+
+
+def test_what_becomes_of_a_folder_that_is_there(tmp_path):
+    """Refuse fails and leaves it, keep drops the new one, replace drops the old one; an empty one is no obstacle."""
+    place = tmp_path / "deep" / "folder"
+    place.mkdir(parents=True)
+    put(place, "first", "refuse")
+    with pytest.raises(FileExistsError):
+        put(place, "second", "refuse")
+    assert (place / "file").read_text() == "first"
+    put(place, "second", "keep")
+    assert (place / "file").read_text() == "first"
+    put(place, "second", "replace")
+    assert (place / "file").read_text() == "second"
+    put(tmp_path / "deep" / "raced", "mine", "keep", meanwhile="theirs")
+    assert (tmp_path / "deep" / "raced" / "file").read_text() == "theirs"
+    assert names(tmp_path / "deep") == ["folder", "raced"]
+
+
+def test_an_owner_removes_what_it_left_when_it_was_killed(tmp_path):
+    """Drafts of the same owner only."""
+    for owner in ("0-17", "10-17"):
+        (tmp_path / f"folder.{owner}.partial").mkdir()
+    with atomic_folder(tmp_path / "folder", owner="0") as draft:
+        (draft / "file").touch()
+    assert names(tmp_path) == ["folder", "folder.10-17.partial"]
