@@ -187,7 +187,7 @@ class RowReader:
             "position": position.astype(np.int32),
             "role": cpu.roles[mask].numpy(),
             "token": cpu.input_ids[mask].numpy().astype(np.int32),
-            "kind": cpu.image_kind[mask].numpy(),
+            "kind": cpu.view[mask].numpy(),
             "patch_row": cpu.patch_row[mask].numpy(),
             "patch_col": cpu.patch_col[mask].numpy(),
             "source": np.full(len(row), source, dtype=np.int8),

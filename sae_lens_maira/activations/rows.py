@@ -165,7 +165,7 @@ def _kept(
         "position": position.astype(np.int32),
         "role": encoding.roles[keep].numpy(),
         "token": encoding.input_ids[keep].numpy().astype(np.int32),
-        "kind": encoding.image_kind[keep].numpy(),
+        "kind": encoding.view[keep].numpy(),
         "patch_row": encoding.patch_row[keep].numpy(),
         "patch_col": encoding.patch_col[keep].numpy(),
     }

@@ -1,7 +1,7 @@
 """A batch of encoded studies: what the model reads, and what every position is.
 
 Rows are studies, columns are positions; `pixel_values` holds the images of all rows in row order. Beside each
-token stand its role, and for image positions the image's number within the study, its kind and the patch's
+token stand its role, and for image positions the image's number within the study, its view and the patch's
 row and column. This module knows nothing about tokenizers or prompts.
 """
 
@@ -26,7 +26,7 @@ class Maira2Encoding:
             image.
         roles: `(B, L)` int8, values of `TokenRole`.
         image_index: `(B, L)` int8, 0-based image number within the study at image positions, else -1.
-        image_kind: `(B, L)` int8, 0 frontal, 1 lateral, 2 prior at image positions, else -1.
+        view: `(B, L)` int8, 0 frontal, 1 lateral, 2 prior at image positions, else -1.
         patch_row: `(B, L)` int16, patch row from the top at image positions, else -1.
         patch_col: `(B, L)` int16, patch column from the left at image positions, else -1.
         images_per_row: images of each row.
@@ -39,7 +39,7 @@ class Maira2Encoding:
     pixel_values: torch.Tensor | None
     roles: torch.Tensor
     image_index: torch.Tensor
-    image_kind: torch.Tensor
+    view: torch.Tensor
     patch_row: torch.Tensor
     patch_col: torch.Tensor
     images_per_row: tuple[int, ...]
@@ -122,7 +122,7 @@ class Maira2Encoding:
             attention_mask=grow(self.attention_mask, kept.long()),
             roles=grow(self.roles, torch.where(kept, int(TokenRole.REPORT), int(TokenRole.PAD))),
             image_index=grow(self.image_index, -1),
-            image_kind=grow(self.image_kind, -1),
+            view=grow(self.view, -1),
             patch_row=grow(self.patch_row, -1),
             patch_col=grow(self.patch_col, -1),
         )

@@ -14,7 +14,7 @@ from sae_lens_maira.maira2.roles import TokenRole
 from sae_lens_maira.maira2.tokens import IMAGE_TOKEN
 
 TASKS = ("findings", "grounded", "phrase")
-IMAGE_KINDS = ("frontal", "lateral", "prior")
+VIEWS = ("frontal", "lateral", "prior")
 FRONTAL, LATERAL, PRIOR = range(3)
 
 _SYSTEM = "You are an expert radiology assistant tasked with interpreting a chest X-ray study."
@@ -58,15 +58,15 @@ class StudyLike(Protocol):
 
 
 class Segment(NamedTuple):
-    """A piece of a prompt: its text, its role, and for an image placeholder the kind of image."""
+    """A piece of a prompt: its text, its role, and for an image placeholder the view as an index into `VIEWS`."""
 
     text: str
     role: TokenRole
-    image_kind: int = -1
+    view: int = -1
 
 
 class Prompt(NamedTuple):
-    """The segments of one study's prompt and its images in prompt order, as `(kind, image)` pairs."""
+    """The segments of one study's prompt and its images in prompt order, as `(view, image)` pairs."""
 
     segments: tuple[Segment, ...]
     images: tuple[tuple[int, Any], ...]
@@ -108,10 +108,10 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
     segments = [_template(_SYSTEM + "  "), _separator("USER:  ")]
     images: list[tuple[int, Any]] = []
 
-    def add_image(text: str, kind: int, image: Any) -> None:
+    def add_image(text: str, view: int, image: Any) -> None:
         segments.append(_template(text))
-        segments.append(Segment(IMAGE_TOKEN, TokenRole.IMAGE, kind))
-        images.append((kind, image))
+        segments.append(Segment(IMAGE_TOKEN, TokenRole.IMAGE, view))
+        images.append((view, image))
 
     alone = lateral is None and prior is None and task != "phrase"
     add_image(f"Given the current frontal image{' only' if alone else ''}", FRONTAL, study.frontal)
@@ -134,7 +134,7 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
 
 
 def raw_prompt(text: str, image_token: str) -> Prompt:
-    """A prompt that a caller wrote himself, placeholders included; its images have no kind but frontal."""
+    """A prompt that a caller wrote himself, placeholders included; its images all count as frontal."""
     pieces = text.split(image_token)
     segments = [Segment(pieces[0], TokenRole.TEMPLATE)]
     for piece in pieces[1:]:

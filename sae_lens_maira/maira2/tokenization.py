@@ -25,7 +25,7 @@ class Row(NamedTuple):
     input_ids: np.ndarray
     roles: np.ndarray
     image_index: np.ndarray
-    image_kind: np.ndarray
+    view: np.ndarray
     patch_row: np.ndarray
     patch_col: np.ndarray
 
@@ -35,7 +35,7 @@ _COLUMNS: dict[str, tuple[type, int]] = {
     "input_ids": (np.int64, 0),
     "roles": (np.int8, int(TokenRole.PAD)),
     "image_index": (np.int8, -1),
-    "image_kind": (np.int8, -1),
+    "view": (np.int8, -1),
     "patch_row": (np.int16, -1),
     "patch_col": (np.int16, -1),
 }

@@ -124,7 +124,7 @@ class Corpus:
         for task, encoding in encodings.items():
             scored = encoding.roles[0] == TokenRole.REPORT
             images = rows[: encoding.images_per_row[0]]
-            compares = bool((encoding.image_kind == PRIOR).any())
+            compares = bool((encoding.view == PRIOR).any())
             self.examples[task] += [Example(encoding.input_ids[0].int(), scored, images, compares)] * copies
 
     def batches(

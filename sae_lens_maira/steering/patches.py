@@ -186,7 +186,7 @@ def steer_reports(
     for start in range(0, len(studies), batch_size):
         part = studies[start : start + batch_size]
         encoding = maira.processor.encode(part, task="findings")
-        with steered(maira, patch_map, strength, encoding.image_kind == FRONTAL):
+        with steered(maira, patch_map, strength, encoding.view == FRONTAL):
             reports += generate_reports(maira.model, maira.processor, part, task="findings")
     return reports
 

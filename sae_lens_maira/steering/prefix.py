@@ -96,7 +96,7 @@ class SharedPrompts:
     def frontal(self, number: int) -> torch.Tensor:
         """(patches, d_model) the stream at the frontal film's patches of one study, row by row."""
         prompt = self._prompts[number]
-        return prompt.hidden[prompt.columns["image_kind"] == KINDS["frontal"]]
+        return prompt.hidden[prompt.columns["view"] == KINDS["frontal"]]
 
     def write(
         self, which: Sequence[int], interventions: Sequence[Intervention] = (), **options: Any

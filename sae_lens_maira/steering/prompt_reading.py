@@ -17,7 +17,7 @@ from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
 from sae_lens_maira.steering.continuation import UpperModel
 from sae_lens_maira.steering.prompt_cache import Prompt, Room, position_ids_of
 
-COLUMNS = ("input_ids", "attention_mask", "roles", "image_index", "image_kind", "patch_row", "patch_col")
+COLUMNS = ("input_ids", "attention_mask", "roles", "image_index", "view", "patch_row", "patch_col")
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class Layout:
         real, report = roles != TokenRole.PAD, roles == TokenRole.REPORT
         return cls(
             roles,
-            grow(encoding.image_kind, -1),
+            grow(encoding.view, -1),
             grow(encoding.patch_row, -1),
             grow(encoding.patch_col, -1),
             torch.where(real, real.long().cumsum(1) - 1, -1),

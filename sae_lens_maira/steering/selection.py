@@ -166,7 +166,7 @@ def report_gradient(
             encoding = maira.processor.encode(
                 list(studies[part]), report=list(texts[part]), padding_side="right"
             ).to(maira.model.device, maira.model.dtype)
-            here = encoding.image_kind == KINDS["frontal"]
+            here = encoding.view == KINDS["frontal"]
             found = _gradient(maira, module, encoding)[here].reshape(
                 len(encoding), -1, maira.model.lm_head.in_features
             )

@@ -74,7 +74,7 @@ def test_every_image_reaches_its_own_positions(tiny: Maira2, study: Any, make_pi
     tiny.model(**(encoding.model_inputs() | {"pixel_values": pixels}))
     handle.remove()
     changed = (seen[0] != seen[1]).any(dim=-1)
-    assert torch.equal(changed, encoding.image_kind == 1)
+    assert torch.equal(changed, encoding.view == 1)
 
 
 @torch.no_grad()

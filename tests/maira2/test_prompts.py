@@ -78,7 +78,7 @@ def test_phrase_prompt_equals_the_template_and_reads_the_frontal_image_alone(mak
 def test_images_come_in_prompt_order_with_their_kind(make_study: Any) -> None:
     prompt = build_prompt(make_study(frontal="f", lateral="l", prior_frontal="p"))
     assert prompt.images == ((0, "f"), (1, "l"), (2, "p"))
-    assert [segment.image_kind for segment in prompt.segments if segment.role == TokenRole.IMAGE] == [0, 1, 2]
+    assert [segment.view for segment in prompt.segments if segment.role == TokenRole.IMAGE] == [0, 1, 2]
 
 
 def test_every_section_has_its_own_role(make_study: Any) -> None:

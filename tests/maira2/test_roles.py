@@ -99,11 +99,11 @@ def test_patches_are_numbered_row_by_row_within_every_image(processor: Maira2Pro
     for number, kind in enumerate((0, 1, 2)):
         here = encoding.image_index[0] == number
         assert int(here.sum()) == 16
-        assert encoding.image_kind[0][here].unique().tolist() == [kind]
+        assert encoding.view[0][here].unique().tolist() == [kind]
         assert encoding.patch_row[0][here].tolist() == [i // 4 for i in range(16)]
         assert encoding.patch_col[0][here].tolist() == [i % 4 for i in range(16)]
     elsewhere = encoding.roles[0] != TokenRole.IMAGE
-    for column in (encoding.image_index, encoding.image_kind, encoding.patch_row, encoding.patch_col):
+    for column in (encoding.image_index, encoding.view, encoding.patch_row, encoding.patch_col):
         assert column[0][elsewhere].unique().tolist() == [-1]
 
 
@@ -111,7 +111,7 @@ def test_kinds_follow_the_study_where_the_lateral_is_missing(
     processor: Maira2Processor, make_study: Any, make_picture: Any
 ) -> None:
     encoding = processor.encode(make_study(frontal=make_picture(0), prior_frontal=make_picture(1)))
-    assert encoding.image_kind[0][encoding.image_index[0] == 1].unique().tolist() == [2]
+    assert encoding.view[0][encoding.image_index[0] == 1].unique().tolist() == [2]
 
 
 def test_presets_select_what_their_names_say(processor: Maira2Processor, study: Any) -> None:

@@ -129,7 +129,7 @@ def test_rows_do_not_leak(phantom, encoding, steering_sae, p99, plain):
 def test_error_of_the_sae_is_kept(phantom, encoding, steering_sae, p99):
     """h' - h = (a' - a) W_dec for every kind, at the scheduled positions and nowhere else."""
     before = stream(phantom, encoding)
-    here = encoding.image_kind == 0
+    here = encoding.view == 0
     with torch.no_grad():
         a = steering_sae.encode(before[here])[:, 7]
     unit = p99[7]

@@ -60,7 +60,7 @@ def test_ranking_leaves_the_anatomy_out(phantom, few):
 def test_step_is_what_steering_does(phantom, few, steering_sae):
     """The mean step is the mean |h' - h| over the frontal patches, measured in the model."""
     encoding = phantom.processor.encode(few)
-    here = encoding.image_kind == 0
+    here = encoding.view == 0
     correction = Correction((3, 4), 0.7, (40, 41), 2.5)
     seen = []
     handle = phantom.model.model.language_model.layers[3].register_forward_hook(

@@ -74,7 +74,7 @@ def test_a_map_as_directions_is_the_map(phantom, few):
     delta = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
     with steering(phantom, None, HOOK, map_directions(delta, (8, 8), 0.5), encoding) as changed:
         logits = changed.logits()
-    with steered(phantom, PatchMap(delta, HOOK, "map"), 0.5, encoding.image_kind == 0), torch.no_grad():
+    with steered(phantom, PatchMap(delta, HOOK, "map"), 0.5, encoding.view == 0), torch.no_grad():
         expected = phantom.model(**encoding.model_inputs(), use_cache=False).logits
     real = encoding.attention_mask.bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=1e-3, atol=1e-3)

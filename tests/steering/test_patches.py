@@ -48,7 +48,7 @@ def layer_output(phantom, encoding, **generate):
 def test_adds_exactly_the_map_at_the_frontal_patches(phantom, studies, patch_map):
     """h' - h is strength x delta at each row's frontal patches and 0 elsewhere, under left padding."""
     encoding = phantom.processor.encode(studies[:4])
-    frontal = encoding.image_kind == 0
+    frontal = encoding.view == 0
     with torch.no_grad():
         plain, _ = layer_output(phantom, encoding)
         with steered(phantom, patch_map, 1.5, frontal):
@@ -64,7 +64,7 @@ def test_strength_zero_is_bit_identical(phantom, studies, patch_map):
     """No bit of any layer output differs."""
     encoding = phantom.processor.encode(studies[:2])
     plain, ids = layer_output(phantom, encoding)
-    with steered(phantom, patch_map, 0.0, encoding.image_kind == 0):
+    with steered(phantom, patch_map, 0.0, encoding.view == 0):
         steered_out, steered_ids = layer_output(phantom, encoding)
     assert torch.equal(ids, steered_ids)
     assert all(torch.equal(a, b) for a, b in zip(plain, steered_out, strict=True))
@@ -75,7 +75,7 @@ def test_cache_on_and_off_write_the_same_tokens(phantom, studies, patch_map):
     encoding = phantom.processor.encode(studies[:3])
     written = []
     for use_cache in (True, False):
-        with steered(phantom, patch_map, 1.0, encoding.image_kind == 0):
+        with steered(phantom, patch_map, 1.0, encoding.view == 0):
             written.append(layer_output(phantom, encoding, use_cache=use_cache)[1])
     assert torch.equal(*written)
 
@@ -84,7 +84,7 @@ def test_model_is_restored_after_an_exception(phantom, studies, patch_map):
     """The hooks on the layer are the ones that were there before (transformers 5 keeps one of its own)."""
     encoding = phantom.processor.encode(studies[:1])
     before = dict(phantom.model.model.language_model.layers[3]._forward_hooks)
-    with pytest.raises(ZeroDivisionError), steered(phantom, patch_map, 1.0, encoding.image_kind == 0):
+    with pytest.raises(ZeroDivisionError), steered(phantom, patch_map, 1.0, encoding.view == 0):
         raise ZeroDivisionError
     assert phantom.model.model.language_model.layers[3]._forward_hooks == before
 
@@ -94,7 +94,7 @@ def test_silent_no_op_is_refused(phantom, studies, patch_map):
     encoding = phantom.processor.encode(studies[:1])
     with (
         pytest.raises(InterventionError, match="did nothing"),
-        steered(phantom, patch_map, 1.0, encoding.image_kind == 0),
+        steered(phantom, patch_map, 1.0, encoding.view == 0),
     ):
         pass
 
@@ -114,7 +114,7 @@ def test_bad_input(phantom, studies, patch_map, change, match):
     chosen = PatchMap(change.get("delta", patch_map.delta), change.get("hook_name", HOOK), "bad")
     with (
         pytest.raises(InterventionError, match=match),
-        steered(phantom, chosen, change.get("strength", 1.0), encoding.image_kind == 0),
+        steered(phantom, chosen, change.get("strength", 1.0), encoding.view == 0),
     ):
         pass
 

@@ -71,7 +71,7 @@ def test_grid_lands_on_its_patches(encodings):
     grid[2, 5] = 0.7
     encoding = encodings[0]
     weights = patches("frontal", grid).weights(Layout.of(encoding))
-    here = (encoding.image_kind == 0) & (encoding.patch_row == 2) & (encoding.patch_col == 5)
+    here = (encoding.view == 0) & (encoding.patch_row == 2) & (encoding.patch_col == 5)
     assert torch.equal(weights, here.float() * 0.7)
 
 
