@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from sae_lens_maira.studies import StudyTable
-    from sae_lens_maira.studies.imported import Imported
+    from sae_lens_maira.studies.readers.imported import Imported
 
 NEEDED = {
     "mimic": ("images",),
-    "openi": ("reports",),
+    "iuxray": ("reports",),
     "folder": ("images",),
     "csv": ("table",),
     "phantom": (),
 }
 ALLOWED = {
     "mimic": ("images", "reports", "need_images", "workers"),
-    "openi": ("images", "reports", "need_images"),
+    "iuxray": ("images", "reports", "need_images"),
     "folder": ("images", "licence", "patients", "need_reports"),
     "csv": ("table", "images", "columns", "licence"),
     "phantom": ("studies", "study_seed", "size", "split"),
@@ -30,7 +30,7 @@ ALLOWED = {
 
 
 def import_studies(
-    source: Literal["mimic", "openi", "folder", "csv", "phantom"],
+    source: Literal["mimic", "iuxray", "folder", "csv", "phantom"],
     out: Path,
     images: Path | None = None,
     reports: Path | None = None,
@@ -52,15 +52,15 @@ def import_studies(
     Example: sae-lens-maira studies import --source mimic --images mimic-cxr-jpg --reports mimic-cxr --out mimic.parquet
 
     Args:
-        source: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), openi, folder, csv, or phantom.
+        source: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray, folder, csv, or phantom.
         out: Parquet file of the table; the studies left out go beside it as .skipped.csv.
         images: folder of the images; mimic: the one above `files`, csv: the one its paths are relative to.
-        reports: mimic: folder above the reports' `files`, if another; openi: folder or .tgz of XML reports.
+        reports: mimic: folder above the reports' `files`, if another; iuxray: folder or .tgz of XML reports.
         table: csv: the file.
         columns: csv: our column and its name in the file, for example "{frontal: image_path}".
         licence: folder, csv: credentialed if not given.
         patients: folder: a patient a study (if not given) or a folder.
-        need_images: mimic, openi: false keeps studies whose image files are not on this machine.
+        need_images: mimic, iuxray: false keeps studies whose image files are not on this machine.
         need_reports: folder: false keeps images without a report.
         studies: phantom: how many (200 if not given).
         study_seed: phantom: of the studies (0 if not given, which the phantom itself was trained on).
@@ -109,14 +109,14 @@ def import_studies(
 
 
 def _read(source: str, out: Path, given: dict[str, Any]) -> "Imported":
-    from sae_lens_maira.studies.folder import import_csv, import_folder
-    from sae_lens_maira.studies.mimic import import_mimic
-    from sae_lens_maira.studies.openi import import_openi
+    from sae_lens_maira.studies.readers.folder import import_csv, import_folder
+    from sae_lens_maira.studies.readers.iuxray import import_iuxray
+    from sae_lens_maira.studies.readers.mimic import import_mimic
 
     if source == "mimic":
         return import_mimic(**given)
-    if source == "openi":
-        return import_openi(**given)
+    if source == "iuxray":
+        return import_iuxray(**given)
     if source == "folder":
         return import_folder(given.pop("images"), **given)
     if source == "csv":
@@ -132,7 +132,7 @@ def _phantom(
 
     from sae_lens_maira.phantom import generate_study
     from sae_lens_maira.studies import table_of_studies
-    from sae_lens_maira.studies.imported import Imported
+    from sae_lens_maira.studies.readers.imported import Imported
 
     drawn = (generate_study(study_seed, index, size, split) for index in range(studies))
     return Imported(table_of_studies(tqdm(drawn, total=studies, unit="study"), out.parent), [])
@@ -171,19 +171,19 @@ def validate_studies(
     out: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Look for what is wrong with a table: images, ids, splits, text, priors; every fault with its rows from 0.
+    """Look for what is wrong with a table: images, ids, splits, text, priors; every issue with its rows from 0.
 
     Example: sae-lens-maira studies validate --table mimic.parquet --root mimic-cxr-jpg
 
-    Exit code 2 if there is an error; advice alone leaves it at 0.
+    Exit code 2 if there is an error; warnings alone leave it at 0.
 
     Args:
         table: Parquet or CSV.
         root: folder that relative image paths are below; the table's own if not given.
         images: decode reads every image as the model would, open reads headers, exist asks the file system, none.
-        most: faults printed; all are counted.
+        most: issues printed; all are counted.
         workers: threads that look at images.
-        out: CSV for all faults.
+        out: CSV for all issues.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.errors import StudyError
@@ -198,12 +198,12 @@ def validate_studies(
     )
     rows = [
         {
-            "severity": "error" if fault.kind.is_error else "advice",
-            "kind": fault.kind.value,
-            "rows": list(fault.rows),
-            "detail": fault.detail,
+            "severity": "error" if issue.kind.is_error else "warning",
+            "kind": issue.kind.value,
+            "rows": list(issue.rows),
+            "detail": issue.detail,
         }
-        for fault in report.faults
+        for issue in report.issues
     ]
     counts = {kind.value: count for kind, count in report.counts().items()}
     if out is not None:
@@ -212,11 +212,11 @@ def validate_studies(
         out.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(rows, columns=["severity", "kind", "rows", "detail"]).to_csv(out, index=False)
     if as_json:
-        told = {"studies": report.studies, "images": report.images, "counts": counts, "faults": rows[:most]}
+        told = {"studies": report.studies, "images": report.images, "counts": counts, "issues": rows[:most]}
         sys.stdout.write(json.dumps(told) + "\n")
     else:
-        sys.stdout.writelines(f"{fault}\n" for fault in report.faults[:most])
-        found = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "no fault"
+        sys.stdout.writelines(f"{issue}\n" for issue in report.issues[:most])
+        found = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "no issue"
         sys.stdout.write(f"{table}: {report.studies:,} studies, {report.images:,} images: {found}\n")
     if report.exit_code:
         raise StudyError(

@@ -81,7 +81,7 @@ def prevalence(table: "StudyTable", n: int, seed: int) -> dict[str, Any]:
     from tqdm.auto import tqdm
 
     from sae_lens_maira.latents.proportions import wilson
-    from sae_lens_maira.studies.labeller import RuleStatus, rule_labels
+    from sae_lens_maira.studies.labels import RuleStatus, rule_labels
     from sae_lens_maira.studies.phrases import OBSERVATIONS
 
     reports = table.frame["report"].dropna()
@@ -99,7 +99,7 @@ def prevalence(table: "StudyTable", n: int, seed: int) -> dict[str, Any]:
 
 
 def _labels(report: str) -> dict[str, dict[str, str]]:
-    from sae_lens_maira.studies.labeller import rule_labels
+    from sae_lens_maira.studies.labels import rule_labels
 
     return {
         name: {"status": label.status.value, "evidence": label.evidence}
@@ -156,7 +156,7 @@ def draw_films(studies: "Sequence[Study]", file: Path) -> None:
     from matplotlib.figure import Figure
 
     from sae_lens_maira.errors import StudyError
-    from sae_lens_maira.studies.labeller import present_observations
+    from sae_lens_maira.studies.labels import present_observations
 
     if not studies:
         raise StudyError(

@@ -1,7 +1,7 @@
 """Study records, tables of them, the Open-I reader, and rule labels of report text."""
 
-from sae_lens_maira.studies.labeller import RuleLabel, RuleStatus, rule_labels
-from sae_lens_maira.studies.openi import import_openi
+from sae_lens_maira.studies.labels import RuleLabel, RuleStatus, rule_labels
+from sae_lens_maira.studies.readers import import_iuxray
 from sae_lens_maira.studies.sequence import StudySequence
 from sae_lens_maira.studies.study import Box, Finding, GroundedStatement, Licence, Study, StudyImage
 from sae_lens_maira.studies.table import StudyTable, read_table, table_of_studies
@@ -17,7 +17,7 @@ __all__ = [
     "StudyImage",
     "StudySequence",
     "StudyTable",
-    "import_openi",
+    "import_iuxray",
     "read_table",
     "rule_labels",
     "table_of_studies",

@@ -5,7 +5,7 @@
     text      bytes read in the wrong encoding, an empty report, a truth that cannot be read
     priors    not before the study, of another patient
 
-Every fault names its rows, counted from 0. It mends nothing, and knows no model: what reads an image can be given.
+Every issue names its rows, counted from 0. It mends nothing, and knows no model: what reads an image can be given.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.studies.faults import FaultKind, TableFault, ValidationReport
-from sae_lens_maira.studies.image_faults import image_faults
 from sae_lens_maira.studies.image_files import look_at
+from sae_lens_maira.studies.image_issues import image_issues
+from sae_lens_maira.studies.issues import IssueKind, TableIssue, ValidationReport
 from sae_lens_maira.studies.sequence import IMAGES, SECTIONS
 from sae_lens_maira.studies.study import Licence
 from sae_lens_maira.studies.table import StudyTable
@@ -46,7 +46,7 @@ def validate_table(
         progress: show a bar.
 
     Returns:
-        The report; faults come by kind and row.
+        The report; issues come by kind and row.
 
     Raises:
         StudyError: another word for `images`.
@@ -56,17 +56,17 @@ def validate_table(
     checks = (
         _duplicate_ids(frame),
         _split_leaks(frame),
-        image_faults(frame, table.root, files),
+        image_issues(frame, table.root, files),
         _encodings(frame),
         _empty_reports(frame),
         _priors(frame),
         _records(table),
-        _advice(frame),
+        _warnings(frame),
     )
-    order = list(FaultKind)
-    faults = [fault for check in checks for fault in check]
-    faults.sort(key=lambda fault: (order.index(fault.kind), fault.rows))
-    return ValidationReport(len(frame), len(files.paths), tuple(faults))
+    order = list(IssueKind)
+    issues = [issue for check in checks for issue in check]
+    issues.sort(key=lambda issue: (order.index(issue.kind), issue.rows))
+    return ValidationReport(len(frame), len(files.paths), tuple(issues))
 
 
 def _paths(table: StudyTable) -> list[Path]:
@@ -78,21 +78,21 @@ def _where(mask: Any) -> list[int]:
     return [int(row) for row in np.flatnonzero(np.asarray(mask, dtype=bool))]
 
 
-def _duplicate_ids(frame: pd.DataFrame) -> Iterator[TableFault]:
+def _duplicate_ids(frame: pd.DataFrame) -> Iterator[TableIssue]:
     twice = frame[frame["study_id"].duplicated(keep=False)]
     for study, rows in twice.groupby("study_id", sort=False).indices.items():
-        yield TableFault(
-            FaultKind.DUPLICATE_ID, tuple(int(r) for r in twice.index[rows]), f"the study id {study!r}"
+        yield TableIssue(
+            IssueKind.DUPLICATE_ID, tuple(int(r) for r in twice.index[rows]), f"the study id {study!r}"
         )
 
 
-def _split_leaks(frame: pd.DataFrame) -> Iterator[TableFault]:
+def _split_leaks(frame: pd.DataFrame) -> Iterator[TableIssue]:
     told = frame[frame["split"].notna()]
     leaking = told.loc[told.groupby("patient_id")["split"].transform("nunique") > 1]
     for patient, rows in leaking.groupby("patient_id", sort=False).indices.items():
         splits = ", ".join(sorted(set(leaking["split"].iloc[rows])))
-        yield TableFault(
-            FaultKind.TWO_SPLITS,
+        yield TableIssue(
+            IssueKind.TWO_SPLITS,
             tuple(int(r) for r in leaking.index[rows]),
             f"patient {patient!r} is in {splits}",
         )
@@ -121,36 +121,36 @@ def wrong_encoding(text: str) -> str | None:
     return f"it holds the character U+{ord(control[0]):04X}" if control else None
 
 
-def _encodings(frame: pd.DataFrame) -> Iterator[TableFault]:
+def _encodings(frame: pd.DataFrame) -> Iterator[TableIssue]:
     for column in ("study_id", "patient_id", *SECTIONS):
         for row, text in enumerate(frame[column].array):
             if isinstance(text, str) and (why := wrong_encoding(text)):
-                yield TableFault(FaultKind.ENCODING, (row,), f"{column}: {why}")
+                yield TableIssue(IssueKind.ENCODING, (row,), f"{column}: {why}")
 
 
-def _empty_reports(frame: pd.DataFrame) -> Iterator[TableFault]:
+def _empty_reports(frame: pd.DataFrame) -> Iterator[TableIssue]:
     blank = ~frame["report"].str.contains(r"[^\W_]", regex=True).fillna(False).astype(bool)
     if blank.all() and len(frame):
-        yield TableFault(FaultKind.EMPTY_REPORT, tuple(_where(blank)), "no row has a report")
+        yield TableIssue(IssueKind.EMPTY_REPORT, tuple(_where(blank)), "no row has a report")
         return
     for row in _where(blank):
-        yield TableFault(
-            FaultKind.EMPTY_REPORT, (row,), f"study {frame['study_id'].iloc[row]} has no words in its report"
+        yield TableIssue(
+            IssueKind.EMPTY_REPORT, (row,), f"study {frame['study_id'].iloc[row]} has no words in its report"
         )
 
 
-def _priors(frame: pd.DataFrame) -> Iterator[TableFault]:
+def _priors(frame: pd.DataFrame) -> Iterator[TableIssue]:
     times = {}
     for column in ("taken", "prior_taken"):
         times[column] = pd.to_datetime(frame[column], format="ISO8601", errors="coerce", utc=True)
         for row in _where(frame[column].notna() & times[column].isna()):
             detail = f"{column} {frame[column].iloc[row]!r} is no ISO 8601 time such as 2180-05-06T21:30:14"
-            yield TableFault(FaultKind.BAD_TIME, (row,), detail)
+            yield TableIssue(IssueKind.BAD_TIME, (row,), detail)
     for row in _where(frame["prior_study_id"].eq(frame["study_id"]).fillna(False)):
-        yield TableFault(FaultKind.PRIOR_ORDER, (row,), "the study is its own prior")
+        yield TableIssue(IssueKind.PRIOR_ORDER, (row,), "the study is its own prior")
     for row in _where(times["prior_taken"] >= times["taken"]):
         detail = f"prior taken {frame['prior_taken'].iloc[row]}, study taken {frame['taken'].iloc[row]}"
-        yield TableFault(FaultKind.PRIOR_ORDER, (row,), detail)
+        yield TableIssue(IssueKind.PRIOR_ORDER, (row,), detail)
     first = frame.drop_duplicates("study_id")
     place = pd.Series(first.index, index=first["study_id"])
     prior = place.reindex(frame["prior_study_id"]).to_numpy(dtype=float)
@@ -161,40 +161,40 @@ def _priors(frame: pd.DataFrame) -> Iterator[TableFault]:
         if patient[row] != patient[other]:
             study = frame["study_id"].iloc[other]
             detail = f"prior study {study} is of patient {patient[other]}, the row of {patient[row]}"
-            yield TableFault(FaultKind.FOREIGN_PRIOR, (int(row), int(other)), detail)
+            yield TableIssue(IssueKind.FOREIGN_PRIOR, (int(row), int(other)), detail)
         elif (
             row != other
             and pd.isna(times["prior_taken"].iloc[row])
             and times["taken"].iloc[other] >= times["taken"].iloc[row]
         ):
             detail = f"prior taken {frame['taken'].iloc[other]}, study taken {frame['taken'].iloc[row]}"
-            yield TableFault(FaultKind.PRIOR_ORDER, (int(row), int(other)), detail)
+            yield TableIssue(IssueKind.PRIOR_ORDER, (int(row), int(other)), detail)
 
 
-def _records(table: StudyTable) -> Iterator[TableFault]:
+def _records(table: StudyTable) -> Iterator[TableIssue]:
     """Rows with a truth, which alone can fail to become a record."""
     studies = table.studies
     for row in _where(table.frame["truth"].notna()):
         try:
             _ = studies[row]
         except StudyError as error:
-            yield TableFault(FaultKind.BAD_RECORD, (row,), str(error))
+            yield TableIssue(IssueKind.BAD_RECORD, (row,), str(error))
 
 
-def _advice(frame: pd.DataFrame) -> Iterator[TableFault]:
+def _warnings(frame: pd.DataFrame) -> Iterator[TableIssue]:
     bare = _where(frame["frontal"].isna())
     if bare:
-        yield TableFault(FaultKind.NO_FRONTAL, tuple(bare), "MAIRA-2 reads no study without a frontal image")
+        yield TableIssue(IssueKind.NO_FRONTAL, tuple(bare), "MAIRA-2 reads no study without a frontal image")
     for column in IMAGES:
         rows = _where(frame[column].str.match(r"/|[A-Za-z]:").fillna(False))
         if rows:
             detail = f"{column} is absolute, so the table is tied to this machine"
-            yield TableFault(FaultKind.ABSOLUTE_PATH, tuple(rows), detail)
+            yield TableIssue(IssueKind.ABSOLUTE_PATH, tuple(rows), detail)
     licences = frame["licence"].value_counts()
     if len(licences) > 1:
         rare = _where(frame["licence"] == licences.index[-1])
         told = ", ".join(f"{count} {name}" for name, count in licences.items())
         strict = Licence.CREDENTIALED.value
-        yield TableFault(
-            FaultKind.MIXED_LICENCES, tuple(rare), f"{told}; what is made of it is {strict} if any is"
+        yield TableIssue(
+            IssueKind.MIXED_LICENCES, tuple(rare), f"{told}; what is made of it is {strict} if any is"
         )

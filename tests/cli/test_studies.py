@@ -95,7 +95,7 @@ def test_show_counts_and_one_study(phantom_folder, capsys, tmp_path) -> None:
 def test_validate_exits_by_what_it_finds(phantom_folder, capsys, tmp_path) -> None:
     table = phantom_folder / "t.parquet"
     told = answer(capsys, "validate", "--table", table)
-    assert (told["studies"], told["counts"], told["faults"]) == (8, {}, [])
+    assert (told["studies"], told["counts"], told["issues"]) == (8, {}, [])
     frame = pd.read_parquet(table)
     frame.loc[5, "study_id"] = frame.loc[2, "study_id"]
     frame.loc[6, "frontal"] = "images/none.png"
@@ -103,7 +103,7 @@ def test_validate_exits_by_what_it_finds(phantom_folder, capsys, tmp_path) -> No
     frame.to_parquet(tmp_path / "bad.parquet")
     Image.new("L", (9, 9), 7).save(tmp_path / "flat.png")
     words = ["--table", str(tmp_path / "bad.parquet"), "--root", str(phantom_folder)]
-    assert main(["studies", "validate", *words, "--out", str(tmp_path / "faults.csv")]) == 2
+    assert main(["studies", "validate", *words, "--out", str(tmp_path / "issues.csv")]) == 2
     out, err = capsys.readouterr()
     assert [line.split(": ")[1:3] for line in out.splitlines()[:3]] == [
         ["duplicate id", "row 2, 5"],
@@ -111,7 +111,7 @@ def test_validate_exits_by_what_it_finds(phantom_folder, capsys, tmp_path) -> No
         ["text in the wrong encoding", "row 7"],
     ]
     assert "3 errors" in err
-    assert pd.read_csv(tmp_path / "faults.csv")["rows"].tolist() == ["[2, 5]", "[6]", "[7]"]
+    assert pd.read_csv(tmp_path / "issues.csv")["rows"].tolist() == ["[2, 5]", "[6]", "[7]"]
 
 
 def test_an_image_the_model_could_not_read_is_unreadable(tmp_path, capsys) -> None:

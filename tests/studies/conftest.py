@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sae_lens_maira.phantom import generate_studies
-from sae_lens_maira.studies.imported import SkipReason
+from sae_lens_maira.studies.readers.imported import SkipReason
 
 BANNER = " " * 33 + "FINAL REPORT\n"
 FULL = (

@@ -6,8 +6,8 @@ import pytest
 
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.studies import Licence
-from sae_lens_maira.studies.folder import import_csv, import_folder
-from sae_lens_maira.studies.imported import SkipReason
+from sae_lens_maira.studies.readers.folder import import_csv, import_folder
+from sae_lens_maira.studies.readers.imported import SkipReason
 
 pytestmark = pytest.mark.compat
 

@@ -8,8 +8,8 @@ import pytest
 from sae_lens_maira.cli import main
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.studies import Licence, read_table
-from sae_lens_maira.studies.imported import SkipReason
-from sae_lens_maira.studies.mimic import import_mimic, taken_at
+from sae_lens_maira.studies.readers.imported import SkipReason
+from sae_lens_maira.studies.readers.mimic import import_mimic, taken_at
 
 pytestmark = pytest.mark.compat
 

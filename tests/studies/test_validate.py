@@ -9,8 +9,8 @@ from PIL import Image
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.studies import StudyTable, read_table, table_of_studies
-from sae_lens_maira.studies.faults import FaultKind
-from sae_lens_maira.studies.mimic import import_mimic
+from sae_lens_maira.studies.issues import IssueKind
+from sae_lens_maira.studies.readers.mimic import import_mimic
 from sae_lens_maira.studies.validate import validate_table, wrong_encoding
 
 pytestmark = pytest.mark.compat
@@ -33,47 +33,47 @@ def rows(tmp_path):
     ]
 
 
-def faults(rows, root, **words):
+def issues(rows, root, **words):
     report = validate_table(StudyTable.from_rows(rows, root), progress=False, workers=2, **words)
-    return [(fault.kind, fault.rows) for fault in report.faults]
+    return [(issue.kind, issue.rows) for issue in report.issues]
 
 
 def test_a_sound_table_has_no_fault(rows, tmp_path) -> None:
     report = validate_table(StudyTable.from_rows(rows, tmp_path), progress=False)
-    assert (report.faults, report.exit_code, report.studies, report.images) == ((), 0, 4, 4)
+    assert (report.issues, report.exit_code, report.studies, report.images) == ((), 0, 4, 4)
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({2: {"frontal": "absent.png"}}, (FaultKind.MISSING_IMAGE, (2,))),
-        ({1: {"lateral": "sub/absent.png"}}, (FaultKind.MISSING_IMAGE, (1,))),
-        ({3: {"lateral": "a.png"}}, (FaultKind.FOREIGN_IMAGE, (0, 3))),
-        ({3: {"lateral": "d.png"}}, (FaultKind.FOREIGN_IMAGE, (3,))),
-        ({2: {"prior_frontal": "a.png"}}, (FaultKind.FOREIGN_IMAGE, (2, 0))),
-        ({1: {"prior_frontal": "b.png"}}, (FaultKind.FOREIGN_IMAGE, (1,))),
-        ({3: {"study_id": "s0"}}, (FaultKind.DUPLICATE_ID, (0, 3))),
-        ({3: {"split": "train"}}, (FaultKind.TWO_SPLITS, (2, 3))),
-        ({1: {"report": "Aorta is dÃ©roulÃ©e."}}, (FaultKind.ENCODING, (1,))),
-        ({2: {"indication": "65 \ufffd old"}}, (FaultKind.ENCODING, (2,))),
-        ({0: {"report": "C\x00l\x00"}}, (FaultKind.ENCODING, (0,))),
-        ({0: {"report": " ___ .\n"}}, (FaultKind.EMPTY_REPORT, (0,))),
-        ({0: {"report": None}}, (FaultKind.EMPTY_REPORT, (0,))),
-        ({1: {"prior_taken": "2180-05-06T12:00:00.000"}}, (FaultKind.PRIOR_ORDER, (1,))),
-        ({1: {"prior_taken": "2181-05-06"}}, (FaultKind.PRIOR_ORDER, (1,))),
-        ({0: {"prior_study_id": "s1"}}, (FaultKind.PRIOR_ORDER, (0, 1))),
-        ({3: {"prior_study_id": "s3"}}, (FaultKind.PRIOR_ORDER, (3,))),
-        ({3: {"prior_study_id": "s0"}}, (FaultKind.FOREIGN_PRIOR, (3, 0))),
-        ({2: {"taken": "yesterday"}}, (FaultKind.BAD_TIME, (2,))),
-        ({2: {"truth": '[{"name": "Big"}]'}}, (FaultKind.BAD_RECORD, (2,))),
-        ({1: {"frontal": None}, 2: {"frontal": None}}, (FaultKind.NO_FRONTAL, (1, 2))),
-        ({2: {"licence": "credentialed"}}, (FaultKind.MIXED_LICENCES, (2,))),
+        ({2: {"frontal": "absent.png"}}, (IssueKind.MISSING_IMAGE, (2,))),
+        ({1: {"lateral": "sub/absent.png"}}, (IssueKind.MISSING_IMAGE, (1,))),
+        ({3: {"lateral": "a.png"}}, (IssueKind.FOREIGN_IMAGE, (0, 3))),
+        ({3: {"lateral": "d.png"}}, (IssueKind.FOREIGN_IMAGE, (3,))),
+        ({2: {"prior_frontal": "a.png"}}, (IssueKind.FOREIGN_IMAGE, (2, 0))),
+        ({1: {"prior_frontal": "b.png"}}, (IssueKind.FOREIGN_IMAGE, (1,))),
+        ({3: {"study_id": "s0"}}, (IssueKind.DUPLICATE_ID, (0, 3))),
+        ({3: {"split": "train"}}, (IssueKind.TWO_SPLITS, (2, 3))),
+        ({1: {"report": "Aorta is dÃ©roulÃ©e."}}, (IssueKind.ENCODING, (1,))),
+        ({2: {"indication": "65 \ufffd old"}}, (IssueKind.ENCODING, (2,))),
+        ({0: {"report": "C\x00l\x00"}}, (IssueKind.ENCODING, (0,))),
+        ({0: {"report": " ___ .\n"}}, (IssueKind.EMPTY_REPORT, (0,))),
+        ({0: {"report": None}}, (IssueKind.EMPTY_REPORT, (0,))),
+        ({1: {"prior_taken": "2180-05-06T12:00:00.000"}}, (IssueKind.PRIOR_ORDER, (1,))),
+        ({1: {"prior_taken": "2181-05-06"}}, (IssueKind.PRIOR_ORDER, (1,))),
+        ({0: {"prior_study_id": "s1"}}, (IssueKind.PRIOR_ORDER, (0, 1))),
+        ({3: {"prior_study_id": "s3"}}, (IssueKind.PRIOR_ORDER, (3,))),
+        ({3: {"prior_study_id": "s0"}}, (IssueKind.FOREIGN_PRIOR, (3, 0))),
+        ({2: {"taken": "yesterday"}}, (IssueKind.BAD_TIME, (2,))),
+        ({2: {"truth": '[{"name": "Big"}]'}}, (IssueKind.BAD_RECORD, (2,))),
+        ({1: {"frontal": None}, 2: {"frontal": None}}, (IssueKind.NO_FRONTAL, (1, 2))),
+        ({2: {"licence": "credentialed"}}, (IssueKind.MIXED_LICENCES, (2,))),
     ],
 )
 def test_each_fault_is_found_with_its_rows_and_alone(rows, tmp_path, changes, expected) -> None:
     for row, change in changes.items():
         rows[row] |= change
-    assert faults(rows, tmp_path) == [expected]
+    assert issues(rows, tmp_path) == [expected]
 
 
 def test_damaged_files_are_found_at_the_depth_that_can_see_them(rows, tmp_path) -> None:
@@ -82,13 +82,13 @@ def test_damaged_files_are_found_at_the_depth_that_can_see_them(rows, tmp_path) 
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "c.png").write_text("no image")
     (tmp_path / "d.png").write_bytes(b"")
-    bad = FaultKind.UNREADABLE_IMAGE
-    assert faults(rows, tmp_path) == [(bad, (0,)), (bad, (1,)), (bad, (2,)), (bad, (3,))]
-    assert faults(rows, tmp_path, images="open") == [(bad, (2,)), (bad, (3,))]
-    assert faults(rows, tmp_path, images="exist") == [(bad, (3,))]
-    assert faults(rows, tmp_path, images="none") == []
+    bad = IssueKind.UNREADABLE_IMAGE
+    assert issues(rows, tmp_path) == [(bad, (0,)), (bad, (1,)), (bad, (2,)), (bad, (3,))]
+    assert issues(rows, tmp_path, images="open") == [(bad, (2,)), (bad, (3,))]
+    assert issues(rows, tmp_path, images="exist") == [(bad, (3,))]
+    assert issues(rows, tmp_path, images="none") == []
     with pytest.raises(StudyError, match="'all'"):
-        faults(rows, tmp_path, images="all")
+        issues(rows, tmp_path, images="all")
 
 
 def test_the_reader_that_is_given_decides_what_can_be_read(rows, tmp_path) -> None:
@@ -98,33 +98,33 @@ def test_the_reader_that_is_given_decides_what_can_be_read(rows, tmp_path) -> No
 
     (tmp_path / "c.png").write_text("not an image to Pillow")
     report = validate_table(StudyTable.from_rows(rows, tmp_path), read_image=read, progress=False)
-    (fault,) = report.errors
-    assert str(fault) == "error: unreadable image: row 3: frontal d.png: ValueError: no contrast"
+    (issue,) = report.errors
+    assert str(issue) == "error: unreadable image: row 3: frontal d.png: ValueError: no contrast"
     assert report.exit_code == 2
 
 
 def test_a_copy_of_another_studys_image_is_found_by_its_content(rows, tmp_path) -> None:
     (tmp_path / "d.png").write_bytes((tmp_path / "a.png").read_bytes())
     report = validate_table(StudyTable.from_rows(rows, tmp_path), progress=False)
-    (fault,) = report.faults
-    assert (fault.kind, fault.rows) == (FaultKind.FOREIGN_IMAGE, (0, 3))
-    assert "a.png and d.png hold the same image" in fault.detail
+    (issue,) = report.issues
+    assert (issue.kind, issue.rows) == (IssueKind.FOREIGN_IMAGE, (0, 3))
+    assert "a.png and d.png hold the same image" in issue.detail
     # The same size and the same last 64 KiB are not yet the same file.
     for name, first in (("c", b"1"), ("d", b"2")):
         (tmp_path / f"{name}.png").write_bytes(first + b"x" * 100_000)
-    assert faults(rows, tmp_path, read_image=lambda path: None) == []
+    assert issues(rows, tmp_path, read_image=lambda path: None) == []
 
 
-def test_absolute_paths_are_advice(rows, tmp_path) -> None:
+def test_absolute_paths_are_warnings(rows, tmp_path) -> None:
     rows[2]["frontal"] = str(tmp_path / "c.png")
     report = validate_table(StudyTable.from_rows(rows, tmp_path), progress=False)
-    assert report.counts() == {FaultKind.ABSOLUTE_PATH: 1}
+    assert report.counts() == {IssueKind.ABSOLUTE_PATH: 1}
     assert report.exit_code == 0
 
 
 def test_a_table_without_any_report_has_one_fault(rows, tmp_path) -> None:
-    assert faults([row | {"report": None} for row in rows], tmp_path) == [
-        (FaultKind.EMPTY_REPORT, (0, 1, 2, 3))
+    assert issues([row | {"report": None} for row in rows], tmp_path) == [
+        (IssueKind.EMPTY_REPORT, (0, 1, 2, 3))
     ]
 
 
@@ -154,23 +154,23 @@ def test_bytes_that_are_no_utf8_are_found_with_their_rows(tmp_path) -> None:
     (tmp_path / "t.csv").write_bytes("\n".join(lines).encode("latin-1"))
     table = read_table(tmp_path / "t.csv", errors="replace")
     report = validate_table(table, images="none")
-    assert [fault.rows for fault in report.faults if fault.kind is FaultKind.ENCODING] == [(1,), (2,)]
+    assert [issue.rows for issue in report.issues if issue.kind is IssueKind.ENCODING] == [(1,), (2,)]
 
 
 def test_imported_trees_are_sound_and_exchanged_folders_are_found(tmp_path, mimic_tree) -> None:
     """MIMIC-CXR's layout names ids in its paths: an image of another study is found though each file is used once."""
     table = import_mimic(mimic_tree(tmp_path / "m"), progress=False).table
-    assert validate_table(table, progress=False).faults == ()
+    assert validate_table(table, progress=False).issues == ()
     frame = table.frame.copy()
     one, two = frame.index[frame["study_id"].isin(["57966011", "59999999"])]
     frame.loc[[one, two], "frontal"] = frame.loc[[two, one], "frontal"].to_numpy()
     report = validate_table(StudyTable.from_frame(frame, table.root), progress=False)
-    assert [(fault.kind, fault.rows) for fault in report.faults] == [
-        (FaultKind.FOREIGN_IMAGE, (one,)),
-        (FaultKind.FOREIGN_IMAGE, (two,)),
+    assert [(issue.kind, issue.rows) for issue in report.issues] == [
+        (IssueKind.FOREIGN_IMAGE, (one,)),
+        (IssueKind.FOREIGN_IMAGE, (two,)),
     ]
 
 
 def test_phantom_tables_are_sound(tmp_path) -> None:
     table = table_of_studies(generate_studies(8, seed=2, size=48), tmp_path)
-    assert validate_table(table, progress=False).faults == ()
+    assert validate_table(table, progress=False).issues == ()

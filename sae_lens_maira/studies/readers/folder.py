@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.studies.imported import Imported, Skipped, SkipReason
+from sae_lens_maira.studies.readers.imported import Imported, Skipped, SkipReason
 from sae_lens_maira.studies.sections import ReportSections, parse_sections
 from sae_lens_maira.studies.study import Licence, licence_of
 from sae_lens_maira.studies.table import COLUMNS, StudyTable, csv_frame

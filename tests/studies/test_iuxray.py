@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.studies.imported import SkipReason
-from sae_lens_maira.studies.openi import import_openi, parse_report, read_reports
+from sae_lens_maira.studies.readers.imported import SkipReason
+from sae_lens_maira.studies.readers.iuxray import import_iuxray, parse_report, read_reports
 
 XML = """<eCitation><uId id="CXR{n}"/><Abstract><AbstractText Label="FINDINGS">{findings}</AbstractText>
 <AbstractText Label="INDICATION">Cough</AbstractText></Abstract>
@@ -24,7 +24,7 @@ def test_all_reports_of_the_wheel_parse() -> None:
     assert len(reports) == 3955
     assert len({report.report_id for report in reports}) == 3955
     assert sum(len(report.images) for report in reports) == 7470
-    imported = import_openi(archive)
+    imported = import_iuxray(archive)
     assert len(imported.table) == 3425
     assert imported.counts() == {SkipReason.NO_FINDINGS: 530}
 
@@ -37,7 +37,7 @@ def test_images_are_found_by_name_and_missing_ones_counted(tmp_path: Path) -> No
         (reports / f"{n}.xml").write_text(XML.format(n=n, findings=findings))
     (images / "CXR1_1_IM-0001-3001.png").touch()
     (images / "CXR1_1_IM-0001-4001.png").touch()
-    imported = import_openi(reports, images)
+    imported = import_iuxray(reports, images)
     (row,) = imported.table.rows()
     assert (row["frontal"], row["lateral"]) == ("CXR1_1_IM-0001-3001.png", "CXR1_1_IM-0001-4001.png")
     assert imported.skipped == [("CXR2", SkipReason.NO_FINDINGS), ("CXR3", SkipReason.NO_IMAGE_FILE)]

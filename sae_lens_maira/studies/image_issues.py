@@ -1,4 +1,4 @@
-"""Faults of a table's images: missing, unreadable, or of another study.
+"""Issues of a table's images: missing, unreadable, or of another study.
 
 An image is of another study when one file serves two studies, when two files have the same content, when a prior image
 belongs to a study that is not the prior, or when a path in MIMIC-CXR's layout names other ids than its row.
@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sae_lens_maira.studies.faults import FaultKind, TableFault
 from sae_lens_maira.studies.image_files import ImageFiles
+from sae_lens_maira.studies.issues import IssueKind, TableIssue
 from sae_lens_maira.studies.sequence import IMAGES
 
 
-def image_faults(frame: pd.DataFrame, root: Path, files: ImageFiles) -> Iterator[TableFault]:
-    """All faults of the images of a table's frame, given what was seen of the files below its root."""
+def image_issues(frame: pd.DataFrame, root: Path, files: ImageFiles) -> Iterator[TableIssue]:
+    """All issues of the images of a table's frame, given what was seen of the files below its root."""
     yield from _bad_files(frame, root, files)
     named = {column: frame[column].dropna() for column in IMAGES}
     seen = {
@@ -43,19 +43,19 @@ def _image(root: Path, path: str, files: ImageFiles) -> str:
     return str(files.same.get(root / path, root / path))
 
 
-def _bad_files(frame: pd.DataFrame, root: Path, files: ImageFiles) -> Iterator[TableFault]:
-    wrong = dict.fromkeys(files.missing, (FaultKind.MISSING_IMAGE, "no such file"))
-    wrong |= {path: (FaultKind.UNREADABLE_IMAGE, why) for path, why in files.unreadable.items()}
+def _bad_files(frame: pd.DataFrame, root: Path, files: ImageFiles) -> Iterator[TableIssue]:
+    wrong = dict.fromkeys(files.missing, (IssueKind.MISSING_IMAGE, "no such file"))
+    wrong |= {path: (IssueKind.UNREADABLE_IMAGE, why) for path, why in files.unreadable.items()}
     if not wrong:
         return
     for column in IMAGES:
         for row, path in frame[column].dropna().items():
             if (root / path) in wrong:
                 kind, why = wrong[root / path]
-                yield TableFault(kind, (int(row),), f"{column} {path}: {why}")  # pyright: ignore[reportArgumentType]
+                yield TableIssue(kind, (int(row),), f"{column} {path}: {why}")  # pyright: ignore[reportArgumentType]
 
 
-def _shared(frame: pd.DataFrame, own: pd.DataFrame) -> Iterator[TableFault]:
+def _shared(frame: pd.DataFrame, own: pd.DataFrame) -> Iterator[TableIssue]:
     for _, group in own.loc[own["image"].duplicated(keep=False)].groupby("image", sort=False):
         rows = tuple(sorted(int(row) for row in group["row"].unique()))
         paths = " and ".join(group["path"].unique())
@@ -66,10 +66,10 @@ def _shared(frame: pd.DataFrame, own: pd.DataFrame) -> Iterator[TableFault]:
             detail = f"{paths} is an image of the studies {ids}"
         else:
             detail = f"{paths} hold the same image, in the studies {ids}"
-        yield TableFault(FaultKind.FOREIGN_IMAGE, rows, detail)
+        yield TableIssue(IssueKind.FOREIGN_IMAGE, rows, detail)
 
 
-def _wrong_priors(frame: pd.DataFrame, own: pd.DataFrame, priors: pd.DataFrame) -> Iterator[TableFault]:
+def _wrong_priors(frame: pd.DataFrame, own: pd.DataFrame, priors: pd.DataFrame) -> Iterator[TableIssue]:
     first = own.drop_duplicates("image").set_index("image")["row"]
     owner = priors["image"].map(first)
     study, patient = frame["study_id"].to_numpy(), frame["patient_id"].to_numpy()
@@ -77,15 +77,15 @@ def _wrong_priors(frame: pd.DataFrame, own: pd.DataFrame, priors: pd.DataFrame) 
     for place in np.flatnonzero(owner.notna()):
         row, whose, path = int(priors["row"].iloc[place]), int(owner.iloc[place]), priors["path"].iloc[place]
         if whose == row:
-            yield TableFault(
-                FaultKind.FOREIGN_IMAGE, (row,), f"prior_frontal {path} is the study's own image"
+            yield TableIssue(
+                IssueKind.FOREIGN_IMAGE, (row,), f"prior_frontal {path} is the study's own image"
             )
         elif patient[whose] != patient[row] or (isinstance(wanted[row], str) and study[whose] != wanted[row]):
             detail = f"prior_frontal {path} is an image of study {study[whose]}"
-            yield TableFault(FaultKind.FOREIGN_IMAGE, (row, whose), detail)
+            yield TableIssue(IssueKind.FOREIGN_IMAGE, (row, whose), detail)
 
 
-def _foreign_paths(frame: pd.DataFrame) -> Iterator[TableFault]:
+def _foreign_paths(frame: pd.DataFrame) -> Iterator[TableIssue]:
     """Paths in MIMIC-CXR's layout, .../p10000032/s50414267/x.jpg, whose ids are not the row's."""
     for column, ids in zip(IMAGES, ("study_id", "study_id", "prior_study_id"), strict=True):
         named = frame[column].str.extract(r"(?:^|/)p(?P<patient>\d{8})/s(?P<study>\d{8})/")
@@ -95,6 +95,6 @@ def _foreign_paths(frame: pd.DataFrame) -> Iterator[TableFault]:
             detail = (
                 f"{column} {frame[column].iloc[row]}: the row is study {frame[ids].iloc[row]} of patient "
             )
-            yield TableFault(
-                FaultKind.FOREIGN_IMAGE, (int(row),), detail + str(frame["patient_id"].iloc[row])
+            yield TableIssue(
+                IssueKind.FOREIGN_IMAGE, (int(row),), detail + str(frame["patient_id"].iloc[row])
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_maira.studies.labeller import present_observations, rule_labels
+from sae_lens_maira.studies.labels import present_observations, rule_labels
 
 REFERENCE = {
     "consolidation": "consolidation",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.studies.imported import Imported, Skipped, SkipReason
+from sae_lens_maira.studies.readers.imported import Imported, Skipped, SkipReason
 from sae_lens_maira.studies.study import Licence
 from sae_lens_maira.studies.table import StudyTable
 
@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")
 
 
 @dataclass(frozen=True)
-class OpenIReport:
+class IUXrayReport:
     """One XML report."""
 
     report_id: str
@@ -36,7 +36,7 @@ class OpenIReport:
     """Major MeSH terms; ("normal",) for a normal film."""
 
 
-def parse_report(data: bytes, name: str = "report") -> OpenIReport:
+def parse_report(data: bytes, name: str = "report") -> IUXrayReport:
     """Read one XML report. Raises StudyError where it is not an Open-I report."""
     try:
         tree = ET.fromstring(data)
@@ -57,10 +57,10 @@ def parse_report(data: bytes, name: str = "report") -> OpenIReport:
             sections[element.attrib.get("Label", "").lower()] = text
     images = tuple((i.attrib["id"], (i.findtext("caption") or "").strip()) for i in tree.iter("parentImage"))
     major = tuple(term.text.strip() for term in tree.iterfind(".//MeSH/major") if term.text)
-    return OpenIReport(report_id, sections, images, major)
+    return IUXrayReport(report_id, sections, images, major)
 
 
-def read_reports(source: Path | str) -> Iterator[OpenIReport]:
+def read_reports(source: Path | str) -> Iterator[IUXrayReport]:
     """Every XML report of a folder or of a .tgz/.tar archive, in the order of their numbers."""
     source = Path(source)
     if source.is_dir():
@@ -85,7 +85,9 @@ def _number(name: str) -> tuple[int, str]:
     return (int(digits[1]) if digits else 0, name)
 
 
-def import_openi(reports: Path | str, images: Path | str | None = None, need_images: bool = True) -> Imported:
+def import_iuxray(
+    reports: Path | str, images: Path | str | None = None, need_images: bool = True
+) -> Imported:
     """Table of the Open-I studies with findings.
 
     Args:

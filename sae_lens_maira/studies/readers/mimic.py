@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.studies.imported import Imported, Skipped, SkipReason
+from sae_lens_maira.studies.readers.imported import Imported, Skipped, SkipReason
 from sae_lens_maira.studies.sections import parse_sections
 from sae_lens_maira.studies.study import Licence
 from sae_lens_maira.studies.table import TEXT, StudyTable

@@ -1,6 +1,6 @@
-"""Kinds of fault of a table of studies, and the report that holds them.
+"""Kinds of issue of a table of studies, and the report that holds them.
 
-Every fault names its rows, counted from 0; a report with an error has exit code 2. It looks for nothing itself.
+Every issue names its rows, counted from 0; a report with an error has exit code 2. It looks for nothing itself.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 
-class FaultKind(str, enum.Enum):
-    """What a table can have wrong; the first ones are errors, those from NO_FRONTAL on are advice."""
+class IssueKind(str, enum.Enum):
+    """What a table can have wrong; the first ones are errors, those from NO_FRONTAL on are warnings."""
 
     DUPLICATE_ID = "duplicate id"
     TWO_SPLITS = "patient in two splits"
@@ -30,45 +30,45 @@ class FaultKind(str, enum.Enum):
 
     @property
     def is_error(self) -> bool:
-        """Whether later steps would fail or be wrong; otherwise it is advice."""
-        return self not in (FaultKind.NO_FRONTAL, FaultKind.ABSOLUTE_PATH, FaultKind.MIXED_LICENCES)
+        """Whether later steps would fail or be wrong; otherwise it is a warning."""
+        return self not in (IssueKind.NO_FRONTAL, IssueKind.ABSOLUTE_PATH, IssueKind.MIXED_LICENCES)
 
 
 @dataclass(frozen=True)
-class TableFault:
+class TableIssue:
     """One thing that is wrong, and where."""
 
-    kind: FaultKind
+    kind: IssueKind
     rows: tuple[int, ...]
     """Rows of the table, counted from 0."""
     detail: str
 
     def __str__(self) -> str:
         rows = ", ".join(map(str, self.rows[:10])) + (", ..." if len(self.rows) > 10 else "")
-        severity = "error" if self.kind.is_error else "advice"
+        severity = "error" if self.kind.is_error else "warning"
         return f"{severity}: {self.kind.value}: row {rows}: {self.detail}"
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """All faults of a table, by kind and row."""
+    """All issues of a table, by kind and row."""
 
     studies: int
     images: int
     """Different image files that were looked at."""
-    faults: tuple[TableFault, ...]
+    issues: tuple[TableIssue, ...]
 
     @property
-    def errors(self) -> tuple[TableFault, ...]:
-        """The faults that are no mere advice."""
-        return tuple(fault for fault in self.faults if fault.kind.is_error)
+    def errors(self) -> tuple[TableIssue, ...]:
+        """The issues that are errors, not warnings."""
+        return tuple(issue for issue in self.issues if issue.kind.is_error)
 
     @property
     def exit_code(self) -> int:
         """0 for a table without errors, else 2, as the command exits."""
         return 2 if self.errors else 0
 
-    def counts(self) -> dict[FaultKind, int]:
-        """Faults by kind, in the order of the kinds; those that did not occur are missing."""
-        found = Counter(fault.kind for fault in self.faults)
-        return {kind: found[kind] for kind in FaultKind if found[kind]}
+    def counts(self) -> dict[IssueKind, int]:
+        """Issues by kind, in the order of the kinds; those that did not occur are missing."""
+        found = Counter(issue.kind for issue in self.issues)
+        return {kind: found[kind] for kind in IssueKind if found[kind]}
