@@ -24,7 +24,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from sae_lens_maira import __version__
-from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser
+from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, run_command
 from sae_lens_maira.errors import MairaError
 
 PROGRAM = "sae-lens-maira"
@@ -115,11 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name is None:
         return _no_command(words)
     options = build_parser(name).parse_args(words[len(name.split()) :])
-    chosen = {key: value for key, value in vars(options).items() if key != "config"}
-    if "json" in chosen:
-        chosen["as_json"] = chosen.pop("json")
     try:
-        COMMANDS[name](**chosen)
+        run_command(COMMANDS[name], {key: value for key, value in vars(options).items() if key != "config"})
         sys.stdout.flush()
     except MairaError as error:
         sys.stderr.write(f"{PROGRAM} {name}: {error}\n")

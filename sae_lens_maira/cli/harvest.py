@@ -8,10 +8,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.cli.options import HarvestOptions, flat
+from sae_lens_maira.cli.options import HarvestOptions
+from sae_lens_maira.cli.parser import accepts_parts_of
 
 RANK_VARIABLES = (
     ("RANK", "WORLD_SIZE", None),
@@ -20,14 +20,9 @@ RANK_VARIABLES = (
 )
 
 
-@flat
+@accepts_parts_of("train", "sae", "trainer", "out", "provider", "direct")
 def harvest(
     options: HarvestOptions,
-    sae: dict[str, Any] | None = None,
-    trainer: dict[str, Any] | None = None,
-    out: Path | None = None,
-    provider: dict[str, Any] | None = None,
-    direct: bool = False,
     as_json: bool = False,
 ) -> None:
     """Run studies through the model and keep activations on disk; killed at any time, the same command continues.
@@ -36,11 +31,6 @@ def harvest(
 
     Args:
         options: what is read, and what is kept of it.
-        sae: not used here; a recipe of `train` may hold it.
-        trainer: not used here; a recipe of `train` may hold it.
-        out: not used here; a recipe of `train` may hold it.
-        provider: not used here; a recipe of `train` may hold it.
-        direct: not used here; a recipe of `train` may hold it.
         as_json: print JSON instead of text.
     """
     made = harvest_store(options)

@@ -1,13 +1,9 @@
-"""Options that several commands share, and how a command takes them: one dataclass, written once.
+"""Options that several commands share, as dataclasses.
 
-`flat` turns a function's dataclass parameter `options` into parameters of its own, so that on the command line and in a
-recipe they stand beside the command's others. It knows nothing about models.
+A command takes them as a parameter `options`; on the command line and in a recipe each field is one option.
 """
 
-import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,31 +92,3 @@ class HarvestOptions:
                 "counts studies by split; name one of these."
             )
         return maira, chosen, device
-
-
-def flat(function: Callable[..., None]) -> Callable[..., None]:
-    """`function(options, ...)` as a function of the fields of `options` and its other parameters.
-
-    Signature, annotations and docstring are those of a function written out by hand.
-    """
-    parameters = dict(inspect.signature(function).parameters)
-    shared = parameters.pop("options").annotation
-    names = [field.name for field in fields(shared)]
-    first = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inspect.signature(shared).parameters.values()
-    ]
-    rest = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
-    told = re.search(r"Attributes:\n(.*)", inspect.getdoc(shared) or "", re.DOTALL)
-    head, _, tail = (inspect.getdoc(function) or "").partition("Args:\n")
-    tail = re.sub(r"    options: .*\n", "", tail)
-
-    def spread(**given: Any) -> None:
-        options = shared(**{name: given.pop(name) for name in names if name in given})
-        function(options, **given)
-
-    spread.__name__ = spread.__qualname__ = function.__name__
-    spread.__module__ = function.__module__
-    spread.__doc__ = f"{head}Args:\n{told.group(1).rstrip() if told else ''}\n{tail}"
-    spread.__signature__ = inspect.Signature([*first, *rest])  # pyright: ignore[reportFunctionMemberAccess]
-    spread.__annotations__ = {p.name: p.annotation for p in (*first, *rest)} | {"return": None}
-    return spread

@@ -1,8 +1,9 @@
-"""The parser of one command, made from its function: arguments are options, the docstring is the help.
+"""Build the parser of one command from its function: arguments become options, the docstring becomes the help.
 
-jsonargparse reads types, defaults and `--config` files. What is ours: options are typed with hyphens (underscores are
-taken too), help keeps its lines and one width in every terminal, and an error is one line that names the command and
-the option that was probably meant. It knows nothing about what commands do.
+jsonargparse reads types, defaults and `--config` files. This module adds hyphenated options (underscores are accepted
+too), help of one fixed width, and one-line errors that name the command and suggest the closest option.
+
+A parameter `options`, annotated with a dataclass, contributes one option per field (see `options.py`).
 """
 
 import difflib
@@ -12,13 +13,47 @@ import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 HELP_WIDTH = 110
-FOREIGN = "not used here"
-"""How the text of an argument begins that a recipe of another command may hold: no option, and not in the help."""
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def accepts_parts_of(other: str, *names: str) -> Callable[[Command], Command]:
+    """Let `--config` of a command hold parts that only another command reads.
+
+    One recipe then serves both commands. On the command line itself these options are refused.
+
+    Args:
+        other: command that reads the parts, such as "train".
+        *names: top-level keys to accept and ignore.
+    """
+
+    def mark(function: Command) -> Command:
+        vars(function)["ignored_parts"] = (other, names)
+        return function
+
+    return mark
+
+
+def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
+    """Call a command with parsed values; fields of its `options` dataclass are collected into one.
+
+    Args:
+        function: the command.
+        values: value per option, as `command_parser(...).parse_args()` returns them.
+    """
+    values = {key: value for key, value in values.items() if key not in _ignored(function)[1]}
+    if "json" in values:
+        values["as_json"] = values.pop("json")
+    shared = _shared_options(function)
+    if shared is not None:
+        values["options"] = shared(**{f.name: values.pop(f.name) for f in fields(shared) if f.name in values})
+    function(**values)
 
 
 def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
@@ -33,20 +68,32 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
         prog=f"sae-lens-maira {name}", description=about, formatter_class=_Formatter, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_function_arguments(function, as_group=False, skip={"as_json"})
-    for action in parser._actions:
-        if str(action.help).startswith(FOREIGN):
-            parser.foreign[action.dest], action.help = str(action.help), SUPPRESS
+    shared = _shared_options(function)
+    if shared is not None:
+        parser.add_class_arguments(shared, as_group=False)
+    parser.add_function_arguments(function, as_group=False, skip={"as_json", "options"})
+    parser.reader, ignored = _ignored(function)
+    for name in ignored:
+        parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
+        parser.ignored.add(name)
     if "as_json" in inspect.signature(function).parameters:
         parser.add_argument("--json", action="store_true", help="print JSON instead of text.")
     return parser
 
 
-class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Descriptions keep their lines, words keep their hyphens, and the width is one and the same everywhere.
+def _shared_options(function: Callable[..., None]) -> type[Any] | None:
+    """The dataclass of a command's parameter `options`, or None."""
+    return get_type_hints(function).get("options")
 
-    argparse asks the terminal for its width and breaks at hyphens, which makes "sae-" and "lens-maira" of a command
-    that someone wants to copy.
+
+def _ignored(function: Callable[..., None]) -> tuple[str, tuple[str, ...]]:
+    return vars(function).get("ignored_parts", ("", ()))
+
+
+class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Help with the description's own lines, one width, and no line breaks at hyphens.
+
+    argparse breaks at hyphens, which would split a command that someone wants to copy.
     """
 
     def __init__(self, prog: str, **settings: Any) -> None:
@@ -63,7 +110,7 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
     def _get_type_str(self, action: Action) -> str | None:
         kind = super()._get_type_str(action)
-        if kind is None or kind.startswith("Literal"):  # the words to choose from stand beside the option
+        if kind is None or kind.startswith("Literal"):  # the choices are listed next to the option
             return None
         kind = re.sub(r"(?:Optional|Union)\[(.*)\]", r"\1", kind)
         kind = re.sub(r"<class '(\w+)'>", r"\1", kind).replace("Path", "path")
@@ -71,22 +118,24 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's parser with our spelling and our errors.
+    """jsonargparse's parser with hyphenated options and one-line errors.
 
     Attributes:
-        foreign: options that `--config` may hold and the command line may not, with the reason.
+        ignored: keys that `--config` may hold and the command line may not.
+        reader: command that reads them.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.foreign: dict[str, str] = {}
+        self.ignored: set[str] = set()
+        self.reader = ""
 
     def parse_args(self, args: list[str] | None = None, *rest: Any, **settings: Any) -> Any:
         words = None if args is None else [_underscores(word) for word in args]
         for word in words or ():
             name = re.split(r"[.=]", word.removeprefix("--"))[0]
-            if word.startswith("--") and name in self.foreign:
-                self.error(f"--{name} is {self.foreign[name].rstrip('.')}")
+            if word.startswith("--") and name in self.ignored:
+                self.error(f"--{name} is not used here; a recipe of `{self.reader}` may hold it")
         return super().parse_args(words, *rest, **settings)
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
@@ -103,18 +152,18 @@ class _Parser(ArgumentParser):
 
 
 def _hyphens(text: str) -> str:
-    """Options as they are typed, `--set-name`; the parser knows them as the arguments are called, `--set_name`."""
+    """Spell options with hyphens, as users type them."""
     return re.sub(r"--\w[\w.]*", lambda option: option.group().replace("_", "-"), text)
 
 
 def _underscores(word: str) -> str:
-    """An option as the parser knows it; its value, and words that are no option, stay as they are."""
+    """Spell an option as the parser stores it; values and other words are unchanged."""
     option, equals, value = word.partition("=")
     return option[:2] + option[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def _plain(message: str) -> str:
-    """Jsonargparse's messages in the words of a command line, on one line."""
+    """Messages of jsonargparse in the words of a command line, on one line."""
     text = " ".join(message.split())
     for pattern, wording in (
         (r'Parser key "([\w.]+)":', r"--\1:"),
@@ -130,4 +179,4 @@ def _plain(message: str) -> str:
     return _hyphens(text).rstrip(".")
 
 
-__all__ = ["HELP_WIDTH", "command_parser"]
+__all__ = ["HELP_WIDTH", "accepts_parts_of", "command_parser", "run_command"]

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.cli.options import HarvestOptions, flat
+from sae_lens_maira.cli.options import HarvestOptions
 
 
-@flat
 def train(
     options: HarvestOptions,
     out: Path,

@@ -1,6 +1,6 @@
 """The command line: help with examples, one-paragraph errors and exit code 2, JSON where it is asked for."""
 
-import inspect
+import argparse
 import json
 import re
 import subprocess
@@ -33,10 +33,9 @@ def test_every_command_shows_an_example_and_describes_every_option(name, capsys)
     text = help_of(name, capsys)
     assert f"Example: sae-lens-maira {name} " in text
     words = " ".join(text.split())
-    for option in COMMANDS[name].__annotations__:
-        hidden = re.search(rf"\b{option}: not used here", COMMANDS[name].__doc__ or "")
-        if option not in ("return", "as_json") and not hidden:
-            shown = option.replace("_", "-")
+    for action in build_parser(name)._actions:
+        if action.help != argparse.SUPPRESS and action.dest not in ("help", "config", "print_config", "json"):
+            shown = action.dest.replace("_", "-")
             assert re.search(rf"--{shown} \S+ [^(\s]", words), f"{name} --{shown} has no text"
 
 
@@ -130,10 +129,8 @@ def test_a_word_that_is_no_choice_names_the_choices(capsys):
 
 def test_one_seed_of_phantom_studies_everywhere():
     """`--study-seed` draws phantom studies wherever a command reads them by number: 0 to learn on, 10,000 held out."""
-    seeds = {
-        name: inspect.signature(function).parameters.get("study_seed") for name, function in COMMANDS.items()
-    }
-    found = {name: seed.default for name, seed in seeds.items() if seed is not None}
+    actions = {name: {a.dest: a for a in build_parser(name)._actions} for name in COMMANDS}
+    found = {name: known["study_seed"].default for name, known in actions.items() if "study_seed" in known}
     held_out = {"evaluate", "latents", "dashboards saedashboard", "measure-phantom"}
     assert {name for name, seed in found.items() if seed == 10_000} == held_out
     assert {name for name, seed in found.items() if seed == 0} == {"harvest", "train"}
