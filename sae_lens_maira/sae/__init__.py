@@ -6,6 +6,7 @@ Importing this package registers the architecture "matryoshka" and the release "
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig, MatryoshkaTrainingSAEConfig
 from sae_lens_maira.sae.evaluation import ReconstructionRecord, SAEEvaluation, evaluate_sae
 from sae_lens_maira.sae.export import export_dictionary_learning
+from sae_lens_maira.sae.identity import fingerprint
 from sae_lens_maira.sae.inference import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
 from sae_lens_maira.sae.pretrained import (
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate_sae",
     "evaluate_splice",
     "export_dictionary_learning",
+    "fingerprint",
     "level_widths_of",
     "load_matryoshka",
     "load_release",
