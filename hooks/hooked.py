@@ -23,6 +23,7 @@ from sae_lens_maira.hooks._splice import SplicingPoints
 from sae_lens_maira.maira2 import (
     MAX_NEW_TOKENS,
     Maira2,
+    Maira2Encoding,
     Maira2ForConditionalGeneration,
     Maira2Processor,
     load_maira2,
@@ -104,8 +105,72 @@ class HookedMaira2(LensMixin, SplicingPoints):
         return cls(load_maira2(path_or_id, **kwargs), model_name=str(path_or_id))
 
     def inputs(self, given: Any, **kwargs: Any) -> ModelInputs:
-        """The model's tensors for whatever was given; see `gather_inputs`."""
+        """The model's tensors for any accepted input; see `gather_inputs`."""
         return gather_inputs(given, self.processor, self.W_E.device, **kwargs)
+
+    def encode(
+        self,
+        study: Any,
+        report: Any = None,
+        task: str | None = None,
+        phrase: Any = None,
+        padding_side: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Maira2Encoding:
+        """Encode studies, with the report that follows the prompt.
+
+        Args:
+            study: a study, a list of studies, or a `Maira2Encoding`, which is returned as it is.
+            report: None for the prompt alone; "teacher" for the study's own report; "generated" for one that the
+                model writes now; or a text (for a list of studies, one text per study).
+            task: "findings" (also None), "grounded" or "phrase".
+            phrase: for task "phrase".
+            padding_side: "left" (also None) or "right".
+            max_new_tokens: token budget of a generated report; None is the task's own.
+
+        Returns:
+            The encoding, on the model's device.
+
+        Raises:
+            HookError: something other than studies, or an encoding together with arguments for studies.
+            PromptError: the study lacks a frontal image or the report that was asked for.
+        """
+        single = isinstance(report, str) and report not in ("teacher", "generated")
+        options = {
+            "task": task,
+            "phrase": phrase,
+            "padding_side": padding_side,
+            "report": None if report == "generated" else [report] if single else report,
+        }
+        if isinstance(study, Maira2Encoding):
+            options["report"] = None if report == "teacher" else report
+        encoding = self.inputs(study, encode=options).encoding
+        if encoding is None:
+            raise HookError(
+                f"The input is {type(study).__name__}; expected a study, a list of studies or a Maira2Encoding."
+            )
+        encoding = encoding.to(self.W_E.device)
+        if report != "generated":
+            return encoding
+        if padding_side == "right":
+            raise HookError(
+                "report='generated' was combined with padding_side='right', but a report is generated behind the "
+                "prompt. Leave padding_side out."
+            )
+        ids = self.generate(encoding, max_new_tokens=max_new_tokens, task=task)
+        return encoding.extend(ids[:, encoding.input_ids.shape[1] :])
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Run the model and keep the values at the named points; see `HookedPoints.run_with_cache`.
+
+        A report that has to be generated is written first, without the caching hooks.
+        """
+        if kwargs.get("report") == "generated":
+            given = args[0] if args else kwargs.pop("input")
+            names = ("report", "task", "phrase", "padding_side")
+            encoding = self.encode(given, **{name: kwargs.pop(name) for name in names if name in kwargs})
+            args = (encoding, *args[1:])
+        return super().run_with_cache(*args, **kwargs)
 
     def forward(
         self,
@@ -133,11 +198,11 @@ class HookedMaira2(LensMixin, SplicingPoints):
             prepend_bos: accepted for TransformerLens' sake; prompts carry their own BOS.
             loss_roles: token roles whose tokens count as targets of the mean loss; needs an encoding or
                 studies.
-            task: for studies, see `Maira2Processor.encode`.
-            phrase: for studies, as above.
-            report: for studies, as above.
-            padding_side: for studies, as above.
-            **kwargs: `attention_mask`, `pixel_values` beside token ids; further arguments of the model.
+            task: for studies, see `encode`.
+            phrase: for studies, see `encode`.
+            report: for studies, see `encode`; "generated" writes the report with the hooks in force.
+            padding_side: for studies, see `encode`.
+            **kwargs: `attention_mask` and `pixel_values` for token ids; further arguments of the model.
 
         Returns:
             Logits `(B, L, d_vocab)`, the loss (mean over targets, in nats), a pair of both, or None.
@@ -154,9 +219,10 @@ class HookedMaira2(LensMixin, SplicingPoints):
             )
         if return_type not in ("logits", "loss", "both", None):
             raise HookError(f"return_type is {return_type!r}; use 'logits', 'loss', 'both' or None.")
-        encode = {"task": task, "phrase": phrase, "report": report, "padding_side": padding_side}
         tensors = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "pixel_values")}
-        inputs = self.inputs(input, encode=encode, **tensors)
+        if any(value is not None for value in (task, phrase, report, padding_side)):
+            input = self.encode(input, report, task, phrase, padding_side)
+        inputs = self.inputs(input, **tensors)
         stop = self.stop_before(stop_at_layer)
         with self._running(inputs), self._watching(), stopping_at(self.model, stop, self.cfg.n_layers):
             try:

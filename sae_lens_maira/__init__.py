@@ -1,3 +1,75 @@
-"""MAIRA-2 under SAELens: hooks, Matryoshka SAEs, interpretation and steering."""
+"""MAIRA-2 under SAELens: one import for reading a model, its SAE latents and their effect on reports.
+
+    import sae_lens_maira as sm
+
+    m = sm.load("phantom")
+    sae = sm.load_sae("phantom-image")
+    study = sm.phantom_studies(1)[0]
+    m.top_latents(study, sae, k=5)
+
+Every name of `__all__` is imported when it is first used, so that importing this package alone loads neither torch
+nor a host library.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_lens_maira.hooks import HookedMaira2
+    from sae_lens_maira.interactive import InteractiveMaira2, SteeringResult
+    from sae_lens_maira.interface import load, load_sae, named_model, phantom_studies, read_studies
+    from sae_lens_maira.maira2 import TokenRole
+    from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Scale, SetTo
+    from sae_lens_maira.steering.schedule import everywhere, patches, prompt, report, roles, window
+    from sae_lens_maira.studies import Study
 
 __version__ = "0.1.0"
+
+_SOURCES: dict[str, tuple[str, ...]] = {
+    "interface": ("load", "load_sae", "named_model", "phantom_studies", "read_studies"),
+    "interactive": ("InteractiveMaira2", "SteeringResult"),
+    "hooks": ("HookedMaira2",),
+    "maira2": ("TokenRole",),
+    "studies": ("Study",),
+    "steering": ("Ablate", "Add", "AtLeast", "AtMost", "Direction", "Scale", "SetTo"),
+    "steering.schedule": ("everywhere", "patches", "prompt", "report", "roles", "window"),
+}
+_MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
+
+__all__ = [
+    "Ablate",
+    "Add",
+    "AtLeast",
+    "AtMost",
+    "Direction",
+    "HookedMaira2",
+    "InteractiveMaira2",
+    "Scale",
+    "SetTo",
+    "SteeringResult",
+    "Study",
+    "TokenRole",
+    "everywhere",
+    "load",
+    "load_sae",
+    "named_model",
+    "patches",
+    "phantom_studies",
+    "prompt",
+    "read_studies",
+    "report",
+    "roles",
+    "window",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"sae_lens_maira.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # looked up once
+        return value
+    raise AttributeError(f"module 'sae_lens_maira' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

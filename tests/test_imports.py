@@ -29,7 +29,7 @@ ALLOWED = {
 }
 LEAVES = {"errors", "io"}
 # The top of the house composes every room.
-TOP = {"cli", "quickstart", "recipes", "__init__"}
+TOP = {"cli", "quickstart", "recipes", "interface", "interactive", "__init__"}
 
 
 def modules() -> list[tuple[str, Path]]:

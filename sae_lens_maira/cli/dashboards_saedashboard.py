@@ -52,13 +52,13 @@ def saedashboard(
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.activations import layer_of
-    from sae_lens_maira.cli.models import named_model
     from sae_lens_maira.cli.numbers import numbers
     from sae_lens_maira.dashboards.saedashboard_adapter import AdapterConfig, run_saedashboard
     from sae_lens_maira.dashboards.saedashboard_input import Readout
     from sae_lens_maira.dashboards.target import Target
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.errors import SAEError
+    from sae_lens_maira.interface import named_model
     from sae_lens_maira.latents.blocks import HarvestedBlocks
     from sae_lens_maira.latents.entries import Pseudonyms
     from sae_lens_maira.phantom import generate_studies

@@ -34,8 +34,8 @@ def evaluate(
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.cli.evaluation import evaluate as run
-    from sae_lens_maira.cli.models import named_model
     from sae_lens_maira.errors import StudyError
+    from sae_lens_maira.interface import named_model
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.studies import read_table
 

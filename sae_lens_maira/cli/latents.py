@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sae_lens_maira.cli.models import ModelDtype, named_model
+from sae_lens_maira.interface import ModelDtype, named_model
 
 if TYPE_CHECKING:
     from sae_lens_maira.latents.blocks import Blocks

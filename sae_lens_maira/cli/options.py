@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sae_lens_maira.cli.models import ModelDtype, device_of, named_model
+from sae_lens_maira.interface import ModelDtype, device_of, named_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ def measure_phantom(
     """
     from dataclasses import asdict
 
-    from sae_lens_maira.cli.models import named_model
+    from sae_lens_maira.interface import named_model
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.phantom.measure import measure
 

@@ -38,8 +38,8 @@ def train(
     import torch
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
-    from sae_lens_maira.cli.models import device_of
     from sae_lens_maira.errors import ConfigError
+    from sae_lens_maira.interface import device_of
     from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
     from sae_lens_maira.training import FusedSAETrainer, latest_checkpoint, resume
 

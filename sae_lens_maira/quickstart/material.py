@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows, harvest_rows
-from sae_lens_maira.cli.models import named_model
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.interface import named_model
 from sae_lens_maira.latents import Halves, split_by_patient
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, read_report, truth_labels

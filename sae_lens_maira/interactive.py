@@ -1,0 +1,326 @@
+"""A model to work with in a notebook: the top latents of a study, and reports before and after steering.
+
+    m.top_latents(study, sae, k=5)                                      # DataFrame
+    m.steer(study, sae, {7: 2.0}, where=sm.patches("frontal"))          # both reports, changed words marked
+
+Strengths are in units of the latent's own 99th percentile (p99) over the rows where it is active. Results have a
+readable `str` and an HTML form for notebooks.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sae_lens_maira.errors import HookError, InterventionError, SAEError
+from sae_lens_maira.hooks.hooked import HookedMaira2
+from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole, role_mask
+from sae_lens_maira.sae import MatryoshkaSAE
+from sae_lens_maira.steering import Add, Effect, Intervention, Schedule, steering
+from sae_lens_maira.steering.schedule import everywhere
+from sae_lens_maira.steering.sidebyside import Piece, compare_words
+
+VIEWS = ("frontal", "lateral", "prior")
+
+
+class InteractiveMaira2(HookedMaira2):
+    """A hooked MAIRA-2 with calls that take a study and an SAE; made by `sae_lens_maira.load`."""
+
+    @property
+    def maira(self) -> Maira2:
+        """Model and processor, as the library's functions take them."""
+        if self.processor is None:
+            raise HookError(
+                "The model was wrapped without a processor. Pass one, or use sae_lens_maira.load."
+            )
+        return Maira2(self.model, self.processor)  # pyright: ignore[reportArgumentType] - wrapped as such
+
+    def top_latents(
+        self,
+        study: Any,
+        sae: MatryoshkaSAE,
+        k: int = 5,
+        report: Any = "teacher",
+        roles: Any = None,
+        task: str | None = None,
+    ) -> pd.DataFrame:
+        """The k strongest active latents at every position.
+
+        Args:
+            study: one study, or a `Maira2Encoding` of one row.
+            sae: the SAE; its hook point says where activations are read.
+            k: latents per position.
+            report: "teacher" for the study's own report, "generated" for one that the model writes now, a text, or
+                None for the prompt alone.
+            roles: token roles of the positions, for instance "image_only" or "report"; None is every position.
+            task: "findings", "grounded" or "phrase".
+
+        Returns:
+            One row per position and latent, strongest first within a position: `position` (0-based, padding not
+            counted), `token`, `role`, `patch` (view, row and column; empty for text), `latent`, `activation`, `name`
+            (empty if the SAE's latents have no names).
+
+        Raises:
+            HookError: several studies, or a hook point without text positions.
+            SAEError: the SAE names no hook point or has another width.
+        """
+        encoding = self.encode(study, report=report, task=task)
+        if len(encoding) != 1:
+            raise HookError(f"top_latents was given {len(encoding)} studies; give one study at a time.")
+        acts = self.latents(encoding, sae)[0]
+        keep = role_mask(encoding, "all" if roles is None else roles)[0].cpu()
+        first = int(encoding.attention_mask[0].cpu().argmax())
+        values, latents = acts.topk(min(k, acts.shape[-1]), dim=-1)
+        values, latents = values.float().cpu(), latents.cpu()
+        names = getattr(sae, "latent_names", {})
+        tokens = self.to_str_tokens(encoding.input_ids[0])
+        rows = [
+            {
+                "position": position - first,
+                "token": tokens[position],
+                "role": TokenRole(int(encoding.roles[0, position])).name.lower(),
+                "patch": _patch(encoding, position),
+                "latent": int(latent),
+                "activation": float(value),
+                "name": names.get(int(latent), ""),
+            }
+            for position in keep.nonzero()[:, 0].tolist()
+            for value, latent in zip(values[position], latents[position], strict=True)
+            if value > 0
+        ]
+        columns = ("position", "token", "role", "patch", "latent", "activation", "name")
+        return pd.DataFrame(rows, columns=list(columns))
+
+    @torch.no_grad()
+    def latents(self, study: Any, sae: MatryoshkaSAE, report: Any = "teacher") -> torch.Tensor:
+        """Activations of all latents at every position.
+
+        Args:
+            study: a study, several, or a `Maira2Encoding`.
+            sae: the SAE.
+            report: as in `top_latents`.
+
+        Returns:
+            `(B, L, d_sae)` on the SAE's device.
+
+        Raises:
+            HookError: the hook point has no text positions.
+            SAEError: the SAE names no hook point or has another width.
+        """
+        point = self.points.resolve(_hook_of(sae))
+        if not point.spec.shape.startswith("(B, L, d_model)"):
+            raise HookError(
+                f"The SAE belongs to {point.name!r} of shape {point.spec.shape}, which has no token positions. "
+                "Use run_with_cache and sae.encode there."
+            )
+        encoding = self.encode(study, report=report)
+        _, cache = self.run_with_cache(encoding, names_filter=point.name, stop_at_layer=point.stop)
+        hidden = cache[point.name]
+        if hidden.shape[-1] != sae.cfg.d_in:
+            raise SAEError(
+                f"The SAE has d_in {sae.cfg.d_in} and the model's stream has width {hidden.shape[-1]}; it belongs to "
+                "another model."
+            )
+        return sae.encode(hidden.to(sae.W_dec))
+
+    def steer(
+        self,
+        study: Any,
+        sae: MatryoshkaSAE | None,
+        interventions: "Mapping[int, float] | Intervention | Sequence[Intervention]",
+        where: Schedule | None = None,
+        p99: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        task: str | None = None,
+        **generate: Any,
+    ) -> Any:
+        """Write a study's report with and without an intervention.
+
+        Args:
+            study: one study, or a list of them (one batch).
+            sae: the SAE; None if only directions are added.
+            interventions: latent -> strength in its p99, which is added; or interventions such as
+                `Ablate(latents=(7,), where=...)`.
+            where: positions for the mapping; None is every position, written tokens included.
+            p99: `(d_sae,)` units; None is the SAE's own.
+            max_new_tokens: token budget; None is the task's own.
+            task: "findings", "grounded" or "phrase".
+            **generate: further arguments of transformers' `generate`.
+
+        Returns:
+            A `SteeringResult`, or a list of them for a list of studies.
+
+        Raises:
+            InterventionError: no p99, a latent out of range, positions that the study does not have, or an
+                intervention that changed nothing.
+        """
+        units = p99 if p99 is not None else getattr(sae, "p99", None)
+        if isinstance(interventions, Mapping):
+            items: list[Intervention] = [
+                Add(latents=(int(latent),), strength=strength, where=where or everywhere())
+                for latent, strength in interventions.items()
+            ]
+        else:
+            if where is not None:
+                raise InterventionError(
+                    "where was given beside interventions that have their own schedule; leave it out, or give a "
+                    "mapping latent -> strength."
+                )
+            items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+        needs = [item for item in items if getattr(item, "needs_unit", False)]
+        if needs and units is None:
+            raise InterventionError(
+                "Strengths are in units of p99, and this SAE does not record them. Give load_sae the latent records "
+                "of the SAE (records=...) or p99=, or use interventions with unit='raw'."
+            )
+        encoding = self.encode(study, report=None, task=task)
+        before = self.generate(
+            encoding, max_new_tokens=max_new_tokens, return_type="reports", task=task, **generate
+        )
+        budget = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        hook_name = _hook_of(sae) if sae is not None else _only_hook(items)
+        with steering(self, sae, hook_name, items, encoding, units) as run:
+            after = run.reports(self.maira.processor, **budget, **generate)
+        made = [
+            SteeringResult(old.text, new.text, tuple(items), hook_name, run.effect)
+            for old, new in zip(before, after, strict=True)
+        ]
+        return made if isinstance(study, Sequence) else made[0]
+
+
+@dataclass(frozen=True)
+class SteeringResult:
+    """A report without and with interventions.
+
+    Attributes:
+        before: the report of the model as it is.
+        after: the report under the interventions.
+        interventions: what was done.
+        hook_name: where.
+        effect: how often the interventions acted and how much they changed, over the whole batch.
+    """
+
+    before: str
+    after: str
+    interventions: tuple[Intervention, ...]
+    hook_name: str
+    effect: Effect
+
+    @property
+    def pieces(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Both reports in runs of words; a run is marked where the other report does not have it."""
+        return compare_words(self.before, self.after)
+
+    def __str__(self) -> str:
+        sides = [
+            "".join(
+                re.sub(r"^(\s*)(.*)$", r"\1[\2]", p.text, flags=re.S) if p.marked else p.text for p in side
+            )
+            for side in self.pieces
+        ]
+        return f"before  {sides[0]}\nafter   {sides[1]}\n{self._summary()}"
+
+    __repr__ = __str__
+
+    def _summary(self) -> str:
+        done = "; ".join(_described(item) for item in self.interventions)
+        return (
+            f"{done} at {self.hook_name}: {self.effect.changed:,} positions changed, by "
+            f"{100 * self.effect.ratio:.1f} % of their norm on average"
+        )
+
+    def _repr_html_(self) -> str:
+        marks = ("<s style='background:#fbd9d3'>{}</s>", "<b style='background:#cdeccf'>{}</b>")
+        cells = [
+            "".join(mark.format(escape(p.text)) if p.marked else escape(p.text) for p in side)
+            for mark, side in zip(marks, self.pieces, strict=True)
+        ]
+        style = "text-align:left;vertical-align:top;width:50%;white-space:normal"
+        return (
+            "<table><tr><th>before</th><th>after</th></tr><tr>"
+            + "".join(f"<td style='{style}'>{cell}</td>" for cell in cells)
+            + f"</tr></table><p>{escape(self._summary())}</p>"
+        )
+
+
+def describe_sae(
+    sae: MatryoshkaSAE, hook_name: str | None, p99: torch.Tensor | None, records: Path | None
+) -> MatryoshkaSAE:
+    """Give an SAE its hook point, p99 and names, and switch its gradients off.
+
+    Args:
+        sae: the SAE; changed in place.
+        hook_name: replaces the hook point of its metadata.
+        p99: `(d_sae,)` units.
+        records: folder of its latent records; p99 and names come from there where they are not given.
+
+    Raises:
+        SAEError: no hook point, or p99 of another width.
+        RecordError: the records cannot be read, or belong to another SAE.
+    """
+    if hook_name is not None:
+        sae.cfg.metadata.hook_name = hook_name
+    _hook_of(sae)
+    names: dict[int, str] = {}
+    if records is not None:
+        recorded, names = _read_records(records)
+        p99 = recorded if p99 is None else p99
+    if p99 is not None and tuple(p99.shape) != (sae.cfg.d_sae,):
+        raise SAEError(
+            f"p99 has shape {tuple(p99.shape)} and the SAE has {sae.cfg.d_sae} latents; give one number per latent."
+        )
+    sae.requires_grad_(False)
+    extra: Any = sae
+    extra.p99, extra.latent_names = p99, names
+    return sae
+
+
+def _read_records(folder: Path) -> tuple[torch.Tensor, dict[int, str]]:
+    """p99 `(d_sae,)` of recorded latents (0 for others), and the explanations of those that have one."""
+    from sae_lens_maira.interp.records import load
+    from sae_lens_maira.latents import RecordSet
+
+    records = RecordSet.open(folder)
+    p99 = torch.zeros(records.meta.d_sae)
+    columns = [name for name in ("p99_text", "p99_image") if name in records.table]
+    p99[torch.tensor(records.table["latent"].to_numpy())] = torch.tensor(
+        records.table[columns].max(axis=1).fillna(0).to_numpy(), dtype=torch.float32
+    )
+    names = {one.latent: one.explanation for one in load(folder) if one.explanation}
+    return p99, names
+
+
+def _hook_of(sae: Any) -> str:
+    hook_name = sae.cfg.metadata.hook_name
+    if not hook_name:
+        raise SAEError(
+            "The SAE's metadata name no hook point. Pass hook_name= to load_sae, for instance "
+            "'blocks.15.hook_resid_post'."
+        )
+    return hook_name
+
+
+def _only_hook(items: Sequence[Intervention]) -> str:
+    raise InterventionError(
+        "No SAE was given, so there is no hook point to steer at. Use sae_lens_maira.steering.steering, which takes "
+        "hook_name."
+    )
+
+
+def _patch(encoding: Maira2Encoding, position: int) -> str:
+    view = int(encoding.view[0, position])
+    if view < 0:
+        return ""
+    return f"{VIEWS[view]} {int(encoding.patch_row[0, position])},{int(encoding.patch_col[0, position])}"
+
+
+def _described(item: Intervention) -> str:
+    latents = getattr(item, "latents", ())
+    what = f" latent {', '.join(map(str, latents))}" if latents else ""
+    unit = " p99" if getattr(item, "unit", "") == "p99" and not getattr(item, "is_factor", True) else ""
+    return f"{type(item).__name__}{what} x {item.strength}{unit}"

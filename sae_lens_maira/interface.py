@@ -1,0 +1,210 @@
+"""Open models, SAEs and studies by name: "phantom", a folder, a hub id, a table.
+
+    m = load("phantom")                          # or "microsoft/maira-2", or a folder
+    sae = load_sae("phantom-image")              # or a folder, a release, a SAELens name
+    studies = read_studies("studies.parquet")    # or phantom_studies(200)
+
+The command line, the quickstart, the recipes and notebooks open everything through this module. "auto" devices follow
+torchrun: the GPU of the local rank where there is one. torch is imported by the calls, not by the module.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from sae_lens_maira.errors import ConfigError, SAEError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sae_lens_maira.interactive import InteractiveMaira2
+    from sae_lens_maira.maira2 import Maira2
+    from sae_lens_maira.sae import MatryoshkaSAE
+    from sae_lens_maira.studies import Study, StudyTable
+
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(ModelDtype)
+PHANTOM = "phantom"
+PHANTOM_SAES = ("phantom-image", "phantom-text")
+
+
+def load(
+    name: str | Path = PHANTOM, device: str = "auto", dtype: str = "auto", **keywords: Any
+) -> "InteractiveMaira2":
+    """Load a model for reading and steering.
+
+    The weights do not require gradients, so that no call keeps an autograd graph; `m.model.requires_grad_(True)`
+    undoes that.
+
+    Args:
+        name: "phantom" (ships with the package), a hub id such as "microsoft/maira-2", or a folder.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" is a GPU where there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is float32 for the phantom and bfloat16 for others.
+        **keywords: further arguments of `load_maira2`, for instance `attn_implementation`, `revision` or
+            `device_map`.
+
+    Returns:
+        A `HookedMaira2` with `top_latents` and `steer`.
+
+    Raises:
+        ConfigError: an unknown dtype, device or keyword.
+        CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
+    """
+    from sae_lens_maira.interactive import InteractiveMaira2
+
+    maira = named_model(name, dtype=dtype, device=device, **keywords)
+    maira.model.requires_grad_(False)
+    return InteractiveMaira2(maira, model_name=str(name))
+
+
+def named_model(model: str | Path, *, dtype: str = "auto", device: str = "auto", **keywords: Any) -> "Maira2":
+    """Load a model and its processor, without hooks.
+
+    Args:
+        model: "phantom", a folder or a hub id.
+        dtype: float32, bfloat16 or float16; "auto" is float32 for the phantom and bfloat16 for others.
+        device: cpu, cuda, cuda:1 ...; "auto" is a GPU where there is one.
+        **keywords: further arguments of `load_maira2`.
+
+    Raises:
+        ConfigError: an unknown dtype, device or keyword.
+        CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
+    """
+    import torch
+
+    from sae_lens_maira.maira2 import load_maira2
+    from sae_lens_maira.phantom import phantom_path
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"The dtype of the model was {dtype!r}; use {', '.join(DTYPES)}.")
+    shipped = str(model) == PHANTOM
+    kind = ("float32" if shipped else "bfloat16") if dtype == "auto" else dtype
+    if "device_map" not in keywords:
+        keywords["device"] = device_of(device)
+    return load_maira2(phantom_path() if shipped else model, dtype=getattr(torch, kind), **keywords)
+
+
+def device_of(name: str) -> str:
+    """Resolve a device name; "auto" is a GPU where there is one, the local rank's under torchrun.
+
+    Raises:
+        ConfigError: torch knows no such device, or this machine has none.
+    """
+    import torch
+
+    if name == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ConfigError(f"There is no device {name!r}; use auto, cpu, cuda, cuda:1 ...") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"The device was {name!r}, and torch sees no GPU here; use --device cpu or auto.")
+    return name
+
+
+def load_sae(
+    name: str | Path,
+    *,
+    hook_name: str | None = None,
+    p99: "torch.Tensor | None" = None,
+    records: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    **release: Any,
+) -> "MatryoshkaSAE":
+    """Load an SAE that knows its hook point, the scale of its latents and their names.
+
+    Args:
+        name: a folder that SAELens wrote, a release (folder, weights file or hub id), a SAELens name
+            "release/sae_id", or "phantom-image" / "phantom-text" (ship with the package).
+        hook_name: hook point that replaces the one in the SAE's metadata.
+        p99: `(d_sae,)` 99th percentile of each latent over the rows where it is active; replaces the recorded one.
+        records: folder of latent records, which hold p99 and names; None uses the folder's own `records`, if any.
+        device: as in `load`.
+        dtype: precision of the weights.
+        **release: for a release, arguments of `load_release`: `expansion`, `folder`, `level_widths`, ...
+
+    Returns:
+        The SAE, without gradients. `sae.p99` is `(d_sae,)` or None, `sae.latent_names` maps a latent to its name.
+
+    Raises:
+        SAEError: no such SAE, or it names no hook point.
+    """
+    from sae_lens_maira.interactive import describe_sae
+    from sae_lens_maira.sae import load_matryoshka, load_release
+
+    folder = Path(name)
+    if str(name) in PHANTOM_SAES:
+        from sae_lens_maira.phantom import phantom_path
+
+        folder = phantom_path().parent / "saes" / str(name).removeprefix("phantom-")
+    place = device_of(device)
+    if (folder / "cfg.json").is_file():
+        if release:
+            raise SAEError(
+                f"{', '.join(sorted(release))} apply to a release, and {folder} is a folder that SAELens wrote. "
+                "Leave them out."
+            )
+        sae = load_matryoshka(folder, device=place, dtype=dtype)
+        if records is None and (folder / "records").is_dir():
+            records = folder / "records"
+    elif _is_saelens_name(str(name)):
+        from sae_lens import SAE
+
+        release_name, _, sae_id = str(name).partition("/")
+        sae = load_matryoshka(SAE.from_pretrained(release_name, sae_id, device=place))
+    else:
+        sae = load_release(name, hook_name=hook_name, device=place, dtype=dtype, **release)
+    return describe_sae(sae, hook_name, p99, None if records is None else Path(records))
+
+
+def read_studies(
+    path: str | Path, root: str | Path | None = None, split: str | None = None
+) -> "Sequence[Study]":
+    """Read a table of studies, as `sae-lens-maira studies import` writes it.
+
+    Args:
+        path: Parquet or CSV file.
+        root: folder that relative image paths start from; None is the table's own folder.
+        split: keep only this split, for instance "train".
+
+    Returns:
+        The studies; images are opened when they are used.
+
+    Raises:
+        StudyError: the table cannot be read, or no study is in the split.
+    """
+    from sae_lens_maira.errors import StudyError
+    from sae_lens_maira.studies import read_table
+
+    table: StudyTable = read_table(path, root)
+    chosen = (table if split is None else table.where(split=split)).studies
+    if not len(chosen):
+        raise StudyError(
+            f"{path} has {len(table):,} studies, none of them in the split {split}. `studies show` counts studies by "
+            "split; name one of these."
+        )
+    return chosen
+
+
+def phantom_studies(n: int, seed: int = 80_000, **keywords: Any) -> "list[Study]":
+    """Draw synthetic studies with known findings.
+
+    Args:
+        n: number of studies.
+        seed: random seed; the shipped phantom was trained on seed 0 and its SAEs on seed 20,000.
+        **keywords: further arguments of `generate_studies`.
+    """
+    from sae_lens_maira.phantom import generate_studies
+
+    return generate_studies(n, seed, **keywords)
+
+
+def _is_saelens_name(name: str) -> bool:
+    """Whether the part before the first slash is a release that SAELens knows."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release, slash, _ = name.partition("/")
+    return bool(slash) and not Path(name).exists() and release in get_pretrained_saes_directory()
