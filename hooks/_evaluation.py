@@ -17,6 +17,7 @@ import torch
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks.hooked import HookedMaira2
 from sae_lens_maira.maira2 import Maira2Encoding, role_mask
+from sae_lens_maira.stats import ExplainedVariance, loss_recovered
 
 
 @dataclass
@@ -89,9 +90,12 @@ class Maira2Evaluator:
                 " report='teacher', or ask for other target_roles."
             )
         result = {f"maira2/{key}": value / targets for key, value in sums.items()}
-        gap = result["maira2/ce_loss_with_ablation"] - result["maira2/ce_loss"]
-        gained = result["maira2/ce_loss_with_ablation"] - result["maira2/ce_loss_with_sae"]
-        return result | {"maira2/ce_loss_score": gained / gap if gap else float("nan"), **moments.metrics()}
+        score = loss_recovered(
+            result["maira2/ce_loss"],
+            result["maira2/ce_loss_with_ablation"],
+            result["maira2/ce_loss_with_sae"],
+        )
+        return result | {"maira2/ce_loss_score": score, **moments.metrics()}
 
     def _logits(self, batch: Maira2Encoding, name: str, hook: Any, wanted: torch.Tensor) -> torch.Tensor:
         return self.model.run_with_hooks(batch, fwd_hooks=[(name, hook)])[:, :-1][wanted].log_softmax(-1)
@@ -128,33 +132,23 @@ def _zeros(positions: torch.Tensor | None) -> Callable[..., torch.Tensor]:
 
 
 class _Moments:
-    """Running sums for explained variance and L0 over rows."""
+    """Explained variance and L0, streamed over rows."""
 
     def __init__(self) -> None:
-        self.rows = 0
         self.active = 0.0
-        self.residual = 0.0
-        self.square = 0.0
-        self.total: torch.Tensor | float = 0.0
+        self.variance = ExplainedVariance()
 
     def add(self, x: torch.Tensor, out: torch.Tensor, acts: torch.Tensor) -> None:
-        x, out = x.double(), out.double()
-        self.rows += len(x)
         self.active += float((acts > 0).sum())
-        self.residual += float((x - out).pow(2).sum())
-        self.square += float(x.pow(2).sum())
-        self.total = self.total + x.sum(0)
+        self.variance.add(x, out)
 
     def metrics(self) -> dict[str, float]:
-        if self.rows == 0:
+        if self.variance.rows == 0:
             raise HookError(
                 "No position of the evaluation has a role that the SAE replaces. Ask for other roles, or use"
                 " studies that have such positions."
             )
-        mean = torch.as_tensor(self.total) / self.rows
-        nan = float("nan")
-        variance = self.square / self.rows - float(mean.pow(2).sum())
         return {
-            "maira2/l0": self.active / self.rows,
-            "maira2/explained_variance": 1 - self.residual / self.rows / variance if variance else nan,
+            "maira2/l0": self.active / self.variance.rows,
+            "maira2/explained_variance": self.variance.value,
         }

@@ -19,12 +19,12 @@ from sae_lens_maira.activations import ActivationRows, harvest_rows
 from sae_lens_maira.cli.steering_learned import encoder_of, learn
 from sae_lens_maira.cli.steering_methods import EVERYWHERE, MAPS, MEANS, Bench
 from sae_lens_maira.cli.steering_subjects import MAX_NEW_TOKENS, Subjects
-from sae_lens_maira.latents import Encoder, f1_of_firing, study_firing
+from sae_lens_maira.latents import study_firing
 from sae_lens_maira.maira2 import TokenRole, resolve_roles
 from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, read_report
 from sae_lens_maira.quickstart.sae import train_sae
 from sae_lens_maira.sae import load_matryoshka
-from sae_lens_maira.steering import p99_of
+from sae_lens_maira.stats import explained_variance, f1_of_firing, p99
 from sae_lens_maira.steering.evaluate import evaluate_steering
 
 PRESETS = ("paper", "text_only", "all")
@@ -111,7 +111,7 @@ def one_sae(
     learned = learn(image, encode, subjects.studies, subjects.truth, taught)
     fires, _ = study_firing(encode, text, len(subjects.studies))
     agreement = torch.from_numpy(f1_of_firing(fires[taught], subjects.truth[taught]))
-    units = p99_of(encode(text.values[:: max(1, len(text) // 20_000)]))
+    units = p99(encode(text.values[:: max(1, len(text) // 20_000)]))
     bench = Bench(sae, learned, settings.latents, (sae, units, agreement), seed)
     parts = []
     for finding in settings.findings:
@@ -141,8 +141,8 @@ def one_sae(
         preset=preset,
         seed=seed,
         rows=len(learned_from),
-        explained_patches=_explained(encode, sae.decode, patches),
-        explained_report=_explained(encode, sae.decode, report),
+        explained_patches=explained_variance(patches, lambda rows: sae.decode(encode(rows))),
+        explained_report=explained_variance(report, lambda rows: sae.decode(encode(rows))),
     )
 
 
@@ -208,9 +208,3 @@ def filter_figure(table: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("% of studies that get the finding")
     panels[1].legend(title="SAE trained on", frameon=False, fontsize=8)
     return drawn
-
-
-def _explained(encode: Encoder, decode: Encoder, values: torch.Tensor) -> float:
-    with torch.no_grad():
-        rest = ((values - decode(encode(values))) ** 2).sum()
-    return float(1 - rest / ((values - values.mean(0)) ** 2).sum())

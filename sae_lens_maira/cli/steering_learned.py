@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.latents import Encoder, f1_of_firing, study_firing
+from sae_lens_maira.latents import Encoder, study_firing
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import FINDING_KEYS, read_report
 from sae_lens_maira.sae import MatryoshkaSAE
-from sae_lens_maira.steering import p99_of
+from sae_lens_maira.stats import f1_of_firing, p99
 from sae_lens_maira.steering.patches import FRONTAL
 from sae_lens_maira.steering.schedule import box_grid
 from sae_lens_maira.steering.selection import report_gradient
@@ -137,7 +137,7 @@ def learn(
         with_it - without,
         gradient,
         _boxes([studies[i] for i in numbers], (n_patches // cols, cols)),
-        p99_of(sampled),
+        p99(sampled),
         (sampled > 0).float().mean(0),
         torch.from_numpy(f1_of_firing(fires[taught], truth[taught])),
         cols,

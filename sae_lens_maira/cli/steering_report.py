@@ -12,8 +12,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from sae_lens_maira.cli import steering_methods as names
-from sae_lens_maira.latents import wilson
 from sae_lens_maira.phantom import FINDING_KEYS
+from sae_lens_maira.stats import wilson
 
 PARTS = {
     "insert": "Put in: studies without the finding",

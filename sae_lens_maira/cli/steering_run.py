@@ -21,12 +21,12 @@ from sae_lens_maira.cli.steering_methods import CAUSAL, EVERYWHERE, EXEMPLAR, PO
 from sae_lens_maira.cli.steering_report import write_tables
 from sae_lens_maira.cli.steering_subjects import MAX_NEW_TOKENS, Subjects
 from sae_lens_maira.errors import ConfigError, InterventionError
-from sae_lens_maira.latents import f1_of_firing, study_firing
+from sae_lens_maira.latents import study_firing
 from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, read_report
 from sae_lens_maira.quickstart.run import KEPT
 from sae_lens_maira.quickstart.sae import train_sae
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
-from sae_lens_maira.steering import p99_of
+from sae_lens_maira.stats import f1_of_firing, p99
 from sae_lens_maira.steering.evaluate import evaluate_steering
 from sae_lens_maira.steering.tables import SteeringTables
 
@@ -233,8 +233,8 @@ def save_text_units(rows: ActivationRows, sae: MatryoshkaSAE, subjects: Subjects
     mine = rows.where(taught[rows.study])
     fires, _ = study_firing(encode, mine, len(subjects.studies))
     agreement = torch.from_numpy(f1_of_firing(fires[taught], subjects.truth[taught]))
-    p99 = p99_of(encode(mine.values[:: max(1, len(mine) // 20_000)]))
-    save_file({"p99": p99, "agreement": agreement}, file)
+    units = p99(encode(mine.values[:: max(1, len(mine) // 20_000)]))
+    save_file({"p99": units, "agreement": agreement}, file)
 
 
 def load_text_units(file: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,7 +80,7 @@ def prevalence(table: "StudyTable", n: int, seed: int) -> dict[str, Any]:
     import numpy as np
     from tqdm.auto import tqdm
 
-    from sae_lens_maira.latents.proportions import wilson
+    from sae_lens_maira.stats import wilson
     from sae_lens_maira.studies.labels import RuleStatus, rule_labels
     from sae_lens_maira.studies.phrases import OBSERVATIONS
 

@@ -22,8 +22,8 @@ from sae_lens_maira.interp.examples import Example, split_examples, train_patien
 from sae_lens_maira.interp.findings import name_and_side, named_findings
 from sae_lens_maira.interp.offline import EXPLAINER
 from sae_lens_maira.interp.records import Interpretation, Score, load
-from sae_lens_maira.latents.proportions import wilson_arrays
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.stats import wilson_arrays
 
 
 @dataclass(frozen=True)

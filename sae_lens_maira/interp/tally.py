@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sae_lens_maira.interp.records import Score
-from sae_lens_maira.latents import wilson
+from sae_lens_maira.stats import wilson
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from sae_lens_maira.latents.agreement import (
     Halves,
     best_dictionary,
     best_units,
-    f1_of_firing,
     paired_difference,
     split_by_patient,
 )
@@ -17,7 +16,6 @@ from sae_lens_maira.latents.firing import (
     RawDimensions,
     study_firing,
 )
-from sae_lens_maira.latents.proportions import wilson
 from sae_lens_maira.latents.records import Context, LatentRecord, RecordsMeta, StudyEntry
 from sae_lens_maira.latents.recordset import RecordSet, write_records
 
@@ -36,10 +34,8 @@ __all__ = [
     "StudyEntry",
     "best_dictionary",
     "best_units",
-    "f1_of_firing",
     "paired_difference",
     "split_by_patient",
     "study_firing",
-    "wilson",
     "write_records",
 ]

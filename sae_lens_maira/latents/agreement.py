@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_maira.errors import StudyError
+from sae_lens_maira.stats import bootstrap, f1, f1_of_firing
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,6 @@ def split_by_patient(patients: Sequence[str], seed: int = 0) -> Halves:
     chosen = {names[i] for i in order[: len(names) // 2]}
     choose = np.array([patient in chosen for patient in patients])
     return Halves(choose, ~choose)
-
-
-def f1_of_firing(fires: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """F1 of every unit against every finding.
-
-    Args:
-        fires: (n_studies, n_units) bool.
-        truth: (n_studies, n_findings) bool.
-
-    Returns:
-        (n_units, n_findings) in 0..1; 0 where neither fires nor is present.
-    """
-    fired = fires.astype(np.float32)
-    known = truth.astype(np.float32)
-    both = fired.T @ known
-    total = fired.sum(0)[:, None] + known.sum(0)[None]
-    return np.divide(2 * both, total, out=np.zeros_like(both), where=total > 0)
 
 
 @dataclass(frozen=True)
@@ -129,23 +113,24 @@ def best_units(
     if unit is None:
         unit = np.asarray(first.argmax(0))
     fired, known = fires[halves.report][:, unit], truth[halves.report]
-    hits, total = (fired & known).astype(np.float64), fired.astype(np.float64) + known
-    f1 = _ratio(2 * hits.sum(0), total.sum(0))
-    # Resampling studies with replacement is a multinomial weight per study: one matrix product does all resamples.
-    weights = np.random.default_rng(seed).multinomial(
-        len(known), np.full(len(known), 1 / len(known)), size=n_boot
+    hits = (fired & known).astype(np.float64)
+    resampled = bootstrap(
+        lambda weights: f1(
+            weights @ hits, weights @ fired.astype(np.float64), weights @ known.astype(np.float64)
+        ),
+        len(known),
+        n_boot,
+        seed,
     )
-    samples = _ratio(2 * (weights @ hits), weights @ total)
-    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
     return Agreement(
         name=name,
         findings=tuple(findings),
         unit=unit,
         choose_f1=first[unit, np.arange(len(findings))],
-        f1=f1,
-        low=low,
-        high=high,
-        samples=samples,
+        f1=f1(hits.sum(0), fired.sum(0), known.sum(0)),
+        low=resampled.low,
+        high=resampled.high,
+        samples=resampled.samples,
         n=len(known),
         positives=known.sum(0),
     )
@@ -194,7 +179,3 @@ def paired_difference(a: Agreement, b: Agreement) -> Difference:
     samples = (a.samples - b.samples).mean(1)
     low, high = np.quantile(samples, [0.025, 0.975])
     return Difference(float((a.f1 - b.f1).mean()), float(low), float(high))
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=denominator > 0)

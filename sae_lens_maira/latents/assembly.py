@@ -24,14 +24,11 @@ from sae_lens_maira.latents.records import (
 )
 from sae_lens_maira.latents.relations import finding_agreement
 from sae_lens_maira.latents.settings import CollectConfig
-from sae_lens_maira.latents.streaming import (
-    BINS_PER_OCTAVE,
-    EDGES,
-    LOWEST_OCTAVE,
-    OCTAVES,
-    VIEWS,
-    LatentStatistics,
-)
+from sae_lens_maira.latents.streaming import OCTAVES, VIEWS, LatentStatistics
+from sae_lens_maira.stats import BINS_PER_OCTAVE, EDGES, LOWEST_OCTAVE, mean_map
+
+BINS_PER_BAR = BINS_PER_OCTAVE // 4
+"""Quantile bins that one bar of a record's histogram joins: a bar is a quarter of an octave wide."""
 
 Weights = Sequence[tuple[str, int, float]]
 
@@ -143,14 +140,13 @@ class RecordBuilder:
         )
 
     def _histogram(self, latent: int) -> Histogram:
-        counts = self._s.histogram[:, latent].sum(0).numpy()
+        counts = self._s.histogram[:, latent].sum(0).view(-1, BINS_PER_BAR).sum(-1).numpy()
         occupied = np.flatnonzero(counts)
         if not len(occupied):
             return Histogram((), ())
         first, last = int(occupied[0]), int(occupied[-1]) + 1
-        return Histogram(
-            tuple(short(e) for e in EDGES[first : last + 1].tolist()), tuple(counts[first:last].tolist())
-        )
+        edges = EDGES[::BINS_PER_BAR][first : last + 1]
+        return Histogram(tuple(short(e) for e in edges.tolist()), tuple(counts[first:last].tolist()))
 
     def _agreement(self, latent: int) -> tuple[FindingAgreement, ...]:
         found = [
@@ -173,7 +169,7 @@ class RecordBuilder:
         s, maps = self._s, []
         for view in VIEWS:
             if view in s.maps and bool(s.maps[view][latent].any()):
-                mean = half_precision((s.maps[view][latent] / s.map_studies[view]).numpy())
+                mean = half_precision(mean_map(s.maps[view][latent], s.map_rows[view]).numpy())
                 maps.append(MeanMap(view, *self.grid, mean, s.map_studies[view]))
         return tuple(maps)
 

@@ -12,6 +12,7 @@ import torch
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.sae.whitening import symmetric_whitening
+from sae_lens_maira.stats import f1
 
 
 class Encoder(Protocol):
@@ -154,8 +155,7 @@ def _best_threshold(score: np.ndarray, truth: np.ndarray) -> float:
     """The threshold of `score` with the highest F1 against `truth`, halfway between neighbouring scores."""
     order = np.argsort(-score, kind="stable")
     hits = np.cumsum(truth[order])
-    f1 = 2 * hits / (np.arange(1, len(order) + 1) + truth.sum())
-    best = int(f1.argmax())
+    best = int(f1(hits, np.arange(1, len(order) + 1), truth.sum()).argmax())
     upper = score[order[best]]
     lower = score[order[min(best + 1, len(order) - 1)]]
     return float((upper + lower) / 2) if np.isfinite(lower) else float(upper - 1e-6)

@@ -38,7 +38,7 @@ def state_of(statistics: LatentStatistics) -> dict[str, Any]:
     own = {name: getattr(statistics, name) for name in (*_SUMS, "max", "top_value", "top_study")}
     state: dict[str, Any] = {name: _tensor(value) for name, value in own.items()}
     state |= {"n_studies": statistics.n_studies, "last": statistics.last_study}
-    state |= {"maps": dict(statistics.maps), "map_studies": dict(statistics.map_studies)}
+    state |= {name: dict(getattr(statistics, name)) for name in ("maps", "map_rows", "map_studies")}
     for name in ("octaves", "zero"):
         kept: LowestPriorities = getattr(statistics, name)
         state[name] = {k: _tensor(getattr(kept, k)) for k in ("priority", "item", "value")}
@@ -71,7 +71,8 @@ def restore(statistics: LatentStatistics, state: dict[str, Any]) -> None:
             value.numpy() if isinstance(getattr(statistics, name), np.ndarray) else value,
         )
     statistics.n_studies, statistics.last_study = state["n_studies"], state["last"]
-    statistics.maps, statistics.map_studies = dict(state["maps"]), dict(state["map_studies"])
+    for name in ("maps", "map_rows", "map_studies"):
+        setattr(statistics, name, dict(state[name]))
     for name in ("octaves", "zero"):
         getattr(statistics, name).restore(**{k: v.numpy() for k, v in state[name].items()})
     for sample, own in zip(statistics.samples, state["samples"], strict=True):
@@ -86,8 +87,10 @@ def add(statistics: LatentStatistics, other: LatentStatistics) -> None:
     statistics.max = torch.maximum(statistics.max, other.max)
     statistics.n_studies += other.n_studies
     statistics.last_study = max(statistics.last_study, other.last_study)
-    for view, total in other.maps.items():
-        statistics.maps[view] = statistics.maps[view] + total if view in statistics.maps else total.clone()
+    for name in ("maps", "map_rows"):
+        mine = getattr(statistics, name)
+        for view, total in getattr(other, name).items():
+            mine[view] = mine[view] + total if view in mine else total.clone()
     for view, n in other.map_studies.items():
         statistics.map_studies[view] += n
     values = torch.cat([statistics.top_value, other.top_value], 1)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from sae_lens_maira.latents.draws import RowSample
-from sae_lens_maira.latents.proportions import wilson_arrays
 from sae_lens_maira.latents.records import FindingAgreement, Neighbour
+from sae_lens_maira.stats import f1, wilson_arrays
 
 
 def token_weights(
@@ -65,13 +65,13 @@ def finding_agreement(
     """
     union = fired + positives - true_positive
     low, high = wilson_arrays(true_positive, union)
-    f1 = 2 * true_positive / np.maximum(fired + positives, 1)
-    best = [i for i in np.argsort(-f1, kind="stable")[:n] if true_positive[i]]
+    scores = f1(true_positive, np.asarray(fired), positives)
+    best = [i for i in np.argsort(-scores, kind="stable")[:n] if true_positive[i]]
     return tuple(
         FindingAgreement(
             finding=str(findings[i]),
             kind=kind,
-            f1=float(f1[i]),
+            f1=float(scores[i]),
             low=float(2 * low[i] / (1 + low[i])),
             high=float(2 * high[i] / (1 + high[i])),
             precision=float(true_positive[i] / fired),

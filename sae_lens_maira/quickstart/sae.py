@@ -18,6 +18,7 @@ from sae_lens_maira.sae import (
     MatryoshkaTrainingSAEConfig,
     load_matryoshka,
 )
+from sae_lens_maira.stats import explained_variance
 from sae_lens_maira.training import FusedSAETrainer
 
 BATCH = 1024
@@ -53,14 +54,8 @@ class TrainedSAE:
         return self.inference.W_dec.detach()
 
     def explained_variance(self, values: torch.Tensor, chunk: int = 8192) -> float:
-        """1 - residual variance / total variance of rows (n, d_in), summed over dimensions."""
-        total = ((values - values.mean(0)) ** 2).sum()
-        rest = torch.zeros(())
-        with torch.no_grad():
-            for start in range(0, len(values), chunk):
-                part = values[start : start + chunk]
-                rest += ((part - self.inference.decode(self.inference.encode(part))) ** 2).sum()
-        return float(1 - rest / total)
+        """Explained variance of rows (n, d_in)."""
+        return explained_variance(values, lambda x: self.inference.decode(self.inference.encode(x)), chunk)
 
 
 def level_widths(d_sae: int) -> tuple[int, ...]:

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.latents import Halves, wilson
+from sae_lens_maira.latents import Halves
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import FINDING_KEYS, read_report
 from sae_lens_maira.quickstart.sae import TrainedSAE
+from sae_lens_maira.stats import wilson
 from sae_lens_maira.steering import PatchMap, latent_patch_map, mean_difference_map, steer_reports
 from sae_lens_maira.studies import Study
 

@@ -8,7 +8,6 @@ The model is any torch module that returns `.logits`; this module knows nothing 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from sae_lens_maira.errors import HookError, SAEError
 from sae_lens_maira.sae.evaluation import beside_label, level_reconstructions
 from sae_lens_maira.sae.inference import load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
+from sae_lens_maira.stats import loss_recovered
 
 IGNORED_LABEL = -100
 
@@ -177,7 +177,7 @@ def _record(
         ce_clean=clean,
         ce_ablated=ablated,
         ce_spliced=spliced,
-        loss_recovered=(ablated - spliced) / (ablated - clean) if ablated > clean else math.nan,
+        loss_recovered=loss_recovered(clean, ablated, spliced),
     )
 
 

@@ -12,7 +12,6 @@ from sae_lens_maira.steering.interventions import (
     LatentIntervention,
     Scale,
     SetTo,
-    p99_of,
 )
 from sae_lens_maira.steering.patches import (
     PatchMap,
@@ -41,7 +40,6 @@ __all__ = [
     "latent_patch_map",
     "mean_difference_map",
     "mean_patch_maps",
-    "p99_of",
     "steer_reports",
     "steered",
     "steering",

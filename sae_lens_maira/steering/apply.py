@@ -108,7 +108,7 @@ def steering(
         hook_name: a point of shape (B, L, d_model) inside the decoder.
         interventions: applied in order.
         encoding: the batch that will run, on the model's device.
-        p99: (d_sae,) units of the latents, from `p99_of`.
+        p99: (d_sae,) units of the latents, from `stats.p99` or the latent records.
         require_effect: refuse a run that reached its positions but changed nothing.
 
     Raises:

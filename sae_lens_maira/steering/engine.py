@@ -187,7 +187,7 @@ class Engine:
             if p99 is None or p99.shape != (d_sae,):
                 raise InterventionError(
                     f"Strengths are in units of p99, but p99 is {None if p99 is None else tuple(p99.shape)}; give "
-                    f"({d_sae},) values of this SAE, as p99_of makes them, or use unit='raw'."
+                    f"({d_sae},) values of this SAE, as stats.p99 makes them, or use unit='raw'."
                 )
             silent = [j for j in asked if not float(p99[j]) > 0]
             if silent and item.level is None:

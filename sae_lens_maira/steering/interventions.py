@@ -205,24 +205,3 @@ class Direction(Intervention):
                 f"The direction has shape {tuple(self.vector.shape)}; it must be a finite (d_model,) vector other "
                 "than 0."
             )
-
-
-def p99_of(acts: torch.Tensor, chunk: int = 512) -> torch.Tensor:
-    """99th percentile of every latent over the rows where it is active.
-
-    Args:
-        acts: (n, d_sae) activations.
-        chunk: latents at a time.
-
-    Returns:
-        (d_sae,) float32; 0 for a latent that never fires, which cannot be steered in this unit.
-    """
-    found = torch.zeros(acts.shape[1])
-    for start in range(0, acts.shape[1], chunk):
-        part = acts[:, start : start + chunk].float()
-        order = part.sort(dim=0).values
-        active = (part > 0).sum(0)
-        rank = len(part) - active + (0.99 * (active - 1).clamp(min=0)).long()
-        values = order.gather(0, rank.clamp(max=len(part) - 1)[None])[0]
-        found[start : start + chunk] = torch.where(active > 0, values, torch.zeros(())).cpu()
-    return found

@@ -18,6 +18,7 @@ from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.latents import Encoder
 from sae_lens_maira.maira2 import Maira2, ParsedReport, generate_reports
+from sae_lens_maira.stats import mean_map
 from sae_lens_maira.studies import Study
 
 FRONTAL = 0
@@ -86,7 +87,7 @@ def mean_patch_maps(
                 total = torch.zeros(n_patches, acts.shape[1])
             total.index_add_(0, where[start : start + 8192], acts)
         assert total is not None
-        means.append(total / torch.bincount(where, minlength=n_patches).clamp(min=1)[:, None])
+        means.append(mean_map(total.T, torch.bincount(where, minlength=n_patches)).T)
     return means[0], means[1]
 
 

@@ -20,6 +20,7 @@ from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding
 from sae_lens_maira.maira2.versions import cache_keyword
+from sae_lens_maira.stats import perplexity
 from sae_lens_maira.steering.apply import check_point
 from sae_lens_maira.steering.continuation import Continuation, UpperModel
 from sae_lens_maira.steering.engine import Effect, Engine
@@ -220,8 +221,7 @@ class SharedPrompts:
             run = self._go_on(rows, encoding.attention_mask, None, None, ids.shape[1])
             logp = run.score(ids).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
             kept = ids != self._pad
-            mean = (logp * kept).sum(1) / kept.sum(1)
-            found |= dict(zip(places, (-mean).exp().tolist(), strict=True))
+            found |= dict(zip(places, perplexity(logp, kept).tolist(), strict=True))
         return [found[i] for i in range(len(which))]
 
     @torch.no_grad()
@@ -235,8 +235,7 @@ class SharedPrompts:
         """Perplexity of the unsteered reports."""
         ids, logp = self._unsteered(which, max_new_tokens)
         kept = ids != self._pad
-        own = logp.gather(-1, ids[..., None])[..., 0] * kept
-        return (-own.sum(1) / kept.sum(1)).exp().tolist()
+        return perplexity(logp.gather(-1, ids[..., None])[..., 0], kept).tolist()
 
     def _tokens(self, reports: Sequence[str | torch.Tensor]) -> torch.Tensor:
         """(B, T) ids, padded on the right; texts get their closing token."""

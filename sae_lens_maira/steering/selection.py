@@ -18,8 +18,9 @@ from sae_lens import SAE
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import PointTable
-from sae_lens_maira.latents import Encoder, f1_of_firing
+from sae_lens_maira.latents import Encoder
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
+from sae_lens_maira.stats import f1_of_firing
 from sae_lens_maira.steering.engine import check_sae
 from sae_lens_maira.steering.patches import mean_patch_maps
 from sae_lens_maira.steering.schedule import KINDS, Layout, Schedule, patches

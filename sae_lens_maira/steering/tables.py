@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sae_lens_maira.latents import wilson
+from sae_lens_maira.stats import bootstrap_mean, wilson
 
 METRICS = (
     "on_target",
@@ -63,13 +62,14 @@ def summarise(
     rows: list[dict[str, Any]] = []
     for name in names:
         part = table.loc[(table.method == name) & (table.half == "report")].sort_values(by="study")
-        draws = np.random.default_rng(seed).integers(0, len(part), (1000, len(part)))
         row: dict[str, Any] = {"method": name, "strength": chosen[name], "n": len(part), "unsteered": before}
         for metric in METRICS:
             values = part[metric].to_numpy()
-            low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
             if metric in SHARES:  # a bootstrap of 0 hits would claim certainty
                 low, high = wilson(int(values.sum()), len(values))
+            else:
+                resampled = bootstrap_mean(values, seed=seed)
+                low, high = resampled.low, resampled.high
             row |= {metric: float(values.mean()), f"{metric}_low": float(low), f"{metric}_high": float(high)}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ from sae_lens_maira.interp.examples import split_examples, train_patients
 from sae_lens_maira.interp.findings import category_of, named_findings
 from sae_lens_maira.interp.offline import contrast
 from sae_lens_maira.interp.tally import Verdict, score_of
-from sae_lens_maira.latents import wilson
+from sae_lens_maira.stats import wilson
 
 KEYS = ("pleural_effusion_left", "pleural_effusion_right", "pneumothorax_left", "pacemaker", "nodule")
 

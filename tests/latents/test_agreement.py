@@ -7,10 +7,10 @@ from sae_lens_maira.errors import StudyError
 from sae_lens_maira.latents import (
     best_dictionary,
     best_units,
-    f1_of_firing,
     paired_difference,
     split_by_patient,
 )
+from sae_lens_maira.stats import f1_of_firing
 
 
 @pytest.fixture

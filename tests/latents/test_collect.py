@@ -9,8 +9,8 @@ import torch
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.blocks import HarvestedBlocks, encode_sparse
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
-from sae_lens_maira.latents.proportions import wilson_arrays
 from sae_lens_maira.phantom import FINDING_KEYS, truth_labels
+from sae_lens_maira.stats import wilson_arrays
 from sae_lens_maira.studies import Licence
 
 CONFIG = CollectConfig(

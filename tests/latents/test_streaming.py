@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from sae_lens_maira import stats
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.draws import RowSample, priority
-from sae_lens_maira.latents.streaming import (
-    BINS_PER_OCTAVE,
-    EDGES,
-    LOWEST_OCTAVE,
-    OCTAVES,
-    VIEWS,
-    LatentStatistics,
-)
+from sae_lens_maira.latents.streaming import OCTAVES, VIEWS, LatentStatistics
 from sae_lens_maira.phantom import truth_labels
+from sae_lens_maira.stats import EDGES, LOWEST_OCTAVE
 
 TOP, PER_OCTAVE, ZERO, GRID = 4, 3, 5, (8, 8)
 
@@ -68,17 +63,19 @@ def test_counts_sums_maxima_and_histogram(done, rows, acts):
             assert (done.histogram[k, latent].numpy() == expected).all()
 
 
-def test_p99_lies_in_its_bin(done, rows, acts):
-    """Within a quarter octave above the exact percentile, never above the maximum."""
+def test_p99_is_exact_to_one_percent(done, rows, acts):
+    """Within 1 % of the exact percentile, never above the maximum, and the same as steering's unit."""
     p99 = done.p99()
     for latent in range(96):
         values = acts.numpy()[rows.is_image, latent]
         values = values[values > 0]
         if len(values):
             exact = np.sort(values)[int(np.ceil(0.99 * len(values))) - 1]
-            assert exact <= p99[1, latent] <= min(values.max(), exact * 2 ** (1 / BINS_PER_OCTAVE) * 1.0001)
+            assert abs(p99[1, latent] - exact) <= 0.01 * exact
+            assert p99[1, latent] <= values.max()
         else:
             assert p99[1, latent] == 0
+    assert (stats.p99(acts[torch.from_numpy(rows.is_image)]).numpy() == p99[1]).all()
 
 
 def test_studies_and_agreement(done, peaks, truth):
@@ -125,6 +122,7 @@ def test_maps(done, rows, acts):
         expected = np.zeros((96, 64))
         patch = rows.patch_row[here].astype(int) * 8 + rows.patch_col[here]
         np.add.at(expected.T, patch, acts.numpy()[here])
+        assert (done.map_rows[view].numpy() == np.bincount(patch, minlength=64)).all()
         np.testing.assert_allclose(done.maps[view].numpy(), expected, rtol=1e-4, atol=1e-4)
 
 

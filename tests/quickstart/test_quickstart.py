@@ -9,11 +9,11 @@ import torch
 
 from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.latents import wilson
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
 from sae_lens_maira.quickstart.run import KEPT, stored_rows, text_folder
 from sae_lens_maira.quickstart.sae import level_widths
+from sae_lens_maira.stats import wilson
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from sae_lens_maira import stats
 from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
-from sae_lens_maira.steering import p99_of
 
 HOOK = "blocks.3.hook_resid_post"
 
@@ -36,4 +36,4 @@ def steering_sae(phantom, few):
 def p99(phantom, few, steering_sae):
     rows = harvest_rows(phantom, few, HOOK, roles="all", progress=False)
     with torch.no_grad():
-        return p99_of(steering_sae.encode(rows.values))
+        return stats.p99(steering_sae.encode(rows.values))
