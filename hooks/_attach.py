@@ -9,7 +9,7 @@ an edit behind those would be lost. It knows nothing about inputs, SAEs or gener
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -270,3 +270,59 @@ def stopping_at(model: nn.Module, layer: int | None, n_layers: int) -> Iterator[
         yield
     finally:
         handle.remove()
+
+
+class HookCalls:
+    """Count the calls of the hooks of one run, so that a hook that never fires is an error.
+
+    Args:
+        points: the table that the names come from.
+    """
+
+    def __init__(self, points: PointTable) -> None:
+        self.points = points
+        self.counts: dict[tuple[str, str], int] = {}
+
+    def watch(self, name: str, hook: Callable[..., Any], direction: str = "forward") -> Callable[..., Any]:
+        """Wrap a hook so that its calls are counted.
+
+        Args:
+            name: the point's name.
+            hook: called as `hook(value, hook=point)`.
+            direction: "forward" or "backward".
+        """
+        key = (direction, name)
+        self.counts.setdefault(key, 0)
+        function = hook
+
+        def counted(value: Any, hook: Any) -> Any:  # TransformerLens passes hook= by keyword
+            self.counts[key] += 1
+            return function(value, hook=hook)
+
+        return wraps(function)(counted) if hasattr(function, "__name__") else counted
+
+    def require(self, backward: bool = True) -> None:
+        """Raise HookError for the first watched hook that never fired.
+
+        Args:
+            backward: whether backward hooks must have fired too.
+        """
+        for (direction, name), calls in self.counts.items():
+            if calls == 0 and (direction == "forward" or backward):
+                raise HookError(never_fired(self.points, name, direction))
+
+
+def never_fired(points: PointTable, name: str, direction: str = "forward") -> str:
+    """Message for a hook that never fired, with the likeliest reason."""
+    point = points.points.get(points.aliases.get(name, name).partition(".hook_sae_")[0])
+    if direction == "backward":
+        return (
+            f"The backward hook at {name!r} never fired. Call backward() inside the `hooks()` block, on a"
+            " result that depends on this point with gradients enabled."
+        )
+    why = "The model did not run, or it stopped before this point."
+    if point is not None and point.prefill_only:
+        why = "It fires only when the model sees pixel_values; this run had none."
+    return (
+        f"The hook at {name!r} never fired. {why} A hook that does nothing would look like an effect of zero."
+    )

@@ -18,8 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlavaForConditionalGeneration
 
 from sae_lens_maira.errors import HookError, SAEError
-from sae_lens_maira.hooks._attach import LivePoint, MidEdits, tap_mid
-from sae_lens_maira.hooks._firing import Firings
+from sae_lens_maira.hooks._attach import HookCalls, LivePoint, MidEdits, tap_mid
 from sae_lens_maira.hooks._inputs import ModelInputs, gather_inputs
 from sae_lens_maira.hooks._names import Point, PointTable
 from sae_lens_maira.maira2 import MAX_NEW_TOKENS
@@ -205,9 +204,9 @@ class BridgedMaira2(SAETransformerBridge):
         names = {name: self.resolve(name) for name in asked}
         out, cache = host.run_with_cache(input, *args, names_filter=list(names.values()), **kwargs)
         kept: Any = cache if isinstance(cache, dict) else cache.cache_dict
-        firings = Firings(self.points)
-        firings.counts = {("forward", name): int(known in kept) for name, known in names.items()}
-        firings.require()
+        calls = HookCalls(self.points)
+        calls.counts = {("forward", name): int(known in kept) for name, known in names.items()}
+        calls.require()
         kept |= {name: kept[known] for name, known in names.items()}
         return out, cache
 
@@ -224,21 +223,21 @@ class BridgedMaira2(SAETransformerBridge):
         Raises:
             HookError: an unknown name, or a named hook that never fired in a block that raised nothing.
         """
-        firings = Firings(self.points)
+        calls = HookCalls(self.points)
         pairs = [
-            self._watched(given, firings, way)
+            self._watched(given, calls, way)
             for given, way in ((fwd_hooks, "forward"), (bwd_hooks, "backward"))
         ]
         with super().hooks(*pairs, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
             yield self
-        firings.require(backward=reset_hooks_end)
+        calls.require(backward=reset_hooks_end)
 
-    def _watched(self, pairs: Named, firings: Firings, direction: str) -> list[Any]:
+    def _watched(self, pairs: Named, calls: HookCalls, direction: str) -> list[Any]:
         made: list[Any] = []
         for name, hook in pairs:
             if isinstance(name, str):
                 known = self.resolve(name)
-                made.append((known, firings.watch(known, hook, direction)))
+                made.append((known, calls.watch(known, hook, direction)))
             else:
                 made.append((name, hook))
         return made

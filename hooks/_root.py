@@ -14,8 +14,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from sae_lens_maira.errors import HookError
-from sae_lens_maira.hooks._attach import LivePoint, attach_points
-from sae_lens_maira.hooks._firing import Firings, silence
+from sae_lens_maira.hooks._attach import HookCalls, LivePoint, attach_points, never_fired
 from sae_lens_maira.hooks._names import PointTable
 from sae_lens_maira.hooks._pattern import is_eager
 from sae_lens_maira.maira2.versions import has_transformer_bridge
@@ -136,12 +135,12 @@ class HookedPoints(HookedRootModule):
             HookError: an unknown name; or, at the end of a block that raised nothing, a hook asked for by
                 name that never fired.
         """
-        firings = Firings(self.points)
-        forward = self._named(fwd_hooks, firings, "forward")
-        backward = self._named(bwd_hooks, firings, "backward")
+        calls = HookCalls(self.points)
+        forward = self._named(fwd_hooks, calls, "forward")
+        backward = self._named(bwd_hooks, calls, "backward")
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
-        firings.require(backward=reset_hooks_end)
+        calls.require(backward=reset_hooks_end)
 
     def run_with_hooks(
         self,
@@ -156,12 +155,12 @@ class HookedPoints(HookedRootModule):
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*args, **kwargs)
 
-    def _named(self, pairs: Any, firings: Firings, direction: str) -> list[Any]:
+    def _named(self, pairs: Any, calls: HookCalls, direction: str) -> list[Any]:
         made: list[Any] = []
         for name, hook in pairs:
             if isinstance(name, str):
                 known = self.resolve(name)
-                made.append((known, firings.watch(known, hook, direction)))
+                made.append((known, calls.watch(known, hook, direction)))
             else:
                 made += [(chosen, hook) for chosen in self._choose(name)]
         return made
@@ -189,7 +188,7 @@ class HookedPoints(HookedRootModule):
         yield
         for name, calls in before.items():
             if self.live[name].calls == calls:
-                raise HookError(silence(self.points, name))
+                raise HookError(never_fired(self.points, name))
 
     def run_with_cache(
         self,

@@ -26,7 +26,7 @@ from transformer_lens.model_bridge.supported_architectures.llava import LlavaArc
 
 from sae_lens_maira.hooks._bridged import BridgedMaira2
 from sae_lens_maira.hooks._components import CachedAttentionBridge, Dinov2TowerBridge, projector_bridge
-from sae_lens_maira.hooks._twin import share_weights
+from sae_lens_maira.hooks._shared import share_weights
 
 ARCHITECTURE = "Maira2ForConditionalGeneration"
 

@@ -17,7 +17,7 @@ from nnsight import NNsight
 from nnsight.intervention.envoy import traceable
 
 from sae_lens_maira.errors import HookError
-from sae_lens_maira.hooks._firing import silence
+from sae_lens_maira.hooks._attach import never_fired
 from sae_lens_maira.hooks._inputs import gather_inputs
 from sae_lens_maira.hooks._names import Point, PointTable
 from sae_lens_maira.hooks._pattern import require_eager
@@ -131,7 +131,7 @@ class Maira2NNsight(NNsight):
             MAX_NEW_TOKENS[kwargs.get("task") or "findings"] if max_new_tokens is None else max_new_tokens
         )
         if with_prompt and self._gather((input,), kwargs)[0].get("pixel_values") is None:
-            raise HookError(silence(self.points, with_prompt[0][0].name))
+            raise HookError(never_fired(self.points, with_prompt[0][0].name))
         with warnings.catch_warnings():
             # The loop over tokens ends when the model does, which nnsight reports each time.
             warnings.filterwarnings("ignore", module=r"nnsight\..*")
@@ -144,7 +144,7 @@ class Maira2NNsight(NNsight):
                     out = tracer.result.save()
         for name, times in fired.items():
             if times == 0:
-                raise HookError(silence(self.points, name))
+                raise HookError(never_fired(self.points, name))
         return out
 
     def _edit_every_step(self, tracer: Any, plan: list[tuple[Point, Edit]], fired: dict[str, int]) -> None:
