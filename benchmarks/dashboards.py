@@ -40,6 +40,7 @@ WORDS = (
 def records(n: int) -> Iterator[object]:
     """Latent records, one at a time."""
     from sae_lens_maira.latents.records import (
+        ActivationMap,
         Context,
         FindingAgreement,
         Firing,
@@ -48,7 +49,6 @@ def records(n: int) -> Iterator[object]:
         LatentRecord,
         MeanMap,
         Neighbour,
-        PatchHeat,
         TokenWeight,
     )
 
@@ -56,7 +56,7 @@ def records(n: int) -> Iterator[object]:
     words = [tuple(f" {rng.choice(WORDS)}" for _ in range(TOKENS)) for _ in range(STUDIES)]
     places, roles = tuple(range(3000, 3000 + TOKENS)), ("indication",) * 30 + ("report",) * (TOKENS - 30)
     silent = [0.0] * TOKENS
-    nothing = tuple(PatchHeat(view, SIDE, SIDE, (), ()) for view in ("frontal", "lateral"))
+    nothing = tuple(ActivationMap(view, SIDE, SIDE, (), ()) for view in ("frontal", "lateral"))
 
     def short(value: float) -> float:
         return float(f"{value:.6g}")
@@ -75,7 +75,7 @@ def records(n: int) -> Iterator[object]:
             else:
                 values[at], peak = value, at
             heat = tuple(
-                PatchHeat(v, SIDE, SIDE, p, s)
+                ActivationMap(v, SIDE, SIDE, p, s)
                 for v, p, s in zip(("frontal", "lateral"), on, strong, strict=True)
             )
         kind = "image" if study % 2 else "text"
@@ -124,14 +124,14 @@ def records(n: int) -> Iterator[object]:
 
 def make(folder: Path, n: int) -> None:
     """Write the record set."""
-    from sae_lens_maira.latents.records import RecordsMeta, StudyEntry
+    from sae_lens_maira.latents.records import RecordsMeta, StudyInfo
     from sae_lens_maira.latents.recordset import write_records
 
     meta = RecordsMeta(
         "microsoft/maira-2", "blocks.15.hook_resid_post", 15, "made up", "trained", 4096, n, (n // 2, n),
         10**7, 10**8, STUDIES, (), 0, {},
     )  # fmt: skip
-    studies = [StudyEntry(f"s{i:05d}", f"p{i:05d}", "synthetic") for i in range(STUDIES)]
+    studies = [StudyInfo(f"s{i:05d}", f"p{i:05d}", "synthetic") for i in range(STUDIES)]
     write_records(folder, meta, studies, records(n))  # pyright: ignore[reportArgumentType]: typed where it is built
 
 

@@ -33,7 +33,7 @@ def main() -> int:
     import torch
 
     from sae_lens_maira.activations import harvest_rows
-    from sae_lens_maira.latents.blocks import KEPT
+    from sae_lens_maira.latents.source import KEPT
     from sae_lens_maira.phantom import generate_studies, load_phantom
     from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, untrained_like
 

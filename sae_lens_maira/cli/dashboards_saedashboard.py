@@ -59,8 +59,8 @@ def saedashboard(
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.errors import SAEError
     from sae_lens_maira.interface import named_model
-    from sae_lens_maira.latents.blocks import HarvestedBlocks
-    from sae_lens_maira.latents.entries import Pseudonyms
+    from sae_lens_maira.latents.source import ModelSource
+    from sae_lens_maira.latents.study_info import Pseudonyms
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.sae import load_matryoshka
     from sae_lens_maira.studies import read_table
@@ -92,7 +92,7 @@ def saedashboard(
         layers=int(maira.model.config.get_text_config().num_hidden_layers),
     )
     folder = run_saedashboard(
-        HarvestedBlocks(maira, chosen, hook_name),
+        ModelSource(maira, chosen, hook_name),
         [(names.study(study), study.licence.value) for study in chosen],
         dictionary,
         Readout.of(maira),

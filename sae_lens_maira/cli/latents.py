@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sae_lens_maira.interface import ModelDtype, named_model
 
 if TYPE_CHECKING:
-    from sae_lens_maira.latents.blocks import Blocks
+    from sae_lens_maira.latents.source import ActivationSource
     from sae_lens_maira.maira2 import Maira2
     from sae_lens_maira.studies import Study
 
@@ -142,10 +142,10 @@ def _rows(
     roles: str | list[str] | None,
     size: int,
     seed: int,
-) -> "tuple[Sequence[Study], Blocks]":
+) -> "tuple[Sequence[Study], ActivationSource]":
     """The studies and where their rows come from."""
     from sae_lens_maira.errors import ConfigError
-    from sae_lens_maira.latents.blocks import KEPT, HarvestedBlocks, StoredBlocks
+    from sae_lens_maira.latents.source import KEPT, ModelSource, StoreSource
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.studies import read_table
 
@@ -154,8 +154,8 @@ def _rows(
             chosen = generate_studies(number, seed=seed, size=maira.processor.recipe.crop)
         else:
             chosen = read_table(table, root).studies
-        return chosen, HarvestedBlocks(maira, chosen, hook_name, KEPT if roles is None else roles, size)
-    blocks = StoredBlocks(store, hook_name, roles)
+        return chosen, ModelSource(maira, chosen, hook_name, KEPT if roles is None else roles, size)
+    blocks = StoreSource(store, hook_name, roles)
     ids = blocks.study_ids
     if table is None:
         chosen = generate_studies(len(ids), seed=seed, size=maira.processor.recipe.crop)
@@ -179,7 +179,7 @@ def _rows(
     return StudyTable.from_frame(frame, opened.root).studies, blocks
 
 
-def _stand_in(control: str, dictionary: Any, blocks: "Blocks", seed: int) -> Any:
+def _stand_in(control: str, dictionary: Any, blocks: "ActivationSource", seed: int) -> Any:
     """The untrained SAE or the raw dimensions, as sparse as the trained one on the rows that they are set on."""
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.latents.raw import raw_dimensions_like
@@ -197,7 +197,7 @@ def _stand_in(control: str, dictionary: Any, blocks: "Blocks", seed: int) -> Any
     return untrained_like(dictionary, rows, seed=seed, whiten=whiten)
 
 
-def _spread_rows(blocks: "Blocks", wanted: int, most_units: int = 32) -> Any:
+def _spread_rows(blocks: "ActivationSource", wanted: int, most_units: int = 32) -> Any:
     """About `wanted` rows of many studies, for a covariance: an even share of the first block of units far apart."""
     import torch
 

@@ -25,7 +25,7 @@ from sae_lens_maira.dashboards.saedashboard import batches_of
 from sae_lens_maira.dashboards.workers import each
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, load
-from sae_lens_maira.latents.records import RecordsMeta, StudyEntry
+from sae_lens_maira.latents.records import RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
 
 PAGE_FILES = ("index.html", "app.js", "latent.js", "style.css")
@@ -91,7 +91,7 @@ def latent_file(latent: int) -> str:
     return f"data/latents/{latent // 256:03d}/{latent:05d}.js"
 
 
-def about(meta: RecordsMeta, studies: dict[str, StudyEntry], images: bool) -> dict[str, Any]:
+def about(meta: RecordsMeta, studies: dict[str, StudyInfo], images: bool) -> dict[str, Any]:
     """What the page says of its own origin."""
     licences = sorted({entry.licence for entry in studies.values()})
     return {

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_file
-from sae_lens_maira.latents.entries import centre_crop
-from sae_lens_maira.latents.records import StudyEntry
+from sae_lens_maira.latents.records import StudyInfo
+from sae_lens_maira.latents.study_info import centre_crop
 
 SIDE = 518
 
@@ -35,7 +35,7 @@ class ImageFolder:
         self._number = {study: number for number, study in enumerate(studies)}
         self._shown: dict[str, ShownStudy] = {}
 
-    def add(self, entry: StudyEntry) -> ShownStudy:
+    def add(self, entry: StudyInfo) -> ShownStudy:
         """The study's images, written now if they are not there.
 
         Raises:
@@ -45,7 +45,7 @@ class ImageFolder:
             self._shown[entry.study] = self._write(entry, self._number[entry.study])
         return self._shown[entry.study]
 
-    def _write(self, entry: StudyEntry, number: int) -> ShownStudy:
+    def _write(self, entry: StudyInfo, number: int) -> ShownStudy:
         paths: dict[str, str] = {}
         boxes = entry.boxes
         for view, source in entry.images:

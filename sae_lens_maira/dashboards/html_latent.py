@@ -23,7 +23,7 @@ from sae_lens_maira.dashboards.html_columns import readable, rounded
 from sae_lens_maira.dashboards.html_images import ImageFolder
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, Score
-from sae_lens_maira.latents.records import Context, LatentRecord, StudyEntry
+from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
 
 # Printable ASCII that JSON and JavaScript write as itself.
 ALPHABET = "".join(chr(code) for code in range(ord("#"), ord("~") + 1) if chr(code) not in "<\\")
@@ -43,7 +43,7 @@ def levels(values: Sequence[float], top: float) -> str:
 def latent_page(
     record: LatentRecord,
     interpretations: Sequence[Interpretation],
-    studies: dict[str, StudyEntry],
+    studies: dict[str, StudyInfo],
     images: ImageFolder | None,
     limit: int,
 ) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _fit(lists: list[list[dict[str, Any]]], room: int) -> int:
     return dropped
 
 
-def _context(context: Context, studies: dict[str, StudyEntry]) -> dict[str, Any]:
+def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
     if context.study not in studies:
         raise RecordError(
             f"A context names study {context.study!r}, which the record set's table of studies lacks; the files do "
@@ -170,7 +170,7 @@ def _runs(roles: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
     return tuple((role, len(list(run))) for role, run in groupby(roles))
 
 
-def _study(entry: StudyEntry, images: ImageFolder | None) -> dict[str, Any]:
+def _study(entry: StudyInfo, images: ImageFolder | None) -> dict[str, Any]:
     """What the page shows of a study; boxes only beside their radiograph, whose crop they are moved to."""
     shown = images.add(entry) if images is not None else None
     return {

@@ -23,7 +23,7 @@ from sae_lens_maira.dashboards.target import Target
 from sae_lens_maira.errors import ConfigError, PrivacyError
 
 if TYPE_CHECKING:
-    from sae_lens_maira.latents.blocks import Blocks
+    from sae_lens_maira.latents.source import ActivationSource
 
 PROMPTS_PER_FILE = 8
 MOST_ACTIVATIONS = 2**27
@@ -71,7 +71,7 @@ class AdapterConfig:
 
 
 def run_saedashboard(
-    blocks: Blocks,
+    blocks: ActivationSource,
     studies: Sequence[tuple[str, str]],
     sae: SAE[Any],
     readout: Readout,

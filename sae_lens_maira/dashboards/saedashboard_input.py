@@ -22,11 +22,11 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
 from sae_lens_maira.dashboards.sequences import clean
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.contexts import spell
-from sae_lens_maira.latents.streaming import VIEWS
+from sae_lens_maira.latents.activations import spell
+from sae_lens_maira.latents.statistics import VIEWS
 
 if TYPE_CHECKING:
-    from sae_lens_maira.latents.blocks import Blocks
+    from sae_lens_maira.latents.source import ActivationSource
 
 PAD = "␀"
 MOST_POSITIONS = 2**24
@@ -111,7 +111,7 @@ class Prompts:
 
 
 def write_prompts(
-    blocks: Blocks,
+    blocks: ActivationSource,
     names: Sequence[str],
     readout: Readout,
     silent: torch.Tensor,
@@ -176,7 +176,7 @@ def write_prompts(
 
 
 def _write_cache(
-    blocks: Blocks,
+    blocks: ActivationSource,
     prompts: Prompts,
     order: list[int],
     silent: torch.Tensor,
@@ -207,7 +207,7 @@ def _write_cache(
                 torch.save({prompts.hook_name: values}, cache / f"model_activations_{number // per_file}.pt")
 
 
-def _every(blocks: Blocks) -> Iterator[Any]:
+def _every(blocks: ActivationSource) -> Iterator[Any]:
     for unit in range(len(blocks)):
         yield from blocks[unit]
 

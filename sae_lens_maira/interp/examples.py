@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.records import Context, LatentRecord, StudyEntry
+from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Example:
     """
 
     context: Context
-    study: StudyEntry
+    study: StudyInfo
     active: bool
     interval: int
     max: float
@@ -43,7 +43,7 @@ class Halves:
     test: tuple[Example, ...]
 
 
-def train_patients(studies: Iterable[StudyEntry], seed: int = 0, share: float = 0.5) -> frozenset[str]:
+def train_patients(studies: Iterable[StudyInfo], seed: int = 0, share: float = 0.5) -> frozenset[str]:
     """Patients whose studies may be shown to an explainer; all others are for testing.
 
     Raises:
@@ -58,7 +58,7 @@ def train_patients(studies: Iterable[StudyEntry], seed: int = 0, share: float = 
     return frozenset(patients[: min(max(1, round(len(patients) * share)), len(patients) - 1)])
 
 
-def split_examples(record: LatentRecord, studies: Mapping[str, StudyEntry], train: frozenset[str]) -> Halves:
+def split_examples(record: LatentRecord, studies: Mapping[str, StudyInfo], train: frozenset[str]) -> Halves:
     """All contexts of a record, each study once, in two halves by patient.
 
     A study that occurs several times (as a top context and in an interval) is kept where its value is largest.
@@ -118,7 +118,7 @@ def kind_of(examples: Iterable[Example]) -> str:
     return "image" if 2 * kinds.count("image") > len(kinds) else "text"
 
 
-def _study(context: Context, studies: Mapping[str, StudyEntry]) -> StudyEntry:
+def _study(context: Context, studies: Mapping[str, StudyInfo]) -> StudyInfo:
     if context.study not in studies:
         raise RecordError(
             f"A context points to study {context.study}, which the record set's table of studies lacks; the files "

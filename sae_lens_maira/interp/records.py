@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_write
-from sae_lens_maira.latents.plain import from_plain, to_plain
+from sae_lens_maira.latents.serialization import from_plain, to_plain
 
 FILE = "interpretations.jsonl"
 

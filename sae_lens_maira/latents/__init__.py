@@ -16,7 +16,7 @@ from sae_lens_maira.latents.firing import (
     RawDimensions,
     study_firing,
 )
-from sae_lens_maira.latents.records import Context, LatentRecord, RecordsMeta, StudyEntry
+from sae_lens_maira.latents.records import Context, LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet, write_records
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "RawDimensions",
     "RecordSet",
     "RecordsMeta",
-    "StudyEntry",
+    "StudyInfo",
     "best_dictionary",
     "best_units",
     "paired_difference",

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sae_lens_maira.latents.contexts import short, spell
+from sae_lens_maira.latents.activations import short, spell
 from sae_lens_maira.latents.packing import half_precision
 from sae_lens_maira.latents.records import (
-    POSITION_KINDS,
+    MODALITIES,
     Context,
     FindingAgreement,
     Firing,
@@ -24,7 +24,8 @@ from sae_lens_maira.latents.records import (
 )
 from sae_lens_maira.latents.relations import finding_agreement
 from sae_lens_maira.latents.settings import CollectConfig
-from sae_lens_maira.latents.streaming import OCTAVES, VIEWS, LatentStatistics
+from sae_lens_maira.latents.statistics import OCTAVES, LatentStatistics
+from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.stats import BINS_PER_OCTAVE, EDGES, LOWEST_OCTAVE, mean_map
 
 BINS_PER_BAR = BINS_PER_OCTAVE // 4
@@ -56,7 +57,7 @@ class RecordBuilder:
     def kind_of(self, latent: int) -> str:
         """The kind of position at which the latent fires at a larger share of rows."""
         share = self._s.fired[:, latent].numpy() / np.maximum(self._s.rows, 1)
-        return POSITION_KINDS[int(share.argmax())]
+        return MODALITIES[int(share.argmax())]
 
     def _octaves_of(self, latent: int) -> list[int]:
         occupied = np.flatnonzero(self._by_octave[latent])[::-1]
@@ -129,7 +130,7 @@ class RecordBuilder:
     def _firing(self, latent: int, k: int) -> Firing:
         s, fired = self._s, int(self._s.fired[k, latent])
         return Firing(
-            kind=POSITION_KINDS[k],
+            kind=MODALITIES[k],
             rows=int(s.rows[k]),
             fired=fired,
             studies=int(s.studies[k]),
@@ -151,7 +152,7 @@ class RecordBuilder:
     def _agreement(self, latent: int) -> tuple[FindingAgreement, ...]:
         found = [
             entry
-            for k, kind in enumerate(POSITION_KINDS)
+            for k, kind in enumerate(MODALITIES)
             if self._s.labelled[k]
             for entry in finding_agreement(
                 self._s.true_positive[k, latent].numpy(),

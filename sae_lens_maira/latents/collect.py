@@ -20,19 +20,18 @@ from sae_lens import SAE
 
 from sae_lens_maira.activations import layer_of
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.activations import build_context, read_hits
 from sae_lens_maira.latents.assembly import RecordBuilder, level_of_latents
-from sae_lens_maira.latents.blocks import Blocks
-from sae_lens_maira.latents.contexts import build_context
-from sae_lens_maira.latents.entries import Pseudonyms, save_images, study_entry
-from sae_lens_maira.latents.hits import read_hits
 from sae_lens_maira.latents.packing import TEXTS, TextReader
 from sae_lens_maira.latents.passes import ContextReader, Wanted, count, spool
-from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyEntry
+from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet, write_records
 from sae_lens_maira.latents.relations import Relations, token_weights
 from sae_lens_maira.latents.settings import CollectConfig
-from sae_lens_maira.latents.streaming import LatentStatistics
-from sae_lens_maira.latents.workplace import Workplace, fingerprint, fingerprint_of_ids
+from sae_lens_maira.latents.source import ActivationSource
+from sae_lens_maira.latents.statistics import LatentStatistics
+from sae_lens_maira.latents.study_info import Pseudonyms, save_images, study_info
+from sae_lens_maira.latents.workdir import Workdir, fingerprint, fingerprint_of_ids
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.sae import level_widths_of
 from sae_lens_maira.studies import Licence, Study
@@ -41,7 +40,7 @@ Labels = Callable[[Study], Iterable[str] | None]
 
 
 def collect_records(
-    blocks: Blocks,
+    blocks: ActivationSource,
     studies: Sequence[Study],
     sae: SAE[Any],
     maira: Maira2,
@@ -81,7 +80,7 @@ def collect_records(
             f"Latents {latents[0]} to {latents[-1]} were asked of {d_sae}; choose from 0 to {d_sae - 1}."
         )
     keys, truth, labelled = _truth(studies, labels, findings)
-    place = Workplace(out, _plan(blocks, studies, sae, config, keys, truth), rank, world_size, config.salt)
+    place = Workdir(out, _plan(blocks, studies, sae, config, keys, truth), rank, world_size, config.salt)
 
     def make() -> LatentStatistics:
         return LatentStatistics(
@@ -143,7 +142,7 @@ def _truth(
 
 
 def _plan(
-    blocks: Blocks,
+    blocks: ActivationSource,
     studies: Sequence[Study],
     sae: SAE[Any],
     config: CollectConfig,
@@ -169,7 +168,7 @@ def _records(
     studies: Sequence[Study],
     latents: list[int],
     builder: RecordBuilder,
-    place: Workplace,
+    place: Workdir,
     names: Pseudonyms,
     sae: SAE[Any],
     maira: Maira2,
@@ -199,14 +198,14 @@ def _entries(
     labels: Labels | None,
     out: Path,
     config: CollectConfig,
-) -> Iterator[StudyEntry]:
+) -> Iterator[StudyInfo]:
     by = "truth" if labels is None else "rule_labels"
     for number in wanted.studies.tolist():
         study = studies[number]
         known = _labels(study, labels)
         kept = _keeps(study, config)
         images = save_images(study, names.study(study), out, config.image_side) if kept else ()
-        yield study_entry(study, names, sorted(known or ()), by if known is not None else "", images)
+        yield study_info(study, names, sorted(known or ()), by if known is not None else "", images)
 
 
 def _labels(study: Study, labels: Labels | None) -> frozenset[str] | None:

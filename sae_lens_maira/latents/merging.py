@@ -16,8 +16,8 @@ import torch
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_file
-from sae_lens_maira.latents.draws import LowestPriorities
-from sae_lens_maira.latents.streaming import LatentStatistics
+from sae_lens_maira.latents.sampling import LowestPriorities
+from sae_lens_maira.latents.statistics import LatentStatistics
 
 _SUMS = (
     "rows",

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.plain import from_plain
-from sae_lens_maira.latents.records import Context, LatentRecord, MeanMap, PatchHeat
+from sae_lens_maira.latents.records import ActivationMap, Context, LatentRecord, MeanMap
+from sae_lens_maira.latents.serialization import from_plain
 
 TEXTS = "texts.jsonl"
 
@@ -206,7 +206,7 @@ def _context(plain: dict[str, Any], texts: TextReader) -> Context:
         roles=text.roles,
         values=tuple(values),
         heat=tuple(
-            PatchHeat(*view, tuple(patches), tuple(heat))
+            ActivationMap(*view, tuple(patches), tuple(heat))
             for view, (patches, heat) in zip(text.views, plain["heat"], strict=True)
         ),
     )

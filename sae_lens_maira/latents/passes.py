@@ -24,24 +24,23 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.blocks import Blocks, encode_sparse
-from sae_lens_maira.latents.contexts import places_of, study_text
-from sae_lens_maira.latents.entries import Pseudonyms
-from sae_lens_maira.latents.hits import HIT, HitFiles
+from sae_lens_maira.latents.activations import HIT, HitFiles, places_of, study_text
 from sae_lens_maira.latents.merging import add, load_state, restore, save_state, state_of
 from sae_lens_maira.latents.packing import TEXTS, text_line
-from sae_lens_maira.latents.streaming import LatentStatistics, active_entries
-from sae_lens_maira.latents.workplace import Workplace
+from sae_lens_maira.latents.source import ActivationSource, encode_sparse
+from sae_lens_maira.latents.statistics import LatentStatistics, active_entries
+from sae_lens_maira.latents.study_info import Pseudonyms
+from sae_lens_maira.latents.workdir import Workdir
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.studies import Study
 
 
 def count(
-    blocks: Blocks,
+    blocks: ActivationSource,
     n_studies: int,
     sae: SAE[Any],
     make: Callable[[], LatentStatistics],
-    place: Workplace,
+    place: Workdir,
     chunk: int,
     save_seconds: float,
     progress: bool,
@@ -89,7 +88,7 @@ def count(
     return own, hook_name
 
 
-def _save_counted(place: Workplace, own: LatentStatistics, following: int, hook_name: str) -> None:
+def _save_counted(place: Workdir, own: LatentStatistics, following: int, hook_name: str) -> None:
     save_state(
         place.counted(place.rank), {"statistics": state_of(own), "next": following, "hook_name": hook_name}
     )
@@ -138,7 +137,7 @@ class ContextReader:
 
 
 def spool(
-    blocks: Blocks, reader: ContextReader, place: Workplace, save_seconds: float, progress: bool
+    blocks: ActivationSource, reader: ContextReader, place: Workdir, save_seconds: float, progress: bool
 ) -> None:
     """Pass 2 of this process; returns when all processes are done.
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from sae_lens_maira.errors import RecordError
 
-POSITION_KINDS = ("text", "image")
+MODALITIES = ("text", "image")
 """Where a latent can fire: at tokens of text, or at image patches."""
 
 
 @dataclass(frozen=True)
-class PatchHeat:
+class ActivationMap:
     """A latent's activations on one image, sparse.
 
     Attributes:
@@ -59,7 +59,7 @@ class Context:
     positions: tuple[int, ...]
     roles: tuple[str, ...]
     values: tuple[float | None, ...]
-    heat: tuple[PatchHeat, ...] = ()
+    heat: tuple[ActivationMap, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,12 +199,12 @@ class LatentRecord:
             if firing.kind == kind:
                 return firing
         raise RecordError(
-            f"Latent {self.latent} has no counts for {kind!r} positions; expected one of {POSITION_KINDS}."
+            f"Latent {self.latent} has no counts for {kind!r} positions; expected one of {MODALITIES}."
         )
 
 
 @dataclass(frozen=True)
-class StudyEntry:
+class StudyInfo:
     """A study of the record set.
 
     Attributes:

@@ -26,13 +26,13 @@ import pyarrow as pa
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.packing import TEXTS, Packer, TextReader, unpack_record
-from sae_lens_maira.latents.plain import from_plain
 from sae_lens_maira.latents.records import (
-    POSITION_KINDS,
+    MODALITIES,
     LatentRecord,
     RecordsMeta,
-    StudyEntry,
+    StudyInfo,
 )
+from sae_lens_maira.latents.serialization import from_plain
 
 META, TABLE, STUDIES = "meta.json", "latents.parquet", "studies.jsonl"
 LATENTS_PER_FILE = 256
@@ -86,7 +86,7 @@ class RecordSet:
         return cls(folder, meta, table)
 
     @cached_property
-    def studies(self) -> dict[str, StudyEntry]:
+    def studies(self) -> dict[str, StudyInfo]:
         """The studies by pseudonym; raises RecordError where the file is missing or damaged."""
         path = self.folder / STUDIES
         try:
@@ -95,7 +95,7 @@ class RecordSet:
             raise RecordError(
                 f"{path} cannot be read ({error.strerror}); the record set is incomplete. Write the records again."
             ) from None
-        entries = [_parsed(StudyEntry, line, path) for line in lines if line]
+        entries = [_parsed(StudyInfo, line, path) for line in lines if line]
         return {entry.study: entry for entry in entries}
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class RecordSet:
 def write_records(
     folder: Path | str,
     meta: RecordsMeta,
-    studies: Iterable[StudyEntry],
+    studies: Iterable[StudyInfo],
     records: Iterable[LatentRecord],
 ) -> RecordSet:
     """Write a record set; nothing of it can be seen half-written.
@@ -228,7 +228,7 @@ def _table_row(record: LatentRecord) -> dict[str, Any]:
         "max": record.max,
     }
     firing = {f.kind: f for f in record.firing}
-    for kind in POSITION_KINDS:
+    for kind in MODALITIES:
         f = firing.get(kind)
         for name in ("rows", "fired", "studies", "studies_fired", "density", "mean", "max", "p99"):
             row[f"{name}_{kind}"] = None if f is None else getattr(f, name)

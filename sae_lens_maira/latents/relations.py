@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from sae_lens_maira.latents.draws import RowSample
 from sae_lens_maira.latents.records import FindingAgreement, Neighbour
+from sae_lens_maira.latents.sampling import RowSample
 from sae_lens_maira.stats import f1, wilson_arrays
 
 

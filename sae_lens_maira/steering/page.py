@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.latents.entries import centre_crop
+from sae_lens_maira.latents.study_info import centre_crop
 from sae_lens_maira.steering.sidebyside import Piece, compare_words
 from sae_lens_maira.studies import Licence, Study
 

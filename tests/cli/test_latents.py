@@ -5,7 +5,7 @@ import torch
 
 from sae_lens_maira.cli.latents import _stand_in
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.latents.blocks import HarvestedBlocks
+from sae_lens_maira.latents.source import ModelSource
 from sae_lens_maira.phantom import generate_studies, load_phantom
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, untrained_like
 
@@ -14,7 +14,7 @@ from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfi
 def blocks():
     """40 studies in units of 8: a unit's report tokens are fewer than a covariance wants."""
     maira, studies = load_phantom(), generate_studies(40, seed=10_000)
-    harvested = HarvestedBlocks(maira, studies, "blocks.3.hook_resid_post", "generated_only", 8)
+    harvested = ModelSource(maira, studies, "blocks.3.hook_resid_post", "generated_only", 8)
     return [list(harvested[unit]) for unit in range(len(harvested))]  # read once: these run the model anew
 
 
@@ -43,6 +43,6 @@ def test_whitening_reads_on_until_there_are_rows_enough(blocks, dictionary):
 
 
 def test_no_rows_are_said(blocks, dictionary):
-    empty = HarvestedBlocks(load_phantom(), [], "blocks.3.hook_resid_post", "generated_only", 8)
+    empty = ModelSource(load_phantom(), [], "blocks.3.hook_resid_post", "generated_only", 8)
     with pytest.raises(ConfigError, match="no rows"):
         _stand_in("raw", dictionary, empty, seed=0)

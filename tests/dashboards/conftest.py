@@ -10,14 +10,14 @@ import pytest
 
 from sae_lens_maira.dashboards.target import Target
 from sae_lens_maira.latents.records import (
+    ActivationMap,
     Context,
     Firing,
     Histogram,
     Interval,
     LatentRecord,
-    PatchHeat,
     RecordsMeta,
-    StudyEntry,
+    StudyInfo,
     TokenWeight,
 )
 from sae_lens_maira.latents.recordset import RecordSet, write_records
@@ -51,7 +51,7 @@ def make_context(rng: random.Random, study: str, value: float, kind: str, length
         heat["frontal"] = [(cell, value if cell == best else value * rng.random() * 0.9) for cell in cells]
         patch = ("frontal", best // 37, best % 37)
     maps = tuple(
-        PatchHeat(view, 37, 37, tuple(c for c, _ in cells), tuple(v for _, v in cells))
+        ActivationMap(view, 37, 37, tuple(c for c, _ in cells), tuple(v for _, v in cells))
         for view, cells in heat.items()
     )
     return Context(
@@ -124,8 +124,8 @@ def make_meta(d_sae: int, studies: int) -> RecordsMeta:
     )
 
 
-def make_studies(n: int, licence: str = "synthetic") -> list[StudyEntry]:
-    return [StudyEntry(f"s{i:04x}", f"p{i:04x}", licence) for i in range(n)]
+def make_studies(n: int, licence: str = "synthetic") -> list[StudyInfo]:
+    return [StudyInfo(f"s{i:04x}", f"p{i:04x}", licence) for i in range(n)]
 
 
 Maker = Callable[..., RecordSet]

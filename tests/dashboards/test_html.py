@@ -14,14 +14,14 @@ from sae_lens_maira.dashboards.html import LATENT_BYTES, latent_file, write_page
 from sae_lens_maira.dashboards.html_latent import ALPHABET, levels
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.records import (
+    ActivationMap,
     Context,
     Firing,
     Histogram,
     Interval,
     LatentRecord,
-    PatchHeat,
     RecordsMeta,
-    StudyEntry,
+    StudyInfo,
 )
 from sae_lens_maira.latents.recordset import RecordSet, write_records
 
@@ -42,7 +42,7 @@ def _context(study: str, value: float, dense: bool = True, length: int = 250) ->
         roles=("indication",) * 50 + ("report",) * (length - 50),
         values=tuple(rng.random(length).tolist()),
         heat=tuple(
-            PatchHeat(view, SIDE, SIDE, tuple(np.flatnonzero(h).tolist()), tuple(h[h > 0].tolist()))
+            ActivationMap(view, SIDE, SIDE, tuple(np.flatnonzero(h).tolist()), tuple(h[h > 0].tolist()))
             for view, h in zip(("frontal", "lateral", "prior"), heat, strict=True)
         ),
     )
@@ -75,7 +75,7 @@ META = RecordsMeta(
 
 def _write(folder: Path, licence: str = "synthetic", contexts: int = 3, **changes: object) -> RecordSet:
     Image.fromarray(np.arange(48 * 64, dtype=np.uint8).reshape(48, 64)).save(folder / "film.png")
-    entry = StudyEntry(
+    entry = StudyInfo(
         "s0", "p0", licence, images=(("frontal", "film.png"),), boxes=(("opacity", 0.5, 0.5, 0.75, 1.0),)
     )
     return write_records(

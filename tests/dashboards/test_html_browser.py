@@ -16,6 +16,7 @@ from PIL import Image
 
 from sae_lens_maira.dashboards.html import _write_call, write_page
 from sae_lens_maira.latents.records import (
+    ActivationMap,
     Context,
     FindingAgreement,
     Firing,
@@ -24,9 +25,8 @@ from sae_lens_maira.latents.records import (
     LatentRecord,
     MeanMap,
     Neighbour,
-    PatchHeat,
     RecordsMeta,
-    StudyEntry,
+    StudyInfo,
     TokenWeight,
 )
 from sae_lens_maira.latents.recordset import write_records
@@ -52,8 +52,8 @@ def _context(kind: str, value: float) -> Context:
     words = ("▁Small", "▁right", "▁pleural", "▁effusion", ".", HOSTILE)
     hit = ROW * SIDE + COL
     heat = (
-        PatchHeat("frontal", SIDE, SIDE, (hit, hit + 1), (value, value / 2)),
-        PatchHeat("lateral", SIDE, SIDE, (), ()),
+        ActivationMap("frontal", SIDE, SIDE, (hit, hit + 1), (value, value / 2)),
+        ActivationMap("lateral", SIDE, SIDE, (), ()),
     )
     return Context(
         study="s0",
@@ -100,7 +100,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     y, x = np.mgrid[0:112, 0:112]
     Image.fromarray((127 + 100 * np.sin(x / 20) * np.cos(y / 25)).astype(np.uint8)).save(folder / "f.png")
-    study = StudyEntry(
+    study = StudyInfo(
         "s0", "p0", "synthetic", findings=("pleural_effusion_right",), labelled_by="truth",
         boxes=(("pleural_effusion_right", 0.15, 0.4, 0.4, 0.7),), images=(("frontal", "f.png"), ("lateral", "f.png")),
     )  # fmt: skip

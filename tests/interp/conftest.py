@@ -22,25 +22,25 @@ SENTENCES = {
 KEYS = tuple(SENTENCES)
 
 
-def make_studies(n: int = 240, seed: int = 0, licence: str = "synthetic") -> dict[str, r.StudyEntry]:
+def make_studies(n: int = 240, seed: int = 0, licence: str = "synthetic") -> dict[str, r.StudyInfo]:
     """Studies of n / 2 patients; every finding in a quarter of them, independently."""
     rng = random.Random(seed)
     entries = {}
     for i in range(n):
         found = tuple(key for key in KEYS if rng.random() < 0.25)
         text = " ".join(SENTENCES[key] for key in found) or "The chest is clear ."
-        entries[f"s{i}"] = r.StudyEntry(
+        entries[f"s{i}"] = r.StudyInfo(
             f"s{i}", f"p{i // 2}", licence, text, findings=found, labelled_by="truth"
         )
     return entries
 
 
-def context(study: r.StudyEntry, value: float, word: str, kind: str = "text") -> r.Context:
+def context(study: r.StudyInfo, value: float, word: str, kind: str = "text") -> r.Context:
     tokens = tuple((study.report or "").split())
     hit = kind == "text" and value > 0
     peak = tokens.index(word) if hit else -1
     patch = ("frontal", 6, 6) if kind == "image" and value > 0 else None
-    heat = r.PatchHeat("frontal", 8, 8, (54,) if patch else (), (value,) if patch else ())
+    heat = r.ActivationMap("frontal", 8, 8, (54,) if patch else (), (value,) if patch else ())
     return r.Context(
         study=study.study,
         value=value,
@@ -56,7 +56,7 @@ def context(study: r.StudyEntry, value: float, word: str, kind: str = "text") ->
 
 
 def make_record(
-    latent: int, finding: str, studies: dict[str, r.StudyEntry], kind: str = "text"
+    latent: int, finding: str, studies: dict[str, r.StudyInfo], kind: str = "text"
 ) -> r.LatentRecord:
     """A latent that fires exactly in the studies with `finding`, at the finding's last word or at a patch."""
     word = SENTENCES[finding].split()[-2] if "_" in finding else SENTENCES[finding].split()[1]

@@ -11,9 +11,9 @@ from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.interp.best import Best, best_latents
 from sae_lens_maira.interp.findings import name_and_side, named_findings
 from sae_lens_maira.interp.run import interpret_offline
-from sae_lens_maira.latents.blocks import HarvestedBlocks
 from sae_lens_maira.latents.collect import collect_records
 from sae_lens_maira.latents.settings import CollectConfig
+from sae_lens_maira.latents.source import ModelSource
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies
 from sae_lens_maira.quickstart.sae import train_sae
 
@@ -31,7 +31,7 @@ def best(phantom, tmp_path_factory) -> list[Best]:
     unseen = generate_studies(300, seed=42_000)
     config = CollectConfig(model="phantom", top=40, per_interval=12, zero=60, keep_images=False, seed=1)
     records = collect_records(
-        HarvestedBlocks(phantom, unseen, HOOK, PLACE),
+        ModelSource(phantom, unseen, HOOK, PLACE),
         unseen,
         sae,
         phantom,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.blocks import HarvestedBlocks, encode_sparse
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
+from sae_lens_maira.latents.source import ModelSource, encode_sparse
 from sae_lens_maira.phantom import FINDING_KEYS, truth_labels
 from sae_lens_maira.stats import wilson_arrays
 from sae_lens_maira.studies import Licence
@@ -210,7 +210,7 @@ def test_passes_that_differ_are_refused(rows, studies, sae, phantom, tmp_path):
 
 def test_harvested_blocks_number_studies_throughout(phantom, studies, sae, rows):
     """Blocks of the model's own forward name studies as in the whole sequence, and encode to the same latents."""
-    units = HarvestedBlocks(phantom, studies[:6], rows.hook_name, studies_per_block=4)
+    units = ModelSource(phantom, studies[:6], rows.hook_name, studies_per_block=4)
     blocks = [block for unit in range(len(units)) for block in units[unit]]
     assert [sorted(set(b.study)) for b in blocks] == [[0, 1, 2, 3], [4, 5]]
     sparse = encode_sparse(sae, blocks[0].values, 100)

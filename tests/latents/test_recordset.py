@@ -25,8 +25,8 @@ META = r.RecordsMeta(
     versions={"sae_lens": "6"},
 )
 STUDIES = [
-    r.StudyEntry("s1", "p1", "synthetic", report="Groß.", boxes=(("cardiomegaly", 0.1, 0.2, 0.3, 0.4),)),
-    r.StudyEntry("s2", "p2", "synthetic", images=(("frontal", "images/s2.png"),)),
+    r.StudyInfo("s1", "p1", "synthetic", report="Groß.", boxes=(("cardiomegaly", 0.1, 0.2, 0.3, 0.4),)),
+    r.StudyInfo("s2", "p2", "synthetic", images=(("frontal", "images/s2.png"),)),
 ]
 
 
@@ -41,7 +41,7 @@ def make_record(latent: int, value: float = 1.5) -> r.LatentRecord:
         positions=(7, 8),
         roles=("report", "report"),
         values=(0.0, None),
-        heat=(r.PatchHeat("frontal", 8, 8, (10,), (value,)),),
+        heat=(r.ActivationMap("frontal", 8, 8, (10,), (value,)),),
     )
     return r.LatentRecord(
         latent=latent,

@@ -9,10 +9,10 @@ import torch
 
 from sae_lens_maira.activations import harvest
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.blocks import StoredBlocks
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.raw import raw_dimensions_like
-from sae_lens_maira.latents.workplace import NAME
+from sae_lens_maira.latents.source import StoreSource
+from sae_lens_maira.latents.workdir import NAME
 
 CONFIG = CollectConfig(top=4, zero=3, per_interval=2, intervals=3, sample_rows=64, save_seconds=0.0, salt="s")
 
@@ -99,7 +99,7 @@ def test_records_from_a_store(phantom, studies, sae, rows, tmp_path):
         dtype="float32",
         progress=False,
     )
-    blocks = StoredBlocks(tmp_path / "store", rows.hook_name, roles="image_only", max_rows=500)
+    blocks = StoreSource(tmp_path / "store", rows.hook_name, roles="image_only", max_rows=500)
     assert len(blocks) == 3
     stored = collect_records(blocks, few, sae, phantom, tmp_path / "a", CONFIG)
     direct = rows.where(rows.is_image & (rows.study < 12))
@@ -111,7 +111,7 @@ def test_records_from_a_store(phantom, studies, sae, rows, tmp_path):
         assert ours.density == pytest.approx(theirs.density, abs=3 / len(direct))
         assert ours.max == pytest.approx(theirs.max, rel=1e-3)
     with pytest.raises(RecordError, match="not 'blocks"):
-        StoredBlocks(tmp_path / "store", "blocks.1.hook_resid_post")
+        StoreSource(tmp_path / "store", "blocks.1.hook_resid_post")
 
 
 def test_raw_dimensions_fire_like_the_sae_beside_them(sae, rows):

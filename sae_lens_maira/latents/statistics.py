@@ -12,7 +12,8 @@ import torch
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.draws import LowestPriorities, RowSample, priority
+from sae_lens_maira.latents.sampling import LowestPriorities, RowSample, priority
+from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.stats import (
     BINS_PER_OCTAVE,
     EDGES,
@@ -24,7 +25,6 @@ from sae_lens_maira.stats import (
 
 OCTAVES = HIGHEST_OCTAVE - LOWEST_OCTAVE
 
-VIEWS = ("frontal", "lateral", "prior")
 TEXT, IMAGE = 0, 1
 
 

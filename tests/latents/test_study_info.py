@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sae_lens_maira.latents.entries import Pseudonyms, centre_crop, save_images, study_entry
+from sae_lens_maira.latents.study_info import Pseudonyms, centre_crop, save_images, study_info
 from sae_lens_maira.studies import Finding, Licence, Study
 
 
@@ -26,7 +26,7 @@ def wide() -> Study:
 def test_a_kept_film_and_its_boxes_share_one_frame(wide: Study, tmp_path):
     """The box of the entry surrounds the white square of the saved crop, and cropping again moves neither."""
     kept = save_images(wide, "s", tmp_path, side=518)
-    entry = study_entry(wide, Pseudonyms(), ["nodule"], "truth", kept)
+    entry = study_info(wide, Pseudonyms(), ["nodule"], "truth", kept)
     with Image.open(tmp_path / kept[0][1]) as image:
         pixels = np.asarray(image)
     assert pixels.shape == (100, 100)
@@ -42,5 +42,5 @@ def test_a_kept_film_and_its_boxes_share_one_frame(wide: Study, tmp_path):
 
 
 def test_boxes_stay_on_the_whole_film_where_none_is_kept(wide: Study):
-    entry = study_entry(wide, Pseudonyms(), ["nodule"], "truth", ())
+    entry = study_info(wide, Pseudonyms(), ["nodule"], "truth", ())
     assert entry.boxes[0][1:] == pytest.approx((0.3, 0.2, 0.45, 0.4))

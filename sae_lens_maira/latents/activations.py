@@ -1,23 +1,102 @@
-"""Contexts: a study's text with one latent's activations on it, and its heat on the images.
+"""Activations of wanted latents in the studies that show them: spooled to disk, then made into contexts.
 
-The text shown is the same for all latents: tokens of the sections and the report, and whatever else was read. A
-context adds to it the latent's hits. It knows nothing about SAEs or how studies were chosen.
+    (study, latent, place, value), 16 bytes, appended to the file of the latent's shard
+    place >= 0: index of the shown token;    place < 0: patch -1 - place of the views one after another
+
+A study in which a latent never fires has no entry, so zero contexts need no space. Memory holds one block when writing
+and one shard of latents when reading.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.latents.packing import Text
-from sae_lens_maira.latents.records import Context, PatchHeat
-from sae_lens_maira.latents.streaming import VIEWS
+from sae_lens_maira.latents.records import ActivationMap, Context
 from sae_lens_maira.maira2 import Maira2Processor, TokenRole
+from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.maira2.reports import teacher_text
 from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
 from sae_lens_maira.studies import Study
+
+HIT = np.dtype([("study", "<i4"), ("latent", "<i4"), ("place", "<i4"), ("value", "<f4")])
+LATENTS_PER_SHARD = 256
+
+
+class HitFiles:
+    """Files of hits in one folder, written by one process."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def append(self, hits: np.ndarray) -> None:
+        """Append hits (n,) of `HIT`, in row order within each study."""
+        shard = hits["latent"] // LATENTS_PER_SHARD
+        order = np.argsort(shard, kind="stable")
+        hits, shard = hits[order], shard[order]
+        edges = np.r_[0, np.flatnonzero(np.diff(shard)) + 1, len(hits)]
+        for start, stop in pairwise(edges.tolist()):
+            if stop > start:
+                with _path(self._folder, int(shard[start])).open("ab") as file:
+                    file.write(hits[start:stop].tobytes())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by file name: what `cut` goes back to."""
+        return {path.name: path.stat().st_size for path in self._folder.glob("hits-*")}
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Drop what was appended since `sizes` were taken."""
+        for path in self._folder.glob("hits-*"):
+            with path.open("r+b") as file:
+                file.truncate(sizes.get(path.name, 0))
+
+
+Hits = dict[int, tuple[np.ndarray, np.ndarray]]
+"""Study -> (n,) places and (n,) values of one latent's hits there, in row order."""
+
+
+def read_hits(folders: Sequence[Path], latents: Sequence[int]) -> Iterator[tuple[int, Hits]]:
+    """`(latent, its hits)` for ascending `latents`, one shard of latents in memory at a time.
+
+    Args:
+        folders: of the processes that wrote them; no study was written by two.
+        latents: ascending.
+    """
+    current, hits, starts = -1, np.zeros(0, HIT), np.zeros(1, dtype=np.int64)
+    for latent in latents:
+        if latent // LATENTS_PER_SHARD != current:
+            current = latent // LATENTS_PER_SHARD
+            paths = [_path(folder, current) for folder in folders]
+            parts = [np.fromfile(path, HIT) for path in paths if path.is_file()]
+            hits = np.concatenate([np.zeros(0, HIT), *parts])
+            hits = hits[
+                np.lexsort((hits["study"], hits["latent"]))
+            ]  # stable: rows of a study keep their order
+            numbers = np.arange(LATENTS_PER_SHARD + 1) + current * LATENTS_PER_SHARD
+            starts = np.searchsorted(hits["latent"], numbers)
+        place = latent - current * LATENTS_PER_SHARD
+        own = hits[starts[place] : starts[place + 1]]
+        edges = np.r_[0, np.flatnonzero(np.diff(own["study"])) + 1, len(own)]
+        yield (
+            latent,
+            {
+                int(own["study"][a]): (own["place"][a:b], own["value"][a:b])
+                for a, b in pairwise(edges.tolist())
+                if b > a
+            },
+        )
+
+
+def _path(folder: Path, shard: int) -> Path:
+    return folder / f"hits-{shard:05d}"
+
 
 SHOWN = (
     TokenRole.INDICATION,
@@ -145,13 +224,13 @@ def build_context(
     )
 
 
-def _heat(view: str, number: np.ndarray, value: np.ndarray, grid: tuple[int, int]) -> PatchHeat:
+def _heat(view: str, number: np.ndarray, value: np.ndarray, grid: tuple[int, int]) -> ActivationMap:
     if not len(number):
-        return PatchHeat(view, *grid, (), ())
+        return ActivationMap(view, *grid, (), ())
     patch = number - VIEWS.index(view) * grid[0] * grid[1]
     on = (patch >= 0) & (patch < grid[0] * grid[1])
     patch, value = patch[on], value[on]
     order = np.argsort(patch)
-    return PatchHeat(
+    return ActivationMap(
         view, *grid, tuple(patch[order].tolist()), tuple(short(v) for v in value[order].tolist())
     )

@@ -8,8 +8,8 @@ import torch
 
 from sae_lens_maira import stats
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.draws import RowSample, priority
-from sae_lens_maira.latents.streaming import OCTAVES, VIEWS, LatentStatistics
+from sae_lens_maira.latents.sampling import RowSample, priority
+from sae_lens_maira.latents.statistics import OCTAVES, VIEWS, LatentStatistics
 from sae_lens_maira.phantom import truth_labels
 from sae_lens_maira.stats import EDGES, LOWEST_OCTAVE
 

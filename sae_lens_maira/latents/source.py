@@ -30,7 +30,7 @@ KEPT = tuple(
 )
 
 
-class Blocks(Protocol):
+class ActivationSource(Protocol):
     """Units of rows by number; `ActivationRows.study` counts in the one sequence of studies behind them."""
 
     def __len__(self) -> int: ...
@@ -38,7 +38,7 @@ class Blocks(Protocol):
     def __getitem__(self, unit: int, /) -> Iterable[ActivationRows]: ...
 
 
-class HarvestedBlocks:
+class ModelSource:
     """Units that run the model anew whenever they are read: time twice, no disk."""
 
     def __init__(
@@ -81,7 +81,7 @@ class HarvestedBlocks:
         return [rows]
 
 
-class StoredBlocks:
+class StoreSource:
     """The shards of an activation store; only rows of the studies' own reports, since contexts show those."""
 
     def __init__(

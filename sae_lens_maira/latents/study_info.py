@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from sae_lens_maira.latents.records import StudyEntry
-from sae_lens_maira.latents.streaming import VIEWS
+from sae_lens_maira.latents.records import StudyInfo
 from sae_lens_maira.maira2.images import ImageSource, box_to_crop, read_grey, stretch_contrast
+from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.studies import Licence, Study
 
 
@@ -63,13 +63,13 @@ def centre_crop(
     return square, tuple((name, *box) for name, box in moved if box is not None)
 
 
-def study_entry(
+def study_info(
     study: Study,
     names: Pseudonyms,
     findings: Sequence[str],
     labelled_by: str,
     images: tuple[tuple[str, str], ...],
-) -> StudyEntry:
+) -> StudyInfo:
     """The entry of one study; boxes are those of its truth, in the crop where images are kept."""
     boxes = tuple(
         (finding.key, *finding.box)
@@ -78,7 +78,7 @@ def study_entry(
     )
     if images and study.frontal is not None:
         boxes = centre_crop(study.frontal, boxes, side=1)[1]
-    return StudyEntry(
+    return StudyInfo(
         study=names.study(study),
         patient=names.patient(study),
         licence=study.licence.value,

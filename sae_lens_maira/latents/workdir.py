@@ -29,7 +29,7 @@ from sae_lens_maira.io import atomic_write
 NAME = ".collecting"
 
 
-class Workplace:
+class Workdir:
     """One process's view of the folder.
 
     Attributes:
