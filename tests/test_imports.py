@@ -26,6 +26,7 @@ ALLOWED = {
     "latents": {"activations", "sae", "maira2", "studies"},
     "interp": {"latents", "studies"},
     "dashboards": {"latents", "interp"},
+    "attribution": {"hooks", "sae", "studies", "maira2", "latents"},
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
 }
 LEAVES = {"errors", "io", "stats"}

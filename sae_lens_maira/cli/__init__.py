@@ -64,8 +64,8 @@ _TABLE: dict[str, str] = {
 class _Commands(UserDict[str, Any]):
     """Command name -> function. A command's module is imported when its function is asked for."""
 
-    def __getitem__(self, name: str, /) -> Callable[..., None]:
-        target = self.data[name]
+    def __getitem__(self, key: str) -> Callable[..., None]:
+        target = self.data[key]
         if isinstance(target, str):
             module, function = target.split(":")
             target = getattr(importlib.import_module(f"{__name__}.{module}"), function)

@@ -1,0 +1,333 @@
+"""Attribute the sentences of a report to SAE latents at positions of the prompt.
+
+    gradient     v_j(p) = a_j(p) W_dec[j] . g(p),       g = d score / d h at the unedited stream
+    integrated   the same with g averaged along the path that removes the candidates,
+                 h(t) = h - (1 - t) sum over candidates of a W_dec,   t in 0..1; then the sum over candidates is
+                 score(h) - score(h(0)) up to the error of the quadrature
+
+The candidates of a sentence are the entries (latent, position) of highest gradient attribution. Entries that lie behind
+the sentence's first token count too where they precede a later token of it. Every answer carries its check.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from sae_lens import SAE
+
+from sae_lens_maira.attribution.entries import Entries, active_entries
+from sae_lens_maira.attribution.faithfulness import Faithfulness, check_faithfulness
+from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun
+from sae_lens_maira.attribution.sentences import Sentence, pick_sentences, report_sentences
+from sae_lens_maira.errors import ConfigError, SAEError
+from sae_lens_maira.hooks import HookedMaira2
+from sae_lens_maira.maira2 import Maira2Encoding, role_mask
+
+Method = Literal["gradient", "integrated"]
+VIEWS = ("frontal", "lateral", "prior")
+STEPS = (4, 8, 16, 32)
+CONVERGED = 0.05
+"""The quadrature has converged if the sum differs from the true difference by at most this share."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What made the model write one sentence.
+
+    Attributes:
+        sentence: The sentence.
+        score: Its log-probability given everything before it, nats.
+        method: "gradient" or "integrated".
+        steps: Points of the quadrature; 1 for "gradient".
+        position, latent: (n,) int64, the entries of highest attribution, highest first.
+        activation: (n,) float32.
+        value: (n,) float32 attribution in nats.
+        share_kept: Share of the positive attribution of all candidates that these entries hold.
+        n_candidates: Candidates they were taken from.
+        by_position: (L,) float32, summed positive attribution of the candidates at every position.
+        error: First-order effect of the reconstruction error, nats, summed over encoded positions.
+        bias: First-order effect of the decoder bias, nats, summed over encoded positions.
+        check: What ablation says; None if it was not asked for.
+    """
+
+    sentence: Sentence
+    score: float
+    method: Method
+    steps: int
+    position: np.ndarray
+    latent: np.ndarray
+    activation: np.ndarray
+    value: np.ndarray
+    share_kept: float
+    n_candidates: int
+    by_position: np.ndarray
+    error: float
+    bias: float
+    check: Faithfulness | None = None
+
+    def latents(self, names: dict[int, str] | None = None) -> pd.DataFrame:
+        """One row per latent: its share of the kept attribution, in how many positions, and where it is strongest.
+
+        Args:
+            names: Name per latent, if known.
+        """
+        table = pd.DataFrame({"latent": self.latent, "value": self.value, "position": self.position})
+        grouped = table.groupby("latent", sort=False)
+        found = grouped.agg(value=("value", "sum"), positions=("position", "nunique")).reset_index()
+        strongest = table.loc[grouped["value"].idxmax(), ["latent", "position"]]
+        found = found.merge(strongest.rename(columns={"position": "strongest"}), on="latent")
+        positive = float(found["value"].clip(lower=0).sum())
+        found["share"] = found["value"] / positive if positive else 0.0
+        found["name"] = [(names or {}).get(int(j), "") for j in found["latent"]]
+        return found.sort_values("value", ascending=False, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class ReportAttribution:
+    """Attributions of the sentences of one report.
+
+    Attributes:
+        study_id: The study.
+        report: The report's text.
+        hook_name: Where the SAE reads.
+        sentences: One attribution per sentence that was asked for.
+        encoding: The encoded study, for roles and patch coordinates.
+        names: Name per latent, where known.
+    """
+
+    study_id: str
+    report: str
+    hook_name: str
+    sentences: tuple[Attribution, ...]
+    encoding: Maira2Encoding = field(repr=False)
+    names: dict[int, str] = field(default_factory=dict, repr=False)
+
+    def map(self, number: int, view: str = "frontal") -> np.ndarray:
+        """Attribution of a sentence over the patches of one image.
+
+        Args:
+            number: Place in `sentences`.
+            view: "frontal", "lateral" or "prior".
+
+        Returns:
+            (rows, columns) float32, positive attribution in nats.
+
+        Raises:
+            ConfigError: The study has no such image.
+        """
+        if view not in VIEWS:
+            raise ConfigError(f"The view was {view!r}; use {', '.join(VIEWS)}.")
+        here = (self.encoding.view[0] == VIEWS.index(view)).cpu().numpy()
+        if not here.any():
+            raise ConfigError(f"Study {self.study_id} has no {view} image, so there is no map of it.")
+        row = self.encoding.patch_row[0].cpu().numpy()[here]
+        col = self.encoding.patch_col[0].cpu().numpy()[here]
+        grid = np.zeros((int(row.max()) + 1, int(col.max()) + 1), dtype=np.float32)
+        grid[row, col] = self.sentences[number].by_position[here]
+        return grid
+
+    def table(self) -> pd.DataFrame:
+        """One row per sentence: score, drop under ablation, controls, and whether the check passed."""
+        rows = []
+        for item in self.sentences:
+            row: dict[str, Any] = {"sentence": item.sentence.text, "score": item.score}
+            if item.check is not None:
+                c = item.check
+                row |= {
+                    "drop": c.drop,
+                    "random": c.drop_random,
+                    "largest": c.drop_largest,
+                    "gradient_step": c.drop_gradient,
+                    "efficiency": c.efficiency,
+                    "check": "passed" if c.passed else "; ".join(c.problems),
+                }
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        return f"{self.study_id} at {self.hook_name}\n{self.table().to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html(index=False, escape=True, float_format=lambda x: f"{x:.2f}")
+
+
+def attribute(
+    hooked: HookedMaira2,
+    study: Any,
+    sae: SAE[Any],
+    sentence: int | Sequence[int] | None = None,
+    report: str = "generated",
+    hook_name: str | None = None,
+    roles: Any = None,
+    method: Method = "integrated",
+    candidates: int = 256,
+    top: int = 512,
+    n_check: int = 32,
+    check: bool = True,
+    names: dict[int, str] | None = None,
+    max_new_tokens: int | None = None,
+    budget_bytes: int = BUDGET_BYTES,
+    seed: int = 0,
+) -> ReportAttribution:
+    """Explain the sentences of a report by latents at positions.
+
+    Args:
+        hooked: The model.
+        study: The study.
+        sae: An SAE at the output of a decoder block.
+        sentence: Number of the sentence, or several; None explains all.
+        report: "generated" for the model's own greedy report, "teacher" for the study's report, or a text.
+        hook_name: Hook point; taken from the SAE's metadata if not given.
+        roles: Token roles whose positions count; None takes all positions that the SAE's metadata say it was trained
+            on, or every real token.
+        method: "integrated", or "gradient" (one backward pass, not complete).
+        candidates: Entries that are integrated over and checked, per sentence.
+        top: Entries that are kept in the answer.
+        n_check: Entries that the check removes.
+        check: Ablate and compare with controls.
+        names: Name per latent, for tables.
+        max_new_tokens: Budget of a generated report.
+        budget_bytes: Bytes that one batch of ablations may take.
+        seed: Seed of the random controls.
+
+    Raises:
+        SAEError: The SAE names no hook point, does not fit the model, or is silent at all positions.
+        PromptError: There is no report, or no such sentence.
+    """
+    if method not in ("gradient", "integrated"):
+        raise ConfigError(f"The method was {method!r}; use 'integrated' or 'gradient'.")
+    place = hook_name or sae.cfg.metadata.hook_name
+    if not place:
+        raise SAEError("The SAE's metadata name no hook point. Say where it reads with hook_name.")
+    encoding = encode_with_report(hooked, study, report, max_new_tokens)
+    spans = pick_sentences(report_sentences(encoding, hooked.tokenizer), sentence)
+    run = ResidualRun(hooked, encoding, place, budget_bytes)
+    wanted = roles or getattr(sae.cfg.metadata, "token_roles", None) or "all"
+    here = role_mask(run.encoding, wanted)[0].nonzero()[:, 0].to(run.hidden.device)
+    entries, error = active_entries(sae, run.hidden, here)
+    if not len(entries):
+        raise SAEError(
+            f"No latent is active at the {len(here)} positions of roles {wanted!r} of this study. Check that the SAE "
+            f"was trained at {place} on these roles."
+        )
+    scores, gradients = run.gradients(run.hidden, [s.positions for s in spans])
+    found = [
+        _explain(run, span, entries, error, here, sae, float(score), gradient, method, candidates, top)
+        for span, score, gradient in zip(spans, scores, gradients, strict=True)
+    ]
+    answers = []
+    for (answer, order, values, true), gradient in zip(found, gradients, strict=True):
+        outcome = None
+        if check:
+            outcome = check_faithfulness(
+                run, answer.sentence.positions, entries, order, values, gradient, answer.score, n_check,
+                seed=seed, true_difference=true,
+            )  # fmt: skip
+        answers.append(Attribution(**{**vars(answer), "check": outcome}))
+    text = " ".join(s.text for s in report_sentences(encoding, hooked.tokenizer))
+    return ReportAttribution(
+        str(getattr(study, "study_id", "")), text, run.hook_name, tuple(answers), run.encoding, names or {}
+    )
+
+
+def encode_with_report(
+    hooked: HookedMaira2, study: Any, report: str, max_new_tokens: int | None = None
+) -> Maira2Encoding:
+    """Encode one study with its report behind the prompt.
+
+    Args:
+        hooked: The model.
+        study: The study.
+        report: "generated", "teacher" or a text.
+        max_new_tokens: Budget of a generated report.
+    """
+    processor = hooked.processor
+    if processor is None:
+        raise ConfigError(
+            "The model was wrapped without a processor, so studies cannot be encoded. Pass one."
+        )
+    if report == "teacher":
+        return processor.encode([study], report="teacher", padding_side="right")
+    if report != "generated":
+        return processor.encode([study], report=[report], padding_side="right")
+    prompt = processor.encode([study])
+    ids = hooked.generate(prompt, max_new_tokens=max_new_tokens)
+    return prompt.extend(ids[:, prompt.input_ids.shape[1] :].cpu())
+
+
+def _explain(
+    run: ResidualRun,
+    span: Sentence,
+    entries: Entries,
+    error: torch.Tensor,
+    encoded: torch.Tensor,
+    sae: SAE[Any],
+    score: float,
+    gradient: torch.Tensor,
+    method: Method,
+    candidates: int,
+    top: int,
+) -> tuple[Attribution, torch.Tensor, torch.Tensor, float | None]:
+    """One sentence: the answer, its candidates in order, their values, and the true difference if it was measured."""
+    first_order = entries.dot(gradient)
+    chosen = first_order.topk(min(candidates, len(entries))).indices
+    chosen = chosen[first_order[chosen] > 0]
+    if not len(chosen):
+        chosen = first_order.topk(1).indices
+    values, steps, true = first_order[chosen], 1, None
+    average = gradient
+    if method == "integrated":
+        average, steps, true = _path_average(run, span.positions, entries, chosen, gradient, score)
+        values = entries.dot(average)[chosen]
+    ranked = values.argsort(descending=True)
+    order, values = chosen[ranked], values[ranked]
+    by_position = torch.zeros(entries.length, device=values.device)
+    by_position.index_add_(0, entries.position[order], values.clamp(min=0))
+    positive = float(values.clamp(min=0).sum())
+    kept = order[:top]
+    answer = Attribution(
+        sentence=span,
+        score=score,
+        method=method,
+        steps=steps,
+        position=entries.position[kept].cpu().numpy(),
+        latent=entries.latent[kept].cpu().numpy(),
+        activation=entries.activation[kept].cpu().numpy(),
+        value=values[:top].cpu().numpy(),
+        share_kept=float(values[:top].clamp(min=0).sum()) / positive if positive else 0.0,
+        n_candidates=len(chosen),
+        by_position=by_position.cpu().numpy(),
+        error=float((error * average[encoded]).sum()),
+        bias=float((average[encoded] @ sae.b_dec.detach().float()).sum()),
+    )
+    return answer, order, values, true
+
+
+def _path_average(
+    run: ResidualRun,
+    positions: Sequence[int],
+    entries: Entries,
+    chosen: torch.Tensor,
+    gradient: torch.Tensor,
+    score: float,
+) -> tuple[torch.Tensor, int, float]:
+    """Gradient averaged along the path that removes the candidates; points used; the true difference."""
+    removed = entries.delta(chosen)
+    true = score - float(run.scores([-removed], positions)[0])
+    average, steps = gradient, 1
+    for steps in STEPS:
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        average = torch.zeros_like(gradient)
+        for node, weight in zip(nodes, weights, strict=True):
+            where = run.edited(-(1 - (node + 1) / 2) * removed)
+            average += float(weight) / 2 * run.gradients(where, [positions])[1][0]
+        total = float((removed * average).sum())
+        if abs(total - true) <= CONVERGED * max(abs(true), 0.1):
+            break
+    return average, steps, true
+
+
+__all__ = ["Attribution", "ReportAttribution", "attribute", "encode_with_report"]

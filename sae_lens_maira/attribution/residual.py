@@ -1,0 +1,157 @@
+"""One study and its report, read once up to a hook point, and run from there as often as wanted.
+
+    h (L, d_model) at blocks.i.hook_resid_post  ->  blocks i+1 .. n-1, norm, head  ->  log P of chosen tokens
+
+An edit of the residual stream changes nothing below the hook point, so the vision tower and the lower blocks run once
+per study. Several edits of the same study run as one batch, as large as the budget of bytes allows.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sae_lens_maira.errors import HookError
+from sae_lens_maira.hooks import HookedMaira2
+from sae_lens_maira.maira2 import Maira2Encoding
+
+BUDGET_BYTES = 1 << 30
+"""Default budget for the activations of one batch of edits."""
+
+
+class ResidualRun:
+    """The part of a model above one hook point, for one encoded study.
+
+    Args:
+        hooked: The model.
+        encoding: One study with its report, without padding.
+        hook_name: `blocks.{i}.hook_resid_post`.
+        budget_bytes: Bytes that the activations of one batch of edits may take; at least one edit runs at a time.
+
+    Attributes:
+        hidden: (L, d_model) residual stream at the hook point, in the model's dtype and on its device.
+        encoding: The encoding, on the model's device.
+
+    Raises:
+        HookError: Another kind of hook point, or several studies.
+    """
+
+    def __init__(
+        self,
+        hooked: HookedMaira2,
+        encoding: Maira2Encoding,
+        hook_name: str,
+        budget_bytes: int = BUDGET_BYTES,
+    ) -> None:
+        point = hooked.points.resolve(hook_name)
+        if not point.name.endswith("hook_resid_post") or point.index is None:
+            raise HookError(
+                f"{hook_name!r} is not the output of a decoder block, so the blocks above it do not depend on it "
+                "alone. Use an SAE at blocks.{i}.hook_resid_post."
+            )
+        if len(encoding) != 1 or not bool(encoding.attention_mask.all()):
+            raise HookError(
+                f"The encoding has {len(encoding)} rows and {int((encoding.attention_mask == 0).sum())} padded "
+                "positions; expected one study without padding."
+            )
+        self._model: Any = hooked.model
+        self._first_block = point.index + 1
+        self.hook_name = point.name
+        self.encoding = encoding.to(hooked.W_E.device, hooked.W_E.dtype)
+        with torch.no_grad():
+            _, cache = hooked.run_with_cache(
+                self.encoding, names_filter=[point.name], stop_at_layer=point.stop
+            )
+        self.hidden: torch.Tensor = cache[point.name][0]
+        text: Any = self._model.config.get_text_config()
+        widest = 4 * text.hidden_size + 3 * text.intermediate_size
+        self._rows = max(1, budget_bytes // (len(self.hidden) * widest * self.hidden.element_size()))
+
+    def log_probabilities(self, hidden: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of the encoded tokens at some positions, for several versions of the stream.
+
+        Args:
+            hidden: (B, L, d_model) residual stream at the hook point.
+            positions: T positions of the sequence, each at least 1.
+
+        Returns:
+            (B, T) float32 log P(token at position | everything before it), in nats. Differentiable in `hidden`.
+        """
+        place = torch.as_tensor(positions, device=hidden.device)
+        with _only_blocks_from(self._model.model.language_model, self._first_block) as upper:
+            last = upper(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        logits = self._model.lm_head(last[:, place - 1]).float()
+        targets = self.encoding.input_ids[0, place].expand(len(hidden), -1)
+        return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+    @torch.no_grad()
+    def scores(self, deltas: Sequence[torch.Tensor], positions: Sequence[int]) -> torch.Tensor:
+        """Score a span of tokens under several edits.
+
+        Args:
+            deltas: Edits, each (L, d_model), added to the stream.
+            positions: Positions of the span's tokens.
+
+        Returns:
+            (len(deltas),) float32, the summed log-probability of the span under each edit.
+        """
+        found = []
+        for start in range(0, len(deltas), self._rows):
+            batch = torch.stack([self.edited(delta) for delta in deltas[start : start + self._rows]])
+            found.append(self.log_probabilities(batch, positions).sum(1).cpu())
+        return torch.cat(found) if found else torch.empty(0)
+
+    def gradients(
+        self, hidden: torch.Tensor, spans: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient of each span's score, from one forward pass.
+
+        Args:
+            hidden: (L, d_model) where to take it.
+            spans: Positions of each span's tokens.
+
+        Returns:
+            Scores (S,) and gradients (S, L, d_model), float32.
+        """
+        leaf = hidden.detach()[None].clone().requires_grad_(True)
+        every = sorted({p for span in spans for p in span})
+        place = {p: i for i, p in enumerate(every)}
+        gradients, scores = [], []
+        with torch.enable_grad(), _frozen(self._model):
+            logp = self.log_probabilities(leaf, every)[0]
+            for number, span in enumerate(spans):
+                score = logp[[place[p] for p in span]].sum()
+                more = number + 1 < len(spans)
+                gradients.append(torch.autograd.grad(score, leaf, retain_graph=more)[0][0].float())
+                scores.append(score.detach())
+        return torch.stack(scores).cpu(), torch.stack(gradients)
+
+    def edited(self, delta: torch.Tensor) -> torch.Tensor:
+        """(L, d_model) the stream with an edit added in float32."""
+        return (self.hidden.float() + delta).to(self.hidden.dtype)
+
+
+@contextmanager
+def _only_blocks_from(language_model: Any, first: int) -> Iterator[Any]:
+    """The decoder with only its blocks from `first` on."""
+    layers = language_model.layers
+    language_model.layers = nn.ModuleList(list(layers)[first:])
+    try:
+        yield language_model
+    finally:
+        language_model.layers = layers
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of weights: autograd then keeps what the stream's gradient needs and nothing else."""
+    changed = [p for p in model.parameters() if p.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(True)

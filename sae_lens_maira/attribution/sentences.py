@@ -1,0 +1,112 @@
+"""Sentences of a report as spans of tokens, so that each can be scored by the model.
+
+score(sentence) = sum over its tokens t of log P(t | prompt, report before t)        in nats
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sae_lens_maira.errors import PromptError
+from sae_lens_maira.maira2 import Maira2Encoding, TokenRole
+
+# A sentence ends at . ! or ? before white space and something that can begin a sentence, or at a line break.
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(\[])|\s*\n+\s*")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a report.
+
+    Attributes:
+        number: Place in the report, from 0.
+        text: The sentence without surrounding white space.
+        positions: Positions of its tokens in the encoded sequence, ascending.
+    """
+
+    number: int
+    text: str
+    positions: tuple[int, ...]
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Split a report into sentences.
+
+    Args:
+        text: The report.
+
+    Returns:
+        (start, end) character offsets of every sentence, without surrounding white space, in order.
+    """
+    spans, start = [], 0
+    for end, following in [*((m.start(), m.end()) for m in _END.finditer(text)), (len(text), len(text))]:
+        piece = text[start:end]
+        if piece.strip():
+            left = start + len(piece) - len(piece.lstrip())
+            spans.append((left, left + len(piece.strip())))
+        start = following
+    return spans
+
+
+def report_sentences(encoding: Maira2Encoding, tokenizer: Any) -> list[Sentence]:
+    """Find the sentences of an encoded report and the tokens of each.
+
+    A token belongs to the sentence in which its last character lies. The token that closes the report belongs to none.
+
+    Args:
+        encoding: One study with its report.
+        tokenizer: The processor's tokenizer.
+
+    Raises:
+        PromptError: The encoding has several rows, or no report.
+    """
+    if len(encoding) != 1:
+        raise PromptError(f"{len(encoding)} studies were encoded together; expected one. Encode it alone.")
+    place = (encoding.roles[0] == TokenRole.REPORT).nonzero()[:, 0].tolist()
+    ids = encoding.input_ids[0]
+    place = [p for p in place if int(ids[p]) != encoding.eos_token_id]
+    if not place:
+        raise PromptError(
+            "The encoding holds no report, so there is no sentence to explain. Encode the study with a report."
+        )
+    tokens = ids[place].tolist()
+    ends = _character_ends(tokens, tokenizer)
+    text = _decode(tokens, tokenizer)
+    found = []
+    for start, end in split_sentences(text):
+        mine = tuple(p for p, e in zip(place, ends, strict=True) if start < e <= end)
+        if mine:
+            found.append(Sentence(len(found), text[start:end], mine))
+    return found
+
+
+def pick_sentences(sentences: Sequence[Sentence], wanted: int | Sequence[int] | None) -> list[Sentence]:
+    """The sentences of the given numbers (negative: from the end); all of them for None.
+
+    Raises:
+        PromptError: There is no sentence of that number.
+    """
+    if wanted is None:
+        return list(sentences)
+    numbers = [wanted] if isinstance(wanted, int) else list(wanted)
+    try:
+        return [sentences[number] for number in numbers]
+    except IndexError:
+        raise PromptError(
+            f"Sentences {numbers} were asked for, but the report has {len(sentences)}, numbered from 0: "
+            + " | ".join(f"{s.number}: {s.text}" for s in sentences)
+        ) from None
+
+
+def _character_ends(tokens: Sequence[int], tokenizer: Any) -> list[int]:
+    """For every token, the length of the decoded text up to and including it."""
+    return [len(_decode(tokens[: i + 1], tokenizer)) for i in range(len(tokens))]
+
+
+def _decode(tokens: Sequence[int], tokenizer: Any) -> str:
+    return tokenizer.decode(
+        torch.as_tensor(list(tokens)), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
