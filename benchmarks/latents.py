@@ -35,7 +35,7 @@ def main() -> int:
     from sae_lens_maira.activations import harvest_rows
     from sae_lens_maira.latents.source import KEPT
     from sae_lens_maira.phantom import generate_studies, load_phantom
-    from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, untrained_like
+    from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
 
     torch.set_num_threads(1)
     maira = load_phantom()
@@ -45,7 +45,7 @@ def main() -> int:
         d_in=rows.values.shape[1], d_sae=options.d_sae, k=8, matryoshka_widths=[options.d_sae], device="cpu"
     )
     shape.metadata.hook_name = HOOK
-    sae = untrained_like(MatryoshkaTrainingSAE(shape), rows.values, l0=options.l0, seed=0)
+    sae = make_control("untrained", MatryoshkaTrainingSAE(shape), rows.values, l0=options.l0)
     told = {"studies": len(studies), "rows": len(rows), "d_sae": options.d_sae, "l0": options.l0}
     with tempfile.TemporaryDirectory() as scratch:
         ours = _ours(rows, studies, sae, maira, Path(scratch) / "records")

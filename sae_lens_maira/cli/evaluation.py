@@ -20,7 +20,7 @@ from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.errors import SAEError
 from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.maira2 import Maira2, TokenRole, resolve_roles
-from sae_lens_maira.sae import SpliceBatch, evaluate_sae, evaluate_splice, load_matryoshka, untrained_like
+from sae_lens_maira.sae import SpliceBatch, evaluate_sae, evaluate_splice, load_matryoshka, make_control
 from sae_lens_maira.studies import Study
 
 # BOS and boilerplate are no SAE's business: the first has a norm of its own, the second never varies.
@@ -88,7 +88,7 @@ def evaluate(
     baselines = {}
     for where, roles in POSITIONS.items():
         here = np.isin(rows.role, [int(role) for role in roles])
-        baselines[where] = untrained_like(sae, rows.where(here).values)
+        baselines[where] = make_control("untrained", sae, rows.where(here).values)
     spliced = evaluate_splice(
         maira.model,
         module,

@@ -182,19 +182,15 @@ def _rows(
 def _stand_in(control: str, dictionary: Any, blocks: "ActivationSource", seed: int) -> Any:
     """The untrained SAE or the raw dimensions, as sparse as the trained one on the rows that they are set on."""
     from sae_lens_maira.errors import ConfigError
-    from sae_lens_maira.latents.raw import raw_dimensions_like
-    from sae_lens_maira.sae import untrained_like
+    from sae_lens_maira.sae import make_control
 
-    whiten = control == "untrained_whitened"
-    if whiten:
+    if control == "untrained_whitened":
         rows = _spread_rows(blocks, 8 * dictionary.cfg.d_in)
     else:
         rows = next((block.values for unit in range(len(blocks)) for block in blocks[unit]), None)
     if rows is None:
         raise ConfigError("There are no rows to set the control's sparsity on; give studies with reports.")
-    if control == "raw":
-        return raw_dimensions_like(dictionary, rows)
-    return untrained_like(dictionary, rows, seed=seed, whiten=whiten)
+    return make_control(control, dictionary, rows, seed)
 
 
 def _spread_rows(blocks: "ActivationSource", wanted: int, most_units: int = 32) -> Any:

@@ -9,13 +9,7 @@ from sae_lens_maira.latents.agreement import (
     paired_difference,
     split_by_patient,
 )
-from sae_lens_maira.latents.firing import (
-    Encoder,
-    MeanDifference,
-    RandomDirections,
-    RawDimensions,
-    study_firing,
-)
+from sae_lens_maira.latents.firing import Encoder, MeanDifference, study_firing
 from sae_lens_maira.latents.records import Context, LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet, write_records
 
@@ -27,8 +21,6 @@ __all__ = [
     "Halves",
     "LatentRecord",
     "MeanDifference",
-    "RandomDirections",
-    "RawDimensions",
     "RecordSet",
     "RecordsMeta",
     "StudyInfo",

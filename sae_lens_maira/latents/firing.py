@@ -1,8 +1,7 @@
 """Which units fire in which study: from activation rows to a boolean (studies, units) table.
 
-Units are an SAE's latents or, for comparison, random directions or the raw dimensions of the residual stream under
-one global threshold that lets as many of them fire per row as the SAE's L0, or one supervised direction. Rows are
-encoded in chunks, so memory is O(studies x units) whatever the number of rows. It knows nothing about findings.
+Units are the latents of an SAE or of one of its controls (`sae.controls`), or one supervised direction per finding.
+Rows are encoded in chunks, so memory is O(studies x units) for any number of rows.
 """
 
 from typing import Protocol
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.sae.whitening import symmetric_whitening
 from sae_lens_maira.stats import f1
 
 
@@ -48,66 +46,6 @@ def study_firing(
     if fires is None:
         return np.zeros((n_studies, 0), dtype=bool), 0.0
     return (fires > 0).numpy(), active / len(rows)
-
-
-class RandomDirections:
-    """An untrained SAE: random unit directions on centred rows, sparse by one global threshold.
-
-    It has the trained SAE's number of units and, through `l0`, its sparsity on the same rows, so what it scores is
-    what chance and a large number of units give. With `whiten` the directions are random in the space where the rows
-    given have unit covariance, as an SAE's are that SAELens trains with "covariance_whitening". On the phantom such
-    directions agree better with findings at report tokens and worse at image patches (docs/log.md): a whitened SAE
-    wants both beside it, and the stricter counts.
-    """
-
-    def __init__(
-        self, rows: ActivationRows, n_units: int, l0: float, seed: int = 0, whiten: bool = False
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        directions = torch.randn(rows.values.shape[1], n_units, generator=generator)
-        directions = directions / directions.norm(dim=0)
-        self._directions = directions
-        if whiten:
-            self._directions = symmetric_whitening(rows.values)[0].to(directions) @ directions
-        self._mean = rows.values.mean(0)
-        self._threshold = _threshold_for(self._project(_sample(rows, 2000)), l0)
-
-    def _project(self, values: torch.Tensor) -> torch.Tensor:
-        return (values - self._mean) @ self._directions
-
-    def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
-        return torch.relu(self._project(values) - self._threshold)
-
-
-class RawDimensions:
-    """The residual stream's own axes as a dictionary of 2 d_in units: each dimension, with either sign.
-
-    Values are centred and scaled per dimension, and one global threshold lets `l0` units fire per row on average.
-    """
-
-    def __init__(self, rows: ActivationRows, l0: float) -> None:
-        self._mean = rows.values.mean(0)
-        self._std = rows.values.std(0).clamp(min=1e-6)
-        self._threshold = _threshold_for(self._scaled(_sample(rows, 20_000)), l0)
-
-    def _scaled(self, values: torch.Tensor) -> torch.Tensor:
-        z = (values - self._mean) / self._std
-        return torch.cat([z, -z], 1)
-
-    def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
-        return torch.relu(self._scaled(values) - self._threshold)
-
-
-def _sample(rows: ActivationRows, n: int) -> torch.Tensor:
-    """About n rows, evenly spaced."""
-    return rows.values[:: max(1, len(rows) // n)]
-
-
-def _threshold_for(scores: torch.Tensor, l0: float) -> torch.Tensor:
-    """The value that `l0` of each row's scores (n, units) exceed on average, over all rows together."""
-    # A sort: torch.quantile refuses this many values.
-    ordered = scores.flatten().sort().values
-    return ordered[min(len(ordered) - 1, int((1 - l0 / scores.shape[1]) * len(ordered)))].clamp(min=0)
 
 
 class MeanDifference:

@@ -16,8 +16,6 @@ from sae_lens_maira.latents import (
     Encoder,
     Halves,
     MeanDifference,
-    RandomDirections,
-    RawDimensions,
     best_dictionary,
     best_units,
     paired_difference,
@@ -26,6 +24,7 @@ from sae_lens_maira.latents import (
 from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.quickstart.results import Draw, PlaceResult
 from sae_lens_maira.quickstart.sae import TrainedSAE
+from sae_lens_maira.sae import make_control
 
 
 def agreement(
@@ -60,11 +59,15 @@ def agreement(
     trained = [scored("Matryoshka SAE", sae.encode) for sae in saes]
     taken = best_dictionary([scores for scores, _ in trained])
     best, l0 = trained[taken]
+
+    def control_of(kind: str, sae: TrainedSAE, seed: int = 0) -> Encoder:
+        return make_control(kind, sae.inference, chosen_half.values, seed, l0=l0).encode
+
     # As many draws as SAEs were trained, each as sparse as the one taken, whitened if that was.
     untrained = [
         scored(
             "untrained SAE",
-            RandomDirections(chosen_half, len(sae.decoder), l0, seed + i, whiten=sae.whitened),
+            control_of("untrained_whitened" if sae.whitened else "untrained", sae, seed + i),
         )[0]
         for i, sae in enumerate(saes)
     ]
@@ -88,7 +91,7 @@ def agreement(
         sae=saes[taken],
         trained=best,
         untrained=control,
-        raw=scored("raw dimensions", RawDimensions(chosen_half, l0))[0],
+        raw=scored("raw dimensions", control_of("raw", saes[taken]))[0],
         supervised=best_units("difference of means", fitted, truth, FINDING_KEYS, halves, unit=own),
         gain=paired_difference(best, control),
         l0=l0,

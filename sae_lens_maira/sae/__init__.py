@@ -4,6 +4,7 @@ Importing this package registers the architecture "matryoshka" and the release "
 """
 
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig, MatryoshkaTrainingSAEConfig
+from sae_lens_maira.sae.controls import CONTROLS, control_kind, make_control
 from sae_lens_maira.sae.evaluation import ReconstructionRecord, SAEEvaluation, evaluate_sae
 from sae_lens_maira.sae.export import export_dictionary_learning
 from sae_lens_maira.sae.identity import fingerprint
@@ -19,9 +20,9 @@ from sae_lens_maira.sae.release import ReleaseRequest, convert_release, load_rel
 from sae_lens_maira.sae.splice import SpliceBatch, SpliceEvaluation, SpliceRecord, evaluate_splice
 from sae_lens_maira.sae.tables import read_interpretations
 from sae_lens_maira.sae.training import MatryoshkaTrainingSAE
-from sae_lens_maira.sae.untrained import untrained_like
 
 __all__ = [
+    "CONTROLS",
     "MatryoshkaSAE",
     "MatryoshkaSAEConfig",
     "MatryoshkaTrainingSAE",
@@ -32,6 +33,7 @@ __all__ = [
     "SpliceBatch",
     "SpliceEvaluation",
     "SpliceRecord",
+    "control_kind",
     "convert_release",
     "evaluate_sae",
     "evaluate_splice",
@@ -42,10 +44,10 @@ __all__ = [
     "load_release",
     "maira2_sae_disk_loader",
     "maira2_sae_loader",
+    "make_control",
     "read_interpretations",
     "register",
     "register_release",
-    "untrained_like",
 ]
 
 register()

@@ -24,10 +24,10 @@ from sae_lens.saes.standard_sae import StandardSAE
 from torch import Tensor
 
 from sae_lens_maira.errors import SAEError
+from sae_lens_maira.sae.controls import control_kind, make_control
 from sae_lens_maira.sae.inference import load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
 from sae_lens_maira.sae.losses import nested_reconstructions
-from sae_lens_maira.sae.untrained import untrained_like
 
 _SAMPLE_ROWS = 4096
 Rows = Tensor | np.ndarray | Iterable[Any]
@@ -39,7 +39,7 @@ class ReconstructionRecord:
     """Figures of one SAE at one level on the rows of one role."""
 
     sae: str
-    """"trained", "untrained", or "baseline" for another SAE that stands beside."""
+    """"trained", a kind of control such as "untrained", or "baseline" for another SAE."""
     level: int
     width: int
     role: str
@@ -94,7 +94,7 @@ def evaluate_sae(
             (rows, roles).
         roles: (n,) integers, one per row of an array. None counts all rows together only.
         role_names: names of the integers; an integer without a name is called by its number.
-        baseline: an SAE to stand beside, None, or "untrained" for `untrained_like` of each role's own rows, which
+        baseline: an SAE to stand beside, None, or "untrained" for that control of each role's own rows, which
             then starts from that role's mean and sparsity.
         batch_rows: rows encoded at once.
         seed: of the untrained SAE.
@@ -114,14 +114,14 @@ def evaluate_sae(
         # One per role: rows of one role lie far from the mean of all, and an SAE that cannot know that is too
         # easy to beat.
         for group, mean in means.items():
-            other = untrained_like(sae, samples[group], seed=seed)
+            other = make_control("untrained", sae, samples[group], seed)
             records += _second_pass(beside_label(other), other, batches, {group: mean}, names)
     return SAEEvaluation(tuple(records))
 
 
 def beside_label(baseline: SAE[Any]) -> str:
-    """What the SAE that stands beside is called in records."""
-    return "untrained" if "untrained" in baseline.cfg.metadata else "baseline"
+    """Name of a baseline SAE in records: its kind of control, or "baseline"."""
+    return control_kind(baseline) or "baseline"
 
 
 class _Batches:

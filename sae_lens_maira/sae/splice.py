@@ -88,7 +88,7 @@ def evaluate_splice(
         module: the submodule whose output (B, L, d_in), or first output, the SAE reconstructs.
         batches: `SpliceBatch`es or tuples (model_inputs, labels, roles).
         sae: any SAELens SAE.
-        baseline: an SAE to stand beside, such as `untrained_like(sae, rows)`, or one per set of positions.
+        baseline: SAE to compare with, such as `make_control("untrained", sae, rows)`, or one per set of positions.
         positions: name -> roles whose positions are replaced, None for every position that the attention mask
             keeps. Default {"all": None}. An SAE should be judged on the roles that it was trained on.
         levels: which levels to splice; None means all.

@@ -7,7 +7,7 @@ from sae_lens_maira.cli.latents import _stand_in
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents.source import ModelSource
 from sae_lens_maira.phantom import generate_studies, load_phantom
-from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, untrained_like
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def blocks():
 def dictionary(blocks):
     rows = torch.cat([block.values for block in blocks[0]])
     config = MatryoshkaTrainingSAEConfig(d_in=128, d_sae=256, k=6, matryoshka_widths=[64, 256])
-    return untrained_like(MatryoshkaTrainingSAE(config), rows, l0=6.0, seed=7)
+    return make_control("untrained", MatryoshkaTrainingSAE(config), rows, l0=6.0, seed=7)
 
 
 @pytest.mark.parametrize("control", ["untrained", "untrained_whitened", "raw"])

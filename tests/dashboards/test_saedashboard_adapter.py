@@ -17,7 +17,7 @@ from sae_lens_maira.errors import ConfigError, PrivacyError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.maira2 import resolve_roles
 from sae_lens_maira.phantom import generate_studies
-from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, untrained_like
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
 
 pytestmark = [
     pytest.mark.compat,
@@ -54,7 +54,7 @@ def sae(blocks):
     )
     config.metadata.hook_name = HOOK
     torch.manual_seed(0)
-    made = untrained_like(MatryoshkaTrainingSAE(config), values, l0=6.0, seed=1)
+    made = make_control("untrained", MatryoshkaTrainingSAE(config), values, l0=6.0, seed=1)
     with torch.no_grad():
         made.W_dec.data *= torch.linspace(0.5, 2.0, 48)[:, None]
         made.threshold[5] = 1e9

@@ -5,7 +5,7 @@ import torch
 
 from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.phantom import generate_studies
-from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, untrained_like
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
 
 HOOK = "blocks.3.hook_resid_post"
 ROLES = ("image", "indication", "technique", "comparison", "prior_report", "report")
@@ -32,7 +32,7 @@ def sae(rows):
     config.metadata.hook_name = HOOK
     like = MatryoshkaTrainingSAE(config)
     torch.manual_seed(0)
-    return untrained_like(like, rows.values, l0=6.0, seed=1)
+    return make_control("untrained", like, rows.values, l0=6.0, seed=1)
 
 
 @pytest.fixture(scope="session")

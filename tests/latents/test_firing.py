@@ -1,13 +1,12 @@
-"""From rows to firing tables, and the three comparison dictionaries."""
+"""From rows to firing tables, and the supervised direction."""
 
 import numpy as np
 import pytest
 import torch
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.latents import MeanDifference, RandomDirections, RawDimensions, study_firing
+from sae_lens_maira.latents import MeanDifference, study_firing
 from sae_lens_maira.latents.firing import _best_threshold
-from sae_lens_maira.sae.whitening import symmetric_whitening
 
 
 def make_rows(values: torch.Tensor, study: np.ndarray) -> ActivationRows:
@@ -37,33 +36,6 @@ def test_firing_is_any_over_a_studys_rows(rows):
     )
     assert (fires == expected).all()
     assert l0 == pytest.approx(on.sum(1).mean())
-
-
-def test_raw_dimensions_have_the_wanted_sparsity(rows):
-    """One global threshold over both signs lets as many units fire per row as asked."""
-    for l0 in (1.0, 4.0):
-        encode = RawDimensions(rows, l0)
-        assert encode(rows.values).shape == (700, 24)
-        assert study_firing(encode, rows, 70)[1] == pytest.approx(l0, abs=0.05)
-
-
-def test_random_directions_have_the_wanted_size_and_sparsity(rows):
-    """The untrained SAE has as many units as asked and its threshold gives the L0 asked for; seeds differ."""
-    encode = RandomDirections(rows, 50, 3.0, seed=1)
-    assert encode(rows.values).shape == (700, 50)
-    assert study_firing(encode, rows, 70)[1] == pytest.approx(3.0, abs=0.1)
-    assert not torch.equal(encode(rows.values), RandomDirections(rows, 50, 3.0, seed=2)(rows.values))
-
-
-def test_whitened_random_directions_are_plain_ones_of_whitened_rows(rows):
-    """Units of stretched rows equal the units that plain directions have on explicitly whitened rows."""
-    stretched = make_rows(rows.values @ torch.diag(torch.logspace(-1, 2, 12)), rows.study)
-    encode = RandomDirections(stretched, 40, 3.0, seed=1, whiten=True)
-    white = make_rows(stretched.values @ symmetric_whitening(stretched.values)[0].float(), rows.study)
-    expected = RandomDirections(white, 40, 3.0, seed=1)(white.values)
-    torch.testing.assert_close(encode(stretched.values), expected, rtol=1e-3, atol=1e-3)
-    plain = RandomDirections(stretched, 40, 3.0, seed=1)(stretched.values)
-    assert ((plain > 0) != (expected > 0)).float().mean() > 0.02
 
 
 def test_mean_difference_finds_a_planted_direction(rows):

@@ -5,12 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 
 from sae_lens_maira.activations import harvest
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
-from sae_lens_maira.latents.raw import raw_dimensions_like
 from sae_lens_maira.latents.source import StoreSource
 from sae_lens_maira.latents.workdir import NAME
 
@@ -112,20 +110,3 @@ def test_records_from_a_store(phantom, studies, sae, rows, tmp_path):
         assert ours.max == pytest.approx(theirs.max, rel=1e-3)
     with pytest.raises(RecordError, match="not 'blocks"):
         StoreSource(tmp_path / "store", "blocks.1.hook_resid_post")
-
-
-def test_raw_dimensions_fire_like_the_sae_beside_them(sae, rows):
-    """Each latent is one dimension with a sign, L0 is the SAE's, and firing is what `RawDimensions` calls firing."""
-    raw = raw_dimensions_like(sae, rows.values, max_rows=len(rows))
-    d_in = rows.values.shape[1]
-    acts = raw.encode(rows.values)
-    with torch.no_grad():
-        wanted = float((sae.encode(rows.values) > 0).sum(1).float().mean())
-    assert float((acts > 0).sum(1).float().mean()) == pytest.approx(wanted, rel=1e-3)
-    z = (rows.values - rows.values.mean(0)) / rows.values.std(0)
-    for latent in (0, 5, d_in + 5):
-        column = z[:, latent % d_in] * (1 if latent < d_in else -1)
-        torch.testing.assert_close(
-            acts[:, latent], torch.where(acts[:, latent] > 0, column, 0.0), atol=1e-4, rtol=1e-4
-        )
-    assert raw.cfg.metadata.hook_name == sae.cfg.metadata.hook_name

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.latents import RandomDirections, best_units, split_by_patient, study_firing
+from sae_lens_maira.latents import best_units, split_by_patient, study_firing
 from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.quickstart.agree import agreement
 from sae_lens_maira.quickstart.sae import TrainedSAE
-from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, untrained_like
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
 
 STUDIES, EACH, D_IN, D_SAE = 120, 6, 16, 64
 
@@ -41,7 +41,7 @@ def material():
 
 def drawn(rows: ActivationRows, seed: int) -> TrainedSAE:
     config = MatryoshkaTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4, matryoshka_widths=[16, 64])
-    sae = untrained_like(MatryoshkaTrainingSAE(config), rows.values, l0=3.0 + seed, seed=seed)
+    sae = make_control("untrained", MatryoshkaTrainingSAE(config), rows.values, l0=3.0 + seed, seed=seed)
     return TrainedSAE(sae, (16, 64), rows.hook_name, seed, whitened=False)
 
 
@@ -54,8 +54,9 @@ def test_the_control_is_made_and_taken_as_the_sae_was(whitened, material):
     half = rows.where(halves.choose[rows.study])
     controls = []
     for i in range(3):
-        encode = RandomDirections(half, D_SAE, result.l0, 50 + i, whiten=whitened)
-        fires = study_firing(encode, rows, STUDIES)[0]
+        kind = "untrained_whitened" if whitened else "untrained"
+        made = make_control(kind, saes[0].inference, half.values, 50 + i, l0=result.l0)
+        fires = study_firing(made.encode, rows, STUDIES)[0]
         controls.append(best_units("control", fires, truth, FINDING_KEYS, halves))
     best = max(controls, key=lambda control: control.choose_f1.mean())
     assert result.untrained.f1.tolist() == best.f1.tolist()

@@ -9,7 +9,7 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from sae_lens_maira.errors import SAEError
-from sae_lens_maira.sae import MatryoshkaTrainingSAE, evaluate_sae, load_matryoshka, untrained_like
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, evaluate_sae, load_matryoshka
 
 pytestmark = pytest.mark.compat
 
@@ -103,21 +103,6 @@ def test_each_role_has_its_own_untrained_sae(sae, make_rows, roles):
         assert other.rows == ours.rows == int((roles == {"-1": -1, "IMAGE": 3, "7": 7}[role]).sum())
         assert other.explained_variance > -0.05
         assert other.l0 == pytest.approx(ours.l0, abs=0.05)
-
-
-def test_untrained_sae_is_reproducible_and_calibrated(sae, make_rows):
-    x = make_rows(500)
-    first, again, other = (untrained_like(sae, x, l0=5.0, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.W_dec, again.W_dec)
-    assert not torch.equal(first.W_dec, other.W_dec)
-    assert float((first.encode(x) > 0).sum(-1).float().mean()) == pytest.approx(5.0, abs=0.01)
-    assert first.level_widths == sae.level_widths
-    silent = untrained_like(sae, x, l0=0.0)
-    assert not silent.encode(x).any()
-    with pytest.raises(SAEError, match="cannot be set"):
-        untrained_like(sae, x, l0=48.0)
-    with pytest.raises(SAEError, match="expected"):
-        untrained_like(sae, x[:, :3])
 
 
 def test_a_training_sae_is_judged_as_it_would_be_saved(trained, sae, make_rows):

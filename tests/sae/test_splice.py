@@ -11,7 +11,7 @@ from sae_lens_maira.sae import (
     MatryoshkaSAEConfig,
     SpliceBatch,
     evaluate_splice,
-    untrained_like,
+    make_control,
 )
 
 pytestmark = pytest.mark.compat
@@ -117,7 +117,7 @@ def test_mean_ablation_and_baseline(model, batches, identity):
         layer(model),
         batches,
         identity,
-        baseline=untrained_like(identity, rows),
+        baseline=make_control("untrained", identity, rows),
         levels=[-1],
         ablation="mean",
     )
@@ -127,7 +127,10 @@ def test_mean_ablation_and_baseline(model, batches, identity):
     ]
     ours, other = result.records
     assert ours.loss_recovered > other.loss_recovered
-    own = {"all": untrained_like(identity, rows), "REPORT": untrained_like(identity, rows + 9)}
+    own = {
+        "all": make_control("untrained", identity, rows),
+        "REPORT": make_control("untrained", identity, rows + 9),
+    }
     both = evaluate_splice(
         model,
         layer(model),

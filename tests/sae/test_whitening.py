@@ -5,7 +5,6 @@ import torch
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_maira.errors import SAEError
-from sae_lens_maira.sae import MatryoshkaTrainingSAE, untrained_like
 from sae_lens_maira.sae.whitening import Moments, pca_whitening, symmetric_whitening
 
 
@@ -67,20 +66,3 @@ def test_rows_that_are_not_finite_are_refused(bad, rows):
         symmetric_whitening(rows)
     with pytest.raises(SAEError, match="of 1 rows"):
         pca_whitening(moments(rows[:1]))
-
-
-def test_an_untrained_sae_of_whitened_rows(make_config, rows):
-    """Same sparsity, unit projections in whitened space where the plain one follows the loudest dimensions."""
-    sae = MatryoshkaTrainingSAE(make_config(d_in=24))
-    plain, whitened = (untrained_like(sae, rows, l0=5.0, seed=1, whiten=w) for w in (False, True))
-    notes = [dict(s.cfg.metadata.untrained or {}) for s in (plain, whitened)]
-    assert [note["whitened"] for note in notes] == [False, True]
-    assert float((whitened.encode(rows) > 0).sum(-1).float().mean()) == pytest.approx(5.0, abs=0.05)
-    spread = [((rows - rows.mean(0)) @ s.W_enc).std(0) for s in (plain, whitened)]
-    assert spread[0].max() > 3
-    assert spread[1].detach().numpy() == pytest.approx(1, abs=0.1)
-    # Encoder column and decoder row are one direction seen from both sides: W_dec[j] Wenc[:, j] = g |u|^2 = g.
-    gain = torch.tensor(notes[1]["gain"])
-    torch.testing.assert_close(
-        (whitened.W_dec * whitened.W_enc.T).sum(1), gain.expand(48), rtol=1e-3, atol=1e-4
-    )

@@ -1,0 +1,142 @@
+"""Control SAEs: what an SAE's scores are compared with.
+
+    untrained            f = relu(z) [z > t],  z = (x - mean) U,  x_hat = g f U^T + mean       U random unit columns
+    untrained_whitened   z = (x - mean) M U,   x_hat = g f U^T M^-1 + mean                     M whitens the rows
+    raw                  z = +-(x - mean) / std per dimension, 2 d_in latents
+    frozen_decoder       trained like the SAE, while its random decoder stays fixed
+    frozen_encoder       trained like the SAE, while its random encoder stays fixed
+
+The first three are computed from rows by `make_control`. One threshold t lets as many latents fire per row as the SAE
+does; the gain g is the best single factor in the least-squares sense, since an untrained SAE that overshoots would be
+too easy to beat. The frozen ones (arXiv 2602.14111) are trained by `training.train_control` or `train --control`. Every
+control is an SAELens SAE, so that records, explanations, scores and steering treat it as the SAE itself, and its
+metadata name it under "control".
+"""
+
+from typing import Any, Literal
+
+import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
+
+from sae_lens_maira.errors import SAEError
+from sae_lens_maira.sae.config import MatryoshkaSAEConfig
+from sae_lens_maira.sae.inference import MatryoshkaSAE, matryoshka_from_state_dict
+from sae_lens_maira.sae.levels import level_widths_of
+from sae_lens_maira.sae.whitening import symmetric_whitening
+
+Control = Literal["untrained", "untrained_whitened", "raw", "frozen_decoder", "frozen_encoder"]
+CONTROLS: tuple[Control, ...] = (
+    "untrained",
+    "untrained_whitened",
+    "raw",
+    "frozen_decoder",
+    "frozen_encoder",
+)
+CONTROL_KEY = "control"
+"""Key of an SAE's metadata that names the kind of control it is."""
+
+
+@torch.no_grad()
+def make_control(
+    kind: str,
+    sae: SAE[Any],
+    rows: Tensor,
+    seed: int = 0,
+    *,
+    l0: float | None = None,
+    max_rows: int = 4096,
+) -> MatryoshkaSAE:
+    """Make a control of an SAE that needs no training.
+
+    Args:
+        kind: "untrained", "untrained_whitened" or "raw". The untrained SAE has the SAE's size and levels; raw has
+            2 d_in latents in one level: each dimension of the residual stream, with either sign.
+        sae: The SAE to compare with.
+        rows: (n, d_in) activation rows; mean, whitening and standard deviation are those of all of them.
+        seed: Random seed of the directions.
+        l0: Latents that fire per row; None measures the SAE on the rows.
+        max_rows: Set threshold and gain on at most this many rows, evenly spaced.
+
+    Raises:
+        SAEError: the kind is unknown or must be trained, the rows do not fit the SAE or are too few, or no threshold
+            gives that sparsity.
+    """
+    if kind not in CONTROLS:
+        raise SAEError(f"The control {kind!r} is unknown; expected one of {', '.join(CONTROLS)}.")
+    if kind.startswith("frozen"):
+        raise SAEError(
+            f"The control {kind!r} is trained, not computed from rows. Train it with `sae-lens-maira train --control "
+            f"{kind}` or training.train_control, and pass its folder."
+        )
+    d_in = int(sae.cfg.d_in)
+    fewest = 2 if kind == "raw" else 1
+    if rows.ndim != 2 or rows.shape[1] != d_in or len(rows) < fewest:
+        raise SAEError(
+            f"Rows of shape {tuple(rows.shape)} were given; (n, {d_in}) with n of {fewest} or more was expected."
+        )
+    device = sae.W_dec.device
+    sample = rows[:: -(-len(rows) // max_rows)].to(device, torch.float32)
+    if l0 is None:
+        l0 = float((sae.encode(sample.to(sae.W_dec.dtype)) != 0).sum(-1).float().mean())
+    mean = rows.float().mean(0).to(device)
+    encoder, decoder, widths = _directions(kind, sae, rows, seed)
+    encoder, decoder = encoder.to(mean), decoder.to(mean)
+    centred = sample - mean
+    pre = centred @ encoder
+    n_active = round(l0 * len(sample))
+    if not 0 <= n_active < pre.numel():
+        raise SAEError(
+            f"{l0} active latents per row cannot be set among {pre.shape[1]} latents of the control {kind!r}."
+        )
+    threshold = pre.flatten().topk(n_active + 1).values[-1].clamp(min=0)
+    gain = torch.ones(())
+    if kind != "raw":
+        raw = (pre * (pre > threshold)) @ decoder
+        gain = (centred * raw).sum() / raw.pow(2).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    facts = {"kind": kind, "seed": seed, "l0": l0, "gain": float(gain)}
+    config = MatryoshkaSAEConfig(
+        d_in=d_in,
+        d_sae=encoder.shape[1],
+        device=str(device),
+        metadata=SAEMetadata(
+            model_name=sae.cfg.metadata.model_name,
+            hook_name=sae.cfg.metadata.hook_name,
+            **{CONTROL_KEY: facts},
+        ),
+        matryoshka_widths=widths,
+        k=l0,
+    )
+    return matryoshka_from_state_dict(
+        config,
+        {
+            "W_enc": encoder,
+            "b_enc": torch.zeros(config.d_sae, device=device),
+            "threshold": threshold.expand(config.d_sae),
+            "W_dec": gain * decoder,
+            "b_dec": mean,
+        },
+    )
+
+
+def control_kind(sae: SAE[Any]) -> str | None:
+    """The kind of control that an SAE's metadata name, None for an SAE that is not a control."""
+    facts = sae.cfg.metadata.get(CONTROL_KEY)
+    return None if not facts else str(facts["kind"])
+
+
+def _directions(kind: str, sae: SAE[Any], rows: Tensor, seed: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Encoder (d_in, m), decoder (m, d_in) without gain, and level widths."""
+    if kind == "raw":
+        std = rows.float().std(0).clamp(min=1e-6)
+        scale, unscale = torch.diag(1 / std), torch.diag(std)
+        return torch.cat([scale, -scale], 1), torch.cat([unscale, -unscale]), [2 * rows.shape[1]]
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=generator)
+    units = units / units.norm(dim=-1, keepdim=True)
+    widths = list(level_widths_of(sae))
+    if kind == "untrained":
+        return units.T, units, widths
+    matrix, inverse = (part.to(units) for part in symmetric_whitening(rows))
+    return matrix @ units.T, units @ inverse, widths
