@@ -87,7 +87,7 @@ def _theirs(
         from sae_dashboard.sae_vis_runner import SaeVisRunner
     except ImportError:
         return None
-    from sae_lens_maira.dashboards.saedashboard_input import Readout, plain_copy, write_prompts
+    from sae_lens_maira.dashboards.prompts import Readout, plain_copy, write_prompts
 
     cache.mkdir()
     readout, names = Readout.of(maira), [study.study_id for study in studies]  # pyright: ignore[reportGeneralTypeIssues]

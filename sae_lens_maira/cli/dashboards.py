@@ -1,11 +1,39 @@
-"""Commands of dashboards: write Neuronpedia's files from latent records, check a folder, upload what may leave."""
+"""Commands of dashboards: the page, Neuronpedia's files, sae-dashboard itself, validation and upload."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+
+
+def html(
+    records: Path,
+    out: Path = Path("page"),
+    images: bool | None = None,
+    image_root: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Write the page of a record set: static files, opened without a server.
+
+    Example: sae-lens-maira dashboards html --records records --out page
+
+    Args:
+        records: Folder of latent records.
+        out: Folder of the page; an existing page in it is replaced.
+        images: Copy the radiographs of the contexts shown; if not given, only if no study is credentialed.
+        image_root: Folder that image paths are relative to; the records' folder if not given.
+        as_json: Print JSON instead of the page's path.
+    """
+    from sae_lens_maira.dashboards.html import write_page
+    from sae_lens_maira.latents.recordset import RecordSet
+
+    opened = RecordSet.open(records)
+    page = write_page(opened, None, out, images=images, image_root=image_root)
+    text = json.dumps({"page": str(page), "latents": len(opened)}) if as_json else page
+    sys.stdout.write(f"{text}\n")
 
 
 def neuronpedia(
@@ -28,19 +56,19 @@ def neuronpedia(
     Example: sae-lens-maira dashboards neuronpedia --records records --out export --set-name res-16k
 
     Args:
-        records: folder of latent records.
-        out: folder to make.
-        set_name: source set, lower case with single hyphens.
-        kind: "export" for the bulk import, "saedashboard" for its batch files, "api" to read upload payloads.
-        model_id: model's name on Neuronpedia.
-        layers: the model's decoder layers.
-        description: of the source set.
-        url: page that shows more, such as one with the images.
-        dataset: what the studies are.
-        text_window: text tokens shown around a hit; "export" and "saedashboard".
-        patches: image patches shown at most; "export" and "saedashboard".
-        sae: folder of the SAE; its metadata get the names, so that SAELens' Neuronpedia helpers find the latents.
-        as_json: print JSON instead of text.
+        records: Folder of latent records.
+        out: Output folder.
+        set_name: Source set, lower case with single hyphens.
+        kind: "export" for the bulk import, "saedashboard" for its batch files, "api" for upload payloads to inspect.
+        model_id: Name of the model on Neuronpedia.
+        layers: Number of decoder layers of the model.
+        description: Description of the source set.
+        url: Address of a page that shows more, such as one with the images.
+        dataset: Description of the studies.
+        text_window: Text tokens shown around a peak ("export" and "saedashboard").
+        patches: Most image patches shown ("export" and "saedashboard").
+        sae: Folder of the SAE; its metadata get the names, so that SAELens' Neuronpedia helpers find the latents.
+        as_json: Print JSON instead of text.
     """
     from sae_lens_maira.dashboards.api import write_payloads
     from sae_lens_maira.dashboards.explanations import read_interpretations
@@ -55,57 +83,58 @@ def neuronpedia(
         set_name=set_name, model_id=model_id, layers=layers, description=description, url=url, dataset=dataset
     )
     window, opened = Window(text_window, patches), RecordSet.open(records)
-    told = read_interpretations(records)
+    explained = read_interpretations(records)
     if kind == "export":
-        folder = write_export(opened, target, out, told, window=window)
+        folder = write_export(opened, target, out, explained, window=window)
     elif kind == "saedashboard":
         folder = write_saedashboard(opened, target, out, window=window)
     else:
-        folder = write_payloads(opened, target, out, told)
+        folder = write_payloads(opened, target, out, explained)
     if sae is not None:
         save_metadata(sae, target, opened.meta)
-    faults = validate(folder)[1]
+    issues = validate(folder)[1]
     name = target.neuronpedia_id(opened.meta.layer)
     if as_json:
         figures = {
             "folder": str(folder),
             "neuronpedia_id": name,
             "latents": len(opened),
-            "faults": len(faults),
+            "issues": len(issues),
         }
         sys.stdout.write(json.dumps(figures) + "\n")
         return
     sys.stdout.write(f"{folder}: {len(opened)} latents as {name}\n")
-    if faults:
-        sys.stdout.write(f"{len(faults)} faults, the first: {faults[0]}\n")
+    _print_issues(issues)
 
 
 def check(folder: Path, most: int = 50, as_json: bool = False) -> None:
-    """Check a folder of dashboards: types, limits, ids, references; every fault with its file and line.
+    """Check a folder of dashboards: types, limits, ids, references. Report every issue with its file and line.
 
     Example: sae-lens-maira dashboards validate --folder export
 
     Args:
-        folder: a bulk export, sae-dashboard's batch files, or upload payloads.
-        most: faults printed; all are counted.
-        as_json: print JSON instead of text.
+        folder: A bulk export, sae-dashboard's batch files, or upload payloads.
+        most: Number of issues to print; all are counted.
+        as_json: Print JSON instead of text.
     """
     from dataclasses import asdict
 
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.errors import RecordError
 
-    kind, faults = validate(folder)
-    errors = sum(fault.severity == "error" for fault in faults)
+    kind, issues = validate(folder)
+    errors = sum(issue.severity == "error" for issue in issues)
     if as_json:
-        shown = [asdict(fault) for fault in faults[:most]]
-        sys.stdout.write(json.dumps({"format": kind, "errors": errors, "faults": shown}) + "\n")
+        shown = [asdict(issue) for issue in issues[:most]]
+        sys.stdout.write(json.dumps({"format": kind, "errors": errors, "issues": shown}) + "\n")
     else:
-        sys.stdout.writelines(f"{fault}\n" for fault in faults[:most])
-        sys.stdout.write(f"{folder}: {kind}, {errors} errors, {len(faults) - errors} advices\n")
+        sys.stdout.writelines(f"{issue}\n" for issue in issues[:most])
+        warnings = _count(len(issues) - errors, "warning")
+        sys.stdout.write(f"{folder}: {kind}, {_count(errors, 'error')}, {warnings}\n")
     if errors:
         raise RecordError(
-            f"{folder} has {errors} errors that an import would refuse or lose in silence; mend them first."
+            f"{folder} has {_count(errors, 'error')}. Neuronpedia would reject or silently drop the rows listed; fix "
+            "them first."
         )
 
 
@@ -123,23 +152,23 @@ def upload(
     max_bytes: int = 4_000_000,
     as_json: bool = False,
 ) -> None:
-    """Say what an upload to Neuronpedia would send; with `--confirm true`, send it. Public and synthetic studies only.
+    """Report what an upload to Neuronpedia would send; `--confirm true` sends it. Public and synthetic studies only.
 
     Example: sae-lens-maira dashboards upload --records records --set-name res-16k
 
     Args:
-        records: folder of latent records.
-        set_name: source set to make, lower case with single hyphens.
-        journal: file that remembers what was sent; `upload-<set_name>.jsonl` beside the records if not given.
-        confirm: "true" sends; the key comes from NEURONPEDIA_API_KEY.
-        localhost: use a Neuronpedia on this machine.
-        new_model: make the model too; needed once per model.
-        model_id: model's name on Neuronpedia.
-        layers: the model's decoder layers.
-        url: page that shows more.
-        max_features: latents per request, at most 128.
-        max_bytes: of a request.
-        as_json: print JSON instead of text.
+        records: Folder of latent records.
+        set_name: Source set to create, lower case with single hyphens.
+        journal: File that records what was sent; `upload-<set_name>.jsonl` in the records' folder if not given.
+        confirm: "true" sends; the key is read from NEURONPEDIA_API_KEY.
+        localhost: Use a Neuronpedia server on this machine.
+        new_model: Create the model too; needed once per model.
+        model_id: Name of the model on Neuronpedia.
+        layers: Number of decoder layers of the model.
+        url: Address of a page that shows more.
+        max_features: Latents per request, at most 128.
+        max_bytes: Size limit of a request in bytes.
+        as_json: Print JSON instead of text.
     """
     from dataclasses import asdict
 
@@ -160,3 +189,127 @@ def upload(
         max_bytes=max_bytes,
     )
     sys.stdout.write((json.dumps(asdict(plan)) if as_json else str(plan)) + "\n")
+
+
+def saedashboard(
+    sae: Path,
+    out: Path,
+    set_name: str,
+    latents: str = "0-31",
+    model: str = "phantom",
+    studies: int = 50,
+    study_seed: int = 10_000,
+    seed: int | None = None,
+    table: Path | None = None,
+    root: Path | None = None,
+    hook: str | None = None,
+    model_id: str = "maira-2",
+    context: int = 12,
+    top: int = 20,
+    page: bool | None = None,
+    device: str = "auto",
+    as_json: bool = False,
+) -> None:
+    """Run sae-dashboard itself over some latents of an SAE: its batch files and its classic page.
+
+    Keeps every row in memory and takes 20 to 30 ms per latent. For all latents of a model, write records and use
+    `dashboards neuronpedia --kind saedashboard`. Needs the extra `dashboard`.
+
+    Example: sae-lens-maira dashboards saedashboard --sae sae_image --out classic --set-name res-1k --latents 0-31
+
+    Args:
+        sae: Folder of the SAE.
+        out: Output folder.
+        set_name: Source set, lower case with single hyphens.
+        latents: Numbers and ranges such as "0-49,77".
+        model: The model that the SAE was trained on: "phantom", a folder or a hub id.
+        studies: Number of phantom studies, or of studies from the start of the table.
+        study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
+        seed: Random seed of sae-dashboard's choice of sequences; the study seed if not given.
+        table: Parquet or CSV file with one study per row, instead of phantom studies.
+        root: Folder that the table's image paths are relative to; the table's folder if not given.
+        hook: Hook point, if the SAE does not name its own.
+        model_id: Name of the model in the files.
+        context: Tokens before and after a peak.
+        top: Number of sequences with the largest activations.
+        page: Write the classic page, which loads scripts from two other hosts; if not given, only if no study is
+            credentialed.
+        device: Device of the model and the SAE: auto, cpu, cuda, ...
+        as_json: Print JSON instead of text.
+    """
+    from sae_lens_maira.activations import layer_of
+    from sae_lens_maira.cli.numbers import numbers
+    from sae_lens_maira.dashboards.adapter import AdapterConfig, run_saedashboard
+    from sae_lens_maira.dashboards.prompts import Readout
+    from sae_lens_maira.dashboards.target import Target
+    from sae_lens_maira.dashboards.validate import validate
+    from sae_lens_maira.errors import SAEError
+    from sae_lens_maira.interface import named_model
+    from sae_lens_maira.latents.source import ModelSource
+    from sae_lens_maira.latents.study_info import Pseudonyms
+    from sae_lens_maira.phantom import generate_studies
+    from sae_lens_maira.sae import load_matryoshka
+    from sae_lens_maira.studies import read_table
+
+    config = AdapterConfig(
+        latents=numbers(latents, "--latents") or (),
+        before=context,
+        behind=context,
+        top=top,
+        page=page,
+        seed=study_seed if seed is None else seed,
+    )
+    maira = named_model(model, dtype="float32", device=device)
+    dictionary = load_matryoshka(sae, device=str(maira.model.device))
+    hook_name = hook or dictionary.cfg.metadata.hook_name
+    if not hook_name:
+        raise SAEError(
+            "The SAE's metadata do not name a hook point. Give --hook, for example blocks.15.hook_resid_post."
+        )
+    chosen = (
+        generate_studies(studies, seed=study_seed, size=maira.processor.recipe.crop)
+        if table is None
+        else list(read_table(table, root).studies[:studies])
+    )
+    names, layer = Pseudonyms(), layer_of(maira, hook_name)
+    target = Target(
+        set_name=set_name,
+        model_id=model_id,
+        layers=int(maira.model.config.get_text_config().num_hidden_layers),
+    )
+    folder = run_saedashboard(
+        ModelSource(maira, chosen, hook_name),
+        [(names.study(study), study.licence.value) for study in chosen],
+        dictionary,
+        Readout.of(maira),
+        target,
+        layer,
+        out,
+        config,
+    )
+    issues = [issue for issue in validate(folder)[1] if issue.severity == "error"]
+    pages = sorted(path.name for path in folder.glob("page-*.html"))
+    if as_json:
+        figures = {
+            "folder": str(folder),
+            "latents": len(config.latents),
+            "studies": len(chosen),
+            "pages": pages,
+            "issues": len(issues),
+        }
+        sys.stdout.write(json.dumps(figures) + "\n")
+        return
+    sys.stdout.write(
+        f"{folder}: {len(config.latents)} latents over {len(chosen)} studies as {target.neuronpedia_id(layer)}; "
+        f"{', '.join(pages) or 'no page'}\n"
+    )
+    _print_issues(issues)
+
+
+def _print_issues(issues: Sequence[object]) -> None:
+    if issues:
+        sys.stdout.write(f"{_count(len(issues), 'issue')}, the first: {issues[0]}\n")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,19 +1,19 @@
-"""Payloads of Neuronpedia's self-serve upload, `POST /api/feature/upload-batch`, within its limits.
+"""Build payloads of Neuronpedia's self-serve upload, `POST /api/feature/upload-batch`, within its limits.
 
-At most 128 features, 1024 tokens a sequence, 20 logits and 512 characters an explanation; every feature has an
-activation, so dead latents are left out; the top group's bounds are null. It knows nothing about connections.
+A payload has at most 128 features, 1,024 tokens per sequence, 20 logits and 512 characters per explanation. The server
+requires an activation per feature, so dead latents are left out. The bounds of the top group are null.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.dashboards.explanations import shorten, shown
-from sae_lens_maira.dashboards.saedashboard import line, new_folder
+from sae_lens_maira.dashboards.explanations import Interpretations, shorten, usable
 from sae_lens_maira.dashboards.sequences import Sequence, Window, clean, finite, sequences
 from sae_lens_maira.dashboards.target import Target
+from sae_lens_maira.dashboards.writing import json_line, new_folder
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.records import Interpretation
 from sae_lens_maira.latents.records import LatentRecord, TokenWeight
@@ -23,15 +23,13 @@ MAX_FEATURES = 128
 MAX_LOGITS = 20
 MAX_EXPLANATION = 512
 MAX_BYTES = 4_000_000
-"""Bodies are kept below this many bytes; hosts of such sites commonly refuse larger ones."""
-
-Interpretations = Mapping[int, Iterable[Interpretation]]
+"""Size limit of a request body in bytes; hosting services commonly refuse larger ones."""
 
 
 def api_feature(
     record: LatentRecord, interpretations: Iterable[Interpretation] = (), window: Window | None = None
 ) -> dict[str, Any] | None:
-    """One entry of `features`; None for a latent without an activation, which the server would refuse.
+    """Build one entry of `features`; None for a latent without an activation, which the server would refuse.
 
     Raises:
         RecordError: a number is not finite.
@@ -43,7 +41,7 @@ def api_feature(
         "index": record.latent,
         "density": finite(record.density, record.latent, digits=17),
         "activations": activations,
-        "explanations": [_explanation(one) for one in shown(interpretations)],
+        "explanations": [_explanation(one) for one in usable(interpretations)],
         "topLogits": _logits(record.top_tokens, record.latent),
         "bottomLogits": _logits(record.bottom_tokens, record.latent),
     }
@@ -58,16 +56,16 @@ def payloads(
     window: Window | None = None,
     skip: Collection[int] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Payloads in the order of latents.
+    """Yield payloads in the order of latents.
 
     Args:
-        records: latent records.
-        target: names.
-        interpretations: per latent.
-        max_features: features per payload, at most 128.
-        max_bytes: JSON bytes per payload; a single larger feature goes alone.
-        window: how much of a study is shown.
-        skip: latents to leave out, such as those sent before.
+        records: The record set.
+        target: Names on Neuronpedia.
+        interpretations: Interpretations per latent.
+        max_features: Features per payload, at most 128.
+        max_bytes: JSON bytes per payload; a single larger feature is sent alone.
+        window: How much of each study is shown.
+        skip: Latents to leave out, such as those sent before.
 
     Yields:
         Payloads with at least one feature.
@@ -78,8 +76,8 @@ def payloads(
     """
     if not 1 <= max_features <= MAX_FEATURES or max_bytes < 1:
         raise ConfigError(
-            f"Payloads of {max_features} features and {max_bytes} bytes were asked for; the server takes 1 to "
-            f"{MAX_FEATURES} features. Ask for a number in between."
+            f"max_features is {max_features} and max_bytes is {max_bytes}; the server accepts 1 to {MAX_FEATURES} "
+            "features per request and max_bytes must be positive. Change the one out of range."
         )
     head = {"modelId": target.model_id, "source": target.source(records.meta.layer)}
     features: list[dict[str, Any]] = []
@@ -90,7 +88,7 @@ def payloads(
         feature = api_feature(record, (interpretations or {}).get(record.latent, ()), window)
         if feature is None:
             continue
-        length = len(line(feature).encode()) + 1
+        length = len(json_line(feature).encode()) + 1
         if features and (len(features) == max_features or size + length > max_bytes):
             yield head | {"features": features}
             features, size = [], 0
@@ -103,17 +101,19 @@ def payloads(
 def write_payloads(
     records: RecordSet, target: Target, out: Path | str, interpretations: Interpretations | None = None
 ) -> Path:
-    """Write the payloads to `payloads.jsonl` in a new folder, one a line, to be read before they are sent.
+    """Write the payloads to `payloads.jsonl` in a new folder, one per line, for inspection before an upload.
 
     Raises:
-        RecordError: the folder has files, there is nothing to send, or a number is not finite.
+        RecordError: the folder contains files, there is nothing to send, or a number is not finite.
     """
     with new_folder(out) as folder:
         path = folder / "payloads.jsonl"
         with path.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line(payload) + "\n" for payload in payloads(records, target, interpretations))
+            file.writelines(
+                json_line(payload) + "\n" for payload in payloads(records, target, interpretations)
+            )
         if not path.stat().st_size:
-            raise RecordError("No latent of these records ever fires; there is nothing to upload.")
+            raise RecordError("No latent of these records ever fires, so there is nothing to upload.")
     return Path(out)
 
 
@@ -129,7 +129,7 @@ def _activation(sequence: Sequence) -> dict[str, Any]:
 
 
 def _explanation(one: Interpretation) -> dict[str, Any]:
-    """Text and method; the server has no place for the explainer's name and fails on it."""
+    """Text and method. The server has no field for the explainer's name and fails on one."""
     row: dict[str, Any] = {"text": shorten(clean(one.explanation or ""), MAX_EXPLANATION)}
     return row | ({"methodName": one.method} if one.method else {})
 

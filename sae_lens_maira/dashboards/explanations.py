@@ -1,44 +1,78 @@
-"""Explanations of latents as dashboards show them: a sentence, and a note that tells how well it held.
+"""Interpretations as dashboards show them: which one names a latent, its score, and a note with all scores.
 
-Neuronpedia's bulk import takes no scores, so they go into the note, each beside its control. It knows nothing about
-how explanations are made.
+Neuronpedia's bulk import has no field for scores, so `note` writes them into the explanation's notes, each with its
+control.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from sae_lens_maira.interp.records import Interpretation, load
+from sae_lens_maira.interp.records import Interpretation, Score, load
+
+Interpretations = Mapping[int, Iterable[Interpretation]]
 
 
 def read_interpretations(folder: Path | str) -> dict[int, list[Interpretation]]:
-    """Interpretations that lie beside a set of records, per latent; empty where none were made.
+    """Read the interpretations stored with a record set, per latent; empty if there are none.
 
     Raises:
-        RecordError: a line is no interpretation.
+        RecordError: a line is not an interpretation.
     """
-    found: dict[int, list[Interpretation]] = {}
-    for one in load(folder):
-        found.setdefault(one.latent, []).append(one)
-    return found
+    return by_latent(load(folder))
 
 
-def shown(interpretations: Iterable[Interpretation]) -> list[Interpretation]:
-    """Those that have a usable sentence, one per sentence."""
+def by_latent(interpretations: Iterable[Interpretation]) -> dict[int, list[Interpretation]]:
+    """Group interpretations by latent."""
+    grouped: dict[int, list[Interpretation]] = {}
+    for one in interpretations:
+        grouped.setdefault(one.latent, []).append(one)
+    return grouped
+
+
+def usable(interpretations: Iterable[Interpretation]) -> list[Interpretation]:
+    """Interpretations with a usable sentence, one per sentence."""
     kept = {one.explanation: one for one in interpretations if one.status == "ok" and one.explanation}
     return list(kept.values())
 
 
-def shorten(text: str, most: int = 512) -> str:
-    """The text, cut at a word where it is longer than the upload takes."""
-    if len(text) <= most:
+def leading_score(scores: Sequence[Score]) -> Score | None:
+    """The score shown in the index: detection if it was measured, else the first one."""
+    for score in scores:
+        if score.method == "detection" and score.balanced_accuracy is not None:
+            return score
+    return next((score for score in scores if score.balanced_accuracy is not None), None)
+
+
+def best_named(interpretations: Sequence[Interpretation]) -> Interpretation | None:
+    """The interpretation that names a latent: the one with the best leading score."""
+
+    def value(one: Interpretation) -> float:
+        score = leading_score(one.scores)
+        return -1.0 if score is None or score.balanced_accuracy is None else score.balanced_accuracy
+
+    return max((one for one in interpretations if one.explanation), key=value, default=None)
+
+
+def control_of(interpretation: Interpretation) -> Score | None:
+    """The control of the leading score: same method, same judge."""
+    lead = leading_score(interpretation.scores)
+    if lead is None:
+        return None
+    same = [c for c in interpretation.control if (c.method, c.judge) == (lead.method, lead.judge)]
+    return same[0] if same else None
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut a text at a word boundary so that it has at most `limit` characters."""
+    if len(text) <= limit:
         return text
-    return text[: most - 1].rsplit(" ", 1)[0][: most - 1] + "…"
+    return text[: limit - 1].rsplit(" ", 1)[0][: limit - 1] + "…"
 
 
 def note(interpretation: Interpretation) -> str:
-    """Who explained it and how it scored, each score with what another latent's explanation scored there."""
+    """Explainer and scores in one line; every score with the score of another latent's explanation as control."""
     parts = [f"explainer: {interpretation.explainer}"]
     controls = {score.method: score for score in interpretation.control}
     for score in interpretation.scores:

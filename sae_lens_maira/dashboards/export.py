@@ -1,27 +1,26 @@
-"""Neuronpedia's bulk export folder from latent records: what its importer reads into its database.
+"""Write latent records as Neuronpedia's bulk export, which its importer reads into its database.
 
     release.jsonl  model.jsonl  sourceset.jsonl  source.jsonl             one row each
     features/  activations/  explanations/  batch-N.jsonl.gz              rows of the tables of those names
 
-Activation ids are a hash of what they name, so that shards never share one and a second import changes nothing;
-gzip headers carry no time. Dead latents have a row and no activations. Rows are written as they come, shards
-side by side: memory does not grow with latents.
+Activation ids are hashes of model, source, latent, study and interval: shards never share one, and a second import
+changes nothing. Gzip headers contain no time stamp. Dead latents have a row and no activations. Rows are written as
+they are read, so memory does not grow with the number of latents.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.dashboards.explanations import note, shown
-from sae_lens_maira.dashboards.saedashboard import batches_of, line, new_folder, statistics
+from sae_lens_maira.dashboards.explanations import Interpretations, note, usable
+from sae_lens_maira.dashboards.saedashboard import statistics
 from sae_lens_maira.dashboards.sequences import Sequence, Window, finite, sequences
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.dashboards.workers import each
+from sae_lens_maira.dashboards.writing import batches_of, json_line, new_folder, parallel_map
 from sae_lens_maira.interp.records import Interpretation
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta
 from sae_lens_maira.latents.recordset import RecordSet
@@ -33,35 +32,35 @@ def write_export(
     records: RecordSet,
     target: Target,
     out: Path | str,
-    interpretations: Mapping[int, Iterable[Interpretation]] | None = None,
+    interpretations: Interpretations | None = None,
     batch_size: int = 1024,
     window: Window | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Write the folder `{out}` of one source.
+    """Write the bulk export of one source.
 
     Args:
-        records: latent records.
-        target: names.
-        out: folder to make; it must not exist or be empty.
-        interpretations: per latent; only usable ones are written.
-        batch_size: latents per shard.
-        window: how much of a study is shown.
-        workers: processes that write shards; one a core if not given.
+        records: The record set.
+        target: Names on Neuronpedia.
+        out: Output folder; must not exist, or be empty.
+        interpretations: Interpretations per latent; only usable ones are written.
+        batch_size: Latents per shard.
+        window: How much of each study is shown.
+        workers: Number of processes that write shards; one per core if not given.
 
     Returns:
         The folder.
 
     Raises:
-        RecordError: the folder has files, or a record holds a number that is not finite.
+        RecordError: the folder contains files, or a record contains a number that is not finite.
         ConfigError: the target's model has no such layer.
     """
-    meta, told = records.meta, interpretations or {}
+    meta, explained = records.meta, interpretations or {}
     source, batches = target.source(meta.layer), batches_of(records, batch_size)
     with new_folder(out) as folder:
         for name, row in heads(meta, target).items():
-            (folder / f"{name}.jsonl").write_text(line(row) + "\n", encoding="utf-8")
-        for table in TABLES[: 3 if told else 2]:
+            (folder / f"{name}.jsonl").write_text(json_line(row) + "\n", encoding="utf-8")
+        for table in TABLES[: 3 if explained else 2]:
             (folder / table).mkdir()
 
         def write(batch: tuple[int, list[int]]) -> None:
@@ -77,16 +76,16 @@ def write_export(
                     if record.status != "dead":
                         for sequence in sequences(record, window):
                             _put(files["activations"], activation_row(sequence, latent, source, target))
-                    for interpretation in shown(told.get(latent, ())):
+                    for interpretation in usable(explained.get(latent, ())):
                         _put(files["explanations"], explanation_row(interpretation, source, target))
 
-        for _ in each(write, batches, workers):
+        for _ in parallel_map(write, batches, workers):
             pass
     return Path(out)
 
 
 def feature_row(record: LatentRecord, meta: RecordsMeta, target: Target) -> dict[str, Any]:
-    """A row of Neuronpedia's table Neuron."""
+    """Build a row of Neuronpedia's table Neuron."""
     largest = finite(record.max, record.latent)
     return {
         "modelId": target.model_id,
@@ -109,7 +108,7 @@ def feature_row(record: LatentRecord, meta: RecordsMeta, target: Target) -> dict
 
 
 def activation_row(sequence: Sequence, latent: int, source: str, target: Target) -> dict[str, Any]:
-    """A row of Neuronpedia's table Activation; its id is a hash of model, source, latent, study and interval."""
+    """Build a row of Neuronpedia's table Activation."""
     largest = max(sequence.values)
     named = f"{target.model_id}|{source}|{latent}|{sequence.study}|{sequence.low!r}|{sequence.high!r}"
     return {
@@ -141,9 +140,10 @@ def activation_row(sequence: Sequence, latent: int, source: str, target: Target)
 
 
 def explanation_row(interpretation: Interpretation, source: str, target: Target) -> dict[str, Any]:
-    """A row of Neuronpedia's table Explanation, scores in its note: the import takes no scores of their own.
+    """Build a row of Neuronpedia's table Explanation.
 
-    The explainer's name stands in the note too, since the column for it takes only models that the site knows.
+    Scores and the explainer's name are in the notes: the import has no field for scores, and the explainer's column
+    accepts only models that the site knows.
     """
     text = interpretation.explanation or ""
     named = f"{target.model_id}|{source}|{interpretation.latent}|{interpretation.explainer}|{text}"
@@ -163,9 +163,9 @@ def explanation_row(interpretation: Interpretation, source: str, target: Target)
 
 
 def heads(meta: RecordsMeta, target: Target) -> dict[str, dict[str, Any]]:
-    """The rows of release, model, source set and source, by file name."""
+    """Build the rows of release, model, source set and source, by file name."""
     urls = [target.url] if target.url else []
-    mine: dict[str, Any] = {
+    common: dict[str, Any] = {
         "creatorId": target.creator_id,
         "visibility": "PUBLIC",
         "createdAt": target.created_at,
@@ -240,18 +240,18 @@ def heads(meta: RecordsMeta, target: Target) -> dict[str, dict[str, Any]]:
         "notes": f"{meta.control} SAE, {meta.d_sae} latents, at {meta.hook_name}",
     }
     return {
-        "release": release | mine,
-        "model": model | mine,
-        "sourceset": sourceset | mine,
-        "source": source | mine,
+        "release": release | common,
+        "model": model | common,
+        "sourceset": sourceset | common,
+        "source": source | common,
     }
 
 
 def _open(path: Path, stack: ExitStack) -> gzip.GzipFile:
-    """A gzip file whose bytes depend on its content alone: no time and no name in its header."""
+    """Open a gzip file without a time stamp or name in its header, so that its bytes depend on its content alone."""
     raw = stack.enter_context(path.open("wb"))
     return gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=raw, mtime=0)
 
 
 def _put(file: gzip.GzipFile, row: dict[str, Any]) -> None:
-    file.write(line(row).encode() + b"\n")
+    file.write(json_line(row).encode() + b"\n")

@@ -1,12 +1,12 @@
-"""A page of our own over latent records: static files that open from a folder, without a server or a network.
+"""Write the multimodal page of a record set: static files that open from a folder, without a server or a network.
 
-    index.html, app.js, style.css   the page; its content policy allows no remote source
-    data/index.js                   one column per quantity, one entry per latent
-    data/latents/000/00012.js       one latent, loaded when it is opened
-    images/                         centre crops of the radiographs, as the model saw them
+    index.html, app.js, latent.js, style.css   the page; its content policy allows no remote source
+    data/index.js                              one column per quantity, one entry per latent
+    data/latents/000/00012.js                  one latent, loaded when it is opened
+    images/                                    centre crops of the radiographs, as the model saw them
 
-Data are JavaScript calls around JSON, since a page opened from a file may load scripts but not fetch. Radiographs stay
-out unless every study may be shared, or they are asked for. It knows nothing about models or SAEs.
+Data files are JavaScript calls with a JSON argument, since a page opened from a file may load scripts but not fetch.
+Radiographs are copied only if every study may be shared, or if the caller asks for them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.dashboards.html_columns import IndexColumns, index_row
-from sae_lens_maira.dashboards.html_images import ImageFolder
-from sae_lens_maira.dashboards.html_latent import latent_page
-from sae_lens_maira.dashboards.saedashboard import batches_of
-from sae_lens_maira.dashboards.workers import each
+from sae_lens_maira.dashboards.explanations import best_named, by_latent, control_of, leading_score
+from sae_lens_maira.dashboards.html_latent import ImageFolder, latent_page, readable, rounded
+from sae_lens_maira.dashboards.writing import batches_of, parallel_map
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, load
-from sae_lens_maira.latents.records import RecordsMeta, StudyInfo
+from sae_lens_maira.latents.records import Firing, LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
 
 PAGE_FILES = ("index.html", "app.js", "latent.js", "style.css")
 LATENT_BYTES = 150_000
+WORDS_SHOWN = 4
+NAME_LENGTH = 160
 
 
 def write_page(
@@ -43,42 +43,42 @@ def write_page(
     """Write the page of a record set.
 
     Args:
-        records: the latents.
-        interpretations: explanations and scores; None reads `interpretations.jsonl` of the record set, if there.
-        out: folder of the page; a page already there is replaced, other files stop the writing.
-        images: copy the radiographs of shown contexts. None: only if no study is credentialed.
-        image_root: what the studies' image paths are relative to; the record set's folder if not given.
-        workers: processes that write latents; one a core if not given.
+        records: The record set.
+        interpretations: Explanations and scores; None reads `interpretations.jsonl` of the record set, if it exists.
+        out: Folder of the page. An existing page is replaced; any other file in the folder is an error.
+        images: Copy the radiographs of the contexts shown. None copies them only if no study is credentialed.
+        image_root: Folder that image paths are relative to; the record set's folder if not given.
+        workers: Number of processes that write latents; one per core if not given.
 
     Returns:
         Path of `index.html`.
 
     Raises:
-        RecordError: `out` holds something else, a context names an unknown study, or an image is missing.
+        RecordError: `out` contains other files, a context refers to an unknown study, or an image is missing.
     """
     out = Path(out)
     _clear(out)
     studies = records.studies
     credentialed = any(entry.licence == "credentialed" for entry in studies.values())
-    shown = not credentialed if images is None else images
-    folder = ImageFolder(out / "images", image_root or records.folder, list(studies)) if shown else None
-    said = _by_latent(load(records.folder) if interpretations is None else interpretations)
+    with_images = not credentialed if images is None else images
+    folder = ImageFolder(out / "images", image_root or records.folder, list(studies)) if with_images else None
+    grouped = by_latent(load(records.folder) if interpretations is None else interpretations)
     columns = IndexColumns()
 
     def write(batch: tuple[int, list[int]]) -> list[dict[str, Any]]:
         rows = []
         for latent in batch[1]:
-            record, mine = records[latent], said.get(latent, [])
+            record, own = records[latent], grouped.get(latent, [])
             path = out / latent_file(latent)
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_call(path, "saeLatent", latent_page(record, mine, studies, folder, LATENT_BYTES))
-            rows.append(index_row(record, mine))
+            _write_call(path, "saeLatent", latent_page(record, own, studies, folder, LATENT_BYTES))
+            rows.append(index_row(record, own))
         return rows
 
-    for rows in each(write, batches_of(records, 64), workers):
+    for rows in parallel_map(write, batches_of(records, 64), workers):
         for row in rows:
             columns.add(row)
-    index = {"about": about(records.meta, studies, shown)} | columns.to_plain()
+    index = {"about": about(records.meta, studies, with_images)} | columns.to_plain()
     _write_call(out / "data" / "index.js", "saeIndex", index)
     source = files("sae_lens_maira.dashboards") / "page"
     for name in PAGE_FILES:
@@ -87,12 +87,12 @@ def write_page(
 
 
 def latent_file(latent: int) -> str:
-    """Where a latent's data lie, relative to the page; 256 in a folder."""
+    """Path of a latent's data relative to the page; 256 latents per folder."""
     return f"data/latents/{latent // 256:03d}/{latent:05d}.js"
 
 
 def about(meta: RecordsMeta, studies: dict[str, StudyInfo], images: bool) -> dict[str, Any]:
-    """What the page says of its own origin."""
+    """The page's description of what it was made from."""
     licences = sorted({entry.licence for entry in studies.values()})
     return {
         "model": meta.model,
@@ -114,22 +114,74 @@ def about(meta: RecordsMeta, studies: dict[str, StudyInfo], images: bool) -> dic
     }
 
 
-def _by_latent(interpretations: Iterable[Interpretation]) -> dict[int, list[Interpretation]]:
-    found: dict[int, list[Interpretation]] = {}
-    for one in interpretations:
-        found.setdefault(one.latent, []).append(one)
-    return found
+COLUMNS = (
+    *("latent", "level", "status", "text", "image", "max", "finding", "f1", "at"),
+    *("name", "category", "score", "control", "words", "refines"),
+)
+
+
+def index_row(record: LatentRecord, interpretations: Sequence[Interpretation]) -> dict[str, Any]:
+    """One latent's row of the index, by column; None where a value is unknown."""
+    best = max(record.agreement, key=lambda a: a.f1, default=None)
+    name = best_named(interpretations)
+    lead = leading_score(name.scores) if name else None
+    control = control_of(name) if name else None
+    density: dict[str, Firing] = {firing.kind: firing for firing in record.firing if firing.rows}
+    return {
+        "latent": record.latent,
+        "level": record.level,
+        "status": record.status,
+        "text": rounded(density["text"].density) if "text" in density else None,
+        "image": rounded(density["image"].density) if "image" in density else None,
+        "max": rounded(record.max),
+        "finding": best.finding if best else None,
+        "f1": rounded(best.f1) if best else None,
+        "at": best.kind[0] if best else "",
+        "name": (name.explanation or "")[:NAME_LENGTH] if name else "",
+        "category": (name.category or None) if name else None,
+        "score": rounded(lead.balanced_accuracy) if lead else None,
+        "control": rounded(control.balanced_accuracy) if control else None,
+        "words": " ".join(readable(t.token).strip() for t in record.top_tokens[:WORDS_SHOWN]),
+        # The page inverts these, so that a coarse latent lists the latents that refine it.
+        "refines": [[n.latent, rounded(n.value)] for n in record.neighbours if n.relation == "refines"],
+    }
+
+
+class IndexColumns:
+    """The index as columns: one list per quantity, aligned by latent.
+
+    16,384 latents take about two megabytes, which a browser parses in tens of milliseconds. Repeated strings are
+    stored once, in small tables.
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self._tables: dict[str, dict[str, int]] = {"status": {}, "finding": {}, "category": {}}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append the row of one latent; strings of the small tables become their number, -1 if unknown."""
+        for key, column in self._columns.items():
+            value, table = row[key], self._tables.get(key)
+            if table is not None:
+                value = -1 if value is None else table.setdefault(value, len(table))
+            column.append(value)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return `{"columns": {...}, "tables": {...}}`, ready for JSON."""
+        return {
+            "columns": self._columns,
+            "tables": {name: list(table) for name, table in self._tables.items()},
+        }
 
 
 def _clear(out: Path) -> None:
-    """Remove an older page, and nothing else."""
+    """Remove an existing page and nothing else."""
     known: Sequence[str] = (*PAGE_FILES, "data", "images")
     if out.is_dir():
         foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
         if foreign:
             raise RecordError(
-                f"{out} holds {foreign[0]!r}, which is no part of a page; a page takes a folder of its own. Give an "
-                "empty or new folder."
+                f"{out} contains {foreign[0]!r}, which is not part of a page. Give an empty or new folder."
             )
         for name in ("data", "images"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -137,6 +189,6 @@ def _clear(out: Path) -> None:
 
 
 def _write_call(path: Path, function: str, payload: dict[str, Any]) -> None:
-    """Write `function(payload);`, ASCII only, so that no text can end the script it lies in."""
+    """Write `function(payload);` in ASCII, with "<" escaped so that no text can end the script element."""
     text = json.dumps(payload, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     path.write_text(f"{function}({text});\n", encoding="ascii")

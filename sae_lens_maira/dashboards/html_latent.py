@@ -1,37 +1,56 @@
-"""One latent as the page reads it: a record made small.
+"""The page's data for one latent: a compact form of its record, and the images of the studies it shows.
 
     numbers     three significant digits
-    roles       runs of equal ones, [role, count]
-    heat        one character per patch, 0 to 89 of the map's own maximum; patch numbers beside them where few fire
+    roles       run-length encoded, [role, count]
+    heat        one character per patch, scaled to the map's own maximum; with patch numbers where few patches fire
+    images      the centre crop that the model saw, in grey, one PNG per study and view
 
-A latent never exceeds its size: contexts that do not fit are left out from the tail of the longest list, and counted.
-It knows nothing about files.
+A latent's data never exceed their limit: contexts that do not fit are dropped from the end of the longest list, and
+counted. Image files are numbered, since a pseudonym may not be a valid file name.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sae_lens_maira.dashboards.html_columns import readable, rounded
-from sae_lens_maira.dashboards.html_images import ImageFolder
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, Score
+from sae_lens_maira.io import atomic_file
 from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
+from sae_lens_maira.latents.study_info import centre_crop
 
-# Printable ASCII that JSON and JavaScript write as itself.
+IMAGE_SIDE = 518
+VIEWS = ("frontal", "lateral", "prior")
+
+# Printable ASCII characters that JSON and JavaScript do not escape.
 ALPHABET = "".join(chr(code) for code in range(ord("#"), ord("~") + 1) if chr(code) not in "<\\")
 _LETTERS = np.frombuffer(ALPHABET.encode(), dtype=np.uint8)
 
 
+def rounded(value: float | None, digits: int = 3) -> float | int | None:
+    """Round to `digits` significant digits; whole numbers become integers."""
+    if value is None:
+        return None
+    short = float(f"{value:.{digits}g}")
+    return int(short) if short.is_integer() and abs(short) < 2**53 else short
+
+
+@lru_cache(65536)
+def readable(token: str) -> str:
+    """A vocabulary token as text: sentencepiece's mark becomes a space, its newline byte a newline."""
+    return token.replace("▁", " ").replace("<0x0A>", "\n")
+
+
 def levels(values: Sequence[float], top: float) -> str:
-    """Every value as one character; `ALPHABET[0]` is no activation, its last character is `top`."""
+    """Encode every value as one character: `ALPHABET[0]` means no activation, the last character means `top`."""
     last = len(ALPHABET) - 1
     if top <= 0:
         return ALPHABET[0] * len(values)
@@ -47,10 +66,10 @@ def latent_page(
     images: ImageFolder | None,
     limit: int,
 ) -> dict[str, Any]:
-    """A record ready for JSON of at most `limit` bytes.
+    """Build the JSON of one record, at most `limit` bytes long.
 
     Raises:
-        RecordError: a context names a study that the record set does not have, or no context fits.
+        RecordError: a context refers to a study that the record set does not list, or no context fits.
     """
     lists = [
         [_context(c, studies) for c in record.top],
@@ -87,9 +106,8 @@ def latent_page(
         "alphabet": ALPHABET,
         "left_out": 0,
     }
-    # Studies are repeated in many contexts; 400 bytes each and their images' names are set aside for them.
-    room = limit - _size(page) - 2_000
-    page["left_out"] = _fit(lists, room)
+    # 400 bytes per context and 2,000 in all are reserved for the studies' own entries.
+    page["left_out"] = _drop_until_fits(lists, limit - _size(page) - 2_000)
     page["top"], page["zero"] = lists[0], lists[-1]
     page["intervals"] = [
         {
@@ -106,20 +124,20 @@ def latent_page(
 
 
 def _size(plain: Any) -> int:
-    # "<" is written as six characters.
+    # "<" is escaped as six characters.
     text = json.dumps(plain, separators=(",", ":"))
     return len(text) + 5 * text.count("<")
 
 
-def _fit(lists: list[list[dict[str, Any]]], room: int) -> int:
-    """Drop contexts from the tails until the rest fits; returns how many were dropped."""
+def _drop_until_fits(lists: list[list[dict[str, Any]]], limit: int) -> int:
+    """Drop contexts from the ends of the lists until the rest fits; return how many were dropped."""
     sizes = [[_size(context) + 400 for context in contexts] for contexts in lists]
     total, dropped = sum(map(sum, sizes)), 0
-    while total > room:
+    while total > limit:
         longest = max(range(len(lists)), key=lambda i: (len(lists[i]), i))
         if not lists[longest]:
             raise RecordError(
-                f"A latent's numbers alone exceed its page by {total - room} bytes; expected room for contexts. "
+                f"The numbers of one latent exceed its page by {total - limit} bytes before any context is added. "
                 "Write the records with fewer findings, tokens or interpretations."
             )
         lists[longest].pop()
@@ -131,8 +149,8 @@ def _fit(lists: list[list[dict[str, Any]]], room: int) -> int:
 def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
     if context.study not in studies:
         raise RecordError(
-            f"A context names study {context.study!r}, which the record set's table of studies lacks; the files do "
-            "not belong together. Write the records again."
+            f"A context refers to study {context.study!r}, which studies.jsonl does not list; the files belong to "
+            "different record sets. Write the records again."
         )
     heat = []
     for one in context.heat:
@@ -161,7 +179,7 @@ def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
 
 @lru_cache(4096)
 def _readable(tokens: tuple[str, ...]) -> tuple[str, ...]:
-    """Tokens of a study as they read; many latents show the same study."""
+    """Readable tokens of a study; cached, since many latents show the same study."""
     return tuple(map(readable, tokens))
 
 
@@ -171,7 +189,7 @@ def _runs(roles: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 
 def _study(entry: StudyInfo, images: ImageFolder | None) -> dict[str, Any]:
-    """What the page shows of a study; boxes only beside their radiograph, whose crop they are moved to."""
+    """The page's entry of a study; boxes only with their radiograph, in coordinates of its crop."""
     shown = images.add(entry) if images is not None else None
     return {
         "findings": list(entry.findings),
@@ -202,5 +220,58 @@ def _score(score: Score) -> dict[str, Any]:
 
 
 def _short(plain: dict[str, Any]) -> dict[str, Any]:
-    """Floats to three digits; counts stay exact."""
+    """Round floats to three digits; counts stay exact."""
     return {key: rounded(value) if isinstance(value, float) else value for key, value in plain.items()}
+
+
+@dataclass(frozen=True)
+class ShownStudy:
+    """Image files by view, relative to the page, and boxes in 0..1 of the frontal crop."""
+
+    paths: dict[str, str]
+    boxes: tuple[tuple[str, float, float, float, float], ...]
+
+
+class ImageFolder:
+    """Copies each study's images once, on first use; several processes may copy into the same folder.
+
+    Args:
+        folder: Folder of the copied images.
+        root: Folder that the studies' image paths are relative to.
+        studies: All pseudonyms; a study's position numbers its files.
+    """
+
+    def __init__(self, folder: Path, root: Path, studies: Sequence[str]) -> None:
+        self.folder, self.root = folder, root
+        self._number = {study: number for number, study in enumerate(studies)}
+        self._shown: dict[str, ShownStudy] = {}
+
+    def add(self, entry: StudyInfo) -> ShownStudy:
+        """Copy the study's images if they are not there yet.
+
+        Raises:
+            RecordError: an image is missing.
+        """
+        if entry.study not in self._shown:
+            self._shown[entry.study] = self._write(entry, self._number[entry.study])
+        return self._shown[entry.study]
+
+    def _write(self, entry: StudyInfo, number: int) -> ShownStudy:
+        paths: dict[str, str] = {}
+        boxes = entry.boxes
+        for view, source in entry.images:
+            path = self.root / source
+            if not path.is_file():
+                raise RecordError(
+                    f"Study {entry.study} has a {view} image at {path}, which does not exist. Give the folder that "
+                    "image paths are relative to (--image-root), or write the page without images (--images false)."
+                )
+            square, moved = centre_crop(path, entry.boxes if view == "frontal" else (), IMAGE_SIDE)
+            boxes = moved if view == "frontal" else boxes
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = f"{number:06d}-{view if view in VIEWS else 'other'}.png"
+            if not (self.folder / name).exists():
+                with atomic_file(self.folder / name, sync=False) as draft:
+                    square.save(draft, format="PNG")
+            paths[view] = f"{self.folder.name}/{name}"
+        return ShownStudy(paths, boxes)

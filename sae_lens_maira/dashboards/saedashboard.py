@@ -1,24 +1,20 @@
-"""sae-dashboard's files from latent records: `batch-N.json`, `run_settings.json`, `skipped_indexes.json`.
+"""Write latent records in the format of sae-dashboard: `batch-N.json`, `run_settings.json`, `skipped_indexes.json`.
 
-The keys and their meaning are those of sae-dashboard 0.8, every key always present; numbers are finite and rounded
-to 5 digits, the density is not rounded. What records do not hold (alignment with neurons, correlations, logit
-histograms, vectors) is an empty list. One feature per line, written as it comes, batches side by side:
-memory does not grow with latents.
+Keys and meanings are those of sae-dashboard 0.8, and every key is always present. Numbers are finite and rounded to 5
+digits; the density is not rounded. Quantities that records do not contain (alignment with neurons, correlations, logit
+histograms, vectors) are empty lists. Features are written one per line as they are read, so memory does not grow with
+the number of latents.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.dashboards.sequences import Sequence, Window, bars, clean, finite, sequences
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.dashboards.workers import each
-from sae_lens_maira.errors import RecordError
-from sae_lens_maira.io import atomic_folder
+from sae_lens_maira.dashboards.writing import batches_of, json_line, new_folder, parallel_map
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, TokenWeight
 from sae_lens_maira.latents.recordset import RecordSet
 
@@ -37,7 +33,7 @@ LOGITS = 10
 def feature(
     record: LatentRecord, meta: RecordsMeta, dataset: str, window: Window | None = None
 ) -> dict[str, Any]:
-    """One entry of `features` in a batch file.
+    """Build one entry of `features` in a batch file.
 
     Raises:
         RecordError: a number is not finite.
@@ -57,7 +53,7 @@ def feature(
 
 
 def statistics(record: LatentRecord) -> dict[str, Any]:
-    """What batch files and the bulk export say alike: tables, logits, density, histograms."""
+    """Fields that batch files and the bulk export share: tables, logits, density, histograms."""
     values, heights = bars(record.histogram, record.max)
     return {
         **{name: [] for name in EMPTY_TABLES},
@@ -79,21 +75,21 @@ def write_saedashboard(
     window: Window | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Write a folder that reads as an output of sae-dashboard's runner.
+    """Write a folder that can be read as the output of sae-dashboard's runner.
 
     Args:
-        records: latent records.
-        target: names.
-        out: folder to make; it must not exist or be empty.
-        batch_size: latents per batch file.
-        window: how much of a study is shown.
-        workers: processes that write batches; one a core if not given.
+        records: The record set.
+        target: Names on Neuronpedia.
+        out: Output folder; must not exist, or be empty.
+        batch_size: Latents per batch file.
+        window: How much of each study is shown.
+        workers: Number of processes that write batches; one per core if not given.
 
     Returns:
         The folder.
 
     Raises:
-        RecordError: the folder has files, or a record holds a number that is not finite.
+        RecordError: the folder contains files, or a record contains a number that is not finite.
         ConfigError: the target's model has no such layer.
     """
     shown = window or Window()
@@ -111,13 +107,13 @@ def write_saedashboard(
         def write(batch: tuple[int, list[int]]) -> None:
             number, latents = batch
             with (folder / f"batch-{number}.json").open("w", encoding="utf-8", newline="\n") as file:
-                file.write(line(head)[:-1] + ',"features":[\n')
+                file.write(json_line(head)[:-1] + ',"features":[\n')
                 for place, latent in enumerate(latents):
                     file.write(",\n" if place else "")
-                    file.write(line(feature(records[latent], meta, target.dataset, shown)))
+                    file.write(json_line(feature(records[latent], meta, target.dataset, shown)))
                 file.write("\n]}\n")
 
-        for _ in each(write, batches, workers):
+        for _ in parallel_map(write, batches, workers):
             pass
         settings = _settings(meta, target, batch_size, shown, len(records))
         (folder / "run_settings.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
@@ -130,39 +126,6 @@ def write_saedashboard(
         }
         (folder / "skipped_indexes.json").write_text(json.dumps(skipped), encoding="utf-8")
     return Path(out)
-
-
-def batches_of(records: RecordSet, size: int) -> list[tuple[int, list[int]]]:
-    """`(number, latents)` of every batch, in order.
-
-    Raises:
-        RecordError: the set holds no latent.
-    """
-    latents = [int(latent) for latent in records.table["latent"]]
-    if not latents:
-        raise RecordError(
-            "The set of records holds no latent; there is nothing to write. Write records first."
-        )
-    return [(n, latents[start : start + size]) for n, start in enumerate(range(0, len(latents), size))]
-
-
-def line(row: dict[str, Any]) -> str:
-    """One JSON line: compact, UTF-8, finite numbers only."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-@contextmanager
-def new_folder(out: Path | str) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when all is written, so that no half of a set looks whole.
-
-    Raises:
-        RecordError: `out` is a file, or a folder with files in it.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecordError(f"{out} exists and is not an empty folder; give a new folder, or remove this one.")
-    with atomic_folder(out) as folder:
-        yield folder
 
 
 def _activation(sequence: Sequence) -> dict[str, Any]:
@@ -190,7 +153,7 @@ def _logits(weights: tuple[TokenWeight, ...], name: str, latent: int) -> dict[st
 def _settings(
     meta: RecordsMeta, target: Target, batch_size: int, window: Window, latents: int
 ) -> dict[str, Any]:
-    """The runner's settings that have a meaning here, under its names; the rest it never reads again."""
+    """The runner's settings that apply here, under its names."""
     return {
         "sae_set": target.set_name,
         "sae_path": meta.sae,

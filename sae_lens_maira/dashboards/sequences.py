@@ -1,10 +1,10 @@
-"""Contexts of a latent as sequences of tokens with values, the only form in which a text dashboard can show a study.
+"""Flatten the contexts of a latent into token sequences, the only form in which a text dashboard can show a study.
 
     ⟦study a1b2⟧  <frontal r12c07> <frontal r12c08> ...  ▁left ▁pleural ▁effusion ...
-    always first  the strongest patches, each once       a window of text around the hit
+    always first  the strongest patches, each once       a window of text around the peak
 
-The first token makes every sequence unique: Neuronpedia hides sequences that hold the same tokens. A study appears
-once per latent. It knows nothing about files or servers.
+The first token makes every sequence unique, because Neuronpedia hides sequences with equal tokens. A study appears once
+per latent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BARS = 50
 
 @dataclass(frozen=True)
 class Window:
-    """How much of a study is shown: `text` tokens around the hit, and at most `patches` image patches."""
+    """How much of a study is shown: `text` tokens around the peak, and at most `patches` image patches."""
 
     text: int = 128
     patches: int = 64
@@ -35,25 +35,27 @@ class Window:
         """Check the sizes.
 
         Raises:
-            RecordError: nothing would be shown, or more than Neuronpedia takes.
+            RecordError: nothing would be shown, or more than Neuronpedia accepts.
         """
         if self.text < 1 or self.patches < 0 or 1 + self.text + self.patches > MAX_TOKENS:
             raise RecordError(
-                f"A window of {self.text} text tokens and {self.patches} patches was asked for; at least one text "
-                f"token and at most {MAX_TOKENS - 1} tokens in all fit a sequence. Ask for another window."
+                f"The window is {self.text} text tokens and {self.patches} patches; expected at least one text token "
+                f"and at most {MAX_TOKENS - 1} tokens in all. Change --text-window or --patches."
             )
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One study as a latent sees it.
+    """Activations of one latent in one study, as tokens.
 
     Attributes:
-        study: pseudonym.
-        tokens, values: equally long; a token whose activation was not harvested has 0.
-        hit: index of the token it was chosen for; 0, the study's name, in a zero context.
+        study: Pseudonym of the study.
+        tokens: Token texts.
+        values: Activation per token; 0 where the activation was not harvested.
+        hit: Index of the token the context was chosen for; 0, the study's name, in a zero context.
         group: "top", "interval" or "zero".
-        low, high, fraction: of the interval; -1, the latent's maximum and -1 for the top group.
+        low, high, fraction: Bounds of the interval and the share of rows in it; -1, the latent's maximum and -1 for
+            the top group.
     """
 
     study: str
@@ -67,10 +69,10 @@ class Sequence:
 
 
 def sequences(record: LatentRecord, window: Window | None = None) -> Iterator[Sequence]:
-    """Sequences of one latent: top contexts, then intervals from the highest, then zero contexts.
+    """Yield the sequences of one latent: top contexts, then intervals from the highest, then zero contexts.
 
     Raises:
-        RecordError: a number is not finite, or a context's lists do not fit together.
+        RecordError: a number is not finite, or a context's tokens and values differ in length.
     """
     window = window or Window()
     groups: list[tuple[str, float, float, float, tuple[Context, ...]]] = [
@@ -99,9 +101,12 @@ def sequences(record: LatentRecord, window: Window | None = None) -> Iterator[Se
 
 
 def bars(histogram: Histogram, largest: float) -> tuple[list[float], list[int]]:
-    """Centres and heights of `BARS` equally wide bars from the histogram's first filled bin to `largest`.
+    """Rebin a histogram into `BARS` equally wide bars, from its first filled bin to `largest`.
 
-    Counts are shared out along the cumulative count and keep their sum; both lists are empty where nothing fired.
+    Counts are interpolated along the cumulative count and keep their sum. Both lists are empty if nothing fired.
+
+    Returns:
+        Centres and heights of the bars.
     """
     counts = np.asarray(histogram.counts, dtype=np.float64)
     filled = np.flatnonzero(counts)
@@ -117,20 +122,20 @@ def bars(histogram: Histogram, largest: float) -> tuple[list[float], list[int]]:
 
 
 def finite(value: float, latent: int, digits: int = DIGITS) -> float:
-    """The value as a rounded float.
+    """Round a value to `digits` decimals.
 
     Raises:
-        RecordError: it is NaN or infinite; no importer reads that.
+        RecordError: the value is NaN or infinite.
     """
     if not math.isfinite(value):
         raise RecordError(
-            f"Latent {latent} has a value of {value}; dashboards hold finite numbers only. Write its record again."
+            f"Latent {latent} has a value of {value}; dashboards contain finite numbers only. Write its record again."
         )
     return round(float(value), digits) + 0.0
 
 
 def clean(token: str) -> str:
-    """A token that JSON, Postgres and the upload accept: never empty, no NUL, no half of a surrogate pair."""
+    """Make a token acceptable to JSON, Postgres and the upload: not empty, no NUL, no lone surrogate."""
     if token.isascii() and token and "\0" not in token:
         return token
     return token.replace("\0", " ").encode("utf-8", "replace").decode("utf-8") or "∅"
@@ -138,7 +143,7 @@ def clean(token: str) -> str:
 
 @lru_cache(4096)
 def _cleaned(tokens: tuple[str, ...]) -> tuple[str, ...]:
-    """Cleaned tokens of a study, which many latents show."""
+    """Cleaned tokens of a study; cached, since many latents show the same study."""
     return tuple(map(clean, tokens))
 
 
@@ -146,14 +151,14 @@ def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], 
     if len(context.tokens) != len(context.values):
         raise RecordError(
             f"Latent {latent}, study {context.study}: {len(context.tokens)} tokens with {len(context.values)} "
-            "values; they must be equally many. Write the records again."
+            "values; their numbers must be equal. Write the records again."
         )
     tokens, values, hit = [f"⟦study {clean(context.study)}⟧"], [0.0], 0
     for view, patches in enumerate(_patches(context, window.patches)):
         heat = context.heat[view]
         names = _names(heat.view, heat.rows, heat.cols)
-        if (mine := _hit(context, view)) in patches:
-            hit = len(tokens) + list(patches).index(mine)
+        if (chosen := _hit(context, view)) in patches:
+            hit = len(tokens) + list(patches).index(chosen)
         tokens += [names[patch] for patch in patches]
         values += [round(float(value), DIGITS) + 0.0 for value in patches.values()]
     first, last = _around(context, window.text)
@@ -163,7 +168,7 @@ def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], 
     values += [round(value, DIGITS) + 0.0 if value else 0.0 for value in context.values[first:last]]
     if not math.isfinite(sum(values)):
         raise RecordError(
-            f"Latent {latent}, study {context.study}: an activation is NaN or infinite; dashboards hold finite "
+            f"Latent {latent}, study {context.study}: an activation is NaN or infinite; dashboards contain finite "
             "numbers only. Write its record again."
         )
     return tokens, values, hit
@@ -171,22 +176,22 @@ def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], 
 
 @lru_cache(64)
 def _names(view: str, rows: int, cols: int) -> tuple[str, ...]:
-    """What the patches of a view are called."""
+    """Token texts of the patches of a view."""
     return tuple(f"<{view} r{row:02d}c{col:02d}>" for row in range(rows) for col in range(cols))
 
 
 def _hit(context: Context, view: int) -> int:
-    """The patch of a view where the context has its hit, -1 if that is elsewhere."""
+    """The patch of a view that the context was chosen for; -1 if it was chosen for something else."""
     heat = context.heat[view]
     if context.patch is None or context.patch[0] != heat.view:
         return -1
     return context.patch[1] * heat.cols + context.patch[2]
 
 
-def _patches(context: Context, most: int) -> list[dict[int, float]]:
-    """Per view the strongest patches in reading order and their values; the hit's own is always among them."""
+def _patches(context: Context, limit: int) -> list[dict[int, float]]:
+    """The strongest patches per view, in reading order, with their values; the chosen patch is always included."""
     views = [dict(zip(heat.patches, heat.values, strict=True)) for heat in context.heat]
-    if sum(map(len, views)) > most:
+    if sum(map(len, views)) > limit:
         hits = [_hit(context, view) for view in range(len(views))]
         ranked = sorted(
             (patch != hits[view], -value, view, patch)
@@ -194,13 +199,13 @@ def _patches(context: Context, most: int) -> list[dict[int, float]]:
             for patch, value in values.items()
         )
         views = [{} for _ in views]
-        for _, value, view, patch in ranked[:most]:
+        for _, value, view, patch in ranked[:limit]:
             views[view][patch] = -value
     return [dict(sorted(values.items())) for values in views]
 
 
 def _around(context: Context, size: int) -> tuple[int, int]:
-    """Bounds of the text shown: around the hit, else around the strongest token, else the start of the report."""
+    """Bounds of the text shown: around the peak, else around the strongest token, else the start of the report."""
     centre = context.peak
     if context.patch is not None or centre < 0:
         strengths = [value or 0.0 for value in context.values]

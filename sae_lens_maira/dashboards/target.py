@@ -1,8 +1,8 @@
-"""Where dashboards go: names of model, source set and source, in the forms that Neuronpedia and SAELens accept.
+"""Names of model, source set and source on Neuronpedia, in the forms that Neuronpedia and SAELens accept.
 
     source id = <layer>-<set>          SAE id = <model>/<layer>-<set>, the SAE's metadata `neuronpedia_id`
 
-The layer comes from the records alone, so that rows and folder can not disagree. It knows nothing about latents.
+The layer comes from the records only, so that rows and folder cannot disagree.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from sae_lens_maira.latents.records import RecordsMeta
 MODEL_NAME = re.compile(r"[a-z][a-z0-9.-]{1,31}")
 SET_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 PUBLIC_CREATOR = "clkht01d40000jv08hvalcvly"
-"""Neuronpedia shows the activations of this creator to everybody, and hides those of others."""
+"""Neuronpedia shows activations of this creator only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Names under which a set of records appears.
+    """Names under which a record set is published.
 
     Attributes:
-        set_name: source set, such as "res-matryoshka-16k": lower case, digits, single hyphens.
-        model_id: 2 to 32 of a-z, 0-9, dot, hyphen; a letter first.
-        layers: decoder layers of the model, 1 to 127.
-        description: of the source set.
-        creator: shown as its author.
-        url: of pages that show more, such as our own with the images.
-        dataset: what the studies are.
-        created_at: written into every row; a constant, so that the same records give the same bytes.
-        creator_id: of every row; another one than the default hides the activations.
+        set_name: Source set, such as "res-matryoshka-16k": lower case, digits, single hyphens.
+        model_id: 2 to 32 characters a-z, 0-9, dot, hyphen; starts with a letter.
+        layers: Number of decoder layers of the model, 1 to 127.
+        description: Description of the source set.
+        creator: Name shown as the author.
+        url: Address of a page that shows more, such as one with the images.
+        dataset: Description of the studies.
+        created_at: Time stamp of every row; constant, so that the same records give the same bytes.
+        creator_id: Creator of every row; activations of any other than the default are hidden.
     """
 
     set_name: str
@@ -55,61 +55,63 @@ class Target:
         """Check the names against Neuronpedia's rules.
 
         Raises:
-            ConfigError: a name or the number of layers is not acceptable.
+            ConfigError: a name or the number of layers is invalid.
         """
         if not MODEL_NAME.fullmatch(self.model_id):
             raise ConfigError(
-                f"The model id {self.model_id!r} is not one that Neuronpedia takes; expected 2 to 32 of a-z, 0-9, "
-                "dot and hyphen with a letter first, such as maira-2."
+                f"Neuronpedia does not accept the model id {self.model_id!r}; expected 2 to 32 characters a-z, 0-9, "
+                "dot and hyphen, starting with a letter, such as maira-2."
             )
         if not SET_NAME.fullmatch(self.set_name):
             raise ConfigError(
-                f"The source set {self.set_name!r} is not a name that Neuronpedia takes; expected lower-case letters "
-                "and digits with single hyphens between them, such as res-matryoshka-16k."
+                f"Neuronpedia does not accept the source set name {self.set_name!r}; expected lower-case letters and "
+                "digits with single hyphens between them, such as res-matryoshka-16k."
             )
         if not 1 <= self.layers <= 127:
-            raise ConfigError(f"A model of {self.layers} layers was given; Neuronpedia takes 1 to 127.")
+            raise ConfigError(
+                f"The model has {self.layers} layers; Neuronpedia accepts 1 to 127. Check --layers."
+            )
 
     def source(self, layer: int) -> str:
-        """Source id of a layer.
+        """Return the source id of a layer.
 
         Raises:
             ConfigError: the model has no such layer.
         """
         if not 0 <= layer < self.layers:
             raise ConfigError(
-                f"The records are of layer {layer}, and the model {self.model_id} is said to have {self.layers} "
-                "layers; give the model's number of layers."
+                f"The records are of layer {layer}, but the model {self.model_id} was given {self.layers} layers. Give "
+                "the model's number of layers."
             )
         return f"{layer}-{self.set_name}"
 
     def neuronpedia_id(self, layer: int) -> str:
-        """What SAELens' Neuronpedia helpers read from an SAE's metadata: `maira-2/15-<set>`."""
+        """Return the id that SAELens' Neuronpedia helpers read from an SAE's metadata: `maira-2/15-<set>`."""
         return f"{self.model_id}/{self.source(layer)}"
 
 
 def set_metadata(sae: Any, target: Target, meta: RecordsMeta) -> None:
     """Write `neuronpedia_id`, `hook_name` and `model_name` into an SAE's metadata, in place.
 
-    SAELens' helpers read the first and the last; their `model_name` is the model's name on Neuronpedia.
+    SAELens' helpers read the first and the last; `model_name` is the model's name on Neuronpedia.
 
     Args:
-        sae: a SAELens SAE.
-        target: names on Neuronpedia.
-        meta: of the records that the dashboards are made from.
+        sae: A SAELens SAE.
+        target: Names on Neuronpedia.
+        meta: Metadata of the records that the dashboards are made from.
     """
     for name, value in _metadata(target, meta).items():
         setattr(sae.cfg.metadata, name, value)
 
 
 def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path:
-    """Write the same into the configuration of a saved SAE; its weights are not touched.
+    """Write the same metadata into the configuration of a saved SAE; its weights are not changed.
 
     Returns:
         Path of the configuration.
 
     Raises:
-        ConfigError: the folder has no configuration of an SAE, or its SAE is of another size.
+        ConfigError: the folder has no SAE configuration, or its SAE has a different size.
     """
     path = Path(folder) / SAE_CFG_FILENAME
     try:
@@ -117,12 +119,12 @@ def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path
         size = (config["d_in"], config["d_sae"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} is no configuration of an SAE ({error}); give the folder that SAELens saved the SAE to."
+            f"{path} is not an SAE configuration ({error}). Give the folder that SAELens saved the SAE to."
         ) from None
     if size != (meta.d_in, meta.d_sae):
         raise ConfigError(
-            f"The SAE in {folder} has d_in and d_sae {size}, the records {(meta.d_in, meta.d_sae)}; they are of "
-            "another SAE. Give the folder of the SAE that was recorded."
+            f"The SAE in {folder} has (d_in, d_sae) = {size}, the records have {(meta.d_in, meta.d_sae)}; they belong "
+            "to different SAEs. Give the folder of the SAE that was recorded."
         )
     config["metadata"] = (config.get("metadata") or {}) | _metadata(target, meta)
     atomic_write(path, json.dumps(config))

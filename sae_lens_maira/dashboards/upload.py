@@ -1,30 +1,27 @@
-"""Guarded upload to Neuronpedia's self-serve API: nothing leaves unless asked, and nothing credentialed ever.
+"""Guarded upload to Neuronpedia's self-serve API. Nothing is sent unless requested; credentialed studies never are.
 
-    plan      every record is read and every payload checked; a study that is not public or synthetic ends it here
-    send      only with confirm=True: model, source set, then payloads; each answer goes into a journal on disk
-    resume    the same call again skips what the journal holds; an answer that was lost is asked for again
+    plan      read every record and check every payload; refuse if a study is not public or synthetic
+    send      only with confirm=True: model, source set, then payloads; each answer is recorded in a journal on disk
+    resume    the same call again skips what the journal contains; a step whose answer was lost is looked up again
 
 The site keeps the first version of a feature for ever, so a latent that changed since it was sent is refused.
-Redirects are not followed, since they could carry the key elsewhere.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.dashboards.api import MAX_BYTES, MAX_FEATURES, payloads
-from sae_lens_maira.dashboards.faults import Line
-from sae_lens_maira.dashboards.journal import Journal
-from sae_lens_maira.dashboards.saedashboard import line
-from sae_lens_maira.dashboards.site import KEY, Site, safe_address
+from sae_lens_maira.dashboards.explanations import Interpretations
+from sae_lens_maira.dashboards.schema import Line
+from sae_lens_maira.dashboards.server import KEY, Journal, Site, safe_address
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.dashboards.validate import payload_faults
+from sae_lens_maira.dashboards.validate import payload_issues
+from sae_lens_maira.dashboards.writing import json_line
 from sae_lens_maira.errors import ConfigError, PrivacyError, RecordError, ServerError
-from sae_lens_maira.interp.records import Interpretation
 from sae_lens_maira.latents.recordset import RecordSet
 
 SITE = "https://www.neuronpedia.org/api"
@@ -56,7 +53,7 @@ class Plan:
 
 
 def check_licences(records: RecordSet) -> None:
-    """Refuse records of studies that must not leave.
+    """Refuse records of studies that must not leave this machine.
 
     Raises:
         PrivacyError: a study is neither public nor synthetic, or no study is listed.
@@ -69,8 +66,8 @@ def check_licences(records: RecordSet) -> None:
             else "no study is listed"
         )
         raise PrivacyError(
-            f"Dashboards hold words of reports, and of these records {seen}; only public and synthetic studies may be "
-            "uploaded, whatever is asked. Write records from such studies, or keep these dashboards on this machine."
+            f"Dashboards contain words of reports, and of these records {seen}; only public and synthetic studies may "
+            "be uploaded. Write records from such studies, or keep these dashboards on this machine."
         )
 
 
@@ -78,7 +75,7 @@ def upload(
     records: RecordSet,
     target: Target,
     journal: Path | str,
-    interpretations: Mapping[int, Iterable[Interpretation]] | None = None,
+    interpretations: Interpretations | None = None,
     *,
     confirm: bool = False,
     localhost: bool = False,
@@ -92,46 +89,46 @@ def upload(
     """Check everything, and with `confirm` send it.
 
     Args:
-        records: latent records; every study public or synthetic.
-        target: names.
-        journal: JSON lines file that remembers what was sent; the same file resumes.
-        interpretations: per latent.
-        confirm: send; without it no connection is made and no file written.
-        localhost: use a Neuronpedia on this machine.
-        new_model: make the model too; needed once per model.
-        key: API key; taken from NEURONPEDIA_API_KEY if not given.
-        base_url: another server; https, or http on this machine.
-        max_features: latents per request, at most 128.
-        max_bytes: of a request's body.
-        timeout: seconds that one request may take.
+        records: The record set; every study must be public or synthetic.
+        target: Names on Neuronpedia.
+        journal: JSON lines file that records what was sent; the same file resumes an upload.
+        interpretations: Interpretations per latent.
+        confirm: Send. Without it no connection is made and no file is written.
+        localhost: Use a Neuronpedia server on this machine.
+        new_model: Create the model too; needed once per model.
+        key: API key; read from NEURONPEDIA_API_KEY if not given.
+        base_url: Another server; https, or http on this machine.
+        max_features: Latents per request, at most 128.
+        max_bytes: Size limit of a request's body.
+        timeout: Seconds that one request may take.
 
     Returns:
         What was or would be sent.
 
     Raises:
-        PrivacyError: a study must not leave; no connection was made.
-        RecordError: a payload breaks the server's limits, or a latent changed since it was sent.
-        ServerError: the server refused or the connection broke; names the item.
-        ConfigError: no key, or an address that is not safe.
+        PrivacyError: a study must not leave this machine; no connection was made.
+        RecordError: a payload exceeds the server's limits, or a latent changed since it was sent.
+        ServerError: the server refused or the connection broke; the message names the item.
+        ConfigError: there is no key, or the address is not safe.
     """
     check_licences(records)
     url = safe_address(base_url or (LOCALHOST if localhost else SITE))
-    book = Journal(
+    history = Journal(
         Path(journal), {"url": url, "model": target.model_id, "source": target.source(records.meta.layer)}
     )
     count, features, size, all_features = 0, 0, 0, 0
     for payload in payloads(records, target, interpretations, max_features, max_bytes):
-        for fault in payload_faults(payload, Line("payload", count + 1, payload)):
-            if fault.severity == "error":
+        for issue in payload_issues(payload, Line("payload", count + 1, payload)):
+            if issue.severity == "error":
                 raise RecordError(
-                    f"The server would refuse a payload: {fault}. Nothing was sent; mend the records first."
+                    f"The server would refuse a payload: {issue}. Nothing was sent; fix the records first."
                 )
         _known_studies(payload, records)
         all_features += len(payload["features"])
-        fresh = [f for f in payload["features"] if not book.holds(f)]
+        fresh = [f for f in payload["features"] if not history.holds(f)]
         count += bool(fresh)
         features += len(fresh)
-        size += len(line(payload | {"features": fresh}).encode()) if fresh else 0
+        size += len(json_line(payload | {"features": fresh}).encode()) if fresh else 0
     done = Plan(
         url=url,
         model_id=target.model_id,
@@ -140,7 +137,7 @@ def upload(
         features=features,
         left_out=len(records) - all_features,
         size=size,
-        already_sent=len(book.features),
+        already_sent=len(history.features),
         sent=confirm,
     )
     if not confirm:
@@ -149,7 +146,7 @@ def upload(
     if not key:
         raise ConfigError(f"Uploading needs a key; set the environment variable {KEY}.")
     server = Site(url, key, timeout)
-    book.start()
+    history.start()
     if new_model:
         body = {
             "id": target.model_id,
@@ -158,7 +155,13 @@ def upload(
             "url": target.url,
         }
         _make(
-            server, book, "model", f"model {target.model_id}", f"model/{target.model_id}", "model/new", body
+            server,
+            history,
+            "model",
+            f"model {target.model_id}",
+            f"model/{target.model_id}",
+            "model/new",
+            body,
         )
     body = {
         "name": target.set_name,
@@ -167,41 +170,42 @@ def upload(
         "url": target.url,
     }
     what, where = f"source set {target.set_name}", f"source-set/{target.model_id}/{target.set_name}"
-    _make(server, book, "source-set", what, where, "source-set/new", body)
+    _make(server, history, "source-set", what, where, "source-set/new", body)
     for payload in payloads(
-        records, target, interpretations, max_features, max_bytes, skip=set(book.features)
+        records, target, interpretations, max_features, max_bytes, skip=set(history.features)
     ):
         numbers = [feature["index"] for feature in payload["features"]]
         server.post("feature/upload-batch", payload, f"latents {numbers[0]} to {numbers[-1]}")
-        book.sent(payload["features"])
+        history.sent(payload["features"])
     return done
 
 
 def _make(
-    server: Site, book: Journal, step: str, what: str, where: str, new: str, body: dict[str, Any]
+    server: Site, journal: Journal, step: str, what: str, where: str, new: str, body: dict[str, Any]
 ) -> None:
-    """Make a model or source set once; one that somebody else made is refused, one whose answer was lost is ours."""
-    if book.steps.get(step) == "done":
+    """Create a model or source set once; refuse one that this journal did not create."""
+    if journal.steps.get(step) == "done":
         return
     if server.exists(where, what):
-        if book.steps.get(step) != "asked":
+        if journal.steps.get(step) != "asked":
             raise ServerError(
-                f"The {what} exists already on {server.url} and this journal did not make it; uploading would mix "
-                "two sets, and nothing there can be replaced. Choose another name, or give the journal that made it."
+                f"The {what} already exists on {server.url} and this journal did not create it; uploading would mix "
+                "two sets, and nothing there can be replaced. Choose another name, or give the journal that created "
+                "it."
             )
     else:
-        book.step(step, "asked")
+        journal.step(step, "asked")
         server.post(new, body, f"the {what}")
-    book.step(step, "done")
+    journal.step(step, "done")
 
 
 def _known_studies(payload: dict[str, Any], records: RecordSet) -> None:
-    """Every study shown must be one whose licence was checked."""
+    """Check that every study shown is one whose licence was checked."""
     names = {f"⟦study {study}⟧" for study in records.studies}
     for feature in payload["features"]:
         for activation in feature["activations"]:
             if activation["tokens"][0] not in names:
                 raise PrivacyError(
-                    f"Latent {feature['index']} shows {activation['tokens'][0]}, which the table of studies does not "
-                    "list; its licence is not known, so nothing was sent. Write the records again."
+                    f"Latent {feature['index']} shows {activation['tokens'][0]}, which studies.jsonl does not list, so "
+                    "its licence is unknown. Nothing was sent; write the records again."
                 )

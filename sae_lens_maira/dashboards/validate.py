@@ -1,8 +1,8 @@
-"""Validation of a dashboard folder of any of the three formats: every fault with its file and line.
+"""Validate a folder of dashboards in any of the three formats; report every issue with its file and line.
 
-It checks what importers accept in silence and then lose: types and finite numbers, limits, ids that are not unique,
-sequences that hold the same tokens, rows that refer to nothing. It reads a line at a time, writes nothing, and knows
-nothing about records. Where sae-dashboard is installed, its own classes judge batch files too.
+Checks what importers accept without a message and then lose: types and finite numbers, limits, ids that are not
+unique, sequences with equal tokens, rows that refer to nothing. If sae-dashboard is installed, its own classes also
+check batch files.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from typing import Any
 
 from sae_lens_maira.dashboards import schema
 from sae_lens_maira.dashboards.api import MAX_EXPLANATION, MAX_FEATURES, MAX_LOGITS
-from sae_lens_maira.dashboards.faults import (
-    Fault,
+from sae_lens_maira.dashboards.schema import (
+    Issue,
     Line,
-    fault,
-    faults_of,
-    few_zeros,
-    hidden,
-    hit_faults,
-    lines_of,
+    creator_issues,
+    hit_issues,
+    object_issues,
+    objects,
+    read_lines,
     refuse_constant,
-    repeated,
-    sequence_faults,
+    repeated_issues,
+    sequence_issues,
+    zero_issues,
 )
 from sae_lens_maira.errors import RecordError
 
 
-def validate(folder: Path | str) -> tuple[str, list[Fault]]:
+def validate(folder: Path | str) -> tuple[str, list[Issue]]:
     """Check a folder.
 
     Args:
-        folder: output of sae-dashboard or `write_saedashboard`, a bulk export, or API payloads.
+        folder: Output of sae-dashboard or `write_saedashboard`, a bulk export, or API payloads.
 
     Returns:
-        The format ("saedashboard", "export" or "api") and its faults in order of file and line.
+        The format ("saedashboard", "export" or "api") and its issues in order of file and line.
 
     Raises:
-        RecordError: the folder holds none of the formats.
+        RecordError: the folder contains none of the formats.
     """
     folder = Path(folder)
     if any(folder.glob("batch-*.json")):
@@ -53,69 +53,66 @@ def validate(folder: Path | str) -> tuple[str, list[Fault]]:
     if any(folder.glob("payloads*.jsonl")):
         return "api", _ordered(_api(folder))
     raise RecordError(
-        f"{folder} holds no dashboards: expected batch-0.json, source.jsonl with a folder features, or "
+        f"{folder} contains no dashboards: expected batch-0.json, source.jsonl with a folder features, or "
         "payloads.jsonl. Give the folder that `dashboards neuronpedia` wrote."
     )
 
 
-def payload_faults(payload: Any, place: Line) -> Iterator[Fault]:
-    """Faults of one upload payload, by the server's limits."""
-    yield from faults_of(place, schema.misfits(payload, schema.PAYLOAD, "the payload", exact=True))
+def payload_issues(payload: Any, place: Line) -> Iterator[Issue]:
+    """Check one upload payload against the server's limits."""
+    yield from object_issues(place, payload, schema.PAYLOAD, "the payload", exact=True)
     if not isinstance(payload, dict):
         return
-    features, wrong = schema.objects(payload, "features", "the payload")
-    yield from faults_of(place, wrong)
+    features, wrong = objects(place, payload, "features", "the payload")
+    yield from wrong
     if not 1 <= len(features) <= MAX_FEATURES:
-        yield fault(place, f"{len(features)} features, expected 1 to {MAX_FEATURES}")
+        yield place.issue(f"{len(features)} features, expected 1 to {MAX_FEATURES}")
     for feature in features:
         what = f"feature {feature.get('index')}"
-        yield from faults_of(place, schema.misfits(feature, schema.PAYLOAD_FEATURE, what, exact=True))
-        activations, wrong = schema.objects(feature, "activations", what)
-        yield from faults_of(
-            place, wrong or ([] if activations else [f"{what} has no activation (dead?); leave it out"])
-        )
+        yield from object_issues(place, feature, schema.PAYLOAD_FEATURE, what, exact=True)
+        activations, wrong = objects(place, feature, "activations", what)
+        yield from wrong
+        if not activations and not wrong:
+            yield place.issue(f"{what} has no activation (dead?); leave it out")
         for activation in activations:
-            yield from faults_of(
-                place, schema.misfits(activation, schema.PAYLOAD_ACTIVATION, what, exact=True)
-            )
+            yield from object_issues(place, activation, schema.PAYLOAD_ACTIVATION, what, exact=True)
             fraction = activation.get("quantileFraction")
             if isinstance(fraction, (int, float)) and not 0 <= fraction <= 1:
-                yield fault(
-                    place, f"{what} has a quantileFraction of {fraction}, expected 0 to 1, null for the top"
+                yield place.issue(
+                    f"{what} has quantileFraction = {fraction}, expected 0 to 1, null for the top"
                 )
-        yield from sequence_faults(place, what, activations)
+        yield from sequence_issues(place, what, activations)
         for name in ("topLogits", "bottomLogits"):
-            logits, wrong = schema.objects(feature, name, what)
-            yield from faults_of(place, wrong)
+            logits, wrong = objects(place, feature, name, what)
+            yield from wrong
             if len(logits) > MAX_LOGITS:
-                yield fault(place, f"{what} has {len(logits)} {name}, at most {MAX_LOGITS} are taken")
+                yield place.issue(f"{what} has {len(logits)} {name}, expected at most {MAX_LOGITS}")
             for logit in logits:
-                yield from faults_of(place, schema.misfits(logit, schema.PAYLOAD_LOGIT, f"{what}, {name}"))
-        explanations, wrong = schema.objects(feature, "explanations", what)
-        yield from faults_of(place, wrong)
-        for told in explanations:
-            yield from faults_of(
-                place, schema.misfits(told, schema.PAYLOAD_EXPLANATION, f"{what}, explanation")
-            )
-            if len(str(told.get("text"))) > MAX_EXPLANATION:
-                yield fault(place, f"{what} has an explanation of more than {MAX_EXPLANATION} characters")
+                yield from object_issues(place, logit, schema.PAYLOAD_LOGIT, f"{what}, {name}")
+        explanations, wrong = objects(place, feature, "explanations", what)
+        yield from wrong
+        for explanation in explanations:
+            yield from object_issues(place, explanation, schema.PAYLOAD_EXPLANATION, f"{what}, explanation")
+            if len(str(explanation.get("text"))) > MAX_EXPLANATION:
+                yield place.issue(f"{what} has an explanation of more than {MAX_EXPLANATION} characters")
 
 
-def _api(folder: Path) -> Iterator[Fault]:
+def _api(folder: Path) -> Iterator[Issue]:
     seen: set[int] = set()
     for path in sorted(folder.glob("payloads*.jsonl")):
-        for place in lines_of(path, folder):
-            if isinstance(place, Fault):
+        for place in read_lines(path, folder):
+            if isinstance(place, Issue):
                 yield place
                 continue
-            yield from payload_faults(place.row, place)
-            for feature in (
-                schema.objects(place.row, "features", "")[0] if isinstance(place.row, dict) else ()
-            ):
-                yield from repeated(place, f"feature {feature.get('index')}", feature.get("index"), seen)
+            yield from payload_issues(place.row, place)
+            features = objects(place, place.row, "features", "")[0] if isinstance(place.row, dict) else ()
+            for feature in features:
+                yield from repeated_issues(
+                    place, f"feature {feature.get('index')}", feature.get("index"), seen
+                )
 
 
-def _saedashboard(folder: Path) -> Iterator[Fault]:
+def _saedashboard(folder: Path) -> Iterator[Issue]:
     seen: set[int] = set()
     heads: set[str] = set()
     paths = sorted(folder.glob("batch-*.json"), key=lambda p: (len(p.name), p.name))
@@ -124,62 +121,57 @@ def _saedashboard(folder: Path) -> Iterator[Fault]:
         try:
             text = path.read_text(encoding="utf-8")
             batch = json.loads(text, parse_constant=refuse_constant)
-        except (ValueError, UnicodeDecodeError) as error:
-            yield Fault(name, getattr(error, "lineno", 1), f"no JSON: {error}")
+        except (ValueError, UnicodeDecodeError, RecursionError) as error:
+            yield Issue(name, getattr(error, "lineno", 1), f"not valid JSON: {error}")
             continue
         place = Line(name, 1, batch)
-        yield from faults_of(place, schema.misfits(batch, schema.BATCH, "the batch", exact=True))
+        yield from object_issues(place, batch, schema.BATCH, "the batch", exact=True)
         if not isinstance(batch, dict):
             continue
         heads.add(json.dumps([batch.get(k) for k in ("model_id", "layer", "sae_set", "sae_id_suffix")]))
-        features, wrong = schema.objects(batch, "features", "the batch")
-        yield from faults_of(place, wrong)
+        features, wrong = objects(place, batch, "features", "the batch")
+        yield from wrong
         for number, feature in zip(_feature_lines(text, len(features)), features, strict=True):
             yield from _batch_feature(Line(name, number, feature), seen)
         if importlib.util.find_spec("sae_dashboard"):
-            yield from _their_verdict(place)
+            yield from _sae_dashboard_issues(place)
     if len(heads) > 1:
-        yield Fault(paths[-1].name, 1, f"the batches name different sources: {sorted(heads)}")
+        yield Issue(paths[-1].name, 1, f"the batches name different sources: {sorted(heads)}")
     for name in ("run_settings.json", "skipped_indexes.json"):
         if not (folder / name).exists():
-            yield Fault(name, 1, "the file is missing; the converter reads the folder's settings")
+            yield Issue(name, 1, "the file is missing; the converter reads the folder's settings")
 
 
-def _batch_feature(place: Line, seen: set[int]) -> Iterator[Fault]:
+def _batch_feature(place: Line, seen: set[int]) -> Iterator[Issue]:
     feature = place.row
     what = f"feature {feature.get('feature_index')}"
-    yield from faults_of(place, schema.misfits(feature, schema.BATCH_FEATURE, what, exact=True))
-    yield from repeated(place, what, feature.get("feature_index"), seen)
-    activations, wrong = schema.objects(feature, "activations", what)
-    yield from faults_of(place, wrong)
+    yield from object_issues(place, feature, schema.BATCH_FEATURE, what, exact=True)
+    yield from repeated_issues(place, what, feature.get("feature_index"), seen)
+    activations, wrong = objects(place, feature, "activations", what)
+    yield from wrong
     for activation in activations:
-        yield from faults_of(place, schema.misfits(activation, schema.BATCH_ACTIVATION, what, exact=True))
-        yield from hit_faults(
-            place,
-            what,
-            "qualifying_token_index",
-            activation.get("qualifying_token_index"),
-            activation.get("tokens"),
-        )
-    yield from sequence_faults(place, what, activations)
+        yield from object_issues(place, activation, schema.BATCH_ACTIVATION, what, exact=True)
+        hit, tokens = activation.get("qualifying_token_index"), activation.get("tokens")
+        yield from hit_issues(place, what, "qualifying_token_index", hit, tokens)
+    yield from sequence_issues(place, what, activations)
     if feature.get("frac_nonzero"):
         zeros = sum(1 for a in activations if not any(v for v in a.get("values") or ()))
-        yield from few_zeros(place, what, zeros)
+        yield from zero_issues(place, what, zeros)
 
 
-def _export(folder: Path) -> Iterator[Fault]:
+def _export(folder: Path) -> Iterator[Issue]:
     heads: dict[str, Line] = {}
     for name, fields in schema.HEADS.items():
-        found = list(lines_of(folder / f"{name}.jsonl", folder))
-        yield from (one for one in found if isinstance(one, Fault))
+        found = list(read_lines(folder / f"{name}.jsonl", folder))
+        yield from (one for one in found if isinstance(one, Issue))
         rows = [one for one in found if isinstance(one, Line)]
         if len(rows) != 1:
-            yield Fault(f"{name}.jsonl", 1, f"{len(rows)} rows, expected one")
+            yield Issue(f"{name}.jsonl", 1, f"{len(rows)} rows, expected one")
         for place in rows:
-            yield from faults_of(place, schema.misfits(place.row, fields, f"the {name}"))
+            yield from object_issues(place, place.row, fields, f"the {name}")
             if isinstance(place.row, dict):
                 heads[name] = place
-                yield from hidden(place, "creatorId")
+                yield from creator_issues(place, "creatorId")
     yield from _references(heads)
     source = heads["source"].row if "source" in heads else {}
     alive: dict[int, bool] = {}
@@ -190,54 +182,53 @@ def _export(folder: Path) -> Iterator[Fault]:
     for table, fields in schema.EXPORT_ROWS.items():
         for path in sorted((folder / table).glob("*.jsonl.gz"), key=lambda p: (len(p.name), p.name)):
             columns: set[str] | None = None
-            for place in lines_of(path, folder):
-                if isinstance(place, Fault):
+            for place in read_lines(path, folder):
+                if isinstance(place, Issue):
                     yield place
                     continue
                 row = place.row
                 what = f"the row of feature {row.get('index')}" if isinstance(row, dict) else "the row"
-                faults = [fault(place, m) for m in schema.misfits(row, fields, what)]
-                yield from faults
+                issues = list(object_issues(place, row, fields, what))
+                yield from issues
                 if not isinstance(row, dict):
                     continue
                 columns = columns or set(row)
                 if set(row) != columns:
-                    yield fault(
-                        place, f"{what} has other fields than line 1, whose fields alone are imported"
+                    yield place.issue(
+                        f"{what} has other fields than line 1; only those of line 1 are imported"
                     )
                 if (row.get("modelId"), row.get("layer")) != (source.get("modelId"), source.get("id")):
-                    yield fault(
-                        place, f"{what} belongs to {row.get('modelId')}/{row.get('layer')}, not to the source"
-                    )
-                yield from hidden(place, "authorId" if table == "explanations" else "creatorId")
+                    owner = f"{row.get('modelId')}/{row.get('layer')}"
+                    yield place.issue(f"{what} belongs to {owner}, not to the source")
+                yield from creator_issues(place, "authorId" if table == "explanations" else "creatorId")
                 if table == "features":
-                    yield from repeated(place, what, row.get("index"), alive)
+                    yield from repeated_issues(place, what, row.get("index"), alive)
                     alive[row.get("index", -1)] = bool(row.get("maxActApprox"))
                     continue
-                yield from repeated(place, f"the id {row.get('id')}", f"{table}{row.get('id')}", ids)
+                yield from repeated_issues(place, f"the id {row.get('id')}", f"{table}{row.get('id')}", ids)
                 if not _known(row, alive):
-                    yield fault(place, f"{what} refers to a feature that the folder does not have")
-                if table == "activations" and not faults:
+                    yield place.issue(f"{what} refers to a feature that the folder does not have")
+                if table == "activations" and not issues:
                     yield from _activation(place, what, bags)
                     zeros[row["index"]] += row["maxValue"] == 0
                     last[row["index"]] = place
     for index, place in last.items():
         if alive.get(index):
-            yield from few_zeros(place, f"feature {index}", zeros[index])
+            yield from zero_issues(place, f"feature {index}", zeros[index])
 
 
-def _activation(place: Line, what: str, bags: set[int]) -> Iterator[Fault]:
+def _activation(place: Line, what: str, bags: set[int]) -> Iterator[Issue]:
     row = place.row
     values = row["values"]
-    yield from sequence_faults(place, what, [row], bags)
+    yield from sequence_issues(place, what, [row], bags)
     if not values or not 0 <= row["maxValueTokenIndex"] < len(values):
-        yield fault(place, f"{what} has a maxValueTokenIndex that is no token of its sequence")
+        yield place.issue(f"{what} has a maxValueTokenIndex that is not a token of its sequence")
     elif not row["maxValue"] == max(values) == values[row["maxValueTokenIndex"]]:
-        yield fault(place, f"{what} has a maxValue of {row['maxValue']}, its largest value is {max(values)}")
-    yield from hit_faults(place, what, "qualifyingTokenIndex", row["qualifyingTokenIndex"], row["tokens"])
+        yield place.issue(f"{what} has maxValue = {row['maxValue']}, but its largest value is {max(values)}")
+    yield from hit_issues(place, what, "qualifyingTokenIndex", row["qualifyingTokenIndex"], row["tokens"])
 
 
-def _references(heads: dict[str, Line]) -> Iterator[Fault]:
+def _references(heads: dict[str, Line]) -> Iterator[Issue]:
     for name, field, other, key in (
         ("source", "modelId", "model", "id"),
         ("sourceset", "modelId", "model", "id"),
@@ -245,14 +236,13 @@ def _references(heads: dict[str, Line]) -> Iterator[Fault]:
         ("sourceset", "releaseName", "release", "name"),
     ):
         if name in heads and other in heads and heads[name].row.get(field) != heads[other].row.get(key):
-            yield fault(
-                heads[name],
-                f"{field} is {heads[name].row.get(field)!r}, the {other} is {heads[other].row.get(key)!r}",
+            yield heads[name].issue(
+                f"{field} is {heads[name].row.get(field)!r}, the {other} is {heads[other].row.get(key)!r}"
             )
 
 
 def _feature_lines(text: str, count: int) -> list[int]:
-    """Line of every feature of a batch file."""
+    """Line number of every feature of a batch file."""
     start = re.search(r'"features"\s*:\s*\[', text)
     position, lines, decoder = start.end() if start else 0, [], json.JSONDecoder()
     line, counted = 1, 0
@@ -265,7 +255,8 @@ def _feature_lines(text: str, count: int) -> list[int]:
     return lines
 
 
-def _their_verdict(place: Line) -> Iterator[Fault]:
+def _sae_dashboard_issues(place: Line) -> Iterator[Issue]:
+    """Round trip through sae-dashboard's own class."""
     from sae_dashboard.neuronpedia.neuronpedia_dashboard import (  # pyright: ignore[reportMissingImports]: an extra
         NeuronpediaDashboardBatch,
     )
@@ -273,10 +264,10 @@ def _their_verdict(place: Line) -> Iterator[Fault]:
     try:
         same = NeuronpediaDashboardBatch(**place.row).to_dict() == place.row
     except (TypeError, AttributeError) as error:
-        yield fault(place, f"sae-dashboard does not read the batch: {error}")
+        yield place.issue(f"sae-dashboard cannot read the batch: {error}")
         return
     if not same:
-        yield fault(place, "sae-dashboard reads the batch and writes another; a field is missing")
+        yield place.issue("sae-dashboard reads the batch and writes a different one; a field is missing")
 
 
 def _known(row: dict[str, Any], alive: dict[int, bool]) -> bool:
@@ -288,5 +279,5 @@ def _known(row: dict[str, Any], alive: dict[int, bool]) -> bool:
     )
 
 
-def _ordered(faults: Iterator[Fault]) -> list[Fault]:
-    return sorted(faults, key=lambda one: (one.file, one.line))
+def _ordered(issues: Iterator[Issue]) -> list[Issue]:
+    return sorted(issues, key=lambda one: (one.file, one.line))

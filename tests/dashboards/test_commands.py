@@ -12,14 +12,14 @@ def test_write_check_and_dry_run(make_set, tmp_path, capsys):
         words = ["--records", records, "--out", out, "--set-name", "res-16k", "--kind", kind, "--json"]
         assert main(["dashboards", "neuronpedia", *words]) == 0
         said = json.loads(capsys.readouterr().out)
-        assert (said["neuronpedia_id"], said["latents"], said["faults"]) == ("maira-2/15-res-16k", 6, 0)
+        assert (said["neuronpedia_id"], said["latents"], said["issues"]) == ("maira-2/15-res-16k", 6, 0)
         assert main(["dashboards", "validate", "--folder", out]) == 0
         assert "0 errors" in capsys.readouterr().out
     assert main(["dashboards", "upload", "--records", records, "--set-name", "res-16k"]) == 0
     assert "Dry run: would send 5 latents" in capsys.readouterr().out
 
 
-def test_a_fault_ends_with_code_2_and_its_place(make_set, tmp_path, capsys):
+def test_an_error_ends_with_code_2_and_its_place(make_set, tmp_path, capsys):
     out = tmp_path / "api"
     main(["dashboards", "neuronpedia", "--records", str(make_set().folder), "--out", str(out),
           "--set-name", "res-16k", "--kind", "api"])  # fmt: skip
@@ -27,8 +27,8 @@ def test_a_fault_ends_with_code_2_and_its_place(make_set, tmp_path, capsys):
     path.write_text(path.read_text() + "{\n")
     assert main(["dashboards", "validate", "--folder", str(out)]) == 2
     said = capsys.readouterr()
-    assert "payloads.jsonl:2: error: no JSON" in said.out
-    assert "1 errors" in said.err
+    assert "payloads.jsonl:2: error: not valid JSON" in said.out
+    assert "1 error" in said.err
 
 
 def test_credentialed_records_are_not_even_planned(make_set, capsys):

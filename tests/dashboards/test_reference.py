@@ -16,8 +16,8 @@ from sae_lens_maira.dashboards.saedashboard import write_saedashboard
 from sae_lens_maira.dashboards.validate import validate
 
 REFERENCE = Path(__file__).parent / "reference"
-KNOWN = ("two sequences of the same tokens", "sequences without activation", "index of -1")
-"""What real outputs do and importers take: a prompt once a hit, no zero contexts, a hit on the first token."""
+KNOWN = ("two sequences with the same tokens", "sequences without activation", "index = -1")
+"""What real outputs contain and importers accept: a prompt per peak, no zero contexts, a peak on the first token."""
 
 
 def first(path: Path):
@@ -36,11 +36,11 @@ def kinds(row: dict) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", ["saedashboard", "export"])
-def test_real_outputs_have_no_error_and_only_known_advice(name, capsys):
-    kind, faults = validate(REFERENCE / name)
+def test_real_outputs_have_no_error_and_only_known_warnings(name, capsys):
+    kind, issues = validate(REFERENCE / name)
     assert kind == name
-    assert {fault.severity for fault in faults} == {"advice"}
-    said = [str(fault).replace("Index", "index") for fault in faults]
+    assert {issue.severity for issue in issues} == {"warning"}
+    said = [str(issue).replace("Index", "index") for issue in issues]
     assert all(any(known in one for known in KNOWN) for one in said)
     assert all(any(known in one for one in said) for known in KNOWN)
     assert main(["dashboards", "validate", "--folder", str(REFERENCE / name)]) == 0
@@ -55,7 +55,7 @@ def test_a_real_output_with_nan_is_an_error(tmp_path):
     path.write_text(
         re.sub(r'"correlated_neurons_pearson": \[[^,\]]+', '"correlated_neurons_pearson": [NaN', text)
     )
-    assert any("NaN is no JSON number" in f.message for f in validate(tmp_path / "out")[1])
+    assert any("NaN is not a JSON number" in f.message for f in validate(tmp_path / "out")[1])
 
 
 def test_features_have_the_shape_of_real_ones(make_set, target, tmp_path):

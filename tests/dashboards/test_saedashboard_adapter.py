@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.dashboards.adapter import AdapterConfig, run_saedashboard
+from sae_lens_maira.dashboards.prompts import Readout, plain_copy
 from sae_lens_maira.dashboards.saedashboard import feature
-from sae_lens_maira.dashboards.saedashboard_adapter import AdapterConfig, run_saedashboard
-from sae_lens_maira.dashboards.saedashboard_input import Readout, plain_copy
 from sae_lens_maira.dashboards.target import Target
 from sae_lens_maira.dashboards.validate import validate
 from sae_lens_maira.errors import ConfigError, PrivacyError
@@ -156,9 +156,9 @@ def test_hits_are_the_tokens_that_the_records_name(ours, theirs):
 
 
 def test_the_files_pass_validation_with_their_own_classes_as_judge(folder):
-    kind, faults = validate(folder)
+    kind, issues = validate(folder)
     assert kind == "saedashboard"
-    assert [fault for fault in faults if fault.severity == "error"] == []
+    assert [issue for issue in issues if issue.severity == "error"] == []
 
 
 def test_the_classic_page_shows_every_latent_and_parses_no_token_as_markup(folder):
@@ -183,7 +183,7 @@ def test_a_page_of_credentialed_studies_is_refused_and_their_files_have_none(
 
 
 def test_latents_that_do_not_exist_are_refused(blocks, studies, sae, phantom, tmp_path):
-    with pytest.raises(ConfigError, match="an SAE of 48"):
+    with pytest.raises(ConfigError, match="the SAE has 48"):
         run_saedashboard(
             blocks, [], sae, Readout.of(phantom), Target(set_name="a"), 3, tmp_path / "o", AdapterConfig(latents=[48])
         )  # fmt: skip
@@ -204,5 +204,5 @@ def test_the_command_writes_files_and_page(sae, tmp_path, capsys):
     words += ["--latents", "0-2,7", "--studies", "4", "--model-id", "phantom", "--json"]
     assert main(["dashboards", "saedashboard", *words]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (said["latents"], said["studies"], said["faults"]) == (4, 4, 0)
+    assert (said["latents"], said["studies"], said["issues"]) == (4, 4, 0)
     assert (tmp_path / "out" / "page-0.html").stat().st_size > 50_000

@@ -73,7 +73,7 @@ def test_an_sae_that_was_not_recorded_is_refused(make_set, target, tmp_path):
     with pytest.raises(ConfigError, match=r"\(4096, 8\)"):
         save_metadata(tmp_path / "sae", target, make_set().meta)
     assert (tmp_path / "sae" / "cfg.json").read_bytes() == before
-    with pytest.raises(ConfigError, match="no configuration"):
+    with pytest.raises(ConfigError, match="not an SAE configuration"):
         save_metadata(tmp_path, target, make_set().meta)
 
 
@@ -93,5 +93,5 @@ def test_the_recipe_runs_as_its_first_line_says(make_set, tmp_path, capsys):
     assert main(["dashboards", "neuronpedia", "--config", str(RECIPE), *words, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     name = yaml.safe_load(RECIPE.read_text())["set_name"]
-    assert (said["neuronpedia_id"], said["faults"]) == (f"maira-2/15-{name}", 0)
+    assert (said["neuronpedia_id"], said["issues"]) == (f"maira-2/15-{name}", 0)
     assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.neuronpedia_id == said["neuronpedia_id"]

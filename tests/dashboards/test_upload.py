@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sae_lens_maira.dashboards.faults import Line
+from sae_lens_maira.dashboards.schema import Line
 from sae_lens_maira.dashboards.upload import upload
-from sae_lens_maira.dashboards.validate import payload_faults
+from sae_lens_maira.dashboards.validate import payload_issues
 from sae_lens_maira.errors import ConfigError, PrivacyError, RecordError, ServerError
 
 KEY = "sk-np-test"
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/source-set/new":
             site.sets.add(f"source-set/{body['modelId']}/{body['name']}")
         else:
-            assert not list(payload_faults(body, Line("request", 1, body)))
+            assert not list(payload_issues(body, Line("request", 1, body)))
             for feature in body["features"]:
                 site.features.setdefault(feature["index"], feature)
 
@@ -199,7 +199,7 @@ def test_a_rate_limit_names_the_latents_and_goes_on_later(send, site):
 
 def test_a_payload_too_large_names_the_latents_and_fits_when_cut(send, site):
     site.max_bytes = 60_000
-    with pytest.raises(ServerError, match=r"latents 0 to 4 with status 413.*max_bytes"):
+    with pytest.raises(ServerError, match=r"latents 0 to 4 with status 413.*--max-bytes"):
         send(max_features=4)
     send(max_bytes=59_000)
     assert sorted(site.features) == [0, 1, 3, 4, 5]
@@ -207,7 +207,7 @@ def test_a_payload_too_large_names_the_latents_and_fits_when_cut(send, site):
 
 def test_a_source_set_of_somebody_else_is_refused(send, site):
     site.sets.add("source-set/maira-2/res-matryoshka-16k")
-    with pytest.raises(ServerError, match="exists already"):
+    with pytest.raises(ServerError, match="already exists"):
         send()
     assert site.features == {}
 

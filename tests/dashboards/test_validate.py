@@ -1,4 +1,4 @@
-"""Validation: our own output passes; every fault that importers swallow is found with its file and line."""
+"""Validation: our own output passes; every issue that importers swallow is found with its file and line."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from sae_lens_maira.errors import RecordError
     ("write", "name"),
     [(write_saedashboard, "saedashboard"), (write_export, "export"), (write_payloads, "api")],
 )
-def test_what_we_write_has_no_fault(make_set, target, tmp_path, write, name):
+def test_our_output_has_no_issues(make_set, target, tmp_path, write, name):
     assert validate(write(make_set(), target, tmp_path / "out")) == (name, [])
 
 
@@ -50,18 +50,18 @@ def edit(path, number, change):
         ("id", 7, "expected name"),
     ],
 )
-def test_faults_of_an_activation(export, field, value, message):
+def test_issues_of_an_activation(export, field, value, message):
     edit(export / "activations" / "batch-1.jsonl.gz", 4, lambda row: row.update({field: value}))
-    faults = [f for f in validate(export)[1] if f.severity == "error"]
-    assert any(message in f.message for f in faults)
-    assert {(f.file, f.line) for f in faults} == {("activations/batch-1.jsonl.gz", 4)}
+    issues = [f for f in validate(export)[1] if f.severity == "error"]
+    assert any(message in f.message for f in issues)
+    assert {(f.file, f.line) for f in issues} == {("activations/batch-1.jsonl.gz", 4)}
 
 
 def test_nan_and_cut_lines_are_no_json(export):
     path = export / "features" / "batch-0.jsonl.gz"
     edit(path, 2, lambda row: json.dumps(row | {"frac_nonzero": float("nan")}))
-    faults = validate(export)[1]
-    assert any(str(f).startswith("features/batch-0.jsonl.gz:2: error: no JSON: NaN") for f in faults)
+    issues = validate(export)[1]
+    assert any(str(f).startswith("features/batch-0.jsonl.gz:2: error: not valid JSON: NaN") for f in issues)
 
 
 def test_a_cut_gzip_file_is_named(export):
@@ -75,9 +75,9 @@ def test_ids_that_collide_across_shards_are_found(export):
         gzip.decompress((export / "activations" / "batch-0.jsonl.gz").read_bytes()).splitlines()[0]
     )
     edit(export / "activations" / "batch-1.jsonl.gz", 2, lambda row: row.update(id=first["id"]))
-    (fault,) = validate(export)[1]
-    assert "comes twice" in fault.message
-    assert (fault.file, fault.line) == ("activations/batch-1.jsonl.gz", 2)
+    (issue,) = validate(export)[1]
+    assert "appears twice" in issue.message
+    assert (issue.file, issue.line) == ("activations/batch-1.jsonl.gz", 2)
 
 
 def test_sequences_of_the_same_tokens_are_found(export):
@@ -93,14 +93,14 @@ def test_sequences_of_the_same_tokens_are_found(export):
     assert [f.line for f in validate(export)[1] if "same tokens" in f.message] == [2]
 
 
-def test_missing_zero_contexts_are_advice(make_set, target, tmp_path):
+def test_missing_zero_contexts_are_warnings(make_set, target, tmp_path):
     import dataclasses
 
     records = make_set(change=lambda rs: [dataclasses.replace(r, zero=()) for r in rs])
     for write in (write_export, write_saedashboard):
-        faults = validate(write(records, target, tmp_path / write.__name__))[1]
-        assert len(faults) == 5
-        assert {f.severity for f in faults} == {"advice"}
+        issues = validate(write(records, target, tmp_path / write.__name__))[1]
+        assert len(issues) == 5
+        assert {f.severity for f in issues} == {"warning"}
 
 
 def test_heads_must_refer_to_each_other(export):
@@ -112,7 +112,7 @@ def test_heads_must_refer_to_each_other(export):
     assert any(m.startswith("release.jsonl:1") and "missing" in m for m in messages)
 
 
-def test_faults_of_a_batch_name_the_features_line(make_set, target, tmp_path):
+def test_issues_of_a_batch_name_the_features_line(make_set, target, tmp_path):
     folder = write_saedashboard(make_set(), target, tmp_path / "out")
     path = folder / "batch-0.json"
     batch = json.loads(path.read_text())
@@ -121,10 +121,10 @@ def test_faults_of_a_batch_name_the_features_line(make_set, target, tmp_path):
     del batch["features"][5]["vector"]
     head, features = batch | {"features": []}, batch["features"]
     path.write_text(json.dumps(head)[:-2] + "\n" + ",\n".join(map(json.dumps, features)) + "]}")
-    faults = [f for f in validate(folder)[1] if "sae-dashboard" not in f.message]
-    assert [f.line for f in faults] == [5, 6, 7]
-    assert ["no token" in faults[0].message, "comes twice" in faults[1].message] == [True, True]
-    assert "no vector" in faults[2].message
+    issues = [f for f in validate(folder)[1] if "sae-dashboard" not in f.message]
+    assert [f.line for f in issues] == [5, 6, 7]
+    assert ["not a token" in issues[0].message, "appears twice" in issues[1].message] == [True, True]
+    assert "no vector" in issues[2].message
 
 
 @pytest.mark.parametrize(
@@ -134,20 +134,20 @@ def test_faults_of_a_batch_name_the_features_line(make_set, target, tmp_path):
         (lambda f: f["activations"][0].update(quantileFraction=-1), "null for the top"),
         (lambda f: f.update(topLogits=f["topLogits"] * 2), "at most 20"),
         (lambda f: f.update(explanations=[{"text": "x" * 513}]), "512"),
-        (lambda f: f["activations"][0]["tokens"].append("more"), "tokens with"),
+        (lambda f: f["activations"][0]["tokens"].append("more"), "tokens but"),
     ],
 )
-def test_faults_of_a_payload(make_set, target, tmp_path, change, message):
+def test_issues_of_a_payload(make_set, target, tmp_path, change, message):
     folder = write_payloads(make_set(), target, tmp_path / "out")
     path = folder / "payloads.jsonl"
     payload = json.loads(path.read_text())
     change(payload["features"][1])
     path.write_text(json.dumps(payload))
-    (fault,) = validate(folder)[1]
-    assert message in fault.message
-    assert "feature 1" in fault.message
+    (issue,) = validate(folder)[1]
+    assert message in issue.message
+    assert "feature 1" in issue.message
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(RecordError, match="holds no dashboards"):
+    with pytest.raises(RecordError, match="contains no dashboards"):
         validate(tmp_path)

@@ -53,7 +53,7 @@ ROWS = {
 
 def strict(text):
     def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not valid JSON")
 
     return json.loads(text, parse_constant=refuse)
 
@@ -130,7 +130,7 @@ def test_a_study_comes_once_per_latent_and_no_two_sequences_hold_the_same_tokens
     assert len({tuple(sorted(s.tokens)) for s in found}) == len(found)
 
 
-def test_tokens_that_a_database_refuses_are_mended(make_set):
+def test_tokens_that_a_database_refuses_are_fixed(make_set):
     record = make_set()[0]
     odd = dataclasses.replace(
         record.top[0],
@@ -228,7 +228,7 @@ def test_any_number_of_workers_writes_the_same_bytes(make_set, target, tmp_path,
     assert bytes_of(one) == bytes_of(three)
 
 
-def test_a_fault_in_a_worker_is_told_and_leaves_nothing(make_set, target, tmp_path, monkeypatch):
+def test_an_error_in_a_worker_is_raised_and_leaves_nothing(make_set, target, tmp_path, monkeypatch):
     """The error of a child process reaches the caller as it was raised."""
 
     def fail(*_):

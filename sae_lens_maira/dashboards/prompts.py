@@ -1,9 +1,9 @@
-"""Studies as sae-dashboard's runner takes a text model's prompts: token ids, cached activations, a stand-in model.
+"""Studies in the form of a text model's prompts for sae-dashboard: token ids, cached activations, a substitute model.
 
-    prompt = pad ... pad  study  row  row  row ...  pad ... pad        one prompt a study, one token a row
+    prompt = pad ... pad  study  row  row  row ...  pad ... pad        one prompt per study, one token per row
 
-A row of text keeps its token id; a patch gets an id of its own behind the vocabulary, so does every study. Nothing is
-run: the runner finds `model_activations_{i}.pt` in its cache. It knows nothing about sae-dashboard's classes.
+Text rows keep their token ids; patches and studies get ids after the vocabulary. The model is never run: the runner
+finds `model_activations_{i}.pt` in its cache.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 PAD = "␀"
 MOST_POSITIONS = 2**24
-"""`torch.quantile`, which the runner calls on every latent, takes no more values."""
+"""Largest input of `torch.quantile`, which the runner calls on every latent."""
 
 
 @dataclass(frozen=True)
 class Readout:
-    """What turns latents into words.
+    """Vocabulary and unembedding of a model.
 
     Attributes:
-        tokens: V spelled tokens of the vocabulary.
-        unembed: (d_in, V), the gain of the final norm folded in, as in latent records.
-        side: patches along a side of an image.
+        tokens: V token texts of the vocabulary.
+        unembed: (d_in, V) unembedding with the gain of the final norm folded in, as in latent records.
+        side: Patches along one side of an image.
     """
 
     tokens: Sequence[str]
@@ -49,7 +49,7 @@ class Readout:
 
     @classmethod
     def of(cls, maira: Any) -> Readout:
-        """The readout of a MAIRA-2 with its processor."""
+        """Read vocabulary and unembedding from a MAIRA-2 with its processor."""
         gain = maira.model.get_submodule("model.language_model.norm").weight.detach().float().cpu()
         head = maira.model.lm_head.weight.detach().float().cpu()
         spelled = maira.processor.tokenizer.convert_ids_to_tokens(list(range(len(head))))
@@ -63,13 +63,13 @@ class Prompts:
 
     Attributes:
         tokens: (n, S) token ids.
-        names: n names of studies.
-        texts: token id -> text, patches, studies and the pad included.
-        first_study: token id of the first study; patches have the ids before it, down to `vocabulary`.
+        names: Names of the n studies.
+        texts: Text per token id, including patches, studies and padding.
+        first_study: Token id of the first study; patches have the ids before it, down to `vocabulary`.
         vocabulary: V; ids from here on have no logit.
-        pad: token id.
-        rows: activation rows in all prompts together.
-        hook_name: where they were taken.
+        pad: Token id of the padding.
+        rows: Activation rows in all prompts together.
+        hook_name: Hook point of the rows.
     """
 
     tokens: torch.Tensor
@@ -83,19 +83,21 @@ class Prompts:
 
     @property
     def silent(self) -> set[int]:
-        """Ids at whose positions nothing was read."""
+        """Token ids of positions without an activation row."""
         return set(range(self.first_study, self.pad + 1))
 
     def model(self, readout: Readout, harmless: bool = False) -> Any:
-        """The four attributes that the runner reads of a model; logits of ids behind the vocabulary are zero.
+        """A substitute model with the four attributes that the runner reads.
+
+        Logits of ids after the vocabulary are zero.
 
         Args:
-            readout: words.
-            harmless: no token may hold signs of markup, since the classic page parses them.
+            readout: Vocabulary and unembedding.
+            harmless: Replace markup characters in tokens, since the classic page parses them.
         """
         unembed = torch.zeros(readout.unembed.shape[0], self.pad + 1)
         unembed[:, : self.vocabulary] = readout.unembed
-        # A text may stand for several ids; the page looks up ids in an inverted {text: id}, so texts are made unique.
+        # Several ids may have the same text; the page looks ids up in {text: id}, so texts are made unique.
         texts: dict[str, int] = {}
         for number, text in self.texts.items():
             shown = _harmless(text) if harmless else text
@@ -119,19 +121,19 @@ def write_prompts(
     buffer: tuple[int, int],
     per_file: int,
 ) -> Prompts:
-    """Lay studies out as prompts, and write their activations where the runner looks for them.
+    """Convert studies to prompts, and write their activations to the runner's cache.
 
     Args:
-        blocks: units of rows, whole studies in ascending order; read twice.
-        names: of the studies, by number.
-        readout: words.
-        silent: (d_in,) what stands at positions without a row.
-        cache: empty folder.
-        buffer: tokens that the runner wants before and behind every hit.
-        per_file: prompts per file, the runner's minibatch.
+        blocks: Source of activation rows, whole studies in ascending order; read twice.
+        names: Names of the studies, by number.
+        readout: Vocabulary and unembedding.
+        silent: (d_in,) activation at positions without a row.
+        cache: Empty folder.
+        buffer: Tokens that the runner requires before and after every peak.
+        per_file: Prompts per file, the runner's minibatch size.
 
     Raises:
-        RecordError: no rows, or more positions than the runner's quantiles take.
+        RecordError: there are no rows, or more positions than the runner supports.
     """
     ids: dict[int, np.ndarray] = {}
     first, hook_name, side = len(readout.tokens), "", readout.side
@@ -143,12 +145,14 @@ def write_prompts(
             mine = np.flatnonzero(block.study == study)
             ids[study] = token[mine[np.argsort(block.position[mine], kind="stable")]]
     if not ids:
-        raise RecordError("The blocks held no rows, so there is nothing to show; give studies with reports.")
+        raise RecordError(
+            "The studies have no activation rows, so there is nothing to show. Give studies with reports."
+        )
     before, behind = buffer[0] + 1, buffer[1]
     length = before + max(map(len, ids.values())) + behind
     if len(ids) * length > MOST_POSITIONS:
         raise RecordError(
-            f"{len(ids)} studies of up to {length} positions were given; sae-dashboard's quantiles take at most "
+            f"{len(ids)} studies of up to {length} positions were given; sae-dashboard's quantiles accept at most "
             f"{MOST_POSITIONS} positions in all. Give at most {MOST_POSITIONS // length} studies, or use "
             "`dashboards neuronpedia --kind saedashboard`, which has no such limit."
         )
@@ -184,7 +188,7 @@ def _write_cache(
     before: int,
     per_file: int,
 ) -> None:
-    """One file per `per_file` prompts, in order, one file in memory at a time."""
+    """Write one file per `per_file` prompts, in order, with one file in memory at a time."""
     n, length = prompts.tokens.shape
     place = {study: number for number, study in enumerate(order)}
     values, filled = torch.empty(0), 0
@@ -193,8 +197,8 @@ def _write_cache(
             number = place[study]
             if number != filled:
                 raise RecordError(
-                    f"The blocks gave study {study} out of order; whole studies in ascending order were expected. "
-                    "Sort them, or harvest anew."
+                    f"Study {study} is out of order; expected whole studies in ascending order. Sort them, or harvest "
+                    "again."
                 )
             if number % per_file == 0:
                 values = silent.float().repeat(min(per_file, n - number), length, 1)
@@ -213,10 +217,10 @@ def _every(blocks: ActivationSource) -> Iterator[Any]:
 
 
 def plain_copy(sae: SAE[Any]) -> SAE[Any]:
-    """A deep copy on the CPU that sae-dashboard can mask and may spoil.
+    """Copy an SAE to the CPU in a form that sae-dashboard can run and modify.
 
-    The runner knows architectures by name, so a Matryoshka SAE becomes the JumpReLU SAE that it computes; and it
-    folds decoder norms into the latents in place, which is switched off here: values stay those of the SAE.
+    The runner selects architectures by name, so a Matryoshka SAE becomes the equivalent JumpReLU SAE. The runner also
+    folds decoder norms into the latents in place, which is switched off here, so that activations stay the SAE's own.
     """
     if isinstance(sae, JumpReLUSAE) and sae.cfg.architecture() != JumpReLUSAEConfig.architecture():
         config = JumpReLUSAEConfig(
@@ -235,5 +239,5 @@ _ALIKE = str.maketrans({"<": "‹", ">": "›", "&": "＆", '"': "”", "'": "�
 
 
 def _harmless(text: str) -> str:
-    """Text with signs that look alike in place of those of markup: the page turns entities back and parses the rest."""
+    """Replace markup characters by look-alikes, since the page decodes entities and parses the rest."""
     return text.translate(_ALIKE)

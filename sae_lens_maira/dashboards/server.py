@@ -1,0 +1,204 @@
+"""Connection to a Neuronpedia server, and the journal of what an upload has sent.
+
+The key is sent over https, or to this machine, and redirects are not followed. Server messages are shown with the key
+masked. The journal is a JSON lines file, flushed before the next request, so that a cut upload can continue:
+
+    {"upload": destination}  {"steps": {"source-set": "asked"}}  {"features": {"7": digest}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import urllib.error
+import urllib.request
+from email.message import Message
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from sae_lens_maira.dashboards.writing import json_line
+from sae_lens_maira.errors import ConfigError, RecordError, ServerError
+
+KEY = "NEURONPEDIA_API_KEY"
+ADVICE = {
+    401: f"The key was not accepted; set {KEY} to a valid one.",
+    403: "The key does not own this model or source set; use the account that made it, or another name.",
+    409: "The name is taken; choose another source set.",
+    413: "The request is too large for the server; give a smaller --max-bytes.",
+    429: "The rate limit is reached; wait, then run the same command again to continue.",
+}
+
+
+def safe_address(url: str) -> str:
+    """Check that a key may be sent to an address, and strip its trailing slash.
+
+    Raises:
+        ConfigError: it is neither https nor http on this machine, or contains a user name.
+    """
+    parts = urlsplit(url)
+    local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if not (parts.scheme == "https" or (parts.scheme == "http" and local)) or "@" in parts.netloc:
+        raise ConfigError(
+            f"{url} is not an address that a key may be sent to; expected https, or http on this machine. Fix the "
+            "address."
+        )
+    return url.rstrip("/")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> None:
+        return None
+
+
+class Site:
+    """A Neuronpedia server.
+
+    Args:
+        url: Address of its API, checked by `safe_address`.
+        key: API key.
+        timeout: Seconds that one request may take.
+    """
+
+    def __init__(self, url: str, key: str, timeout: float) -> None:
+        self.url, self.timeout = url, timeout
+        self._key = key
+        handlers: list[Any] = [_NoRedirect()]
+        if urlsplit(url).scheme == "http":  # this machine: do not send the key to a proxy
+            handlers.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def exists(self, path: str, what: str) -> bool:
+        """Whether the server has an item; an item that cannot be looked up is refused by the POST that follows."""
+        try:
+            return self._ask("GET", path, None).strip() not in (b"", b"null")
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 405):
+                return False
+            raise self._refused(error, f"the {what}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error, f"the {what}") from None
+
+    def post(self, path: str, body: dict[str, Any], item: str) -> None:
+        """Send a body.
+
+        Raises:
+            ServerError: the server refused it or the connection broke; the message names `item`.
+        """
+        try:
+            self._ask("POST", path, json_line(body).encode())
+        except urllib.error.HTTPError as error:
+            raise self._refused(error, item) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error, item) from None
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> bytes:
+        headers = {"X-Api-Key": self._key, "Content-Type": "application/json", "Accept": "application/json"}
+        request = urllib.request.Request(f"{self.url}/{path}", data=body, headers=headers, method=method)
+        with self._opener.open(request, timeout=self.timeout) as answer:
+            return answer.read()
+
+    def _refused(self, error: urllib.error.HTTPError, item: str) -> ServerError:
+        message = error.read(500).decode("utf-8", "replace").strip().replace(self._key, "***")
+        wait = error.headers.get("Retry-After")
+        advice = ADVICE.get(
+            error.code, "What was accepted before is in the journal; run the same command to continue."
+        )
+        return ServerError(
+            f"{self.url} refused {item} with status {error.code}{f' (retry after {wait} s)' if wait else ''}: "
+            f"{message or error.reason}. {advice}"
+        )
+
+    def _broken(self, error: Exception, item: str) -> ServerError:
+        return ServerError(
+            f"The connection to {self.url} broke while sending {item} ({error}); what was accepted before is in the "
+            "journal. Run the same command again to continue."
+        )
+
+
+class Journal:
+    """What an upload has sent, one JSON line per step, flushed to disk before the next request.
+
+    The first line names the destination; another destination needs another journal.
+
+    Args:
+        path: The file; read if it exists.
+        upload: Destination.
+
+    Raises:
+        RecordError: the file belongs to another upload, or is damaged.
+    """
+
+    def __init__(self, path: Path, upload: dict[str, str]) -> None:
+        self.path, self.upload = path, upload
+        self.features: dict[int, str] = {}
+        self.steps: dict[str, str] = {}
+        self._cut: int | None = None
+        if not path.exists():
+            return
+        whole = path.read_text(encoding="utf-8")
+        lines = whole[: whole.rfind("\n") + 1].splitlines()  # a line that was cut off was never acted on
+        for number, text in enumerate(lines, 1):
+            try:
+                entry = json.loads(text)
+                if number == 1 and entry["upload"] != upload:
+                    raise RecordError(
+                        f"{path} is the journal of an upload to {entry['upload']}, this one goes to {upload}. Give "
+                        "another journal."
+                    )
+                self.features |= {int(index): digest for index, digest in entry.get("features", {}).items()}
+                self.steps |= entry.get("steps", {})
+            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+                raise RecordError(
+                    f"{path}, line {number} is damaged ({error}), so what was sent is not known. Restore the file, or "
+                    "upload under another source set."
+                ) from None
+        if whole and not whole.endswith("\n"):
+            self._cut = len(whole[: whole.rfind("\n") + 1].encode())
+
+    def start(self) -> None:
+        """Create the file, or cut off an incomplete last line."""
+        if self._cut is not None:
+            os.truncate(self.path, self._cut)
+        if not self.path.exists() or not self.path.stat().st_size:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write({"upload": self.upload})
+
+    def holds(self, feature: dict[str, Any]) -> bool:
+        """Whether a feature was sent before.
+
+        Raises:
+            RecordError: another version of it was sent.
+        """
+        before = self.features.get(feature["index"])
+        if before is not None and before != _digest(feature):
+            raise RecordError(
+                f"Latent {feature['index']} was sent before and has changed since; the site keeps the first version. "
+                "Upload under another source set with another journal."
+            )
+        return before is not None
+
+    def sent(self, features: list[dict[str, Any]]) -> None:
+        """Record features that the server has accepted."""
+        digests = {str(feature["index"]): _digest(feature) for feature in features}
+        self._write({"features": digests})
+        self.features |= {int(index): digest for index, digest in digests.items()}
+
+    def step(self, name: str, state: str) -> None:
+        """Record that a step was "asked" or is "done"."""
+        self._write({"steps": {name: state}})
+        self.steps[name] = state
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json_line(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _digest(feature: dict[str, Any]) -> str:
+    return hashlib.sha256(json_line(feature).encode()).hexdigest()[:16]

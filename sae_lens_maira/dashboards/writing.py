@@ -1,0 +1,85 @@
+"""Shared by all writers: JSON lines, new folders, batches of latents, and forked workers.
+
+`parallel_map` forks one process per core and returns results in order. A child shares its parent's memory until it
+writes, so nothing is loaded twice. Where processes cannot be forked, or one worker is requested, the work runs in
+this process.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import atomic_folder
+from sae_lens_maira.latents.recordset import RecordSet
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+_work: Callable[[Any], Any] | None = None
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """Format one row as compact JSON with finite numbers only."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+@contextmanager
+def new_folder(out: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `out` once everything is written.
+
+    Raises:
+        RecordError: `out` is a file, or a folder that contains files.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecordError(f"{out} exists and is not an empty folder. Give a new folder, or remove this one.")
+    with atomic_folder(out) as folder:
+        yield folder
+
+
+def batches_of(records: RecordSet, size: int) -> list[tuple[int, list[int]]]:
+    """Split the latents of a record set into `(number, latents)` batches, in order.
+
+    Raises:
+        RecordError: the record set is empty.
+    """
+    latents = [int(latent) for latent in records.table["latent"]]
+    if not latents:
+        raise RecordError(
+            "The record set contains no latents, so there is nothing to write. Write records first."
+        )
+    return [(n, latents[start : start + size]) for n, start in enumerate(range(0, len(latents), size))]
+
+
+def parallel_map(work: Callable[[P], R], pieces: Sequence[P], workers: int | None = None) -> Iterator[R]:
+    """Yield `work(piece)` for every piece, in order.
+
+    Args:
+        work: Function to apply; its result is sent between processes, so it should be small.
+        pieces: Arguments, one per call.
+        workers: Number of processes; one per available core if not given.
+    """
+    global _work
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    count = min(workers or cores, len(pieces))
+    if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(work, pieces)
+        return
+    _work = work  # inherited by the children: a closure cannot be sent
+    try:
+        with multiprocessing.get_context("fork").Pool(count) as pool:
+            yield from pool.imap(_call, pieces)
+    finally:
+        _work = None
+
+
+def _call(piece: Any) -> Any:
+    assert _work is not None
+    return _work(piece)
