@@ -1,17 +1,18 @@
 """The commands `studies import` and `studies validate`: a data set into one Parquet table, and what is wrong with it.
 
-The readers, the checks and the phantom do the work; this file says which options belong to which source and prints
-what was read, what was left out and why.
+`studies.readers`, `studies.validate` and the phantom do the work; this module says which options belong to which source
+and prints what was read, what was left out and why.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from sae_lens_maira.studies import StudyTable
-    from sae_lens_maira.studies.readers.imported import Imported
+    from sae_lens_maira.studies.readers import Imported
 
 NEEDED = {
     "mimic": ("images",),
@@ -22,9 +23,9 @@ NEEDED = {
 }
 ALLOWED = {
     "mimic": ("images", "reports", "need_images", "workers"),
-    "iuxray": ("images", "reports", "need_images"),
-    "folder": ("images", "licence", "patients", "need_reports"),
-    "csv": ("table", "images", "columns", "licence"),
+    "iuxray": ("images", "reports", "projections", "assume_frontal", "need_images"),
+    "folder": ("images", "licence", "patients", "need_reports", "assume_frontal"),
+    "csv": ("table", "images", "columns", "licence", "relicense_from", "to", "cut_reports"),
     "phantom": ("studies", "study_seed", "size", "split"),
 }
 
@@ -34,9 +35,14 @@ def import_studies(
     out: Path,
     images: Path | None = None,
     reports: Path | None = None,
+    projections: list[Path] | Path | None = None,
+    assume_frontal: bool | None = None,
     table: Path | None = None,
     columns: dict[str, str] | None = None,
     licence: Literal["public", "credentialed", "synthetic"] | None = None,
+    relicense_from: str | None = None,
+    to: Literal["public", "credentialed", "synthetic"] | None = None,
+    cut_reports: bool | None = None,
     patients: Literal["study", "folder"] | None = None,
     need_images: bool | None = None,
     need_reports: bool | None = None,
@@ -52,48 +58,45 @@ def import_studies(
     Example: sae-lens-maira studies import --source mimic --images mimic-cxr-jpg --reports mimic-cxr --out mimic.parquet
 
     Args:
-        source: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray, folder, csv, or phantom.
-        out: Parquet file of the table; the studies left out go beside it as .skipped.csv.
-        images: folder of the images; mimic: the one above `files`, csv: the one its paths are relative to.
-        reports: mimic: folder above the reports' `files`, if another; iuxray: folder or .tgz of XML reports.
+        source: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray (Open-I), folder (pictures or
+            DICOM), csv, or phantom.
+        out: Parquet file of the table; studies left out and files not used are listed next to it as .skipped.csv.
+        images: Folder of the images; mimic: the folder above `files`, csv: the folder its paths are relative to.
+        reports: mimic: folder above the reports' `files`, if another, or mimic_cxr_sectioned.csv; iuxray: folder
+            or .tgz of XML reports.
+        projections: iuxray: projection table (indiana_projections.csv or nlmcxr_tsne_pa.csv.gz), or
+            several in brackets.
+        assume_frontal: iuxray, folder: true takes images of unknown view as frontal.
         table: csv: the file.
         columns: csv: our column and its name in the file, for example "{frontal: image_path}".
-        licence: folder, csv: credentialed if not given.
-        patients: folder: a patient a study (if not given) or a folder.
+        licence: folder, csv: licence of studies that state none, credentialed if not given; it never
+            loosens a stated one.
+        relicense_from: csv: licence word in the file to replace by --to; the only way to loosen a licence.
+        to: csv: the licence that replaces it.
+        cut_reports: csv: true cuts whole reports in the column report into sections.
+        patients: folder: each study its own patient (if not given), or each folder one patient.
         need_images: mimic, iuxray: false keeps studies whose image files are not on this machine.
         need_reports: folder: false keeps images without a report.
-        studies: phantom: how many (200 if not given).
-        study_seed: phantom: of the studies (0 if not given, which the phantom itself was trained on).
-        size: phantom: side of the films in pixels (112 if not given).
-        split: phantom: name of the split that all studies are given.
+        studies: phantom: number of studies (200 if not given).
+        study_seed: phantom: random seed of the studies (0 if not given, the seed of the phantom's training studies).
+        size: phantom: side of the images in pixels (112 if not given).
+        split: phantom: split name given to all studies.
         workers: mimic: threads that read reports (16 if not given).
-        as_json: print JSON instead of text.
+        as_json: Print JSON instead of text.
     """
     from sae_lens_maira.errors import ConfigError
 
-    words = {
-        "images": images,
-        "reports": reports,
-        "table": table,
-        "columns": columns,
-        "licence": licence,
-        "patients": patients,
-        "need_images": need_images,
-        "need_reports": need_reports,
-        "studies": studies,
-        "study_seed": study_seed,
-        "size": size,
-        "split": split,
-        "workers": workers,
-    }
-    given = {name: value for name, value in words.items() if value is not None}
+    options = {name: value for name, value in locals().items() if name in set().union(*ALLOWED.values())}
+    given = {name: value for name, value in options.items() if value is not None}
     foreign = [name for name in given if name not in ALLOWED[source]]
     lacking = [name for name in NEEDED[source] if name not in given]
+    if ("relicense_from" in given) != ("to" in given) and source == "csv":
+        lacking.append("to" if "relicense_from" in given else "relicense_from")
     if foreign or lacking:
         wrong = [f"does not read {', '.join(foreign)}"] if foreign else []
         wrong += [f"needs {', '.join(lacking)}"] if lacking else []
         raise ConfigError(
-            f"--source {source} {' and '.join(wrong)}; it takes {', '.join(ALLOWED[source])}. Add or drop options."
+            f"--source {source} {' and '.join(wrong)}; it takes {', '.join(ALLOWED[source])}. Add or remove options."
         )
     if out.suffix.lower() not in (".parquet", ".pq"):
         raise ConfigError(
@@ -101,17 +104,32 @@ def import_studies(
         )
     imported = _read(source, out, given)
     if not len(imported.table):
-        reasons = ", ".join(f"{count} {reason.value}" for reason, count in imported.counts().items())
-        raise ConfigError(f"No study was imported ({reasons}), so {out} was not written. Check the folders.")
+        counts = {
+            reason.value: count for reason, count in imported.counts().items()
+        } | imported.unused_counts()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "nothing was found"
+        raise ConfigError(
+            f"No study was imported ({reasons}), so {out} was not written.{_hint(source, imported)}"
+        )
     imported.table.save(out)
     listed = imported.save_skipped(out.with_suffix(".skipped.csv"))
-    _tell_import(imported, out, listed, as_json)
+    _print_import(imported, out, listed, source, as_json)
+
+
+def _hint(source: str, imported: "Imported") -> str:
+    """What to do about the most likely cause of studies left out."""
+    from sae_lens_maira.studies.readers import SkipReason
+
+    counts = imported.counts()
+    if counts.get(SkipReason.UNKNOWN_VIEW):
+        table = " Give --projections with a table of views, or" if source == "iuxray" else " Use"
+        return f"{table} --assume-frontal true to take images of unknown view as frontal."
+    example = next((path for reason, path in imported.examples.items() if reason in counts), None)
+    return f" Looked for {example}, for example. Check the folders." if example else " Check the folders."
 
 
 def _read(source: str, out: Path, given: dict[str, Any]) -> "Imported":
-    from sae_lens_maira.studies.readers.folder import import_csv, import_folder
-    from sae_lens_maira.studies.readers.iuxray import import_iuxray
-    from sae_lens_maira.studies.readers.mimic import import_mimic
+    from sae_lens_maira.studies.readers import import_csv, import_folder, import_iuxray, import_mimic
 
     if source == "mimic":
         return import_mimic(**given)
@@ -120,43 +138,61 @@ def _read(source: str, out: Path, given: dict[str, Any]) -> "Imported":
     if source == "folder":
         return import_folder(given.pop("images"), **given)
     if source == "csv":
-        return import_csv(given.pop("table"), given.pop("images", None), **given)
+        old, new = given.pop("relicense_from", None), given.pop("to", None)
+        relicense = {old: new} if old is not None and new is not None else {}
+        return import_csv(given.pop("table"), given.pop("images", None), relicense=relicense, **given)
     return _phantom(out, **given)
 
 
 def _phantom(
     out: Path, studies: int = 200, study_seed: int = 0, size: int = 112, split: str | None = None
 ) -> "Imported":
-    """Phantom studies with their truth; films go to the folder `images` beside the table."""
+    """Phantom studies with their truth; images are written to the folder `images` next to the table."""
     from tqdm.auto import tqdm
 
     from sae_lens_maira.phantom import generate_study
     from sae_lens_maira.studies import table_of_studies
-    from sae_lens_maira.studies.readers.imported import Imported
+    from sae_lens_maira.studies.readers import Imported
 
     drawn = (generate_study(study_seed, index, size, split) for index in range(studies))
     return Imported(table_of_studies(tqdm(drawn, total=studies, unit="study"), out.parent), [])
 
 
-def _tell_import(imported: "Imported", out: Path, listed: Path, as_json: bool) -> None:
+def _print_import(imported: "Imported", out: Path, listed: Path, source: str, as_json: bool) -> None:
     counts = {reason.value: count for reason, count in imported.counts().items()}
+    unused = imported.unused_counts()
     root = imported.table.root
-    if as_json:
-        told = imported.table.counts() | {"skipped": counts, "notes": dict(imported.notes)}
-        sys.stdout.write(json.dumps(told | {"table": str(out), "root": str(root)}) + "\n")
-        return
     numbers = imported.table.counts()
+    if as_json:
+        answer = numbers | {"skipped": counts, "unused_files": unused, "notes": dict(imported.notes)}
+        sys.stdout.write(json.dumps(answer | {"table": str(out), "root": str(root)}) + "\n")
+        return
     sys.stdout.write(f"{out}: {numbers['studies']:,} studies of {numbers['patients']:,} patients\n")
     for note, count in imported.notes.items():
-        sys.stdout.write(f"  {count:,} {note}\n")
+        sys.stdout.write(f"  {count:,} {printable(note)}\n")
     sys.stdout.write(f"left out: {sum(counts.values()):,} studies, listed in {listed}\n")
-    sys.stdout.writelines(f"  {count:,} {reason}\n" for reason, count in counts.items())
+    examples = {reason.value: path for reason, path in imported.examples.items()}
+    for reason, count in counts.items():
+        looked = f" (for example {printable(examples[reason])})" if reason in examples else ""
+        sys.stdout.write(f"  {count:,} {reason}{looked}\n")
+    if unused:
+        sys.stdout.write(f"files not used: {sum(unused.values()):,}, listed there too\n")
+        sys.stdout.writelines(f"  {count:,} {printable(reason)}\n" for reason, count in unused.items())
+    if "view unknown" in counts:
+        sys.stdout.write(f"{_hint(source, imported).strip()}\n")
     if numbers["frontal"] and root.resolve() != out.parent.resolve():
         sys.stdout.write(f"image paths are relative to {root}: give --root {root} with this table\n")
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: control and escape characters are shown as escapes and do nothing."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda c: repr(c[0])[1:-1], text
+    )
+
+
 def open_table(table: Path, root: Path | None, errors: str = "strict") -> "StudyTable":
-    """The table that a command names."""
+    """The table of studies that a command names."""
     from sae_lens_maira.studies import read_table
 
     return read_table(table, root, errors)

@@ -65,6 +65,8 @@ class ReportSections:
     """Whether the report has a findings header at all, filled or not."""
     body: str
     """The whole report without banner and addenda, one line."""
+    findings_from_impression: bool = False
+    """Whether `findings` is the impression, because the findings section only refers to it."""
 
     @property
     def as_prior(self) -> str | None:

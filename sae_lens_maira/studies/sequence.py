@@ -1,9 +1,10 @@
-"""Studies of a table, built one at a time when they are asked for.
+"""Studies of a table, built one at a time on access.
 
     sequence[i] = Study of row i;   sequence[a:b] = another sequence over the same columns
 
-Only the columns' text is held (Arrow buffers, about one kilobyte a study), never 227,835 records at once; slices and
-copies share it. Images are paths under the root and are not opened. It knows nothing about files of tables.
+Only the columns' text is held (Arrow buffers, about one kilobyte per study), never all records at once; slices and
+copies share it. Images are paths below the root and are not opened. A prior report without a prior image is left out
+of the record, since MAIRA-2's prompt has no place for it; opening the table counts these.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class StudySequence(Sequence[Study]):
     """A list of studies that makes each record on access.
 
     Args:
-        columns: arrays of text, None or NA where empty, all of one length, by the names in `RECORD`.
-        root: folder that relative image paths are below.
-        rows: which rows of the columns, in which order; all of them if not given.
+        columns: Name in `RECORD` -> array of text, None or NA where empty; all arrays have the same length.
+        root: Folder that relative image paths are below.
+        rows: Rows of the columns to use, in this order; all of them if not given.
     """
 
     def __init__(self, columns: Mapping[str, Any], root: Path, rows: np.ndarray | None = None) -> None:
@@ -53,33 +54,35 @@ class StudySequence(Sequence[Study]):
 
 
 def study_of_row(row: Mapping[str, Any], root: Path, number: int) -> Study:
-    """The record of one row.
+    """Build the record of one row.
 
     Args:
-        row: values by the names in `RECORD`; what is no text counts as empty.
-        root: folder that relative image paths are below; an absolute path stays as it is.
-        number: the row's number, for the error.
+        row: Name in `RECORD` -> value; a value that is not text counts as empty.
+        root: Folder that relative image paths are below; an absolute path is kept as it is.
+        number: Row number for the error message.
 
     Raises:
-        StudyError: the truth cannot be read, or the record is not valid.
+        StudyError: The truth cannot be read, or the record is not valid.
     """
-    told = {name: value if isinstance(value, str) and value else None for name, value in row.items()}
-    truth = told.pop("truth")
-    images = {name: root / path if (path := told.pop(name)) else None for name in IMAGES}
+    values = {name: value if isinstance(value, str) and value else None for name, value in row.items()}
+    truth = values.pop("truth")
+    images = {name: root / path if (path := values.pop(name)) else None for name in IMAGES}
+    if images["prior_frontal"] is None:
+        values["prior_report"] = None
     try:
         found = None if truth is None else _findings(json.loads(truth))
-        return Study(**images, **told, truth=found)  # pyright: ignore[reportArgumentType]  # Study checks them
-    except (ValueError, TypeError, AttributeError) as error:
+        return Study(**images, **values, truth=found)  # pyright: ignore[reportArgumentType]  # Study checks them
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, StudyError):
-            raise StudyError(f"Row {number} of the table of studies holds no valid study. {error}") from error
+            raise StudyError(f"Row {number} of the table of studies is not a valid study. {error}") from error
         raise StudyError(
-            f"Row {number} (study {told['study_id']}) has a truth that could not be read: {error}. Expected a JSON "
+            f"Row {number} (study {values['study_id']}) has a truth that could not be read: {error}. Expected a JSON "
             f"list of findings; write it with `table_of_studies`."
         ) from error
 
 
-def _findings(told: Any) -> tuple[Finding, ...]:
-    if not isinstance(told, list):
-        raise TypeError(f"it is a {type(told).__name__}")
-    boxes = [tuple(box) if (box := entry.get("box")) is not None else None for entry in told]
-    return tuple(Finding(**{**entry, "box": box}) for entry, box in zip(told, boxes, strict=True))
+def _findings(entries: Any) -> tuple[Finding, ...]:
+    if not isinstance(entries, list):
+        raise TypeError(f"it is a {type(entries).__name__}")
+    boxes = [tuple(box) if (box := entry.get("box")) is not None else None for entry in entries]
+    return tuple(Finding(**{**entry, "box": box}) for entry, box in zip(entries, boxes, strict=True))

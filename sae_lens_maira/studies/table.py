@@ -1,13 +1,16 @@
-"""A table of studies: one Parquet row per study, image paths relative to a root that is given when it is opened.
+"""Table of studies: one row per study, image paths relative to a root that is given when the table is opened.
 
-Since the root is no part of the file, a table made on one machine works on another; an absolute image path is taken
-as it is, and ties the table to its machine. The table checks columns, licences and paths, not whether images exist
-or splits are clean (`validate_table` does). Text is kept in Arrow buffers. It knows no data set.
+The root is not part of the file, so a table made on one machine works on another; an absolute image path is kept as it
+is and ties the table to its machine. Opening checks columns, licences and paths; `validate_table` checks images, ids,
+splits and texts. Text is held in Arrow buffers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +22,15 @@ from PIL import Image
 
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.io import atomic_file
+from sae_lens_maira.studies.delimited import TEXT, csv_frame
 from sae_lens_maira.studies.sequence import IMAGES, SECTIONS, StudySequence
 from sae_lens_maira.studies.study import Licence, Study
 
 LINKS = ("view", "taken", "prior_study_id", "prior_taken")
-"""What a table says beside the record: view of the frontal image, when it was taken, and the study before."""
+"""Columns that are not part of a `Study`: view of the frontal image, time of the study, and the study before it."""
 COLUMNS = ("study_id", "patient_id", *IMAGES, *SECTIONS, *LINKS, "split", "licence", "truth")
 REQUIRED = ("study_id", "patient_id", "licence")
-TEXT = pd.StringDtype("pyarrow")
+logger = logging.getLogger(__name__)
 
 
 def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -94,7 +98,7 @@ def _refuse(frame: pd.DataFrame, bad: pd.Series, column: str, where: str, expect
 
 @dataclass(frozen=True, eq=False)
 class StudyTable:
-    """Rows of `COLUMNS` as text; `root` is the folder that image paths are relative to."""
+    """Rows of `COLUMNS` as text, and the folder that image paths are relative to."""
 
     frame: pd.DataFrame
     root: Path
@@ -102,7 +106,17 @@ class StudyTable:
     @classmethod
     def from_frame(cls, frame: pd.DataFrame, root: Path | str, where: str = "in memory") -> StudyTable:
         """A table of a frame; columns it lacks are empty. Raises StudyError on bad columns or values."""
-        return cls(_checked(frame.reset_index(drop=True), where), Path(root))
+        checked = _checked(frame.reset_index(drop=True), where)
+        alone = int((checked["prior_report"].notna() & checked["prior_frontal"].isna()).sum())
+        if alone:
+            logger.warning(
+                "%s: %d of %d studies have a prior report without a prior image; MAIRA-2's prompt has no place for "
+                "it, so these prior reports are not read.",
+                where,
+                alone,
+                len(checked),
+            )
+        return cls(checked, Path(root))
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, str | None]], root: Path | str) -> StudyTable:
@@ -126,7 +140,7 @@ class StudyTable:
         return cls.from_frame(frame, path.parent if root is None else Path(root), str(path))
 
     def save(self, path: Path | str) -> Path:
-        """Write the table as Parquet, in one piece or not at all; the root is not written."""
+        """Write the table as Parquet, atomically; the root is not written."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as draft:
@@ -181,92 +195,78 @@ class StudyTable:
 
 
 def read_table(path: Path | str, root: Path | str | None = None, errors: str = "strict") -> StudyTable:
-    """Open a table of studies, Parquet or CSV; the one way in for every command.
+    """Open a table of studies, Parquet or CSV. Every command reads its `--table` with this function.
 
     Args:
-        path: Parquet that `StudyTable.save` wrote, or a CSV (UTF-8, with a header line) of the same columns. A CSV
-            without the column `licence` is taken as credentialed.
-        root: folder that relative image paths are below; the table's own folder if not given. Absolute paths are
-            taken as they are.
-        errors: "strict", or "replace" to read a CSV's bytes that are no UTF-8 as U+FFFD, for `validate_table` to find.
+        path: Parquet file that `StudyTable.save` wrote, or a CSV file of the same columns (see `csv_frame`). A CSV
+            without the column `licence` counts as credentialed.
+        root: Folder that relative image paths are below; the table's own folder if not given.
+        errors: "strict", or "replace" to read a CSV's bytes that are not UTF-8 as U+FFFD, for `validate_table` to find.
 
     Returns:
-        The table; its `studies` are built on access.
+        The table. Its `studies` are built on access. Prior reports of rows without a prior image are left out of the
+        records, since the prompt has no place for them; a warning says how many.
 
     Raises:
-        StudyError: no such file, another kind of file, bytes that are no UTF-8 (the line is named), or bad values.
+        StudyError: The file is missing, of another kind or not UTF-8, a row does not fit the header, or a value is not
+            valid.
     """
     path = Path(path)
     if not path.is_file():
-        raise StudyError(f"There is no table {path}; give a Parquet or CSV file with one study a row.")
+        raise StudyError(f"There is no table {path}; give a Parquet or CSV file with one row per study.")
     kind = path.suffix.lower()
     if kind in (".parquet", ".pq"):
         return StudyTable.open(path, root)
-    if kind != ".csv":
+    if kind not in (".csv", ".tsv") and not path.name.lower().endswith((".csv.gz", ".tsv.gz")):
         raise StudyError(
             f"The table {path} ends in {path.suffix or 'nothing'}; expected .parquet or .csv. Rename or convert it."
         )
-    frame = csv_frame(path, errors)
+    frame = csv_frame(path, errors, COLUMNS)
     if "licence" not in frame:
         frame["licence"] = Licence.CREDENTIALED.value
     return StudyTable.from_frame(frame, path.parent if root is None else root, str(path))
 
 
-def csv_frame(path: Path, errors: str = "strict") -> pd.DataFrame:
-    """The cells of a CSV as text, "" where empty; "NA" and "None" stay what they are.
+def table_of_studies(studies: Iterable[Study], root: Path | str) -> StudyTable:
+    """Table of studies in memory, for instance the phantom's.
+
+    Array and PIL images are written as PNG files below `root`, under names that are safe for any study id. Grounded
+    reports are not kept.
 
     Args:
-        path: UTF-8, with or without byte order mark, with a header line.
-        errors: "strict", or "replace" to read bytes that are no UTF-8 as U+FFFD.
+        studies: The studies.
+        root: Folder of the images; made if missing.
 
     Raises:
-        StudyError: the file is missing, no CSV, or no UTF-8 (the line is named).
-    """
-    try:
-        return pd.read_csv(
-            path, dtype=str, keep_default_na=False, encoding="utf-8-sig", encoding_errors=errors
-        )
-    except UnicodeDecodeError as error:
-        raise StudyError(
-            f"Line {_undecodable_line(path)} of the table {path} is no UTF-8 ({error.reason}); expected UTF-8. "
-            f"Save it as UTF-8, for instance with `iconv -f WINDOWS-1252 -t UTF-8`."
-        ) from error
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise StudyError(
-            f"The table {path} could not be read as CSV ({error}); expected a header line and one study a row. "
-            f"Quote cells that hold commas or line breaks."
-        ) from error
-
-
-def _undecodable_line(path: Path) -> int:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 0
-
-
-def table_of_studies(studies: Iterable[Study], root: Path | str) -> StudyTable:
-    """Table of studies in memory, for instance the phantom's; array and PIL images are written as PNGs under root.
-
-    Grounded reports are not kept. Raises StudyError where an image path lies outside the root.
+        StudyError: An image path is outside the root.
     """
     root = Path(root)
     rows: list[dict[str, str | None]] = []
     for study in studies:
         row: dict[str, str | None] = {name: getattr(study, name) for name in SECTIONS}
         row |= {"study_id": study.study_id, "patient_id": study.patient_id, "split": study.split}
-        row |= {
-            name: _relative(getattr(study, name), f"{study.study_id}_{name}.png", root) for name in IMAGES
-        }
+        stem = safe_name(study.study_id)
+        row |= {name: _relative(getattr(study, name), f"{stem}_{name}.png", root) for name in IMAGES}
         row["licence"] = study.licence.value
         row["truth"] = (
             None if study.truth is None else json.dumps([asdict(finding) for finding in study.truth])
         )
         rows.append(row)
     return StudyTable.from_rows(rows, root)
+
+
+def safe_name(study_id: str, length: int = 100) -> str:
+    """A file name for a study id: the id itself where it is one, else a cleaned, cut id with a hash of it.
+
+    Args:
+        study_id: Any text.
+        length: Most bytes of an id that is used as it is.
+    """
+    clean = re.sub(r"[^A-Za-z0-9._-]", "_", study_id)
+    if clean == study_id and len(clean) <= length and clean.strip("."):
+        return clean
+    digest = hashlib.blake2b(study_id.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    return f"{clean[: length - 13].lstrip('.')}-{digest}"
 
 
 def _relative(image: Any, name: str, root: Path) -> str | None:
@@ -282,6 +282,6 @@ def _relative(image: Any, name: str, root: Path) -> str | None:
         return Path(image).resolve().relative_to(root.resolve()).as_posix()
     except ValueError:
         raise StudyError(
-            f"The image {image} lies outside the table's root {root}; expected it below. Give a root that holds "
-            f"every image."
+            f"The image {image} is outside the table's root {root}; expected it below. Give a root that holds every "
+            "image."
         ) from None

@@ -135,12 +135,12 @@ def test_import_of_a_folder_and_of_a_csv(tmp_path, capsys) -> None:
     )
     assert (told["studies"], told["licence"]) == (1, {"public": 1})
     assert told["skipped"] == {"no report file": 1, "no findings section": 1}
-    skipped = pd.read_csv(out.with_suffix(".skipped.csv"))
+    skipped = pd.read_csv(out.with_suffix(".skipped.csv"), dtype=str).dropna(subset="study_id")
     assert skipped["study_id"].tolist() == ["b", "c"]
     (tmp_path / "t.csv").write_text("study_id,patient_id,file,age\n1,p,a.png,60\n")
     words = ["--source", "csv", "--table", tmp_path / "t.csv", "--columns", "{frontal: file}", "--out", out]
     told = answer(capsys, "import", *words)
-    assert told["notes"] == {"column 'age' is none of ours and was left out": 1}
+    assert told["notes"] == {"column 'age' is not a column of a table of studies and was left out": 1}
     assert read_table(out, tmp_path).studies[0].frontal == tmp_path / "a.png"
     assert main(["studies", "import", *map(str, words)]) == 0
     assert f"give --root {tmp_path}" in capsys.readouterr().out

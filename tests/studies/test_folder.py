@@ -6,7 +6,7 @@ import pytest
 
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.studies import Licence
-from sae_lens_maira.studies.readers.folder import import_csv, import_folder
+from sae_lens_maira.studies.readers import import_csv, import_folder
 from sae_lens_maira.studies.readers.imported import SkipReason
 
 pytestmark = pytest.mark.compat
@@ -57,7 +57,7 @@ def test_a_folder_of_images_and_texts(tmp_path: Path) -> None:
         "b/latin": SkipReason.NOT_TEXT,
         "b/asks": SkipReason.NO_FINDINGS,
         "b/hollow": SkipReason.EMPTY_FINDINGS,
-        "b/stray_lateral": SkipReason.NO_FRONTAL,
+        "b/stray": SkipReason.NO_FRONTAL,
     }
 
 
@@ -66,8 +66,8 @@ def test_images_without_reports_are_kept_on_demand_and_folders_can_be_patients(t
     assert imported.table.frame["patient_id"].tolist() == ["a"] * 2 + ["b"] * 5
     assert imported.table.counts()["report"] == 2
     assert imported.table.counts()["licence"] == {"public": 7}
-    assert imported.notes["kept without a report: report is no UTF-8 text"] == 1
-    assert [entry.study_id for entry in imported.skipped] == ["b/stray_lateral"]
+    assert imported.notes["kept without a report: report is not UTF-8 text"] == 1
+    assert [entry.study_id for entry in imported.skipped] == ["b/stray"]
 
 
 def test_folder_refusals(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_csv_with_names_of_its_own(tmp_path: Path) -> None:
     one, two = imported.table.studies
     assert (one.frontal, two.frontal, two.report) == (tmp_path / "a.png", Path("/x/b.png"), None)
     assert one.licence is Licence.CREDENTIALED
-    assert imported.notes == {"column 'age' is none of ours and was left out": 2}
+    assert imported.notes == {"column 'age' is not a column of a table of studies and was left out": 2}
     public = import_csv(tmp_path / "t.csv", "/data", columns=names, licence="public").table.studies
     assert (public[0].licence, public[0].frontal) == (Licence.PUBLIC, Path("/data/a.png"))
 
@@ -104,3 +104,84 @@ def test_csv_refusals_name_the_closest_column(tmp_path: Path) -> None:
         import_csv(tmp_path / "t.csv", columns={"frontal": "pictur"})
     with pytest.raises(StudyError, match="lacks the columns"):
         import_csv(write(tmp_path, {"u.csv": "a,b\n1,2\n"}) / "u.csv")
+
+
+def test_chexpert_layout_and_every_unused_file_with_a_true_reason(tmp_path: Path) -> None:
+    files: dict[str, str | bytes | None] = {
+        "patient00001/study1/view1_frontal.jpg": None,
+        "patient00001/study1/view2_lateral.jpg": None,
+        "patient00001/study1/view3_frontal.jpg": None,
+        "patient00001/study1.txt": "Clear lungs.",
+        "patient00001/study2/view1_lateral.jpg": None,
+        "patient00002/study1/view1_frontal.jpg": None,
+        "patient00002/study1/report.TXT": "Small effusion.",
+        "x.PNG": None,
+        "x_LATERAL.png": None,
+        "x.TXT": "Large heart.",
+        "w.webp": None,
+        "w.txt": "Edema.",
+        "plain": b"\x89PNG\r\n\x1a\n",
+        "plain.txt": "No effusion.",
+        "._x.png": None,
+        ".cache/y.png": None,
+        "__MACOSX/z.png": None,
+        "lonely.txt": "Nothing here.",
+        "notes.md": "no image",
+        "q_prior.png": None,
+    }
+    imported = import_folder(write(tmp_path, files))
+    studies = {study.study_id: study for study in imported.table.studies}
+    assert set(studies) == {"patient00001/study1", "patient00002/study1", "x", "w", "plain"}
+    first = studies["patient00001/study1"]
+    assert (first.patient_id, first.report) == ("patient00001", "Clear lungs.")
+    assert (Path(str(first.frontal)).name, Path(str(first.lateral)).name) == (
+        "view1_frontal.jpg",
+        "view2_lateral.jpg",
+    )
+    assert (studies["x"].report, studies["x"].lateral) == ("Large heart.", tmp_path / "x_LATERAL.png")
+    assert dict(imported.skipped) == {
+        "patient00001/study2": SkipReason.NO_FRONTAL,
+        "q": SkipReason.NO_FRONTAL,
+    }
+    assert dict(imported.unused) == {
+        "patient00001/study1/view3_frontal.jpg": "another frontal image of a study",
+        "patient00001/study2/view1_lateral.jpg": "lateral image without a frontal one of its study",
+        "q_prior.png": "prior image without an image of its study",
+        "._x.png": "hidden file",
+        ".cache/y.png": "hidden file",
+        "__MACOSX/z.png": "hidden file",
+        "lonely.txt": "report without an image of its name",
+        "notes.md": "neither an image nor a .txt report",
+    }
+
+
+def test_a_licence_is_never_loosened_except_word_by_word(tmp_path: Path) -> None:
+    rows = ["a,p,credentialed", "b,p,public", "c,p,", "d,p,Credentailed", "e,p,credentialed"]
+    path = write(tmp_path, {"t.csv": "study_id,patient_id,licence\n" + "\n".join(rows) + "\n"}) / "t.csv"
+    with pytest.raises(StudyError, match=r"loosen 4 of 5 rows .*2 'credentialed', 1 blank, 1 'Credentailed'"):
+        import_csv(path, licence="public")
+    strict = import_csv(path, licence="credentialed")
+    assert set(strict.table.frame["licence"]) == {"credentialed"}
+    assert strict.notes == {"licence made stricter: credentialed": 2}
+    with pytest.raises(StudyError, match="Credentailed"):
+        import_csv(path)
+    fixed = import_csv(path, relicense={"Credentailed": "credentialed"})
+    assert fixed.table.frame["licence"].tolist() == ["credentialed", "public"] + ["credentialed"] * 3
+    assert fixed.notes == {
+        "licence changed from 'Credentailed' to credentialed": 1,
+        "licence blank, taken as credentialed": 1,
+    }
+    with pytest.raises(StudyError, match=r"No row of .* has the licence 'mine'"):
+        import_csv(path, relicense={"mine": "public"})
+
+
+def test_whole_reports_in_a_column_are_named_and_cut_on_demand(tmp_path: Path) -> None:
+    report = '"INDICATION: Cough.\n\nFINDINGS: Clear.\n\nIMPRESSION: Normal."'
+    text = f"study_id,patient_id,indication,report\n1,p,,{report}\n2,p,Pain,The heart: normal.\n"
+    path = write(tmp_path, {"t.csv": text}) / "t.csv"
+    (note,) = import_csv(path).notes.items()
+    assert note == ("report with section headers, kept whole (--cut-reports true cuts it into sections)", 1)
+    cut = import_csv(path, cut_reports=True)
+    first, second = cut.table.studies
+    assert (first.indication, first.report) == ("Cough.", "Clear.")
+    assert (second.indication, second.report) == ("Pain", "The heart: normal.")

@@ -149,3 +149,49 @@ def test_the_command_counts_what_is_left_out_and_the_moved_table_validates(
     root.rename(tmp_path / "elsewhere")
     assert main(["studies", "validate", "--table", str(out), "--root", str(tmp_path / "elsewhere")]) == 0
     assert "8 studies, " in capsys.readouterr().out
+
+
+def test_the_next_frontal_file_is_taken_where_the_first_is_missing(tmp_path, mimic_tree, mimic_case) -> None:
+    """The study stays, and so does the next study's prior."""
+    cases = [
+        mimic_case("10000032", "50414267", "21800506", "1", views=("AP", "AP")),
+        mimic_case("10000032", "50414268", "21800507", "1", views=("PA",)),
+    ]
+    root = mimic_tree(tmp_path / "m", cases)
+    first, second = sorted((root / "files/p10/p10000032/s50414267").glob("*.jpg"))
+    first.unlink()
+    imported = import_mimic(root, progress=False)
+    rows = {row["study_id"]: row for row in imported.table.rows()}
+    assert rows["50414267"]["frontal"].endswith(second.name)
+    assert rows["50414268"]["prior_frontal"] == rows["50414267"]["frontal"]
+    assert imported.notes == {"first frontal file missing: another frontal image of the study taken": 1}
+    second.unlink()
+    gone = import_mimic(root, progress=False)
+    assert gone.counts() == {SkipReason.NO_IMAGE_FILE: 1}
+    assert gone.examples == {SkipReason.NO_IMAGE_FILE: str(first)}
+
+
+def test_png_copies_float_ids_and_the_table_of_sections(tmp_path, mimic_tree) -> None:
+    """The same studies as from the .jpg files and .txt reports, but for indications, which the table does not have."""
+    root = mimic_tree(tmp_path / "m", packed=False)
+    wanted = import_mimic(root, progress=False).table.frame
+    for file in root.rglob("*.jpg"):
+        file.rename(file.with_suffix(".png"))
+    for kind in ("metadata", "split"):
+        path = root / f"mimic-cxr-2.0.0-{kind}.csv"
+        pd.read_csv(path, dtype={"StudyDate": str, "StudyTime": str}).astype(
+            {"study_id": float, "subject_id": float}
+        ).to_csv(path, index=False)
+    found = import_mimic(root, progress=False).table.frame
+    pd.testing.assert_frame_equal(
+        found.drop(columns=["frontal", "lateral", "prior_frontal"]),
+        wanted.drop(columns=["frontal", "lateral", "prior_frontal"]),
+    )
+    assert found["frontal"].str.replace(".png", ".jpg").tolist() == wanted["frontal"].tolist()
+    lines = ["study,impression,findings,last_paragraph,comparison"]
+    lines += [f's{row.study_id},,"{row.report}",,' for row in wanted.itertuples()]
+    (tmp_path / "mimic_cxr_sectioned.csv").write_text("\n".join(lines) + "\n")
+    for reports in (tmp_path, tmp_path / "mimic_cxr_sectioned.csv"):
+        cut = import_mimic(root, reports, progress=False)
+        assert cut.table.frame["report"].tolist() == wanted["report"].tolist()
+        assert SkipReason.NO_REPORT in cut.counts()

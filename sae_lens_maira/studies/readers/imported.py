@@ -1,8 +1,8 @@
-"""What an import gives: a table, and every study that is not in it with the reason.
+"""Result of an import: a table, the studies left out, and the files not used, each with its reason.
 
     studies read = studies in the table + studies left out        (each left out once, for its first reason)
 
-Readers share the reasons, so that their counts can be compared. It knows no data set.
+All readers share these reasons, so that counts of different data sets can be compared.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from sae_lens_maira.studies.table import StudyTable
 
 
 class SkipReason(str, enum.Enum):
-    """Why a study was left out, in the order in which the reasons are looked at."""
+    """Why a study was left out, in the order in which the reasons are checked."""
 
     NO_SPLIT = "no split"
     TWO_SPLITS = "images in two splits"
     NO_IMAGE_NAMED = "no image named"
+    UNKNOWN_VIEW = "view unknown"
     NO_FRONTAL = "no frontal view"
     NO_IMAGE_FILE = "no image file"
     NO_REPORT = "no report file"
-    NOT_TEXT = "report is no UTF-8 text"
+    NOT_TEXT = "report is not UTF-8 text"
     EMPTY_REPORT = "empty report"
     NO_FINDINGS = "no findings section"
     EMPTY_FINDINGS = "empty findings section"
@@ -41,26 +42,47 @@ class Skipped(NamedTuple):
     reason: SkipReason
 
 
+class UnusedFile(NamedTuple):
+    """One file that was found and is not part of any study of the table."""
+
+    file: str
+    """Path relative to the folder that was read."""
+    reason: str
+
+
 @dataclass(frozen=True)
 class Imported:
-    """A table, the studies left out, and what else a user should know of the import."""
+    """A table, the studies left out, the files not used, and remarks on the studies in the table."""
 
     table: StudyTable
     skipped: Sequence[Skipped]
     notes: Mapping[str, int] = field(default_factory=dict)
-    """Remark -> number of studies it holds for; these studies are in the table."""
+    """Remark -> number of studies in the table it applies to."""
+    unused: Sequence[UnusedFile] = ()
+    examples: Mapping[SkipReason, str] = field(default_factory=dict)
+    """For a reason such as NO_IMAGE_FILE, one path that was looked for."""
 
     def counts(self) -> dict[SkipReason, int]:
-        """Studies left out by reason, in the order of the reasons; those that did not occur are missing."""
+        """Studies left out per reason, in the order of the reasons; reasons that did not occur are missing."""
         found = Counter(entry.reason for entry in self.skipped)
         return {reason: found[reason] for reason in SkipReason if found[reason]}
 
+    def unused_counts(self) -> dict[str, int]:
+        """Files not used per reason, the most frequent first."""
+        return dict(Counter(entry.reason for entry in self.unused).most_common())
+
     def save_skipped(self, path: Path | str) -> Path:
-        """Write the studies left out as CSV (study_id, reason), in one piece or not at all."""
+        """Write studies left out and files not used as CSV (study_id, file, reason), atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file)
-            rows.writerow(("study_id", "reason"))
-            rows.writerows((entry.study_id, entry.reason.value) for entry in self.skipped)
+            rows.writerow(("study_id", "file", "reason"))
+            rows.writerows((as_text(entry.study_id), "", entry.reason.value) for entry in self.skipped)
+            rows.writerows(("", as_text(entry.file), entry.reason) for entry in self.unused)
         return path
+
+
+def as_text(cell: str) -> str:
+    """A CSV cell that a spreadsheet shows as text: a leading =, +, -, @, tab or return is quoted by an apostrophe."""
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
