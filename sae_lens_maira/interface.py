@@ -70,10 +70,13 @@ def named_model(model: str | Path, *, dtype: str = "auto", device: str = "auto",
     Raises:
         ConfigError: an unknown dtype, device or keyword.
         CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
+        HookError: an unknown hook point.
     """
     import torch
 
+    from sae_lens_maira.hooks import PointTable
     from sae_lens_maira.maira2 import load_maira2
+    from sae_lens_maira.maira2.loading import load_config
     from sae_lens_maira.phantom import phantom_path
 
     if dtype not in DTYPES:
@@ -82,7 +85,14 @@ def named_model(model: str | Path, *, dtype: str = "auto", device: str = "auto",
     kind = ("float32" if shipped else "bfloat16") if dtype == "auto" else dtype
     if "device_map" not in keywords:
         keywords["device"] = device_of(device)
-    return load_maira2(phantom_path() if shipped else model, dtype=getattr(torch, kind), **keywords)
+    source = phantom_path() if shipped else model
+    if hooks is not None:
+        hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        points = PointTable(load_config(source, **{key: keywords[key] for key in hub if key in keywords}))
+        stops = [points.resolve(name).stop for name in hooks]
+        if all(stop is not None for stop in stops):
+            keywords["layers"] = max(1, *(stop or 0 for stop in stops))
+    return load_maira2(source, dtype=getattr(torch, kind), **keywords)
 
 
 def device_of(name: str) -> str:

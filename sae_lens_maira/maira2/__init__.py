@@ -6,7 +6,7 @@ other names.
 """
 
 from sae_lens_maira.maira2.configuration import Maira2Config, make_config
-from sae_lens_maira.maira2.encoding import Maira2Encoding
+from sae_lens_maira.maira2.encoding import Maira2Encoding, role_mask
 from sae_lens_maira.maira2.generation import MAX_NEW_TOKENS, generate_reports
 from sae_lens_maira.maira2.images import ImageRecipe, box_to_crop, box_to_image
 from sae_lens_maira.maira2.loading import (
@@ -22,7 +22,7 @@ from sae_lens_maira.maira2.processing import Maira2Processor
 from sae_lens_maira.maira2.prompts import StudyLike, build_prompt
 from sae_lens_maira.maira2.registration import register
 from sae_lens_maira.maira2.reports import GroundedFinding, ParsedReport, format_grounded, parse_report
-from sae_lens_maira.maira2.roles import ROLE_PRESETS, TokenRole, resolve_roles, role_mask
+from sae_lens_maira.maira2.roles import ROLE_PRESETS, TokenRole, resolve_roles
 from sae_lens_maira.maira2.tokens import ADDED_TOKENS
 
 __all__ = [

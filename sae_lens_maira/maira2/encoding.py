@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sae_lens_maira.errors import PromptError
-from sae_lens_maira.maira2.roles import TokenRole
+from sae_lens_maira.maira2.roles import RoleFilter, TokenRole, resolve_roles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +126,22 @@ class Maira2Encoding:
             patch_row=grow(self.patch_row, -1),
             patch_col=grow(self.patch_col, -1),
         )
+
+
+def role_mask(encoding: Maira2Encoding, roles: RoleFilter) -> torch.Tensor:
+    """Select positions by role.
+
+    Args:
+        encoding: a batch of B rows of length L.
+        roles: a preset ("paper", "text_only", "image_only", "generated_only", "all"), a role, or several
+            roles.
+
+    Returns:
+        A `(B, L)` bool tensor on the encoding's device.
+
+    Raises:
+        ConfigError: the name is neither a preset nor a role.
+    """
+    table = torch.zeros(len(TokenRole), dtype=torch.bool, device=encoding.roles.device)
+    table[[int(role) for role in resolve_roles(roles)]] = True
+    return table[encoding.roles.long()]

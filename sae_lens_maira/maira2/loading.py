@@ -6,6 +6,8 @@ code is never run. It knows nothing about studies or prompts.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +45,7 @@ def load_maira2(
     device: torch.device | str | None = None,
     revision: str | None = None,
     device_map: Any = None,
+    layers: int | None = None,
     **keywords: Any,
 ) -> Maira2:
     """Load a MAIRA-2 model and its processor from a folder or the hub.
@@ -51,15 +54,19 @@ def load_maira2(
         path_or_id: a local folder or a hub id.
         dtype: precision of the loaded weights (tensors are converted while they are read); "auto" keeps the
             file's.
-        device: where to move the whole model once it is loaded in main memory; `device_map={"": "cuda"}`
-            loads it there directly, without room for it in main memory.
+        device: where the whole model goes. Weights are read straight to a GPU, tensor by tensor: main memory
+            never holds a copy of the model.
         revision: hub revision; None is the pinned one for `microsoft/maira-2` and "main" elsewhere.
         device_map: transformers' device map, for models spread over devices (needs accelerate).
+        layers: decoder layers to read, from the first; None is all. The model then ends there: a forward that is not
+            stopped before (`stop_at_layer`) is refused. Embedding, vision tower, projector, final norm and `lm_head`
+            are read as well.
         **keywords: `attn_implementation`, `max_memory`, `offload_folder`, `offload_state_dict`,
             `use_safetensors`, `cache_dir`, `force_download`, `local_files_only`, `token`, for transformers.
 
     Raises:
-        ConfigError: an unknown keyword, `trust_remote_code=True`, or both a device and a device map.
+        ConfigError: an unknown keyword, `trust_remote_code=True`, a number of layers out of range, or both a device
+            and a device map.
         CheckpointError: a missing shard or processor, a model of another type, a damaged file, or tensors
             that do not match the model exactly.
     """
@@ -79,15 +86,31 @@ def load_maira2(
     if Path(source).is_dir():
         _check_folder(Path(source))
     else:
-        hub["revision"] = revision or (PUBLISHED_REVISION if source == PUBLISHED_ID else "main")
+        hub["revision"] = _revision(source, revision)
 
-    config = _load_config(source, hub)
+    config = load_config(source, **hub)
+    available = config.text_config.num_hidden_layers
+    if layers is not None:
+        if not 1 <= layers <= available:
+            raise ConfigError(
+                f"layers={layers} was asked for, but {source} has {available} decoder layers; use 1 to {available}."
+            )
+        config.text_config.num_hidden_layers = layers
+    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+        device_map = {"": device}  # read straight to the device, and no second copy in main memory
     processor = load_processor(source, **hub)
     rest = {name: value for name, value in keywords.items() if name in _MODEL_KEYWORDS}
     try:
-        loaded: Any = Maira2ForConditionalGeneration.from_pretrained(
-            source, config=config, dtype=dtype, device_map=device_map, output_loading_info=True, **hub, **rest
-        )
+        with _leaving_out(range(config.text_config.num_hidden_layers, available)):
+            loaded: Any = Maira2ForConditionalGeneration.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                **hub,
+                **rest,
+            )
     except Exception as error:  # safetensors, OS, hub and shape errors have no common base
         raise CheckpointError(
             f"The weights in {source} could not be loaded ({type(error).__name__}: {error}). A complete"
@@ -95,10 +118,41 @@ def load_maira2(
         ) from error
     model, info = loaded
     _check_tensors(source, info)
+    if layers is not None and layers < available:
+        _end_after(model, layers, available)
     if device is not None:
         model.to(device)
     model.eval()
     return Maira2(model, processor)
+
+
+@contextmanager
+def _leaving_out(layers: range) -> Iterator[None]:
+    """Let transformers pass over the tensors of some decoder layers without a report; they are not read."""
+    model: Any = Maira2ForConditionalGeneration
+    kept = model._keys_to_ignore_on_load_unexpected
+    if layers:
+        numbers = "|".join(map(str, layers))
+        model._keys_to_ignore_on_load_unexpected = [
+            *(kept or ()),
+            rf"language_model\.(?:model\.)?layers\.(?:{numbers})\.",
+        ]
+    try:
+        yield
+    finally:
+        model._keys_to_ignore_on_load_unexpected = kept
+
+
+def _end_after(model: Any, layers: int, available: int) -> None:
+    """Refuse a forward through the end of a partly loaded model; a run stopped there or before does not come here."""
+
+    def refuse(*_: Any) -> None:
+        raise CheckpointError(
+            f"This model was loaded with {layers} of {available} decoder layers, so it has no logits. Stop the run"
+            f" with stop_at_layer={layers} or less, or load it without layers=."
+        )
+
+    model.model.language_model.norm.register_forward_pre_hook(refuse)
 
 
 def load_processor(path_or_id: str | Path, **hub: Any) -> Maira2Processor:
@@ -129,7 +183,24 @@ def save_processor(processor: Maira2Processor, folder: str | Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _load_config(source: str, hub: dict[str, Any]) -> Maira2Config:
+def _revision(source: str, revision: str | None) -> str:
+    return revision or (PUBLISHED_REVISION if source == PUBLISHED_ID else "main")
+
+
+def load_config(path_or_id: str | Path, revision: str | None = None, **hub: Any) -> Maira2Config:
+    """Read a checkpoint's configuration alone.
+
+    Args:
+        path_or_id: a local folder or a hub id.
+        revision: as for `load_maira2`.
+        **hub: `cache_dir`, `force_download`, `local_files_only`, `token`, for transformers.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not MAIRA-2's.
+    """
+    source = str(path_or_id)
+    if not Path(source).is_dir():
+        hub["revision"] = _revision(source, revision)
     try:
         raw: dict[str, Any] = Maira2Config.get_config_dict(source, **hub)[0]
     except Exception as error:  # hub, OS and JSON errors

@@ -11,14 +11,8 @@ built (`prompts.py`, `tokenization.py`); this module only names them and knows n
 
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import TYPE_CHECKING
-
-import torch
 
 from sae_lens_maira.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sae_lens_maira.maira2.encoding import Maira2Encoding
 
 
 class TokenRole(IntEnum):
@@ -72,25 +66,6 @@ def resolve_roles(roles: RoleFilter) -> frozenset[TokenRole]:
             return ROLE_PRESETS[roles]
         return frozenset({_role(roles)})
     return frozenset(_role(role) for role in roles)
-
-
-def role_mask(encoding: "Maira2Encoding", roles: RoleFilter) -> torch.Tensor:
-    """Select positions by role.
-
-    Args:
-        encoding: a batch of B rows of length L.
-        roles: a preset ("paper", "text_only", "image_only", "generated_only", "all"), a role, or several
-            roles.
-
-    Returns:
-        A `(B, L)` bool tensor on the encoding's device.
-
-    Raises:
-        ConfigError: the name is neither a preset nor a role.
-    """
-    table = torch.zeros(len(TokenRole), dtype=torch.bool, device=encoding.roles.device)
-    table[[int(role) for role in resolve_roles(roles)]] = True
-    return table[encoding.roles.long()]
 
 
 def _role(role: TokenRole | str) -> TokenRole:

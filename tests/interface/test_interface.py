@@ -109,3 +109,10 @@ def test_steering_needs_p99(m: sm.InteractiveMaira2, study: sm.Study, sae: Matry
     bare = MatryoshkaSAE(sae.cfg)
     with pytest.raises(InterventionError, match="records"):
         m.steer(study, bare, {7: 2.0})
+
+
+def test_a_model_for_some_hooks_ends_behind_them():
+    """Layers behind the last hook point are not loaded; logits need all of them."""
+    for hooks, layers in (([HOOK], 4), (["vision_projector.hook_out"], 1), ([HOOK, "unembed.hook_out"], 8)):
+        maira = sm.named_model("phantom", hooks=hooks)
+        assert len(maira.model.model.language_model.layers) == layers  # pyright: ignore[reportArgumentType]
