@@ -58,13 +58,22 @@ def load(
     return InteractiveMaira2(maira, model_name=str(name))
 
 
-def named_model(model: str | Path, *, dtype: str = "auto", device: str = "auto", **keywords: Any) -> "Maira2":
+def named_model(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    hooks: "Sequence[str] | None" = None,
+    **keywords: Any,
+) -> "Maira2":
     """Load a model and its processor, without hooks.
 
     Args:
         model: "phantom", a folder or a hub id.
         dtype: float32, bfloat16 or float16; "auto" is float32 for the phantom and bfloat16 for others.
         device: cpu, cuda, cuda:1 ...; "auto" is a GPU where there is one.
+        hooks: the hook points that will be read, if nothing else is needed of the model: decoder layers behind the
+            last of them are then not loaded. None loads the whole model.
         **keywords: further arguments of `load_maira2`.
 
     Raises:

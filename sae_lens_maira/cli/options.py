@@ -80,7 +80,9 @@ class HarvestOptions:
         from sae_lens_maira.studies import read_table
 
         device = device_of(self.device)
-        maira = named_model(self.model, dtype=self.model_dtype, device=device)
+        # A forward over given reports ends at the last hook point; writing reports takes the whole model.
+        hooks = None if self.reports == "generated" else self.hook_names
+        maira = named_model(self.model, dtype=self.model_dtype, device=device, hooks=hooks)
         if self.table is None:
             side = maira.processor.recipe.crop
             return maira, generate_studies(self.studies, seed=self.study_seed, size=side), device
