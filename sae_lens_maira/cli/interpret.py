@@ -1,4 +1,4 @@
-"""`interpret run`, `report` and `findings`: explain latents and score the explanations, with controls beside them."""
+"""`interpret run`, `report`, `findings` and `published`: explain latents and score the explanations, with controls."""
 
 import json
 import sys
@@ -20,6 +20,9 @@ def run(
     n_test: int = 50,
     batch_size: int = 10,
     concurrency: int = 8,
+    judge_max_tokens: int = 400,
+    timeout: float = 120.0,
+    retries: int = 5,
     max_tokens_total: int | None = None,
     max_requests: int | None = None,
     usd_per_mtok: str | None = None,
@@ -31,8 +34,8 @@ def run(
 ) -> None:
     """Explain the latents of a record set and score the explanations on unseen patients.
 
-    Without a judge nothing leaves the process: the offline explainer contrasts words and findings. With one an
-    OpenAI-compatible server is asked (OPENAI_BASE_URL, OPENAI_API_KEY); the journal beside the records resumes a
+    Without a judge nothing leaves the process: the offline explainer contrasts words and findings. With a judge, an
+    OpenAI-compatible server is asked (OPENAI_BASE_URL, OPENAI_API_KEY), and the journal in the record set resumes a
     run that was stopped. The estimate is printed first.
 
     Example: sae-lens-maira interpret run --records records --judge qwen3-8b --base-url http://127.0.0.1:8000/v1
@@ -41,24 +44,28 @@ def run(
         records: folder written by `sae-lens-maira latents`.
         judge: name of the language model at the server, which explains and judges; none for the offline explainer.
         base_url: address of the server, instead of OPENAI_BASE_URL.
-        latents: numbers and ranges such as "0-49,77"; all that are not dead if not given.
-        methods: scorers, comma-separated: detection, fuzzing, intruder.
-        n_train: active examples shown to the explainer.
-        n_test: active examples asked about, and as many silent ones.
-        batch_size: texts a question.
+        latents: numbers and ranges such as "0-49,77"; all latents that are not dead if not given.
+        methods: scorers, comma-separated: detection, fuzzing, intruder, and for a model that sees image_detection and
+            image_fuzzing.
+        n_train: active examples shown to the explainer, at least 5.
+        n_test: active examples in the test questions, at least 5, and as many silent ones.
+        batch_size: texts per question.
         concurrency: questions in flight at once.
+        judge_max_tokens: most tokens of one answer; a reasoning model needs 4000 or more.
+        timeout: seconds for one answer as a whole, and the longest Retry-After that is obeyed.
+        retries: retries of one question after 429, 5xx, timeouts and lost connections.
         max_tokens_total: budget of tokens.
         max_requests: budget of requests.
-        usd_per_mtok: your price of a million tokens asked and answered, such as "0.15,0.60".
-        allow_remote: let credentialed studies go to a server on another machine.
+        usd_per_mtok: your price of a million prompt and answer tokens, such as "0.15,0.60".
+        allow_remote: allow text of credentialed studies to go to a server on another machine.
         estimate_only: print the estimate and stop.
-        pictures: films with outlined patches to show of an image latent, for a model that sees.
-        seed: of the split by patient and every draw.
+        pictures: images with outlined patches shown to the explainer per image latent, for a model that sees.
+        seed: random seed of the split by patient and of all sampling.
         as_json: print statuses, scores and costs as JSON; the estimate then goes to stderr.
     """
+    from sae_lens_maira.interp.examples import Plan
     from sae_lens_maira.interp.report import statuses, summary, table
     from sae_lens_maira.interp.run import estimate, interpret, interpret_offline
-    from sae_lens_maira.interp.subjects import Plan
     from sae_lens_maira.latents.recordset import RecordSet
 
     opened = RecordSet.open(records)
@@ -71,7 +78,7 @@ def run(
         pictures=pictures,
         seed=seed,
     )
-    told: dict[str, Any] = {"records": str(records)}
+    facts: dict[str, Any] = {"records": str(records)}
     say = sys.stderr.write if as_json else sys.stdout.write
     if judge is None:
         done = interpret_offline(opened, plan)
@@ -83,6 +90,9 @@ def run(
             model=judge,
             base_url=base_url,
             concurrency=concurrency,
+            max_tokens=judge_max_tokens,
+            timeout=timeout,
+            max_retries=retries,
             max_tokens_total=max_tokens_total,
             max_requests=max_requests,
             usd_per_mtok=_prices(usd_per_mtok),
@@ -90,21 +100,25 @@ def run(
         )
         if estimate_only:
             guess = estimate(opened, plan, server)
-            sys.stdout.write(json.dumps(told | {"estimate": guess}) + "\n" if as_json else guess)
+            sys.stdout.write(json.dumps(facts | {"estimate": guess}) + "\n" if as_json else guess)
             return
         done, usage = interpret(opened, server, plan, say=say)
         cost = usage.price(server.usd_per_mtok)
-        told |= asdict(usage) | {"usd": cost}
+        facts |= asdict(usage) | {"usd": cost}
         say(
             f"{usage.requests} requests ({usage.retries} retries), {usage.cached} answers from the journal, "
-            f"{usage.tokens_in} tokens asked, {usage.tokens_out} answered, {usage.unusable} unusable"
+            f"{usage.tokens_in} prompt tokens, {usage.tokens_out} answer tokens, {usage.unusable} unusable"
             f"{'' if cost is None else f', {cost:.4f} US dollars'}.\n"
         )
+        if usage.adapted:
+            say(f"Adapted to this server: {', '.join(usage.adapted)}.\n")
+        for reason, count in sorted(usage.problems.items(), key=lambda item: -item[1])[:5]:
+            say(f"Unusable, {count} times: {reason}\n")
     scores = table(done)
     if as_json:
         means = json.loads(str(summary(scores).to_json(orient="records")))
-        told |= {"latents": len(done), "statuses": statuses(done), "scores": means}
-        sys.stdout.write(json.dumps(told) + "\n")
+        facts |= {"latents": len(done), "statuses": statuses(done), "scores": means}
+        sys.stdout.write(json.dumps(facts) + "\n")
         return
     sys.stdout.write(f"Statuses: {statuses(done)}\n")
     if scores["balanced_accuracy"].notna().any():
@@ -125,12 +139,12 @@ def report(
     Example: sae-lens-maira interpret report --records records --untrained records_untrained --out report
 
     Args:
-        records: folder with interpretations.
+        records: record set with interpretations.
         out: folder for `scores.csv`, `scores.png` and `explanations.jsonl`; nothing is written if not given.
         untrained: interpreted records of an untrained SAE, drawn in the same figure.
         raw: interpreted records of raw residual dimensions, drawn in the same figure.
         model_id: model's name on Neuronpedia, in `explanations.jsonl`.
-        set_name: source set there, lower case with single hyphens; without it rows carry the records' own name.
+        set_name: name of the source set there, lower case with single hyphens; the records' SAE name if not given.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.dashboards.target import Target
@@ -187,17 +201,17 @@ def published(
     score_column: str | None = None,
     as_json: bool = False,
 ) -> None:
-    """Put published interpretations of the same SAE beside ours, for the report and the dashboards.
+    """Add published interpretations of the same SAE to a record set, for the report and the dashboards.
 
     Example: sae-lens-maira interpret published --records records --file interpretations.csv
 
     Args:
         records: record set of that SAE.
-        file: CSV, Parquet, JSON or JSON lines with one interpretation a row.
-        name: stands as their explainer.
-        latent_column: with the latent's number; found by its name if not given.
-        text_column: with the sentence; found by its name if not given.
-        score_column: with a score from 0 to 1, if any; found by its name if not given.
+        file: CSV, Parquet, JSON or JSON lines with one interpretation per row.
+        name: name of their explainer.
+        latent_column: column with the latent's number; found by its name if not given.
+        text_column: column with the sentence; found by its name if not given.
+        score_column: column with a score from 0 to 1, if any; found by its name if not given.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.interp.published import read_published
@@ -213,7 +227,7 @@ def published(
         sys.stdout.write(json.dumps(facts) + "\n")
         return
     sys.stdout.write(
-        f"{len(kept)} of {len(rows)} interpretations are of latents of {records} and lie beside it\n"
+        f"{len(kept)} of {len(rows)} interpretations are of latents of {records} and are stored there\n"
     )
 
 
@@ -237,7 +251,7 @@ def findings(
         untrained: interpreted record sets of untrained SAEs, chosen from in the same way.
         raw: interpreted record sets of raw residual dimensions.
         out: folder for `best_latents.csv` and `best_latents.png`; nothing is written if not given.
-        seed: of the split by patient, as `interpret run` had.
+        seed: random seed of the split by patient, the one that `interpret run` had.
         as_json: print JSON instead of text.
     """
     import pandas as pd
@@ -268,8 +282,8 @@ def findings(
             f"detected at 0.85 or more; mean {good['detection'].mean():.3f}, shuffled {good['control'].mean():.3f}\n"
             f"{text}\n\n"
         )
-    told = tables["trained"]
-    for finding, explanation in zip(told["finding"], told["explanation"], strict=True):
+    trained = tables["trained"]
+    for finding, explanation in zip(trained["finding"], trained["explanation"], strict=True):
         sys.stdout.write(f"{finding}: {explanation}\n")
 
 

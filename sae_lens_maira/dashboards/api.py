@@ -15,7 +15,7 @@ from sae_lens_maira.dashboards.sequences import Sequence, Window, clean, finite,
 from sae_lens_maira.dashboards.target import Target
 from sae_lens_maira.dashboards.writing import json_line, new_folder
 from sae_lens_maira.errors import ConfigError, RecordError
-from sae_lens_maira.interp.records import Interpretation
+from sae_lens_maira.interp.records import Interpretation, explanation_type
 from sae_lens_maira.latents.records import LatentRecord, TokenWeight
 from sae_lens_maira.latents.recordset import RecordSet
 
@@ -131,7 +131,8 @@ def _activation(sequence: Sequence) -> dict[str, Any]:
 def _explanation(one: Interpretation) -> dict[str, Any]:
     """Text and method. The server has no field for the explainer's name and fails on one."""
     row: dict[str, Any] = {"text": shorten(clean(one.explanation or ""), MAX_EXPLANATION)}
-    return row | ({"methodName": one.method} if one.method else {})
+    method = explanation_type(one.method)
+    return row | ({"methodName": method} if method else {})
 
 
 def _logits(weights: tuple[TokenWeight, ...], latent: int) -> list[dict[str, Any]]:

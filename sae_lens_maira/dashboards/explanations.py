@@ -74,6 +74,8 @@ def shorten(text: str, limit: int) -> str:
 def note(interpretation: Interpretation) -> str:
     """Explainer and scores in one line; every score with the score of another latent's explanation as control."""
     parts = [f"explainer: {interpretation.explainer}"]
+    if interpretation.method:
+        parts.append(f"method: {interpretation.method}")
     controls = {score.method: score for score in interpretation.control}
     for score in interpretation.scores:
         if score.balanced_accuracy is None:

@@ -21,7 +21,7 @@ from sae_lens_maira.dashboards.saedashboard import statistics
 from sae_lens_maira.dashboards.sequences import Sequence, Window, finite, sequences
 from sae_lens_maira.dashboards.target import Target
 from sae_lens_maira.dashboards.writing import batches_of, json_line, new_folder, parallel_map
-from sae_lens_maira.interp.records import Interpretation
+from sae_lens_maira.interp.records import Interpretation, explanation_type
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta
 from sae_lens_maira.latents.recordset import RecordSet
 
@@ -155,7 +155,7 @@ def explanation_row(interpretation: Interpretation, source: str, target: Target)
         "description": text,
         "authorId": target.creator_id,
         "triggeredById": target.creator_id,
-        "typeName": interpretation.method or None,
+        "typeName": explanation_type(interpretation.method),
         "explanationModelName": None,
         "notes": note(interpretation),
         "createdAt": target.created_at,

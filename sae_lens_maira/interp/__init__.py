@@ -1,4 +1,4 @@
-"""What latents mean: explanations and their scores, each beside its control."""
+"""Interpretations of latents: explanations and their scores, each with its control."""
 
 from sae_lens_maira.interp.records import Interpretation, Score
 

@@ -1,11 +1,11 @@
-"""The latent that follows each finding best, chosen on train patients and judged on the others.
+"""Choose the best latent of each finding on train patients, and report it on the other patients.
 
     agreement(latent, finding) = (share of active studies with it + share of silent studies without it) / 2
 
-over the latent's train examples. The highest lower 95 % limit wins: among a thousand latents the highest agreement
-itself would be a rare latent's luck. The choice sees no explanation and no test patient; what is reported of the chosen
-latent is whether its explanation names the finding, and its detection score on test patients beside the shuffled
-control. The same is done with record sets of an untrained SAE or of raw dimensions. It makes no interpretation.
+over the latent's train examples. Latents are ranked by the lower 95 % limit, so that rare latents do not win by
+chance. The choice sees no explanation and no test patient. Reported for the chosen latent: whether its explanation
+names the finding, and its detection score on test patients with the shuffled control. Record sets of controls (an
+untrained SAE, raw dimensions) are treated the same way.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import pandas as pd
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.examples import Example, split_examples, train_patients
-from sae_lens_maira.interp.findings import name_and_side, named_findings
-from sae_lens_maira.interp.offline import EXPLAINER
+from sae_lens_maira.interp.offline import EXPLAINER, name_and_side, named_findings
 from sae_lens_maira.interp.records import Interpretation, Score, load
 from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.stats import wilson_arrays
@@ -31,12 +30,12 @@ class Best:
     """The best latent of one finding.
 
     Attributes:
-        finding: its key.
-        place: name of the record set that holds the latent.
-        latent: its number.
-        agreement, low: with the finding, on train examples, and its lower 95 % limit, by which it was chosen.
-        n: train examples.
-        interpretation: of the latent; None where it has none.
+        finding: finding key.
+        place: name of the record set that contains the latent.
+        latent: latent number.
+        agreement, low: agreement with the finding on train examples, and its lower 95 % limit, the basis of the choice.
+        n: number of train examples.
+        interpretation: interpretation of the latent; None where it has none.
         named: whether the explanation names the finding, with its side where it says one.
         exact: whether it names this finding and no other.
     """
@@ -69,12 +68,12 @@ def best_latents(
 
     Args:
         places: folders of interpreted record sets of one model by name, such as "text" and "image".
-        seed: of the split by patient, as the interpretations had.
-        least: active and silent train examples needed.
-        explainer: whose interpretations to read.
+        seed: random seed of the split by patient, the one that the interpretations had.
+        least: number of active and of silent train examples needed.
+        explainer: explainer whose interpretations are read.
 
     Raises:
-        RecordError: the sets know different findings, or a set has no interpretation by that explainer.
+        RecordError: the sets have different findings, or a set has no interpretation by that explainer.
     """
     sets = {name: RecordSet.open(folder) for name, folder in places.items()}
     keys = next(iter(sets.values())).meta.findings
@@ -92,10 +91,10 @@ def best_latents(
             for key, value, low in zip(keys, values.tolist(), lows.tolist(), strict=True):
                 if low > best.get(key, (0.0,))[0]:
                     best[key] = (low, value, name, record.latent, len(examples))
-    told = {name: _told(records, explainer) for name, records in sets.items()}
+    interpretations = {name: _interpretations(records, explainer) for name, records in sets.items()}
     found = []
     for key, (low, value, name, latent, n) in best.items():
-        one = told[name].get(latent)
+        one = interpretations[name].get(latent)
         named = named_findings(one.explanation or "", keys) if one else frozenset()
         found.append(Best(key, name, latent, value, low, n, one, key in named, _exact(key, named)))
     return sorted(found, key=lambda b: keys.index(b.finding))
@@ -147,8 +146,8 @@ def write_best_figure(sets: Mapping[str, Sequence[Best]], path: Path | str) -> N
     """PNG of detection per finding: a dot with its 95 % interval per set, and the first set's shuffled control.
 
     Args:
-        sets: best latents by name; the first is the one reported, the others stand beside it.
-        path: of the PNG.
+        sets: best latents by name; the first is the one reported, the others are controls.
+        path: path of the PNG.
 
     Raises:
         RecordError: the first set has no score.
@@ -195,7 +194,7 @@ def write_best_figure(sets: Mapping[str, Sequence[Best]], path: Path | str) -> N
     figure.savefig(Path(path), dpi=150, metadata={"Software": None})
 
 
-def _told(records: RecordSet, explainer: str) -> dict[int, Interpretation]:
+def _interpretations(records: RecordSet, explainer: str) -> dict[int, Interpretation]:
     found = {one.latent: one for one in load(records.folder) if one.explainer == explainer}
     if not found:
         raise RecordError(

@@ -1,31 +1,75 @@
-"""Which contexts explain a latent and which test the explanation: split by patient first, sampled afterwards.
+"""Select the contexts that explain a latent and those that test the explanation.
 
-Patients of the whole record set are dealt to a train and a test half by a hash of (seed, patient), the same for
-every latent, so that neither a latent's own explanation nor the control borrowed from another latent ever saw a
-test patient. Sampling takes equal numbers from every activation interval. It knows nothing about words or servers.
+Patients of the whole record set are divided into a train and a test half by a hash of (seed, patient), the same for
+every latent. Neither a latent's own explanation nor the control borrowed from another latent has seen a test patient.
+Sampling comes after the split, takes equal numbers from every activation interval, and is seeded per latent, so that
+the questions about one latent do not depend on which other latents are asked about.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sae_lens_maira.errors import RecordError
+from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
+from sae_lens_maira.latents.recordset import RecordSet
+
+METHODS = ("detection", "fuzzing", "intruder", "image_detection", "image_fuzzing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which latents to explain and how to test the explanations.
+
+    Attributes:
+        latents: latent numbers; None for every latent that is not dead.
+        methods: scorers that ask a language model.
+        n_train: active examples shown to the explainer, plus a quarter as many silent ones (offline: all examples).
+        n_test: active examples in the test questions, and as many silent ones.
+        batch: texts per question.
+        least: active studies needed in each half; a latent with fewer is "too_rare".
+        pictures: images with outlined patches shown to the explainer per image latent, for a model that sees.
+        seed: random seed of the split by patient and of all sampling.
+    """
+
+    latents: Sequence[int] | None = None
+    methods: Sequence[str] = ("detection", "fuzzing")
+    n_train: int = 40
+    n_test: int = 50
+    batch: int = 10
+    least: int = 5
+    pictures: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse unknown scorers and sizes with which no latent could be scored."""
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown:
+            raise ConfigError(f"Unknown scorer {unknown}; choose from {', '.join(METHODS)}.")
+        for name, value, smallest in (("least", self.least, 1), ("batch", self.batch, 1)):
+            if value < smallest:
+                raise ConfigError(f"{name} is {value}; expected at least {smallest}.")
+        for name, value in (("n_train", self.n_train), ("n_test", self.n_test)):
+            if value < self.least:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value} is below the {self.least} active studies per half that a "
+                    f"score needs, so every latent would be too rare. Pass {self.least} or more."
+                )
 
 
 @dataclass(frozen=True)
 class Example:
-    """One study as a latent sees it, and whether it fires there.
+    """One study as a latent sees it, and whether the latent is active there.
 
     Attributes:
-        context: the context.
-        study: its study.
-        active: whether the latent fires in it.
-        interval: number of the record's activation interval that holds it, 0 the highest; -1 where it is silent.
-        max: the latent's largest activation anywhere, the unit of the 0-10 scale.
+        context: context of the latent in the study.
+        study: the study.
+        active: whether the latent is active in it.
+        interval: index of the record's activation interval of this context, 0 the highest; -1 where silent.
+        max: the latent's largest activation in the record set, the unit of the 0-10 scale.
     """
 
     context: Context
@@ -43,6 +87,69 @@ class Halves:
     test: tuple[Example, ...]
 
 
+@dataclass(frozen=True)
+class LatentTask:
+    """One latent ready to be explained and scored.
+
+    Attributes:
+        latent: latent number.
+        train, test: sampled examples of both halves.
+        tokens: output tokens that the latent raises most.
+        edges: (low, high) of every activation interval, highest first.
+        enough: whether both halves have the active and silent examples that the plan needs.
+    """
+
+    latent: int
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    tokens: tuple[str, ...]
+    edges: tuple[tuple[float, float], ...]
+    enough: bool
+
+
+class Tasks:
+    """Latent tasks of a plan, built one at a time: `tasks[latent]` reads one record and samples its examples.
+
+    Attributes:
+        latents: latent numbers of the plan, in order.
+    """
+
+    def __init__(self, records: RecordSet, plan: Plan, offline: bool) -> None:
+        """Split the patients.
+
+        Args:
+            records: record set to read.
+            plan: what to explain.
+            offline: give the explainer all train examples instead of a sample.
+
+        Raises:
+            RecordError: the record set has fewer than two patients.
+        """
+        self._records, self._plan, self._offline = records, plan, offline
+        self._train = train_patients(records.studies.values(), plan.seed)
+        alive = records.table.loc[records.table["status"] != "dead", "latent"]
+        self.latents: list[int] = list(plan.latents) if plan.latents is not None else [int(n) for n in alive]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, latent: int) -> LatentTask:
+        """Read one record; raises RecordError where it is missing, damaged or contradicts itself."""
+        plan, record = self._plan, self._records[latent]
+        halves = split_examples(record, self._records.studies, self._train)
+        rng = random.Random(f"{plan.seed}|{latent}")
+        silent = max(1, plan.n_train // 4)
+        shown = halves.train if self._offline else sample(halves.train, plan.n_train, silent, rng)
+        asked = sample(halves.test, plan.n_test, plan.n_test, rng)
+        enough = all(
+            sum(e.active for e in half) >= plan.least and any(not e.active for e in half)
+            for half in (shown, asked)
+        )
+        tokens = tuple(t.token for t in record.top_tokens[:10])
+        edges = tuple((i.low, i.high) for i in record.intervals)
+        return LatentTask(latent, tuple(shown), tuple(asked), tokens, edges, enough)
+
+
 def train_patients(studies: Iterable[StudyInfo], seed: int = 0, share: float = 0.5) -> frozenset[str]:
     """Patients whose studies may be shown to an explainer; all others are for testing.
 
@@ -51,9 +158,10 @@ def train_patients(studies: Iterable[StudyInfo], seed: int = 0, share: float = 0
     """
     patients = sorted({study.patient for study in studies}, key=lambda patient: _hash(seed, patient))
     if len(patients) < 2:
+        count = "1 patient" if patients else "no patients"
         raise RecordError(
-            f"The record set has {len(patients)} patient(s); explaining and testing on different patients needs "
-            "two or more. Write records of more studies."
+            f"The record set has {count}. Explaining and testing on different patients needs two or more; write "
+            "records of more studies."
         )
     return frozenset(patients[: min(max(1, round(len(patients) * share)), len(patients) - 1)])
 
@@ -64,13 +172,12 @@ def split_examples(record: LatentRecord, studies: Mapping[str, StudyInfo], train
     A study that occurs several times (as a top context and in an interval) is kept where its value is largest.
 
     Raises:
-        RecordError: a context names a study that the record set does not have, or fires in a zero context.
+        RecordError: a context names a study that the record set does not have, or is active in a zero context.
     """
     best: dict[str, Example] = {}
-    highs = [interval.low for interval in record.intervals]
-    offered = [*record.top, *(c for interval in record.intervals for c in interval.contexts)]
-    for context in offered:
-        number = next((i for i, low in enumerate(highs) if context.value >= low), max(len(highs) - 1, 0))
+    lows = [interval.low for interval in record.intervals]
+    for context in (*record.top, *(c for interval in record.intervals for c in interval.contexts)):
+        number = next((i for i, low in enumerate(lows) if context.value >= low), max(len(lows) - 1, 0))
         example = Example(context, _study(context, studies), True, number, record.max)
         known = best.get(context.study)
         if known is None or known.context.value < context.value:
@@ -78,7 +185,7 @@ def split_examples(record: LatentRecord, studies: Mapping[str, StudyInfo], train
     for context in record.zero:
         if context.study in best:
             raise RecordError(
-                f"Latent {record.latent} fires in study {context.study}, which is also among its zero contexts; "
+                f"Latent {record.latent} is active in study {context.study}, which is also among its zero contexts; "
                 "the record contradicts itself. Write the records again."
             )
         best[context.study] = Example(context, _study(context, studies), False, -1, record.max)
@@ -90,7 +197,7 @@ def split_examples(record: LatentRecord, studies: Mapping[str, StudyInfo], train
 
 
 def sample(examples: Iterable[Example], active: int, silent: int, rng: random.Random) -> list[Example]:
-    """At most `active` firing examples, dealt evenly over the intervals, and at most `silent` silent ones."""
+    """At most `active` active examples, taken evenly from the intervals, and at most `silent` silent ones."""
     piles: dict[int, list[Example]] = {}
     for example in examples:
         piles.setdefault(example.interval, []).append(example)
@@ -106,22 +213,32 @@ def sample(examples: Iterable[Example], active: int, silent: int, rng: random.Ra
 
 
 def scaled(value: float | None, largest: float) -> int:
-    """An activation as a whole number from 0 to 10, in tenths of the latent's largest; never 0 where it fires."""
+    """An activation as a whole number from 0 to 10, in tenths of the latent's largest; never 0 where active."""
     if not value or value <= 0 or largest <= 0:
         return 0
     return min(10, max(1, round(10 * value / largest)))
 
 
-def kind_of(examples: Iterable[Example]) -> str:
-    """Whether most firing examples were chosen for a patch ("image") or for a token ("text")."""
-    kinds = [e.context.kind for e in examples if e.active]
-    return "image" if 2 * kinds.count("image") > len(kinds) else "text"
+def modality_of(examples: Iterable[Example]) -> str:
+    """Modality of most active examples: "image" (the peak is a patch) or "text" (the peak is a token)."""
+    found = [e.context.kind for e in examples if e.active]
+    return "image" if 2 * found.count("image") > len(found) else "text"
+
+
+def interval_names(edges: Sequence[tuple[float, float]]) -> list[str]:
+    """Names of activation intervals, such as "4.2 to 8.4"."""
+    return [f"{low:.3g} to {high:.3g}" for low, high in edges]
+
+
+def interval_of(example: Example, names: Sequence[str]) -> str:
+    """Name of an example's interval, "" where it is silent."""
+    return names[example.interval] if 0 <= example.interval < len(names) else ""
 
 
 def _study(context: Context, studies: Mapping[str, StudyInfo]) -> StudyInfo:
     if context.study not in studies:
         raise RecordError(
-            f"A context points to study {context.study}, which the record set's table of studies lacks; the files "
+            f"A context refers to study {context.study}, which the record set's table of studies lacks; the files "
             "belong to different record sets. Write the records again."
         )
     return studies[context.study]

@@ -1,23 +1,21 @@
-"""An explanation of one latent by a language model, from examples of the train half.
+"""Explain one latent by a language model, from examples of the train half.
 
-Text hits are shown as marked windows; image hits as the report's sentences with the place of the patch in words, and
-to a model that sees also as films with the firing patches outlined. The answer is one sentence or nothing: an
-unusable answer is not replaced. It knows nothing about scoring.
+Activations in text are shown as marked windows; activations in images as the report's sentences with the place of the
+patch in words, and to a model that sees also as images with the active patches outlined. An unusable answer is not
+replaced: the latent then has no explanation.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sae_lens_maira.interp import prompts
-from sae_lens_maira.interp.examples import Example, kind_of, scaled
-from sae_lens_maira.interp.findings import category_of_text
+from sae_lens_maira.interp.examples import Example, LatentTask, Plan, modality_of, scaled
 from sae_lens_maira.interp.judge import Judge
-from sae_lens_maira.interp.offline import Explanation
-from sae_lens_maira.interp.pictures import data_uri, outlined
-from sae_lens_maira.interp.windows import active_tokens, place, window
+from sae_lens_maira.interp.offline import Explanation, category_of_text
+from sae_lens_maira.interp.windows import active_tokens, data_uri, outlined, place, window
 
 
 def question(
@@ -30,60 +28,61 @@ def question(
     """The messages that ask for an explanation of these examples.
 
     Args:
-        examples: sampled from the train half.
-        tokens: output tokens the latent raises most.
-        seed: of the windows of silent examples.
-        pictures: of an image latent's active examples, shown as outlined films to a model that sees.
-        folder: of the record set, which holds the films.
+        examples: examples sampled from the train half.
+        tokens: output tokens that the latent raises most.
+        seed: random seed for the windows of silent examples.
+        pictures: number of active examples of an image latent whose outlined images are shown.
+        folder: folder of the record set, which contains the images.
     """
-    kind, rng = kind_of(examples), random.Random(seed)
+    modality, rng = modality_of(examples), random.Random(seed)
     firing = [e for e in examples if e.active]
     active = [
         (
-            window(e, kind, rng, active_tokens(e) if e.context.kind == "text" else ()),
+            window(e, modality, rng, active_tokens(e) if e.context.kind == "text" else ()),
             place(e.context),
             scaled(e.context.value, e.max),
         )
         for e in firing
     ]
-    silent = [window(e, kind, rng) for e in examples if not e.active]
-    films: list[str] = []
-    if pictures and folder is not None and kind == "image":
-        # Those with a film come first, so that text and films are in one order.
-        shown = [(e, film) for e in examples if e.active and (film := outlined(e, folder)) is not None]
-        chosen = {id(e) for e, _ in shown[:pictures]}
-        order = sorted(range(len(active)), key=lambda i: id(firing[i]) not in chosen)
-        active = [active[i] for i in order]
-        films = [data_uri(film) for _, film in shown[:pictures]]
-    return prompts.explain(active, silent, tokens, films)
+    silent = [window(e, modality, rng) for e in examples if not e.active]
+    images: list[str] = []
+    if pictures and folder is not None and modality == "image":
+        shown: list[int] = []
+        for number, e in enumerate(firing):
+            image = outlined(e, folder) if len(shown) < pictures else None
+            if image is not None:
+                shown.append(number)
+                images.append(data_uri(image))
+        # Examples with an image come first, so that texts and images are in one order.
+        order = [*shown, *(n for n in range(len(firing)) if n not in shown)]
+        active = [active[n] for n in order]
+    return prompts.explain(active, silent, tokens, images)
 
 
 async def explain(
     judge: Judge,
-    examples: Sequence[Example],
-    tokens: Sequence[str],
+    task: LatentTask,
     keys: Sequence[str],
-    seed: int = 0,
-    pictures: int = 0,
-    folder: Path | None = None,
+    plan: Plan,
+    folder: Path,
+    licences: Iterable[str],
 ) -> Explanation:
     """Ask for an explanation.
 
     Args:
-        judge: the door to the model.
-        examples: sampled from the train half.
-        tokens: output tokens the latent raises most.
+        judge: client of the language model.
+        task: the latent and its train examples.
         keys: finding keys, for the category.
-        seed: of the windows of silent examples.
-        pictures: outlined films to show of an image latent.
-        folder: of the record set.
+        plan: seed, and the number of images to show.
+        folder: folder of the record set.
+        licences: licence classes of the record set.
 
     Raises:
         PrivacyError: credentialed text would leave the machine.
-        ServerError: the server answers no question at all.
+        ServerError: the server does not answer.
     """
-    licences = {e.study.licence for e in examples}
-    reply = await judge.ask(question(examples, tokens, seed, pictures, folder), prompts.Sentence, licences)
+    asked = question(task.train, task.tokens, plan.seed, plan.pictures, folder)
+    reply = await judge.ask(asked, prompts.Sentence, licences, topic="explanation")
     if reply.answer is None:
         status = "over_budget" if reply.problem == "over budget" else "unusable"
         return Explanation(None, "other", (reply.key,), status)

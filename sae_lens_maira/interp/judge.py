@@ -1,78 +1,79 @@
-"""The door to a language model: one question in, one checked answer or the reason why there is none.
+"""OpenAI-compatible client: returns a validated answer, or the reason why there is none.
 
-Any OpenAI-compatible server does (`OPENAI_BASE_URL`). Answers are constrained to a JSON schema; a server that refuses
-schemas is asked for a JSON object instead, and that is remembered. A cut-off or malformed answer is unusable, never
-repaired. One semaphore, one budget, one journal for the whole run. This is the only file that imports `openai`.
+    question -> journal? -> budget -> request (adapted to the server) -> retries -> answer that fits its schema
+
+Until a first answer of each topic is usable, questions of that topic go out one at a time. When they all fail, the run
+stops with the server's own words, so that a wrong address or model costs seconds. What a server refuses to take
+(`max_tokens`, `temperature`, schemas) is renamed or dropped once per run and recorded in the journal and in `Usage`.
+Time and size of an answer are bounded as a whole.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
-import json
 import os
-import sys
+import random
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
-import openai
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from sae_lens_maira.errors import ServerError
+from sae_lens_maira.errors import ConfigError, ServerError
 from sae_lens_maira.interp.journal import Journal, key_of
 from sae_lens_maira.interp.privacy import check_destination, is_loopback
-from sae_lens_maira.interp.prompts import tokens_of, with_text
-
-
-def _import_event_loop() -> None:
-    """Import the lazy part of `anyio`, which the client needs, with nnsight's hand off `object`.
-
-    nnsight mounts a method `save` on every object; anyio then refuses its own classes ("Attribute 'save' is missing
-    its type annotation") if it is imported later. The mount is taken away for the import and put back.
-    """
-    nnsight = sys.modules.get("nnsight")
-    if nnsight is None or not hasattr(object, "save"):
-        importlib.import_module("anyio._backends._asyncio")
-        return
-    mounts = importlib.import_module("nnsight._c")
-    mounts.unmount("save")
-    try:
-        importlib.import_module("anyio._backends._asyncio")
-    finally:
-        mounts.mount(nnsight.save, "save")
-
-
-_import_event_loop()
+from sae_lens_maira.interp.prompts import Messages, tokens_of
+from sae_lens_maira.interp.protocol import Completion, Dialect, Problem, adapted, read_answer
+from sae_lens_maira.interp.transport import Transport
 
 Answer = TypeVar("Answer", bound=BaseModel)
 DEFAULT_URL = "https://api.openai.com/v1"
-Messages = list[dict[str, Any]]
+
+# Failed questions of one topic after which a run stops, as long as none was answered.
+PATIENCE = {"stopped": 1, "forbidden": 1, "connection": 1, "timeout": 2, "server error": 3, "rate limit": 3}
+PATIENCE_ELSE = 5
+# Failures in a row, with no answer between them, after which a run stops later on.
+LOST = {"connection", "timeout", "server error", "rate limit", "forbidden", "no completion", "too large"}
+_NO_JSON = "The model does not answer in the JSON that was asked for; choose another model."
+HINTS = {
+    "connection": "Start the server, or check --base-url (OPENAI_BASE_URL).",
+    "timeout": "Pass a larger --timeout for a slow model.",
+    "cut off": "Answers were cut off at --judge-max-tokens {max_tokens}; a reasoning model needs 4000 or more.",
+    "invalid": _NO_JSON,
+    "not JSON": _NO_JSON,
+    "declined": "The model declines these questions; choose another model.",
+    "no completion": "Check that --base-url is the address of an OpenAI-compatible API; it usually ends in /v1.",
+    "rate limit": "Run the same command again later, or with a smaller --concurrency.",
+    "stopped": "Check --base-url (OPENAI_BASE_URL), OPENAI_API_KEY, the model's name and your quota.",
+    "forbidden": "Check OPENAI_API_KEY and the model's name.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Which model to ask, and how hard.
+    """Which model to ask, and the limits of a run.
 
     Attributes:
         model: name of the model at the server.
-        base_url: address of the server; `OPENAI_BASE_URL` if not given.
-        api_key: `OPENAI_API_KEY` if not given; local servers need none.
+        base_url: address of the server, `OPENAI_BASE_URL` if not given; without a scheme only for this machine.
+        api_key: API key, `OPENAI_API_KEY` if not given; local servers need none.
         concurrency: questions in flight at once.
-        max_retries: of one question after 429, 5xx, timeouts and lost connections; `Retry-After` is obeyed.
-        timeout: seconds for one answer.
-        max_tokens: most tokens of one answer.
-        max_tokens_total: budget of tokens, asked and answered together; None for no limit.
+        max_retries: retries of one question after 429, 5xx, timeouts and lost connections; `Retry-After` is obeyed.
+        timeout: seconds for one answer as a whole, and the longest `Retry-After` that is obeyed.
+        max_tokens: most tokens of one answer, thoughts included.
+        max_tokens_total: budget of tokens, prompts and answers together; None for no limit.
         max_requests: budget of requests; None for no limit.
-        usd_per_mtok: price of a million tokens asked and answered; None where unknown.
-        allow_remote: let credentialed studies leave this machine.
+        usd_per_mtok: price of a million prompt and answer tokens; None where unknown.
+        allow_remote: allow text of credentialed studies to leave this machine.
     """
 
     model: str
     base_url: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     concurrency: int = 8
     max_retries: int = 5
     timeout: float = 120.0
@@ -82,15 +83,54 @@ class Server:
     usd_per_mtok: tuple[float, float] | None = None
     allow_remote: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse an address or a limit with which no question can be asked."""
+        least = {"concurrency": 1, "max_retries": 0, "max_tokens": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected {smallest} or more.")
+        if not 0 < self.timeout < float("inf"):
+            raise ConfigError(f"timeout is {self.timeout}; expected a number of seconds above 0.")
+        _ = self.url
+
     @property
     def url(self) -> str:
-        """Where questions go."""
-        return self.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL
+        """Address that questions are sent to, with its scheme.
+
+        Raises:
+            ConfigError: the address has no scheme and is not this machine, or is not an HTTP address.
+        """
+        given = (self.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).strip().rstrip("/")
+        address = given
+        if "://" not in given:
+            address = f"http://{given}"
+            if not is_loopback(address):
+                raise ConfigError(
+                    f"The server address {given!r} has no scheme. Write http://{given} or https://{given}."
+                )
+        try:
+            parts = urlsplit(address)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ConfigError(
+                f"The server address {given!r} is not an HTTP address; expected one such as http://127.0.0.1:8000/v1."
+            )
+        return address
+
+    @property
+    def name(self) -> str:
+        """The address as it is shown: without user, password and query."""
+        parts = urlsplit(self.url)
+        host = parts.hostname or ""
+        host = f"[{host}]" if ":" in host else host
+        return urlunsplit((parts.scheme, f"{host}:{parts.port}" if parts.port else host, parts.path, "", ""))
 
 
 @dataclass(frozen=True)
 class Reply(Generic[Answer]):
-    """A checked answer, or None and the reason: "cut off", "invalid", "error: ..." or "over budget"."""
+    """A validated answer, or None and the problem, such as "cut off", "invalid: ..." or "over budget"."""
 
     answer: Answer | None
     key: str
@@ -99,16 +139,28 @@ class Reply(Generic[Answer]):
 
 @dataclass
 class Usage:
-    """What a run used, answers from the journal apart."""
+    """What a run used.
+
+    Attributes:
+        requests: requests sent, retries not counted.
+        cached: answers from the journal.
+        retries: retries of all requests.
+        tokens_in, tokens_out: prompt and answer tokens as counted by the server.
+        usable, unusable, over_budget: outcomes of the questions, cached answers included in `usable`.
+        problems: number of unusable answers per reason.
+        adapted: what was renamed or dropped for this server.
+    """
 
     requests: int = 0
     cached: int = 0
     retries: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    usable: int = 0
     unusable: int = 0
     over_budget: int = 0
     problems: dict[str, int] = field(default_factory=dict)
+    adapted: tuple[str, ...] = ()
 
     def price(self, usd_per_mtok: tuple[float, float] | None) -> float | None:
         """US dollars at the user's prices."""
@@ -122,18 +174,17 @@ class Judge:
 
     def __init__(self, server: Server, journal: Journal) -> None:
         self.server, self.journal, self.usage = server, journal, Usage()
-        self._reserved = 0
+        self._key = server.api_key or os.environ.get("OPENAI_API_KEY") or ""
+        self._transport = Transport(f"{server.url}/chat/completions", self._key, server.timeout)
         self._slots = asyncio.Semaphore(server.concurrency)
-        local = is_loopback(server.url)
-        # To this machine neither through a proxy of the environment nor on to wherever it redirects.
-        http = openai.DefaultAsyncHttpxClient(trust_env=not local, follow_redirects=False)
-        self._client = openai.AsyncOpenAI(
-            base_url=server.url,
-            api_key=server.api_key or os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=server.max_retries,
-            timeout=server.timeout,
-            http_client=http,
-        )
+        self._reserved = 0
+        self._first: dict[str, asyncio.Lock] = {}
+        self._answered: set[str] = set()
+        self._failed: Counter[str] = Counter()
+        self._in_a_row = 0
+        self._note = f"requests to {server.model} at {server.name}"
+        self._dialect = Dialect.of(journal.note(self._note))
+        self.usage.adapted = self._dialect.changes
 
     async def __aenter__(self) -> Judge:
         return self
@@ -141,78 +192,117 @@ class Judge:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.close()
+        await self._transport.close()
 
-    @property
-    def _mode_note(self) -> str:
-        return f"answers of {self.server.model} at {self.server.url}"
-
-    async def ask(self, messages: Messages, form: type[Answer], licences: Iterable[str]) -> Reply[Answer]:
+    async def ask(
+        self, messages: Messages, form: type[Answer], licences: Iterable[str], topic: str = ""
+    ) -> Reply[Answer]:
         """Ask one question.
 
         Args:
             messages: chat messages.
-            form: what the answer must look like.
-            licences: licence classes of the studies whose text is in the messages.
+            form: schema of the answer.
+            licences: licence classes of the studies whose text or images are in the messages.
+            topic: kind of question; a run stops when the first questions of a topic all fail.
 
         Raises:
             PrivacyError: credentialed text would leave the machine; nothing was sent.
-            ServerError: the server refuses the key or the model, so that no question can be answered.
+            ServerError: the first questions all failed, or the server stopped answering.
         """
         check_destination(licences, self.server.url, self.server.allow_remote)
         async with self._slots:
-            mode = self.journal.note(self._mode_note) or "json_schema"
-            reply = await self._once(messages, form, mode)
-            if reply.problem == "refused" and mode == "json_schema":
-                fallback = await self._once(messages, form, "json_object")
-                # Only an accepted answer proves that the schema was the obstacle and not the question.
-                if fallback.problem != "refused" and self.journal.note(self._mode_note) is None:
-                    self.journal.set_note(self._mode_note, "json_object")
-                reply = fallback
-        if reply.answer is None:
-            self.usage.over_budget += reply.problem == "over budget"
-            self.usage.unusable += reply.problem != "over budget"
-            self.usage.problems[reply.problem] = self.usage.problems.get(reply.problem, 0) + 1
-        return reply
+            if topic not in self._answered:
+                async with self._first.setdefault(topic, asyncio.Lock()):
+                    if topic not in self._answered:
+                        return await self._ask(messages, form, topic)
+            return await self._ask(messages, form, topic)
 
-    def _request(self, messages: Messages, form: type[BaseModel], mode: str) -> dict[str, Any]:
-        schema = form.model_json_schema()
-        if mode == "json_schema":
-            shape = {"type": mode, "json_schema": {"name": form.__name__, "schema": schema, "strict": True}}
-        else:
-            shape = {"type": "json_object"}
-            told = f"Answer with one JSON object of this schema and nothing else: {json.dumps(schema)}"
-            messages = with_text(messages, told)
-        return {
-            "model": self.server.model,
-            "messages": messages,
-            "response_format": shape,
-            "temperature": 0,
-            "max_tokens": self.server.max_tokens,
-        }
+    async def _ask(self, messages: Messages, form: type[Answer], topic: str) -> Reply[Answer]:
+        """Ask, adapting the request to what the server takes; what helped is kept for later questions."""
+        dialect = self._dialect
+        tried = {dialect}
+        while True:
+            answer, key = await self._once(messages, form, dialect)
+            if answer is None:
+                self.usage.over_budget += 1
+                return Reply(None, key, "over budget")
+            if not isinstance(answer, Problem):
+                self._keep(dialect)
+                self._answered.add(topic)
+                self._in_a_row = 0
+                self.usage.usable += 1
+                return Reply(answer, key)
+            change = adapted(dialect, answer, proven=topic in self._answered)
+            if change is None or change in tried:
+                break
+            dialect = change
+            tried.add(dialect)
+        self._failed_once(answer, topic)
+        return Reply(None, key, self._masked(str(answer)))
 
-    async def _once(self, messages: Messages, form: type[Answer], mode: str) -> Reply[Answer]:
-        request = self._request(messages, form, mode)
+    def _keep(self, dialect: Dialect) -> None:
+        if dialect != self._dialect:
+            self._dialect = dialect
+            self.journal.set_note(self._note, asdict(dialect))
+            self.usage.adapted = dialect.changes
+
+    def _failed_once(self, problem: Problem, topic: str) -> None:
+        """Count an unusable answer; raises ServerError where no further question has a chance."""
+        self.usage.unusable += 1
+        reason = self._masked(str(problem))
+        self.usage.problems[reason] = self.usage.problems.get(reason, 0) + 1
+        self._failed[topic] += 1
+        self._in_a_row = self._in_a_row + 1 if problem.kind in LOST else 0
+        patience = PATIENCE.get(problem.kind, PATIENCE_ELSE)
+        if topic not in self._answered and self._failed[topic] >= patience:
+            number = self._failed[topic]
+            which = "The first question" if number == 1 else f"All of the first {number} questions"
+            about = f" about {topic}" if topic and self._answered else ""
+            raise self._error(problem, f"{which}{about} failed")
+        if problem.kind == "stopped" or self._in_a_row >= 2 * self.server.concurrency + 3:
+            raise self._error(problem, "The server stopped answering; usable answers are in the journal")
+
+    def _error(self, problem: Problem, what: str) -> ServerError:
+        reason = problem.words if problem.words.startswith("HTTP") else str(problem)
+        hint = HINTS.get(problem.kind, "Check the server and the model.").format(
+            max_tokens=self.server.max_tokens
+        )
+        return ServerError(
+            f"{self._masked(reason).rstrip('.')}. {what} (model {self.server.model!r} at {self.server.name}). {hint}"
+        )
+
+    def nothing_usable(self) -> ServerError | None:
+        """The error of a run that asked and got no usable answer at all."""
+        if self.usage.usable or not self.usage.unusable:
+            return None
+        reason, _ = max(self.usage.problems.items(), key=lambda item: item[1])
+        kind, _, words = reason.partition(": ")
+        return self._error(
+            Problem(kind, words), f"None of {self.usage.unusable} questions has a usable answer"
+        )
+
+    def _masked(self, text: str) -> str:
+        return text.replace(self._key, "***") if len(self._key) >= 4 else text
+
+    async def _once(
+        self, messages: Messages, form: type[Answer], dialect: Dialect
+    ) -> tuple[Answer | Problem | None, str]:
+        """(answer, problem, or None where the budget is spent; key of the request)."""
+        request = dialect.request(self.server.model, messages, form, self.server.max_tokens)
         key = key_of(request)
         row = self.journal.get(key)
-        if row is None:
-            expected = tokens_of(messages) + self.server.max_tokens
-            if not self._reserve(expected):
-                return Reply(None, key, "over budget")
-            try:
-                row = await self._send(request, key)
-            finally:
-                self._reserved -= expected
-        else:
-            self.usage.cached += 1
-        if row.get("error"):
-            return Reply(None, key, row["error"])
-        if row["finish_reason"] == "length":
-            return Reply(None, key, "cut off")
+        if row is not None:
+            answer = read_answer(Completion(row.get("text") or "", row.get("reasoning") or ""), form)
+            if not isinstance(answer, Problem):
+                self.usage.cached += 1
+                return answer, key
+        expected = tokens_of(messages) + self.server.max_tokens
+        if not self._reserve(expected):
+            return None, key
         try:
-            return Reply(form.model_validate_json(row["text"] or ""), key)
-        except ValidationError:
-            return Reply(None, key, "invalid")
+            return await self._send(request, key, form), key
+        finally:
+            self._reserved -= expected
 
     def _reserve(self, tokens: int) -> bool:
         server, usage = self.server, self.usage
@@ -225,41 +315,42 @@ class Judge:
         self._reserved += tokens
         return True
 
-    async def _send(self, request: dict[str, Any], key: str) -> dict[str, Any]:
-        """One request with the client's retries; the row it left in the journal."""
-        began = time.monotonic()
-        row: dict[str, Any] = {"key": key, "request": request}
-        try:
-            raw = await self._client.chat.completions.with_raw_response.create(**request)
-            completion = raw.parse()
-            choice = completion.choices[0]
-            self.usage.retries += raw.retries_taken
+    async def _send(self, request: dict[str, Any], key: str, form: type[Answer]) -> Answer | Problem:
+        """One request with its retries; its outcome is a row of the journal."""
+        began, retries = time.monotonic(), 0
+        while True:
+            result, wait = await self._transport.post(request)
+            if not isinstance(result, Problem) or not result.retry or retries >= self._retries(result):
+                break
+            if wait is not None and wait > self.server.timeout:
+                told = f"{result.words}; the server asks to wait {wait:.0f} s, --timeout is {self.server.timeout:g} s"
+                result = Problem("stopped", told)
+                break
+            await asyncio.sleep(
+                wait if wait is not None else min(8.0, 0.5 * 2**retries) * random.uniform(0.8, 1.0)
+            )
+            retries += 1
+        self.usage.retries += retries
+        row: dict[str, Any] = {"key": key, "usable": False, "request": request}
+        if isinstance(result, Problem):
+            answer: Answer | Problem = result
+        else:
+            self.usage.tokens_in += result.tokens[0]
+            self.usage.tokens_out += result.tokens[1]
+            answer = read_answer(result, form)
+            row |= {"text": result.text, "reasoning": result.reasoning, "finish_reason": result.finish}
             row |= {
-                "text": choice.message.content,
-                "finish_reason": choice.finish_reason,
-                "served_model": completion.model,
-                "retries": raw.retries_taken,
+                "served_model": result.served_model,
+                "usage": dict(zip(("in", "out"), result.tokens, strict=True)),
             }
-            if completion.usage is not None:
-                row["usage"] = {
-                    "in": completion.usage.prompt_tokens,
-                    "out": completion.usage.completion_tokens,
-                }
-                self.usage.tokens_in += completion.usage.prompt_tokens
-                self.usage.tokens_out += completion.usage.completion_tokens
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise ServerError(
-                f"{self.server.url} refused the question for model {self.server.model!r} ({error.status_code}: "
-                f"{error.message}); no other question would be answered either. Check OPENAI_BASE_URL, "
-                "OPENAI_API_KEY and the model's name."
-            ) from None
-        except openai.BadRequestError as error:
-            # "refused" is what the fallback is decided on; the server's words stay in the journal.
-            row |= {"error": "refused", "message": str(error.message)}
-        except openai.APIError as error:
-            row |= {"error": f"error: {type(error).__name__}", "message": str(error.message)}
-        except (json.JSONDecodeError, IndexError, AttributeError, TypeError) as error:
-            row |= {"error": f"error: no completion ({type(error).__name__})"}
-        row["seconds"] = round(time.monotonic() - began, 3)
-        self.journal.append(row)
-        return row
+        row |= {"usable": not isinstance(answer, Problem), "retries": retries}
+        if isinstance(answer, Problem):
+            row |= {"error": self._masked(str(answer))}
+        self.journal.append(row | {"seconds": round(time.monotonic() - began, 3)})
+        return answer
+
+    def _retries(self, problem: Problem) -> int:
+        """Retries of one question: few for an address that has never answered."""
+        if self._answered or problem.kind not in ("connection", "timeout"):
+            return self.server.max_retries
+        return min(self.server.max_retries, 2 if problem.kind == "connection" else 0)

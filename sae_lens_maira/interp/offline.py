@@ -1,29 +1,44 @@
-"""The explainer without a language model: what sets a latent's active studies apart from its silent ones.
+"""Explain and judge without a language model: contrast active studies with silent ones.
 
 For every finding, Youden's J = share of active studies that have it - share of silent studies that have it; for
 every word the same over windows. The sentence names the finding of largest J if it is large enough, else the words.
 It is labelled "contrast (no LLM)" wherever it appears, and it reads examples of the train half only.
+
+The finding keys of the record set are the only list of findings. A key such as `pleural_effusion_left` is a name and
+perhaps a side; a clause of a sentence names it if it holds the name and its side, or the name and no side at all.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sae_lens_maira.interp.examples import Example, kind_of
-from sae_lens_maira.interp.findings import category_of, key_in_words, name_and_side
+from sae_lens_maira.interp.examples import Example, interval_of, modality_of
+from sae_lens_maira.interp.records import Score
+from sae_lens_maira.interp.score import Verdict, score_of
 from sae_lens_maira.interp.windows import peak_word, place, window, words_of
 
 EXPLAINER = "contrast (no LLM)"
 ENOUGH = 0.4  # A finding's J from which it is named: with 20 against 20 studies chance stays below it.
 WORDS = 4
 
+_SIDES = ("left", "right")
+_QUOTED = re.compile(r'"[^"]*"')
+_PLACE = re.compile(r"\b(left|right|central) (upper|mid|lower) (zone|part)s?\b")
+_CLAUSE = re.compile(r"[.;:\n]+")
+_DEVICES = re.compile(r"\b(pacemaker|tube|line|catheter|wires?|clips?|port|drain|device|support)\b")
+_CHANGE = re.compile(
+    r"\b(new|newly|unchanged|stable|increased?|increasing|decreased?|decreasing|larger|smaller|worsen\w*|"
+    r"improv\w*|resol\w+|interval|prior|comparison|previous|since|again|removed|change[ds]?)\b"
+)
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """A sentence, its category, and the calls that made it (none offline)."""
+    """A sentence, its category, the journal keys of the calls that made it, and its status."""
 
     text: str | None
     category: str
@@ -32,22 +47,22 @@ class Explanation:
 
 
 def contrast(examples: Sequence[Example], seed: int = 0) -> Explanation:
-    """Explain a latent from its train examples; text None where it has no active or no silent ones."""
+    """Explain a latent from its train examples; the text is None where it has no active or no silent ones."""
     active = [e for e in examples if e.active]
     silent = [e for e in examples if not e.active]
     if not active or not silent:
         return Explanation(None, "other", status="too_rare")
-    kind = kind_of(examples)
+    modality = modality_of(examples)
     finding = contrasted_finding(active, silent)
-    words = contrasted_words(active, silent, kind, seed)
+    words = contrasted_words(active, silent, modality, seed)
     peaks = Counter(word for e in active if (word := peak_word(e.context)))
-    at = [word for word, _ in peaks.most_common(2)] if kind == "text" else []
+    at = [word for word, _ in peaks.most_common(2)] if modality == "text" else []
     parts = []
     if finding is not None:
         parts.append(
             f"{key_in_words(finding[0])} ({finding[1]:.0%} of active and {finding[2]:.0%} of silent studies)"
         )
-    if kind == "image":
+    if modality == "image":
         places = Counter(p for e in active if (p := place(e.context)))
         parts.append("patches in the " + " and the ".join(p for p, _ in places.most_common(2)))
     elif at:
@@ -65,8 +80,8 @@ def contrasted_finding(
 ) -> tuple[str, float, float] | None:
     """(key, share of active, share of silent studies) of the finding of largest J, or None if none reaches ENOUGH.
 
-    A sided finding also competes without its side ("nodule on either side"): the side is named where it holds
-    apart, since an unsided key has a larger share of silent studies.
+    A sided finding also competes without its side ("nodule on either side"). A key without a side has a larger share
+    of silent studies, so the side is named where it separates better.
     """
 
     def keys(example: Example) -> set[str]:
@@ -85,15 +100,92 @@ def contrasted_finding(
 
 
 def contrasted_words(
-    active: Sequence[Example], silent: Sequence[Example], kind: str, seed: int = 0
+    active: Sequence[Example], silent: Sequence[Example], modality: str, seed: int = 0
 ) -> list[str]:
     """Words of largest J over the windows shown, at most WORDS of them and none below 0.2."""
 
     def counts(group: Sequence[Example]) -> Counter[str]:
         rng = random.Random(seed)
-        return Counter(word for e in group for word in set(words_of(window(e, kind, rng))))
+        return Counter(word for e in group for word in set(words_of(window(e, modality, rng))))
 
     here, there = counts(active), counts(silent)
     gains = {word: n / len(active) - there[word] / len(silent) for word, n in here.items()}
     best = sorted(gains, key=lambda word: (-gains[word], word))[:WORDS]
     return [word for word in best if gains[word] >= 0.2]
+
+
+def judge_by_truth(
+    explanation: str, examples: Sequence[Example], keys: Sequence[str], names: Sequence[str]
+) -> Score:
+    """Detection by the known findings: active where the study has a finding that the explanation names."""
+    named = named_findings(explanation, keys)
+    return score_of(
+        "detection",
+        "truth",
+        [Verdict(e.active, bool(named & set(e.study.findings)), interval_of(e, names)) for e in examples],
+    )
+
+
+def judge_by_words(explanation: str, examples: Sequence[Example], names: Sequence[str]) -> Score:
+    """Detection by the quoted words: active where the text shown holds at least half of them."""
+    quoted = set(re.findall(r'"([^"]+)"', explanation))
+    modality, rng = modality_of(examples), random.Random(0)
+    verdicts = []
+    for e in examples:
+        held = quoted & set(words_of(window(e, modality, rng)))
+        answer = bool(quoted) and 2 * len(held) >= len(quoted)
+        verdicts.append(Verdict(e.active, answer, interval_of(e, names)))
+    return score_of("detection", "words", verdicts)
+
+
+def name_and_side(key: str) -> tuple[str, str | None]:
+    """`pleural_effusion_left` -> ("pleural effusion", "left"); a key without a side -> (name, None)."""
+    stem, _, last = key.rpartition("_")
+    if stem and last in _SIDES:
+        return stem.replace("_", " "), last
+    return key.replace("_", " "), None
+
+
+def key_in_words(key: str) -> str:
+    """`pleural_effusion_left` -> "left pleural effusion"."""
+    name, side = name_and_side(key)
+    return f"{side} {name}" if side else name
+
+
+def named_findings(text: str, keys: Iterable[str]) -> frozenset[str]:
+    """The keys that a sentence names; a name without a side names both sides.
+
+    Quoted words are evidence, not statements, and are skipped; so are places ("left lower zone").
+    """
+    known = [(key, *name_and_side(key)) for key in keys]
+    named = set()
+    for clause in _CLAUSE.split(_PLACE.sub(" ", _QUOTED.sub(" ", text)).lower()):
+        sides = {side for side in _SIDES if re.search(rf"\b{side}\b", clause)}
+        for key, name, side in known:
+            says = re.search(rf"\b{re.escape(name.lower())}(s|es)?\b", clause)
+            if says and (side is None or not sides or side in sides):
+                named.add(key)
+    return frozenset(named)
+
+
+def category_of(finding: str | None, words: Iterable[str]) -> str:
+    """Category of an explanation, from the finding it names (None for none) and the words of the evidence."""
+    if finding is not None:
+        return "device" if _DEVICES.search(name_and_side(finding)[0]) else "pathology"
+    words = list(words)
+    text = " ".join(words)
+    if _CHANGE.search(text):
+        return "longitudinal change"
+    if _DEVICES.search(text):
+        return "device"
+    return "textual" if words else "other"
+
+
+def category_of_text(text: str, keys: Iterable[str]) -> str:
+    """Category of a free sentence: change words first, then devices, then any known finding."""
+    named = sorted(named_findings(text, keys))
+    if _CHANGE.search(text.lower()):
+        return "longitudinal change"
+    if _DEVICES.search(text.lower()):
+        return "device"
+    return "pathology" if named else "textual"

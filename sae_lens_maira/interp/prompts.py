@@ -1,17 +1,17 @@
-"""Every sentence put to a language model, and the form of every answer.
+"""Prompts for a language model, and the schema of every answer.
 
-`PROMPT_VERSION` is part of the record of each interpretation and changes with any word here. Questions say what a
-latent is once, show examples, and ask for one JSON object. It knows nothing about records or servers.
+`PROMPT_VERSION` is stored with each interpretation and changes with any word here. A prompt explains once what a
+latent is, shows examples, and asks for one JSON object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, create_model
 
-PROMPT_VERSION = "2026-11"
+PROMPT_VERSION = "2026-11b"
 PICTURE_TOKENS = 1000
 
 Messages = list[dict[str, Any]]
@@ -39,6 +39,15 @@ _INTRUDE = (
     f"{_LATENT} You are given numbered report texts. In all but one the same latent is active; in the other one it "
     "is silent. Give the number of that other text."
 )
+_DETECT_IMAGES = (
+    f"{_LATENT} You are given a description of what makes one latent active, and radiographs. Decide for each image, "
+    "in order, whether the latent is active in it. The left of an image is the patient's right."
+)
+_FUZZ_IMAGES = (
+    f"{_LATENT} You are given a description of what makes one latent active, and radiographs with outlined patches. "
+    "Decide for each image, in order, whether the outlined patches show what the description says. The left of an "
+    "image is the patient's right."
+)
 
 
 class Sentence(BaseModel):
@@ -48,13 +57,13 @@ class Sentence(BaseModel):
 
 
 class Intruder(BaseModel):
-    """The number of the odd text, from 1."""
+    """The number of the text that does not belong, from 1."""
 
     number: int
 
 
 def verdicts_form(count: int) -> type[BaseModel]:
-    """The form of `count` verdicts: a model with one field `verdicts`, a list of exactly that many booleans."""
+    """The schema of `count` verdicts: a model with one field `verdicts`, a list of exactly that many booleans."""
     inside: Any = Annotated[list[bool], Field(min_length=count, max_length=count)]
     return create_model("Verdicts", verdicts=(inside, ...))
 
@@ -71,7 +80,7 @@ def explain(
         active: (text, place in the image or None, strength 1 to 10) of every active example.
         silent: texts of silent examples.
         tokens: output tokens that the latent raises most.
-        pictures: addresses of the first active examples' films with the firing patches outlined, for a model that
+        pictures: `data:` URIs of the first active examples' images with active patches outlined, for a model that
             sees; they follow the text as image parts.
     """
     lines = ["Active in:"]
@@ -83,29 +92,9 @@ def explain(
         lines += ["", "It makes these output tokens likelier: " + ", ".join(repr(token) for token in tokens)]
     if not pictures:
         return _pair(_EXPLAIN, "\n".join(lines))
-    lines += ["", f"The films of the first {len(pictures)} active examples follow, active patches outlined."]
-    parts: list[dict[str, Any]] = [{"type": "text", "text": "\n".join(lines)}]
-    parts += [{"type": "image_url", "image_url": {"url": address}} for address in pictures]
+    lines += ["", f"The images of the first {len(pictures)} active examples follow, active patches outlined."]
+    parts = [_text("\n".join(lines)), *map(_image, pictures)]
     return [{"role": "system", "content": _EXPLAIN}, {"role": "user", "content": parts}]
-
-
-def with_text(messages: Messages, text: str) -> Messages:
-    """The messages with a paragraph more at the end, whether the last one has parts or not."""
-    *before, last = messages
-    content = last["content"]
-    more = f"{content}\n\n{text}" if isinstance(content, str) else [*content, {"type": "text", "text": text}]
-    return [*before, {**last, "content": more}]
-
-
-def tokens_of(messages: Messages) -> int:
-    """A rough number of tokens: four letters each, and `PICTURE_TOKENS` a picture."""
-    total = 0
-    for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            total += len(part["text"]) // 4 + 4 if part["type"] == "text" else PICTURE_TOKENS
-    return total
 
 
 def detect(explanation: str, texts: Sequence[str]) -> Messages:
@@ -118,13 +107,66 @@ def fuzz(explanation: str, texts: Sequence[str]) -> Messages:
     return _pair(_FUZZ, f"Description: {explanation}\n\n{_numbered(texts)}")
 
 
+def detect_images(explanation: str, images: Sequence[str]) -> Messages:
+    """Ask in which images (`data:` URIs) the latent is active."""
+    return _with_images(_DETECT_IMAGES, explanation, images)
+
+
+def fuzz_images(explanation: str, images: Sequence[str]) -> Messages:
+    """Ask in which images (`data:` URIs) the right patches are outlined."""
+    return _with_images(_FUZZ_IMAGES, explanation, images)
+
+
 def intrude(texts: Sequence[str]) -> Messages:
     """Ask for the text that does not belong."""
     return _pair(_INTRUDE, _numbered(texts))
 
 
+VERDICTS: dict[str, Callable[[str, Sequence[str]], Messages]] = {
+    "detection": detect,
+    "fuzzing": fuzz,
+    "image_detection": detect_images,
+    "image_fuzzing": fuzz_images,
+}
+"""The prompt of every scorer that asks for verdicts."""
+
+
+def with_text(messages: Messages, text: str) -> Messages:
+    """The messages with one more paragraph at the end, whether the last message has parts or not."""
+    *before, last = messages
+    content = last["content"]
+    more = f"{content}\n\n{text}" if isinstance(content, str) else [*content, _text(text)]
+    return [*before, {**last, "content": more}]
+
+
+def tokens_of(messages: Messages) -> int:
+    """Estimate the number of tokens: one per four letters, and `PICTURE_TOKENS` per image."""
+    total = 0
+    for message in messages:
+        content = message["content"]
+        parts = [_text(content)] if isinstance(content, str) else content
+        for part in parts:
+            total += len(part["text"]) // 4 + 4 if part["type"] == "text" else PICTURE_TOKENS
+    return total
+
+
 def _pair(system: str, user: str) -> Messages:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def _with_images(system: str, explanation: str, images: Sequence[str]) -> Messages:
+    parts = [_text(f"Description: {explanation}")]
+    for number, image in enumerate(images, 1):
+        parts += [_text(f"Image {number}:"), _image(image)]
+    return [{"role": "system", "content": system}, {"role": "user", "content": parts}]
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _image(address: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": address}}
 
 
 def _numbered(texts: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.interp.findings import category_of_text
+from sae_lens_maira.interp.offline import category_of_text
 from sae_lens_maira.interp.records import Interpretation, Score
 
 LATENT = ("latent", "latent_id", "latent_idx", "latent_index", "feature", "feature_id", "feature_idx")

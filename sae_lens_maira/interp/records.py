@@ -1,13 +1,15 @@
-"""What is said about a latent, and how well it holds: explanation, scores, and the control beside every score.
+"""Interpretations of latents: explanation, scores, and a control for every score.
 
-One `Interpretation` per latent and explainer, a JSON line each. A score counts what was asked, answered and
-unusable; nothing is imputed. Dashboards read these records; they know nothing about servers or prompts.
+One `Interpretation` per latent and explainer, stored as one JSON line each in `interpretations.jsonl` of the record
+set. A score counts what was asked, answered and unusable; nothing is imputed. Neuronpedia knows a fixed list of
+explanation types: `explanation_type` maps our method to the nearest of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,21 +19,33 @@ from sae_lens_maira.latents.serialization import from_plain, to_plain
 
 FILE = "interpretations.jsonl"
 
+EXPLANATION_TYPES = (
+    "oai_token-act-pair",
+    "oai_attention-head",
+    "np_max-act-logits",
+    "np_max-act",
+    "np_acts-logits-general",
+    "eleuther_acts_top20",
+    "python-code",
+    "human",
+)
+"""The explanation types that Neuronpedia's database knows: `typeName` is a foreign key, others are refused there."""
+
 
 @dataclass(frozen=True)
 class Score:
-    """One scorer's verdict on one explanation.
+    """Score of one explanation by one scorer and judge.
 
     Attributes:
-        method: "detection", "fuzzing" or "intruder".
-        judge: model that judged, or "truth" / "words" for the judges without an LLM.
-        asked: questions put.
-        answered: usable answers.
-        unusable: cut off, refused or malformed answers; asked = answered + unusable.
-        true_positive, false_positive, true_negative, false_negative: of the answered ones.
+        method: name of the scorer, such as "detection" (see `score.py`).
+        judge: model that judged, or "truth" / "words" for the judges without a language model.
+        asked: number of questions.
+        answered: number of usable answers.
+        unusable: number of answers that were cut off, refused or malformed; asked = answered + unusable.
+        true_positive, false_positive, true_negative, false_negative: counts of the usable answers.
         balanced_accuracy: mean of sensitivity and specificity; None where a class has no answer.
         low, high: its 95 % interval.
-        recall_by_interval: (interval, recall, n), highest activations first.
+        recall_by_interval: (activation interval, recall, n), highest activations first.
     """
 
     method: str
@@ -54,17 +68,18 @@ class Interpretation:
     """An explanation of one latent with its scores and controls.
 
     Attributes:
-        latent: its number.
-        explanation: the sentence; None where none could be had.
+        latent: latent number.
+        explanation: the sentence; None where there is no usable one.
         explainer: model that wrote it, or "contrast (no LLM)" for the offline explainer.
-        method: Neuronpedia's explainer type, such as "eleuther_acts_top20"; "" for the offline explainer.
+        method: how the explainer was asked, such as "acts_top40": active examples shown, taken evenly from the
+            activation intervals; "" for the offline explainer.
         category: "device", "pathology", "longitudinal change", "textual" or "other".
-        scores: this explanation's scores.
-        control: the same scorers with another latent's explanation, same method order as `scores`.
+        scores: scores of this explanation.
+        control: the same scorers with another latent's explanation, in the order of `scores`.
         control_latent: the latent whose explanation that was.
         status: "ok", "too_rare", "unusable" or "over_budget".
-        n_train, n_test: examples shown to the explainer and asked about; no patient is in both.
-        prompt_version: of the prompts.
+        n_train, n_test: number of examples shown to the explainer and asked about; no patient is in both.
+        prompt_version: version of the prompts.
         journal_keys: keys of the calls in the journal.
     """
 
@@ -82,12 +97,28 @@ class Interpretation:
     prompt_version: str
     journal_keys: tuple[str, ...] = ()
 
+    @property
+    def worth(self) -> tuple[bool, bool]:
+        """Whether it has an explanation, and whether it has a usable score."""
+        return bool(self.explanation), any(s.balanced_accuracy is not None for s in self.scores)
+
+
+def explanation_type(method: str) -> str | None:
+    """Neuronpedia's explanation type for a method of ours: the nearest one it knows, None for the offline explainer.
+
+    Args:
+        method: `Interpretation.method`; where it is not a type there, the notes should name it.
+    """
+    if not method or method in EXPLANATION_TYPES:
+        return method or None
+    return "eleuther_acts_top20" if re.fullmatch(r"(eleuther_)?acts_top\d+", method) else "np_max-act"
+
 
 def load(folder: Path | str) -> list[Interpretation]:
-    """Interpretations beside a record set, in the file's order; none if there are none.
+    """Interpretations of a record set, in the file's order; empty where none were made.
 
     Raises:
-        RecordError: a line is no interpretation.
+        RecordError: a line is not an interpretation.
     """
     path = Path(folder) / FILE
     if not path.exists():
@@ -97,7 +128,7 @@ def load(folder: Path | str) -> list[Interpretation]:
         for number, line in enumerate(lines, 1):
             try:
                 found.append(from_plain(Interpretation, json.loads(line)))
-            except (RecordError, ValueError, AttributeError) as error:
+            except (RecordError, ValueError, AttributeError, RecursionError) as error:
                 raise RecordError(
                     f"{path}, line {number} is not an interpretation ({error}); remove the line or make the "
                     "interpretations again."
@@ -105,11 +136,25 @@ def load(folder: Path | str) -> list[Interpretation]:
     return found
 
 
-def save(folder: Path | str, done: Sequence[Interpretation]) -> list[Interpretation]:
-    """Write interpretations in place of those by the same explainer of the same latents; the others stay."""
-    new = {(one.latent, one.explainer) for one in done}
-    kept = [one for one in load(folder) if (one.latent, one.explainer) not in new]
-    path = Path(folder) / FILE
-    lines = [json.dumps(to_plain(one), allow_nan=False, ensure_ascii=False) + "\n" for one in (*kept, *done)]
-    atomic_write(path, "".join(lines))
-    return list(done)
+def save(folder: Path | str, done: Iterable[Interpretation]) -> list[Interpretation]:
+    """Write interpretations in place of those by the same explainer of the same latents; all others stay.
+
+    A stored interpretation that has an explanation, or a usable score, is not replaced by one that has none.
+
+    Returns:
+        The interpretations that the file now holds for these latents and explainers, in the order given.
+    """
+    before = load(folder)
+    known = {(one.latent, one.explainer): one for one in before}
+    better: dict[tuple[int, str], Interpretation] = {}
+    for one in done:
+        key = (one.latent, one.explainer)
+        stored = known.get(key)
+        better[key] = stored if stored is not None and stored.worth > one.worth else one
+    kept = [one for one in before if (one.latent, one.explainer) not in better]
+    lines = [
+        json.dumps(to_plain(one), allow_nan=False, ensure_ascii=False) + "\n"
+        for one in (*kept, *better.values())
+    ]
+    atomic_write(Path(folder) / FILE, "".join(lines))
+    return list(better.values())

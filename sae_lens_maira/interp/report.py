@@ -1,7 +1,7 @@
-"""Interpretations at a glance: a table, the distribution of scores against their controls, counts per category.
+"""Report interpretations: a table, the distribution of scores against their controls, counts per category.
 
-Every score stands beside its control: the same questions with another latent's explanation, and where given the
-scores of other record sets (an untrained SAE, raw residual dimensions). It makes no interpretation.
+Every score is reported with its control: the same questions with another latent's explanation, and where given the
+scores of other record sets (an untrained SAE, raw residual dimensions).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.interp.records import Interpretation
+from sae_lens_maira.interp.records import Interpretation, explanation_type
 from sae_lens_maira.latents.records import RecordsMeta
 
 CATEGORIES = ("device", "pathology", "longitudinal change", "textual", "other")
@@ -99,7 +99,7 @@ def write_figure(sets: Mapping[str, Sequence[Interpretation]], path: Path | str)
     Args:
         sets: interpretations by name; the first is the one reported, whose shuffled explanations are drawn too, the
             others are controls ("untrained SAE", "raw dimensions").
-        path: of the PNG.
+        path: path of the PNG.
 
     Raises:
         RecordError: the first set has no score.
@@ -149,13 +149,13 @@ def _of(scores: pd.DataFrame, method: str, judge: str) -> pd.DataFrame:
 def neuronpedia_rows(
     interpretations: Sequence[Interpretation], meta: RecordsMeta, model_id: str, source: str
 ) -> list[dict[str, Any]]:
-    """Rows of Neuronpedia's explanation table, with ours beside its names.
+    """Rows of Neuronpedia's explanation table, with our fields added.
 
     Args:
-        interpretations: those without an explanation are left out.
-        meta: of the records.
+        interpretations: interpretations; those without an explanation are left out.
+        meta: description of the record set.
         model_id: Neuronpedia's name of the model.
-        source: its name of the SAE at its layer.
+        source: Neuronpedia's name of the SAE at its layer.
     """
     return [
         {
@@ -163,7 +163,8 @@ def neuronpedia_rows(
             "layer": source,
             "index": str(one.latent),
             "description": one.explanation,
-            "typeName": one.method or None,
+            "typeName": explanation_type(one.method),
+            "method": one.method,
             "explanationModelName": one.explainer,
             "prompt_version": one.prompt_version,
             "hook_name": meta.hook_name,

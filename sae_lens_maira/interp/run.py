@@ -1,24 +1,34 @@
-"""Latents in, `interpretations.jsonl` out: explain all, then score each beside another latent's explanation.
+"""Interpret latents: explain all, then score each explanation together with another latent's as its control.
 
 The control of a score is the same questions with the explanation of another latent, one that names none of the same
-findings. A killed run loses only questions in flight: the journal answers the rest when it is run again, and the
-file of interpretations is replaced at the end as a whole. It knows nothing about commands.
+findings. Records are read one at a time in both passes, so that memory holds sentences and scores, never contexts of
+all latents. A killed run loses only questions in flight: the journal answers the rest when it is run again, and the
+file of interpretations is replaced once, at the end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bisect
+import contextvars
 import random
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sae_lens_maira.interp.findings import named_findings
-from sae_lens_maira.interp.lookup import by_truth, by_words, interval_names
-from sae_lens_maira.interp.offline import EXPLAINER, Explanation, contrast
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.interp.examples import LatentTask, Plan, Tasks, interval_names, modality_of
+from sae_lens_maira.interp.offline import (
+    EXPLAINER,
+    Explanation,
+    contrast,
+    judge_by_truth,
+    judge_by_words,
+    named_findings,
+)
 from sae_lens_maira.interp.records import Interpretation, Score, save
-from sae_lens_maira.interp.subjects import Plan, Subject, subjects
 from sae_lens_maira.latents.recordset import RecordSet
 
 if TYPE_CHECKING:
@@ -26,19 +36,52 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 OFFLINE_VERSION = "contrast-1"
+ESTIMATED = 64  # Latents read for an estimate.
+TOO_RARE = Explanation(None, "other", status="too_rare")
 T = TypeVar("T")
+R = TypeVar("R")
 
 
-def pick_controls(told: dict[int, Explanation], keys: Sequence[str], seed: int = 0) -> dict[int, int | None]:
-    """Another latent for each, whose explanation differs and names none of the same findings; None if there is none."""
-    rng = random.Random(f"{seed}|control")
-    usable = {n: (e.text, named_findings(e.text, keys)) for n, e in told.items() if e.text}
-    picked: dict[int, int | None] = {}
-    for latent, (text, named) in usable.items():
-        others = [
-            n for n, (other, also) in usable.items() if n != latent and other != text and not named & also
-        ]
-        picked[latent] = rng.choice(others) if others else None
+def pick_controls(
+    explanations: Mapping[int, str | None], keys: Sequence[str], seed: int = 0
+) -> dict[int, int | None]:
+    """For each explained latent another one whose explanation differs and names none of the same findings.
+
+    Latents are grouped by the findings they name, so that the cost grows with the number of latents, not its square.
+
+    Args:
+        explanations: explanation by latent; None where there is none.
+        keys: finding keys.
+        seed: random seed.
+
+    Returns:
+        The control of every explained latent; None where no other latent qualifies.
+    """
+    texts = {latent: text for latent, text in explanations.items() if text}
+    groups: dict[frozenset[str], list[int]] = {}
+    # Sorted by text, so that explanations that say the same are neighbours in their group.
+    for latent in sorted(texts, key=lambda n: (texts[n], n)):
+        groups.setdefault(named_findings(texts[latent], keys), []).append(latent)
+    picked: dict[int, int | None] = dict.fromkeys(texts)
+    for named, members in groups.items():
+        others = [group for also, group in groups.items() if not named & also]
+        ends = list(accumulate(map(len, others)))
+        # A group that names nothing may give controls to itself, except those with the same text.
+        own = next((i for i, group in enumerate(others) if group is members), None)
+        own_texts = [texts[n] for n in members] if own is not None else []
+        for latent in members:
+            rng = random.Random(f"{seed}|control|{latent}")
+            start = stop = 0
+            if own is not None:
+                before = ends[own] - len(members)
+                start = before + bisect.bisect_left(own_texts, texts[latent])
+                stop = before + bisect.bisect_right(own_texts, texts[latent])
+            total = (ends[-1] if ends else 0) - (stop - start)
+            if total:
+                number = rng.randrange(total)
+                number += (stop - start) if number >= start else 0
+                i = bisect.bisect_right(ends, number)
+                picked[latent] = others[i][number - ends[i] + len(others[i])]
     return picked
 
 
@@ -47,31 +90,49 @@ def interpret_offline(
 ) -> list[Interpretation]:
     """Explain by contrast and score by the known findings and by the quoted words; no language model.
 
+    Args:
+        records: record set to interpret.
+        plan: latents, sample sizes and seed.
+        write: write the interpretations to the record set.
+
     Raises:
         RecordError: the records contradict themselves or have fewer than two patients.
     """
     plan = plan or Plan()
-    found = subjects(records, plan, offline=True)
-    told = {
-        s.latent: contrast(s.train, plan.seed) if s.enough else Explanation(None, "other", status="too_rare")
-        for s in found
-    }
-    keys = records.meta.findings
-    controls = pick_controls(told, keys, plan.seed)
+    tasks, keys = Tasks(records, plan, offline=True), records.meta.findings
+    explained: dict[int, Explanation] = {}
+    for latent in tasks.latents:
+        task = tasks[latent]
+        explained[latent] = contrast(task.train, plan.seed) if task.enough else TOO_RARE
+    controls = pick_controls({n: e.text for n, e in explained.items()}, keys, plan.seed)
 
-    def scores(subject: Subject, text: str) -> tuple[Score, ...]:
-        names = interval_names(subject.edges)
-        labelled = all(e.study.labelled_by for e in subject.test)
-        by_words_score = by_words(text, subject.test, names)
-        return (by_truth(text, subject.test, keys, names), by_words_score) if labelled else (by_words_score,)
+    def scores(task: LatentTask, text: str | None) -> tuple[Score, ...]:
+        if not text:
+            return ()
+        names = interval_names(task.edges)
+        words = judge_by_words(text, task.test, names)
+        labelled = all(e.study.labelled_by for e in task.test)
+        return (judge_by_truth(text, task.test, keys, names), words) if labelled else (words,)
 
     done = []
-    for s in found:
-        one, other = told[s.latent], controls.get(s.latent)
-        text = told[other].text if other is not None else None
-        own = scores(s, one.text) if one.text else ()
+    for latent in tasks.latents:
+        task, one, other = tasks[latent], explained[latent], controls.get(latent)
+        control = scores(task, explained[other].text) if other is not None else ()
         done.append(
-            _interpretation(s, one, EXPLAINER, "", own, scores(s, text) if text else (), other, (), "")
+            Interpretation(
+                latent=latent,
+                explanation=one.text,
+                explainer=EXPLAINER,
+                method="",
+                category=one.category,
+                scores=scores(task, one.text),
+                control=control,
+                control_latent=other,
+                status=one.status,
+                n_train=len(task.train),
+                n_test=len(task.test),
+                prompt_version=OFFLINE_VERSION,
+            )
         )
     return save(records.folder, done) if write else done
 
@@ -79,34 +140,50 @@ def interpret_offline(
 def estimate(records: RecordSet, plan: Plan, server: Server) -> str:
     """What a run will ask, in a sentence for the user, with where the text goes.
 
+    Sizes are measured on at most `ESTIMATED` latents and scaled to all.
+
     Raises:
         PrivacyError: credentialed text would leave the machine.
     """
     from sae_lens_maira.interp.explain import question
     from sae_lens_maira.interp.privacy import check_destination
-    from sae_lens_maira.interp.prompts import tokens_of
+    from sae_lens_maira.interp.prompts import PICTURE_TOKENS, tokens_of
+    from sae_lens_maira.interp.score import IMAGES_PER_QUESTION
 
-    found = [s for s in subjects(records, plan, offline=False) if s.enough]
-    licences = {licence for s in found for licence in s.licences}
-    where = check_destination(licences, server.url, server.allow_remote)
-    calls = tokens = 0
-    for s in found:
-        size = tokens_of(question(s.train, s.tokens, plan.seed, plan.pictures, records.folder))
-        each = max(1, tokens_of(question(s.train, s.tokens, plan.seed)) // max(1, len(s.train)))
+    where = check_destination(_licences(records), server.url, server.allow_remote)
+    tasks = Tasks(records, plan, offline=False)
+    step = max(1, -(-len(tasks) // ESTIMATED))
+    calls = tokens = enough = read = 0
+    for latent in tasks.latents[::step]:
+        task, read = tasks[latent], read + 1
+        if not task.enough:
+            continue
+        enough += 1
+        size = tokens_of(question(task.train, task.tokens, plan.seed, plan.pictures, records.folder))
+        each = max(1, tokens_of(question(task.train, task.tokens, plan.seed)) // max(1, len(task.train)))
+        active = sum(e.active for e in task.test)
+        shown = active if modality_of(task.test) == "image" else 0
         questions = {
-            "detection": -(-len(s.test) // plan.batch),
-            "fuzzing": -(-sum(e.active for e in s.test) // plan.batch),
-            "intruder": sum(e.active for e in s.test) // 4,
+            "detection": -(-len(task.test) // plan.batch),
+            "fuzzing": -(-active // plan.batch),
+            "intruder": active // 4,
+            "image_detection": -(-len(task.test) // IMAGES_PER_QUESTION) if shown else 0,
+            "image_fuzzing": -(-shown // IMAGES_PER_QUESTION),
         }
-        asked = 2 * sum(questions[m] for m in plan.methods)
-        calls += 1 + asked
-        tokens += size + asked * (200 + plan.batch * (each + 5)) + 60
+        calls += 1 + 2 * sum(questions[m] for m in plan.methods)
+        tokens += size + 60
+        for method in plan.methods:
+            image = IMAGES_PER_QUESTION * PICTURE_TOKENS
+            text = plan.batch * (each + 5)
+            tokens += 2 * questions[method] * (200 + (image if method.startswith("image") else text))
+    scale = len(tasks) / max(1, read)
     price = ""
     if server.usd_per_mtok is not None:
-        price = f", about {tokens * server.usd_per_mtok[0] / 1e6:.2f} US dollars for what is asked"
+        price = f", about {scale * tokens * server.usd_per_mtok[0] / 1e6:.2f} US dollars for the prompts"
+    sampled = "" if step == 1 else f" (estimated from {read})"
     return (
-        f"{len(found)} latents, at most {calls} calls with their controls, about {tokens / 1e6:.2f} million tokens"
-        f"{price}. {where}\n"
+        f"{round(scale * enough)} latents{sampled}, at most {round(scale * calls)} calls with their controls, about "
+        f"{scale * tokens / 1e6:.2f} million tokens{price}. {where}\n"
     )
 
 
@@ -117,77 +194,129 @@ def interpret(
     journal: Path | str | None = None,
     say: Callable[[str], Any] = lambda text: None,
 ) -> tuple[list[Interpretation], Usage]:
-    """Explain and score by a language model.
+    """Explain and score by a language model; also works where an event loop already runs, as in a notebook.
 
     Args:
-        records: the record set; interpretations are written beside it.
-        server: whom to ask.
+        records: record set to interpret; the interpretations are written to its folder.
+        server: model to ask, and the limits of the run.
         plan: what to ask.
-        journal: file of the journal; `journal.jsonl` beside the records if not given.
+        journal: path of the journal; `journal.jsonl` of the record set if not given.
         say: receives the estimate before anything is sent.
+
+    Returns:
+        The interpretations as they are stored (a stored one is not replaced by one that has less), and what was used.
 
     Raises:
         PrivacyError: credentialed text would leave the machine; nothing was sent.
-        ServerError: the server answers no question at all.
+        ServerError: the server does not answer, or no answer was usable; nothing was written but the journal.
+        RecordError: no latent has enough active and silent studies, or images were asked for and none are kept.
     """
     from sae_lens_maira.interp.journal import Journal
     from sae_lens_maira.interp.judge import Judge
 
     plan = plan or Plan()
+    looks = sorted(m for m in plan.methods if m.startswith("image"))
+    if looks and not any(study.images for study in records.studies.values()):
+        raise RecordError(
+            f"{records.folder} keeps no images, which {' and '.join(looks)} need. Write the records again with "
+            "--keep-images true, or leave out these methods."
+        )
     say(estimate(records, plan, server))
 
     async def go(book: Journal) -> tuple[list[Interpretation], Usage]:
         async with Judge(server, book) as judge:
-            return await _interpret(records, judge, plan), judge.usage
+            done = await _interpret(records, judge, plan)
+            nothing = judge.nothing_usable()
+            if nothing is not None:
+                raise nothing
+            return done, judge.usage
 
     with Journal(journal or records.folder / JOURNAL) as book:
-        done, usage = asyncio.run(go(book))
+        done, usage = run_async(go(book))
     return save(records.folder, done), usage
 
 
 async def _interpret(records: RecordSet, judge: Judge, plan: Plan) -> list[Interpretation]:
     from sae_lens_maira.interp.explain import explain
+    from sae_lens_maira.interp.prompts import PROMPT_VERSION
 
-    found, keys = subjects(records, plan, offline=False), records.meta.findings
+    tasks, keys = Tasks(records, plan, offline=False), records.meta.findings
+    licences, at_once = _licences(records), 2 * judge.server.concurrency
 
-    async def tell(s: Subject) -> Explanation:
-        if not s.enough:
-            return Explanation(None, "other", status="too_rare")
-        return await explain(judge, s.train, s.tokens, keys, plan.seed, plan.pictures, records.folder)
+    async def first(latent: int) -> Explanation:
+        task = tasks[latent]
+        if not task.enough:
+            return TOO_RARE
+        return await explain(judge, task, keys, plan, records.folder, licences)
 
-    told = dict(zip([s.latent for s in found], await _all([tell(s) for s in found]), strict=True))
-    controls = pick_controls(told, keys, plan.seed)
+    told = await _in_order(tasks.latents, first, at_once)
+    explained = dict(zip(tasks.latents, told, strict=True))
+    if explained and all(one is TOO_RARE for one in told):
+        raise RecordError(
+            f"None of the {len(told)} latents has {plan.least} active studies and a silent one in both halves of the "
+            "patients, so none can be explained. Write records of more studies, or of more contexts per latent."
+        )
+    controls = pick_controls({n: e.text for n, e in explained.items()}, keys, plan.seed)
 
-    async def finish(s: Subject) -> Interpretation:
-        one, other = told[s.latent], controls.get(s.latent)
-        text = told[other].text if other is not None else None
-        nothing = ((), (), False)
-        own, own_keys, short = await _scores(judge, s, one.text, plan) if one.text else nothing
-        against, against_keys, also = await _scores(judge, s, text, plan, True) if text else nothing
-        if short or also:
-            one = replace(one, status="over_budget")
-        calls = (*one.journal_keys, *own_keys, *against_keys)
-        method = f"eleuther_acts_top{plan.n_train}"
-        return _interpretation(s, one, judge.server.model, method, own, against, other, calls, None)
+    async def second(latent: int) -> Interpretation:
+        task, one, other = tasks[latent], explained[latent], controls.get(latent)
+        text = explained[other].text if other is not None else None
+        own, own_keys, short = await _scores(judge, task, one.text, plan, records.folder, licences)
+        control, control_keys, also = await _scores(
+            judge, task, text, plan, records.folder, licences, control=True
+        )
+        return Interpretation(
+            latent=latent,
+            explanation=one.text,
+            explainer=judge.server.model,
+            method=f"acts_top{plan.n_train}",
+            category=one.category,
+            scores=own,
+            control=control,
+            control_latent=other,
+            status="over_budget" if short or also else one.status,
+            n_train=len(task.train),
+            n_test=len(task.test),
+            prompt_version=PROMPT_VERSION,
+            journal_keys=(*one.journal_keys, *own_keys, *control_keys),
+        )
 
-    return await _all([finish(s) for s in found])
+    return await _in_order(tasks.latents, second, at_once)
 
 
 async def _scores(
-    judge: Judge, s: Subject, text: str, plan: Plan, control: bool = False
+    judge: Judge,
+    task: LatentTask,
+    text: str | None,
+    plan: Plan,
+    folder: Path,
+    licences: frozenset[str],
+    control: bool = False,
 ) -> tuple[tuple[Score, ...], tuple[str, ...], bool]:
+    """(scores, journal keys, whether the budget ended them) of an explanation; nothing where there is none."""
     from sae_lens_maira.interp import score
 
-    names, scored = interval_names(s.edges), []
+    if not text:
+        return (), (), False
+    names, scored = interval_names(task.edges), []
     for method in plan.methods:
-        rng = random.Random(f"{plan.seed}|{s.latent}|{method}")
+        rng = random.Random(f"{plan.seed}|{task.latent}|{method}")
         if method == "intruder":
-            sets = score.intruder_sets(s.test, names, rng, null=control)
-            scored.append(await score.ask_intruder(judge, sets, s.licences))
+            sets = score.intruder_sets(task.test, names, rng, null=control)
+            scored.append(await score.ask_intruder(judge, sets, licences))
             continue
-        make = score.detection_items if method == "detection" else score.fuzzing_items
-        items = make(s.test, names, rng)
-        scored.append(await score.ask_verdicts(judge, method, text, items, plan.batch, s.licences))
+        batch = plan.batch
+        if method.startswith("image"):
+            batch = score.IMAGES_PER_QUESTION
+            make = score.image_detection_items if method == "image_detection" else score.image_fuzzing_items
+            items = make(task.test, names, rng, folder)
+            if not items:
+                continue  # A latent of text positions has no images to show.
+        else:
+            items = (score.detection_items if method == "detection" else score.fuzzing_items)(
+                task.test, names, rng
+            )
+        scored.append(await score.ask_verdicts(judge, method, text, items, batch, licences))
     return (
         tuple(one.score for one in scored),
         tuple(key for one in scored for key in one.journal_keys),
@@ -195,45 +324,58 @@ async def _scores(
     )
 
 
-async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; the first error stops the others, so that no question is sent after it."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
+async def _in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], at_once: int) -> list[R]:
+    """Results in the order of the items, at most `at_once` in work; the first error stops the others."""
+    results: dict[int, R] = {}
+    running: dict[asyncio.Future[R], int] = {}
+
+    async def collect(when: str) -> None:
+        done, _ = await asyncio.wait(running, return_when=when)
+        for task in done:
+            results[running.pop(task)] = task.result()
+
     try:
-        return list(await asyncio.gather(*tasks))
+        for number, item in enumerate(items):
+            if len(running) >= at_once:
+                await collect(asyncio.FIRST_COMPLETED)
+            running[asyncio.ensure_future(work(item))] = number
+        while running:
+            await collect(asyncio.FIRST_COMPLETED)
     except BaseException:
-        for task in tasks:
+        for task in running:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
         raise
+    return [results[number] for number in range(len(results))]
 
 
-def _interpretation(
-    s: Subject,
-    one: Explanation,
-    explainer: str,
-    method: str,
-    own: tuple[Score, ...],
-    against: tuple[Score, ...],
-    other: int | None,
-    calls: tuple[str, ...],
-    version: str | None,
-) -> Interpretation:
-    if version is None:
-        from sae_lens_maira.interp.prompts import PROMPT_VERSION
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, in a thread of its own where this thread already runs an event loop.
 
-        version = PROMPT_VERSION
-    return Interpretation(
-        latent=s.latent,
-        explanation=one.text,
-        explainer=explainer,
-        method=method,
-        category=one.category,
-        scores=own,
-        control=against,
-        control_latent=other,
-        status=one.status,
-        n_train=len(s.train),
-        n_test=len(s.test),
-        prompt_version=version or OFFLINE_VERSION,
-        journal_keys=calls,
-    )
+    Args:
+        work: the coroutine.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = []
+
+    async def observed() -> T:
+        started.append((asyncio.get_running_loop(), asyncio.current_task()))
+        return await work
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(contextvars.copy_context().run, asyncio.run, observed())
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for loop, task in started:
+                if task is not None:
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
+def _licences(records: RecordSet) -> frozenset[str]:
+    """Licence classes of the record set: sentences made from it may go where all of its studies may go."""
+    return frozenset(study.licence for study in records.studies.values())

@@ -1,31 +1,61 @@
-"""Scorers: questions about test examples whose answers say how well an explanation holds.
+"""Score an explanation: questions about test examples, counted into a balanced accuracy.
 
-    detection   in which texts is the latent active?          (active against silent studies)
-    fuzzing     are the marks in the right place?             (active studies, right against wrong marks)
-    intruder    which text does not belong?                   (needs no explanation: it scores the latent)
+    detection         in which texts is the latent active?         (active against silent studies)
+    fuzzing           are the marks in the right place?            (active studies, right against wrong marks)
+    intruder          which text does not belong?                  (needs no explanation: it scores the latent)
+    image_detection   in which images is the latent active?        (image latents, for a model that sees)
+    image_fuzzing     are the right patches outlined?              (image latents, for a model that sees)
 
-The judge is a language model (`lookup` has those without one). Every question put is counted as answered or
-unusable; one that the budget forbids is not put. It knows nothing about how explanations are made.
+    balanced accuracy = (TP / (TP + FN) + TN / (TN + FP)) / 2
+
+Its 95 % interval combines the Wilson intervals of both rates (method of variance estimates recovery). Every question
+is counted as answered or unusable, and nothing is imputed; questions that the budget forbids are not counted.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sae_lens_maira.interp import prompts
-from sae_lens_maira.interp.examples import Example, kind_of
-from sae_lens_maira.interp.judge import Judge
-from sae_lens_maira.interp.lookup import interval_of
+from PIL.Image import Image
+
+from sae_lens_maira.interp.examples import Example, interval_of, modality_of
 from sae_lens_maira.interp.records import Score
-from sae_lens_maira.interp.tally import Verdict, score_of
-from sae_lens_maira.interp.windows import active_tokens, place, window, wrong_place, wrong_tokens
+from sae_lens_maira.interp.windows import (
+    active_patches,
+    active_tokens,
+    data_uri,
+    image_of,
+    place,
+    window,
+    wrong_place,
+    wrong_tokens,
+)
+from sae_lens_maira.stats import wilson
+
+if TYPE_CHECKING:
+    from sae_lens_maira.interp.judge import Judge
+
+IMAGES_PER_QUESTION = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One question: the true answer, the answer given (None if unusable), and the activation interval."""
+
+    truth: bool
+    answer: bool | None
+    interval: str = ""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A score, the calls it took, and whether the budget ended it early."""
+    """A score, the journal keys of its calls, and whether the budget ended it early."""
 
     score: Score
     journal_keys: tuple[str, ...] = ()
@@ -34,36 +64,78 @@ class Scored:
 
 @dataclass(frozen=True)
 class Item:
-    """One text put to a judge, what is true of it, and the interval it is from."""
+    """One text or image shown to a judge, the true answer, and the activation interval.
+
+    Attributes:
+        text: text shown; "" for an image.
+        truth: the true answer.
+        interval: name of the activation interval, "" where silent.
+        draw: makes the image when the question is asked; None for a text.
+    """
 
     text: str
     truth: bool
     interval: str
+    draw: Callable[[], Image] | None = None
+
+
+def score_of(method: str, judge: str, verdicts: Iterable[Verdict]) -> Score:
+    """Count verdicts into a score."""
+    verdicts = list(verdicts)
+    usable = [v for v in verdicts if v.answer is not None]
+    count = Counter((v.truth, v.answer) for v in usable)
+    positive = count[True, True] + count[True, False]
+    negative = count[False, True] + count[False, False]
+    balanced = low = high = None
+    if positive and negative:
+        sensitivity, specificity = count[True, True] / positive, count[False, False] / negative
+        s_low, s_high = wilson(count[True, True], positive)
+        p_low, p_high = wilson(count[False, False], negative)
+        balanced = (sensitivity + specificity) / 2
+        low = balanced - math.hypot(sensitivity - s_low, specificity - p_low) / 2
+        high = balanced + math.hypot(s_high - sensitivity, p_high - specificity) / 2
+    names = dict.fromkeys(v.interval for v in usable if v.truth and v.interval)
+    inside = {name: [v.answer for v in usable if v.truth and v.interval == name] for name in names}
+    return Score(
+        method=method,
+        judge=judge,
+        asked=len(verdicts),
+        answered=len(usable),
+        unusable=len(verdicts) - len(usable),
+        true_positive=count[True, True],
+        false_positive=count[False, True],
+        true_negative=count[False, False],
+        false_negative=count[True, False],
+        balanced_accuracy=balanced,
+        low=low,
+        high=high,
+        recall_by_interval=tuple((name, sum(map(bool, a)) / len(a), len(a)) for name, a in inside.items()),
+    )
 
 
 def detection_items(examples: Sequence[Example], names: Sequence[str], rng: random.Random) -> list[Item]:
     """Texts without marks, active and silent ones mixed."""
-    kind = kind_of(examples)
-    items = [Item(window(e, kind, rng), e.active, interval_of(e, names)) for e in examples]
+    modality = modality_of(examples)
+    items = [Item(window(e, modality, rng), e.active, interval_of(e, names)) for e in examples]
     rng.shuffle(items)
     return items
 
 
 def fuzzing_items(examples: Sequence[Example], names: Sequence[str], rng: random.Random) -> list[Item]:
-    """Active texts only, every second with marks (or a place) where the latent is silent.
+    """Active texts only; every second one has its marks (or its place) where the latent is silent.
 
     Negatives are active texts too: with silent ones the topic alone would give the answer away.
     """
-    kind = kind_of(examples)
+    modality = modality_of(examples)
     items = []
-    for number, e in enumerate(e for e in examples if e.active and e.context.kind == kind):
+    for number, e in enumerate(e for e in examples if e.active and e.context.kind == modality):
         right = number % 2 == 0
-        if kind == "image":
+        if modality == "image":
             where = place(e.context) if right else wrong_place(e.context, rng)
-            text = f"{window(e, kind, rng)} (place: {where})" if where else None
+            text = f"{window(e, modality, rng)} (place: {where})" if where else None
         else:
-            marks = active_tokens(e) if right else wrong_tokens(e, kind, rng)
-            text = window(e, kind, rng, marks) if marks else None
+            marks = active_tokens(e) if right else wrong_tokens(e, modality, rng)
+            text = window(e, modality, rng, marks) if marks else None
         if text is not None:
             items.append(Item(text, right, interval_of(e, names)))
     rng.shuffle(items)
@@ -74,7 +146,7 @@ def intruder_sets(
     examples: Sequence[Example], names: Sequence[str], rng: random.Random, size: int = 5, null: bool = False
 ) -> list[list[Item]]:
     """Sets of `size` texts, one of them (truth True) silent; `null` makes all silent, the control of this scorer."""
-    kind = kind_of(examples)
+    modality = modality_of(examples)
     active = [e for e in examples if e.active]
     silent = [e for e in examples if not e.active]
     rng.shuffle(active)
@@ -84,25 +156,81 @@ def intruder_sets(
         odd = silent.pop()
         rest = [(silent if null else active).pop() for _ in range(size - 1)]
         items = [
-            Item(window(odd, kind, rng), True, ""),
-            *(Item(window(e, kind, rng), False, "") for e in rest),
+            Item(window(odd, modality, rng), True, ""),
+            *(Item(window(e, modality, rng), False, "") for e in rest),
         ]
         rng.shuffle(items)
         sets.append(items)
     return sets
 
 
+def image_detection_items(
+    examples: Sequence[Example], names: Sequence[str], rng: random.Random, folder: Path
+) -> list[Item]:
+    """Images without outlines, active and silent ones mixed; nothing for a text latent.
+
+    Every image is the view in which the latent is active most often, so that the view does not give the answer away.
+    """
+    view = _main_view(examples)
+    items = []
+    for e in examples:
+        in_view = not e.active or (e.context.patch is not None and e.context.patch[0] == view)
+        if view is None or not in_view or image_of(e, folder, view) is None:
+            continue
+        items.append(Item("", e.active, interval_of(e, names), _Drawing(e, folder, view)))
+    rng.shuffle(items)
+    return items
+
+
+def image_fuzzing_items(
+    examples: Sequence[Example], names: Sequence[str], rng: random.Random, folder: Path
+) -> list[Item]:
+    """Images of active studies with outlined patches; every second has the same shape moved to a silent place."""
+    items = []
+    for e in examples:
+        right = len(items) % 2 == 0
+        if not e.active or e.context.patch is None:
+            continue
+        view, patches = e.context.patch[0], active_patches(e)
+        outlined = patches if right else moved_patches(e, rng)
+        if outlined and image_of(e, folder, view) is not None:
+            items.append(Item("", right, interval_of(e, names), _Drawing(e, folder, view, outlined)))
+    rng.shuffle(items)
+    return items
+
+
+def moved_patches(example: Example, rng: random.Random, tries: int = 100) -> frozenset[int]:
+    """The outlined patches moved together to where the latent is silent; empty where no such place was found."""
+    patches = active_patches(example)
+    patch = example.context.patch
+    grid = next((m for m in example.context.heat if patch is not None and m.view == patch[0]), None)
+    if grid is None or not patches:
+        return frozenset()
+    places = [divmod(number, grid.cols) for number in patches]
+    rows, cols = [r for r, _ in places], [c for _, c in places]
+    active = {*patches, *grid.patches}
+    for _ in range(tries):
+        down = rng.randint(-min(rows), grid.rows - 1 - max(rows))
+        right = rng.randint(-min(cols), grid.cols - 1 - max(cols))
+        moved = frozenset((r + down) * grid.cols + c + right for r, c in places)
+        if not moved & active:
+            return moved
+    return frozenset()
+
+
 async def ask_verdicts(
-    judge: Judge, method: str, explanation: str, items: Sequence[Item], batch: int, licences: Sequence[str]
+    judge: Judge, method: str, explanation: str, items: Sequence[Item], batch: int, licences: Iterable[str]
 ) -> Scored:
-    """Detection or fuzzing by a language model, `batch` texts a question; a lost answer loses its whole batch."""
+    """Ask a language model for verdicts, `batch` items per question; an unusable answer loses its whole batch."""
+    from sae_lens_maira.interp import prompts
+
     verdicts: list[Verdict] = []
     keys: list[str] = []
-    make = prompts.detect if method == "detection" else prompts.fuzz
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
-        form = prompts.verdicts_form(len(part))
-        reply = await judge.ask(make(explanation, [item.text for item in part]), form, licences)
+        shown = [data_uri(item.draw()) if item.draw else item.text for item in part]
+        question, form = prompts.VERDICTS[method](explanation, shown), prompts.verdicts_form(len(part))
+        reply = await judge.ask(question, form, licences, topic=method)
         if reply.problem == "over budget":
             return Scored(score_of(method, judge.server.model, verdicts), tuple(keys), True)
         answers = [None] * len(part) if reply.answer is None else reply.answer.model_dump()["verdicts"]
@@ -111,13 +239,16 @@ async def ask_verdicts(
     return Scored(score_of(method, judge.server.model, verdicts), tuple(keys))
 
 
-async def ask_intruder(judge: Judge, sets: Sequence[Sequence[Item]], licences: Sequence[str]) -> Scored:
-    """Intruder by a language model; every text of a set counts as one question, so chance is 0.5 here too."""
+async def ask_intruder(judge: Judge, sets: Sequence[Sequence[Item]], licences: Iterable[str]) -> Scored:
+    """Ask a language model for intruders; every text of a set counts as one question, so chance is 0.5 here too."""
+    from sae_lens_maira.interp import prompts
+
     verdicts: list[Verdict] = []
     keys: list[str] = []
     stopped = False
     for items in sets:
-        reply = await judge.ask(prompts.intrude([item.text for item in items]), prompts.Intruder, licences)
+        question = prompts.intrude([item.text for item in items])
+        reply = await judge.ask(question, prompts.Intruder, licences, topic="intruder")
         if reply.problem == "over budget":
             stopped = True
             break
@@ -130,3 +261,23 @@ async def ask_intruder(judge: Judge, sets: Sequence[Sequence[Item]], licences: S
     # No interval of activation belongs to a silent text.
     score = replace(score_of("intruder", judge.server.model, verdicts), recall_by_interval=())
     return Scored(score, tuple(keys), stopped)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Draws one image when it is asked for, so that images are not held in memory before their question."""
+
+    example: Example
+    folder: Path
+    view: str
+    patches: frozenset[int] = frozenset()
+
+    def __call__(self) -> Image:
+        image = image_of(self.example, self.folder, self.view, self.patches)
+        assert image is not None  # checked when the item was made
+        return image
+
+
+def _main_view(examples: Sequence[Example]) -> str | None:
+    views = Counter(e.context.patch[0] for e in examples if e.active and e.context.patch is not None)
+    return views.most_common(1)[0][0] if views else None

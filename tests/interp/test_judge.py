@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-pytest.importorskip("openai")
+pytest.importorskip("httpx")
 from pydantic import BaseModel
 from werkzeug import Request, Response
 
@@ -81,9 +81,7 @@ def test_429_waits_as_told_and_500_is_retried(httpserver, tmp_path):
         (completion('{"colour": '), "invalid"),
         (completion('{"hue": 3}'), "invalid"),
         (completion(""), "invalid"),
-        (Response("oops", 500), "error: InternalServerError"),
-        (Response("no json", 200, content_type="application/json"), "error"),
-        (Response('{"choices": []}', 200, content_type="application/json"), "error"),
+        (Response("oops", 500), "server error: HTTP 500: oops"),
     ],
 )
 def test_what_cannot_be_used_is_counted_and_not_guessed(httpserver, tmp_path, answer, problem):
@@ -95,7 +93,7 @@ def test_what_cannot_be_used_is_counted_and_not_guessed(httpserver, tmp_path, an
     assert usage.unusable == 1
 
 
-def test_a_timeout_is_retried_then_counted(httpserver, tmp_path):
+def test_a_timeout_is_counted(httpserver, tmp_path):
     import time
 
     def slow(request: Request) -> Response:
@@ -105,9 +103,8 @@ def test_a_timeout_is_retried_then_counted(httpserver, tmp_path):
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(slow)
     with Journal(tmp_path / "j") as journal:
         (reply,), usage = ask(httpserver, journal, max_retries=1, timeout=0.2)
-    assert reply.problem == "error: APITimeoutError"
+    assert reply.problem == "timeout: no whole answer within 0.2 s"
     assert usage.unusable == 1
-    assert len(httpserver.log) >= 1
 
 
 def test_a_server_without_schemas_is_remembered(httpserver, tmp_path):
@@ -122,11 +119,11 @@ def test_a_server_without_schemas_is_remembered(httpserver, tmp_path):
     assert "JSON object of this schema" in bodies[1]["messages"][0]["content"]
 
 
-def test_a_question_refused_in_both_modes_is_unusable_and_the_mode_stays(httpserver, tmp_path):
+def test_a_question_refused_in_every_format_is_unusable_and_the_format_stays(httpserver, tmp_path):
     script(httpserver, [Response("too long", 400)])
     with Journal(tmp_path / "j") as journal:
         (reply,), _ = ask(httpserver, journal)
-        assert reply.problem == "refused"
+        assert reply.problem == "refused: HTTP 400: too long"
     assert "note" not in (tmp_path / "j").read_text()
 
 
@@ -161,19 +158,19 @@ def test_the_journal_answers_the_second_run_and_errors_are_asked_again(httpserve
 def test_a_torn_last_line_costs_only_itself(tmp_path):
     with Journal(tmp_path / "j") as journal:
         for i in range(3):
-            journal.append({"key": key_of({"i": i}), "text": "é", "finish_reason": "stop"})
+            journal.append({"key": key_of({"i": i}), "usable": True, "text": "é"})
     whole = (tmp_path / "j").read_bytes()
     for cut in (1, 2, 20):
         (tmp_path / "j").write_bytes(whole[:-cut])
         with Journal(tmp_path / "j") as journal:
             assert journal.torn == (cut > 1)
-            journal.append({"key": "new", "text": "", "finish_reason": "stop"})
+            journal.append({"key": key_of({}), "usable": True, "text": ""})
         with Journal(tmp_path / "j") as journal:
-            assert journal.get("new")
+            assert journal.get(key_of({}))
             assert journal.get(key_of({"i": 1}))
             assert (journal.get(key_of({"i": 2})) is None) == (cut > 1)
     (tmp_path / "other").write_text("a\nb\n")
-    with pytest.raises(RecordError, match="no journal"):
+    with pytest.raises(RecordError, match="not a journal"):
         Journal(tmp_path / "other")
 
 
@@ -216,6 +213,8 @@ def test_not_loopback(url):
 def test_a_local_server_cannot_pass_text_on(httpserver, tmp_path):
     """A redirect to another host is not followed."""
     script(httpserver, [Response("", 307, {"Location": "http://192.0.2.1/v1/chat/completions"})])
-    with Journal(tmp_path / "j") as journal:
-        (reply,), _ = ask(httpserver, journal, max_retries=0)
-    assert reply.problem.startswith("error")
+    with (
+        Journal(tmp_path / "j") as journal,
+        pytest.raises(ServerError, match=r"redirects to http://192\.0\.2\.1"),
+    ):
+        ask(httpserver, journal, max_retries=0)

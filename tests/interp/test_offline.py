@@ -3,9 +3,8 @@
 import pytest
 
 from sae_lens_maira.interp.examples import split_examples, train_patients
-from sae_lens_maira.interp.findings import category_of, named_findings
-from sae_lens_maira.interp.offline import contrast
-from sae_lens_maira.interp.tally import Verdict, score_of
+from sae_lens_maira.interp.offline import category_of, contrast, named_findings
+from sae_lens_maira.interp.score import Verdict, score_of
 from sae_lens_maira.stats import wilson
 
 KEYS = ("pleural_effusion_left", "pleural_effusion_right", "pneumothorax_left", "pacemaker", "nodule")

@@ -12,10 +12,10 @@ from PIL import Image
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.examples import split_examples, train_patients
-from sae_lens_maira.interp.pictures import COLOUR, outlined
 from sae_lens_maira.interp.published import read_published
+from sae_lens_maira.interp.windows import COLOUR, outlined
 
-pytest.importorskip("openai")
+pytest.importorskip("httpx")
 from sae_lens_maira.interp.explain import question
 from sae_lens_maira.interp.prompts import PICTURE_TOKENS, tokens_of, with_text
 
@@ -54,7 +54,7 @@ def test_parts_follow_the_text_in_its_order(examples):
     plain = question(found, ())[1]["content"]
     lines = text["text"].splitlines()
     assert sorted(lines[: len(plain.splitlines())])[:5] == sorted(plain.splitlines())[:5]
-    assert "films of the first 2 active" in text["text"]
+    assert "images of the first 2 active" in text["text"]
     assert "right lower zone" in plain or "left lower zone" in plain
     assert tokens_of([system, user]) > 2 * PICTURE_TOKENS
     assert tokens_of([system, user]) < 2 * PICTURE_TOKENS + len(json.dumps([system, text]))

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("openai")
+pytest.importorskip("httpx")
 
+from sae_lens_maira.interp.examples import Plan
 from sae_lens_maira.interp.judge import Server
 from sae_lens_maira.interp.records import load
-from sae_lens_maira.interp.run import JOURNAL, Plan, interpret
+from sae_lens_maira.interp.run import JOURNAL, interpret
 
 pytestmark = [pytest.mark.llm, pytest.mark.slow]
 FINDINGS = ("pleural_effusion_left", "pleural_effusion_right", "pneumothorax_left", "pacemaker", "nodule")
@@ -27,7 +28,8 @@ SERVER = {"model": "smollm2", "concurrency": 2, "max_tokens": 36}  # a pair of v
 RUN = """
 import sys
 from sae_lens_maira.interp.judge import Server
-from sae_lens_maira.interp.run import Plan, interpret
+from sae_lens_maira.interp.examples import Plan
+from sae_lens_maira.interp.run import interpret
 from sae_lens_maira.latents.recordset import RecordSet
 
 interpret(RecordSet.open(sys.argv[1]), Server(base_url=sys.argv[2], **{server}), Plan(**{plan}))

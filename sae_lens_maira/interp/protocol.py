@@ -1,0 +1,357 @@
+"""Chat-completion protocol: the request that a server takes, and what it sends back.
+
+OpenAI-compatible servers differ in what they refuse. The first request uses everything; what the server names in its
+refusal is renamed or dropped, one change at a time:
+
+    max_tokens     -> max_completion_tokens -> dropped
+    temperature    -> dropped
+    json_schema    -> json_object (schema in the prompt) -> plain text (schema in the prompt)
+
+They differ in their answers too: errors come with a status or inside a 200, as JSON, as text or as a web page;
+reasoning models put thoughts before the answer; prose surrounds the JSON. An answer counts only if exactly one JSON
+object in it fits the schema. Nothing is repaired or guessed.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from sae_lens_maira.interp.prompts import Messages, with_text
+
+Form = TypeVar("Form", bound=BaseModel)
+
+SHOWN = 300  # Letters of a server's words that are shown.
+LONGEST = 100_000  # Letters of an answer that are searched for JSON.
+RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
+_TAG = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.IGNORECASE | re.DOTALL)
+_THOUGHT = re.compile(r"<(think|thinking|reasoning|thought)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+_THOUGHT_END = re.compile(r"</(think|thinking|reasoning|thought)>", re.IGNORECASE)
+_THOUGHT_OPEN = re.compile(r"<(think|thinking|reasoning|thought)>", re.IGNORECASE)
+_FINAL = re.compile(r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
+_SPECIAL = re.compile(r"<\|[a-z_]+\|>")
+FORMATS = ("json_schema", "json_object", "plain")
+_REFUSES = re.compile(
+    r"unsupported|not supported|n.t support|unrecognized|unknown|unexpected|not allowed|not permitted|"
+    r"extra (inputs|fields)|invalid (parameter|argument|field)|deprecated|instead|only the default|no longer",
+    re.IGNORECASE,
+)
+_FORMAT = re.compile(
+    r"response_format|json_schema|json_object|schema|grammar|structured|guided", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a question has no usable answer.
+
+    Attributes:
+        kind: "connection", "timeout", "too large", "server error", "rate limit", "stopped" (no question will be
+            answered), "refused" (this question as it was put), "no completion", "cut off", "invalid", "not JSON",
+            "declined".
+        words: what the server said, or what was found.
+        parameter: the request's parameter that the server names, "" if none.
+        retry: whether the same question may succeed later.
+    """
+
+    kind: str
+    words: str = ""
+    parameter: str = ""
+    retry: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.words}" if self.words else self.kind
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server generated.
+
+    Attributes:
+        text: the message's content, "" where the server sent none.
+        reasoning: thoughts that the server kept apart from the content.
+        finish: finish reason, "stop" if the server gives none.
+        served_model: name of the model that answered.
+        tokens: (prompt, completion) tokens as counted by the server; 0 where it counts none.
+    """
+
+    text: str
+    reasoning: str = ""
+    finish: str = "stop"
+    served_model: str = ""
+    tokens: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What one server takes.
+
+    Attributes:
+        format: how the schema is given: "json_schema", "json_object" or "plain".
+        limit: name of the parameter that limits the answer's tokens; "" for none.
+        temperature: whether `temperature` is sent.
+    """
+
+    format: str = "json_schema"
+    limit: str = "max_tokens"
+    temperature: bool = True
+
+    @classmethod
+    def of(cls, noted: Any) -> Dialect:
+        """The dialect that a journal noted, or the full one."""
+        names = {f.name for f in fields(cls)}
+        known = isinstance(noted, dict) and set(noted) == names and noted["format"] in FORMATS
+        return cls(**noted) if known else cls()
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What differs from the full request, in words."""
+        found = []
+        if self.format != "json_schema":
+            found.append(
+                f"response_format: {self.format}" if self.format != "plain" else "response_format dropped"
+            )
+        if self.limit != "max_tokens":
+            found.append(f"max_tokens renamed {self.limit}" if self.limit else "max_tokens dropped")
+        if not self.temperature:
+            found.append("temperature dropped")
+        return tuple(found)
+
+    def request(
+        self, model: str, messages: Messages, form: type[BaseModel], max_tokens: int
+    ) -> dict[str, Any]:
+        """The body of a chat-completion request.
+
+        Args:
+            model: name of the model.
+            messages: chat messages.
+            form: schema of the answer.
+            max_tokens: most tokens of the answer.
+        """
+        schema = form.model_json_schema()
+        request: dict[str, Any] = {"model": model, "messages": messages}
+        if self.format == "json_schema":
+            inside = {"name": form.__name__, "schema": schema, "strict": True}
+            request["response_format"] = {"type": "json_schema", "json_schema": inside}
+        else:
+            told = f"Answer with one JSON object of this schema and nothing else: {json.dumps(schema)}"
+            request["messages"] = with_text(messages, told)
+            if self.format == "json_object":
+                request["response_format"] = {"type": "json_object"}
+        if self.temperature:
+            request["temperature"] = 0
+        if self.limit:
+            request[self.limit] = max_tokens
+        return request
+
+
+def adapted(dialect: Dialect, problem: Problem, proven: bool) -> Dialect | None:
+    """The dialect to try next after a problem, or None where no change of the request could help.
+
+    Args:
+        dialect: as the question was put.
+        problem: what came back.
+        proven: whether this server has already answered such a question in the dialect; then only a named
+            parameter is changed.
+    """
+    lower = problem.words.lower()
+    if problem.kind in ("refused", "no completion", "server error"):
+        refuses = problem.parameter or _REFUSES.search(lower)
+        if dialect.limit and refuses and _names(dialect.limit, problem):
+            return replace(dialect, limit="max_completion_tokens" if dialect.limit == "max_tokens" else "")
+        if dialect.temperature and refuses and _names("temperature", problem):
+            return replace(dialect, temperature=False)
+        if _FORMAT.search(lower) or _FORMAT.search(problem.parameter):
+            return _next_format(dialect)
+    # A refusal without a name, or prose instead of JSON from a server that ignores schemas.
+    if not proven and problem.kind in ("refused", "not JSON"):
+        return _next_format(dialect)
+    return None
+
+
+def _names(parameter: str, problem: Problem) -> bool:
+    return problem.parameter == parameter or (
+        not problem.parameter and re.search(rf"\b{parameter}\b", problem.words) is not None
+    )
+
+
+def _next_format(dialect: Dialect) -> Dialect | None:
+    after = FORMATS.index(dialect.format) + 1
+    return replace(dialect, format=FORMATS[after]) if after < len(FORMATS) else None
+
+
+def read_response(status: int, headers: Mapping[str, str], body: bytes) -> Completion | Problem:
+    """The completion in an HTTP response, or what is wrong with it.
+
+    Args:
+        status: HTTP status code.
+        headers: response headers, names in lower case.
+        body: decoded body.
+    """
+    if 300 <= status < 400:
+        target = headers.get("location", "another address")
+        return Problem("stopped", plain_words(f"HTTP {status}: the server redirects to {target}"))
+    content = _json(body)
+    if isinstance(content, dict) and not content.get("error") and status == 200 and content.get("choices"):
+        return _completion(content)
+    words, code, parameter = error_words(content, body)
+    if status == 200 and not (isinstance(content, dict) and content.get("error")):
+        return Problem("no completion", f"HTTP 200 without an answer: {words}")
+    inside = int(code) if status == 200 and code.isdigit() and len(code) == 3 else status
+    said = f"HTTP {inside}: {words}"
+    if inside in (401, 402, 404, 405, 410) or code in _QUOTA:
+        return Problem("stopped", said)
+    if inside == 403:
+        return Problem("forbidden", said)
+    if inside == 429:
+        return Problem("rate limit", said, retry=True)
+    if inside in RETRIED or inside >= 500:
+        return Problem("server error", said, retry=True)
+    return Problem("refused", said, parameter)
+
+
+def _completion(content: dict[str, Any]) -> Completion | Problem:
+    choices = content["choices"]
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        inside = choice.get("error") if isinstance(choice, dict) else None
+        return Problem(
+            "no completion", f"HTTP 200 without a message: {plain_words(json.dumps(inside or choices))}"
+        )
+    if choice.get("error"):
+        return Problem("server error", error_words(choice, b"")[0], retry=True)
+    if message.get("refusal"):
+        return Problem("declined", plain_words(str(message["refusal"])))
+    finish = choice.get("finish_reason")
+    usage = content.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    return Completion(
+        text=_content(message.get("content")),
+        reasoning=reasoning if isinstance(reasoning, str) else "",
+        finish=finish if isinstance(finish, str) else "stop",
+        served_model=plain_words(str(content.get("model") or "")),
+        tokens=(_count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens"))),
+    )
+
+
+def read_answer(completion: Completion, form: type[Form]) -> Form | Problem:
+    """The answer in a completion, or why there is none.
+
+    Args:
+        completion: what the server generated.
+        form: schema of the answer.
+    """
+    if completion.finish == "length":
+        thinking = _THOUGHT_OPEN.search(completion.text) or (completion.reasoning and not completion.text)
+        return Problem("cut off", "the model was still reasoning" if thinking else "")
+    if completion.finish == "content_filter":
+        return Problem("declined", "the server's content filter stopped the answer")
+    if max(len(completion.text), len(completion.reasoning)) > LONGEST:
+        return Problem("invalid", f"the answer has more than {LONGEST:,} letters")
+    texts = [final_text(completion.text), completion.reasoning]
+    some = False
+    for text in texts:
+        found = {one.model_dump_json(): one for one in _objects(text, form)}
+        some = some or "{" in text
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if found:
+            return Problem("invalid", f"{len(found)} different answers in one: {plain_words(text)}")
+    shown = plain_words(texts[0] or completion.reasoning)
+    if not shown:
+        return Problem("invalid", "the answer is empty")
+    return Problem("invalid" if some else "not JSON", f"the answer is {shown!r}")
+
+
+def final_text(text: str) -> str:
+    """The part of a model's text that is meant for the reader: thoughts and channel marks removed."""
+    finals = list(_FINAL.finditer(text))
+    if finals:
+        text = text[finals[-1].end() :]
+    text = _THOUGHT.sub(" ", text)
+    ends = list(_THOUGHT_END.finditer(text))
+    if ends:  # Some chat templates open the thought in the prompt.
+        text = text[ends[-1].end() :]
+    opened = _THOUGHT_OPEN.search(text)
+    return _SPECIAL.sub(" ", text[: opened.start()] if opened else text).strip()
+
+
+def error_words(content: Any, body: bytes) -> tuple[str, str, str]:
+    """(words, code, parameter) of an error body: JSON of the usual layouts, a web page, or text."""
+    code = parameter = ""
+    if isinstance(content, dict):
+        error = content.get("error") or content.get("detail") or content.get("message") or content
+        if isinstance(error, list) and error:  # FastAPI lists its validation errors.
+            error = error[0]
+        if isinstance(error, dict):
+            code = str(error.get("code") or error.get("status") or "")
+            parameter = str(error.get("param") or "")
+            where = error.get("loc")
+            if isinstance(where, list) and where:
+                parameter = parameter or str(where[-1])
+            metadata = error.get("metadata")
+            raw = metadata.get("raw") if isinstance(metadata, dict) else None
+            words = error.get("message") or error.get("msg") or error.get("type") or json.dumps(error)
+            return plain_words(f"{words} ({raw})" if raw else str(words)), code, parameter
+        return plain_words(str(error)), code, parameter
+    text = body.decode("utf-8", errors="replace")
+    if "<html" in text[:2000].lower() or "<!doctype" in text[:200].lower():
+        title = _TITLE.search(text)
+        said = plain_words(title.group(1) if title else text)
+        return f"a web page instead of JSON ({said or 'without a title'})", code, parameter
+    return plain_words(text) or "an empty body", code, parameter
+
+
+def plain_words(text: str) -> str:
+    """Text of unknown origin as one short printable line."""
+    text = html.unescape(_TAG.sub(" ", text))
+    text = "".join(c if c.isprintable() else " " for c in text[: 4 * SHOWN])
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."
+
+
+def _objects(text: str, form: type[Form]) -> list[Form]:
+    """Every JSON object in a text that fits the schema."""
+    decoder, found, at = json.JSONDecoder(), [], text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+            one = form.model_validate(value)
+            one.model_dump_json()  # Refuses lone surrogates, which no file of ours could hold.
+        except (ValueError, ValidationError, RecursionError):
+            at = text.find("{", at + 1)  # Not an answer: search on behind this brace.
+        else:
+            found.append(one)
+            at = text.find("{", end)
+    return found
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _content(content: Any) -> str:
+    """A message's content as text: a string, a list of parts, or nothing."""
+    if isinstance(content, list):
+        parts = [
+            p.get("text") for p in content if isinstance(p, dict) and p.get("type") in ("text", "output_text")
+        ]
+        return "".join(p for p in parts if isinstance(p, str))
+    return content if isinstance(content, str) else ""
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else 0
