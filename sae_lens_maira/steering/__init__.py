@@ -1,6 +1,5 @@
-"""Interventions on the residual stream, and what they do to reports."""
+"""Interventions on the residual stream, and their effect on reports."""
 
-from sae_lens_maira.steering.apply import Steering, steering
 from sae_lens_maira.steering.engine import Effect
 from sae_lens_maira.steering.interventions import (
     Ablate,
@@ -10,18 +9,15 @@ from sae_lens_maira.steering.interventions import (
     Direction,
     Intervention,
     LatentIntervention,
+    SavedInterventions,
     Scale,
     SetTo,
+    load_interventions,
+    save_interventions,
 )
-from sae_lens_maira.steering.patches import (
-    PatchMap,
-    latent_patch_map,
-    mean_difference_map,
-    mean_patch_maps,
-    steer_reports,
-    steered,
-)
-from sae_lens_maira.steering.schedule import Schedule
+from sae_lens_maira.steering.maps import LatentMap, difference_map, map_directions, mean_patch_maps
+from sae_lens_maira.steering.positions import Schedule
+from sae_lens_maira.steering.run import Steering, steering
 
 __all__ = [
     "Ablate",
@@ -32,15 +28,16 @@ __all__ = [
     "Effect",
     "Intervention",
     "LatentIntervention",
-    "PatchMap",
+    "LatentMap",
+    "SavedInterventions",
     "Scale",
     "Schedule",
     "SetTo",
     "Steering",
-    "latent_patch_map",
-    "mean_difference_map",
+    "difference_map",
+    "load_interventions",
+    "map_directions",
     "mean_patch_maps",
-    "steer_reports",
-    "steered",
+    "save_interventions",
     "steering",
 ]

@@ -1,9 +1,9 @@
-"""The edit itself: one function of the stream at a hook point, the same for every host library.
+"""The edit of the stream at a hook point: one function, the same for every host library.
 
     edit(h (R, T, d_model)) -> h' or None            R = batch x beams, T = prompt, one token, or all so far
 
-It keeps count of absolute positions over prefill and decode, of how often it fired and of how much it changed. It
-knows nothing about how it is attached to a model.
+The engine counts absolute positions over prefill and decoding, how often it acted, and how much it changed. With a
+`control_seed` every change is replaced by a random direction of the same norm at the same position.
 """
 
 from collections.abc import Sequence
@@ -12,28 +12,80 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.maira2 import Maira2Encoding
 from sae_lens_maira.sae import MatryoshkaSAE
-from sae_lens_maira.steering.columns import Columns
 from sae_lens_maira.steering.interventions import Direction, Intervention, LatentIntervention
-from sae_lens_maira.steering.schedule import Layout
+from sae_lens_maira.steering.positions import Layout
+
+LARGEST_SHARE = 4
+"""Encoder columns are copied if they are at most one in so many."""
+
+
+class LatentSubset:
+    """Activations of a few latents, computed without the others where the architecture allows it.
+
+        a[:, c] = relu(z) [z > threshold_c],   z = (x - b_dec) W_enc[:, c] + b_enc[c]         JumpReLU
+        a[:, c] = encode(x)[:, c]                                                             any other SAE
+
+    A JumpReLU latent does not depend on the others, so an intervention on 8 of 16,384 reads 8 columns; in a TopK SAE
+    latents compete, and all of them are computed.
+
+    Args:
+        sae: The SAE.
+        latents: Indices of the latents, each once.
+    """
+
+    def __init__(self, sae: SAE[Any], latents: Sequence[int]) -> None:
+        self._sae = sae
+        self._chosen = torch.tensor(latents, device=sae.W_dec.device)
+        self._slot = {j: i for i, j in enumerate(latents)}
+        # Only where `encode` is JumpReLU's own: a subclass may couple its latents.
+        self._independent = (
+            isinstance(sae, JumpReLUSAE)
+            and type(sae).encode is JumpReLUSAE.encode
+            and LARGEST_SHARE * len(latents) <= sae.cfg.d_sae
+        )
+        self._encoder = sae.W_enc.detach()[:, self._chosen] if self._independent else None
+        self._decoder: torch.Tensor | None = None
+
+    def slots(self, latents: torch.Tensor) -> torch.Tensor:
+        """Columns of these latents, in their order, on the SAE's device."""
+        return torch.tensor([self._slot[int(j)] for j in latents], device=self._chosen.device)
+
+    @torch.no_grad()
+    def encode(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, c) float32 activations of the stream (n, d_model), on the SAE's device."""
+        sae: Any = self._sae
+        hidden = hidden.to(sae.W_dec)
+        if self._encoder is None:
+            return sae.encode(hidden)[:, self._chosen].float()
+        before = sae.process_sae_in(hidden) @ self._encoder + sae.b_enc[self._chosen]
+        return (sae.activation_fn(before) * (before > sae.threshold[self._chosen])).float()
+
+    @torch.no_grad()
+    def decode(self, change: torch.Tensor) -> torch.Tensor:
+        """(n, d_model) float32 step of the stream for changes (n, c) of the activations."""
+        if self._decoder is None:
+            self._decoder = self._sae.W_dec.detach()[self._chosen].float()
+        return change @ self._decoder
 
 
 @dataclass
 class Effect:
-    """What a run of interventions did.
+    """Effect of a run of interventions on the stream.
 
     Attributes:
-        calls: how often the stream passed.
-        positions: absolute positions seen by the last run: prompt + new tokens that entered the model. The last
-            token that is written never does.
-        fired: per intervention, the positions (rows counted apart) at which its schedule was not 0.
-        changed: positions at which the stream was changed.
-        ratio: mean |delta| / |h| over the changed positions.
-        largest: the largest |delta| / |h|.
+        calls: Number of times the hook point was reached.
+        positions: Absolute positions of the last run: prompt plus new tokens that entered the model. The last token
+            that is written does not enter it.
+        fired: Per intervention, the number of positions (rows counted separately) at which its weight was not 0.
+        changed: Number of positions at which the stream was changed.
+        ratio: Mean |delta| / |h| over the changed positions.
+        largest: Largest |delta| / |h|.
     """
 
     calls: int
@@ -45,18 +97,19 @@ class Effect:
 
 
 class Engine:
-    """Interventions made ready for one encoding.
+    """Interventions prepared for one encoding.
 
     Args:
-        sae: the SAE whose latents are meant; None if there are only directions.
-        interventions: applied in order.
-        encoding: the batch that will be run.
+        sae: SAE whose latents are meant; None if there are only directions.
+        interventions: What to do, in order.
+        encoding: The batch that will be run.
         p99: (d_sae,) units.
-        d_model: width of the stream.
+        d_model: Width of the stream.
+        control_seed: Replace every change by a random direction of the same norm, drawn with this seed.
 
     Raises:
-        InterventionError: a latent out of range, another SAE's width, a missing or zero unit, a wrong number of
-            strengths.
+        InterventionError: A latent is out of range, the SAE has another width, a unit is missing or 0, or the number
+            of strengths is wrong.
     """
 
     def __init__(
@@ -66,6 +119,7 @@ class Engine:
         encoding: Maira2Encoding,
         p99: torch.Tensor | None,
         d_model: int,
+        control_seed: int | None = None,
     ) -> None:
         if not interventions:
             raise InterventionError(
@@ -82,13 +136,17 @@ class Engine:
         self._thresholds: list[float] = []
         for item in self.interventions:
             self._prepare(item, p99, d_model)
-        self._columns = self._read_columns()
+        self._subset = self._latent_subset()
+        self._random: torch.Tensor | None = None
+        if control_seed is not None:
+            drawn = torch.randn(d_model, generator=torch.Generator().manual_seed(control_seed))
+            self._random = drawn / drawn.norm()
         self._weights: list[torch.Tensor] = []
         self._known = 0
         self._grow(self.prompt_length)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """The stream (R, T, d_model) with the interventions in force, or None if no bit changes."""
+        """Apply the interventions to the stream (R, T, d_model); None if nothing changes."""
         start, copies = self._place(hidden)
         self.effect.calls += 1
         stop = start + hidden.shape[1]
@@ -96,7 +154,7 @@ class Engine:
         here = [w[:, start:stop] for w in self._weights]
         counts = [copies * int(w.count_nonzero()) for w in here]
         if not any(counts):
-            return None  # a decode step behind the patches costs no more than this
+            return None  # all that a decode step after the patches costs
         for i, count in enumerate(counts):
             self.effect.fired[i] += count
         weights = [w if copies == 1 else w.repeat_interleave(copies, 0) for w in here]
@@ -116,7 +174,7 @@ class Engine:
             return None
         size = delta.norm(dim=1) / h.float().norm(dim=1).clamp(min=1e-12)
         edited = (h.float() + delta).to(h.dtype)
-        if moved < len(h):  # a gate was shut somewhere: those rows keep their bits
+        if moved < len(h):  # a gate was closed somewhere: those rows are returned unchanged
             size, edited = size[changed], torch.where(changed[:, None], edited, h)
         total = self.effect.ratio * self.effect.changed + float(size.sum())
         self.effect.changed += moved
@@ -130,10 +188,10 @@ class Engine:
         return any(bool(w[:, self.prompt_length : stop].any()) for w in self._weights)
 
     def require(self, effect: bool) -> None:
-        """Raise InterventionError if the run was a silent no-op.
+        """Raise InterventionError if the run did nothing.
 
         Args:
-            effect: whether a run in which no activation changed is refused too.
+            effect: Also refuse a run in which no activation changed.
         """
         if self.effect.calls == 0:
             raise InterventionError(
@@ -148,8 +206,8 @@ class Engine:
                 )
         if effect and not self.effect.changed and not all(item.neutral for item in self.interventions):
             raise InterventionError(
-                "The interventions reached their positions but changed no activation there: a gate stayed shut, or "
-                "the latents were where they were to be put. Pass require_effect=False if that is a result."
+                "The interventions reached their positions but changed no activation there: a gate stayed closed, or "
+                "the latents already had these values. Pass require_effect=False to accept that as a result."
             )
 
     def _prepare(self, item: Intervention, p99: torch.Tensor | None, d_model: int) -> None:
@@ -170,7 +228,7 @@ class Engine:
         if item.level is not None:
             if not isinstance(self.sae, MatryoshkaSAE):
                 raise InterventionError(
-                    "A level was given, but the SAE has none; open it with load_matryoshka."
+                    "A level was given, but the SAE has no levels; open it with load_matryoshka."
                 )
             latents = tuple(self.sae.latents_of(item.level))
         asked = latents if item.if_latent is None else (*latents, item.if_latent[0])
@@ -181,18 +239,18 @@ class Engine:
                 "another SAE."
             )
         if len(set(latents)) < len(latents):
-            raise InterventionError(f"Latents {latents} name one twice; name each once.")
+            raise InterventionError(f"Latents {latents} contain one twice; name each once.")
         units = torch.ones(d_sae)
         if item.needs_unit:
             if p99 is None or p99.shape != (d_sae,):
                 raise InterventionError(
                     f"Strengths are in units of p99, but p99 is {None if p99 is None else tuple(p99.shape)}; give "
-                    f"({d_sae},) values of this SAE, as stats.p99 makes them, or use unit='raw'."
+                    f"({d_sae},) values of this SAE, or use unit='raw'."
                 )
             silent = [j for j in asked if not float(p99[j]) > 0]
             if silent and item.level is None:
                 raise InterventionError(
-                    f"Latents {silent} never fired where p99 was measured, so it is no unit; use unit='raw'."
+                    f"Latents {silent} never fired where p99 was measured, so they have no unit; use unit='raw'."
                 )
             units = p99.float().cpu()
         self._latents.append(torch.tensor(latents))
@@ -201,17 +259,17 @@ class Engine:
             0.0 if item.if_latent is None else item.if_latent[1] * float(units[item.if_latent[0]])
         )
 
-    def _read_columns(self) -> Columns | None:
-        """The latents that are changed, and those that gates ask."""
+    def _latent_subset(self) -> LatentSubset | None:
+        """The latents that are changed, and those that gates depend on."""
         asked: dict[int, None] = {}
         for item, latents in zip(self.interventions, self._latents, strict=True):
             if latents is not None and isinstance(item, LatentIntervention):
                 asked |= dict.fromkeys(latents.tolist())
                 asked |= {} if item.if_latent is None else {item.if_latent[0]: None}
-        return Columns(self.sae, list(asked)) if asked and self.sae is not None else None
+        return LatentSubset(self.sae, list(asked)) if asked and self.sae is not None else None
 
     def _place(self, hidden: torch.Tensor) -> tuple[int, int]:
-        """First absolute position of what passes, and rows per study."""
+        """First absolute position of the stream that arrived, and rows per study."""
         rows, length = hidden.shape[:2]
         copies, rest = divmod(rows, len(self.encoding))
         seen = self.effect.positions
@@ -224,7 +282,7 @@ class Engine:
             start = 0
         if rest:
             raise InterventionError(
-                f"A stream of {rows} rows and {length} positions passed where {len(self.encoding)} rows (or beams of "
+                f"A stream of {rows} rows and {length} positions arrived where {len(self.encoding)} rows (or beams of "
                 f"them) and {self.prompt_length} positions were expected; run the encoding that was given to steering."
             )
         self.effect.positions = start + length
@@ -240,13 +298,13 @@ class Engine:
     def _delta(
         self, h: torch.Tensor, row: torch.Tensor, weights: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, d_model) float32 change and (n,) whether there is one."""
+        """(n, d_model) float32 change and (n,) whether there is one, on the stream's device."""
         delta = torch.zeros(h.shape, device=h.device)
         changed = torch.zeros(len(h), dtype=torch.bool, device=h.device)
         acts = new = None
-        columns = self._columns
-        if columns is not None:
-            acts = columns.encode(h)
+        subset = self._subset
+        if subset is not None:
+            acts = subset.encode(h)
             new = acts.clone()
         for i, item in enumerate(self.interventions):
             weight, strength = weights[i], self._strengths[i].to(h.device)[row]
@@ -258,26 +316,29 @@ class Engine:
                     amount, vector = amount * h.float().norm(dim=1), vector / vector.norm()
                 delta += amount[:, None] * vector
                 changed |= amount != 0
-            elif columns is not None and acts is not None and new is not None:
+            elif subset is not None and acts is not None and new is not None:
                 assert isinstance(item, LatentIntervention)
                 assert latents is not None
                 assert units is not None
-                slots = columns.slots(latents).to(h.device)
-                value = strength[:, None] * (1.0 if item.is_factor else units.to(h.device))
+                slots = subset.slots(latents)
+                weight, strength = weight.to(acts.device), strength.to(acts.device)  # those of the SAE
+                value = strength[:, None] * (1.0 if item.is_factor else units.to(acts.device))
                 current = new[:, slots]
                 gate = (weight != 0)[:, None].expand_as(current)
                 if item.if_active:
                     gate = gate & (acts[:, slots] > 0)
                 if item.if_latent is not None:
-                    key = columns.slots(torch.tensor(item.if_latent[:1], dtype=torch.long)).to(h.device)
+                    key = subset.slots(torch.tensor(item.if_latent[:1], dtype=torch.long))
                     gate = gate & (acts[:, key] > self._thresholds[i])
                 value = value.expand_as(current)
                 new[:, slots] = torch.where(gate, item.change(current, value, weight[:, None]), current)
-        if columns is not None and acts is not None and new is not None:
+        if subset is not None and acts is not None and new is not None:
             moved = (new != acts).any(1)
             if bool(moved.any()):
-                delta += columns.decode(new - acts)
-                changed |= moved
+                delta += subset.decode(new - acts).to(h.device)
+                changed |= moved.to(h.device)
+        if self._random is not None:
+            delta = delta.norm(dim=1, keepdim=True) * self._random.to(h.device)
         return delta, changed
 
 
@@ -285,8 +346,8 @@ def check_sae(sae: SAE[Any], d_model: int) -> None:
     """Raise InterventionError if an SAE cannot steer a stream of this width exactly."""
     if isinstance(sae, TrainingSAE):
         raise InterventionError(
-            "An SAE under training was given, whose batch-wide TopK would let rows leak into each other; make an "
-            "inference SAE of it with load_matryoshka."
+            "A training SAE was given; its batch-wide TopK would mix the rows of a batch. Save it and open the inference "
+            "SAE with load_matryoshka."
         )
     if sae.cfg.d_in != d_model:
         raise InterventionError(
@@ -295,6 +356,6 @@ def check_sae(sae: SAE[Any], d_model: int) -> None:
         )
     if sae.cfg.normalize_activations != "none":
         raise InterventionError(
-            f"The SAE normalises its input at run time ({sae.cfg.normalize_activations!r}), so a latent's unit is not "
-            "a step of the stream; fold the normalisation into its weights first."
+            f"The SAE normalises its input at run time ({sae.cfg.normalize_activations!r}), so activations are not in "
+            "units of the stream; fold the normalisation into its weights first."
         )

@@ -1,34 +1,74 @@
-"""A strength sweep judged against controls: does the finding come, and what else changes?
+"""A strength sweep with controls: does the finding appear, and what else changes?
 
     on target    share of studies whose steered report states (or no longer states) the finding
     off target   share of the other labels that differ from the unsteered report
     KL           mean over the unsteered report's tokens of KL(unsteered || steered), nats, teacher-forced
-    perplexity   of the steered report under the unsteered model, beside that of the unsteered report
+    perplexity   of the steered report under the unsteered model, and of the unsteered report
     repetition   share of 4-grams seen before in the report;   length   words, relative to the unsteered report
 
 The strength of each method is chosen on one half of the studies (largest on - off) and reported on the other, with
-Wilson intervals for shares of studies and bootstrap intervals for means; controls take the strength of the method
-they belong to. Labels are read by a callable; it knows nothing about findings or phantoms.
+Wilson intervals for shares of studies and bootstrap intervals for means. A control takes the strength of its method.
+Findings in a report are read by a function that the caller gives.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.io import atomic_file
+from sae_lens_maira.latents import wilson
 from sae_lens_maira.maira2 import Maira2
-from sae_lens_maira.steering.interventions import Direction, Intervention
-from sae_lens_maira.steering.prefix import Job, SharedPrompts, Written
-from sae_lens_maira.steering.schedule import View, patches
-from sae_lens_maira.steering.tables import SteeringTables, summarise
+from sae_lens_maira.steering.interventions import Intervention
+from sae_lens_maira.steering.prompts import Job, SharedPrompts, Written
 
 LabelReader = Callable[[str], frozenset[str]]
+METRICS = (
+    "on_target",
+    "off_target",
+    "kl",
+    "perplexity",
+    "unsteered_perplexity",
+    "repetition",
+    "length",
+    "ratio",
+)
+SHARES = ("on_target",)
+
+
+@dataclass(frozen=True)
+class SteeringTables:
+    """Tables of a sweep.
+
+    Attributes:
+        studies: A row per method, strength and study, with its report.
+        summary: A row per method: chosen strength, `n` studies of the reporting half, and every metric on them with
+            a 95 % interval.
+        finding: What was steered.
+    """
+
+    studies: pd.DataFrame
+    summary: pd.DataFrame
+    finding: str
+
+    def save(self, folder: Path) -> None:
+        """Write `studies.parquet`, `dose_response.png` and, last, `summary.parquet`, each atomically."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / "studies.parquet") as file:
+            self.studies.to_parquet(file)
+        with atomic_file(folder / "dose_response.png") as file:
+            dose_response(self).savefig(file, dpi=130, format="png")
+        with atomic_file(folder / "summary.parquet") as file:
+            self.summary.to_parquet(file)
 
 
 @dataclass(frozen=True)
@@ -36,12 +76,13 @@ class Method:
     """One way to steer.
 
     Attributes:
-        name: for tables.
-        make: interventions of a strength.
-        control_of: the method whose strength it takes; None chooses its own.
-        strengths: its own sweep, where the common one does not fit; one strength is taken as it is.
-        sae: its own SAE, where it is not the common one.
+        name: Name in tables.
+        make: Interventions of a strength.
+        control_of: Method whose strength a control takes; None chooses its own.
+        strengths: A sweep of its own; a single strength is used as it is.
+        sae: An SAE of its own, where it is not the common one.
         p99: (d_sae,) units of that SAE.
+        control_seed: Replace every change by a random direction of the same norm, drawn with this seed.
     """
 
     name: str
@@ -50,6 +91,7 @@ class Method:
     strengths: tuple[float, ...] | None = None
     sae: SAE[Any] | None = None
     p99: torch.Tensor | None = None
+    control_seed: int | None = None
 
 
 def evaluate_steering(
@@ -65,7 +107,6 @@ def evaluate_steering(
     strengths: Sequence[float] = (0.5, 1.0, 2.0, 3.0),
     remove: bool = False,
     p99: torch.Tensor | None = None,
-    batch_size: int = 256,
     max_new_tokens: int = 120,
     seed: int = 0,
     progress: bool = True,
@@ -75,27 +116,26 @@ def evaluate_steering(
     """Sweep every method on `choose`, and report the chosen strength on `report`.
 
     Args:
-        maira: the model.
-        sae: whose latents.
-        hook_name: a residual stream.
-        methods: what to compare; a control stands behind its method.
-        choose: studies on which the strength is chosen, or their numbers in `prompts`.
-        report: other studies, on which it is reported, or their numbers.
-        finding: one of `labels`.
-        read: text -> the labels it states.
-        labels: all labels.
-        strengths: the sweep.
-        remove: count the finding's absence instead of its presence.
-        p99: units of the latents.
-        batch_size: rows a batch, studies and methods together.
-        max_new_tokens: budget of a report.
-        seed: of the bootstrap.
-        progress: show a bar.
-        prompts: prompts that were run before; a table over many findings needs them once.
-        measure_kl: also measure the divergence, which costs a third more.
+        maira: The model.
+        sae: SAE whose latents are meant.
+        hook_name: A residual stream.
+        methods: What to compare; a control comes after its method.
+        choose: Studies on which the strength is chosen, or their indices in `prompts`.
+        report: Other studies, on which it is reported, or their indices.
+        finding: One of `labels`.
+        read: Function from a report to the labels it states.
+        labels: All labels.
+        strengths: Strengths of the sweep.
+        remove: Count the absence of the finding instead of its presence.
+        p99: (d_sae,) units of the latents.
+        max_new_tokens: Maximum length of a report.
+        seed: Random seed of the bootstrap.
+        progress: Show a progress bar.
+        prompts: Shared prompts, if several findings use the same studies.
+        measure_kl: Also measure the divergence, which takes a third more time.
 
     Raises:
-        InterventionError: no studies, an unknown finding, or a control without its method.
+        InterventionError: No studies, an unknown finding, or a control without its method.
     """
     if not choose or not report or finding not in labels or not strengths:
         raise InterventionError(
@@ -106,7 +146,7 @@ def evaluate_steering(
     for i, method in enumerate(methods):
         if method.control_of is not None and method.control_of not in names[:i]:
             raise InterventionError(
-                f"The control {method.name!r} belongs to {method.control_of!r}, which is not before it."
+                f"The control {method.name!r} belongs to {method.control_of!r}, which does not come before it."
             )
     if prompts is None:
         prompts = SharedPrompts(maira, hook_name, [*choose, *report])
@@ -124,13 +164,17 @@ def evaluate_steering(
         def run(wanted: Sequence[tuple[int, float, str]]) -> None:
             for group in _by_sae(methods, wanted, sae, p99):
                 jobs = [
-                    Job(choose if half == "choose" else report, _made(methods[i], strength))
+                    Job(
+                        choose if half == "choose" else report,
+                        _made(methods[i], strength),
+                        methods[i].control_seed,
+                    )
                     for i, strength, half in group.runs
                 ]
-                # Divergence and perplexity only where they are reported.
+                # Divergence and perplexity are measured only where they are reported.
                 last = group.runs[0][2] == "report"
                 written = prompts.write_all(
-                    jobs, group.sae, group.p99, max_new_tokens, batch_size, measure_kl=measure_kl and last
+                    jobs, group.sae, group.p99, max_new_tokens, measure_kl=measure_kl and last
                 )
                 for (i, strength, half), job, out in zip(group.runs, jobs, written, strict=True):
                     frame = _score(
@@ -158,8 +202,8 @@ def _made(method: Method, strength: float) -> Sequence[Intervention]:
     items = method.make(strength)
     if not items:
         raise InterventionError(
-            f"The method {method.name!r} makes no intervention at strength {strength}; its reports would be unsteered "
-            "and be shown as steered."
+            f"The method {method.name!r} makes no intervention at strength {strength}; unsteered reports would be "
+            "reported as steered."
         )
     return items
 
@@ -187,29 +231,8 @@ def _by_sae(
     return list(groups.values())
 
 
-def map_directions(
-    delta: torch.Tensor,
-    shape: tuple[int, int],
-    strength: float,
-    view: View = "frontal",
-    tolerance: float = 1e-6,
-) -> list[Direction]:
-    """A vector per patch, (rows * cols, d_model), as directions with patch weights: its singular value decomposition.
-
-    Their sum is `strength * delta` at every patch, up to the directions whose singular value is at most `tolerance` of
-    the largest.
-    """
-    u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
-    kept = s > tolerance * s[0]
-    return [
-        Direction(vector=vh[i], strength=strength, where=patches(view, (u[:, i] * s[i]).reshape(shape)))
-        for i in range(len(s))
-        if kept[i]
-    ]
-
-
 def repetition(text: str, n: int = 4) -> float:
-    """Share of a text's n-grams of words that occurred in it before."""
+    """Share of the n-grams of words in a text that occurred in it before."""
     words = text.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -250,3 +273,55 @@ def _score(
             "ratio": out.ratio,
         }
     )
+
+
+def summarise(
+    table: pd.DataFrame, names: Sequence[str], chosen: dict[str, float], before: float, seed: int
+) -> pd.DataFrame:
+    """Summarise a sweep: a row per method with its strength and every metric over the reporting half.
+
+    Args:
+        table: A row per method, strength and study.
+        names: Names of the methods, in order.
+        chosen: Strength of each method.
+        before: Share of unsteered reports that already are as wanted.
+        seed: Random seed of the bootstrap; every method uses the same resampled studies.
+    """
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        part = table.loc[(table.method == name) & (table.half == "report")].sort_values(by="study")
+        draws = np.random.default_rng(seed).integers(0, len(part), (1000, len(part)))
+        row: dict[str, Any] = {"method": name, "strength": chosen[name], "n": len(part), "unsteered": before}
+        for metric in METRICS:
+            values = part[metric].to_numpy()
+            low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+            if metric in SHARES:  # a bootstrap of 0 hits would claim certainty
+                low, high = wilson(int(values.sum()), len(values))
+            row |= {metric: float(values.mean()), f"{metric}_low": float(low), f"{metric}_high": float(high)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def dose_response(tables: SteeringTables) -> Figure:
+    """Plot on-target and off-target shares of the choosing half against strength, a line per method."""
+    swept = tables.studies[tables.studies.half == "choose"]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True)
+    colours = mpl.colormaps["tab10"]
+    for axis, metric, title in zip(
+        axes, ("on_target", "off_target"), ("states the finding", "other labels changed"), strict=True
+    ):
+        for i, (name, part) in enumerate(swept.groupby("method", sort=False)):
+            means = part.groupby("strength")[metric].mean()
+            dashed = "--" if "random" in str(name) or "flipped" in str(name) else "-"
+            axis.plot(
+                means.index, 100 * means, dashed, marker="o", ms=4, color=colours(i % 10), label=str(name)
+            )
+        axis.set(
+            xlabel="strength", ylabel="% of studies" if metric == "on_target" else "% of labels", title=title
+        )
+        axis.set_ylim(bottom=-2)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(tables.finding.replace("_", " "))
+    return figure

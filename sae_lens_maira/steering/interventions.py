@@ -1,33 +1,40 @@
-"""What is done to latents, or to the stream itself, with the reconstruction error kept.
+"""Interventions on latents or on the stream itself; the SAE's reconstruction error is kept. They are saved as JSON.
 
     h' = h + (a' - a) W_dec,      a = encode(h)
     add     a' = a + s w u        set  a' = s w u       at_least  a' = max(a, s w u)
     at_most a' = a + w (min(a, s u) - a)     scale  a' = a + w (s a - a)     ablate  a' = a - w a
 
-s is the strength, u the unit (the latent's own p99, or 1) and w the schedule's weight at the position; where w is 0
-nothing happens. What a' - a does not touch, the SAE's error included, comes back bit for bit. It knows nothing about
-hooks or models.
+s is the strength, u the unit (the p99 of the latent, or 1) and w the weight of the schedule at the position; where w
+is 0 nothing happens. Strength 0 of `SetTo` and `AtMost` is a value and not a no-op.
 """
 
+import json
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from sae_lens import SAE
 
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.steering.schedule import Schedule, everywhere
+from sae_lens_maira.io import atomic_write
+from sae_lens_maira.maira2 import TokenRole
+from sae_lens_maira.sae import fingerprint
+from sae_lens_maira.steering import positions
+from sae_lens_maira.steering.positions import Schedule, everywhere
 
 Strength = float | tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """Common to all: how strong and where.
+    """Base class: how strong and where.
 
     Attributes:
-        strength: one number, or one for every row of the batch.
-        where: the schedule.
+        strength: One number, or one per row of the batch.
+        where: Positions and their weights.
     """
 
     strength: Strength = 1.0
@@ -41,30 +48,30 @@ class Intervention:
         """(rows,) strengths.
 
         Raises:
-            InterventionError: their number is not the batch's.
+            InterventionError: Their number is not the number of rows.
         """
         given = torch.tensor(self.strength, dtype=torch.float32)
         if given.ndim and len(given) != rows:
             raise InterventionError(
-                f"{len(given)} strengths were given for a batch of {rows} rows; give one number, or one a row."
+                f"{len(given)} strengths were given for a batch of {rows} rows; give one number, or one per row."
             )
         return given.expand(rows).clone()
 
     @property
     def neutral(self) -> bool:
-        """Whether it is meant to change nothing."""
+        """Whether the settings are meant to change nothing."""
         return not bool(torch.tensor(self.strength).any())
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentIntervention(Intervention):
-    """An intervention on one or several latents, or on all that a Matryoshka level adds.
+    """An intervention on some latents, or on all latents that a Matryoshka level adds.
 
     Attributes:
-        latents: their numbers; or
+        latents: Indices of the latents; or
         level: a Matryoshka level.
-        unit: "p99" counts strengths in the latent's own 99th percentile, "raw" in activations.
-        if_active: leave a latent alone where it is 0.
+        unit: "p99" measures strengths in the latent's 99th percentile, "raw" in activations.
+        if_active: Leave a latent alone where it is 0.
         if_latent: (j, t): act only where latent j exceeds t, in the same unit.
     """
 
@@ -89,68 +96,68 @@ class LatentIntervention(Intervention):
 
     @property
     def is_factor(self) -> bool:
-        """Whether the strength is a share or a factor, and not an activation."""
+        """Whether the strength is a share or a factor rather than an activation."""
         return False
 
     @property
     def needs_unit(self) -> bool:
-        """Whether the latents' p99 is needed."""
+        """Whether the p99 of the latents is needed."""
         return self.unit == "p99" and not (self.is_factor and self.if_latent is None)
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """New activations.
+        """Compute new activations; the equations are in the module docstring.
 
         Args:
-            acts: (n, k).
-            strength: (n, k), unit applied where it has one.
-            weight: (n, 1).
+            acts: (n, k) activations.
+            strength: (n, k) strengths, multiplied by their unit where they have one.
+            weight: (n, 1) weights of the schedule.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Add(LatentIntervention):
-    """Add to the activation; it may become negative, which pushes against the direction."""
+    """Add to the activation. It may become negative, which pushes against the direction."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See the module."""
+        """a + s w u."""
         return acts + strength * weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetTo(LatentIntervention):
-    """Replace the activation. Strength 0 is a setting too: it is what `Ablate` does."""
+    """Replace the activation. Strength 0 does the same as `Ablate`."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See the module."""
+        """s w u."""
         return strength * weight
 
     @property
     def neutral(self) -> bool:
-        """Never: 0 is a value."""
+        """Always False: 0 is a value."""
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtLeast(LatentIntervention):
-    """Lift the activation to a floor. Strength 0 changes nothing."""
+    """Raise the activation to a minimum. Strength 0 changes nothing."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See the module."""
+        """max(a, s w u)."""
         return torch.maximum(acts, strength * weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtMost(LatentIntervention):
-    """Press the activation under a ceiling."""
+    """Limit the activation to a maximum."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See the module."""
+        """a + w (min(a, s u) - a)."""
         return acts + weight * (torch.minimum(acts, strength) - acts)
 
     @property
     def neutral(self) -> bool:
-        """Never: 0 is a ceiling."""
+        """Always False: 0 is a maximum."""
         return False
 
 
@@ -159,12 +166,12 @@ class Scale(LatentIntervention):
     """Multiply the activation by the strength; 1 changes nothing."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See the module."""
+        """a + w (s a - a)."""
         return acts + weight * (strength * acts - acts)
 
     @property
     def is_factor(self) -> bool:
-        """Yes."""
+        """Always True."""
         return True
 
     @property
@@ -175,15 +182,15 @@ class Scale(LatentIntervention):
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate(LatentIntervention):
-    """Take the activation away; strength is the share of it, 1 for all."""
+    """Remove the activation. The strength is the share that is removed; 1 removes all of it."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See the module."""
+        """a - w s a."""
         return acts - weight * strength * acts
 
     @property
     def is_factor(self) -> bool:
-        """Yes."""
+        """Always True."""
         return True
 
 
@@ -205,3 +212,153 @@ class Direction(Intervention):
                 f"The direction has shape {tuple(self.vector.shape)}; it must be a finite (d_model,) vector other "
                 "than 0."
             )
+
+
+FORMAT = "sae-lens-maira interventions 1"
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (
+        *(Add, SetTo, AtLeast, AtMost, Scale, Ablate, Direction),
+        *(positions.Both, positions.Either, positions.Roles, positions.Window, positions.Patches),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SavedInterventions:
+    """Interventions as a file holds them.
+
+    Attributes:
+        interventions: What to do, in order.
+        hook_name: Hook point at which they act.
+        sae: Fingerprint of the SAE whose latents are meant; None if there are only directions.
+        p99: Latent -> unit, for the latents that are named and were given a unit.
+        note: Free text, for example what the interventions are for.
+    """
+
+    interventions: tuple[Intervention, ...]
+    hook_name: str
+    sae: str | None
+    p99: dict[int, float]
+    note: str = ""
+
+    def units(self, d_sae: int) -> torch.Tensor:
+        """(d_sae,) float32 p99 of the named latents, 0 for the others."""
+        values = torch.zeros(d_sae)
+        for latent, unit in self.p99.items():
+            values[latent] = unit
+        return values
+
+
+def save_interventions(
+    path: Path | str,
+    interventions: Intervention | Sequence[Intervention],
+    sae: SAE[Any] | None,
+    hook_name: str,
+    p99: torch.Tensor | None = None,
+    note: str = "",
+) -> None:
+    """Write interventions to a JSON file, with the fingerprint of their SAE and their hook point.
+
+    Args:
+        path: File to write; it is replaced atomically.
+        interventions: What to do, in order.
+        sae: SAE whose latents are meant; None if there are only directions.
+        hook_name: Hook point at which they act.
+        p99: (d_sae,) units of the latents; those of the named latents are saved.
+        note: Free text.
+
+    Raises:
+        InterventionError: Latents are named without an SAE.
+    """
+    items = (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
+    acting = [item for item in items if isinstance(item, LatentIntervention)]
+    if acting and sae is None:
+        raise InterventionError(
+            f"{type(acting[0]).__name__} acts on latents, but no SAE was given; pass the SAE they belong to."
+        )
+    named = {j for item in acting for j in (*item.latents, *(item.if_latent or ())[:1])}
+    if sae is not None and any(item.level is not None for item in acting):
+        named = set(range(sae.cfg.d_sae))
+    content = {
+        "format": FORMAT,
+        "note": note,
+        "hook_name": hook_name,
+        "sae": None if sae is None else fingerprint(sae),
+        "p99": {} if p99 is None else {str(j): float(p99[j]) for j in sorted(named)},
+        "interventions": [_to_json(item) for item in items],
+    }
+    atomic_write(Path(path), json.dumps(content, indent=1) + "\n")
+
+
+def load_interventions(path: Path | str, sae: SAE[Any] | None = None) -> SavedInterventions:
+    """Read what `save_interventions` wrote.
+
+    Args:
+        path: The file.
+        sae: SAE that will be used; None skips the check.
+
+    Raises:
+        InterventionError: The file cannot be read, or it was saved for another SAE.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise InterventionError(
+                f"{path} has the format {content['format']!r}; expected {FORMAT!r}. Save the interventions again."
+            )
+        saved = SavedInterventions(
+            tuple(_from_json(item) for item in content["interventions"]),
+            str(content["hook_name"]),
+            content["sae"],
+            {int(j): float(unit) for j, unit in content["p99"].items()},
+            str(content["note"]),
+        )
+    except InterventionError:
+        raise
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InterventionError(
+            f"{path} cannot be read as saved interventions ({type(error).__name__}: {error}). Give a file that "
+            "save_interventions or `sae-lens-maira steer` wrote."
+        ) from error
+    if not all(isinstance(item, Intervention) for item in saved.interventions):
+        raise InterventionError(f"{path} lists a schedule where an intervention was expected; save it again.")
+    if sae is not None and saved.sae is not None and fingerprint(sae) != saved.sae:
+        raise InterventionError(
+            f"{path} was saved for the SAE {saved.sae[:12]} and the SAE given is {fingerprint(sae)[:12]}; its latents "
+            "mean something else. Give the SAE that the interventions were made with."
+        )
+    return saved
+
+
+def _to_json(value: Any) -> Any:
+    """Plain data; a schedule or intervention becomes its fields with its class under "is"."""
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().float()  # every float32 is a float64, which JSON keeps digit for digit
+        return {"is": "tensor", "shape": list(tensor.shape), "values": tensor.flatten().tolist()}
+    if isinstance(value, frozenset):
+        return {"is": "roles", "names": sorted(role.name.lower() for role in value)}
+    if type(value).__name__ in _KINDS:
+        return {"is": type(value).__name__} | {
+            f.name: _to_json(getattr(value, f.name)) for f in fields(value)
+        }
+    if isinstance(value, Schedule):
+        raise InterventionError(
+            f"The schedule {type(value).__name__} is not one of this package's, so it cannot be saved."
+        )
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    kind = value["is"]
+    if kind == "tensor":
+        return torch.tensor(value["values"], dtype=torch.float32).reshape(value["shape"])
+    if kind == "roles":
+        return frozenset(TokenRole[name.upper()] for name in value["names"])
+    if kind not in _KINDS:
+        raise InterventionError(f"There is no intervention or schedule {kind!r}; it needs another version.")
+    return _KINDS[kind](**{name: _from_json(item) for name, item in value.items() if name != "is"})

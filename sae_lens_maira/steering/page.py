@@ -1,11 +1,12 @@
-"""One steering run as one static HTML file: what it did, beside its controls, and what the reports became.
+"""Static HTML page of a steering run: summary with controls, figure, and reports before and after.
 
-It reads the tables that `SteeringTables.save` wrote, draws nothing anew and opens without a server: the figure and the
-films are in the file, and nothing is loaded from anywhere. Films and text of credentialed studies are left out unless
-asked for, and a study whose licence is not known counts as credentialed. It knows nothing about models.
+The page is made from the tables that `SteeringTables.save` wrote. Figure and images are part of the file, nothing is
+loaded from elsewhere, and it opens without a server. Images and text of credentialed studies are left out unless asked
+for; a study of unknown licence counts as credentialed.
 """
 
 import base64
+import difflib
 import io
 import math
 import re
@@ -20,13 +21,14 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.latents.study_info import centre_crop
-from sae_lens_maira.steering.sidebyside import Piece, compare_words
+from sae_lens_maira.io import atomic_write
+from sae_lens_maira.latents.entries import centre_crop
 from sae_lens_maira.studies import Licence, Study
 
 PAGE = "index.html"
-FILM_SIDE = 320
-# As in a summary: column, heading, factor, format, what it means.
+_WORDS = re.compile(r"\s*\d+\.\d+|\s*\w+(?:[-'’]\w+)*|\s*[^\w\s]|\s+$")
+IMAGE_SIDE = 320
+# Columns of a summary: name, heading, factor, format, meaning.
 SHOWN = (
     ("on_target", "on target", 100, "{:.0f} %", "reports as wanted: the finding stated (or gone)"),
     ("off_target", "off target", 100, "{:.1f} %", "other labels that differ from the unsteered report"),
@@ -38,21 +40,21 @@ SHOWN = (
 )
 CAUTION = (
     "An effect on a report is an effect on text. It does not show that a latent means what its name says, nor that "
-    "the finding is there. A method is worth what lies between it and its controls."
+    "the finding is there. Judge a method by its difference to its controls."
 )
 
 
 @dataclass(frozen=True)
 class PageOptions:
-    """How a page is made.
+    """Options of a page.
 
     Attributes:
-        title: heading; None takes the finding's name.
-        method: whose reports are shown; None takes the method of largest on - off target that is neither a control nor
-            supervised.
-        reports: how many pairs of reports.
-        credentialed: show films and text of credentialed studies too.
-        about: a sentence on model, SAE and studies, below the heading.
+        title: Heading; None uses the name of the finding.
+        method: Method whose reports are shown; None takes the one of largest on - off target that is neither a
+            control nor supervised.
+        reports: Number of pairs of reports.
+        credentialed: Also show images and text of credentialed studies.
+        about: Sentence on model, SAE and studies, below the heading.
     """
 
     title: str | None = None
@@ -68,20 +70,20 @@ def write_page(
     studies: Sequence[Study] | None = None,
     options: PageOptions | None = None,
 ) -> Path:
-    """Write `folder/index.html` beside the tables of a run.
+    """Write `folder/index.html`, next to the tables of a run.
 
     Args:
-        folder: what `SteeringTables.save` wrote: studies.parquet, summary.parquet, dose_response.png.
-        finding: what was steered.
-        studies: those of the reporting half, in the order in which they were steered; without them no film is shown,
-            and text is shown only if `options.credentialed` says so.
-        options: see there.
+        folder: Folder that `SteeringTables.save` wrote: studies.parquet, summary.parquet, dose_response.png.
+        finding: What was steered.
+        studies: Studies of the reporting half, in the order in which they were steered. Without them no image is
+            shown, and text only if `options.credentialed` is set.
+        options: Options of the page.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        InterventionError: a table is missing, there is no such method, or the studies are not those of the run.
+        InterventionError: A table is missing, there is no such method, or the studies are not those of the run.
     """
     options = options or PageOptions()
     for name in ("studies.parquet", "summary.parquet"):
@@ -115,7 +117,8 @@ def write_page(
     ]
     style = files("sae_lens_maira.steering").joinpath("page.css").read_text(encoding="utf-8")
     page = folder / PAGE
-    page.write_text(
+    atomic_write(
+        page,
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
@@ -123,7 +126,6 @@ def write_page(
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + "\n</body>\n</html>\n",
-        encoding="utf-8",
     )
     return page
 
@@ -172,25 +174,25 @@ def _figure(file: Path) -> str:
         return '<p class="faint">The run saved no figure.</p>'
     return (
         f'<img class="figure" src="{_data(file.read_bytes())}" alt="On-target and off-target effect by strength, a '
-        'line a method">'
+        'line per method">'
     )
 
 
 def _reports(reported: pd.DataFrame, studies: Sequence[Study] | None, options: PageOptions) -> str:
-    # Half of them where it worked and half where it did not, so that the page does not flatter the method.
+    # Half of them where it worked and half where it did not, so that the page is not biased towards successes.
     worked = reported[reported.on_target > 0]
     failed = reported[reported.on_target == 0]
     half = options.reports // 2
     n_failed = min(len(failed), max(half, options.reports - len(worked)))
     picked = pd.concat([worked.head(options.reports - n_failed), failed.head(n_failed)])
-    found = [
+    parts = [
         f'<p class="faint">{len(picked)} of {len(reported)}: the first with the wanted effect and the first without '
-        f"it ({len(worked)} and {len(failed)} in all). Struck out: words that went; bold: words that came.</p>"
+        f"it ({len(worked)} and {len(failed)} in all). Struck out: words removed; bold: words added.</p>"
     ]
     for row in picked.to_dict("records"):
         study = studies[int(row["study"])] if studies is not None else None
-        found.append(_pair(row, study, options.credentialed))
-    return "\n".join(found)
+        parts.append(_pair(row, study, options.credentialed))
+    return "\n".join(parts)
 
 
 def _pair(row: dict[Any, Any], study: Study | None, credentialed: bool) -> str:
@@ -206,15 +208,15 @@ def _pair(row: dict[Any, Any], study: Study | None, credentialed: bool) -> str:
     head = f'<h3>{escape(name)} <span class="faint">{escape(", ".join(facts))}</span></h3>'
     if not free:
         return (
-            f'<article>{head}<div class="film withheld">credentialed film, not shown</div><p class="faint">The text '
-            "of a credentialed study is not shown. Ask for it where the file stays on this machine.</p></article>"
+            f'<article>{head}<div class="image withheld">credentialed image, not shown</div><p class="faint">The text '
+            "of a credentialed study is not shown. Use PageOptions(credentialed=True) for a page that stays on this machine.</p></article>"
         )
     before, after = compare_words(str(row["unsteered"]), str(row["text"]))
     columns = "".join(
         f'<div><h4>{label}</h4><p class="report">{_marked(pieces, tag)}</p></div>'
         for label, pieces, tag in (("unsteered", before, "del"), ("steered", after, "ins"))
     )
-    return f"<article>{head}{_film(study)}{columns}</article>"
+    return f"<article>{head}{_image(study)}{columns}</article>"
 
 
 def _marked(pieces: Sequence[Piece], tag: str) -> str:
@@ -228,16 +230,47 @@ def _marked(pieces: Sequence[Piece], tag: str) -> str:
     return "".join(found)
 
 
-def _film(study: Study | None) -> str:
+def _image(study: Study | None) -> str:
     if study is None or study.frontal is None:
-        return '<div class="film withheld">no film</div>'
-    square, _ = centre_crop(study.frontal, (), FILM_SIDE)
+        return '<div class="image withheld">no image</div>'
+    square, _ = centre_crop(study.frontal, (), IMAGE_SIDE)
     buffer = io.BytesIO()
     square.save(buffer, format="PNG")
     return (
-        f'<img class="film" src="{_data(buffer.getvalue())}" alt="frontal film of {escape(study.study_id)}">'
+        f'<img class="image" src="{_data(buffer.getvalue())}" alt="frontal image of {escape(study.study_id)}">'
     )
 
 
 def _data(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of words, `marked` if the other report does not have them there."""
+
+    text: str
+    marked: bool
+
+
+def compare_words(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """Split two reports into pieces; the unmarked pieces are the same words in the same order.
+
+    Case is ignored, and the pieces of a report join to that report, character for character.
+
+    Args:
+        before: One report.
+        after: The other report.
+
+    Returns:
+        Pieces of `before` and of `after`.
+    """
+    words = [_WORDS.findall(text) for text in (before, after)]
+    keys = [[word.strip().lower() for word in side] for side in words]
+    matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
+    found: tuple[list[Piece], list[Piece]] = ([], [])
+    for tag, a0, a1, b0, b1 in matcher.get_opcodes():
+        for side, part in zip(found, (words[0][a0:a1], words[1][b0:b1]), strict=True):
+            if part:
+                side.append(Piece("".join(part), tag != "equal"))
+    return tuple(found[0]), tuple(found[1])

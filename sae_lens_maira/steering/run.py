@@ -1,24 +1,23 @@
-"""Interventions in force: one context manager for transformers, TransformerLens (HookedMaira2) and nnsight.
+"""Run a model under interventions: one context manager for transformers, HookedMaira2 and nnsight.
 
     with steering(maira, sae, "blocks.3.hook_resid_post", [Add(latents=(7,))], encoding, p99=p99) as run:
         ids = run.generate(max_new_tokens=60)
     run.effect.ratio
 
-The same `Engine` edits the stream in all three, so their results are equal. The model is as before when the block
-ends, whatever was raised in it. It knows nothing about what reports say.
+The same `Engine` edits the stream in all three, so their results are equal. The model is restored when the block
+ends, also after an exception.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from sae_lens import SAE
 from torch import nn
 
 from sae_lens_maira.errors import HookError, InterventionError
-from sae_lens_maira.hooks import HookedMaira2, Point, PointTable
+from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight, Point, PointTable
 from sae_lens_maira.maira2 import (
     MAX_NEW_TOKENS,
     Maira2,
@@ -30,46 +29,43 @@ from sae_lens_maira.maira2 import (
 from sae_lens_maira.steering.engine import Effect, Engine
 from sae_lens_maira.steering.interventions import Intervention
 
-if TYPE_CHECKING:
-    from sae_lens_maira.hooks import Maira2NNsight
-
-    Backend = Maira2 | Maira2ForConditionalGeneration | HookedMaira2 | Maira2NNsight
+Backend = Maira2 | Maira2ForConditionalGeneration | HookedMaira2 | Maira2NNsight
 
 
 class Steering:
-    """A run of interventions, as `steering` hands it out.
+    """A steered batch, returned by `steering`.
 
     Attributes:
-        encoding: the batch that is steered.
+        encoding: The batch that is steered.
     """
 
-    def __init__(self, backend: "Backend", point: Point, engine: Engine, encoding: Maira2Encoding) -> None:
+    def __init__(self, backend: Backend, point: Point, engine: Engine, encoding: Maira2Encoding) -> None:
         self._backend, self._point, self._engine, self.encoding = backend, point, engine, encoding
 
     @property
     def effect(self) -> Effect:
-        """What the interventions have done so far."""
+        """Effect of the interventions so far."""
         return self._engine.effect
 
     def generate(self, max_new_tokens: int = MAX_NEW_TOKENS["findings"], **kwargs: Any) -> torch.Tensor:
-        """Generate for the encoding, greedily unless told otherwise.
+        """Generate for the encoding, greedily by default.
 
         Args:
-            max_new_tokens: budget.
-            **kwargs: arguments of transformers' `generate`: `use_cache`, `num_beams`, `do_sample`, ...
+            max_new_tokens: Maximum number of new tokens.
+            **kwargs: Arguments of transformers' `generate`: `use_cache`, `num_beams`, `do_sample`, ...
 
         Returns:
-            (rows, L + T) ids, prompt included; rows are studies times returned sequences.
+            (rows, L + T) ids including the prompt; rows are studies times returned sequences.
         """
         arguments: dict[str, Any] = {
             "do_sample": False,
             "pad_token_id": self.encoding.pad_token_id,
             "eos_token_id": self.encoding.eos_token_id,
         } | kwargs
-        if is_nnsight(self._backend):
+        if isinstance(self._backend, Maira2NNsight):
             edits = {self._point.name: lambda value, _step: self._engine(value)}
             return self._backend.generate_edited(self.encoding, edits, max_new_tokens, **arguments)
-        # A HookedMaira2's points listen to the model it wraps, so they fire here as well.
+        # The hook points of a HookedMaira2 are on the model it wraps, so they fire here as well.
         with torch.no_grad():
             output: Any = _model(self._backend).generate(
                 **self.encoding.model_inputs(), max_new_tokens=max_new_tokens, **arguments
@@ -79,15 +75,15 @@ class Steering:
     def reports(
         self, processor: Maira2Processor, max_new_tokens: int = MAX_NEW_TOKENS["findings"], **kwargs: Any
     ) -> list[ParsedReport]:
-        """`generate`, and the reports read from it."""
+        """Generate, and parse the reports."""
         ids = self.generate(max_new_tokens, **kwargs)
         return [processor.decode_report(row) for row in ids[:, self.encoding.input_ids.shape[1] :]]
 
     def logits(self) -> torch.Tensor:
         """(B, L, d_vocab) logits of one forward pass over the encoding."""
-        if is_nnsight(self._backend):
+        if isinstance(self._backend, Maira2NNsight):
             raise InterventionError(
-                "Logits under nnsight are read in a trace; give the model or a HookedMaira2."
+                "Logits under nnsight are read in a trace; pass the model or a HookedMaira2."
             )
         with torch.no_grad():
             return _model(self._backend)(**self.encoding.model_inputs(), use_cache=False).logits
@@ -95,7 +91,7 @@ class Steering:
 
 @contextmanager
 def steering(
-    maira: "Backend",
+    maira: Backend,
     sae: SAE[Any] | None,
     hook_name: str,
     interventions: Intervention | Sequence[Intervention],
@@ -103,20 +99,20 @@ def steering(
     p99: torch.Tensor | None = None,
     require_effect: bool = True,
 ) -> Iterator[Steering]:
-    """Put interventions in force at a hook point while the block runs.
+    """Apply interventions at a hook point while the block runs.
 
     Args:
-        maira: the model, bare or in a `Maira2`, `HookedMaira2` or `Maira2NNsight`. Under nnsight only
-            `Steering.generate` is steered; on the others any forward or `generate` of the encoding is.
-        sae: whose latents are meant; None if there are only directions.
-        hook_name: a point of shape (B, L, d_model) inside the decoder.
-        interventions: applied in order.
-        encoding: the batch that will run, on the model's device.
-        p99: (d_sae,) units of the latents, from `stats.p99` or the latent records.
-        require_effect: refuse a run that reached its positions but changed nothing.
+        maira: The model itself, a `Maira2`, a `HookedMaira2` or a `Maira2NNsight`. With nnsight only
+            `Steering.generate` is steered; with the others any forward or `generate` of the encoding is.
+        sae: SAE whose latents are meant; None if there are only directions.
+        hook_name: A hook point of shape (B, L, d_model) inside the decoder.
+        interventions: What to do, in order.
+        encoding: The batch that will run, on the model's device.
+        p99: (d_sae,) units of the latents.
+        require_effect: Refuse a run that reached its positions but changed nothing.
 
     Raises:
-        InterventionError: input that cannot be meant, before the block; a silent no-op, behind it.
+        InterventionError: Invalid input (before the block), or a run that did nothing (after it).
     """
     items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     model = _model(maira)
@@ -125,29 +121,23 @@ def steering(
     run = Steering(maira, point, engine, encoding)
     with ExitStack() as stack:
         if isinstance(maira, HookedMaira2):
-            # Not the watched form: a block in which nothing ran gets the same message as on other backends.
+            # Not the watched form: a block in which nothing ran gives the same message as with other backends.
             stack.enter_context(maira.hooks([(point.name.__eq__, lambda value, hook: engine(value))]))
-        elif not is_nnsight(maira):
-            handle = listen(model.get_submodule(point.module), engine)
+        elif not isinstance(maira, Maira2NNsight):
+            handle = edit_output(model.get_submodule(point.module), engine)
             stack.callback(handle.remove)
         yield run
     engine.require(require_effect)
 
 
-def is_nnsight(maira: Any) -> TypeGuard["Maira2NNsight"]:
-    """Whether a model is a `Maira2NNsight`; importing nnsight to ask would change the process."""
-    module = sys.modules.get("sae_lens_maira.hooks.nnsight")
-    return module is not None and isinstance(maira, module.Maira2NNsight)
-
-
-def _model(maira: "Backend") -> Any:
+def _model(maira: Backend) -> Any:
     if isinstance(maira, (Maira2, HookedMaira2)):
         return maira.model
-    return maira._module if is_nnsight(maira) else maira
+    return maira._module if isinstance(maira, Maira2NNsight) else maira
 
 
 def check_point(model: Any, hook_name: str, sae: SAE[Any] | None) -> Point:
-    """The point, or InterventionError where it cannot be steered or the SAE was trained elsewhere."""
+    """Resolve a hook point; InterventionError if it cannot be steered or the SAE belongs to another one."""
     try:
         point = PointTable(model.config).resolve(hook_name)
     except HookError as error:
@@ -159,20 +149,20 @@ def check_point(model: Any, hook_name: str, sae: SAE[Any] | None) -> Point:
         or point.name.endswith("hook_resid_mid")
     ):
         raise InterventionError(
-            f"{hook_name!r} cannot be steered: it is no output of shape (B, L, d_model) inside the decoder. Use "
+            f"{hook_name!r} cannot be steered: it is not an output of shape (B, L, d_model) in the decoder. Use "
             "blocks.{i}.hook_resid_post, hook_attn_out or hook_mlp_out."
         )
     trained = getattr(sae.cfg.metadata, "hook_name", None) if sae is not None else None
     if trained and PointTable(model.config).aliases.get(trained, trained) != point.name:
         raise InterventionError(
-            f"The SAE was trained at {trained!r} and is to steer at {point.name!r}, where its latents mean nothing; "
-            "steer at its own point."
+            f"The SAE was trained at {trained!r} and is used at {point.name!r}, where its latents have no meaning; "
+            "steer at its own hook point."
         )
     return point
 
 
-def listen(module: nn.Module, engine: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
-    """Let `engine` edit what a module gives; returns the handle."""
+def edit_output(module: nn.Module, engine: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    """Let `engine` edit the output of a module; returns the handle that removes the hook."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         value = output[0] if isinstance(output, tuple) else output

@@ -1,10 +1,9 @@
-"""Which latents to steer: by agreement, by map difference, or by their effect on what the model writes.
+"""Rank latents for steering: by agreement, by map difference, or by their effect on what the model writes.
 
     effect_j = u_j mean_studies sum_p w_p g_p . W_dec[j],     g = d/dh [log P(target) - log P(against)]
 
-One gradient per study gives the first-order effect of every latent at once; a latent that agrees with a finding need
-not have any. Effects are signed: the largest are to be boosted, the smallest to be suppressed. It knows nothing about
-how interventions are applied.
+One gradient per study gives the first-order effect of every latent at once; a latent that agrees with a finding may
+have none. Effects are signed: boost the largest, suppress the smallest.
 """
 
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ from sae_lens_maira.latents import Encoder
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
 from sae_lens_maira.stats import f1_of_firing
 from sae_lens_maira.steering.engine import check_sae
-from sae_lens_maira.steering.patches import mean_patch_maps
-from sae_lens_maira.steering.schedule import KINDS, Layout, Schedule, patches
+from sae_lens_maira.steering.maps import mean_patch_maps
+from sae_lens_maira.steering.positions import VIEWS, Layout, Schedule, patches
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ class Ranking:
     scores: torch.Tensor
 
     def boost(self, n: int) -> tuple[int, ...]:
-        """The `n` latents of largest score, best first; only those above 0."""
+        """The `n` latents of largest score, best first, only those above 0."""
         found = self.scores.topk(min(n, len(self.scores))).indices
         return tuple(int(j) for j in found if self.scores[j] > 0)
 
     def suppress(self, n: int) -> tuple[int, ...]:
-        """The `n` latents of smallest score, lowest first; only those below 0."""
+        """The `n` latents of smallest score, lowest first, only those below 0."""
         found = (-self.scores).topk(min(n, len(self.scores))).indices
         return tuple(int(j) for j in found if self.scores[j] < 0)
 
@@ -53,7 +52,7 @@ def by_agreement(fires: np.ndarray, truth: np.ndarray) -> Ranking:
     """Rank by the F1 of firing against a finding.
 
     Args:
-        fires: (n_studies, d_sae) bool, on the studies that may choose.
+        fires: (n_studies, d_sae) bool, on the studies that are used to choose.
         truth: (n_studies,) bool.
     """
     return Ranking("agreement", torch.from_numpy(f1_of_firing(fires, truth[:, None])[:, 0].copy()))
@@ -65,15 +64,15 @@ def by_map_difference(
     """Rank by the norm of what the difference of a latent's mean maps would add at the frontal patches.
 
     Args:
-        rows: image rows with all patches of the frontal films.
-        encode: the SAE's encoder.
+        rows: Image rows with all patches of the frontal images.
+        encode: The SAE's encoder.
         decoder: (d_sae, d_model).
         positive: (n_studies,) mask of studies with the finding.
         negative: (n_studies,) mask of studies without it.
 
     Returns:
-        The ranking, signed by the sum of the difference, and the difference (patches, d_sae) itself: a column of it
-        is a grid for `patches`.
+        The ranking, signed by the sum of the difference, and the difference (P, d_sae) itself; each column, reshaped
+        to rows and columns of patches, is a grid for `patches`.
     """
     present, absent = mean_patch_maps(rows, encode, positive, negative)
     difference = present - absent
@@ -95,26 +94,26 @@ def by_output_effect(
     """Rank by the first-order change of the log-probability of target reports, one gradient per study.
 
     Args:
-        maira: the model.
-        sae: whose latents.
-        hook_name: `blocks.{i}.hook_resid_post` where it lives.
-        studies: the studies to steer.
-        targets: a report, or its beginning, to make likelier in each study.
-        against: reports to make unlikelier; None only counts the targets.
-        where: positions that will be steered; the frontal patches if not given.
+        maira: The model.
+        sae: SAE whose latents are ranked.
+        hook_name: `blocks.{i}.hook_resid_post` of the SAE.
+        studies: The studies to steer.
+        targets: A report, or its beginning, to make more likely in each study.
+        against: Reports to make less likely; None counts the targets only.
+        where: Positions that will be steered; the frontal patches if not given.
         p99: (d_sae,) units; 1 if not given.
-        batch_size: studies a pass.
+        batch_size: Studies per pass.
 
     Returns:
         Effects in nats per unit of strength, mean over studies.
 
     Raises:
-        InterventionError: numbers of studies and texts differ, the SAE does not fit, or no position is steered.
+        InterventionError: Numbers of studies and texts differ, the SAE does not fit, or no position is steered.
     """
     if not studies or len(targets) != len(studies) or (against is not None and len(against) != len(studies)):
         raise InterventionError(
             f"{len(studies)} studies, {len(targets)} targets and {None if against is None else len(against)} "
-            "contrasts were given; give one text for each study."
+            "contrasts were given; give one text per study."
         )
     check_sae(sae, maira.model.config.get_text_config().hidden_size)
     schedule = patches() if where is None else where
@@ -135,7 +134,7 @@ def by_output_effect(
             total += sign * (gradient.float().cpu() * weights[..., None]).sum((0, 1))
     if not steered:
         raise InterventionError(
-            "The schedule fires at no position of these studies, so no latent has an effect there."
+            "The schedule has no position in these studies, so no latent has an effect there."
         )
     scores = sae.W_dec.detach().float().cpu() @ total / len(studies)
     return Ranking("output effect", scores if p99 is None else scores * p99.float().cpu())
@@ -149,15 +148,15 @@ def report_gradient(
     against: Sequence[str],
     batch_size: int = 16,
 ) -> torch.Tensor:
-    """Gradient of log P(target) - log P(against) at every frontal patch, mean over studies: (patches, d_model).
+    """Gradient of log P(target) - log P(against) at every frontal patch, mean over studies: (P, d_model).
 
     Args:
-        maira: the model.
-        hook_name: where.
-        studies: the studies to steer, with frontal films of one size.
-        targets: a report, or its beginning, to make likelier in each.
-        against: one to make unlikelier.
-        batch_size: studies a pass.
+        maira: The model.
+        hook_name: Hook point of the gradient.
+        studies: The studies to steer, each with a frontal image.
+        targets: A report, or its beginning, to make more likely in each study.
+        against: A report to make less likely in each study.
+        batch_size: Studies per pass.
     """
     module = maira.model.get_submodule(PointTable(maira.model.config).resolve(hook_name).module)
     total: torch.Tensor | None = None
@@ -167,14 +166,14 @@ def report_gradient(
             encoding = maira.processor.encode(
                 list(studies[part]), report=list(texts[part]), padding_side="right"
             ).to(maira.model.device, maira.model.dtype)
-            here = encoding.view == KINDS["frontal"]
+            here = encoding.view == VIEWS["frontal"]
             found = _gradient(maira, module, encoding)[here].reshape(
                 len(encoding), -1, maira.model.lm_head.in_features
             )
             found = sign * found.float().cpu().sum(0)
             total = found if total is None else total + found
     if total is None:
-        raise InterventionError("No study was given to take a gradient of; give at least one.")
+        raise InterventionError("No study was given to compute a gradient for; give at least one.")
     return total / len(studies)
 
 
@@ -182,8 +181,8 @@ def by_map_effect(difference: torch.Tensor, gradient: torch.Tensor, decoder: tor
     """Rank latents by the first-order effect of adding their own map: sum_p m_j[p] g[p] . W_dec[j].
 
     Args:
-        difference: (patches, d_sae) maps.
-        gradient: (patches, d_model), from `report_gradient`.
+        difference: (P, d_sae) maps.
+        gradient: (P, d_model), from `report_gradient`.
         decoder: (d_sae, d_model).
 
     Returns:
@@ -201,12 +200,12 @@ def log_probability(logits: torch.Tensor, encoding: Maira2Encoding) -> torch.Ten
 
 def _gradient(maira: Maira2, module: torch.nn.Module, encoding: Maira2Encoding) -> torch.Tensor:
     """(B, L, d_model) gradient of the summed log-probability of the reports with respect to the stream."""
-    held: list[torch.Tensor] = []
+    stream: list[torch.Tensor] = []
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
         value = output[0] if isinstance(output, tuple) else output
         leaf = value.detach().requires_grad_(True)
-        held.append(leaf)
+        stream.append(leaf)
         return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 
     handle = module.register_forward_hook(hook, prepend=True)
@@ -214,6 +213,6 @@ def _gradient(maira: Maira2, module: torch.nn.Module, encoding: Maira2Encoding) 
         with torch.enable_grad():
             logits = maira.model(**encoding.model_inputs(), use_cache=False).logits
             score = log_probability(logits, encoding).sum()
-            return torch.autograd.grad(score, held[0])[0]
+            return torch.autograd.grad(score, stream[0])[0]
     finally:
         handle.remove()
