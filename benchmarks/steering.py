@@ -25,7 +25,7 @@ from sae_lens_maira.maira2 import Maira2, Maira2Encoding
 from sae_lens_maira.phantom import generate_studies, load_phantom
 from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
 from sae_lens_maira.steering import Add, Steering, steering
-from sae_lens_maira.steering.schedule import everywhere, patches
+from sae_lens_maira.steering.positions import everywhere, patches
 
 HOOK = "blocks.3.hook_resid_post"
 

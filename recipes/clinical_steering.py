@@ -33,7 +33,7 @@ from sae_lens_maira.steering.correction import (
     f1_change,
     label_counts,
     micro_f1,
-    random_twin,
+    random_control,
     tied_to_errors,
 )
 from sae_lens_maira.studies import Study
@@ -185,7 +185,8 @@ def run(config: Clinical, out: Path) -> dict[str, Any]:
             "boost only": Correction(boost=best.boost, factor=best.factor),
         }
     parts |= {
-        f"random latents {i}": random_twin(best, acts, decoder, config.seed + i) for i in range(config.random)
+        f"random latents {i}": random_control(best, acts, decoder, config.seed + i)
+        for i in range(config.random)
     }
     before = counts("unsteered", "report")
     after = {name: counts(name, "report", made.interventions()) for name, made in parts.items()}

@@ -22,8 +22,8 @@ from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, read_report, truth_labels
 from sae_lens_maira.sae import load_matryoshka
 from sae_lens_maira.steering import Add, steering
-from sae_lens_maira.steering.schedule import patches
-from sae_lens_maira.steering.selection import by_map_difference
+from sae_lens_maira.steering.choose import by_map_difference
+from sae_lens_maira.steering.positions import patches
 
 FINDING, HOOK, N_LATENTS, STRENGTH = "cardiomegaly", "blocks.3.hook_resid_post", 8, 2.0
 

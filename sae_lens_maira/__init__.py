@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae_lens_maira.interface import load, load_sae, named_model, phantom_studies, read_studies
     from sae_lens_maira.maira2 import TokenRole
     from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Scale, SetTo
-    from sae_lens_maira.steering.schedule import everywhere, patches, prompt, report, roles, window
+    from sae_lens_maira.steering.positions import everywhere, patches, prompt, report, roles, window
     from sae_lens_maira.studies import Study
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "maira2": ("TokenRole",),
     "studies": ("Study",),
     "steering": ("Ablate", "Add", "AtLeast", "AtMost", "Direction", "Scale", "SetTo"),
-    "steering.schedule": ("everywhere", "patches", "prompt", "report", "roles", "window"),
+    "steering.positions": ("everywhere", "patches", "prompt", "report", "roles", "window"),
 }
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
 

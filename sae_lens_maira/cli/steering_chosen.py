@@ -16,8 +16,8 @@ import torch
 from sae_lens_maira.cli.steering_methods import EXEMPLAR, MAPS, POOLED, Bench
 from sae_lens_maira.cli.steering_subjects import MAX_NEW_TOKENS, Subjects
 from sae_lens_maira.phantom import FINDING_KEYS, read_report
-from sae_lens_maira.steering.exemplar import LatentMap, boxes_place, exemplar_map
-from sae_lens_maira.steering.prefix import Job
+from sae_lens_maira.steering.maps import LatentMap, boxes_place, exemplar_map
+from sae_lens_maira.steering.prompts import Job
 
 ALLOWED = 0.06
 """Share of other labels that may change before it counts three times."""
@@ -150,7 +150,7 @@ def try_maps(
 ) -> list[Trial]:
     """Steer the same studies with every candidate at its strength, and count."""
     jobs = [Job(which, candidate.map.interventions(strength)) for candidate, strength in wanted]
-    written = subjects.prompts.write_all(jobs, bench.sae, bench.learned.p99, MAX_NEW_TOKENS, batch_size=256)
+    written = subjects.prompts.write_all(jobs, bench.sae, bench.learned.p99, MAX_NEW_TOKENS)
     before = [read_report(text).present for text in subjects.prompts.unsteered(which, MAX_NEW_TOKENS)]
     trials = []
     for (candidate, strength), out in zip(wanted, written, strict=True):

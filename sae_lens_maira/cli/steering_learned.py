@@ -23,9 +23,8 @@ from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import FINDING_KEYS, read_report
 from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.stats import f1_of_firing, p99
-from sae_lens_maira.steering.patches import FRONTAL
-from sae_lens_maira.steering.schedule import box_grid
-from sae_lens_maira.steering.selection import report_gradient
+from sae_lens_maira.steering.choose import report_gradient
+from sae_lens_maira.steering.positions import box_grid
 from sae_lens_maira.studies import Study
 
 
@@ -95,7 +94,7 @@ def learn(
     Raises:
         InterventionError: a finding that no taught study has, or that all have.
     """
-    frontal = rows.where((rows.kind == FRONTAL) & taught[rows.study])
+    frontal = rows.where((rows.kind == 0) & taught[rows.study])
     cols = int(frontal.patch_col.max()) + 1
     n_patches = (int(frontal.patch_row.max()) + 1) * cols
     numbers = frontal.study.reshape(-1, n_patches)[:, 0]

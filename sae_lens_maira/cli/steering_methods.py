@@ -15,10 +15,10 @@ from sae_lens_maira.cli.steering_learned import Learned
 from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Intervention, SetTo
-from sae_lens_maira.steering.evaluate import Method, map_directions
-from sae_lens_maira.steering.exemplar import LatentMap
-from sae_lens_maira.steering.schedule import Schedule, everywhere, patches
-from sae_lens_maira.steering.selection import by_map_effect
+from sae_lens_maira.steering.choose import by_map_effect
+from sae_lens_maira.steering.evaluate import Method
+from sae_lens_maira.steering.maps import LatentMap, map_directions
+from sae_lens_maira.steering.positions import Schedule, everywhere, patches
 
 STRENGTHS = (1.5, 3.0)
 COUNTS = (8.0, 32.0)

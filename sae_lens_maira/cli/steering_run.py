@@ -27,8 +27,7 @@ from sae_lens_maira.quickstart.run import KEPT
 from sae_lens_maira.quickstart.sae import train_sae
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.stats import f1_of_firing, p99
-from sae_lens_maira.steering.evaluate import evaluate_steering
-from sae_lens_maira.steering.tables import SteeringTables
+from sae_lens_maira.steering.evaluate import SteeringTables, evaluate_steering
 
 PARTS = ("insert", "remove", "move")
 MOVED = "moved"

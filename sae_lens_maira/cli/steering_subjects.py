@@ -14,7 +14,7 @@ from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.latents import split_by_patient
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, read_report, truth_labels
-from sae_lens_maira.steering.prefix import SharedPrompts
+from sae_lens_maira.steering.prompts import SharedPrompts
 from sae_lens_maira.studies import Study
 
 MAX_NEW_TOKENS = 76

@@ -1,15 +1,15 @@
-"""One steering run: put a finding into reports of studies that do not have it, from the image positions.
+"""Put a finding into reports of studies that do not have it, by steering at the image positions.
 
-The map (which latents, how strong at which patch) is learned on the first half of the patients, the strength is
-chosen on a few negative studies of that half, and the effect is counted on negative studies of the second half,
-beside the difference-of-means map and a random direction of equal norm at every patch. Whether a report states
-the finding is read by the phantom's rule reader. It knows nothing about how maps are added to a model.
+The map (which latents, how strong at which patch) is learned on the first half of the patients, the strength is chosen
+on a few negative studies of that half, and the effect is counted on negative studies of the second half. Controls are
+the difference-of-means map and a random direction of equal norm at every patch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
@@ -19,10 +19,13 @@ from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import FINDING_KEYS, read_report
 from sae_lens_maira.quickstart.sae import TrainedSAE
 from sae_lens_maira.stats import wilson
-from sae_lens_maira.steering import PatchMap, latent_patch_map, mean_difference_map, steer_reports
+from sae_lens_maira.steering import Intervention, difference_map, map_directions, mean_patch_maps
+from sae_lens_maira.steering.maps import frontal_rows, random_direction
+from sae_lens_maira.steering.prompts import Job, SharedPrompts
 from sae_lens_maira.studies import Study
 
 STRENGTHS = (1.0, 1.5, 2.0, 3.0)
+MAX_NEW_TOKENS = 120
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,13 @@ class SteeringRow:
     """What one intervention did to held-out negative studies.
 
     Attributes:
-        label: the intervention.
-        strength: multiple of its map; 0 for no intervention.
-        on_target: share of reports that state the finding.
+        label: Name of the intervention.
+        strength: Multiple of its map; 0 for no intervention.
+        on_target: Share of reports that state the finding.
         low, high: 95 % Wilson interval of `on_target`.
-        off_target: share of the other findings' statements that differ from the unsteered report.
-        relative_norm: mean |delta| over mean |h| at the steered patches.
-        n: studies.
+        off_target: Share of the other findings' statements that differ from the unsteered report.
+        relative_norm: Mean |delta| over mean |h| at the steered patches.
+        n: Number of studies.
     """
 
     label: str
@@ -54,12 +57,12 @@ class SteeringResult:
     """A steering run.
 
     Attributes:
-        finding: what was to appear.
-        latents: the latents of the map.
-        sweep: (strength, share of first-half negatives with the finding) from which the strength was chosen.
-        rows: the interventions on the second half.
-        before, after: report of one held-out study without and with the latents.
-        example: number of that study.
+        finding: The finding that was put in.
+        latents: Latents of the map.
+        sweep: (strength, share of first-half negatives with the finding), from which the strength was chosen.
+        rows: The interventions on the second half.
+        before, after: Report of one held-out study without and with the latents.
+        example: Index of that study.
     """
 
     finding: str
@@ -86,48 +89,60 @@ def steer_finding(
     """Steer `finding` into negative studies.
 
     Args:
-        maira: the model.
-        studies: all studies.
-        image_rows: their image patches' rows.
+        maira: The model.
+        studies: All studies.
+        image_rows: Activations at their image patches.
         truth: (n_studies, F) bool.
-        halves: learn and choose on `choose`, report on `report`.
-        trained: the SAE.
-        finding: one of `FINDING_KEYS`.
-        n_studies: negative studies of the second half to steer; a third as many of the first choose the strength.
-        seed: of the random direction.
-        progress: show a bar.
+        halves: Learn and choose on `choose`, report on `report`.
+        trained: The SAE.
+        finding: One of `FINDING_KEYS`.
+        n_studies: Negative studies of the second half to steer; a third as many of the first choose the strength.
+        seed: Random seed of the random direction.
+        progress: Show a progress bar.
 
     Raises:
-        InterventionError: there are no negative studies to steer.
+        InterventionError: There are no negative studies to steer.
     """
     column = FINDING_KEYS.index(finding)
     present = truth[:, column]
     learn = (halves.choose & present, halves.choose & ~present)
     tuning = _negatives(studies, halves.choose & ~present, max(4, n_studies // 3))
     held_out = _negatives(studies, halves.report & ~present, n_studies)
-    latents = latent_patch_map(image_rows, trained.encode, trained.decoder, *learn)
-    means = mean_difference_map(image_rows, *learn)
+    latents = difference_map(image_rows, trained.encode, trained.decoder, *learn)
+    present_mean, absent_mean = mean_patch_maps(image_rows, lambda values: values, *learn)
+    means, shape = present_mean - absent_mean, frontal_rows(image_rows)[1]
+    added = latents.delta(trained.decoder)
+    maps: list[tuple[str, torch.Tensor, Callable[[float], Sequence[Intervention]]]] = [
+        (f"{len(latents.latents)} latents", added, latents.interventions),
+        ("difference of means", means, lambda s: map_directions(means, shape, s)),
+        (f"random direction {seed}", added, lambda s: [random_direction(added, shape, s, seed)]),
+    ]
     norm = float(image_rows.values[:: max(1, len(image_rows) // 10_000)].norm(dim=1).mean())
+    prompts = SharedPrompts(maira, image_rows.hook_name, [studies[i] for i in (*tuning, *held_out)])
+    tuned, reported = range(len(tuning)), range(len(tuning), len(prompts))
+
+    def write(which: range, interventions: Sequence[Intervention]) -> list[str]:
+        job = Job(which, interventions)
+        return prompts.write_all([job], trained.inference, max_new_tokens=MAX_NEW_TOKENS)[0].texts
 
     with tqdm(total=len(STRENGTHS) + 4, desc=f"steering {finding}", unit="run", disable=not progress) as bar:
         sweep = []
         for strength in STRENGTHS:
-            texts = _steered(maira, [studies[i] for i in tuning], latents, strength)
+            texts = write(tuned, latents.interventions(strength))
             sweep.append((strength, float(np.mean([finding in read_report(text).present for text in texts]))))
             bar.update()
         # The weakest strength that does nearly what the best one does: more strength costs more elsewhere.
         best = max(share for _, share in sweep)
         chosen = next(strength for strength, share in sweep if share >= best - 0.02)
-        part = [studies[i] for i in held_out]
-        plain = _steered(maira, part, latents, 0.0)
+        plain = write(reported, ())
         bar.update()
         after = plain
         rows = [_row("no intervention", 0.0, plain, plain, finding, 0.0)]
-        for patch_map in (latents, means, latents.random_like(seed)):
-            texts = _steered(maira, part, patch_map, chosen)
-            relative = chosen * float(patch_map.delta.norm(dim=1).mean()) / norm
-            rows.append(_row(patch_map.label, chosen, texts, plain, finding, relative))
-            if patch_map is latents:
+        for label, delta, make in maps:
+            texts = write(reported, make(chosen))
+            relative = chosen * float(delta.norm(dim=1).mean()) / norm
+            rows.append(_row(label, chosen, texts, plain, finding, relative))
+            if make == latents.interventions:
                 after = texts
             bar.update()
     changed = [i for i, text in enumerate(after) if finding in read_report(text).present]
@@ -138,15 +153,11 @@ def steer_finding(
 
 
 def _negatives(studies: Sequence[Study], mask: np.ndarray, n: int) -> list[int]:
-    """The first `n` studies of `mask` without a prior film: with one, "unchanged" could be right as well."""
+    """The first `n` studies of `mask` without a prior image: with one, "unchanged" could be right as well."""
     found = [i for i in np.flatnonzero(mask) if studies[int(i)].prior_frontal is None][:n]
     if not found:
         raise InterventionError("There is no study without the finding to steer; ask for more studies.")
     return [int(i) for i in found]
-
-
-def _steered(maira: Maira2, studies: Sequence[Study], patch_map: PatchMap, strength: float) -> list[str]:
-    return [report.text for report in steer_reports(maira, studies, patch_map, strength)]
 
 
 def _row(

@@ -113,7 +113,9 @@ class UpperModel:
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = config.hidden_size // config.num_attention_heads * heads
-        per_token = 2 * config.num_hidden_layers * width + 6 * config.hidden_size + 3 * config.intermediate_size
+        per_token = (
+            2 * config.num_hidden_layers * width + 6 * config.hidden_size + 3 * config.intermediate_size
+        )
         return length * per_token * self.model.dtype.itemsize
 
 
@@ -141,7 +143,9 @@ class Continuation:
         self._upper, self._engine = upper, engine
         self._mask, self._length = mask, mask.shape[1]
         lm = upper.language_model
-        self._cache = Cache(layers=[PreallocatedLayer(self._length + capacity) for _ in range(len(lm.layers))])
+        self._cache = Cache(
+            layers=[PreallocatedLayer(self._length + capacity) for _ in range(len(lm.layers))]
+        )
         below = upper.block + 1
         with _only(lm, below):
             # The entries of the lower blocks are still empty, so the library builds the mask of a first pass.

@@ -16,6 +16,7 @@ import torch
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.latents import Encoder
+from sae_lens_maira.stats import bootstrap, f1
 from sae_lens_maira.steering.interventions import Intervention, Scale
 from sae_lens_maira.steering.maps import mean_patch_maps
 from sae_lens_maira.steering.positions import patches
@@ -125,9 +126,13 @@ def random_control(
     control = Correction(tuple(drawn[0]), correction.share, tuple(drawn[1]), correction.factor)
     own = control.step(acts, decoder)
     if not own > 0:
-        raise InterventionError("The random latents are never active on these rows, so they are not a control; draw with another seed.")
+        raise InterventionError(
+            "The random latents are never active on these rows, so they are not a control; use another seed."
+        )
     ratio = correction.step(acts, decoder) / own
-    return Correction(control.suppress, ratio * control.share, control.boost, 1 + ratio * (control.factor - 1))
+    return Correction(
+        control.suppress, ratio * control.share, control.boost, 1 + ratio * (control.factor - 1)
+    )
 
 
 def label_counts(stated: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -137,8 +142,13 @@ def label_counts(stated: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def micro_f1(counts: np.ndarray) -> float:
     """F1 over all labels of all studies (n, 3); 1 if nothing is present and nothing stated."""
-    hit, false, missed = counts.sum(0)
-    return float(2 * hit / (2 * hit + false + missed)) if hit + false + missed else 1.0
+    return float(_micro(counts.sum(0)))
+
+
+def _micro(counts: np.ndarray) -> np.ndarray:
+    """Micro F1 of summed counts (..., 3)."""
+    hit, false, missed = np.moveaxis(counts, -1, 0)
+    return np.where(hit + false + missed > 0, f1(hit, hit + false, hit + missed), 1.0)
 
 
 def f1_change(
@@ -153,10 +163,8 @@ def f1_change(
         raise InterventionError(
             f"Counts of {len(before)} and {len(after)} studies were given; compare the same studies."
         )
-    picks = np.random.default_rng(seed).integers(0, len(before), (draws, len(before)))
-    changes = [micro_f1(after[pick]) - micro_f1(before[pick]) for pick in picks]
-    low, high = np.percentile(changes, [2.5, 97.5])
-    return micro_f1(after) - micro_f1(before), float(low), float(high)
+    changes = bootstrap(lambda w: _micro(w @ after) - _micro(w @ before), len(before), draws, seed)
+    return micro_f1(after) - micro_f1(before), float(changes.low), float(changes.high)
 
 
 def best_of(candidates: Sequence[tuple[Correction, np.ndarray]]) -> Correction:

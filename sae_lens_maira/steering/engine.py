@@ -245,7 +245,7 @@ class Engine:
             if p99 is None or p99.shape != (d_sae,):
                 raise InterventionError(
                     f"Strengths are in units of p99, but p99 is {None if p99 is None else tuple(p99.shape)}; give "
-                    f"({d_sae},) values of this SAE, or use unit='raw'."
+                    f"({d_sae},) values of this SAE, as stats.p99 makes them, or use unit='raw'."
                 )
             silent = [j for j in asked if not float(p99[j]) > 0]
             if silent and item.level is None:
@@ -346,8 +346,8 @@ def check_sae(sae: SAE[Any], d_model: int) -> None:
     """Raise InterventionError if an SAE cannot steer a stream of this width exactly."""
     if isinstance(sae, TrainingSAE):
         raise InterventionError(
-            "A training SAE was given; its batch-wide TopK would mix the rows of a batch. Save it and open the inference "
-            "SAE with load_matryoshka."
+            "A training SAE was given; its batch-wide TopK would mix the rows of a batch. Save it and open "
+            "the inference SAE with load_matryoshka."
         )
     if sae.cfg.d_in != d_model:
         raise InterventionError(

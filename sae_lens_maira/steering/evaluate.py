@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_file
-from sae_lens_maira.latents import wilson
 from sae_lens_maira.maira2 import Maira2
+from sae_lens_maira.stats import bootstrap_mean, wilson
 from sae_lens_maira.steering.interventions import Intervention
 from sae_lens_maira.steering.prompts import Job, SharedPrompts, Written
 
@@ -290,13 +290,14 @@ def summarise(
     rows: list[dict[str, Any]] = []
     for name in names:
         part = table.loc[(table.method == name) & (table.half == "report")].sort_values(by="study")
-        draws = np.random.default_rng(seed).integers(0, len(part), (1000, len(part)))
         row: dict[str, Any] = {"method": name, "strength": chosen[name], "n": len(part), "unsteered": before}
         for metric in METRICS:
             values = part[metric].to_numpy()
-            low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
             if metric in SHARES:  # a bootstrap of 0 hits would claim certainty
                 low, high = wilson(int(values.sum()), len(values))
+            else:
+                resampled = bootstrap_mean(values, seed=seed)
+                low, high = float(resampled.low), float(resampled.high)
             row |= {metric: float(values.mean()), f"{metric}_low": float(low), f"{metric}_high": float(high)}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -120,7 +120,7 @@ class Add(LatentIntervention):
     """Add to the activation. It may become negative, which pushes against the direction."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """a + s w u."""
+        """A + s w u."""
         return acts + strength * weight
 
 
@@ -129,7 +129,7 @@ class SetTo(LatentIntervention):
     """Replace the activation. Strength 0 does the same as `Ablate`."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """s w u."""
+        """S w u."""
         return strength * weight
 
     @property
@@ -152,7 +152,7 @@ class AtMost(LatentIntervention):
     """Limit the activation to a maximum."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """a + w (min(a, s u) - a)."""
+        """A + w (min(a, s u) - a)."""
         return acts + weight * (torch.minimum(acts, strength) - acts)
 
     @property
@@ -166,7 +166,7 @@ class Scale(LatentIntervention):
     """Multiply the activation by the strength; 1 changes nothing."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """a + w (s a - a)."""
+        """A + w (s a - a)."""
         return acts + weight * (strength * acts - acts)
 
     @property
@@ -185,7 +185,7 @@ class Ablate(LatentIntervention):
     """Remove the activation. The strength is the share that is removed; 1 removes all of it."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """a - w s a."""
+        """A - w s a."""
         return acts - weight * strength * acts
 
     @property
@@ -316,7 +316,15 @@ def load_interventions(path: Path | str, sae: SAE[Any] | None = None) -> SavedIn
         )
     except InterventionError:
         raise
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise InterventionError(
             f"{path} cannot be read as saved interventions ({type(error).__name__}: {error}). Give a file that "
             "save_interventions or `sae-lens-maira steer` wrote."

@@ -16,6 +16,7 @@ import torch
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.latents import Encoder
+from sae_lens_maira.stats import mean_map
 from sae_lens_maira.steering.interventions import Add, Direction
 from sae_lens_maira.steering.positions import VIEWS, View, box_grid, patches
 
@@ -100,7 +101,7 @@ class PatchMeans:
                 f"{len(empty)} of {len(self.groups)} groups of studies have no frontal patch, so there is no study on "
                 "one side of the comparison; read image positions of more studies."
             )
-        return self._total / self._rows.clamp(min=1)[..., None]
+        return mean_map(self._total.transpose(1, 2), self._rows[:, None]).transpose(1, 2)
 
 
 def frontal_rows(rows: ActivationRows) -> tuple[ActivationRows, tuple[int, int]]:

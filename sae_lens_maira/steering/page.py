@@ -22,7 +22,7 @@ import pandas as pd
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_write
-from sae_lens_maira.latents.entries import centre_crop
+from sae_lens_maira.latents.study_info import centre_crop
 from sae_lens_maira.studies import Licence, Study
 
 PAGE = "index.html"
@@ -42,6 +42,14 @@ CAUTION = (
     "An effect on a report is an effect on text. It does not show that a latent means what its name says, nor that "
     "the finding is there. Judge a method by its difference to its controls."
 )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of words, `marked` if the other report does not have them there."""
+
+    text: str
+    marked: bool
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,8 @@ def _pair(row: dict[Any, Any], study: Study | None, credentialed: bool) -> str:
     if not free:
         return (
             f'<article>{head}<div class="image withheld">credentialed image, not shown</div><p class="faint">The text '
-            "of a credentialed study is not shown. Use PageOptions(credentialed=True) for a page that stays on this machine.</p></article>"
+            "of a credentialed study is not shown. PageOptions(credentialed=True) "
+            "shows it, for a page that stays on this machine.</p></article>"
         )
     before, after = compare_words(str(row["unsteered"]), str(row["text"]))
     columns = "".join(
@@ -236,21 +245,11 @@ def _image(study: Study | None) -> str:
     square, _ = centre_crop(study.frontal, (), IMAGE_SIDE)
     buffer = io.BytesIO()
     square.save(buffer, format="PNG")
-    return (
-        f'<img class="image" src="{_data(buffer.getvalue())}" alt="frontal image of {escape(study.study_id)}">'
-    )
+    return f'<img class="image" src="{_data(buffer.getvalue())}" alt="frontal image of {escape(study.study_id)}">'
 
 
 def _data(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of words, `marked` if the other report does not have them there."""
-
-    text: str
-    marked: bool
 
 
 def compare_words(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:

@@ -22,6 +22,7 @@ from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding
 from sae_lens_maira.maira2.versions import cache_keyword
+from sae_lens_maira.stats import perplexity
 from sae_lens_maira.steering.continuation import (
     Continuation,
     Prompt,
@@ -253,7 +254,9 @@ class SharedPrompts:
         return Engine(sae, items, encoding, p99, width, job.control_seed)
 
     @torch.no_grad()
-    def perplexity(self, which: Sequence[int], reports: Sequence[str] | Sequence[torch.Tensor]) -> list[float]:
+    def perplexity(
+        self, which: Sequence[int], reports: Sequence[str] | Sequence[torch.Tensor]
+    ) -> list[float]:
         """Perplexity of a report for each study under the unsteered model.
 
         A text gets an end token; ids are taken as they are, because a report that was cut has no end token.
@@ -264,9 +267,7 @@ class SharedPrompts:
         for part in self._by_bytes(order, 0):
             rows, ids = [which[i] for _, i in part], self._batch([ids_of[i] for _, i in part])
             logp = self._score(rows, ids).gather(-1, ids[..., None])[..., 0]
-            kept = ids != self._pad
-            mean = (logp * kept).sum(1) / kept.sum(1)
-            found |= dict(zip((i for _, i in part), (-mean).exp().tolist(), strict=True))
+            found |= dict(zip((i for _, i in part), perplexity(logp, ids != self._pad).tolist(), strict=True))
         return [found[i] for i in range(len(which))]
 
     @torch.no_grad()
@@ -283,7 +284,9 @@ class SharedPrompts:
 
     def _unsteered(self, which: Sequence[int], budget: int) -> list[torch.Tensor]:
         """Ids of the unsteered reports."""
-        missing = sorted((self._length(row), row) for row in dict.fromkeys(which) if row not in self._plain_ids)
+        missing = sorted(
+            (self._length(row), row) for row in dict.fromkeys(which) if row not in self._plain_ids
+        )
         for part in self._by_bytes(missing, budget):
             rows = [row for _, row in part]
             encoding, hidden = self._padded(rows)
@@ -311,7 +314,11 @@ class SharedPrompts:
     def _score(self, rows: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
         """(B, T, d_vocab) unsteered log-probabilities along reports (B, T)."""
         encoding, hidden = self._padded(rows)
-        return self._continue(rows, encoding.attention_mask, hidden, None, ids.shape[1]).score(ids).log_softmax(-1)
+        return (
+            self._continue(rows, encoding.attention_mask, hidden, None, ids.shape[1])
+            .score(ids)
+            .log_softmax(-1)
+        )
 
     def _tokens(self, report: str | torch.Tensor) -> torch.Tensor:
         if not isinstance(report, str):

@@ -8,16 +8,17 @@ The same `Engine` edits the stream in all three, so their results are equal. The
 ends, also after an exception.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from sae_lens import SAE
 from torch import nn
 
 from sae_lens_maira.errors import HookError, InterventionError
-from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight, Point, PointTable
+from sae_lens_maira.hooks import HookedMaira2, Point, PointTable
 from sae_lens_maira.maira2 import (
     MAX_NEW_TOKENS,
     Maira2,
@@ -29,7 +30,10 @@ from sae_lens_maira.maira2 import (
 from sae_lens_maira.steering.engine import Effect, Engine
 from sae_lens_maira.steering.interventions import Intervention
 
-Backend = Maira2 | Maira2ForConditionalGeneration | HookedMaira2 | Maira2NNsight
+if TYPE_CHECKING:
+    from sae_lens_maira.hooks import Maira2NNsight
+
+    Backend = Maira2 | Maira2ForConditionalGeneration | HookedMaira2 | Maira2NNsight
 
 
 class Steering:
@@ -39,7 +43,7 @@ class Steering:
         encoding: The batch that is steered.
     """
 
-    def __init__(self, backend: Backend, point: Point, engine: Engine, encoding: Maira2Encoding) -> None:
+    def __init__(self, backend: "Backend", point: Point, engine: Engine, encoding: Maira2Encoding) -> None:
         self._backend, self._point, self._engine, self.encoding = backend, point, engine, encoding
 
     @property
@@ -62,7 +66,7 @@ class Steering:
             "pad_token_id": self.encoding.pad_token_id,
             "eos_token_id": self.encoding.eos_token_id,
         } | kwargs
-        if isinstance(self._backend, Maira2NNsight):
+        if is_nnsight(self._backend):
             edits = {self._point.name: lambda value, _step: self._engine(value)}
             return self._backend.generate_edited(self.encoding, edits, max_new_tokens, **arguments)
         # The hook points of a HookedMaira2 are on the model it wraps, so they fire here as well.
@@ -81,7 +85,7 @@ class Steering:
 
     def logits(self) -> torch.Tensor:
         """(B, L, d_vocab) logits of one forward pass over the encoding."""
-        if isinstance(self._backend, Maira2NNsight):
+        if is_nnsight(self._backend):
             raise InterventionError(
                 "Logits under nnsight are read in a trace; pass the model or a HookedMaira2."
             )
@@ -91,7 +95,7 @@ class Steering:
 
 @contextmanager
 def steering(
-    maira: Backend,
+    maira: "Backend",
     sae: SAE[Any] | None,
     hook_name: str,
     interventions: Intervention | Sequence[Intervention],
@@ -108,7 +112,7 @@ def steering(
         hook_name: A hook point of shape (B, L, d_model) inside the decoder.
         interventions: What to do, in order.
         encoding: The batch that will run, on the model's device.
-        p99: (d_sae,) units of the latents.
+        p99: (d_sae,) units of the latents, from `stats.p99` or the latent records.
         require_effect: Refuse a run that reached its positions but changed nothing.
 
     Raises:
@@ -123,17 +127,23 @@ def steering(
         if isinstance(maira, HookedMaira2):
             # Not the watched form: a block in which nothing ran gives the same message as with other backends.
             stack.enter_context(maira.hooks([(point.name.__eq__, lambda value, hook: engine(value))]))
-        elif not isinstance(maira, Maira2NNsight):
+        elif not is_nnsight(maira):
             handle = edit_output(model.get_submodule(point.module), engine)
             stack.callback(handle.remove)
         yield run
     engine.require(require_effect)
 
 
-def _model(maira: Backend) -> Any:
+def is_nnsight(maira: Any) -> TypeGuard["Maira2NNsight"]:
+    """Whether a model is a `Maira2NNsight`; importing nnsight to find out would change the process."""
+    module = sys.modules.get("sae_lens_maira.hooks.nnsight")
+    return module is not None and isinstance(maira, module.Maira2NNsight)
+
+
+def _model(maira: "Backend") -> Any:
     if isinstance(maira, (Maira2, HookedMaira2)):
         return maira.model
-    return maira._module if isinstance(maira, Maira2NNsight) else maira
+    return maira._module if is_nnsight(maira) else maira
 
 
 def check_point(model: Any, hook_name: str, sae: SAE[Any] | None) -> Point:

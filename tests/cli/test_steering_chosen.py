@@ -7,7 +7,7 @@ import torch
 
 from sae_lens_maira.cli import steering_methods as names
 from sae_lens_maira.cli.steering_chosen import Candidate, Choice, Trial
-from sae_lens_maira.steering.exemplar import LatentMap
+from sae_lens_maira.steering.maps import LatentMap
 
 
 def test_the_rule_counts_excess_off_target_three_times():

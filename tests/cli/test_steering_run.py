@@ -11,8 +11,8 @@ from sae_lens_maira.cli.steering_run import SteeringRun, other_side, prepare, ru
 from sae_lens_maira.cli.steering_subjects import Subjects
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.steering import Direction
-from sae_lens_maira.steering.exemplar import LatentMap
-from sae_lens_maira.steering.schedule import Patches
+from sae_lens_maira.steering.maps import LatentMap
+from sae_lens_maira.steering.positions import Patches
 
 FINDING = "cardiomegaly"
 SMALL = {

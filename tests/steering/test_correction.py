@@ -15,7 +15,7 @@ from sae_lens_maira.steering.correction import (
     f1_change,
     label_counts,
     micro_f1,
-    random_twin,
+    random_control,
     tied_to_errors,
 )
 
@@ -29,15 +29,15 @@ def test_twins_move_the_stream_as_much():
     acts = (torch.rand(400, 64, generator=generator) - torch.linspace(0, 0.9, 64)).clamp(min=0)
     decoder = torch.randn(64, 12, generator=generator)
     mine = Correction((3, 9), 0.5, (20, 21, 22), 3.0)
-    twins = [random_twin(mine, acts, decoder, seed, pool=8) for seed in (1, 2)]
+    twins = [random_control(mine, acts, decoder, seed, pool=8) for seed in (1, 2)]
     for twin in twins:
         chosen = {*twin.suppress, *twin.boost}
         assert len(chosen) == 5
         assert not chosen & {3, 9, 20, 21, 22}
         assert twin.step(acts, decoder) == pytest.approx(mine.step(acts, decoder), rel=1e-4)
     assert twins[0] != twins[1]
-    with pytest.raises(InterventionError, match="never fire"):
-        random_twin(mine, torch.zeros(10, 64), decoder, 0)
+    with pytest.raises(InterventionError, match="never active"):
+        random_control(mine, torch.zeros(10, 64), decoder, 0)
 
 
 def test_ranking_leaves_the_anatomy_out(phantom, few):

@@ -6,9 +6,9 @@ import torch
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.phantom import FINDING_KEYS, read_report
-from sae_lens_maira.steering import Add, PatchMap, steered, steering
-from sae_lens_maira.steering.evaluate import Method, evaluate_steering, map_directions, repetition
-from sae_lens_maira.steering.schedule import patches
+from sae_lens_maira.steering import Add, map_directions, steering
+from sae_lens_maira.steering.evaluate import Method, evaluate_steering, repetition
+from sae_lens_maira.steering.positions import patches
 
 HOOK = "blocks.3.hook_resid_post"
 
@@ -69,13 +69,23 @@ def test_bad_input(phantom, few, steering_sae, p99):
 
 
 def test_a_map_as_directions_is_the_map(phantom, few):
-    """The decomposed map adds what `PatchMap` adds, to rounding."""
+    """The decomposed map adds what a hook adds that is written by hand, to rounding."""
     encoding = phantom.processor.encode(few)
     delta = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
     with steering(phantom, None, HOOK, map_directions(delta, (8, 8), 0.5), encoding) as changed:
         logits = changed.logits()
-    with steered(phantom, PatchMap(delta, HOOK, "map"), 0.5, encoding.view == 0), torch.no_grad():
-        expected = phantom.model(**encoding.model_inputs(), use_cache=False).logits
+
+    def add(_module, _inputs, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[encoding.view == 0] += (0.5 * delta).repeat(len(few), 1)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = phantom.model.model.language_model.layers[3].register_forward_hook(add)
+    try:
+        with torch.no_grad():
+            expected = phantom.model(**encoding.model_inputs(), use_cache=False).logits
+    finally:
+        handle.remove()
     real = encoding.attention_mask.bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=1e-3, atol=1e-3)
 

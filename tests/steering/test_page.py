@@ -69,7 +69,7 @@ def test_numbers_marks_and_escapes(run, few):
     assert "<ins>Large</ins> effusion" in text
     assert "<script" not in text
     assert "&lt;script&gt;" in text
-    assert text.count('class="film"') == 4
+    assert text.count('class="image"') == 4
     assert "3 and 1 in all" in text
     assert "–" in text  # a perplexity that is not there
 
@@ -85,13 +85,13 @@ def test_credentialed_studies_are_left_out(run, few):
     """Neither film, id nor text of a credentialed study is on the page, unless asked for; a synthetic one is."""
     private = [replace(study, licence=Licence.CREDENTIALED) for study in few[:3]] + [few[3]]
     text = write_page(run, "oedema", private).read_text(encoding="utf-8")
-    assert text.count('class="film"') == 1
+    assert text.count('class="image"') == 1
     assert all(study.study_id not in text for study in private[:3])
     assert all(f"study {i}." not in text for i in range(3))
     assert "study 3." in text
     assert few[3].study_id in text
     asked = write_page(run, "oedema", private, PageOptions(credentialed=True)).read_text(encoding="utf-8")
-    assert asked.count('class="film"') == 4
+    assert asked.count('class="image"') == 4
     assert "study 0." in asked
 
 
@@ -99,7 +99,7 @@ def test_without_studies_nothing_is_known_to_be_free(run):
     """A study of unknown licence counts as credentialed."""
     text = write_page(run, "oedema").read_text(encoding="utf-8")
     assert "study 0." not in text
-    assert 'class="film"' not in text
+    assert 'class="image"' not in text
 
 
 def test_bad_input(run, few, tmp_path_factory):

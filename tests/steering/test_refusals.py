@@ -9,7 +9,7 @@ from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import Maira2NNsight
 from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
 from sae_lens_maira.steering import Add, Direction, SetTo, steering
-from sae_lens_maira.steering.schedule import patches, report, window
+from sae_lens_maira.steering.positions import patches, report, window
 
 pytestmark = pytest.mark.compat
 HOOK = "blocks.3.hook_resid_post"
@@ -61,8 +61,8 @@ def test_a_latent_of_another_sae(phantom, steering_sae, encoding, p99):
 @pytest.mark.parametrize(
     ("hook", "match"),
     [
-        ("blocks.2.hook_resid_post", "its latents mean nothing"),
-        ("blocks.3.hook_mlp_out", "its latents mean nothing"),
+        ("blocks.2.hook_resid_post", "its latents have no meaning"),
+        ("blocks.3.hook_mlp_out", "its latents have no meaning"),
         ("blocks.3.attn.hook_z", "cannot be steered"),
         ("blocks.99.hook_resid_post", "no stream to steer"),
     ],

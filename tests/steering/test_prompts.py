@@ -8,8 +8,8 @@ import torch
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.maira2 import TokenRole, generate_reports
 from sae_lens_maira.steering import Ablate, Add, Direction, steering
-from sae_lens_maira.steering.prefix import Job, SharedPrompts
-from sae_lens_maira.steering.schedule import everywhere, patches, report
+from sae_lens_maira.steering.positions import everywhere, patches, report
+from sae_lens_maira.steering.prompts import Job, SharedPrompts
 
 HOOK = "blocks.3.hook_resid_post"
 BUDGET = 40
@@ -35,7 +35,7 @@ def jobs():
 
 @pytest.fixture(scope="module")
 def written(prompts, jobs, steering_sae, p99):
-    made = prompts.write_all(list(jobs.values()), steering_sae, p99, BUDGET, batch_size=5, measure_kl=True)
+    made = prompts.write_all(list(jobs.values()), steering_sae, p99, BUDGET, measure_kl=True)
     return dict(zip(jobs, made, strict=True))
 
 
@@ -103,3 +103,28 @@ def test_bad_input(phantom, few, prompts):
     direction = Direction(vector=torch.ones(128), where=patches("lateral"))
     with pytest.raises(InterventionError, match="never fired"):
         prompts.write(alone, [direction])
+
+
+def test_a_small_budget_gives_the_same_reports(phantom, few, prompts, jobs, written, steering_sae, p99):
+    """With no memory to spare one study runs at a time and prompts are run again; tokens and KL stay the same."""
+    tight = SharedPrompts(phantom, HOOK, few, budget=1)
+    made = tight.write_all(
+        [jobs["direction"], jobs["everywhere"]], steering_sae, p99, BUDGET, measure_kl=True
+    )
+    for name, out in zip(("direction", "everywhere"), made, strict=True):
+        assert out.texts == written[name].texts
+        assert out.kl == pytest.approx(written[name].kl, rel=1e-3, abs=1e-5)
+    assert tight.prompts.used == max(tight.prompts._size(p) for p in tight.prompts._values.values())
+
+
+def test_stored_prompts_stay_within_the_budget(phantom, few):
+    """Bytes held are those of the tensors, and the least recently used prompts are dropped above the limit."""
+    everything = SharedPrompts(phantom, HOOK, few)
+    everything.unsteered(range(len(few)), 5)
+    held = list(everything.prompts._values.values())
+    assert everything.prompts.used == sum(prompt.nbytes for prompt in held)
+    assert len(held[0].keys) == 4, "keys and values of the blocks up to the hook point, not of all 8"
+    some = SharedPrompts(phantom, HOOK, few, budget=3 * sum(sorted(p.nbytes for p in held)[-2:]))
+    some.unsteered(range(len(few)), 5)
+    assert some.prompts.used <= some.prompts.limit
+    assert 0 < len(some.prompts._values) < len(few)

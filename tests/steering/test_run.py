@@ -6,7 +6,7 @@ import torch
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight
 from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Scale, SetTo, steering
-from sae_lens_maira.steering.schedule import everywhere, patches, prompt, report, window
+from sae_lens_maira.steering.positions import everywhere, patches, prompt, report, window
 
 pytestmark = pytest.mark.compat
 HOOK = "blocks.3.hook_resid_post"
@@ -200,7 +200,7 @@ def test_model_is_restored_after_an_exception(phantom, encoding, steering_sae, p
         (lambda: Add(latents=(1,), where=window(5000)), "never fired"),
         (lambda: Add(latents=(1,), where=report(0, 0)), "no position"),
         (lambda: Add(latents=(1,), where=patches(grid=torch.ones(3, 3))), "3, 3"),
-        (lambda: Add(latents=(1,), if_latent=(2, 1e6)), "gate stayed shut"),
+        (lambda: Add(latents=(1,), if_latent=(2, 1e6)), "gate stayed closed"),
     ],
 )
 def test_bad_input(phantom, encoding, steering_sae, p99, item, match):

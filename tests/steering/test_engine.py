@@ -1,10 +1,10 @@
-"""Columns: a few latents read alone are what the whole SAE reads, and TopK SAEs are read whole."""
+"""LatentSubset: a few latents read alone are what the whole SAE reads, and TopK SAEs are read whole."""
 
 import pytest
 import torch
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-from sae_lens_maira.steering.columns import Columns
+from sae_lens_maira.steering.engine import LatentSubset
 
 pytestmark = pytest.mark.compat
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.compat
 def test_columns_are_those_of_the_whole(steering_sae, chosen):
     """Activations and steps of the chosen latents agree with `encode` and with W_dec, copied or not."""
     hidden = torch.randn(200, 128)
-    columns = Columns(steering_sae, chosen)
+    columns = LatentSubset(steering_sae, chosen)
     with torch.no_grad():
         whole = steering_sae.encode(hidden)
     torch.testing.assert_close(columns.encode(hidden), whole[:, chosen], rtol=1e-5, atol=1e-5)
@@ -29,8 +29,8 @@ def test_the_shortcut_is_taken_and_can_fail(steering_sae):
     broken.load_state_dict(steering_sae.state_dict())
     with torch.no_grad():
         broken.W_enc[:, 50] = float("nan")
-    assert bool(torch.isfinite(Columns(broken, [1, 2, 3]).encode(hidden)).all())
-    assert not bool(torch.isfinite(Columns(broken, [1, 50]).encode(hidden)).all())
+    assert bool(torch.isfinite(LatentSubset(broken, [1, 2, 3]).encode(hidden)).all())
+    assert not bool(torch.isfinite(LatentSubset(broken, [1, 50]).encode(hidden)).all())
 
 
 def test_latents_that_compete_are_read_together():
@@ -41,5 +41,5 @@ def test_latents_that_compete_are_read_together():
     hidden = torch.randn(40, 16)
     with torch.no_grad():
         whole = sae.encode(hidden)
-    assert torch.equal(Columns(sae, [4, 5]).encode(hidden), whole[:, [4, 5]])
+    assert torch.equal(LatentSubset(sae, [4, 5]).encode(hidden), whole[:, [4, 5]])
     assert float((whole[:, [4, 5]] == 0).float().mean()) > 0.5

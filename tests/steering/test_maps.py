@@ -1,14 +1,25 @@
 """One study's map: confined to its place, exact in the stream, of latents that differ there; or refused."""
 
+import numpy as np
 import pytest
 import torch
 
+from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.phantom import generate_studies
-from sae_lens_maira.steering.exemplar import LatentMap, boxes_place, exemplar_map
+from sae_lens_maira.phantom import generate_studies, truth_labels
 from sae_lens_maira.steering.interventions import Direction
-from sae_lens_maira.steering.prefix import SharedPrompts
-from sae_lens_maira.steering.schedule import patches
+from sae_lens_maira.steering.maps import (
+    LatentMap,
+    boxes_place,
+    difference_map,
+    exemplar_map,
+    mean_patch_maps,
+    random_direction,
+)
+from sae_lens_maira.steering.positions import Patches, patches
+from sae_lens_maira.steering.prompts import SharedPrompts
+
+HOOK = "blocks.3.hook_resid_post"
 
 SHAPE = (8, 8)
 
@@ -77,3 +88,40 @@ def test_refusals():
         exemplar_map(same, same, torch.eye(5), torch.ones(64), SHAPE)
     with pytest.raises(InterventionError, match="nothing to add"):
         exemplar_map(same, same, torch.eye(4), torch.ones(64), SHAPE)
+
+
+def test_the_random_control_has_the_norm_of_the_map_at_every_patch():
+    delta = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    control = random_direction(delta, (8, 8), 1.0, seed=3)
+    assert isinstance(control.where, Patches)
+    assert control.where.grid is not None
+    torch.testing.assert_close(control.vector.norm(), torch.tensor(1.0))
+    torch.testing.assert_close(control.where.grid.flatten(), delta.norm(dim=1))
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return generate_studies(12, seed=321)
+
+
+def test_mean_maps_are_means_by_hand(phantom, studies):
+    """The map's patch (2, 5) is the mean of that patch's rows over positive and negative studies."""
+    rows = harvest_rows(phantom, studies, HOOK, roles="image_only", progress=False)
+    positive = truth_present(studies)
+    present, _ = mean_patch_maps(rows, lambda x: x, positive, ~positive)
+    here = rows.where((rows.kind == 0) & (rows.patch_row == 2) & (rows.patch_col == 5))
+    expected = here.where(positive[here.study]).values.mean(0)
+    torch.testing.assert_close(present[2 * 8 + 5], expected, rtol=1e-4, atol=1e-4)
+    made = difference_map(rows, lambda x: x, torch.eye(128), positive, ~positive, n_latents=4)
+    absent = mean_patch_maps(rows, lambda x: x, positive, ~positive)[1]
+    assert made.latents == tuple((present - absent).norm(dim=0).topk(4).indices.tolist())
+    torch.testing.assert_close(made.grids, (present - absent)[:, list(made.latents)])
+    with pytest.raises(InterventionError, match="one side"):
+        mean_patch_maps(rows, lambda x: x, positive, positive & ~positive)
+    with pytest.raises(InterventionError, match="frontal"):
+        mean_patch_maps(rows.where(rows.kind == 9), lambda x: x, positive, ~positive)
+
+
+def truth_present(studies):
+    labels = np.stack([truth_labels(study) for study in studies])
+    return labels[:, labels.any(0) & ~labels.all(0)][:, 0]

@@ -6,8 +6,8 @@ import torch
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.steering import Direction, steering
-from sae_lens_maira.steering.schedule import patches
-from sae_lens_maira.steering.selection import Ranking, by_agreement, by_output_effect, log_probability
+from sae_lens_maira.steering.choose import Ranking, by_agreement, by_output_effect, log_probability
+from sae_lens_maira.steering.positions import patches
 
 HOOK = "blocks.3.hook_resid_post"
 TARGET = "There is a large left pleural effusion."
@@ -40,7 +40,7 @@ def test_ranking_keeps_signs():
 
 def test_bad_input(phantom, few, steering_sae):
     """Texts and studies in unequal number, and positions the studies do not have, are refused."""
-    with pytest.raises(InterventionError, match="one text for each"):
+    with pytest.raises(InterventionError, match="one text per study"):
         by_output_effect(phantom, steering_sae, HOOK, few, [TARGET])
     alone = [s for s in few if s.lateral is None][:1]
     if alone:

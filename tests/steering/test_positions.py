@@ -6,7 +6,7 @@ import torch
 
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.maira2 import TokenRole
-from sae_lens_maira.steering.schedule import (
+from sae_lens_maira.steering.positions import (
     Layout,
     activation_grid,
     box_grid,
