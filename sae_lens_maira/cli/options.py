@@ -81,7 +81,7 @@ class HarvestOptions:
 
         device = device_of(self.device)
         # A forward over given reports ends at the last hook point; writing reports takes the whole model.
-        hooks = None if self.reports == "generated" else self.hook_names
+        hooks = self.hook_names if self.reports == "teacher" else None
         maira = named_model(self.model, dtype=self.model_dtype, device=device, hooks=hooks)
         if self.table is None:
             side = maira.processor.recipe.crop

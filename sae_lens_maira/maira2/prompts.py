@@ -3,7 +3,7 @@
 A prompt is the concatenation of its segments' texts, character by character the model's own template; because
 each segment carries a `TokenRole`, roles need never be searched for afterwards. The tasks are "findings",
 "grounded" (findings with boxes) and "phrase" (one given phrase with boxes). A missing or blank section reads
-`N/A`. A prior report is used only together with a prior image, as the template has no other place for it.
+`N/A`. A prior report needs a prior image, as the template has no other place for it: without one it is an error.
 This module knows nothing about tokenizers or pixels.
 """
 
@@ -87,8 +87,8 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
 
     Raises:
         ConfigError: an unknown task.
-        PromptError: no frontal image, a section that is no text, or a phrase where none belongs or none where
-            one does.
+        PromptError: no frontal image, a section that is not text, a prior report without a prior image, or a phrase
+            where none belongs or none where one does.
     """
     if task not in TASKS:
         raise ConfigError(f"The task was {task!r}; MAIRA-2 knows {', '.join(TASKS)}. Choose one of these.")
@@ -101,6 +101,11 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
         raise PromptError(
             f"Task {task!r} was given the phrase {phrase!r}. Task 'phrase' needs a phrase that is not blank"
             " and the other tasks take none; change the task or the phrase."
+        )
+    if task != "phrase" and study.prior_report and study.prior_frontal is None:
+        raise PromptError(
+            "The study has a prior report but no prior frontal image. MAIRA-2's prompt has no place for the one without"
+            " the other; give the prior image, or set prior_report to None."
         )
     lateral = None if task == "phrase" else study.lateral
     prior = None if task == "phrase" else study.prior_frontal

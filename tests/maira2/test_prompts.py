@@ -44,9 +44,9 @@ def test_findings_prompts_equal_the_template(make_study: Any) -> None:
         HEAD + ONE + DESCRIBE + " INDICATION: Cough TECHNIQUE: PA view. COMPARISON: None." + TAIL: make_study(
             frontal=1, indication="Cough", technique="PA view.", comparison="None."
         ),
-        # blank sections are missing sections; a prior report without its image has no place in the template
+        # blank sections are missing sections
         HEAD + LATERAL + DESCRIBE + " INDICATION: N/A TECHNIQUE: N/A COMPARISON: x" + TAIL: make_study(
-            frontal=1, lateral=1, indication="", technique=" \n", comparison="x", prior_report="Old."
+            frontal=1, lateral=1, indication="", technique=" \n", comparison="x"
         ),
     }
     for wanted, study in cases.items():
@@ -114,3 +114,12 @@ def test_a_section_that_is_no_text_is_refused(make_study: Any) -> None:
     """An empty cell of a pandas table arrives as NaN."""
     with pytest.raises(PromptError, match="technique is nan of type float"):
         build_prompt(make_study(frontal=1, technique=float("nan")))
+
+
+def test_a_prior_report_without_its_image_is_refused(make_study: Any) -> None:
+    """The template has no place for it, and dropping it would go unnoticed."""
+    study = make_study(frontal=1, prior_report="Old.")
+    with pytest.raises(PromptError, match="no prior frontal image"):
+        build_prompt(study)
+    assert "Old." not in build_prompt(study, task="phrase", phrase="effusion").text
+    assert "Old." in build_prompt(make_study(frontal=1, prior_frontal=1, prior_report="Old.")).text
