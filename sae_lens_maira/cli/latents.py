@@ -28,7 +28,9 @@ def latents(
     store: Path | None = None,
     hook: str | None = None,
     roles: str | list[str] | None = None,
-    control: Literal["trained", "untrained", "untrained_whitened", "raw"] = "trained",
+    control: Literal[
+        "trained", "untrained", "untrained_whitened", "raw", "frozen_decoder", "frozen_encoder"
+    ] = "trained",
     latents: str | None = None,
     top: int = 20,
     per_interval: int = 5,
@@ -61,7 +63,8 @@ def latents(
         roles: tokens to read: image_only, paper, text_only, generated_only, all, or a list of roles; sections, report
             and image if not given.
         control: record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
-            with the same sparsity; untrained_whitened beside untrained for an SAE trained on whitened rows.
+            with the same sparsity; untrained_whitened beside untrained for an SAE trained on whitened rows. A frozen
+            control is trained (`train --control`): pass its folder as --sae.
         latents: numbers and ranges such as "0-49,77" to write records of; all if not given.
         top: contexts of largest activation to keep per latent.
         per_interval: contexts to keep per octave of activation.
@@ -80,6 +83,7 @@ def latents(
     from sae_lens_maira.errors import SAEError
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
     from sae_lens_maira.phantom import FINDING_KEYS
+    from sae_lens_maira.sae import control_kind
 
     seed = study_seed if seed is None else seed
     rank, world = rank_of(os.environ)
@@ -92,7 +96,9 @@ def latents(
         )
     size = studies_per_block or (32 if model == "phantom" else 4)
     chosen, blocks = _rows(maira, hook_name, studies, table, root, store, roles, size, study_seed)
-    if control != "trained":
+    if control == "trained":
+        control = control_kind(dictionary) or control
+    else:
         dictionary = _stand_in(control, dictionary, blocks, seed)
     config = CollectConfig(
         model=model,

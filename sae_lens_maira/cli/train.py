@@ -8,7 +8,7 @@ and computes nothing itself.
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sae_lens_maira.cli.options import HarvestOptions
 
@@ -20,6 +20,7 @@ def train(
     trainer: dict[str, Any],
     provider: dict[str, Any] | None = None,
     direct: bool = False,
+    control: Literal["frozen_decoder", "soft_frozen_decoder", "frozen_encoder"] | None = None,
     as_json: bool = False,
 ) -> None:
     """Train a Matryoshka SAE on a store, harvesting it first where it is not complete; or straight from the model.
@@ -33,6 +34,8 @@ def train(
         trainer: fields of SAELens' SAETrainerConfig; with checkpoint_path and n_checkpoints a killed run continues.
         provider: of a store: roles, rates, buffer_rows, workers; direct: buffer_rows, mix_fraction, group.
         direct: run the model while training and keep nothing on disk; the first hook point is trained on.
+        control: train a control SAE instead, with a random decoder or encoder that stays fixed (soft: within a cosine of
+            0.8); everything else as given.
         as_json: print JSON instead of text.
     """
     import torch
@@ -49,7 +52,7 @@ def train(
         made = _direct if direct else _stored
         batches, width, rows = made(options, steps.train_batch_size_samples, place, provider or {})
         torch.manual_seed(options.seed)
-        config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **sae)
+        config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **({"control": control} | sae))
     except TypeError as error:
         raise ConfigError(
             f"The parts sae, trainer and provider do not fit their configurations: {error}. Use the field names of "

@@ -89,8 +89,10 @@ def _add_span(
     dz = gradient @ rows.T
     if alive is not None:
         dz *= alive
-    grads.W_dec.index_add_(0, latents, z.T @ gradient)
-    grads.W_enc_t.index_add_(0, latents, dz.T @ xc)
+    if grads.W_dec.numel():  # empty where the matrix is frozen
+        grads.W_dec.index_add_(0, latents, z.T @ gradient)
+    if grads.W_enc_t.numel():
+        grads.W_enc_t.index_add_(0, latents, dz.T @ xc)
     grads.b_enc.index_add_(0, latents, dz.sum(dim=0))
     return squared * scale.to(squared.device) / tokens
 

@@ -58,12 +58,14 @@ class StepSpec:
     """Whether the encoder product may round its operands to bfloat16, as torch.autocast does."""
     candidates: Candidates = "off"
     """Find candidates with a low-precision product, then score and select them exactly. Still exact."""
+    frozen: frozenset[str] = frozenset()
+    """Names of matrices that are not trained, of "W_enc" and "W_dec": their gradients are not computed."""
 
     def __post_init__(self) -> None:
         """Checks the values against each other.
 
         Raises:
-            ConfigError: widths are not increasing, or there is not one weight per level.
+            ConfigError: widths are not increasing, there is not one weight per level, or an unknown name is frozen.
         """
         pairs = zip((0, *self.widths), self.widths, strict=False)
         if not self.widths or any(after <= before for before, after in pairs):
@@ -72,6 +74,10 @@ class StepSpec:
             raise ConfigError(
                 f"There are {len(self.level_weights)} level weights for {len(self.widths)} level widths; "
                 "give one each."
+            )
+        if not self.frozen <= {"W_enc", "W_dec"}:
+            raise ConfigError(
+                f"Frozen parameters are {sorted(self.frozen)}; expected W_enc, W_dec or both, or nothing."
             )
         if self.autocast and self.candidates != "off":
             raise ConfigError(
@@ -99,7 +105,10 @@ class Weights(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the total loss; W_enc's is transposed, (d_sae, d_in), as its pass writes it."""
+    """Gradients of the total loss; W_enc's is transposed, (d_sae, d_in), as its pass writes it.
+
+    The gradient of a frozen matrix is an empty tensor.
+    """
 
     W_enc_t: torch.Tensor
     b_enc: torch.Tensor

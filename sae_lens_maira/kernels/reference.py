@@ -50,7 +50,12 @@ def reference_step(weights: Weights, x: torch.Tensor, spec: StepSpec, dead: Dead
         aux_loss=aux_loss.detach(),
         sae_out=prefixes[-1].detach(),
         acts=SparseActs(rows, cols, values, (len(x), W_dec.shape[0])),
-        gradients=Gradients(grads[0].T.contiguous(), grads[1], grads[2], grads[3]),
+        gradients=Gradients(
+            x.new_empty(0) if "W_enc" in spec.frozen else grads[0].T.contiguous(),
+            grads[1],
+            x.new_empty(0) if "W_dec" in spec.frozen else grads[2],
+            grads[3],
+        ),
         fired=fired,
         min_positive=values.min() if len(values) else values.new_tensor(torch.inf),
         tokens=len(x),

@@ -27,7 +27,7 @@ class Decoded(NamedTuple):
 
 
 class LatentGradients(NamedTuple):
-    """dW_dec (d_sae, d_in), dW_enc transposed (d_sae, d_in), db_enc (d_sae,)."""
+    """dW_dec (d_sae, d_in), dW_enc transposed (d_sae, d_in), db_enc (d_sae,); empty where a matrix is frozen."""
 
     W_dec: torch.Tensor
     W_enc_t: torch.Tensor
@@ -73,6 +73,7 @@ def latent_backward(
     xc: torch.Tensor,
     W_dec: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    frozen: frozenset[str] = frozenset(),
 ) -> LatentGradients:
     """Gradients of the latents' weights from the suffix gradients (B, L, d_in).
 
@@ -83,14 +84,24 @@ def latent_backward(
         xc: (B, d_in) centred input.
         W_dec: (d_sae, d_in).
         out: Buffers for dW_dec and dW_enc_t, (d_sae, d_in) each, overwritten.
+        frozen: Matrices whose gradient is left out and returned as an empty tensor.
     """
     d_in = xc.shape[1]
     gradient = suffix.reshape(layout.batch * layout.levels, d_in)
     dh = sampled_product(layout.bags, layout.cols, gradient, W_dec.T, layout.offsets)
-    W_dec_grad, W_enc_grad = out if out is not None else (torch.empty_like(W_dec), torch.empty_like(W_dec))
+    nothing = W_dec.new_empty(0)
+    W_dec_grad, W_enc_grad = out if out is not None else (nothing, nothing)
     order, pointers = layout.by_latent, layout.pointers
-    _bags_into(W_dec_grad, layout.bags[order], gradient, pointers, h[order])
-    _bags_into(W_enc_grad, layout.rows[order], xc, pointers, dh[order])
+    if "W_dec" in frozen:
+        W_dec_grad = nothing
+    else:
+        W_dec_grad = W_dec_grad if out is not None else torch.empty_like(W_dec)
+        _bags_into(W_dec_grad, layout.bags[order], gradient, pointers, h[order])
+    if "W_enc" in frozen:
+        W_enc_grad = nothing
+    else:
+        W_enc_grad = W_enc_grad if out is not None else torch.empty_like(W_dec)
+        _bags_into(W_enc_grad, layout.rows[order], xc, pointers, dh[order])
     b_enc = torch.zeros(layout.d_sae, dtype=h.dtype, device=h.device).index_add_(0, layout.cols, dh)
     return LatentGradients(W_dec_grad, W_enc_grad, b_enc)
 

@@ -120,7 +120,7 @@ def run_stages(
     W_dec, operand = (workspace.bf16("W_dec", weights.W_dec), xc.bfloat16()) if halve else (weights.W_dec, xc)
     decoded = stages.prefix_decode(layout, selection.h, W_dec, weights.b_dec, x, scales, per_level)
     out = None if gradients is None else (gradients.W_dec, gradients.W_enc_t)
-    grads = stages.latent_backward(layout, selection.h, decoded.suffix, operand, W_dec, out)
+    grads = stages.latent_backward(layout, selection.h, decoded.suffix, operand, W_dec, out, spec.frozen)
     db_dec = decoded.suffix[:, 0].sum(dim=0, dtype=x.dtype)
     level_losses = comm.sum_(decoded.squared) / tokens
     fired = comm.sum_(layout.fired)

@@ -154,12 +154,16 @@ def latent_backward(
     xc: torch.Tensor,
     W_dec: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    frozen: frozenset[str] = frozenset(),
     longest: int = SEGMENT,
 ) -> LatentGradients:
-    """Same contract as `sparse.latent_backward`; suffix, xc and W_dec may be bfloat16."""
+    """Same contract as `sparse.latent_backward`; suffix, xc and W_dec may be bfloat16.
+
+    One walk makes both gradients, so that of a frozen matrix is computed here too, and dropped.
+    """
     d_in = xc.shape[1]
     block, warps = width_and_warps(d_in)
-    if out is None:
+    if out is None or frozen:
         shape = (layout.d_sae, d_in)
         out = (
             torch.empty(shape, dtype=h.dtype, device=h.device),
@@ -204,4 +208,7 @@ def latent_backward(
             BLOCK=stretch,
             num_warps=4,
         )
-    return LatentGradients(out[0], out[1], b_enc)
+    nothing = h.new_empty(0)
+    return LatentGradients(
+        nothing if "W_dec" in frozen else out[0], nothing if "W_enc" in frozen else out[1], b_enc
+    )

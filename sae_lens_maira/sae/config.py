@@ -11,7 +11,7 @@ takes the value of the convention. This module holds numbers and their checks; i
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
@@ -19,12 +19,19 @@ from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.sae.levels import METADATA_KEY, check_widths, sizes_from_widths, widths_from_fractions
+from sae_lens_maira.sae.levels import (
+    CONTROL_KEY,
+    METADATA_KEY,
+    check_widths,
+    sizes_from_widths,
+    widths_from_fractions,
+)
 
 ARCHITECTURE = "matryoshka"
 """Name of both classes, training and inference, in SAELens' registries."""
 
 LossConvention = Literal["saelens", "dictionary_learning", "explicit"]
+Frozen = Literal["frozen_decoder", "soft_frozen_decoder", "frozen_encoder"]
 
 
 @dataclass
@@ -78,6 +85,9 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             "dictionary_learning".
         threshold_start_step: "dictionary_learning" only: the threshold is first set one step later.
         dead_after_tokens: "dictionary_learning" only: a latent silent for this many activation rows is dead.
+        control: trains a control SAE (arXiv 2602.14111) instead: "frozen_decoder" keeps the random W_dec,
+            "frozen_encoder" the random W_enc and b_enc, "soft_frozen_decoder" keeps every row of W_dec within a cosine
+            of 0.8 of its first direction.
         inference_architecture: "jumprelu" saves what plain SAELens loads; "matryoshka" is read by this
             package only.
 
@@ -96,6 +106,7 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     topk_threshold_lr: float = None  # pyright: ignore[reportAssignmentType]
     threshold_start_step: int = 1000
     dead_after_tokens: int = 10_000_000
+    control: Frozen | None = None
     inference_architecture: Literal["jumprelu", "matryoshka"] = "jumprelu"
 
     @override
@@ -108,6 +119,10 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             raise ConfigError(
                 f"loss_convention={self.loss_convention!r} is unknown. "
                 "Choose saelens, dictionary_learning or explicit."
+            )
+        if self.control is not None and self.control not in get_args(Frozen):
+            raise ConfigError(
+                f"control={self.control!r} is unknown. Choose {', '.join(get_args(Frozen))}, or leave it out."
             )
         unit_decoder = self.loss_convention == "dictionary_learning"
         if self.aux_loss_coefficient is None:
@@ -199,10 +214,13 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     def add_training_info_to_metadata(self) -> None:
         super().add_training_info_to_metadata()
         self.metadata[METADATA_KEY] = self.matryoshka_metadata()
+        if self.control is not None:
+            self.metadata[CONTROL_KEY] = {"kind": self.control}
 
     @override
     def _metadata_with_training_info(self) -> dict[str, Any]:
-        return super()._metadata_with_training_info() | {METADATA_KEY: self.matryoshka_metadata()}
+        control = {} if self.control is None else {CONTROL_KEY: {"kind": self.control}}
+        return super()._metadata_with_training_info() | {METADATA_KEY: self.matryoshka_metadata()} | control
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:

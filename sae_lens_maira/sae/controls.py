@@ -23,7 +23,7 @@ from torch import Tensor
 from sae_lens_maira.errors import SAEError
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig
 from sae_lens_maira.sae.inference import MatryoshkaSAE, matryoshka_from_state_dict
-from sae_lens_maira.sae.levels import level_widths_of
+from sae_lens_maira.sae.levels import CONTROL_KEY, level_widths_of
 from sae_lens_maira.sae.whitening import symmetric_whitening
 
 Control = Literal["untrained", "untrained_whitened", "raw", "frozen_decoder", "frozen_encoder"]
@@ -34,8 +34,6 @@ CONTROLS: tuple[Control, ...] = (
     "frozen_decoder",
     "frozen_encoder",
 )
-CONTROL_KEY = "control"
-"""Key of an SAE's metadata that names the kind of control it is."""
 
 
 @torch.no_grad()

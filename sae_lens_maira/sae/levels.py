@@ -17,6 +17,8 @@ from sae_lens_maira.errors import SAEError
 
 METADATA_KEY = "matryoshka"
 """Key of an SAE's metadata under which `level_widths`, `k` and the training facts are stored."""
+CONTROL_KEY = "control"
+"""Key of an SAE's metadata that names the kind of control it is."""
 
 
 def check_widths(widths: Sequence[int], d_sae: int, where: str = "matryoshka_widths") -> tuple[int, ...]:

@@ -27,6 +27,9 @@ from sae_lens_maira.sae.losses import (
 )
 from sae_lens_maira.sae.unit_decoder import geometric_median, unit_rows, with_tangent_gradient
 
+SOFT_COSINE = 0.8
+"""Least cosine of a softly frozen decoder's rows with their first directions, as in arXiv 2602.14111."""
+
 
 class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     """BatchTopK SAE whose every level reconstructs on its own.
@@ -39,6 +42,8 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
     cfg: MatryoshkaTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride] - narrowed, as SAELens does
     tokens_since_fired: Tensor
+    first_directions: Tensor
+    """(d_sae, d_in) unit rows that a softly frozen decoder stays close to; only there with that control."""
 
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -48,6 +53,13 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             self.topk_threshold.fill_(-1.0)
             silent = torch.zeros(cfg.d_sae, dtype=torch.long, device=self.W_dec.device)
             self.register_buffer("tokens_since_fired", silent)
+        if cfg.control == "soft_frozen_decoder":
+            self.register_buffer("first_directions", unit_rows(self.W_dec.detach()).clone())
+        elif cfg.control == "frozen_decoder":
+            self.W_dec.requires_grad_(False)
+        elif cfg.control == "frozen_encoder":
+            self.W_enc.requires_grad_(False)
+            self.b_enc.requires_grad_(False)
 
     @property
     def has_unit_decoder(self) -> bool:
@@ -99,12 +111,24 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     @torch.no_grad()
     def prepare_step(self, step_input: TrainStepInput) -> None:
         """What dictionary_learning does between steps: b_dec before the first, unit rows after each."""
+        self.constrain_decoder_()
         if not self.has_unit_decoder:
             return
         if step_input.n_training_steps == 0 and not bool(self.b_dec.any()):  # a loaded SAE keeps its own
             self.b_dec.data = geometric_median(step_input.sae_in.to(self.b_dec.dtype))
         else:
             self.W_dec.data = unit_rows(self.W_dec.data)
+
+    @torch.no_grad()
+    def constrain_decoder_(self) -> None:
+        """Turn rows of a softly frozen decoder back to the nearest direction within the cosine allowed."""
+        if self.cfg.control != "soft_frozen_decoder":
+            return
+        norms = self.W_dec.norm(dim=-1, keepdim=True)
+        along = (self.W_dec * self.first_directions).sum(-1, keepdim=True)
+        away = self.W_dec - along * self.first_directions
+        turned = SOFT_COSINE * self.first_directions + (1 - SOFT_COSINE**2) ** 0.5 * unit_rows(away)
+        self.W_dec.data = torch.where(along < SOFT_COSINE * norms, norms * turned, self.W_dec)
 
     @torch.no_grad()
     def record_step(self, feature_acts: Tensor, n_training_steps: int) -> None:
@@ -209,6 +233,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
+        state_dict.pop("first_directions", None)
         if self.has_unit_decoder:
             state_dict.pop("tokens_since_fired")
             state_dict["W_dec"] = unit_rows(state_dict["W_dec"])

@@ -5,6 +5,7 @@ Multi-process training, checkpoints that survive a kill, and the step's benchmar
 """
 
 from sae_lens_maira.training.checkpoints import latest_checkpoint, resume
+from sae_lens_maira.training.controls import train_control
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator, ShardedBatches, distributed
 from sae_lens_maira.training.optimizer import RowMajorAdam
 from sae_lens_maira.training.runners import FusedLanguageModelSAETrainingRunner, fused_training
@@ -20,4 +21,5 @@ __all__ = [
     "fused_training",
     "latest_checkpoint",
     "resume",
+    "train_control",
 ]

@@ -51,6 +51,7 @@ class StepPlan:
             aux=AuxSpec(kind=kind, coefficient=cfg.aux_loss_coefficient),
             autocast=autocast,
             candidates=candidates,
+            frozen=frozenset(name for name in ("W_enc", "W_dec") if not getattr(sae, name).requires_grad),
         )
 
     def before(self, x: torch.Tensor, step_input: TrainStepInput) -> None:
@@ -77,10 +78,15 @@ class StepPlan:
 
     def adjust_(self, W_dec_gradient: torch.Tensor) -> None:
         """Removes the part of each row's gradient along the row, where the class holds rows at norm 1."""
-        if self.unit_decoder:
+        if self.unit_decoder and W_dec_gradient.numel():
             rows = self.sae.W_dec.detach()
             direction = rows / (rows.norm(dim=-1, keepdim=True) + 1e-6)
             W_dec_gradient.sub_((W_dec_gradient * direction).sum(dim=-1, keepdim=True) * direction)
+
+    def constrain_(self) -> None:
+        """Holds a softly frozen decoder near its first directions, after the weights have changed."""
+        if isinstance(self.sae, MatryoshkaTrainingSAE):
+            self.sae.constrain_decoder_()
 
     def losses(self, result: StepResult) -> dict[str, torch.Tensor]:
         """Losses by the names that the class gives them."""
@@ -137,8 +143,6 @@ def reason_for_dense(sae: TrainingSAE[Any], x: torch.Tensor) -> str | None:
         return f"the SAE's dtype is {sae.dtype}; the fused step has float32 and float64"
     if x.ndim != 2:
         return f"the batch has {x.ndim} dimensions; the fused step takes (rows, d_in)"
-    if not all(parameter.requires_grad for parameter in sae.parameters()):
-        return "some parameters are frozen"
     replaced = sae.__dict__.get("training_forward_pass")
     if replaced is not None and not hasattr(replaced, "_torchdynamo_orig_callable"):
         return "training_forward_pass was replaced on this object"

@@ -175,7 +175,9 @@ class FusedSAETrainer(SavingTrainer):
             self._tokens = len(sae_in)
             with self._safe_points.safe():
                 pass
-            return super()._train_step(sae, sae_in)
+            output = super()._train_step(sae, sae_in)
+            StepPlan(sae).constrain_()
+            return output
         sae.train()
         self._lay_out_W_enc(sae)
         x = sae_in.detach().to(sae.dtype)
@@ -244,14 +246,20 @@ class FusedSAETrainer(SavingTrainer):
     def _update(self, sae: TrainingSAE[Any], plan: StepPlan, result: StepResult) -> None:
         gradients = result.gradients
         plan.adjust_(gradients.W_dec)
-        sae.W_enc.grad, sae.b_enc.grad = gradients.W_enc_t.T, gradients.b_enc
-        sae.W_dec.grad, sae.b_dec.grad = gradients.W_dec, gradients.b_dec
+        for parameter, gradient in (
+            (sae.W_enc, gradients.W_enc_t.T if sae.W_enc.requires_grad else None),
+            (sae.b_enc, gradients.b_enc),
+            (sae.W_dec, gradients.W_dec),
+            (sae.b_dec, gradients.b_dec),
+        ):
+            parameter.grad = gradient if parameter.requires_grad else None
         self.optimizer.clip_(MAX_GRADIENT_NORM)
         self.optimizer.step()
         for name in ("W_enc", "W_dec"):
             if (refreshed := self.optimizer.refreshed.get(getattr(sae, name))) is not None:
                 self._workspace.refreshed[name] = refreshed
         self.optimizer.zero_grad()
+        plan.constrain_()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()

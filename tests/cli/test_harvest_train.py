@@ -13,6 +13,7 @@ from sae_lens_maira.cli import build_parser, main
 from sae_lens_maira.cli.harvest import rank_of
 from sae_lens_maira.cli.options import HarvestOptions
 from sae_lens_maira.phantom import generate_studies
+from sae_lens_maira.sae import control_kind, load_matryoshka
 from sae_lens_maira.studies import StudyTable, table_of_studies
 from sae_lens_maira.studies.table import IMAGES
 
@@ -38,6 +39,15 @@ def test_recipe_harvests_then_trains(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == len(store)
     sae = SAE.load_from_disk(tmp_path / "sae")
     assert sae.cfg.d_sae == 1024
+    words += ["--control", "frozen_decoder", "--out", str(tmp_path / "control")]
+    assert main(["train", *words]) == 0
+    control = load_matryoshka(tmp_path / "control")
+    assert control_kind(control) == "frozen_decoder"
+    norms = control.W_dec.norm(dim=1)
+    assert (
+        float(norms.max() / norms.min()) < 1.0001
+    )  # the random rows all have one length, trained ones do not
+    assert float(sae.W_dec.norm(dim=1).max() / sae.W_dec.norm(dim=1).min()) > 1.001
 
 
 @pytest.mark.parametrize("name", ["maira2_paper", "maira2_fast", "phantom"])

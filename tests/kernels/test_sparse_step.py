@@ -5,7 +5,7 @@ import torch
 
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import AuxSpec, StepSpec, Workspace, fused_step
-from sae_lens_maira.kernels.problem import Weights
+from sae_lens_maira.kernels.problem import Gradients, Weights
 
 pytestmark = pytest.mark.compat
 
@@ -32,6 +32,26 @@ def test_every_option_equals_the_reference(dtype, rescale, centre, aux, make_wei
     ours = fused_step(weights, x, spec, dead, backend="sparse")
     assert_equal_steps(ours, fused_step(weights, x, spec, dead, backend="reference"), TOLERANCE[dtype])
     assert ours.backend == "sparse"
+
+
+@pytest.mark.parametrize("frozen", [{"W_dec"}, {"W_enc"}, {"W_enc", "W_dec"}])
+@pytest.mark.parametrize("given", [True, False])
+def test_gradients_of_frozen_matrices_are_left_out(frozen, given, make_weights, assert_equal_steps):
+    """Empty where frozen; everything else is as it is without."""
+    weights = make_weights(24, 48)
+    x, dead = torch.randn(9, 24, dtype=torch.float64), torch.rand(48) < 0.3
+    shared = {"k": 3.0, "widths": (16, 48), "aux": AuxSpec(kind="topk")}
+    spec = StepSpec(**shared, frozen=frozenset(frozen))
+    out = Gradients(torch.empty(48, 24).double(), weights.b_enc, torch.empty(48, 24).double(), weights.b_dec)
+    ours = fused_step(weights, x, spec, dead, backend="sparse", out=out if given else None)
+    assert_equal_steps(ours, fused_step(weights, x, spec, dead, backend="reference"), 1e-13)
+    whole = fused_step(weights, x, StepSpec(**shared), dead, backend="sparse")
+    for name, field in (("W_enc", "W_enc_t"), ("W_dec", "W_dec"), ("", "b_enc"), ("", "b_dec")):
+        gradient = getattr(ours.gradients, field)
+        if name in frozen:
+            assert gradient.numel() == 0
+        else:
+            torch.testing.assert_close(gradient, getattr(whole.gradients, field))
 
 
 @pytest.mark.parametrize("aux", AUX_KINDS[1:])
