@@ -34,8 +34,8 @@ def train(
         trainer: fields of SAELens' SAETrainerConfig; with checkpoint_path and n_checkpoints a killed run continues.
         provider: of a store: roles, rates, buffer_rows, workers; direct: buffer_rows, mix_fraction, group.
         direct: run the model while training and keep nothing on disk; the first hook point is trained on.
-        control: train a control SAE instead, with a random decoder or encoder that stays fixed (soft: within a cosine of
-            0.8); everything else as given.
+        control: train a control SAE instead, with a random decoder or encoder that stays fixed (soft: within a cosine
+            of 0.8); everything else as given.
         as_json: print JSON instead of text.
     """
     import torch

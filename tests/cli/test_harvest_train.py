@@ -43,11 +43,7 @@ def test_recipe_harvests_then_trains(tmp_path, capsys):
     assert main(["train", *words]) == 0
     control = load_matryoshka(tmp_path / "control")
     assert control_kind(control) == "frozen_decoder"
-    norms = control.W_dec.norm(dim=1)
-    assert (
-        float(norms.max() / norms.min()) < 1.0001
-    )  # the random rows all have one length, trained ones do not
-    assert float(sae.W_dec.norm(dim=1).max() / sae.W_dec.norm(dim=1).min()) > 1.001
+    assert not torch.allclose(control.W_dec, sae.W_dec)
 
 
 @pytest.mark.parametrize("name", ["maira2_paper", "maira2_fast", "phantom"])
