@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sae_lens_maira.interactive import InteractiveMaira2
     from sae_lens_maira.maira2 import Maira2
     from sae_lens_maira.sae import MatryoshkaSAE
-    from sae_lens_maira.studies import Study, StudyTable
+    from sae_lens_maira.studies import FindingReader, Study, StudyTable
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(ModelDtype)
@@ -219,6 +219,36 @@ def phantom_studies(n: int, seed: int = 80_000, **keywords: Any) -> "list[Study]
     from sae_lens_maira.phantom import generate_studies
 
     return generate_studies(n, seed, **keywords)
+
+
+def finding_reader(
+    studies: "Sequence[Study]", choice: Literal["auto", "phantom", "rules"] = "auto"
+) -> "FindingReader":
+    """Choose the reader of reports that fits some studies.
+
+    Args:
+        studies: the studies whose reports will be read.
+        choice: "phantom" for the phantom's language, "rules" for rule labels of free text; "auto" takes the phantom's
+            reader where all studies are synthetic and have a truth in the phantom's words.
+
+    Returns:
+        The reader.
+
+    Raises:
+        ConfigError: there is no such reader.
+    """
+    from sae_lens_maira.phantom import FINDING_KEYS, phantom_reader
+    from sae_lens_maira.studies import Licence, rule_reader
+
+    if choice not in ("auto", "phantom", "rules"):
+        raise ConfigError(f"The reader was {choice!r}; use auto, phantom or rules.")
+    if choice == "auto":
+        keys = set(FINDING_KEYS)
+        synthetic = all(
+            s.licence is Licence.SYNTHETIC and s.truth is not None and s.present_keys <= keys for s in studies
+        )
+        choice = "phantom" if len(studies) and synthetic else "rules"
+    return phantom_reader() if choice == "phantom" else rule_reader()
 
 
 def _is_saelens_name(name: str) -> bool:

@@ -5,7 +5,7 @@ A test bench on which every claim can be checked; it says nothing about medicine
 
 from sae_lens_maira.phantom.generator import generate_studies, generate_study, iterate_studies, truth_labels
 from sae_lens_maira.phantom.model import load_phantom, phantom_path
-from sae_lens_maira.phantom.reading import ReportLabels, read_report
+from sae_lens_maira.phantom.reading import ReportLabels, phantom_reader, read_report
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.phantom.training import PhantomTraining, train_phantom
 
@@ -18,6 +18,7 @@ __all__ = [
     "iterate_studies",
     "load_phantom",
     "phantom_path",
+    "phantom_reader",
     "read_report",
     "train_phantom",
     "truth_labels",

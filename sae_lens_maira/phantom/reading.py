@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from sae_lens_maira.phantom.sampling import FINDING_KEYS
+from sae_lens_maira.studies.findings import FindingReader
 from sae_lens_maira.studies.study import SIDED_KEYS
 
 _FINDINGS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -100,3 +102,8 @@ def read_report(text: str) -> ReportLabels:
     return ReportLabels(
         frozenset(present - gone_again), changes, sides, frozenset(denied - present | gone_again)
     )
+
+
+def phantom_reader() -> FindingReader:
+    """Reader of the phantom's language, for `studies.findings`."""
+    return FindingReader(FINDING_KEYS, lambda text: read_report(text).present, "phantom")

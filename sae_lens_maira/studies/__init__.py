@@ -1,5 +1,6 @@
 """Study records, tables of them, the Open-I reader, and rule labels of report text."""
 
+from sae_lens_maira.studies.findings import FindingReader, known_findings, rule_reader, truth_table
 from sae_lens_maira.studies.labels import RuleLabel, RuleStatus, rule_labels
 from sae_lens_maira.studies.readers import import_iuxray
 from sae_lens_maira.studies.sequence import StudySequence
@@ -9,6 +10,7 @@ from sae_lens_maira.studies.table import StudyTable, read_table, table_of_studie
 __all__ = [
     "Box",
     "Finding",
+    "FindingReader",
     "GroundedStatement",
     "Licence",
     "RuleLabel",
@@ -18,7 +20,10 @@ __all__ = [
     "StudySequence",
     "StudyTable",
     "import_iuxray",
+    "known_findings",
     "read_table",
     "rule_labels",
+    "rule_reader",
     "table_of_studies",
+    "truth_table",
 ]
