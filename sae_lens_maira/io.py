@@ -1,10 +1,10 @@
-"""Files and folders that are whole or absent: written aside under a name of their own, then renamed into place.
+"""Atomic writes: temporary file or folder, then rename. Also JSON and hashes.
 
-    draft       <name>.<process>.partial, beside the place; another process's draft is never touched
+    draft       <name>.<host>-<process>.partial in the same folder; the draft of a running process is never touched
     success     one rename, which a file system does entirely or not at all
-    failure     the draft is removed and the place is as before; a full disk is said in one paragraph
+    failure     the draft is removed and the target is as before; a full disk is reported in one paragraph
 
-A killed process leaves at most its draft. Every room may use this one; it knows nothing about what is written.
+A killed process leaves at most its draft, which the next write to the same target on this machine removes.
 """
 
 import errno
@@ -12,13 +12,15 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from sae_lens_maira.errors import DiskError, StoreError
 
+_HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
 # A quota and a limit on file sizes mean the same to a user as a full disk.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,6 +38,8 @@ def atomic_file(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     draft = _draft(path)
+    if sync:
+        _remove_abandoned(path)
     try:
         yield draft
         if sync:
@@ -81,6 +85,7 @@ def atomic_folder(
     path = Path(path)
     draft = _draft(path, owner)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     if owner is not None:
         for left in path.parent.glob(f"{path.name}.{owner}-*.partial"):
             shutil.rmtree(left, ignore_errors=True)
@@ -119,8 +124,36 @@ def _move(draft: Path, path: Path, existing: str) -> None:
 
 
 def _draft(path: Path, owner: str | None = None) -> Path:
-    who = str(os.getpid()) if owner is None else f"{owner}-{os.getpid()}"
+    who = f"{_HOST}-{os.getpid()}" if owner is None else f"{owner}-{os.getpid()}"
     return path.with_name(f"{path.name}.{who}.partial")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes of this machine left of `path`; put back a folder that was being replaced."""
+    prefix = f"{path.name}.{_HOST}-"
+    for entry in os.scandir(path.parent):
+        process, _, suffix = entry.name.removeprefix(prefix).partition(".")
+        if not entry.name.startswith(prefix) or suffix not in ("partial", "stale") or not process.isdigit():
+            continue
+        if _is_running(int(process)):
+            continue
+        with suppress(OSError):
+            if suffix == "stale" and not path.exists():
+                os.rename(entry.path, path)
+            elif entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's process
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "errors": set(),
     "io": {"errors"},
+    "privacy": {"errors"},
     "stats": {"errors"},
     "maira2": set(),
     "studies": set(),
@@ -29,7 +30,7 @@ ALLOWED = {
     "attribution": {"hooks", "sae", "studies", "maira2", "latents"},
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
 }
-LEAVES = {"errors", "io", "stats"}
+LEAVES = {"errors", "io", "privacy", "stats"}
 # The top of the house composes every room.
 TOP = {"cli", "quickstart", "recipes", "interface", "interactive", "__init__"}
 

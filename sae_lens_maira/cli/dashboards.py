@@ -14,6 +14,7 @@ def html(
     out: Path = Path("page"),
     images: bool | None = None,
     image_root: Path | None = None,
+    allow_credentialed: bool = False,
     as_json: bool = False,
 ) -> None:
     """Write the page of a record set: static files, opened without a server.
@@ -23,15 +24,18 @@ def html(
     Args:
         records: Folder of latent records.
         out: Folder of the page; an existing page in it is replaced.
-        images: Copy the radiographs of the contexts shown; if not given, only if no study is credentialed.
+        images: Copy the radiographs of the contexts shown; if not given, only if every study is public or synthetic.
         image_root: Folder that image paths are relative to; the records' folder if not given.
+        allow_credentialed: Write data of credentialed studies too, in a marked folder that stays on this machine.
         as_json: Print JSON instead of the page's path.
     """
     from sae_lens_maira.dashboards.html import write_page
     from sae_lens_maira.latents.recordset import RecordSet
 
     opened = RecordSet.open(records)
-    page = write_page(opened, None, out, images=images, image_root=image_root)
+    page = write_page(
+        opened, None, out, images=images, image_root=image_root, allow_credentialed=allow_credentialed
+    )
     text = json.dumps({"page": str(page), "latents": len(opened)}) if as_json else page
     sys.stdout.write(f"{text}\n")
 
@@ -49,6 +53,7 @@ def neuronpedia(
     text_window: int = 128,
     patches: int = 64,
     sae: Path | None = None,
+    allow_credentialed: bool = False,
     as_json: bool = False,
 ) -> None:
     """Write latent records as Neuronpedia's files, and check them.
@@ -68,6 +73,7 @@ def neuronpedia(
         text_window: Text tokens shown around a peak ("export" and "saedashboard").
         patches: Most image patches shown ("export" and "saedashboard").
         sae: Folder of the SAE; its metadata get the names, so that SAELens' Neuronpedia helpers find the latents.
+        allow_credentialed: Write data of credentialed studies too, in a marked folder that stays on this machine.
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.dashboards.api import write_payloads
@@ -85,11 +91,13 @@ def neuronpedia(
     window, opened = Window(text_window, patches), RecordSet.open(records)
     explained = read_interpretations(records)
     if kind == "export":
-        folder = write_export(opened, target, out, explained, window=window)
+        folder = write_export(
+            opened, target, out, explained, window=window, allow_credentialed=allow_credentialed
+        )
     elif kind == "saedashboard":
-        folder = write_saedashboard(opened, target, out, window=window)
+        folder = write_saedashboard(opened, target, out, window=window, allow_credentialed=allow_credentialed)
     else:
-        folder = write_payloads(opened, target, out, explained)
+        folder = write_payloads(opened, target, out, explained, allow_credentialed=allow_credentialed)
     if sae is not None:
         save_metadata(sae, target, opened.meta)
     issues = validate(folder)[1]
@@ -207,6 +215,7 @@ def saedashboard(
     context: int = 12,
     top: int = 20,
     page: bool | None = None,
+    allow_credentialed: bool = False,
     device: str = "auto",
     as_json: bool = False,
 ) -> None:
@@ -232,8 +241,9 @@ def saedashboard(
         model_id: Name of the model in the files.
         context: Tokens before and after a peak.
         top: Number of sequences with the largest activations.
-        page: Write the classic page, which loads scripts from two other hosts; if not given, only if no study is
-            credentialed.
+        page: Write the classic page, which loads scripts from two other hosts; if not given, only if every study is
+            public or synthetic.
+        allow_credentialed: Write data of credentialed studies too, in a marked folder that stays on this machine.
         device: Device of the model and the SAE: auto, cpu, cuda, ...
         as_json: Print JSON instead of text.
     """
@@ -257,6 +267,7 @@ def saedashboard(
         behind=context,
         top=top,
         page=page,
+        allow_credentialed=allow_credentialed,
         seed=study_seed if seed is None else seed,
     )
     maira = named_model(model, dtype="float32", device=device)

@@ -26,6 +26,7 @@ from sae_lens_maira.dashboards.prompts import Prompts, Readout, plain_copy, writ
 from sae_lens_maira.dashboards.target import Target
 from sae_lens_maira.dashboards.writing import json_line, new_folder
 from sae_lens_maira.errors import ConfigError, PrivacyError
+from sae_lens_maira.privacy import SHAREABLE, check_shareable
 
 if TYPE_CHECKING:
     from sae_lens_maira.latents.source import ActivationSource
@@ -45,9 +46,10 @@ class AdapterConfig:
         before, behind: Tokens of context before and after a peak.
         top: Number of sequences with the largest activations.
         intervals, per_interval: Number of activation intervals, and of sequences per interval.
-        page: Also write the classic page. It loads scripts from two other hosts; None writes it only if no study is
-            credentialed.
+        page: Also write the classic page. It loads scripts from two other hosts; None writes it only if every study is
+            public or synthetic.
         seed: Random seed for the choice of sequences within intervals.
+        allow_credentialed: Write data of credentialed studies too, in a marked folder.
     """
 
     latents: Sequence[int]
@@ -59,6 +61,7 @@ class AdapterConfig:
     per_interval: int = 5
     page: bool | None = None
     seed: int = 0
+    allow_credentialed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that make the runner fail.
@@ -104,24 +107,29 @@ def run_saedashboard(
 
     Raises:
         ConfigError: sae-dashboard is not installed, or a latent does not exist.
-        PrivacyError: a page of credentialed studies was requested.
+        PrivacyError: a study is not known to be public or synthetic, and `allow_credentialed` is not set or the classic
+            page was requested.
         RecordError: the rows do not fit, or the folder contains files.
     """
-    closed = any(licence == "credentialed" for _, licence in studies)
-    if closed and config.page:
-        raise PrivacyError(
-            "The classic page of sae-dashboard loads scripts from d3js.org and cdn.plot.ly, which could read its "
-            "text, and some of these studies are credentialed. Write the batch files only (--page false), or use "
-            "`dashboards html`, whose page loads no remote script."
-        )
     if not 0 <= min(config.latents) <= max(config.latents) < sae.cfg.d_sae:
         raise ConfigError(
             f"Latents {min(config.latents)} to {max(config.latents)} were requested, but the SAE has {sae.cfg.d_sae}. "
             f"Give numbers from 0 to {sae.cfg.d_sae - 1}."
         )
+    licence = check_shareable(
+        [licence for _, licence in studies], "writing sae-dashboard's files", allow=config.allow_credentialed
+    )
+    closed = licence not in SHAREABLE
+    if closed and config.page:
+        raise PrivacyError(
+            "The classic page of sae-dashboard loads scripts from d3js.org and cdn.plot.ly, which could read its text, "
+            "and some of these studies are not known to be public or synthetic. Write the batch files only "
+            "(--page false), or use `dashboards html`, whose page loads no remote script."
+        )
+    target = target.marked(licence)
     theirs = _theirs()
     source = target.source(layer)
-    with new_folder(out) as folder, tempfile.TemporaryDirectory(prefix="saedashboard-") as cache:
+    with new_folder(out, licence) as folder, tempfile.TemporaryDirectory(prefix="saedashboard-") as cache:
         copied = plain_copy(sae)
         prompts = write_prompts(
             blocks,
@@ -165,7 +173,9 @@ def run_saedashboard(
             rows = ",\n".join(json_line(feature) for feature in batch["features"])
             text = json_line(head)[:-1] + ',"features":[\n' + rows + "\n]}\n"
             (folder / f"batch-{number}.json").write_text(text, encoding="utf-8", newline="\n")
-        (folder / "run_settings.json").write_text(json.dumps(vars(settings), indent=4), encoding="utf-8")
+        (folder / "run_settings.json").write_text(
+            json.dumps(vars(settings) | {"licence": licence}, indent=4), encoding="utf-8"
+        )
         skipped = {
             "model_id": target.model_id,
             "layer": str(layer),

@@ -6,18 +6,19 @@ requires an activation per feature, so dead latents are left out. The bounds of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.dashboards.explanations import Interpretations, shorten, usable
 from sae_lens_maira.dashboards.sequences import Sequence, Window, clean, finite, sequences
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.dashboards.writing import json_line, new_folder
+from sae_lens_maira.dashboards.writing import json_line, licence_of, new_folder
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.records import Interpretation, explanation_type
 from sae_lens_maira.latents.records import LatentRecord, TokenWeight
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.privacy import SHAREABLE
 
 MAX_FEATURES = 128
 MAX_LOGITS = 20
@@ -27,14 +28,17 @@ MAX_BYTES = 4_000_000
 
 
 def api_feature(
-    record: LatentRecord, interpretations: Iterable[Interpretation] = (), window: Window | None = None
+    record: LatentRecord,
+    interpretations: Iterable[Interpretation] = (),
+    window: Window | None = None,
+    listed: Container[str] | None = None,
 ) -> dict[str, Any] | None:
     """Build one entry of `features`; None for a latent without an activation, which the server would refuse.
 
     Raises:
         RecordError: a number is not finite.
     """
-    activations = [_activation(sequence) for sequence in sequences(record, window)]
+    activations = [_activation(sequence) for sequence in sequences(record, window, listed)]
     if record.status == "dead" or not any(max(activation["values"]) > 0 for activation in activations):
         return None
     return {
@@ -85,7 +89,7 @@ def payloads(
     for record in records.stream():
         if record.latent in skip:
             continue
-        feature = api_feature(record, (interpretations or {}).get(record.latent, ()), window)
+        feature = api_feature(record, (interpretations or {}).get(record.latent, ()), window, records.studies)
         if feature is None:
             continue
         length = len(json_line(feature).encode()) + 1
@@ -99,15 +103,23 @@ def payloads(
 
 
 def write_payloads(
-    records: RecordSet, target: Target, out: Path | str, interpretations: Interpretations | None = None
+    records: RecordSet,
+    target: Target,
+    out: Path | str,
+    interpretations: Interpretations | None = None,
+    allow_credentialed: bool = False,
 ) -> Path:
     """Write the payloads to `payloads.jsonl` in a new folder, one per line, for inspection before an upload.
 
+    With credentialed data (`allow_credentialed`) the file is `payloads.credentialed.jsonl` in a marked folder.
+
     Raises:
+        PrivacyError: a study is not known to be public or synthetic, and `allow_credentialed` is not set.
         RecordError: the folder contains files, there is nothing to send, or a number is not finite.
     """
-    with new_folder(out) as folder:
-        path = folder / "payloads.jsonl"
+    licence = licence_of(records, "writing Neuronpedia files", allow_credentialed)
+    with new_folder(out, licence) as folder:
+        path = folder / ("payloads.jsonl" if licence in SHAREABLE else f"payloads.{licence}.jsonl")
         with path.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(
                 json_line(payload) + "\n" for payload in payloads(records, target, interpretations)

@@ -20,10 +20,11 @@ from sae_lens_maira.dashboards.explanations import Interpretations, note, usable
 from sae_lens_maira.dashboards.saedashboard import statistics
 from sae_lens_maira.dashboards.sequences import Sequence, Window, finite, sequences
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.dashboards.writing import batches_of, json_line, new_folder, parallel_map
+from sae_lens_maira.dashboards.writing import batches_of, json_line, licence_of, new_folder, parallel_map
 from sae_lens_maira.interp.records import Interpretation, explanation_type
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.privacy import SHAREABLE
 
 TABLES = ("features", "activations", "explanations")
 
@@ -36,6 +37,7 @@ def write_export(
     batch_size: int = 1024,
     window: Window | None = None,
     workers: int | None = None,
+    allow_credentialed: bool = False,
 ) -> Path:
     """Write the bulk export of one source.
 
@@ -47,18 +49,22 @@ def write_export(
         batch_size: Latents per shard.
         window: How much of each study is shown.
         workers: Number of processes that write shards; one per core if not given.
+        allow_credentialed: Write data of credentialed studies too, in a marked folder.
 
     Returns:
         The folder.
 
     Raises:
+        PrivacyError: a study is not known to be public or synthetic, and `allow_credentialed` is not set.
         RecordError: the folder contains files, or a record contains a number that is not finite.
         ConfigError: the target's model has no such layer.
     """
     meta, explained = records.meta, interpretations or {}
+    licence = licence_of(records, "writing Neuronpedia files", allow_credentialed)
+    target = target.marked(licence)
     source, batches = target.source(meta.layer), batches_of(records, batch_size)
-    with new_folder(out) as folder:
-        for name, row in heads(meta, target).items():
+    with new_folder(out, licence) as folder:
+        for name, row in heads(meta, target, licence).items():
             (folder / f"{name}.jsonl").write_text(json_line(row) + "\n", encoding="utf-8")
         for table in TABLES[: 3 if explained else 2]:
             (folder / table).mkdir()
@@ -67,14 +73,14 @@ def write_export(
             number, latents = batch
             with ExitStack() as stack:
                 files = {
-                    path.name: stack.enter_context(_open(path / f"batch-{number}.jsonl.gz", stack))
+                    path.name: stack.enter_context(_open(path / f"batch-{number}.jsonl.gz", stack, licence))
                     for path in sorted(p for p in folder.iterdir() if p.is_dir())
                 }
                 for latent in latents:
                     record = records[latent]
                     _put(files["features"], feature_row(record, meta, target))
                     if record.status != "dead":
-                        for sequence in sequences(record, window):
+                        for sequence in sequences(record, window, records.studies):
                             _put(files["activations"], activation_row(sequence, latent, source, target))
                     for interpretation in usable(explained.get(latent, ())):
                         _put(files["explanations"], explanation_row(interpretation, source, target))
@@ -162,12 +168,12 @@ def explanation_row(interpretation: Interpretation, source: str, target: Target)
     }
 
 
-def heads(meta: RecordsMeta, target: Target) -> dict[str, dict[str, Any]]:
+def heads(meta: RecordsMeta, target: Target, licence: str) -> dict[str, dict[str, Any]]:
     """Build the rows of release, model, source set and source, by file name."""
     urls = [target.url] if target.url else []
     common: dict[str, Any] = {
         "creatorId": target.creator_id,
-        "visibility": "PUBLIC",
+        "visibility": "PUBLIC" if licence in SHAREABLE else "PRIVATE",
         "createdAt": target.created_at,
     }
     release = {
@@ -247,10 +253,11 @@ def heads(meta: RecordsMeta, target: Target) -> dict[str, dict[str, Any]]:
     }
 
 
-def _open(path: Path, stack: ExitStack) -> gzip.GzipFile:
-    """Open a gzip file without a time stamp or name in its header, so that its bytes depend on its content alone."""
+def _open(path: Path, stack: ExitStack, licence: str) -> gzip.GzipFile:
+    """Open a gzip file without a time stamp in its header; the header's name marks credentialed data."""
     raw = stack.enter_context(path.open("wb"))
-    return gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=raw, mtime=0)
+    name = "" if licence in SHAREABLE else f"{licence}.jsonl"
+    return gzip.GzipFile(filename=name, mode="wb", compresslevel=4, fileobj=raw, mtime=0)
 
 
 def _put(file: gzip.GzipFile, row: dict[str, Any]) -> None:

@@ -6,13 +6,13 @@
     images/                                    centre crops of the radiographs, as the model saw them
 
 Data files are JavaScript calls with a JSON argument, since a page opened from a file may load scripts but not fetch.
-Radiographs are copied only if every study may be shared, or if the caller asks for them.
+Studies that are not public or synthetic are refused unless the caller asks for them, and so are their radiographs. A
+page is written as a whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import Any
 
 from sae_lens_maira.dashboards.explanations import best_named, by_latent, control_of, leading_score
 from sae_lens_maira.dashboards.html_latent import ImageFolder, latent_page, readable, rounded
-from sae_lens_maira.dashboards.writing import batches_of, parallel_map
+from sae_lens_maira.dashboards.writing import batches_of, licence_of, parallel_map
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, load
+from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.latents.records import Firing, LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.privacy import MARKER, SHAREABLE, mark_folder, private_files
 
 PAGE_FILES = ("index.html", "app.js", "latent.js", "style.css")
 LATENT_BYTES = 150_000
@@ -39,6 +41,7 @@ def write_page(
     images: bool | None = None,
     image_root: Path | None = None,
     workers: int | None = None,
+    allow_credentialed: bool = False,
 ) -> Path:
     """Write the page of a record set.
 
@@ -46,43 +49,49 @@ def write_page(
         records: The record set.
         interpretations: Explanations and scores; None reads `interpretations.jsonl` of the record set, if it exists.
         out: Folder of the page. An existing page is replaced; any other file in the folder is an error.
-        images: Copy the radiographs of the contexts shown. None copies them only if no study is credentialed.
+        images: Copy the radiographs of the contexts shown. None copies them only if every study is public or synthetic.
         image_root: Folder that image paths are relative to; the record set's folder if not given.
         workers: Number of processes that write latents; one per core if not given.
+        allow_credentialed: Write data of credentialed studies too, in a marked folder.
 
     Returns:
         Path of `index.html`.
 
     Raises:
+        PrivacyError: a study is not known to be public or synthetic and `allow_credentialed` is not set, or an image
+            path leaves its folder.
         RecordError: `out` contains other files, a context refers to an unknown study, or an image is missing.
     """
-    out = Path(out)
-    _clear(out)
-    studies = records.studies
-    credentialed = any(entry.licence == "credentialed" for entry in studies.values())
-    with_images = not credentialed if images is None else images
-    folder = ImageFolder(out / "images", image_root or records.folder, list(studies)) if with_images else None
+    out, studies = Path(out), records.studies
+    licence = licence_of(records, "writing a page", allow_credentialed)
+    _refuse_other_files(out)
+    with_images = licence in SHAREABLE if images is None else images
     grouped = by_latent(load(records.folder) if interpretations is None else interpretations)
-    columns = IndexColumns()
+    with private_files(out), atomic_folder(out, existing="replace") as draft:
+        root = image_root or records.folder
+        copies = ImageFolder(draft / "images", root, list(studies), licence) if with_images else None
 
-    def write(batch: tuple[int, list[int]]) -> list[dict[str, Any]]:
-        rows = []
-        for latent in batch[1]:
-            record, own = records[latent], grouped.get(latent, [])
-            path = out / latent_file(latent)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_call(path, "saeLatent", latent_page(record, own, studies, folder, LATENT_BYTES))
-            rows.append(index_row(record, own))
-        return rows
+        def write(batch: tuple[int, list[int]]) -> list[dict[str, Any]]:
+            rows = []
+            for latent in batch[1]:
+                record, own = records[latent], grouped.get(latent, [])
+                path = draft / latent_file(latent)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                page = latent_page(record, own, studies, copies, LATENT_BYTES) | {"licence": licence}
+                _write_call(path, "saeLatent", page)
+                rows.append(index_row(record, own))
+            return rows
 
-    for rows in parallel_map(write, batches_of(records, 64), workers):
-        for row in rows:
-            columns.add(row)
-    index = {"about": about(records.meta, studies, with_images)} | columns.to_plain()
-    _write_call(out / "data" / "index.js", "saeIndex", index)
-    source = files("sae_lens_maira.dashboards") / "page"
-    for name in PAGE_FILES:
-        (out / name).write_bytes((source / name).read_bytes())
+        columns = IndexColumns()
+        for rows in parallel_map(write, batches_of(records, 64), workers):
+            for row in rows:
+                columns.add(row)
+        index = {"about": about(records.meta, studies, with_images, licence)} | columns.to_plain()
+        _write_call(draft / "data" / "index.js", "saeIndex", index)
+        source = files("sae_lens_maira.dashboards") / "page"
+        for name in PAGE_FILES:
+            (draft / name).write_bytes((source / name).read_bytes())
+        mark_folder(draft, licence, "dashboards html")
     return out / "index.html"
 
 
@@ -91,9 +100,9 @@ def latent_file(latent: int) -> str:
     return f"data/latents/{latent // 256:03d}/{latent:05d}.js"
 
 
-def about(meta: RecordsMeta, studies: dict[str, StudyInfo], images: bool) -> dict[str, Any]:
+def about(meta: RecordsMeta, studies: dict[str, StudyInfo], images: bool, licence: str) -> dict[str, Any]:
     """The page's description of what it was made from."""
-    licences = sorted({entry.licence for entry in studies.values()})
+    licences = sorted({str(entry.licence) for entry in studies.values()})
     return {
         "model": meta.model,
         "hook": meta.hook_name,
@@ -106,6 +115,7 @@ def about(meta: RecordsMeta, studies: dict[str, StudyInfo], images: bool) -> dic
         "rows_text": meta.rows_text,
         "rows_image": meta.rows_image,
         "studies": meta.studies,
+        "licence": licence,
         "licences": licences,
         "phantom": meta.model == "phantom" or "synthetic" in licences,
         "images": images,
@@ -174,18 +184,15 @@ class IndexColumns:
         }
 
 
-def _clear(out: Path) -> None:
-    """Remove an existing page and nothing else."""
-    known: Sequence[str] = (*PAGE_FILES, "data", "images")
-    if out.is_dir():
-        foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
-        if foreign:
-            raise RecordError(
-                f"{out} contains {foreign[0]!r}, which is not part of a page. Give an empty or new folder."
-            )
-        for name in ("data", "images"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    (out / "data").mkdir(parents=True, exist_ok=True)
+def _refuse_other_files(out: Path) -> None:
+    """Refuse a folder that contains anything but an older page, which will be replaced."""
+    known = (*PAGE_FILES, "data", "images", MARKER)
+    if out.exists() and not out.is_dir():
+        raise RecordError(f"{out} is a file. Give an empty or new folder.")
+    if out.is_dir() and (other := sorted(path.name for path in out.iterdir() if path.name not in known)):
+        raise RecordError(
+            f"{out} contains {other[0]!r}, which is not part of a page. Give an empty or new folder."
+        )
 
 
 def _write_call(path: Path, function: str, payload: dict[str, Any]) -> None:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.PngImagePlugin import PngInfo
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, Score
 from sae_lens_maira.io import atomic_file
 from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
 from sae_lens_maira.latents.study_info import centre_crop
+from sae_lens_maira.privacy import image_path
 
 IMAGE_SIDE = 518
 VIEWS = ("frontal", "lateral", "prior")
@@ -239,10 +241,13 @@ class ImageFolder:
         folder: Folder of the copied images.
         root: Folder that the studies' image paths are relative to.
         studies: All pseudonyms; a study's position numbers its files.
+        licence: Strictest licence class, written into the files' metadata.
     """
 
-    def __init__(self, folder: Path, root: Path, studies: Sequence[str]) -> None:
+    def __init__(self, folder: Path, root: Path, studies: Sequence[str], licence: str) -> None:
         self.folder, self.root = folder, root
+        self._info = PngInfo()
+        self._info.add_text("Licence", licence)
         self._number = {study: number for number, study in enumerate(studies)}
         self._shown: dict[str, ShownStudy] = {}
 
@@ -251,6 +256,7 @@ class ImageFolder:
 
         Raises:
             RecordError: an image is missing.
+            PrivacyError: an image path leaves the root folder.
         """
         if entry.study not in self._shown:
             self._shown[entry.study] = self._write(entry, self._number[entry.study])
@@ -260,7 +266,7 @@ class ImageFolder:
         paths: dict[str, str] = {}
         boxes = entry.boxes
         for view, source in entry.images:
-            path = self.root / source
+            path = image_path(self.root, source)
             if not path.is_file():
                 raise RecordError(
                     f"Study {entry.study} has a {view} image at {path}, which does not exist. Give the folder that "
@@ -272,6 +278,6 @@ class ImageFolder:
             name = f"{number:06d}-{view if view in VIEWS else 'other'}.png"
             if not (self.folder / name).exists():
                 with atomic_file(self.folder / name, sync=False) as draft:
-                    square.save(draft, format="PNG")
+                    square.save(draft, format="PNG", pnginfo=self._info)
             paths[view] = f"{self.folder.name}/{name}"
         return ShownStudy(paths, boxes)

@@ -9,12 +9,13 @@ the number of latents.
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.dashboards.sequences import Sequence, Window, bars, clean, finite, sequences
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.dashboards.writing import batches_of, json_line, new_folder, parallel_map
+from sae_lens_maira.dashboards.writing import batches_of, json_line, licence_of, new_folder, parallel_map
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, TokenWeight
 from sae_lens_maira.latents.recordset import RecordSet
 
@@ -31,7 +32,11 @@ LOGITS = 10
 
 
 def feature(
-    record: LatentRecord, meta: RecordsMeta, dataset: str, window: Window | None = None
+    record: LatentRecord,
+    meta: RecordsMeta,
+    dataset: str,
+    window: Window | None = None,
+    listed: Container[str] | None = None,
 ) -> dict[str, Any]:
     """Build one entry of `features` in a batch file.
 
@@ -46,7 +51,7 @@ def feature(
             "n_tokens_in_prompt": (meta.rows_text + meta.rows_image) // max(1, meta.studies),
             "dataset": dataset,
             "decoder_weights_dist": [],
-            "activations": [_activation(sequence) for sequence in sequences(record, window)],
+            "activations": [_activation(sequence) for sequence in sequences(record, window, listed)],
             "vector": [],
         }
     )
@@ -74,6 +79,7 @@ def write_saedashboard(
     batch_size: int = 128,
     window: Window | None = None,
     workers: int | None = None,
+    allow_credentialed: bool = False,
 ) -> Path:
     """Write a folder that can be read as the output of sae-dashboard's runner.
 
@@ -84,16 +90,20 @@ def write_saedashboard(
         batch_size: Latents per batch file.
         window: How much of each study is shown.
         workers: Number of processes that write batches; one per core if not given.
+        allow_credentialed: Write data of credentialed studies too, in a marked folder.
 
     Returns:
         The folder.
 
     Raises:
+        PrivacyError: a study is not known to be public or synthetic, and `allow_credentialed` is not set.
         RecordError: the folder contains files, or a record contains a number that is not finite.
         ConfigError: the target's model has no such layer.
     """
     shown = window or Window()
     meta = records.meta
+    licence = licence_of(records, "writing Neuronpedia files", allow_credentialed)
+    target = target.marked(licence)
     target.source(meta.layer)
     head = {
         "model_id": target.model_id,
@@ -102,7 +112,7 @@ def write_saedashboard(
         "sae_id_suffix": None,
     }
     batches = batches_of(records, batch_size)
-    with new_folder(out) as folder:
+    with new_folder(out, licence) as folder:
 
         def write(batch: tuple[int, list[int]]) -> None:
             number, latents = batch
@@ -110,12 +120,14 @@ def write_saedashboard(
                 file.write(json_line(head)[:-1] + ',"features":[\n')
                 for place, latent in enumerate(latents):
                     file.write(",\n" if place else "")
-                    file.write(json_line(feature(records[latent], meta, target.dataset, shown)))
+                    file.write(
+                        json_line(feature(records[latent], meta, target.dataset, shown, records.studies))
+                    )
                 file.write("\n]}\n")
 
         for _ in parallel_map(write, batches, workers):
             pass
-        settings = _settings(meta, target, batch_size, shown, len(records))
+        settings = _settings(meta, target, batch_size, shown, len(records)) | {"licence": licence}
         (folder / "run_settings.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
         skipped = {
             "model_id": target.model_id,

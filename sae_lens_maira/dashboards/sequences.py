@@ -10,13 +10,13 @@ per latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from sae_lens_maira.errors import RecordError
+from sae_lens_maira.errors import PrivacyError, RecordError
 from sae_lens_maira.latents.records import Context, Histogram, LatentRecord
 
 MAX_TOKENS = 1024
@@ -68,10 +68,18 @@ class Sequence:
     fraction: float
 
 
-def sequences(record: LatentRecord, window: Window | None = None) -> Iterator[Sequence]:
+def sequences(
+    record: LatentRecord, window: Window | None = None, listed: Container[str] | None = None
+) -> Iterator[Sequence]:
     """Yield the sequences of one latent: top contexts, then intervals from the highest, then zero contexts.
 
+    Args:
+        record: The latent.
+        window: How much of each study is shown.
+        listed: Studies whose licence is known; None skips the check.
+
     Raises:
+        PrivacyError: a context shows a study that is not listed.
         RecordError: a number is not finite, or a context's tokens and values differ in length.
     """
     window = window or Window()
@@ -87,6 +95,11 @@ def sequences(record: LatentRecord, window: Window | None = None) -> Iterator[Se
             if context.study in seen:
                 continue
             seen.add(context.study)
+            if listed is not None and context.study not in listed:
+                raise PrivacyError(
+                    f"Latent {record.latent} shows study {context.study}, which studies.jsonl does not list, so its "
+                    "licence is unknown. Write the records again."
+                )
             tokens, values, hit = _flatten(context, record.latent, window)
             yield Sequence(
                 study=context.study,

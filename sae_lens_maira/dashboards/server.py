@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from sae_lens_maira.dashboards.writing import json_line
 from sae_lens_maira.errors import ConfigError, RecordError, ServerError
+from sae_lens_maira.privacy import mask
 
 KEY = "NEURONPEDIA_API_KEY"
 ADVICE = {
@@ -103,21 +104,24 @@ class Site:
             return answer.read()
 
     def _refused(self, error: urllib.error.HTTPError, item: str) -> ServerError:
-        message = error.read(500).decode("utf-8", "replace").strip().replace(self._key, "***")
+        message = error.read(500).decode("utf-8", "replace").strip()
         wait = error.headers.get("Retry-After")
         advice = ADVICE.get(
             error.code, "What was accepted before is in the journal; run the same command to continue."
         )
-        return ServerError(
+        return self._error(
             f"{self.url} refused {item} with status {error.code}{f' (retry after {wait} s)' if wait else ''}: "
             f"{message or error.reason}. {advice}"
         )
 
     def _broken(self, error: Exception, item: str) -> ServerError:
-        return ServerError(
+        return self._error(
             f"The connection to {self.url} broke while sending {item} ({error}); what was accepted before is in the "
             "journal. Run the same command again to continue."
         )
+
+    def _error(self, message: str) -> ServerError:
+        return ServerError(mask(message, self._key))
 
 
 class Journal:

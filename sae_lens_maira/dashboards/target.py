@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.records import RecordsMeta
+from sae_lens_maira.privacy import SHAREABLE
 
 MODEL_NAME = re.compile(r"[a-z][a-z0-9.-]{1,31}")
 SET_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+MAX_DESCRIPTION = 128
+NOTICE = "CREDENTIALED DATA, DO NOT PUBLISH."
 PUBLIC_CREATOR = "clkht01d40000jv08hvalcvly"
 """Neuronpedia shows activations of this creator only."""
 
@@ -71,6 +74,16 @@ class Target:
             raise ConfigError(
                 f"The model has {self.layers} layers; Neuronpedia accepts 1 to 127. Check --layers."
             )
+
+    def marked(self, licence: str) -> Target:
+        """These names with a notice in description and dataset if the data are credentialed."""
+        if licence in SHAREABLE:
+            return self
+        return replace(
+            self,
+            description=f"{NOTICE} {self.description}"[:MAX_DESCRIPTION],
+            dataset=f"{NOTICE} {self.dataset}",
+        )
 
     def source(self, layer: int) -> str:
         """Return the source id of a layer.

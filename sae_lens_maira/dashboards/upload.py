@@ -23,10 +23,10 @@ from sae_lens_maira.dashboards.validate import payload_issues
 from sae_lens_maira.dashboards.writing import json_line
 from sae_lens_maira.errors import ConfigError, PrivacyError, RecordError, ServerError
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.privacy import MARKER, check_shareable, is_marked, private_files
 
 SITE = "https://www.neuronpedia.org/api"
 LOCALHOST = "http://localhost:3000/api"
-SHAREABLE = ("public", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,15 @@ def check_licences(records: RecordSet) -> None:
     """Refuse records of studies that must not leave this machine.
 
     Raises:
-        PrivacyError: a study is neither public nor synthetic, or no study is listed.
+        PrivacyError: a study is not known to be public or synthetic, no study is listed, or the folder is marked.
+        RecordError: studies.jsonl is missing.
     """
-    closed = [study for study in records.studies.values() if study.licence not in SHAREABLE]
-    if closed or not records.studies:
-        seen = (
-            f"{len(closed)} of {len(records.studies)} studies are {closed[0].licence}"
-            if closed
-            else "no study is listed"
-        )
+    licences = [entry.licence for entry in records.studies.values()]
+    check_shareable(licences, "uploading dashboards, which contain words of reports,", option=None)
+    if is_marked(records.folder):
         raise PrivacyError(
-            f"Dashboards contain words of reports, and of these records {seen}; only public and synthetic studies may "
-            "be uploaded. Write records from such studies, or keep these dashboards on this machine."
+            f"{records.folder} is marked as containing credentialed data ({MARKER}), so nothing was sent. Write the "
+            "records of public or synthetic studies into another folder."
         )
 
 
@@ -123,7 +120,6 @@ def upload(
                 raise RecordError(
                     f"The server would refuse a payload: {issue}. Nothing was sent; fix the records first."
                 )
-        _known_studies(payload, records)
         all_features += len(payload["features"])
         fresh = [f for f in payload["features"] if not history.holds(f)]
         count += bool(fresh)
@@ -146,7 +142,8 @@ def upload(
     if not key:
         raise ConfigError(f"Uploading needs a key; set the environment variable {KEY}.")
     server = Site(url, key, timeout)
-    history.start()
+    with private_files(history.path):
+        history.start()
     if new_model:
         body = {
             "id": target.model_id,
@@ -197,15 +194,3 @@ def _make(
         journal.step(step, "asked")
         server.post(new, body, f"the {what}")
     journal.step(step, "done")
-
-
-def _known_studies(payload: dict[str, Any], records: RecordSet) -> None:
-    """Check that every study shown is one whose licence was checked."""
-    names = {f"⟦study {study}⟧" for study in records.studies}
-    for feature in payload["features"]:
-        for activation in feature["activations"]:
-            if activation["tokens"][0] not in names:
-                raise PrivacyError(
-                    f"Latent {feature['index']} shows {activation['tokens'][0]}, which studies.jsonl does not list, so "
-                    "its licence is unknown. Nothing was sent; write the records again."
-                )

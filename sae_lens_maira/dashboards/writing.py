@@ -1,4 +1,4 @@
-"""Shared by all writers: JSON lines, new folders, batches of latents, and forked workers.
+"""Shared by all writers: the privacy gate, JSON lines, new folders, batches of latents, and forked workers.
 
 `parallel_map` forks one process per core and returns results in order. A child shares its parent's memory until it
 writes, so nothing is loaded twice. Where processes cannot be forked, or one worker is requested, the work runs in
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.privacy import check_shareable, mark_folder, private_files
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -30,9 +31,33 @@ def json_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
+def licence_of(records: RecordSet, action: str, allow: bool) -> str:
+    """Pass a record set through the privacy gate.
+
+    Args:
+        records: The record set; its studies.jsonl must exist.
+        action: What would be done with its text or images.
+        allow: The user asked for credentialed data.
+
+    Returns:
+        The strictest licence class.
+
+    Raises:
+        PrivacyError: a study is not known to be public or synthetic, and `allow` is not set.
+        RecordError: studies.jsonl is missing or damaged.
+    """
+    return check_shareable([entry.licence for entry in records.studies.values()], action, allow=allow)
+
+
 @contextmanager
-def new_folder(out: Path | str) -> Iterator[Path]:
+def new_folder(out: Path | str, licence: str) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `out` once everything is written.
+
+    Its files are readable by their owner only, and a folder with credentialed data is marked.
+
+    Args:
+        out: The folder; must not exist, or be empty.
+        licence: Strictest licence class of the data.
 
     Raises:
         RecordError: `out` is a file, or a folder that contains files.
@@ -40,8 +65,9 @@ def new_folder(out: Path | str) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecordError(f"{out} exists and is not an empty folder. Give a new folder, or remove this one.")
-    with atomic_folder(out) as folder:
+    with private_files(out), atomic_folder(out) as folder:
         yield folder
+        mark_folder(folder, licence, "dashboards")
 
 
 def batches_of(records: RecordSet, size: int) -> list[tuple[int, list[int]]]:

@@ -25,10 +25,10 @@ from pydantic import BaseModel
 
 from sae_lens_maira.errors import ConfigError, ServerError
 from sae_lens_maira.interp.journal import Journal, key_of
-from sae_lens_maira.interp.privacy import check_destination, is_loopback
 from sae_lens_maira.interp.prompts import Messages, tokens_of
 from sae_lens_maira.interp.protocol import Completion, Dialect, Problem, adapted, read_answer
 from sae_lens_maira.interp.transport import Transport
+from sae_lens_maira.privacy import check_destination, is_loopback, mask
 
 Answer = TypeVar("Answer", bound=BaseModel)
 DEFAULT_URL = "https://api.openai.com/v1"
@@ -282,7 +282,7 @@ class Judge:
         )
 
     def _masked(self, text: str) -> str:
-        return text.replace(self._key, "***") if len(self._key) >= 4 else text
+        return mask(text, self._key)
 
     async def _once(
         self, messages: Messages, form: type[Answer], dialect: Dialect

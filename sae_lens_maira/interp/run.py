@@ -146,9 +146,9 @@ def estimate(records: RecordSet, plan: Plan, server: Server) -> str:
         PrivacyError: credentialed text would leave the machine.
     """
     from sae_lens_maira.interp.explain import question
-    from sae_lens_maira.interp.privacy import check_destination
     from sae_lens_maira.interp.prompts import PICTURE_TOKENS, tokens_of
     from sae_lens_maira.interp.score import IMAGES_PER_QUESTION
+    from sae_lens_maira.privacy import check_destination
 
     where = check_destination(_licences(records), server.url, server.allow_remote)
     tasks = Tasks(records, plan, offline=False)

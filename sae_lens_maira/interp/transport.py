@@ -16,8 +16,8 @@ import zlib
 from typing import Any
 
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.interp.privacy import is_loopback
 from sae_lens_maira.interp.protocol import Completion, Problem, plain_words, read_response
+from sae_lens_maira.privacy import is_loopback
 
 MOST_BYTES = 4 << 20
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from sae_lens_maira.errors import PrivacyError
 from sae_lens_maira.interp.examples import Example
 from sae_lens_maira.latents.records import ActivationMap, Context
+from sae_lens_maira.privacy import image_path
 
 SPAN = 24  # Tokens on each side of the peak, Neuronpedia's window.
 REPORT_TOKENS = 120
@@ -175,12 +175,7 @@ def image_of(example: Example, folder: Path, view: str, patches: Collection[int]
     grid = next((m for m in example.context.heat if m.view == view), None)
     if name is None or grid is None:
         return None
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise PrivacyError(
-            f"Study {example.study.study} names the image {name}, which is outside the record set {folder}. Images are "
-            "read from inside the record set only; write the records again with --keep-images true."
-        )
+    path = image_path(folder, name)
     if not path.is_file():
         return None
     with Image.open(path) as file:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sae_lens_maira.dashboards.html import LATENT_BYTES, latent_file, write_page
 from sae_lens_maira.dashboards.html_latent import ALPHABET, levels
-from sae_lens_maira.errors import RecordError
+from sae_lens_maira.errors import PrivacyError, RecordError
 from sae_lens_maira.latents.records import (
     ActivationMap,
     Context,
@@ -109,11 +109,32 @@ def test_images_are_the_centre_crop_and_boxes_move_into_it(tmp_path: Path) -> No
 
 def test_credentialed_images_stay_out_unless_asked_for(tmp_path: Path) -> None:
     records = _write(tmp_path, licence="credentialed")
-    write_page(records, [], tmp_path / "page")
+    with pytest.raises(PrivacyError, match="credentialed"):
+        write_page(records, [], tmp_path / "page", images=True)
+    assert not (tmp_path / "page").exists()
+    write_page(records, [], tmp_path / "page", allow_credentialed=True)
     assert not (tmp_path / "page" / "images").exists()
     assert _payload(tmp_path / "page" / latent_file(0))["studies"]["s0"]["images"] == {}
-    write_page(records, [], tmp_path / "page", images=True)
-    assert len(list((tmp_path / "page" / "images").iterdir())) == 1
+    write_page(records, [], tmp_path / "page", images=True, allow_credentialed=True)
+    (image,) = (tmp_path / "page" / "images").iterdir()
+    with Image.open(image) as copy:
+        assert copy.info["Licence"] == "credentialed"
+
+
+@pytest.mark.parametrize(
+    "source", ["/etc/film.png", "../film.png", "a/../../film.png", "link.png", "C:\\film.png"]
+)
+def test_images_outside_the_folder_are_refused(tmp_path: Path, source: str) -> None:
+    """A record set cannot make the page copy files from elsewhere, also not through a link."""
+    outside = tmp_path / "film.png"
+    folder = tmp_path / "records"
+    folder.mkdir()
+    records = _write(folder, images=(("frontal", source),))
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(outside)
+    (folder / "link.png").symlink_to(outside)
+    with pytest.raises(PrivacyError, match="outside"):
+        write_page(records, [], tmp_path / "page")
+    assert not (tmp_path / "page").exists()
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:

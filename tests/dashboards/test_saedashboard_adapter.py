@@ -175,10 +175,14 @@ def test_a_page_of_credentialed_studies_is_refused_and_their_files_have_none(
 ):
     closed = [(study.study_id, "credentialed") for study in studies]
     common = (sae, Readout.of(phantom), Target(set_name="a"), 3, tmp_path / "out")
+    with pytest.raises(PrivacyError, match="14 'credentialed'"):
+        run_saedashboard(blocks, closed, *common, AdapterConfig(latents=[0]))
     with pytest.raises(PrivacyError, match=r"d3js\.org"):
-        run_saedashboard(blocks, closed, *common, AdapterConfig(latents=[0], page=True))
+        run_saedashboard(
+            blocks, closed, *common, AdapterConfig(latents=[0], page=True, allow_credentialed=True)
+        )
     assert not (tmp_path / "out").exists()
-    run_saedashboard(blocks, closed, *common, AdapterConfig(latents=[0]))
+    run_saedashboard(blocks, closed, *common, AdapterConfig(latents=[0], allow_credentialed=True))
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json"}
 
 

@@ -1,0 +1,218 @@
+"""The one gate for text and images of studies: an allow list of licence classes, asked at every exit.
+
+    public, synthetic                                   may be written and sent
+    credentialed, unknown, misspelt, null, missing      refused unless the caller asks; what is written is marked
+
+Also here: loopback addresses, image paths that must stay within their folder, files that only their owner may read, and
+the masking of keys in messages.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from sae_lens_maira.errors import PrivacyError
+
+SHAREABLE = ("public", "synthetic")
+"""Licence classes that may leave; every other value is treated as credentialed."""
+CREDENTIALED = "credentialed"
+MARKER = "CREDENTIALED.json"
+"""File that marks a folder with data of credentialed studies."""
+ALLOW = "--allow-credentialed true"
+MIN_SECRET = 4
+"""Shorter secrets are not masked: every message contains them by chance."""
+
+
+def is_shareable(licence: object) -> bool:
+    """Whether a licence class is on the allow list."""
+    return isinstance(licence, str) and licence in SHAREABLE
+
+
+def strictest(licences: Iterable[object]) -> str:
+    """The class that applies to data of several studies: "credentialed" unless every class is on the allow list.
+
+    No class at all counts as credentialed, since nothing is known about such data.
+    """
+    names = list(licences)
+    if not names or not all(map(is_shareable, names)):
+        return CREDENTIALED
+    return "public" if "public" in names else "synthetic"
+
+
+def describe(licences: Iterable[object]) -> str:
+    """The classes that are not on the allow list with their counts, such as "3 'credentialed', 1 None"."""
+    counts = Counter(_name(licence) for licence in licences if not is_shareable(licence))
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none is listed"
+
+
+def check_shareable(
+    licences: Iterable[object], action: str, *, allow: bool = False, option: str | None = ALLOW
+) -> str:
+    """Refuse data of studies that are not public or synthetic, unless the caller asks for them.
+
+    Args:
+        licences: Licence class of every study whose text or images are involved.
+        action: What would be done, as in "writing Neuronpedia files".
+        allow: The user asked for it.
+        option: How a user asks; None if this action is never allowed.
+
+    Returns:
+        The strictest class, for marking what is written.
+
+    Raises:
+        PrivacyError: a class is not on the allow list, or there is none, and `allow` is not set.
+    """
+    names = list(licences)
+    found = strictest(names)
+    if found != CREDENTIALED or allow:
+        return found
+    way_out = (
+        f"Pass {option} if your data-use agreement permits it."
+        if option
+        else "This cannot be allowed. Use studies whose licence is public or synthetic."
+    )
+    raise PrivacyError(
+        f"Refused: {action} would expose text or images of studies that are not known to be public or synthetic "
+        f"(licence classes: {describe(names)}; {len(names)} studies). {way_out}"
+    )
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL's host is this machine: localhost, 127.0.0.0/8 or ::1, without resolving names."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_destination(licences: Iterable[object], url: str, allow_remote: bool = False) -> str:
+    """Check that data of these classes may be sent to a server, and describe the decision in a sentence.
+
+    Raises:
+        PrivacyError: data that are not public or synthetic would leave this machine, and `allow_remote` is not set.
+    """
+    names = list(licences)
+    host = urlsplit(url).hostname or url
+    if is_loopback(url):
+        return f"Studies go to {host}, this machine."
+    closed = strictest(names) == CREDENTIALED
+    if closed and not allow_remote:
+        classes = (
+            ", ".join(sorted({_name(one) for one in names if not is_shareable(one)})) or "none is listed"
+        )
+        raise PrivacyError(
+            f"Studies of licence class {classes} would be sent to {host}, which is not this machine; their data-use "
+            "agreement may forbid it. Start a server on 127.0.0.1 and set OPENAI_BASE_URL, or pass --allow-remote true "
+            "if you are entitled to send them."
+        )
+    what = "including credentialed ones, as allowed by --allow-remote" if closed else "none credentialed"
+    return f"Studies go to {host}, another machine: {what}."
+
+
+def image_path(root: Path, source: str) -> Path:
+    """Resolve an image path of a record set, which must stay within its folder.
+
+    Args:
+        root: Folder that the path is relative to.
+        source: Relative path, as stored in the record set.
+
+    Raises:
+        PrivacyError: the path is absolute or leaves the folder, also through a link.
+    """
+    absolute = Path(source).is_absolute() or PureWindowsPath(source).is_absolute() or source.startswith("~")
+    path = root / source
+    inside = not absolute and ".." not in PurePosixPath(source.replace("\\", "/")).parts
+    if not inside or not path.resolve().is_relative_to(root.resolve()):
+        raise PrivacyError(
+            f"A record set names the image {source!r}, which is outside {root}. Image paths must be relative and stay "
+            "within that folder. Copy the images into it, or write the records again."
+        )
+    return path
+
+
+def mask(text: str, *secrets: str | None) -> str:
+    """Replace secrets, such as API keys, by three asterisks, also where they are quoted or percent-encoded."""
+    from urllib.parse import quote
+
+    for secret in secrets:
+        if secret and len(secret) >= MIN_SECRET:
+            for form in {secret, quote(secret, safe=""), json.dumps(secret)[1:-1]}:
+                text = text.replace(form, "***")
+    return text
+
+
+@contextmanager
+def private_files(folder: Path | str) -> Iterator[None]:
+    """Create files that only their owner can read (mode 0600) within this block, also in forked workers.
+
+    A folder that is group-writable or has the setgid bit is shared on purpose; files in it are readable by its group
+    (mode 0640). Works through the process's umask.
+
+    Args:
+        folder: Destination of the files, or where it will be created.
+    """
+    before = os.umask(0o027 if _is_shared(Path(folder)) else 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def mark_folder(folder: Path, licence: str, command: str) -> None:
+    """Mark a folder that contains data of studies that are not public or synthetic; do nothing for other classes."""
+    if licence in SHAREABLE:
+        return
+    content: dict[str, Any] = {
+        "licence": CREDENTIALED,
+        "written_by": command,
+        "notice": "Contains text or images of credentialed studies. Do not upload, publish or pass on.",
+    }
+    (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def is_marked(folder: Path | str) -> bool:
+    """Whether a folder, or one that contains it, is marked as holding data of credentialed studies."""
+    folder = Path(folder).resolve()
+    return any((parent / MARKER).exists() for parent in (folder, *folder.parents))
+
+
+def _is_shared(folder: Path) -> bool:
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    mode = folder.stat().st_mode
+    # A sticky folder such as /tmp is everybody's, which is not sharing on purpose.
+    return bool(mode & (stat.S_ISGID | stat.S_IWGRP)) and not mode & stat.S_ISVTX
+
+
+def _name(licence: object) -> str:
+    return repr(getattr(licence, "value", licence))
+
+
+__all__ = [
+    "CREDENTIALED",
+    "MARKER",
+    "SHAREABLE",
+    "check_destination",
+    "check_shareable",
+    "image_path",
+    "is_loopback",
+    "is_marked",
+    "is_shareable",
+    "mark_folder",
+    "mask",
+    "private_files",
+    "strictest",
+]
