@@ -378,4 +378,4 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 def _licences(records: RecordSet) -> frozenset[str]:
     """Licence classes of the record set: sentences made from it may go where all of its studies may go."""
-    return frozenset(study.licence for study in records.studies.values())
+    return frozenset(str(study.licence) for study in records.studies.values())
