@@ -33,8 +33,9 @@ from sae_lens_maira.latents.statistics import LatentStatistics
 from sae_lens_maira.latents.study_info import Pseudonyms, save_images, study_info
 from sae_lens_maira.latents.workdir import Workdir, fingerprint, fingerprint_of_ids
 from sae_lens_maira.maira2 import Maira2
+from sae_lens_maira.privacy import is_shareable
 from sae_lens_maira.sae import level_widths_of
-from sae_lens_maira.studies import Licence, Study
+from sae_lens_maira.studies import Study
 
 Labels = Callable[[Study], Iterable[str] | None]
 
@@ -216,7 +217,7 @@ def _labels(study: Study, labels: Labels | None) -> frozenset[str] | None:
 
 
 def _keeps(study: Study, config: CollectConfig) -> bool:
-    return study.licence != Licence.CREDENTIALED if config.keep_images is None else config.keep_images
+    return is_shareable(study.licence) if config.keep_images is None else config.keep_images
 
 
 def _readout(maira: Maira2) -> tuple[torch.Tensor, torch.Tensor]:

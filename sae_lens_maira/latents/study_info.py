@@ -16,7 +16,8 @@ from PIL import Image
 from sae_lens_maira.latents.records import StudyInfo
 from sae_lens_maira.maira2.images import ImageSource, box_to_crop, read_grey, stretch_contrast
 from sae_lens_maira.maira2.prompts import VIEWS
-from sae_lens_maira.studies import Licence, Study
+from sae_lens_maira.privacy import is_shareable
+from sae_lens_maira.studies import Study
 
 
 class Pseudonyms:
@@ -32,7 +33,7 @@ class Pseudonyms:
         return self._name(study, "patient", study.patient_id)
 
     def _name(self, study: Study, kind: str, original: str) -> str:
-        if study.licence != Licence.CREDENTIALED:
+        if is_shareable(study.licence):
             return original
         return hashlib.sha256(f"{self._salt}\0{kind}\0{original}".encode()).hexdigest()[:16]
 

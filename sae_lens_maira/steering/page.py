@@ -23,7 +23,8 @@ import pandas as pd
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.study_info import centre_crop
-from sae_lens_maira.studies import Licence, Study
+from sae_lens_maira.privacy import is_shareable
+from sae_lens_maira.studies import Study
 
 PAGE = "index.html"
 _WORDS = re.compile(r"\s*\d+\.\d+|\s*\w+(?:[-'’]\w+)*|\s*[^\w\s]|\s+$")
@@ -204,7 +205,7 @@ def _reports(reported: pd.DataFrame, studies: Sequence[Study] | None, options: P
 
 
 def _pair(row: dict[Any, Any], study: Study | None, credentialed: bool) -> str:
-    free = credentialed or (study is not None and study.licence != Licence.CREDENTIALED)
+    free = credentialed or (study is not None and is_shareable(study.licence))
     name = study.study_id if free and study is not None else f"study {int(row['study'])} of the half"
     facts = [
         "as wanted" if row["on_target"] else "not as wanted",
