@@ -207,11 +207,11 @@ def published(
 
     Args:
         records: record set of that SAE.
-        file: CSV, Parquet, JSON or JSON lines with one interpretation per row.
+        file: CSV, TSV, Parquet, JSON or JSON lines with one interpretation per row, or a folder of such tables.
         name: name of their explainer.
         latent_column: column with the latent's number; found by its name if not given.
         text_column: column with the sentence; found by its name if not given.
-        score_column: column with a score from 0 to 1, if any; found by its name if not given.
+        score_column: column with a score from 0 to 1 or in percent; found by its name if not given. "none" takes none.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.interp.published import read_published
@@ -219,11 +219,13 @@ def published(
     from sae_lens_maira.latents.recordset import RecordSet
 
     opened = RecordSet.open(records)
-    rows = read_published(file, name, latent_column, text_column, score_column)
+    rows, notes = read_published(file, name, latent_column, text_column, score_column)
+    for note in notes:
+        sys.stderr.write(f"{note}\n")
     kept = [one for one in rows if one.latent in opened]
     save(opened.folder, kept)
     if as_json:
-        facts = {"records": str(records), "rows": len(rows), "kept": len(kept)}
+        facts = {"records": str(records), "rows": len(rows), "kept": len(kept), "notes": notes}
         sys.stdout.write(json.dumps(facts) + "\n")
         return
     sys.stdout.write(

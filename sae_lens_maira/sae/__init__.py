@@ -18,7 +18,6 @@ from sae_lens_maira.sae.pretrained import (
 from sae_lens_maira.sae.registry import register
 from sae_lens_maira.sae.release import ReleaseRequest, convert_release, load_release
 from sae_lens_maira.sae.splice import SpliceBatch, SpliceEvaluation, SpliceRecord, evaluate_splice
-from sae_lens_maira.sae.tables import read_interpretations
 from sae_lens_maira.sae.training import MatryoshkaTrainingSAE
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "maira2_sae_disk_loader",
     "maira2_sae_loader",
     "make_control",
-    "read_interpretations",
     "register",
     "register_release",
 ]

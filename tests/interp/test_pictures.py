@@ -79,7 +79,7 @@ def test_published_tables_are_read_by_their_columns(tmp_path, ending):
         frame.to_parquet(path)
     else:
         frame.to_json(path, orient="records", lines=ending == "jsonl")
-    found = read_published(path)
+    found, _ = read_published(path)
     assert [(one.latent, one.explanation) for one in found] == [(3, "a pacemaker"), (9, "since the prior")]
     assert [one.category for one in found] == ["device", "longitudinal change"]
     assert found[0].scores[0].balanced_accuracy == 0.8

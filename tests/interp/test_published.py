@@ -6,8 +6,8 @@ import math
 import pandas as pd
 import pytest
 
-from sae_lens_maira.errors import SAEError
-from sae_lens_maira.sae import read_interpretations
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.interp.published import read_interpretations, read_published
 
 pytestmark = pytest.mark.compat
 
@@ -113,7 +113,7 @@ def test_columns_can_be_named(tmp_path):
         write(tmp_path / "t.csv", records), latent="b", interpretation="good", score="s2"
     )
     assert frame.iloc[0][["latent", "interpretation", "score"]].tolist() == [1, "x", 0.9]
-    with pytest.raises(SAEError, match="not nope"):
+    with pytest.raises(RecordError, match="not nope"):
         read_interpretations(tmp_path / "t.csv", latent="nope")
 
 
@@ -127,14 +127,86 @@ def test_columns_can_be_named(tmp_path):
     ids=["no index", "no text", "two indices"],
 )
 def test_ambiguity_is_named(records, words, tmp_path):
-    with pytest.raises(SAEError) as error:
+    with pytest.raises(RecordError) as error:
         read_interpretations(write(tmp_path / "t.csv", records))
     assert all(word in str(error.value) for word in words)
 
 
 def test_no_table(tmp_path):
-    with pytest.raises(SAEError, match="no table"):
+    with pytest.raises(RecordError, match="no table"):
         read_interpretations(tmp_path)
     (tmp_path / "t.json").write_text("{")
-    with pytest.raises(SAEError, match="not a readable"):
+    with pytest.raises(RecordError, match="not a readable"):
         read_interpretations(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("orient", ["split", "records", "index", "columns", "values", "table"])
+@pytest.mark.parametrize("by_row_label", [False, True])
+def test_every_orientation_of_to_json(orient, by_row_label, tmp_path):
+    """Latents as a column, or as the frame's row labels, which "records" and "values" do not write."""
+    frame = pd.DataFrame(ROWS)
+    if by_row_label:
+        if orient in ("records", "values"):
+            return
+        frame = frame.set_index("latent").rename_axis(None)
+    frame.to_json(tmp_path / "t.json", orient=orient)
+    # "values" writes no names of columns, so a score is taken only if it is named.
+    check(read_interpretations(tmp_path / "t.json", score="2" if orient == "values" else None))
+
+
+def test_a_csv_with_its_row_labels_as_latents(tmp_path):
+    """pandas writes the index under an empty name, and reads it as "Unnamed: 0"."""
+    pd.DataFrame(ROWS).set_index("latent").rename_axis(None).to_csv(tmp_path / "t.csv")
+    assert "Unnamed: 0" in pd.read_csv(tmp_path / "t.csv").columns
+    check(read_interpretations(tmp_path / "t.csv"))
+    pd.DataFrame(ROWS).set_index("latent").rename_axis(None).to_parquet(tmp_path / "t.parquet")
+    check(read_interpretations(tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize("latent", ["Feature ID", "feature_number", "Unnamed: 0", "latent_id"])
+@pytest.mark.parametrize("value", [lambda i: i, lambda i: f"latent_{i}", float])
+def test_latents_by_name_and_form(latent, value, tmp_path):
+    records = [
+        {latent: value(r["latent"]), "text": r["interpretation"], "interpretability_score": r["score"]}
+        for r in ROWS
+    ]
+    check(read_interpretations(write(tmp_path / "t.csv", records)))
+
+
+@pytest.mark.parametrize("score", [lambda s: 100 * s, lambda s: f"{100 * s:g}%", lambda s: f"{100 * s:g} %"])
+def test_percentages_are_divided_and_said(score, tmp_path):
+    records = [r | {"score": score(r["score"])} for r in ROWS]
+    found, notes = read_published(write(tmp_path / "t.csv", records))
+    assert [one.scores[0].balanced_accuracy for one in found] == pytest.approx(SCORES)
+    assert any("divided by 100" in note for note in notes)
+
+
+def test_small_percentages_are_known_by_their_columns_name(tmp_path):
+    records = [{"latent": i, "text": "a text", "accuracy_percent": 0.5 * i} for i in range(3)]
+    frame = read_interpretations(write(tmp_path / "t.csv", records))
+    assert frame["score"].tolist() == [0.0, 0.005, 0.01]
+
+
+@pytest.mark.parametrize("scores", [(1, 5, 3), (0.5, 250, 90), (-3, 0.5, 0.2)])
+def test_unknown_scales_are_refused(scores, tmp_path):
+    """Ratings from 1 to 5 are neither shares nor percentages."""
+    path = write(tmp_path / "t.csv", [r | {"score": s} for r, s in zip(ROWS, scores, strict=True)])
+    with pytest.raises(RecordError, match="--score-column"):
+        read_interpretations(path)
+    assert read_interpretations(path, score="none")["score"].isna().all()
+
+
+def test_several_scores_are_named(tmp_path):
+    records = [r | {"f1": 0.3, "auroc": 0.9} for r in ROWS]
+    _, notes = read_published(write(tmp_path / "t.csv", records))
+    (note,) = notes
+    assert "score from 'score'" in note
+    assert "'f1', 'auroc'" in note
+
+
+def test_deep_and_foreign_json_is_one_message(tmp_path):
+    (tmp_path / "t.json").write_text("[" * 100_000)
+    with pytest.raises(RecordError, match="not a readable"):
+        read_interpretations(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(json.dumps({"release": {"files": {"latents": {"12": "a text"}}}}))
+    assert read_interpretations(tmp_path / "t.json")["latent"].tolist() == [12]
