@@ -56,6 +56,7 @@ _TABLE: dict[str, str] = {
     "dashboards saedashboard": "dashboards:saedashboard",
     "dashboards validate": "dashboards:check",
     "dashboards upload": "dashboards:upload",
+    "attribute": "attribute:attribute",
     "steer": "steer:steer",
     "measure-phantom": "phantom:measure_phantom",
 }

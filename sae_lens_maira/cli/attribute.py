@@ -1,0 +1,136 @@
+"""The command `attribute`: which latents at which places made the model write each sentence of a report."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+
+def attribute(
+    sae: str = "phantom-image",
+    model: str = "phantom",
+    out: Path = Path("attribution_out"),
+    study: list[str] | None = None,
+    studies: int = 4,
+    study_seed: int = 10_000,
+    table: Path | None = None,
+    root: Path | None = None,
+    split: str | None = None,
+    records: Path | None = None,
+    report: Literal["generated", "teacher"] = "generated",
+    sentences: list[int] | None = None,
+    method: Literal["integrated", "gradient"] = "integrated",
+    roles: str | list[str] | None = None,
+    candidates: int = 256,
+    n_check: int = 32,
+    n_removed: int = 64,
+    regenerate: bool = True,
+    max_new_tokens: int | None = None,
+    allow_credentialed: bool = False,
+    device: str = "auto",
+    as_json: bool = False,
+) -> None:
+    """Attribute each sentence of a report to latents and patches, check it by ablation, and write a page per study.
+
+    Example: sae-lens-maira attribute --sae phantom-image --studies 2 --out attribution_out
+
+    Args:
+        sae: Folder of an SAE, a release, or "phantom-image" / "phantom-text".
+        model: "phantom", a folder or a hub id.
+        out: Folder of the pages; made if missing.
+        study: Ids of the studies to explain; the first ones if not given.
+        studies: Number of studies to explain.
+        study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
+        table: Parquet or CSV with one study per row, see studies import.
+        root: Folder that the table's relative image paths start from; the table's own if not given.
+        split: Read only the table's studies of this split, for example test.
+        records: Folder of latent records, for the names of latents.
+        report: Explain the model's own report, or the study's.
+        sentences: Numbers of the sentences to explain, from 0; all if not given.
+        method: "integrated" adds up to the true effect of removing the candidates; "gradient" is faster and does not.
+        roles: Token roles whose positions count; what the SAE was trained on if not given.
+        candidates: Entries (latent, position) per sentence that are integrated over.
+        n_check: Entries that the check removes.
+        n_removed: Entries that are removed from the prompt when the report is written again.
+        regenerate: Write the report again without each sentence's strongest entries.
+        max_new_tokens: Budget of a generated report.
+        allow_credentialed: Also write pages of studies that are not known to be public or synthetic.
+        device: auto, cpu, cuda, ...
+        as_json: Print JSON instead of text.
+    """
+    from tqdm.auto import tqdm
+
+    from sae_lens_maira.attribution import attribute as explain
+    from sae_lens_maira.attribution.page import StudyPage, write_pages
+    from sae_lens_maira.errors import StudyError
+    from sae_lens_maira.interface import load, load_sae, phantom_studies, read_studies
+    from sae_lens_maira.privacy import check_shareable
+
+    hooked = load(model, device=device)
+    dictionary = load_sae(sae, records=records, device=device)
+    if table is None:
+        side = hooked.processor.recipe.crop
+        found: Any = phantom_studies(studies if study is None else 200, study_seed, size=side)
+    else:
+        found = read_studies(table, root, split)
+    if study is not None:
+        wanted = {one.study_id: one for one in found if one.study_id in set(study)}
+        missing = [name for name in study if name not in wanted]
+        if missing:
+            raise StudyError(
+                f"{', '.join(missing)} is not among the {len(found):,} studies that were read. "
+                "`studies show` lists ids."
+            )
+        found = [wanted[name] for name in study]
+    chosen = list(found[: studies if study is None else len(study)])
+    check_shareable([one.licence for one in chosen], "writing attribution pages", allow=allow_credentialed)
+    pages = []
+    for one in tqdm(chosen, desc="attribute", unit="study"):
+        answer = explain(
+            hooked,
+            one,
+            dictionary,
+            sentences,
+            report=report,
+            roles=roles,
+            method=method,
+            candidates=candidates,
+            n_check=n_check,
+            names=dict(dictionary.latent_names),
+            max_new_tokens=max_new_tokens,
+        )
+        written = (
+            [
+                _without(hooked, one, dictionary, answer, item, n_removed, max_new_tokens)
+                for item in answer.sentences
+            ]
+            if regenerate
+            else []
+        )
+        pages.append(StudyPage(one, answer, written, n_removed))
+    page = write_pages(out, pages, f"model {model}, SAE {sae}", allow_credentialed)
+    if as_json:
+        facts = [
+            {"study": p.found.study_id, "sentences": json.loads(p.found.table().to_json(orient="records"))}
+            for p in pages
+        ]
+        sys.stdout.write(json.dumps({"page": str(page), "studies": facts}) + "\n")
+        return
+    for p in pages:
+        sys.stdout.write(f"{p.found}\n\n")
+    sys.stdout.write(f"{page}\n")
+
+
+def _without(
+    hooked: Any, study: Any, sae: Any, answer: Any, item: Any, n: int, budget: int | None
+) -> str | None:
+    """The report written without a sentence's strongest entries; None if none of them lies in the prompt."""
+    from sae_lens_maira.attribution.regenerate import generate_with_delta, prompt_delta
+    from sae_lens_maira.errors import InterventionError
+
+    prompt = hooked.processor.encode([study])
+    try:
+        delta = prompt_delta(sae, item, n, prompt.input_ids.shape[1])
+    except InterventionError:
+        return None
+    return generate_with_delta(hooked, prompt, answer.hook_name, delta, budget).text
