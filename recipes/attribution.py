@@ -101,18 +101,17 @@ def sae_of(maira: Maira2, settings: Settings, arm: str, seed: int) -> Any:
     """The SAE of an arm: read from its folder, or trained into it."""
     from sae_lens_maira.activations import harvest_rows
     from sae_lens_maira.quickstart.sae import train_sae
-    from sae_lens_maira.sae import load_matryoshka, untrained_like
+    from sae_lens_maira.sae import load_matryoshka, make_control
 
     folder = settings.saes / f"{arm}_{seed}"
     if (folder / "cfg.json").is_file():
         return load_matryoshka(folder)
-    if arm != "trained":
-        trained = sae_of(maira, settings, "trained", seed)
     studies = generate_studies(settings.train_studies if arm != "untrained" else 100, 91_000 + 7_000 * seed)
     rows = harvest_rows(maira, studies, f"blocks.{settings.layer}.hook_resid_post", roles="image_only")
     if arm == "untrained":
-        return untrained_like(trained, rows.values, seed=seed)
-    return train_sae(rows, settings.d_sae, settings.k, settings.steps, seed, folder).inference
+        return make_control("untrained", sae_of(maira, settings, "trained", seed), rows.values, seed=seed)
+    control: Any = None if arm == "trained" else arm
+    return train_sae(rows, settings.d_sae, settings.k, settings.steps, seed, folder, control=control).inference
 
 
 def given_statements(

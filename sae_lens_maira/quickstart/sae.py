@@ -18,6 +18,7 @@ from sae_lens_maira.sae import (
     MatryoshkaTrainingSAEConfig,
     load_matryoshka,
 )
+from sae_lens_maira.sae.config import Frozen
 from sae_lens_maira.stats import explained_variance
 from sae_lens_maira.training import FusedSAETrainer
 
@@ -73,6 +74,7 @@ def train_sae(
     lr: float = 1e-3,
     dead_after: int = 1000,
     normalize: Normalization = "expected_average_only_in",
+    control: Frozen | None = None,
 ) -> TrainedSAE:
     """Train a Matryoshka BatchTopK SAE on rows and save it to `folder`.
 
@@ -87,6 +89,7 @@ def train_sae(
         dead_after: steps without firing after which a latent counts as dead and helps with the residual.
         normalize: SAELens' `normalize_activations`, of the two kinds that it folds into the weights.
             "covariance_whitening" gives every direction of the rows the same variance, so that rare ones get latents.
+        control: train a control instead, whose decoder or encoder stays random.
     """
     torch.manual_seed(seed)
     widths = level_widths(d_sae)
@@ -97,6 +100,7 @@ def train_sae(
         matryoshka_widths=list(widths),
         normalize_activations=normalize,
         device="cpu",
+        control=control,
     )
     config.metadata.hook_name = rows.hook_name
     config.metadata.model_name = "maira2-phantom"
