@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.attribution import attribute
-from sae_lens_maira.attribution.attribute import ReportAttribution
+from sae_lens_maira.attribution.attribute import ReportAttribution, encode_with_report
 from sae_lens_maira.attribution.regenerate import generate_with_delta, prompt_delta
 from sae_lens_maira.attribution.residual import ResidualRun
 from sae_lens_maira.attribution.sentences import report_sentences
@@ -111,7 +111,9 @@ def sae_of(maira: Maira2, settings: Settings, arm: str, seed: int) -> Any:
     if arm == "untrained":
         return make_control("untrained", sae_of(maira, settings, "trained", seed), rows.values, seed=seed)
     control: Any = None if arm == "trained" else arm
-    return train_sae(rows, settings.d_sae, settings.k, settings.steps, seed, folder, control=control).inference
+    return train_sae(
+        rows, settings.d_sae, settings.k, settings.steps, seed, folder, control=control
+    ).inference
 
 
 def given_statements(
@@ -122,7 +124,7 @@ def given_statements(
     for study in generate_studies(600, 95_000 + 7_000 * seed):
         if study.prior_frontal is not None or not study.report:
             continue
-        encoding = hooked.processor.encode([study], report="teacher", padding_side="right")
+        encoding = encode_with_report(hooked, study, "teacher")
         sentences = [s.text for s in report_sentences(encoding, hooked.tokenizer)]
         for finding in study.truth or ():
             hits = [i for i, text in enumerate(sentences) if finding.key in read_report(text).present]
@@ -211,10 +213,11 @@ def regenerated(hooked: HookedMaira2, sae: Any, seed: int, settings: Settings) -
     from sae_lens_maira.attribution.entries import active_entries
 
     rows: list[dict[str, Any]] = []
+    processor: Any = hooked.processor
     for study in generate_studies(600, 95_000 + 7_000 * seed):
         if study.prior_frontal is not None:
             continue
-        prompt = hooked.processor.encode([study])
+        prompt = processor.encode([study])
         (before,) = hooked.generate(prompt, return_type="reports")
         present = read_report(before.text).present
         boxes = {f.key: f for f in study.truth or () if f.present and f.box is not None}
@@ -280,7 +283,8 @@ def write_tables(folder: Path, given: pd.DataFrame, generated: pd.DataFrame) -> 
         for name in _measures(rows):
             if rows[name].notna().any():
                 lines.append(_line(str(arm), name, rows[name].dropna().to_numpy(float)))
-        worst = rows.groupby("finding")["point attribution"].agg(["mean", "size"]).sort_values("mean")
+        worst: Any = rows.groupby("finding")["point attribution"].agg(["mean", "size"])
+        worst = worst.sort_values(by="mean")
         lines.append(f"| {arm} | lowest pointing of a finding: {worst.index[0]} | {worst['mean'].iloc[0]:.3f} | | "
                      f"{int(worst['size'].iloc[0])} |")  # fmt: skip
     for name in _measures(generated):

@@ -129,7 +129,7 @@ class ExplainedVariance:
             return
         x, reconstruction = x.double(), reconstruction.to(x.device).double()
         # Sums around the first batch's mean: rows may lie far from zero, where sums of squares cancel.
-        if self._origin is None:
+        if self._origin is None or self._total is None:
             self._origin = x.mean(0)
             self._total = torch.zeros_like(self._origin)
         centred = x - self._origin.to(x.device)

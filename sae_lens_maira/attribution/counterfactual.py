@@ -119,7 +119,7 @@ class Comparison:
 
     def __str__(self) -> str:
         sign = {"kept": "  ", "removed": "- ", "added": "+ "}
-        lines = [sign[row.change] + row.sentence for row in self.sentences.itertuples()]
+        lines = [sign[row["change"]] + row["sentence"] for row in self.sentences.to_dict("records")]
         if self.latents is not None:
             lines += ["", self.latents.head(10).to_string(index=False)]
         return "\n".join(lines)

@@ -97,7 +97,7 @@ def latents(
     size = studies_per_block or (32 if model == "phantom" else 4)
     chosen, blocks = _rows(maira, hook_name, studies, table, root, store, roles, size, study_seed)
     if control == "trained":
-        control = control_kind(dictionary) or control
+        control = control_kind(dictionary) or control  # pyright: ignore[reportAssignmentType] - a name in metadata
     else:
         dictionary = _stand_in(control, dictionary, blocks, seed)
     config = CollectConfig(

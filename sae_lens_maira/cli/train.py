@@ -52,7 +52,8 @@ def train(
         made = _direct if direct else _stored
         batches, width, rows = made(options, steps.train_batch_size_samples, place, provider or {})
         torch.manual_seed(options.seed)
-        config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **({"control": control} | sae))
+        chosen: dict[str, Any] = {"control": control} | sae
+        config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **chosen)
     except TypeError as error:
         raise ConfigError(
             f"The parts sae, trainer and provider do not fit their configurations: {error}. Use the field names of "

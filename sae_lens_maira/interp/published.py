@@ -312,7 +312,8 @@ def _numbers(column: pd.Series) -> pd.Series | None:
     """The column as floats, also from "80" or "80 %"; None where a value is something else."""
     if pd.api.types.is_bool_dtype(column):
         return None
-    numbers = pd.to_numeric(column.map(_bare), errors="coerce").astype(float)
+    bare: Any = pd.to_numeric(column.map(_bare), errors="coerce")
+    numbers: pd.Series = bare.astype(float)
     return numbers if bool(column.notna().any()) and bool((numbers.notna() | column.isna()).all()) else None
 
 

@@ -176,6 +176,8 @@ def spool(
         place.write(log, saved)
     place.finish("contexts")
     place.wait_for_all("contexts")
+    if not place.folder.exists():
+        return  # rank 0 has checked and written everything already
     logs = [place.contexts(rank) / "progress.json" for rank in range(place.world)]
     all_found = sum(json.loads(path.read_text(encoding="utf-8"))["found"] for path in logs)
     if all_found != len(reader.wanted.studies):

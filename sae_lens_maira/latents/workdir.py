@@ -88,7 +88,8 @@ class Workdir:
     def wait_for_all(self, what: str) -> None:
         """Wait until every process is done with a part."""
         paths = [self.folder / f"{what}-{rank}.done" for rank in range(self.world)]
-        self.wait(lambda: all(path.exists() for path in paths))
+        # Rank 0 may have gone on and removed the folder before this process looked again.
+        self.wait(lambda: all(path.exists() for path in paths) or not self.folder.exists())
 
     def close(self) -> None:
         """Rank 0 removes the folder; the others wait until it has."""

@@ -252,7 +252,7 @@ class FusedSAETrainer(SavingTrainer):
             (sae.W_dec, gradients.W_dec),
             (sae.b_dec, gradients.b_dec),
         ):
-            parameter.grad = gradient if parameter.requires_grad else None
+            parameter.grad = gradient if parameter.requires_grad else None  # pyright: ignore[reportArgumentType]
         self.optimizer.clip_(MAX_GRADIENT_NORM)
         self.optimizer.step()
         for name in ("W_enc", "W_dec"):

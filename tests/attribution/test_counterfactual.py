@@ -1,6 +1,7 @@
 """Counterfactual studies: only the named part changes, and no report goes silently with its image."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def with_prior():
 @pytest.mark.parametrize("part", [name for name in PARTS if name != "prior_image"])
 def test_one_part_is_removed_and_no_other(with_prior, part):
     """Every part that stays is the same object; truth and own report are dropped, since they may no longer hold."""
-    made = counterfactual(with_prior, **{part: None})
+    removed: Any = {part: None}
+    made = counterfactual(with_prior, **removed)
     for field in dataclasses.fields(made):
         if field.name == PARTS[part] or field.name in ("truth", "report", "grounded_report"):
             assert getattr(made, field.name) is None
@@ -59,7 +61,7 @@ def test_regions_are_changed_inside_their_box_only(with_prior):
     erased = counterfactual(
         dataclasses.replace(study, frontal=spotted), erase=[(0.3, 0.25, 0.6, 0.5)]
     ).frontal
-    np.testing.assert_allclose(erased, image, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(erased), image, atol=1e-3)
     pasted = counterfactual(study, paste=[((0.5, 0.5, 1.0, 1.0), 99 - image)]).frontal
     assert isinstance(pasted, np.ndarray)
     np.testing.assert_allclose(pasted[40:, 50:], (99 - image)[40:, 50:], atol=1e-3)

@@ -28,6 +28,7 @@ def l0_of(control, rows):
 
 @pytest.mark.parametrize("kind", MADE)
 def test_controls_have_the_wanted_sparsity_and_name_themselves(kind, sae, rows, tmp_path):
+    control = sae
     for l0 in (0.0, 1.0, 5.0):
         control = make_control(kind, sae, rows, seed=2, l0=l0)
         assert l0_of(control, rows) == pytest.approx(l0, abs=0.01)

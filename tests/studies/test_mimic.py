@@ -162,7 +162,7 @@ def test_the_next_frontal_file_is_taken_where_the_first_is_missing(tmp_path, mim
     first.unlink()
     imported = import_mimic(root, progress=False)
     rows = {row["study_id"]: row for row in imported.table.rows()}
-    assert rows["50414267"]["frontal"].endswith(second.name)
+    assert str(rows["50414267"]["frontal"]).endswith(second.name)
     assert rows["50414268"]["prior_frontal"] == rows["50414267"]["frontal"]
     assert imported.notes == {"first frontal file missing: another frontal image of the study taken": 1}
     second.unlink()
@@ -189,7 +189,7 @@ def test_png_copies_float_ids_and_the_table_of_sections(tmp_path, mimic_tree) ->
     )
     assert found["frontal"].str.replace(".png", ".jpg").tolist() == wanted["frontal"].tolist()
     lines = ["study,impression,findings,last_paragraph,comparison"]
-    lines += [f's{row.study_id},,"{row.report}",,' for row in wanted.itertuples()]
+    lines += [f's{row["study_id"]},,"{row["report"]}",,' for row in wanted.to_dict("records")]
     (tmp_path / "mimic_cxr_sectioned.csv").write_text("\n".join(lines) + "\n")
     for reports in (tmp_path, tmp_path / "mimic_cxr_sectioned.csv"):
         cut = import_mimic(root, reports, progress=False)

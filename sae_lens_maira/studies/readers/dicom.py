@@ -91,7 +91,8 @@ def read_header(root: Path, file: str) -> DicomFile | str:
             'view it is. Install it with `pip install "sae-lens-maira[dicom]"`.'
         ) from error
     try:
-        header: Any = pydicom.dcmread(root / file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
+        tags: Any = list(_TAGS)
+        header: Any = pydicom.dcmread(root / file, stop_before_pixels=True, specific_tags=tags, force=True)
         words = {name: _word(header, name) for name in _TAGS if not name.endswith("Sequence")}
         codes = _meanings(header, "ViewCodeSequence")
         region = _meanings(header, "AnatomicRegionSequence")
