@@ -48,7 +48,7 @@ _TABLE: dict[str, str] = {
     "evaluate": "evaluate:evaluate",
     "latents": "latents:latents",
     "interpret run": "interpret:run",
-    "interpret report": "interpret:report",
+    "interpret report": "interpret:report_scores",
     "interpret findings": "interpret:findings",
     "interpret published": "interpret:published",
     "dashboards html": "dashboards:html",

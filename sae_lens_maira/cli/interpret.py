@@ -125,7 +125,7 @@ def run(
         sys.stdout.write(summary(scores).to_string(index=False, float_format="%.3f") + "\n")
 
 
-def report(
+def report_scores(
     records: Path,
     out: Path | None = None,
     untrained: Path | None = None,

@@ -121,8 +121,8 @@ def test_a_word_that_is_no_choice_names_the_choices(capsys):
     with pytest.raises(SystemExit):
         main(["latents", "--sae", "a", "--out", "b", "--control", "none"])
     assert (
-        "--control: Expected one of 'trained', 'untrained', 'untrained_whitened', 'raw'. Got value: none."
-        in capsys.readouterr().err
+        "--control: Expected one of 'trained', 'untrained', 'untrained_whitened', 'raw', 'frozen_decoder', "
+        "'frozen_encoder'. Got value: none." in capsys.readouterr().err
     )
     assert "--dtype {bfloat16,float32}" in help_of("harvest", capsys)
 
@@ -131,7 +131,7 @@ def test_one_seed_of_phantom_studies_everywhere():
     """`--study-seed` draws phantom studies wherever a command reads them by number: 0 to learn on, 10,000 held out."""
     actions = {name: {a.dest: a for a in build_parser(name)._actions} for name in COMMANDS}
     found = {name: known["study_seed"].default for name, known in actions.items() if "study_seed" in known}
-    held_out = {"evaluate", "latents", "dashboards saedashboard", "measure-phantom"}
+    held_out = {"attribute", "evaluate", "latents", "dashboards saedashboard", "measure-phantom"}
     assert {name for name, seed in found.items() if seed == 10_000} == held_out
     assert {name for name, seed in found.items() if seed == 0} == {"harvest", "train"}
     assert found["studies import"] is None  # of one source only; 0 there

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sae_lens_maira.cli.interpret import report, run
+from sae_lens_maira.cli.interpret import report_scores as report
+from sae_lens_maira.cli.interpret import run
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.records import load
 from sae_lens_maira.interp.report import categories, summary, table, write_figure
