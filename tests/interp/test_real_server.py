@@ -78,7 +78,7 @@ def kill_after(records: Path, url: str, calls: int) -> None:
 
 @pytest.mark.xfail(
     run=False,
-    reason="open: the judge now stops when the first detection answers are all unusable, as they are from so small a model",
+    reason="open: the judge stops when the first detection answers are all unusable, as from so small a model",
 )
 def test_fifty_latents_killed_twice_and_resumed(hand_made, smollm_url):
     """No answered question is asked again, every call of the result is in the journal, all 50 latents are there."""
