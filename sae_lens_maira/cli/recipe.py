@@ -1,6 +1,6 @@
 """The command line of a recipe: settings of one frozen dataclass from a YAML file and options, then one function.
 
-A script beside its YAML file names the dataclass and the function, and nothing else. It knows nothing about either.
+A recipe is a script with a YAML file of the same name; it ends by calling `run_recipe`.
 """
 
 import sys
@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from jsonargparse import ArgumentParser
 
+from sae_lens_maira.errors import MairaError
+
 Settings = TypeVar("Settings")
 
 
@@ -20,26 +22,32 @@ def run_recipe(
     about: str | None,
     arguments: list[str] | None = None,
 ) -> int:
-    """Read the settings, run (or go on), and print the path that comes back.
+    """Read the settings, run (or continue), and print the path of the result.
+
+    An error that the user can fix is printed, and the exit code is 2.
 
     Args:
-        settings: a dataclass; its fields are the options.
-        run: what to do with them.
-        about: the script's docstring, for the help.
-        arguments: the words after the script's name; those of the process if not given.
+        settings: A dataclass; its fields are the options.
+        run: Function that runs the recipe and returns the path of its result.
+        about: Docstring of the script, for the help.
+        arguments: Command-line arguments; those of the process if not given.
 
     Returns:
-        0, the exit code.
+        The exit code.
     """
     parser = ArgumentParser(description=about, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0 = torch's choice)")
     parser.add_class_arguments(settings, None)
-    options = parser.parse_args(arguments)
+    options = parser.instantiate(parser.parse_args(arguments))
     if options.threads:
         torch.set_num_threads(options.threads)
     chosen = {name: value for name, value in vars(options).items() if name not in ("config", "threads")}
-    sys.stdout.write(f"{run(settings(**chosen))}\n")
+    try:
+        sys.stdout.write(f"{run(settings(**chosen))}\n")
+    except MairaError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     return 0
 
 

@@ -1,96 +1,237 @@
-"""`sae-lens-maira steer`: steer one finding of the phantom by several methods, beside controls.
+"""The command `steer`: put a finding into reports or take it out, by several methods with controls.
 
-Latents are chosen and strengths tuned on the patients of one half, and effects are counted on those of the other. It
-composes rooms and computes nothing of its own.
+Latents are chosen and strengths tuned on the patients of one half; effects are counted on those of the other.
 """
 
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sae_lens_maira.interface import ModelDtype
+
+if TYPE_CHECKING:
+    from sae_lens_maira.maira2 import Maira2
+    from sae_lens_maira.sae import MatryoshkaSAE
+    from sae_lens_maira.steering.cohort import Cohort
+    from sae_lens_maira.steering.evaluate import Method, SteeringTables
 
 
 def steer(
-    sae: Path,
-    finding: str = "cardiomegaly",
+    sae: str,
+    finding: str | None = None,
     out: Path = Path("steer_out"),
+    model: str = "phantom",
     studies: int = 600,
+    study_seed: int = 20_000,
+    table: Path | None = None,
+    root: Path | None = None,
+    split: str | None = None,
+    hook: str | None = None,
+    records: Path | None = None,
+    intervention: Path | None = None,
+    reader: Literal["auto", "phantom", "rules"] = "auto",
+    views: Literal["frontal", "all"] = "frontal",
     steered: int = 32,
     n_latents: int = 16,
     strengths: tuple[float, ...] = (1.0, 2.0, 3.0),
     remove: bool = False,
+    max_new_tokens: int = 76,
     seed: int = 0,
+    model_dtype: ModelDtype = "auto",
+    device: str = "auto",
+    allow_credentialed: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Steer a finding into phantom reports (or out of them) by latents, and show what else it changes.
+    """Steer a finding into reports (or out of them) by latents, and show what else changes.
+
+    The method that works best without being a control is saved as intervention.json; --intervention applies such a
+    file to other studies.
 
     Example: sae-lens-maira steer --sae quickstart_out/sae_image --finding cardiomegaly --out steer_out
 
     Args:
-        sae: folder of an SAE of the phantom, trained with image positions.
-        finding: what to put into reports, or to take out of them.
-        out: folder of the page (index.html), the Parquet tables and the figure; made if missing.
-        studies: phantom studies from which latents are chosen.
+        sae: SAE of image positions: a folder, a release, or phantom-image.
+        finding: finding to put into reports, or to take out of them.
+        out: folder of the page (index.html), the Parquet tables, the figure and intervention.json; made if missing.
+        model: the model that the SAE belongs to: "phantom", a folder or a hub id.
+        studies: phantom studies to read, or the first so many of a table.
+        study_seed: random seed of the phantom studies; the phantom itself was trained on 0.
+        table: Parquet or CSV with one study per row, see studies import; findings are its truth, or rule labels.
+        root: folder that the table's relative image paths are below; the table's own if not given.
+        split: read only the table's studies of this split, for example test.
+        hook: hook point, if the SAE does not name its own.
+        records: latent records of the SAE; latents, p99 and maps come from them, and no activations are read.
+        intervention: saved interventions to apply instead of choosing latents.
+        reader: reads findings from reports: the phantom's language, rule labels, or whichever fits the studies.
+        views: frontal steers studies with one image and no prior, all steers any study with a frontal image.
         steered: studies of each half that are steered.
-        n_latents: latents a method uses.
-        strengths: the sweep of maps; other methods have their own.
+        n_latents: latents per method.
+        strengths: strengths of the sweep of maps.
         remove: take the finding out of reports that have it.
-        seed: of everything that is drawn: phantom studies, halves and controls.
+        max_new_tokens: maximum length of a report; 300 for reports of MAIRA-2.
+        seed: random seed of halves and controls.
+        model_dtype: dtype of the model's weights; auto is float32 for the phantom and bfloat16 for others.
+        device: auto, cpu, cuda, ...
+        allow_credentialed: show images and text of credentialed studies on the page.
         as_json: print the summary as JSON instead of a table.
     """
-    from sae_lens_maira.activations import harvest_rows
-    from sae_lens_maira.cli.steering_learned import encoder_of, learn
-    from sae_lens_maira.cli.steering_methods import Bench
-    from sae_lens_maira.cli.steering_subjects import MAX_NEW_TOKENS, Subjects
-    from sae_lens_maira.errors import InterventionError
-    from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, read_report
-    from sae_lens_maira.sae import load_matryoshka
-    from sae_lens_maira.steering.evaluate import evaluate_steering
-    from sae_lens_maira.steering.page import write_page
+    from sae_lens_maira.errors import ConfigError, InterventionError
+    from sae_lens_maira.interface import finding_reader, load_sae, named_model, phantom_studies, read_studies
+    from sae_lens_maira.steering import load_interventions, save_interventions
+    from sae_lens_maira.steering.cohort import Cohort
+    from sae_lens_maira.steering.evaluate import Method
+    from sae_lens_maira.steering.page import PageOptions, write_page
 
-    if finding not in FINDING_KEYS:
-        raise InterventionError(
-            f"There is no finding {finding!r}; the phantom has {', '.join(FINDING_KEYS)}."
+    if records is not None and intervention is not None:
+        raise ConfigError(
+            "--records and --intervention were both given; records choose latents, a saved intervention has its own. "
+            "Give one of them."
         )
-    maira, dictionary = load_phantom(), load_matryoshka(sae)
-    hook_name = dictionary.cfg.metadata.hook_name
-    if not hook_name:
-        raise InterventionError("The SAE's metadata name no hook point; train it with one.")
-    subjects = Subjects(maira, studies, hook_name, seed, pool=(8 * steered, 8 * steered))
-    rows = harvest_rows(maira, subjects.studies, hook_name, roles="image_only")
-    learned = learn(
-        rows,
-        encoder_of(dictionary),
-        subjects.studies,
-        subjects.truth,
-        subjects.halves.choose,
-        maira,
-        findings=(finding,),
+    maira = named_model(model, dtype=model_dtype, device=device)
+    dictionary = load_sae(sae, hook_name=hook, records=records, device=device)
+    hook_name = str(dictionary.cfg.metadata.hook_name)
+    if table is None:
+        chosen: Any = phantom_studies(studies, study_seed, size=maira.processor.recipe.crop)
+    else:
+        chosen = read_studies(table, root, split)[:studies]
+    read = finding_reader(chosen, reader)
+    if finding is None:
+        raise ConfigError(f"No --finding was given; reports are read for {', '.join(read.names)}.")
+    if finding not in read.names:
+        raise InterventionError(
+            f"There is no finding {finding!r}; reports are read for {', '.join(read.names)}. Name one of these."
+        )
+    pool = (8 * steered, 8 * steered)
+    cohort = Cohort(maira, chosen, hook_name, read, seed, pool, views, max_new_tokens)
+    units = getattr(dictionary, "p99", None)
+    if intervention is not None:
+        saved = load_interventions(intervention, dictionary)
+        if saved.hook_name != hook_name:
+            raise InterventionError(
+                f"{intervention} acts at {saved.hook_name} and the SAE belongs to {hook_name}; give the SAE that it "
+                "was saved for."
+            )
+        units, items, name = saved.units(dictionary.cfg.d_sae), saved.interventions, "saved intervention"
+        control = f"random direction, norm of the {name}"
+        methods = [
+            Method(name, lambda _: items, strengths=(1.0,)),
+            Method(control, lambda _: items, name, (1.0,), control_seed=seed),
+        ]
+    elif records is not None:
+        methods = _recorded(records, dictionary, finding, n_latents, seed, remove)
+    else:
+        methods, units = _collected(maira, dictionary, cohort, finding, n_latents, strengths, seed, remove)
+    tables, report = _evaluate(
+        cohort, dictionary, methods, finding, steered, strengths, remove, units, max_new_tokens, seed
     )
-    bench = Bench(dictionary, learned, n_latents, seed=seed, strengths=strengths)
-    has, lacks = ([finding], []) if remove else ([], [finding])
-    choose, report = (subjects.pick(half, has, lacks, steered) for half in ("choose", "report"))
-    tables = evaluate_steering(
+    tables.save(out)
+    if intervention is None:
+        method = next(m for m in methods if m.name == tables.best)
+        strength = float(tables.summary.set_index("method").loc[tables.best, "strength"])  # pyright: ignore[reportArgumentType]
+        note = f"{'remove' if remove else 'insert'} {finding}: {method.name}, strength {strength:g}"
+        save_interventions(
+            out / "intervention.json", method.make(strength), dictionary, hook_name, units, note
+        )
+    about = (
+        f"Model {Path(model).name}, {hook_name}; findings by {cohort.source}, reports read by {read.source}."
+    )
+    write_page(
+        out,
+        finding,
+        [cohort.study(number) for number in report],
+        PageOptions(credentialed=allow_credentialed, about=about),
+    )
+    shown = ["method", "strength", "n", "on_target", "off_target", "kl", "perplexity", "repetition", "length"]
+    if as_json:
+        sys.stdout.write(tables.summary.to_json(orient="records") + "\n")
+    else:
+        text = tables.summary[shown].to_string(index=False, float_format=lambda x: f"{x:.3f}")
+        sys.stdout.write(f"{text}\n{out}\n")
+
+
+def _recorded(
+    folder: Path, dictionary: "MatryoshkaSAE", finding: str, n_latents: int, seed: int, remove: bool
+) -> "list[Method]":
+    """Methods from latent records; RecordError if they are of another SAE's size or hook point."""
+    from sae_lens_maira.errors import RecordError
+    from sae_lens_maira.latents import RecordSet
+    from sae_lens_maira.steering.methods import recorded_methods
+
+    opened = RecordSet.open(folder)
+    ours = (dictionary.cfg.d_sae, dictionary.cfg.metadata.hook_name)
+    if (opened.meta.d_sae, opened.meta.hook_name) != ours:
+        raise RecordError(
+            f"{folder} holds records of {opened.meta.d_sae} latents at {opened.meta.hook_name}, and the SAE has "
+            f"{ours[0]} at {ours[1]}; give the records of this SAE."
+        )
+    return recorded_methods(opened, finding, n_latents, seed, remove)
+
+
+def _collected(
+    maira: "Maira2",
+    dictionary: "MatryoshkaSAE",
+    cohort: "Cohort",
+    finding: str,
+    n_latents: int,
+    strengths: tuple[float, ...],
+    seed: int,
+    remove: bool,
+) -> "tuple[list[Method], Any]":
+    """Methods from activations of the choosing half, and the p99 of all latents."""
+    import numpy as np
+
+    from sae_lens_maira.steering.methods import MethodFactory
+    from sae_lens_maira.steering.statistics import collect_statistics, encoder_of, image_rows
+
+    learn = [
+        int(i) for i in np.flatnonzero(cohort.halves.choose) if cohort.studies[int(i)].frontal is not None
+    ]
+    statistics = collect_statistics(
+        image_rows(maira, cohort.studies, learn, cohort.hook_name),
+        encoder_of(dictionary),
+        cohort.studies,
+        cohort.known,
+        cohort.reader,
+        (finding,),
         maira,
+    )
+    factory = MethodFactory(dictionary, statistics, n_latents, seed=seed, strengths=strengths)
+    return factory.removal(finding) if remove else factory.insertion(finding), statistics.p99
+
+
+def _evaluate(
+    cohort: "Cohort",
+    dictionary: "MatryoshkaSAE",
+    methods: "list[Method]",
+    finding: str,
+    steered: int,
+    strengths: Sequence[float],
+    remove: bool,
+    units: Any,
+    max_new_tokens: int,
+    seed: int,
+) -> "tuple[SteeringTables, list[int]]":
+    """The tables, and the studies that are reported on."""
+    from sae_lens_maira.steering.evaluate import evaluate_steering
+
+    has, lacks = ([finding], []) if remove else ([], [finding])
+    choose, report = (cohort.pick(half, has, lacks, steered) for half in ("choose", "report"))
+    tables = evaluate_steering(
+        cohort.maira,
         dictionary,
-        hook_name,
-        bench.removal(finding) if remove else bench.insertion(finding),
+        cohort.hook_name,
+        methods,
         choose,
         report,
         finding,
-        lambda text: read_report(text).present,
-        FINDING_KEYS,
+        cohort.reader.read,
+        cohort.reader.names,
+        strengths=strengths,
         remove=remove,
-        p99=learned.p99,
-        max_new_tokens=MAX_NEW_TOKENS,
+        p99=units,
+        max_new_tokens=max_new_tokens,
         seed=seed,
-        prompts=subjects.prompts,
+        prompts=cohort.prompts,
     )
-    tables.save(out)
-    write_page(out, finding, [subjects.study(number) for number in report])
-    shown = tables.summary.loc[
-        :, ["method", "strength", "n", "on_target", "off_target", "kl", "perplexity", "repetition", "length"]
-    ]
-    if as_json:
-        sys.stdout.write(json.dumps(tables.summary.to_dict("records")) + "\n")
-    else:
-        sys.stdout.write(shown.to_string(index=False, float_format=lambda x: f"{x:.3f}") + f"\n{out}\n")
+    return tables, report

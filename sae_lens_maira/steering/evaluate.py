@@ -60,6 +60,13 @@ class SteeringTables:
     summary: pd.DataFrame
     finding: str
 
+    @property
+    def best(self) -> str:
+        """Name of the method of largest on - off target, neither a control nor supervised if there is another."""
+        own = self.summary.control_of.isna() & ~self.summary.method.astype(str).str.contains("supervised")
+        ranked = self.summary[own] if bool(own.any()) else self.summary
+        return str(ranked.method.iloc[int(np.argmax(ranked.on_target - ranked.off_target))])
+
     def save(self, folder: Path) -> None:
         """Write `studies.parquet`, `dose_response.png` and, last, `summary.parquet`, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +202,8 @@ def evaluate_steering(
     table = pd.concat(frames, ignore_index=True)
     plain = prompts.unsteered(report, max_new_tokens)
     before = np.mean([(finding in read(text)) != remove for text in plain])
-    return SteeringTables(table, summarise(table, names, chosen, float(before), seed), finding)
+    summary = summarise(table, names, chosen, float(before), seed)
+    return SteeringTables(table, summary.assign(control_of=[m.control_of for m in methods]), finding)
 
 
 def _made(method: Method, strength: float) -> Sequence[Intervention]:

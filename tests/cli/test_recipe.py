@@ -5,13 +5,17 @@ from pathlib import Path
 import pytest
 
 from sae_lens_maira.cli.recipe import run_recipe
-from sae_lens_maira.cli.steering_filter import FilterRun
-from sae_lens_maira.cli.steering_run import SteeringRun
+from sae_lens_maira.recipes.steering.clinical_steering import Clinical
+from sae_lens_maira.recipes.steering.steering_table import SteeringRun
+from sae_lens_maira.recipes.steering.token_filter import FilterRun
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes" / "steering"
 
 
-@pytest.mark.parametrize(("name", "settings"), [("steering_table", SteeringRun), ("token_filter", FilterRun)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("steering_table", SteeringRun), ("token_filter", FilterRun), ("clinical_steering", Clinical)],
+)
 def test_the_file_fits_and_options_override_it(name, settings, capsys):
     seen = []
 

@@ -2,24 +2,23 @@
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
-from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.cli.recipe import run_recipe
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "clinical_steering.py"
+SCRIPT = Path(__file__).parents[2] / "recipes" / "steering" / "clinical_steering.py"
 SMALL = [
-    "--clinical.studies=100",
-    "--clinical.tuned=6",
-    "--clinical.latents=[4]",
-    "--clinical.shares=[1.0]",
-    "--clinical.factors=[2.0]",
-    "--clinical.random=1",
-    "--clinical.d_sae=128",
-    "--clinical.steps=150",
-    "--clinical.specific=1.0",
+    "--studies=100",
+    "--tuned=6",
+    "--latents=[4]",
+    "--shares=[1.0]",
+    "--factors=[2.0]",
+    "--random=1",
+    "--d_sae=128",
+    "--steps=150",
+    "--specific=1.0",
 ]
 
 
@@ -28,7 +27,7 @@ def test_runs_goes_on_and_refuses_other_settings(tmp_path, capsys):
     """A small run reports every arm with an interval; the same command reads its arms; other settings are refused."""
     recipe = runpy.run_path(str(SCRIPT), run_name="recipe")
     arguments = ["--config", str(SCRIPT.with_suffix(".yaml")), "--out", str(tmp_path), *SMALL]
-    assert recipe["main"](arguments) == 0
+    assert run_recipe(recipe["Clinical"], recipe["report_run"], None, arguments) == 0
     first = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert set(first["arms"]) == {"both", "suppress only", "boost only", "random latents 0"}
     assert first["clean model"] > first["unsteered"] + 0.03
@@ -40,11 +39,10 @@ def test_runs_goes_on_and_refuses_other_settings(tmp_path, capsys):
     # As if killed behind the first arms: what is there is read, what is missing is made again and is the same.
     (tmp_path / "arms" / "report-both.json").unlink()
     (tmp_path / "result.json").unlink()
-    assert recipe["main"](arguments) == 0
+    assert run_recipe(recipe["Clinical"], recipe["report_run"], None, arguments) == 0
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == first
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()}
     assert {name for name in times if kept[name] != times[name]} == {"report-both.json"}
     assert "random latents 0" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="other settings"):
-        recipe["main"]([*arguments, "--clinical.seed=5"])
-    assert "sae_lens_maira.recipes.clinical_steering" not in sys.modules
+    assert run_recipe(recipe["Clinical"], recipe["report_run"], None, [*arguments, "--seed=5"]) == 2
+    assert "other settings" in capsys.readouterr().err

@@ -1,11 +1,11 @@
-"""Steering all findings of the phantom, one after the other, into a folder that a killed run goes on with.
+"""Steer every finding, one after the other, into a folder; a run that was killed continues.
 
-    studies -> SAEs of patches and of text -> what is learned -> a folder per finding and part -> one table
+    studies -> SAEs of patches and of text -> statistics -> a folder per finding and part -> one table
 
-Latents and strengths are chosen on the patients of one half, effects are counted on those of the other. It composes
-rooms and computes nothing of its own.
+Latents and strengths are chosen on the patients of one half, effects are counted on those of the other.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,26 +15,27 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, harvest_rows
-from sae_lens_maira.cli.steering_chosen import choose_map
-from sae_lens_maira.cli.steering_learned import Learned, encoder_of, learn
-from sae_lens_maira.cli.steering_methods import CAUSAL, EVERYWHERE, EXEMPLAR, POOLED, Bench
-from sae_lens_maira.cli.steering_report import write_tables
-from sae_lens_maira.cli.steering_subjects import MAX_NEW_TOKENS, Subjects
+from sae_lens_maira.cli.recipe import run_recipe
 from sae_lens_maira.errors import ConfigError, InterventionError
 from sae_lens_maira.latents import study_firing
-from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, read_report
 from sae_lens_maira.quickstart.run import KEPT
 from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.recipes.steering.candidates import choose_map
+from sae_lens_maira.recipes.steering.source import Source
+from sae_lens_maira.recipes.steering.table_page import write_tables
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.stats import f1_of_firing, p99
+from sae_lens_maira.steering.cohort import Cohort
 from sae_lens_maira.steering.evaluate import SteeringTables, evaluate_steering
+from sae_lens_maira.steering.methods import CAUSAL, EVERYWHERE, EXEMPLAR, POOLED, MethodFactory
+from sae_lens_maira.steering.statistics import SteeringStatistics, collect_statistics, encoder_of, image_rows
 
 PARTS = ("insert", "remove", "move")
 MOVED = "moved"
 
 
 @dataclass(frozen=True)
-class SteeringRun:
+class SteeringRun(Source):
     """Settings of a run over findings.
 
     Attributes:
@@ -74,10 +75,11 @@ class SteeringRun:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, given, known in (("findings", self.findings, FINDING_KEYS), ("parts", self.parts, PARTS)):
-            wrong = sorted(set(given) - set(known))
-            if wrong:
-                raise ConfigError(f"{name} names {wrong}; known are {', '.join(known)}.")
+        wrong = sorted(set(self.parts) - set(PARTS))
+        if wrong:
+            raise ConfigError(f"parts names {wrong}; known are {', '.join(PARTS)}.")
+        if self.sae is not None and EVERYWHERE in self.methods:
+            raise ConfigError(f"{EVERYWHERE!r} needs a text SAE, which is trained only without --sae.")
 
 
 def run_steering(settings: SteeringRun) -> Path:
@@ -87,42 +89,59 @@ def run_steering(settings: SteeringRun) -> Path:
         ConfigError: an unknown finding or part.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
-    findings = settings.findings or FINDING_KEYS
+    # About one study in five has a finding; more prompts than are needed for the rarest would only cost time.
+    pool = (7 * settings.choose, 6 * settings.report)
+    cohort = settings.cohort(settings.studies, settings.layer, settings.seed, pool)
+    findings = settings.findings or cohort.reader.names
+    wrong = sorted(set(findings) - set(cohort.reader.names))
+    if wrong:
+        raise ConfigError(f"findings names {wrong}; known are {', '.join(cohort.reader.names)}.")
     wanted = [
         (part, finding)
         for part in settings.parts
         for finding in findings
-        if part != "move" or other_side(finding) is not None
+        if part != "move" or other_side(finding) in cohort.reader.names
     ]
     missing = [(p, f) for p, f in wanted if not (settings.out / f / p / "summary.parquet").exists()]
     if missing:
-        bench, subjects = prepare(settings)
+        factory = prepare(settings, cohort)
         for part, finding in tqdm(missing, desc="findings", unit="finding", disable=not settings.progress):
             if (settings.out / finding / part / "summary.parquet").exists():
                 continue  # another process of the same run has made it
-            steer_part(bench, subjects, part, finding, settings).save(settings.out / finding / part)
+            steer_part(factory, cohort, part, finding, settings).save(settings.out / finding / part)
             write_tables(settings.out)
     write_tables(settings.out)
     return settings.out
 
 
-def prepare(settings: SteeringRun) -> tuple[Bench, Subjects]:
-    """Studies, SAEs and what is learned; SAEs and maps that lie in the folder are read back."""
-    out, maira = settings.out, load_phantom()
-    hook_name = f"blocks.{settings.layer}.hook_resid_post"
-    # About one study in five has a finding; more prompts than are needed for the rarest would only cost time.
-    pool = (7 * settings.choose, 6 * settings.report)
-    subjects = Subjects(maira, settings.studies, hook_name, settings.seed, pool)
-    # The text SAE serves one method only.
+def prepare(settings: SteeringRun, cohort: Cohort) -> MethodFactory:
+    """SAEs and statistics; those that the folder has are read."""
+    out, maira, hook_name = settings.out, cohort.maira, cohort.hook_name
+    if settings.sae is not None:
+        file, sae = out / "statistics_image.safetensors", settings.image_sae()
+        if not file.exists():
+            chosen = np.flatnonzero(cohort.halves.choose).tolist()
+            collect_statistics(
+                image_rows(maira, cohort.studies, chosen, hook_name, settings.progress),
+                encoder_of(sae),
+                cohort.studies,
+                cohort.known,
+                cohort.reader,
+                settings.findings or None,
+                maira,
+                settings.gradients,
+            ).save(file)
+        return MethodFactory(sae, SteeringStatistics.load(file), settings.latents, seed=settings.seed)
+    # The text SAE is used by one method only.
     texts = not settings.methods or EVERYWHERE in settings.methods
     places = ("image", "text") if texts else ("image",)
     folders = {place: out / f"sae_{place}" for place in places}
-    files = {place: out / f"learned_{place}.safetensors" for place in folders}
+    files = {place: out / f"statistics_{place}.safetensors" for place in folders}
     if not all(file.exists() for file in files.values()):
-        taught = np.flatnonzero(subjects.halves.choose)
+        taught = np.flatnonzero(cohort.halves.choose)
         rows = harvest_rows(
             maira,
-            [subjects.studies[int(i)] for i in taught],
+            [cohort.studies[int(i)] for i in taught],
             hook_name,
             roles=KEPT,
             seed=settings.seed,
@@ -141,79 +160,78 @@ def prepare(settings: SteeringRun) -> tuple[Bench, Subjects]:
                     folders[place],
                 )
         sae = load_matryoshka(folders["image"])
-        learn(
-            rows.where(mine["image"]),
+        collect_statistics(
+            [rows.where(mine["image"])],
             encoder_of(sae),
-            subjects.studies,
-            subjects.truth,
-            subjects.halves.choose,
+            cohort.studies,
+            cohort.known,
+            cohort.reader,
+            None,
             maira,
             settings.gradients,
         ).save(files["image"])
         if texts:
-            save_text_units(
-                rows.where(mine["text"]), load_matryoshka(folders["text"]), subjects, files["text"]
-            )
-    sae, learned = load_matryoshka(folders["image"]), Learned.load(files["image"])
+            save_text_units(rows.where(mine["text"]), load_matryoshka(folders["text"]), cohort, files["text"])
+    sae, statistics = load_matryoshka(folders["image"]), SteeringStatistics.load(files["image"])
     text = (load_matryoshka(folders["text"]), *load_text_units(files["text"])) if texts else None
-    return Bench(sae, learned, settings.latents, text, settings.seed), subjects
+    return MethodFactory(sae, statistics, settings.latents, text, settings.seed)
 
 
 def steer_part(
-    bench: Bench, subjects: Subjects, part: str, finding: str, settings: SteeringRun
+    factory: MethodFactory, cohort: Cohort, part: str, finding: str, settings: SteeringRun
 ) -> SteeringTables:
     """One part of one finding.
 
     Raises:
         InterventionError: too few studies, or `move` for a finding without a side.
     """
-    labels, read, remove, target = FINDING_KEYS, lambda text: read_report(text).present, False, finding
+    labels, read, remove, target = cohort.reader.names, cohort.reader.read, False, finding
     if part == "insert":
-        methods, present, absent = bench.insertion(finding), [], [finding]
+        methods, present, absent = factory.insertion(finding), [], [finding]
     elif part == "remove":
-        methods, present, absent, remove = bench.removal(finding), [finding], [], True
+        methods, present, absent, remove = factory.removal(finding), [finding], [], True
     else:
         other = other_side(finding)
         if other is None:
             raise InterventionError(f"{finding!r} has no side, so it cannot be moved to the other one.")
-        methods, present, absent = bench.moving(finding, other), [finding], [other]
+        methods, present, absent = factory.moving(finding, other), [finding], [other]
         target = MOVED
-        labels = (*(key for key in FINDING_KEYS if key not in (finding, other)), MOVED)
+        labels = (*(key for key in cohort.reader.names if key not in (finding, other)), MOVED)
 
         def read(text: str) -> frozenset[str]:
-            said = read_report(text).present
-            return said | {MOVED} if other in said and finding not in said else said
+            stated = cohort.reader.read(text)
+            return stated | {MOVED} if other in stated and finding not in stated else stated
 
     few = max(8, settings.choose * 3 // 4) if remove else settings.choose
-    choose = subjects.pick("choose", present, absent, few)
+    choose = cohort.pick("choose", present, absent, few)
     kinds = {CAUSAL: None, EXEMPLAR: EXEMPLAR, POOLED: POOLED}
     if part == "insert" and (not settings.methods or set(kinds) & set(settings.methods)):
-        choice = choose_map(bench, subjects, finding, choose)
+        choice = choose_map(factory, cohort, finding, choose)
         folder = settings.out / finding / part
         folder.mkdir(parents=True, exist_ok=True)
         choice.table().to_parquet(folder / "trials.parquet")
         best = {name: choice.best(kind) for name, kind in kinds.items()}
-        methods = bench.tried({k: (t.candidate.map, t.strength) for k, t in best.items()}) + methods
+        methods = factory.tried({k: (t.candidate.map, t.strength) for k, t in best.items()}) + methods
     if settings.methods:
         # A control says nothing without its method.
         asked = settings.methods
         methods = [m for m in methods if m.name in asked and (m.control_of or m.name) in asked]
     return evaluate_steering(
-        subjects.maira,
-        bench.sae,
-        subjects.hook_name,
+        cohort.maira,
+        factory.sae,
+        cohort.hook_name,
         methods,
         choose,
-        subjects.pick("report", present, absent, settings.report),
+        cohort.pick("report", present, absent, settings.report),
         target,
         read,
         labels,
         remove=remove,
-        p99=bench.learned.p99,
-        max_new_tokens=MAX_NEW_TOKENS,
+        p99=factory.statistics.p99,
+        max_new_tokens=cohort.max_new_tokens,
         seed=settings.seed,
         progress=settings.progress,
-        prompts=subjects.prompts,
+        prompts=cohort.prompts,
         measure_kl=settings.kl,
     )
 
@@ -226,12 +244,12 @@ def other_side(finding: str) -> str | None:
     return None
 
 
-def save_text_units(rows: ActivationRows, sae: MatryoshkaSAE, subjects: Subjects, file: Path) -> None:
+def save_text_units(rows: ActivationRows, sae: MatryoshkaSAE, cohort: Cohort, file: Path) -> None:
     """Units and agreement of the text SAE, learned on the choosing half."""
-    encode, taught = encoder_of(sae), subjects.halves.choose
+    encode, taught = encoder_of(sae), cohort.halves.choose
     mine = rows.where(taught[rows.study])
-    fires, _ = study_firing(encode, mine, len(subjects.studies))
-    agreement = torch.from_numpy(f1_of_firing(fires[taught], subjects.truth[taught]))
+    fires, _ = study_firing(encode, mine, len(cohort.studies))
+    agreement = torch.from_numpy(f1_of_firing(fires[taught], cohort.known[taught]))
     units = p99(encode(mine.values[:: max(1, len(mine) // 20_000)]))
     save_file({"p99": units, "agreement": agreement}, file)
 
@@ -240,3 +258,7 @@ def load_text_units(file: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(d_sae,) units and (d_sae, F) agreement."""
     tensors = load_file(file)
     return tensors["p99"], tensors["agreement"]
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(SteeringRun, run_steering, __doc__))

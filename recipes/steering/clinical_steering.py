@@ -1,8 +1,9 @@
-"""Correct planted errors of the phantom with its own latents: a thin script over `steering.correction`.
+"""Correct a model's errors with its own latents.
 
-A flawed phantom takes one finding for another and hardly sees a third (`phantom.flaws`). On one half of the patients
-latents and strengths are chosen that mend it; on the other half the change of the label F1 is counted, beside random
-latents that change the stream as much. Every arm is a file in the folder, so that a killed run goes on.
+With a flaw, the phantom takes one finding for another and hardly sees a third (`phantom.flaws`); without one, the most
+frequent errors of the model itself are corrected. On one half of the patients latents and strengths are chosen; on the
+other half the change of the label F1 is counted, with random latents that change the stream as much as control. Every
+arm is a file in the folder, so a run that was killed continues.
 """
 
 import json
@@ -14,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.cli.recipe import run_recipe
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.interface import finding_reader, named_model, phantom_studies, read_studies
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents import split_by_patient
 from sae_lens_maira.maira2 import Maira2, generate_reports
-from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, read_report, truth_labels
+from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.steering import Intervention, steering
 from sae_lens_maira.steering.correction import (
@@ -36,15 +39,17 @@ from sae_lens_maira.steering.correction import (
     random_control,
     tied_to_errors,
 )
-from sae_lens_maira.studies import Study
+from sae_lens_maira.steering.statistics import encoder_of
+from sae_lens_maira.studies import Study, known_findings
 
 
 @dataclass(frozen=True)
-class Clinical:
+class Clinical(Source):
     """Settings.
 
     Attributes:
-        studies: phantom studies drawn; those with a prior film are left out.
+        out: folder of arms, SAE and result.
+        studies: studies to read; those with a prior image are left out.
         tuned: studies of the choosing half on which a grid point is tried.
         layer: decoder layer whose output is steered.
         d_sae: latents of the SAE, trained on the flawed model's patches.
@@ -54,11 +59,12 @@ class Clinical:
         shares: how much of the suppressed latents is taken away.
         factors: what boosted latents are multiplied by.
         specific: how many times as active a latent must be where the error is.
-        random: random twins of the chosen correction.
-        seed: of studies, halves, SAE and controls.
-        flaw: what is planted.
+        random: random controls of the chosen correction.
+        seed: random seed of studies, halves, SAE and controls.
+        flaw: errors that are planted in the phantom; none corrects the errors of the model itself.
     """
 
+    out: Path = Path("runs/clinical")
     studies: int = 500
     tuned: int = 64
     layer: int = 3
@@ -71,18 +77,21 @@ class Clinical:
     specific: float = 3.0
     random: int = 3
     seed: int = 0
-    flaw: Flaw = field(default_factory=Flaw)
+    max_new_tokens: int = 120
+    flaw: Flaw | None = field(default_factory=Flaw)
 
 
 class Arms:
     """Reports of a set of studies under an intervention, kept in a file each."""
 
-    def __init__(self, folder: Path, maira: Maira2, sae: MatryoshkaSAE | None, hook: str) -> None:
-        self.folder, self.maira, self.sae, self.hook = folder, maira, sae, hook
+    def __init__(
+        self, folder: Path, maira: Maira2, sae: MatryoshkaSAE | None, hook: str, budget: int
+    ) -> None:
+        self.folder, self.maira, self.sae, self.hook, self.budget = folder, maira, sae, hook, budget
         folder.mkdir(parents=True, exist_ok=True)
 
     def reports(self, name: str, studies: Sequence[Study], items: Sequence[Intervention] = ()) -> list[str]:
-        """One text a study; read from the file if the arm was run before."""
+        """A text per study; read from the file if the arm was run before."""
         file = self.folder / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
@@ -90,74 +99,86 @@ class Arms:
         for start in tqdm(range(0, len(studies), 32), desc=name, leave=False):
             part = list(studies[start : start + 32])
             if items:
-                encoding = self.maira.processor.encode(part)
+                encoding = self.maira.processor.encode(part).to(
+                    self.maira.model.device, self.maira.model.dtype
+                )
                 with steering(self.maira, self.sae, self.hook, items, encoding, require_effect=False) as run:
-                    texts += [report.text for report in run.reports(self.maira.processor, 120)]
+                    texts += [report.text for report in run.reports(self.maira.processor, self.budget)]
             else:
-                plain = generate_reports(self.maira.model, self.maira.processor, part, max_new_tokens=120)
+                plain = generate_reports(
+                    self.maira.model, self.maira.processor, part, max_new_tokens=self.budget
+                )
                 texts += [report.text for report in plain]
         atomic_write(file, json.dumps(texts))
         return texts
 
 
-def stated(texts: Sequence[str]) -> np.ndarray:
-    """(n, F) findings that reports state."""
-    return np.array([[key in read_report(text).present for key in FINDING_KEYS] for text in texts])
-
-
 def image_rows(maira: Maira2, studies: Sequence[Study], hook: str) -> ActivationRows:
-    """The patches of the studies' films at the hook point."""
+    """The patches of the studies' images at the hook point."""
     return harvest_rows(maira, studies, hook, roles="image_only")
 
 
-def run(config: Clinical, out: Path) -> dict[str, Any]:
-    """Plant, choose, judge; every arm stays in `out`.
+def run(config: Clinical) -> dict[str, Any]:
+    """Plant errors, choose a correction and judge it; every arm stays in the folder.
 
     Raises:
-        ConfigError: the folder holds a run of other settings, or the flawed model makes no error.
+        ConfigError: The folder has a run of other settings, a flaw was asked of another model than the phantom, or the
+            model makes no error.
     """
+    out = config.out
+    if config.flaw is not None and (config.model != "phantom" or config.sae is not None):
+        raise ConfigError(
+            "Errors are planted in the phantom, with an SAE that the recipe trains; pass --flaw null to correct the "
+            f"errors of {config.model} with the SAE {config.sae}."
+        )
+    if config.flaw is None and config.sae is None:
+        raise ConfigError("Without a flaw an SAE of the model is needed; pass --sae.")
     out.mkdir(parents=True, exist_ok=True)
-    settings, ours = out / "settings.json", json.dumps(asdict(config), sort_keys=True)
+    given = {name: value for name, value in asdict(config).items() if name != "out"}
+    settings, ours = out / "settings.json", json.dumps(given, sort_keys=True, default=str)
     if settings.exists() and settings.read_text(encoding="utf-8") != ours:
-        raise ConfigError(f"{out} holds a run of other settings; pass the same to go on, or another folder.")
-    settings.write_text(ours, encoding="utf-8")
+        raise ConfigError(
+            f"{out} has a run of other settings; pass the same ones to continue, or another folder."
+        )
+    atomic_write(settings, ours)
     torch.manual_seed(config.seed)
-    clean, hook = load_phantom(), f"blocks.{config.layer}.hook_resid_post"
-    # Without a prior film: with one, "unchanged" could be right as well.
-    drawn = [s for s in generate_studies(config.studies, 70_000 + config.seed) if s.prior_frontal is None]
+    clean, hook = named_model(config.model, device=config.device), f"blocks.{config.layer}.hook_resid_post"
+    if config.table is None:
+        read = phantom_studies(config.studies, 70_000 + config.seed, size=clean.processor.recipe.crop)
+    else:
+        read = read_studies(config.table, config.root, config.split)[: config.studies]
+    # Without a prior image: with one, "unchanged" could be right as well.
+    drawn = [s for s in read if s.prior_frontal is None and s.frontal is not None]
+    reader = finding_reader(drawn, config.reader)
     halves = split_by_patient([study.patient_id for study in drawn], config.seed)
     choose, report = (
         [s for s, mine in zip(drawn, half, strict=True) if mine] for half in (halves.choose, halves.report)
     )
-    truth = {
-        name: np.stack([truth_labels(s) for s in part])
-        for name, part in (("choose", choose), ("report", report))
-    }
-    # The flaw's directions come from studies that no later step sees.
-    flawed = plant(clean, generate_studies(240, 71_000 + config.seed), config.flaw)
+    truth = {name: known_findings(part, reader)[0] for name, part in (("choose", choose), ("report", report))}
+    flawed = clean
+    if config.flaw is not None:
+        # The flaw's directions come from studies that no later step uses.
+        flawed = plant(clean, generate_studies(240, 71_000 + config.seed), config.flaw)
+    else:
+        hook = str(config.image_sae().cfg.metadata.hook_name)
     rows = image_rows(flawed, choose, hook)
-    if not (out / "sae" / "cfg.json").exists():
+    if config.sae is None and not (out / "sae" / "cfg.json").exists():
         train_sae(rows, config.d_sae, config.k, config.steps, config.seed, out / "sae")
-    sae = load_matryoshka(out / "sae")
-    decoder = sae.W_dec.detach()
-    arms = Arms(out / "arms", flawed, sae, hook)
+    sae = load_matryoshka(out / "sae") if config.sae is None else config.image_sae()
+    decoder = sae.W_dec.detach().float().cpu()
+    encode = encoder_of(sae)
+    arms = Arms(out / "arms", flawed, sae, hook, config.max_new_tokens)
 
     def counts(name: str, half: str, items: Sequence[Intervention] = (), n: int | None = None) -> np.ndarray:
         studies = (choose if half == "choose" else report)[:n]
-        return label_counts(stated(arms.reports(f"{half}-{name}", studies, items)), truth[half][:n])
-
-    def encode(values: torch.Tensor, /) -> torch.Tensor:
-        with torch.no_grad():
-            return sae.encode(values)
+        return label_counts(reader.table(arms.reports(f"{half}-{name}", studies, items)), truth[half][:n])
 
     # Which finding is stated falsely and which is missed is read from the errors of the choosing half.
-    said, true = stated(arms.reports("choose-unsteered", choose)), truth["choose"]
+    said, true = reader.table(arms.reports("choose-unsteered", choose)), truth["choose"]
     false, missed = (said & ~true), (~said & true)
     wrong, lost = int(false.sum(0).argmax()), int(missed.sum(0).argmax())
     if not false[:, wrong].any() or not missed[:, lost].any():
-        raise ConfigError(
-            "The flawed phantom makes no error of one kind on the choosing half; draw more studies."
-        )
+        raise ConfigError("The model makes no error of one kind on the choosing half; read more studies.")
     acts = encode(rows.values[:: max(1, len(rows) // 5000)])
     candidates: list[tuple[Correction, np.ndarray]] = []
     for n in config.latents:
@@ -191,8 +212,8 @@ def run(config: Clinical, out: Path) -> dict[str, Any]:
     before = counts("unsteered", "report")
     after = {name: counts(name, "report", made.interventions()) for name, made in parts.items()}
     result: dict[str, Any] = {
-        "false finding": FINDING_KEYS[wrong],
-        "missed finding": FINDING_KEYS[lost],
+        "false finding": reader.names[wrong],
+        "missed finding": reader.names[lost],
         "n choose": len(choose),
         "n report": len(report),
         "correction": asdict(best),
@@ -203,10 +224,12 @@ def run(config: Clinical, out: Path) -> dict[str, Any]:
         "no correction, micro F1 on the same studies": micro_f1(
             label_counts(said[: config.tuned], true[: config.tuned])
         ),
-        "clean model": micro_f1(label_counts(stated(_clean(out, clean, report)), truth["report"])),
         "unsteered": micro_f1(before),
         "arms": {},
     }
+    if config.flaw is not None:
+        texts = Arms(out / "arms", clean, None, "", config.max_new_tokens).reports("report-clean", report)
+        result["clean model"] = micro_f1(label_counts(reader.table(texts), truth["report"]))
     for name, found in after.items():
         change, low, high = f1_change(before, found, config.seed)
         result["arms"][name] = {"micro F1": micro_f1(found), "change": change, "low": low, "high": high}
@@ -215,34 +238,25 @@ def run(config: Clinical, out: Path) -> dict[str, Any]:
             "step": parts[name].step(acts, decoder),
         }
     result["errors unsteered (false, missed)"] = [int(x) for x in before[:, 1:].sum(0)]
-    (out / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    atomic_write(out / "result.json", json.dumps(result, indent=2))
     return result
 
 
-def _clean(out: Path, clean: Maira2, studies: Sequence[Study]) -> list[str]:
-    return Arms(out / "arms", clean, None, "").reports("report-clean", studies)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Read the settings, run or go on, write `result.json` and a table."""
-    parser = ArgumentParser(description=__doc__, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_argument("--out", type=Path, default=Path("runs/clinical"), help="arms, SAE and result")
-    parser.add_class_arguments(Clinical, "clinical")
-    options = parser.parse_args(arguments)
-    result = run(parser.instantiate(options).clinical, options.out)
+def report_run(config: Clinical) -> Path:
+    """Run, print a table, and return the result file."""
+    result = run(config)
+    clean = f"clean model {result['clean model']:.3f}, flawed " if "clean model" in result else ""
     sys.stdout.write(
         f"stated falsely: {result['false finding']}; missed: {result['missed finding']}; label F1 of "
-        f"{result['n report']} held-out studies: clean model {result['clean model']:.3f}, flawed "
-        f"{result['unsteered']:.3f}\n"
+        f"{result['n report']} held-out studies: {clean}{result['unsteered']:.3f}\n"
     )
     for name, row in result["arms"].items():
         sys.stdout.write(
             f"{name:18} {row['micro F1']:.3f}  change {row['change']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
             f"  relative {100 * row['change'] / result['unsteered']:+.1f} %\n"
         )
-    return 0
+    return config.out / "result.json"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_recipe(Clinical, report_run, __doc__))

@@ -1,30 +1,31 @@
-"""The methods that are compared on the phantom: ways to put a finding in, take it out, or move it to the other side.
+"""Methods of steering, with their controls: put a finding in, take it out, or move it to the other side.
 
-    maps       h[p] += s sum_j (present_j[p] - absent_j[p]) W_dec[j]     over a few latents j, however they were chosen
-    in place   a_j[p] = s present_j[p], or at least that, where the finding's boxes usually lie
+    maps       h[p] += s sum_j (present_j[p] - absent_j[p]) W_dec[j]     over a few latents j
+    in place   a_j[p] = s present_j[p], or at least that, where the boxes of the finding usually are
 
-Latents are chosen by map difference, by output effect or by agreement, on the same budget. The study's own way (one
-text latent everywhere), the supervised difference of means and controls stand beside them.
+Latents are chosen by map difference, by output effect or by agreement, with the same number of latents. They are
+compared with one text latent everywhere, the supervised difference of means, and random controls.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 
-from sae_lens_maira.cli.steering_learned import Learned
-from sae_lens_maira.phantom import FINDING_KEYS
+from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.latents import RecordSet
 from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Intervention, SetTo
 from sae_lens_maira.steering.choose import by_map_effect
 from sae_lens_maira.steering.evaluate import Method
 from sae_lens_maira.steering.maps import LatentMap, map_directions
-from sae_lens_maira.steering.positions import Schedule, everywhere, patches
+from sae_lens_maira.steering.positions import Schedule, activation_grid, everywhere, patches
+from sae_lens_maira.steering.statistics import SteeringStatistics
 
 STRENGTHS = (1.5, 3.0)
 COUNTS = (8.0, 32.0)
 BOX_SHARE = 0.1
-"""A patch belongs to a finding's place if its boxes cover at least this share of it on average."""
-ENERGY = 0.02
+"""A patch belongs to the place of a finding if its boxes cover at least this share of the patch on average."""
+TOLERANCE = 0.02
 """Directions of a difference of means below this share of the largest are left out."""
 
 MAPS = "latents by map difference"
@@ -33,7 +34,7 @@ AGREEMENT = "latents by agreement"
 CAUSAL = "latent map chosen by its effect on the other half"
 EXEMPLAR, POOLED = "one exemplar's latents", "mean of exemplars' latents"
 RANDOM_CAUSAL = "random direction, norm and place of the chosen map"
-TWINS_CAUSAL = "random latents, norm and place of the chosen map"
+RANDOM_LATENTS_CAUSAL = "random latents, norm and place of the chosen map"
 SET, AT_LEAST = "set in place", "at least in place"
 EVERYWHERE = "text latent everywhere"
 MEANS = "difference of means (supervised)"
@@ -47,65 +48,66 @@ OTHER, MIRRORED = "latents of the other side", "same latents, mirrored place"
 MEANS_OTHER = "difference of means of the other side (supervised)"
 
 
-class Bench:
-    """One SAE and what was learned with it: makes methods.
+class MethodFactory:
+    """Make methods from one SAE and the statistics that were collected with it.
 
     Args:
-        sae: an SAE of image patches.
-        learned: from `learn`.
-        n_latents: budget of a method.
-        text: an SAE of text positions and what was learned with it, for the study's own way.
-        seed: of the random controls.
-        strengths: the sweep of latents' maps.
+        sae: An SAE of image patches.
+        statistics: Statistics of its latents.
+        n_latents: Number of latents of a method.
+        text: An SAE of text positions, the (D,) p99 of its latents and their (D, F) agreement with the findings of the
+            statistics, for the method that steers one text latent everywhere.
+        seed: Random seed of the controls.
+        strengths: Strengths of the sweep of maps.
     """
 
     def __init__(
         self,
         sae: MatryoshkaSAE,
-        learned: Learned,
+        statistics: SteeringStatistics,
         n_latents: int = 16,
         text: tuple[MatryoshkaSAE, torch.Tensor, torch.Tensor] | None = None,
         seed: int = 0,
         strengths: tuple[float, ...] = STRENGTHS,
     ) -> None:
-        self.sae, self.learned, self.n, self.text, self.seed = sae, learned, n_latents, text, seed
+        self.sae, self.statistics, self.n, self.text, self.seed = sae, statistics, n_latents, text, seed
         self.strengths = strengths
-        self.decoder = sae.W_dec.detach()
+        self.decoder = sae.W_dec.detach().float().cpu()
 
     def difference(self, finding: str) -> torch.Tensor:
         """(P, D) mean activations with the finding minus without."""
-        column = FINDING_KEYS.index(finding)
-        return self.learned.present[column] - self.learned.absent[column]
+        column = self.statistics.column(finding)
+        return self.statistics.present[column] - self.statistics.absent[column]
 
     def chosen(self, finding: str, how: str, n: int | None = None) -> list[int]:
         """The latents of a finding, best first.
 
         Args:
-            finding: its key.
+            finding: Name of the finding.
             how: `MAPS`, `EFFECT` or `AGREEMENT`.
-            n: how many; the bench's budget if not given.
+            n: Number of latents; the factory's own if not given.
         """
         n = n or self.n
-        column, difference = FINDING_KEYS.index(finding), self.difference(finding)
+        column, difference = self.statistics.column(finding), self.difference(finding)
         if how == MAPS:
             scores = difference.norm(dim=0) * self.decoder.norm(dim=1)
         elif how == EFFECT:
-            scores = by_map_effect(difference, self.learned.gradient[column], self.decoder).scores
+            scores = by_map_effect(difference, self.statistics.gradient[column], self.decoder).scores
         else:
-            # Its map is what will be added, so it must have one.
-            scores = self.learned.agreement[:, column] * (difference != 0).any(0)
+            # The map of a latent is added, so it must have one.
+            scores = self.statistics.agreement[:, column] * (difference != 0).any(0)
         return scores.topk(min(n, len(scores))).indices.tolist()
 
     def tried(self, chosen: dict[str, tuple[LatentMap, float]]) -> list[Method]:
-        """Maps that were tried on the choosing half, each at its strength, and controls of the one named `CAUSAL`.
+        """Methods of maps that were tried on the choosing half, and controls of the one named `CAUSAL`.
 
         Args:
-            chosen: map and strength by the method's name.
+            chosen: Map and strength by name of the method.
         """
         methods = [Method(name, m.interventions, strengths=(s,)) for name, (m, s) in chosen.items()]
         if CAUSAL in chosen:
             kept = chosen[CAUSAL][0]
-            size, twins = kept.delta(self.decoder).norm(dim=1), self._twins(kept.latents)
+            size, others = kept.delta(self.decoder).norm(dim=1), self._random_latents(kept.latents)
             methods += [
                 Method(
                     RANDOM_CAUSAL,
@@ -113,43 +115,47 @@ class Bench:
                     control_of=CAUSAL,
                 ),
                 Method(
-                    TWINS_CAUSAL,
-                    kept.on_other_latents(twins, self.decoder).interventions,
+                    RANDOM_LATENTS_CAUSAL,
+                    kept.on_other_latents(others, self.decoder).interventions,
                     control_of=CAUSAL,
                 ),
             ]
         return methods
 
     def insertion(self, finding: str) -> list[Method]:
-        """Ways to put a finding into reports that lack it, and controls."""
+        """Methods that put a finding into reports that lack it, and their controls."""
         difference, latents = self.difference(finding), self.chosen(finding, MAPS)
-        effect = self.chosen(finding, EFFECT)
+        # Without gradients there is no ranking by output effect.
+        ranked = bool(self.statistics.gradient[self.statistics.column(finding)].any())
+        effect = [self._mapped(EFFECT, self.chosen(finding, EFFECT), difference)] if ranked else []
         methods = [
             self._mapped(MAPS, latents, difference),
-            self._mapped(EFFECT, effect, difference),
+            *effect,
             self._mapped(AGREEMENT, self.chosen(finding, AGREEMENT), difference),
             Method(SET, lambda s: self._in_place(finding, latents, s, SetTo), strengths=self.strengths),
             Method(
                 AT_LEAST, lambda s: self._in_place(finding, latents, s, AtLeast), strengths=self.strengths
             ),
-            self._means(MEANS, self.learned.means[FINDING_KEYS.index(finding)]),
+            self._means(MEANS, self.statistics.means[self.statistics.column(finding)]),
             self._random_direction(latents, difference, MAPS),
-            self._mapped(RANDOM_LATENTS, self._twins(latents), difference, columns=latents, control_of=MAPS),
+            self._mapped(
+                RANDOM_LATENTS, self._random_latents(latents), difference, columns=latents, control_of=MAPS
+            ),
             self._mapped(FLIPPED, latents, -difference, control_of=MAPS),
         ]
-        return [*methods, *self._study_way(finding)]
+        return [*methods, *self._text_latent(finding)]
 
     def removal(self, finding: str) -> list[Method]:
-        """Ways to take a finding out of reports that state it, and controls; numbers of latents are swept."""
+        """Methods that take a finding out of reports that state it, and controls; sweeps are over latent counts."""
         difference, latents = self.difference(finding), self.chosen(finding, MAPS)
-        column = FINDING_KEYS.index(finding)
+        column = self.statistics.column(finding)
 
         def more_active(n: float) -> list[int]:
             ranked = self.chosen(finding, MAPS, len(self.decoder))
             return [j for j in ranked if float(difference[:, j].sum()) > 0][: int(n)]
 
-        def pressed(n: float) -> list[Intervention]:
-            ceiling = self.learned.absent[column].max(dim=0).values
+        def limited(n: float) -> list[Intervention]:
+            ceiling = self.statistics.absent[column].max(dim=0).values
             return [
                 AtMost(latents=(j,), strength=float(ceiling[j]), unit="raw", where=patches())
                 for j in more_active(n)
@@ -162,30 +168,30 @@ class Bench:
             ),
             Method(
                 RANDOM_HERE,
-                lambda n: [Ablate(latents=tuple(self._twins(more_active(n))), where=here)],
+                lambda n: [Ablate(latents=tuple(self._random_latents(more_active(n))), where=here)],
                 control_of=ABLATE_HERE,
             ),
             Method(
                 ABLATE, lambda n: [Ablate(latents=tuple(more_active(n)), where=patches())], strengths=COUNTS
             ),
-            Method(AT_MOST, pressed, strengths=COUNTS),
+            Method(AT_MOST, limited, strengths=COUNTS),
             self._mapped(SUBTRACT, latents, -difference),
-            self._means(MEANS_OUT, -self.learned.means[column]),
+            self._means(MEANS_OUT, -self.statistics.means[column]),
             Method(
                 RANDOM_ABLATED,
-                lambda n: [Ablate(latents=tuple(self._twins(more_active(n))), where=patches())],
+                lambda n: [Ablate(latents=tuple(self._random_latents(more_active(n))), where=patches())],
                 control_of=ABLATE,
             ),
             self._random_direction(latents, difference, SUBTRACT),
         ]
 
     def moving(self, finding: str, other: str) -> list[Method]:
-        """Ways to move a sided finding to the other side: its own map out, another one in."""
+        """Methods that move a finding to the other side: its own map out, another one in."""
         own, latents = self.difference(finding), self.chosen(finding, MAPS)
         theirs, other_latents = self.difference(other), self.chosen(other, MAPS)
-        mirrored = own.reshape(*self.learned.shape, -1).flip(1).reshape(own.shape)
-        means = self.learned.means
-        column, other_column = FINDING_KEYS.index(finding), FINDING_KEYS.index(other)
+        mirrored = own.reshape(*self.statistics.shape, -1).flip(1).reshape(own.shape)
+        means = self.statistics.means
+        column, other_column = self.statistics.column(finding), self.statistics.column(other)
         size = (theirs[:, other_latents] @ self.decoder[other_latents]).norm(dim=1)
         out = self._maps(latents, -own)
         return [
@@ -204,14 +210,14 @@ class Bench:
         ]
 
     def _grid(self, weights: torch.Tensor) -> Schedule:
-        return patches(grid=weights.reshape(self.learned.shape))
+        return patches(grid=weights.reshape(self.statistics.shape))
 
     def _maps(
         self, latents: Sequence[int], grids: torch.Tensor, columns: Sequence[int] | None = None
     ) -> Callable[[float], list[Intervention]]:
-        """Adds `s * grids[:, c]` to each latent, patch by patch."""
+        """Interventions that add `s * grids[:, c]` to each latent, patch by patch."""
         pairs = list(zip(latents, latents if columns is None else columns, strict=True))
-        # A latent that is silent on frontal films has no map there, and adds nothing.
+        # A latent that is never active on frontal images has no map, and adds nothing.
         pairs = [(j, c) for j, c in pairs if bool(grids[:, c].any())]
         return lambda s: [
             Add(latents=(j,), strength=s, unit="raw", where=self._grid(grids[:, c])) for j, c in pairs
@@ -231,7 +237,7 @@ class Bench:
     def _in_place(
         self, finding: str, latents: Sequence[int], strength: float, kind: type[SetTo] | type[AtLeast]
     ) -> list[Intervention]:
-        grids = self.learned.present[FINDING_KEYS.index(finding)] * self.place(finding)[:, None]
+        grids = self.statistics.present[self.statistics.column(finding)] * self.place(finding)[:, None]
         return [
             kind(latents=(j,), strength=strength, unit="raw", where=self._grid(grids[:, j]))
             for j in latents
@@ -239,14 +245,14 @@ class Bench:
         ]
 
     def place(self, finding: str) -> torch.Tensor:
-        """(P,) 1 where the finding's boxes usually lie; everywhere for a finding without boxes."""
-        here = (self.learned.boxes[FINDING_KEYS.index(finding)] >= BOX_SHARE).float()
+        """(P,) 1 where the finding's boxes usually are; 1 everywhere for a finding without boxes."""
+        here = (self.statistics.boxes[self.statistics.column(finding)] >= BOX_SHARE).float()
         return here if bool(here.any()) else torch.ones_like(here)
 
     def _means(self, name: str, means: torch.Tensor) -> Method:
         return Method(
             name,
-            lambda s: map_directions(means, self.learned.shape, s, tolerance=ENERGY),
+            lambda s: map_directions(means, self.statistics.shape, s, tolerance=TOLERANCE),
             strengths=STRENGTHS,
         )
 
@@ -262,23 +268,89 @@ class Bench:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.nn.functional.normalize(torch.randn(self.decoder.shape[1], generator=generator), dim=0)
 
-    def _study_way(self, finding: str) -> list[Method]:
+    def _text_latent(self, finding: str) -> list[Method]:
         if self.text is None:
             return []
         sae, p99, agreement = self.text
-        latent = int(agreement[:, FINDING_KEYS.index(finding)].argmax())
+        latent = int(agreement[:, self.statistics.column(finding)].argmax())
         if not float(p99[latent]) > 0:
             return []
         make = lambda s: [Add(latents=(latent,), strength=s, where=everywhere())]  # noqa: E731
         return [Method(EVERYWHERE, make, strengths=(1.0, 3.0), sae=sae, p99=p99)]
 
-    def _twins(self, latents: Sequence[int]) -> list[int]:
-        """For each latent another one that fires about as often, none of them twice."""
-        density = self.learned.density
-        taken, found = set(latents), []
+    def _random_latents(self, latents: Sequence[int]) -> list[int]:
+        """For each latent another one that is active about as often, none of them twice."""
+        density = self.statistics.density
+        taken, others = set(latents), []
         for j in latents:
             order = (density - density[j]).abs().argsort().tolist()
-            twin = next(i for i in order if i not in taken)
-            taken.add(twin)
-            found.append(twin)
-        return found
+            near = next(i for i in order if i not in taken)
+            taken.add(near)
+            others.append(near)
+        return others
+
+
+RECORDED = "latents by recorded agreement, mean maps"
+RANDOM_RECORDED = "random direction, norm of the recorded latents"
+FLIPPED_RECORDED = "recorded latents, flipped sign"
+ABLATE_RECORDED = "ablate latents by recorded agreement"
+RANDOM_ABLATED_RECORDED = "random direction, norm of the ablation"
+
+
+def recorded_methods(
+    records: RecordSet, finding: str, n_latents: int = 16, seed: int = 0, remove: bool = False
+) -> list[Method]:
+    """Methods whose latents, units and maps come from latent records, so that no activation is read again.
+
+    Latents are those of highest F1 with the finding at image positions. Inserting adds to each latent its mean map on
+    frontal images, scaled so that strength 1 is the latent's p99 at the strongest patch.
+
+    Args:
+        records: Latent records of the SAE.
+        finding: Name of the finding in the records.
+        n_latents: Maximum number of latents.
+        seed: Random seed of the controls.
+        remove: Take the finding out instead of putting it in.
+
+    Raises:
+        InterventionError: No recorded latent agrees with the finding at image positions.
+    """
+    table = records.table
+    scored: list[tuple[float, int]] = []
+    for latent in table.loc[table["fired_image"] > 0, "latent"]:
+        record = records[int(latent)]
+        scored += [
+            (a.f1, record.latent) for a in record.agreement if a.kind == "image" and a.finding == finding
+        ]
+    ranked = [latent for f1, latent in sorted(scored, reverse=True) if f1 > 0]
+    maps = {}
+    for latent in ranked:
+        mean = next((m for m in records[latent].maps if m.view == "frontal"), None)
+        if mean is not None and max(mean.values) > 0:
+            maps[latent] = activation_grid(torch.tensor(mean.values), (mean.rows, mean.cols))
+        if len(maps) == n_latents:
+            break
+    if not maps:
+        raise InterventionError(
+            f"No latent in {records.folder} agrees with {finding!r} at image positions. Name a finding of the records, "
+            "or leave --records out, so that activations are read."
+        )
+
+    def ablate(n: float) -> list[Intervention]:
+        return [Ablate(latents=tuple(maps)[: int(n)], where=patches())]
+
+    if remove:
+        counts = tuple(sorted({1.0, float(len(maps))}))
+        return [
+            Method(ABLATE_RECORDED, ablate, strengths=counts),
+            Method(RANDOM_ABLATED_RECORDED, ablate, control_of=ABLATE_RECORDED, control_seed=seed),
+        ]
+
+    def add(strength: float) -> list[Intervention]:
+        return [Add(latents=(j,), strength=strength, where=patches(grid=grid)) for j, grid in maps.items()]
+
+    return [
+        Method(RECORDED, add),
+        Method(RANDOM_RECORDED, add, control_of=RECORDED, control_seed=seed),
+        Method(FLIPPED_RECORDED, lambda s: add(-s), control_of=RECORDED),
+    ]

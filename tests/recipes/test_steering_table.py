@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
-from sae_lens_maira.cli import steering_methods as names
-from sae_lens_maira.cli.steering_chosen import choose_map
-from sae_lens_maira.cli.steering_run import SteeringRun, other_side, prepare, run_steering
-from sae_lens_maira.cli.steering_subjects import Subjects
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.recipes.steering.candidates import choose_map
+from sae_lens_maira.recipes.steering.steering_table import SteeringRun, other_side, prepare, run_steering
 from sae_lens_maira.steering import Direction
+from sae_lens_maira.steering import methods as names
+from sae_lens_maira.steering.cohort import Cohort
 from sae_lens_maira.steering.maps import LatentMap
 from sae_lens_maira.steering.positions import Patches
 
@@ -44,7 +44,7 @@ def test_latents_put_it_in_and_controls_do_not(folder):
     assert table.on_target[names.RANDOM_DIRECTION] <= 0.1
     assert table.on_target[names.FLIPPED] <= 0.1
     assert table.on_target[names.CAUSAL] >= 0.8
-    assert table.on_target[[names.RANDOM_CAUSAL, names.TWINS_CAUSAL]].max() <= 0.1
+    assert table.on_target[[names.RANDOM_CAUSAL, names.RANDOM_LATENTS_CAUSAL]].max() <= 0.1
     assert table.off_target[names.MAPS] <= 0.1
     assert (table.on_target_high - table.on_target_low > 0.2).all(), "ten studies cannot be this certain"
 
@@ -73,7 +73,9 @@ def test_tables_are_written_and_a_second_run_resumes(folder):
 
 @pytest.fixture(scope="module")
 def bench(folder):
-    return prepare(SteeringRun(out=folder, **SMALL))
+    settings = SteeringRun(out=folder, **SMALL)
+    cohort = settings.cohort(settings.studies, settings.layer, settings.seed, (42, 60))
+    return prepare(settings, cohort), cohort
 
 
 @pytest.mark.slow
@@ -86,23 +88,25 @@ def test_what_is_kept_is_no_worse_than_its_components_and_is_what_is_reported(fo
     assert kept.gain == trials.gain.max()
     assert summary.strength[names.CAUSAL] == kept.strength
     at = summary.strength[names.MAPS]
-    assert at in set(trials[(trials.kind == names.MAPS) & (trials.place == "whole film")].strength)
+    assert at in set(trials[(trials.kind == names.MAPS) & (trials.place == "whole image")].strength)
 
 
 @pytest.mark.slow
 def test_the_choice_does_not_see_the_reporting_half(bench):
     """Without any study of the reporting half the same maps are tried, with the same outcome; exemplars have it."""
-    made, subjects = bench
-    which = subjects.pick("choose", [], [FINDING], 4)
-    choice = choose_map(made, subjects, FINDING, which, n_exemplars=2, screened_on=2)
-    alone = Subjects(subjects.maira, subjects.studies, subjects.hook_name, 0, pool=(42, 0))
+    made, cohort = bench
+    which = cohort.pick("choose", [], [FINDING], 4)
+    choice = choose_map(made, cohort, FINDING, which, n_exemplars=2, screened_on=2)
+    alone = Cohort(
+        cohort.maira, cohort.studies, cohort.hook_name, cohort.reader, 0, (42, 0), max_new_tokens=76
+    )
     again = choose_map(made, alone, FINDING, which, n_exemplars=2, screened_on=2)
     pd.testing.assert_frame_equal(choice.table(), again.table())
     used = {i for trial in choice.trials for i in trial.candidate.studies}
     assert used
     assert max(used) < len(alone.prompts), "an exemplar is of the choosing half"
     for i in used:
-        assert any(item.key == FINDING and item.present for item in subjects.study(i).truth)
+        assert any(item.key == FINDING and item.present for item in cohort.study(i).truth)
 
 
 @pytest.mark.slow
@@ -111,7 +115,7 @@ def test_controls_move_every_patch_as_far(bench):
     made, _ = bench
     decoder, latents = made.decoder, made.chosen(FINDING, names.MAPS)
     grids = made.difference(FINDING)[:, latents] * made.place(FINDING)[:, None]
-    kept = LatentMap(tuple(latents), grids, made.learned.shape)
+    kept = LatentMap(tuple(latents), grids, made.statistics.shape)
     methods = {method.name: method for method in made.tried({names.CAUSAL: (kept, 2.0)})}
     wanted = 2 * kept.delta(decoder).norm(dim=1)
 
@@ -124,10 +128,10 @@ def test_controls_move_every_patch_as_far(bench):
             total += torch.as_tensor(item.strength) * item.where.grid.reshape(-1, 1) * row
         return total
 
-    for name in (names.CAUSAL, names.RANDOM_CAUSAL, names.TWINS_CAUSAL):
+    for name in (names.CAUSAL, names.RANDOM_CAUSAL, names.RANDOM_LATENTS_CAUSAL):
         torch.testing.assert_close(moved(name).norm(dim=1), wanted, rtol=1e-4, atol=1e-5)
         assert methods[name].control_of == (None if name == names.CAUSAL else names.CAUSAL)
-    assert not {item.latents[0] for item in methods[names.TWINS_CAUSAL].make(2.0)} & set(latents)
+    assert not {item.latents[0] for item in methods[names.RANDOM_LATENTS_CAUSAL].make(2.0)} & set(latents)
 
 
 def test_sides_and_bad_input(tmp_path):
@@ -135,6 +139,8 @@ def test_sides_and_bad_input(tmp_path):
     assert other_side("pneumothorax_left") == "pneumothorax_right"
     assert other_side("nodule") is None
     with pytest.raises(ConfigError, match="known are"):
-        SteeringRun(out=tmp_path, findings=("measles",))
+        run_steering(SteeringRun(out=tmp_path, findings=("measles",), studies=8))
+    with pytest.raises(ConfigError, match="give --sae"):
+        run_steering(SteeringRun(out=tmp_path, model="elsewhere"))
     with pytest.raises(ConfigError, match="known are"):
         SteeringRun(out=tmp_path, parts=("enlarge",))

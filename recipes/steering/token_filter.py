@@ -1,11 +1,12 @@
-"""Does it matter on which tokens an SAE was trained? Presets of token roles, trained alike and steered alike.
+"""Compare SAEs trained on different tokens: presets of token roles, trained and steered in the same way.
 
     preset x seed -> an SAE on as many rows -> its latents at the patches, and its best text latent everywhere
 
 The study left image tokens out when it trained and steered. Here every preset gets the same budget of rows, steps and
-latents, and the same studies are steered. The untrained part of a result is shown by a preset that never saw a patch.
+latents, and the same studies are steered. A preset without image patches is the control.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,23 +17,25 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, harvest_rows
-from sae_lens_maira.cli.steering_learned import encoder_of, learn
-from sae_lens_maira.cli.steering_methods import EVERYWHERE, MAPS, MEANS, Bench
-from sae_lens_maira.cli.steering_subjects import MAX_NEW_TOKENS, Subjects
+from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents import study_firing
 from sae_lens_maira.maira2 import TokenRole, resolve_roles
-from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, read_report
 from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.sae import load_matryoshka
 from sae_lens_maira.stats import explained_variance, f1_of_firing, p99
+from sae_lens_maira.steering.cohort import Cohort
 from sae_lens_maira.steering.evaluate import evaluate_steering
+from sae_lens_maira.steering.methods import EVERYWHERE, MAPS, MEANS, MethodFactory
+from sae_lens_maira.steering.statistics import collect_statistics, encoder_of
 
 PRESETS = ("paper", "text_only", "all")
 FINDINGS = ("cardiomegaly", "pacemaker", "oedema", "pleural_effusion_left", "pneumothorax_right")
 
 
 @dataclass(frozen=True)
-class FilterRun:
+class FilterRun(Source):
     """Settings of the comparison of token filters.
 
     Attributes:
@@ -78,12 +81,14 @@ def run_filters(settings: FilterRun) -> Path:
     if missing:
         hook_name = f"blocks.{settings.layer}.hook_resid_post"
         pool = (7 * settings.choose, 6 * settings.report)
-        subjects = Subjects(load_phantom(), settings.studies, hook_name, settings.seed, pool)
+        if settings.sae is not None:
+            raise ConfigError("The recipe compares SAEs that it trains; leave --sae out.")
+        cohort = settings.cohort(settings.studies, settings.layer, settings.seed, pool)
         rows = harvest_rows(
-            subjects.maira, subjects.studies, hook_name, "all", seed=settings.seed, progress=settings.progress
+            cohort.maira, cohort.studies, hook_name, "all", seed=settings.seed, progress=settings.progress
         )
         for preset, seed in tqdm(missing, desc="SAEs", unit="SAE", disable=not settings.progress):
-            one_sae(subjects, rows, preset, seed, settings).to_parquet(
+            one_sae(cohort, rows, preset, seed, settings).to_parquet(
                 settings.out / f"{preset}_{seed}.parquet"
             )
             write_filter_tables(settings.out)
@@ -92,10 +97,10 @@ def run_filters(settings: FilterRun) -> Path:
 
 
 def one_sae(
-    subjects: Subjects, rows: ActivationRows, preset: str, seed: int, settings: FilterRun
+    cohort: Cohort, rows: ActivationRows, preset: str, seed: int, settings: FilterRun
 ) -> pd.DataFrame:
     """Train one SAE and steer every finding with it: a row per finding and method."""
-    taught = subjects.halves.choose
+    taught = cohort.halves.choose
     roles = [int(role) for role in resolve_roles(preset)]
     mine = np.flatnonzero(np.isin(rows.role, roles) & taught[rows.study])
     drawn = np.random.default_rng(seed).permutation(mine)[: settings.rows]
@@ -108,30 +113,32 @@ def one_sae(
     sae = load_matryoshka(folder)
     encode = encoder_of(sae)
     image, text = rows.where(rows.is_image), rows.where((rows.role == TokenRole.REPORT) & taught[rows.study])
-    learned = learn(image, encode, subjects.studies, subjects.truth, taught)
-    fires, _ = study_firing(encode, text, len(subjects.studies))
-    agreement = torch.from_numpy(f1_of_firing(fires[taught], subjects.truth[taught]))
+    statistics = collect_statistics(
+        [image.where(taught[image.study])], encode, cohort.studies, cohort.known, cohort.reader
+    )
+    fires, _ = study_firing(encode, text, len(cohort.studies))
+    agreement = torch.from_numpy(f1_of_firing(fires[taught], cohort.known[taught]))
     units = p99(encode(text.values[:: max(1, len(text) // 20_000)]))
-    bench = Bench(sae, learned, settings.latents, (sae, units, agreement), seed)
+    factory = MethodFactory(sae, statistics, settings.latents, (sae, units, agreement), seed)
     parts = []
     for finding in settings.findings:
-        methods = [m for m in bench.insertion(finding) if m.name in (MAPS, EVERYWHERE)]
+        methods = [m for m in factory.insertion(finding) if m.name in (MAPS, EVERYWHERE)]
         if seed == 0 and preset == settings.presets[0]:  # needs no SAE: once is enough
-            methods += [m for m in bench.insertion(finding) if m.name == MEANS]
+            methods += [m for m in factory.insertion(finding) if m.name == MEANS]
         tables = evaluate_steering(
-            subjects.maira,
+            cohort.maira,
             sae,
-            subjects.hook_name,
+            cohort.hook_name,
             methods,
-            subjects.pick("choose", [], [finding], settings.choose),
-            subjects.pick("report", [], [finding], settings.report),
+            cohort.pick("choose", [], [finding], settings.choose),
+            cohort.pick("report", [], [finding], settings.report),
             finding,
-            lambda said: read_report(said).present,
-            FINDING_KEYS,
-            p99=learned.p99,
-            max_new_tokens=MAX_NEW_TOKENS,
+            cohort.reader.read,
+            cohort.reader.names,
+            p99=statistics.p99,
+            max_new_tokens=cohort.max_new_tokens,
             progress=False,
-            prompts=subjects.prompts,
+            prompts=cohort.prompts,
             measure_kl=False,
         )
         parts.append(tables.summary.assign(finding=finding))
@@ -208,3 +215,7 @@ def filter_figure(table: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("% of studies that get the finding")
     panels[1].legend(title="SAE trained on", frameon=False, fontsize=8)
     return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(FilterRun, run_filters, __doc__))

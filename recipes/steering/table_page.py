@@ -1,7 +1,6 @@
 """Tables and figures of a steering run over findings: one Markdown page, one Parquet table, small figures.
 
-Shares are pooled over findings with Wilson intervals; what is a mean of means says so. The page states whether each
-goal was met and by which method. It reads a run's folder and knows nothing about how it was made.
+Shares are pooled over findings with Wilson intervals. Everything is read from the folder of the run.
 """
 
 from pathlib import Path
@@ -11,9 +10,8 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from sae_lens_maira.cli import steering_methods as names
-from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.stats import wilson
+from sae_lens_maira.steering import methods as names
 
 PARTS = {
     "insert": "Put in: studies without the finding",
@@ -41,21 +39,20 @@ SHOWN = ("off_target", "kl", "perplexity", "repetition", "length", "ratio")
 def read_run(out: Path) -> pd.DataFrame:
     """All summaries of a run's folder, a row per part, finding and method."""
     frames = [
-        pd.read_parquet(file).assign(finding=finding, part=part)
+        pd.read_parquet(file).assign(finding=file.parts[-3], part=part)
         for part in PARTS
-        for finding in FINDING_KEYS
-        if (file := out / finding / part / "summary.parquet").exists()
+        for file in sorted(out.glob(f"*/{part}/summary.parquet"))
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
 def write_tables(out: Path) -> None:
-    """Write `table.parquet`, `table.md` and a figure a part from what the folder holds by now."""
+    """Write `table.parquet`, `table.md` and a figure per part from what the folder holds by now."""
     table = read_run(out)
     if table.empty:
         return
     table.to_parquet(out / "table.parquet")
-    pages = ["# Steering the phantom\n"]
+    pages = ["# Steering all findings\n"]
     for part, title in PARTS.items():
         mine = table.loc[table.part == part]
         if mine.empty:
@@ -66,7 +63,7 @@ def write_tables(out: Path) -> None:
 
 
 def by_method(table: pd.DataFrame) -> str:
-    """A row a method: pooled on-target share with its Wilson interval, and means over findings of the rest."""
+    """A row per method: pooled on-target share with its Wilson interval, and means over findings of the rest."""
     lines = [
         "| method | findings | n | on target % (95 %) | findings at 80 % or more | off target % | KL | "
         "perplexity (unsteered) | repetition | length | norm ratio |",
@@ -87,10 +84,10 @@ def by_method(table: pd.DataFrame) -> str:
 
 
 def by_finding(table: pd.DataFrame) -> str:
-    """A row a finding, a column a method: on-target % / off-target % at the chosen strength."""
+    """A row per finding, a column per method: on-target % / off-target % at the chosen strength."""
     methods = list(dict.fromkeys(table.method))
     lines = ["| finding | n | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
-    for finding in FINDING_KEYS:
+    for finding in dict.fromkeys(table.finding):
         mine = table[table.finding == finding].set_index("method")
         if mine.empty:
             continue
@@ -134,7 +131,7 @@ def best_line(table: pd.DataFrame, part: str) -> str:
 def figure(table: pd.DataFrame, title: str) -> Figure:
     """On-target share by finding and method as a heatmap, findings down."""
     methods = list(dict.fromkeys(table.method))
-    findings = [key for key in FINDING_KEYS if key in set(table.finding)]
+    findings = list(dict.fromkeys(table.finding))
     grid = np.full((len(findings), len(methods)), np.nan)
     for row, finding in enumerate(findings):
         for column, method in enumerate(methods):

@@ -1,12 +1,12 @@
-"""The choice among latent maps: its rule. That it reads one half only, `test_steering_run.py` checks on a run."""
+"""The choice among latent maps: its rule. That it reads one half only, `test_steering_table.py` checks on a run."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sae_lens_maira.cli import steering_methods as names
-from sae_lens_maira.cli.steering_chosen import Candidate, Choice, Trial
+from sae_lens_maira.recipes.steering.candidates import Candidate, Choice, Trial
+from sae_lens_maira.steering import methods as names
 from sae_lens_maira.steering.maps import LatentMap
 
 

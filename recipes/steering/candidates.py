@@ -1,10 +1,10 @@
-"""Which latent map puts a finding in: candidates are tried on studies of the choosing half, and the best is kept.
+"""Choose the latent map that puts a finding in: try candidates on studies of the choosing half, keep the best.
 
     kept = argmax over candidates and strengths of   on target - off target - 2 max(0, off target - 0.06)
 
 Candidates are the mean map of all studies with the finding, an exemplar's (one study's), and the mean of a few
-exemplars', each in some places. Exemplars are studies of the choosing half that state the finding and few others. What
-is kept is counted on the other half by whoever asked; nothing of that half is read here.
+exemplars', each in some places. Exemplars are studies of the choosing half that state the finding and few others.
+Studies of the reporting half are not used.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from sae_lens_maira.cli.steering_methods import EXEMPLAR, MAPS, POOLED, Bench
-from sae_lens_maira.cli.steering_subjects import MAX_NEW_TOKENS, Subjects
-from sae_lens_maira.phantom import FINDING_KEYS, read_report
+from sae_lens_maira.steering.cohort import Cohort
 from sae_lens_maira.steering.maps import LatentMap, boxes_place, exemplar_map
+from sae_lens_maira.steering.methods import EXEMPLAR, MAPS, POOLED, MethodFactory
 from sae_lens_maira.steering.prompts import Job
+from sae_lens_maira.steering.statistics import encoder_of
 
 ALLOWED = 0.06
 """Share of other labels that may change before it counts three times."""
 MARGINS: tuple[int | None, ...] = (0, 1, None)
-"""Patches around an exemplar's boxes; None is the whole film."""
+"""Patches around an exemplar's boxes; None is the whole image."""
 SCREENED_AT = 2.0
 STRENGTHS = {MAPS: (1.5, 2.0, 3.0), EXEMPLAR: (1.5, 2.0, 3.0), POOLED: (1.5, 2.5)}
 POOLS = (2, 4)
@@ -37,9 +37,9 @@ class Candidate:
 
     Attributes:
         kind: `MAPS`, `EXEMPLAR` or `POOLED`.
-        place: boxes, boxes and patches around, usual place, or whole film.
-        studies: numbers of the exemplars; none for the mean of all.
-        map: what is added.
+        place: Boxes, boxes and patches around, usual place, or whole image.
+        studies: Indices of the exemplars; none for the mean of all studies.
+        map: What is added.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Trial:
 
     @property
     def gain(self) -> float:
-        """What the choice maximizes."""
+        """Quantity that the choice maximizes."""
         return self.on_target - self.off_target - 2 * max(0.0, self.off_target - ALLOWED)
 
 
@@ -68,8 +68,8 @@ class Choice:
     """All trials on the same studies of the choosing half.
 
     Attributes:
-        trials: every finalist at every strength.
-        n: studies of a trial.
+        trials: Every finalist at every strength.
+        n: Number of studies of a trial.
     """
 
     trials: tuple[Trial, ...]
@@ -81,7 +81,7 @@ class Choice:
         return max(mine, key=lambda trial: (trial.gain, -trial.strength))
 
     def table(self) -> pd.DataFrame:
-        """A row a trial, and which one was kept."""
+        """A row per trial, and which one was kept."""
         kept = self.best()
         return pd.DataFrame(
             {
@@ -101,8 +101,8 @@ class Choice:
 
 
 def choose_map(
-    bench: Bench,
-    subjects: Subjects,
+    factory: MethodFactory,
+    cohort: Cohort,
     finding: str,
     which: Sequence[int],
     n_exemplars: int = 6,
@@ -114,82 +114,87 @@ def choose_map(
     best exemplars and the mean map of all studies are then tried at several strengths on all of them.
 
     Args:
-        bench: SAE and mean activations.
-        subjects: studies and their prompts.
-        finding: its key.
-        which: numbers of studies of the choosing half without it.
-        n_exemplars: how many studies with it are screened, those with fewest findings.
-        screened_on: studies of the screening.
+        factory: SAE and statistics.
+        cohort: Studies and their prompts.
+        finding: Name of the finding.
+        which: Indices of studies of the choosing half without it.
+        n_exemplars: Number of studies with it that are screened, those with fewest findings.
+        screened_on: Number of studies of the screening.
 
     Raises:
-        InterventionError: fewer than 4 studies of the choosing half have and state the finding.
+        InterventionError: Fewer than 4 studies of the choosing half have and state the finding.
     """
-    numbers = subjects.pick("choose", [finding], [], len(subjects.prompts))
-    crowd = {i: sum(item.present for item in subjects.study(i).truth or ()) for i in numbers}
+    numbers = cohort.pick("choose", [finding], [], len(cohort.prompts))
+    crowd = {i: sum(item.present for item in cohort.study(i).truth or ()) for i in numbers}
     exemplars = sorted(numbers, key=lambda i: (crowd[i], i))[:n_exemplars]
-    singles = [_shown(bench, subjects, finding, (i,), margin) for i in exemplars for margin in MARGINS]
+    singles = [_shown(factory, cohort, finding, (i,), margin) for i in exemplars for margin in MARGINS]
     singles = [candidate for candidate in singles if candidate is not None]
-    screened = try_maps(bench, subjects, finding, [(c, SCREENED_AT) for c in singles], which[:screened_on])
+    screened = try_maps(factory, cohort, finding, [(c, SCREENED_AT) for c in singles], which[:screened_on])
     screened.sort(key=lambda trial: -trial.gain)
     # The exemplars in the order of what their best map does.
     order = list(dict.fromkeys(trial.candidate.studies[0] for trial in screened))
     finalists = [trial.candidate for trial in screened[:FINALISTS]]
-    pools = [_shown(bench, subjects, finding, tuple(order[:n]), m) for n in POOLS for m in MARGINS[1:]]
+    pools = [_shown(factory, cohort, finding, tuple(order[:n]), m) for n in POOLS for m in MARGINS[1:]]
     finalists += [pool for pool in pools if pool is not None]
-    finalists += _means(bench, finding)
+    finalists += _means(factory, finding)
     wanted = [(c, strength) for c in finalists for strength in STRENGTHS[c.kind]]
-    return Choice(tuple(try_maps(bench, subjects, finding, wanted, which)), len(which))
+    return Choice(tuple(try_maps(factory, cohort, finding, wanted, which)), len(which))
 
 
 def try_maps(
-    bench: Bench,
-    subjects: Subjects,
+    factory: MethodFactory,
+    cohort: Cohort,
     finding: str,
     wanted: Sequence[tuple[Candidate, float]],
     which: Sequence[int],
 ) -> list[Trial]:
-    """Steer the same studies with every candidate at its strength, and count."""
+    """Steer the same studies with every candidate at its strength, and count findings."""
     jobs = [Job(which, candidate.map.interventions(strength)) for candidate, strength in wanted]
-    written = subjects.prompts.write_all(jobs, bench.sae, bench.learned.p99, MAX_NEW_TOKENS)
-    before = [read_report(text).present for text in subjects.prompts.unsteered(which, MAX_NEW_TOKENS)]
+    written = cohort.prompts.write_all(jobs, factory.sae, factory.statistics.p99, cohort.max_new_tokens)
+    before = [cohort.reader.read(text) for text in cohort.prompts.unsteered(which, cohort.max_new_tokens)]
     trials = []
     for (candidate, strength), out in zip(wanted, written, strict=True):
-        now = [read_report(text).present for text in out.texts]
+        now = [cohort.reader.read(text) for text in out.texts]
         on = sum(finding in said for said in now) / len(now)
         changed = sum(len((a ^ b) - {finding}) for a, b in zip(now, before, strict=True))
-        trials.append(Trial(candidate, strength, on, changed / (len(now) * (len(FINDING_KEYS) - 1))))
+        trials.append(Trial(candidate, strength, on, changed / (len(now) * (len(cohort.reader.names) - 1))))
     return trials
 
 
 def _shown(
-    bench: Bench, subjects: Subjects, finding: str, studies: tuple[int, ...], margin: int | None
+    factory: MethodFactory, cohort: Cohort, finding: str, studies: tuple[int, ...], margin: int | None
 ) -> Candidate | None:
     """What some exemplars show on average; None for a margin around a finding without boxes."""
-    truth = [item for i in studies for item in subjects.study(i).truth or ()]
+    truth = [item for i in studies for item in cohort.study(i).truth or ()]
     boxes = [item.box for item in truth if item.key == finding and item.present and item.box is not None]
     if margin is not None and not boxes:
         return None
-    learned, column = bench.learned, FINDING_KEYS.index(finding)
-    with torch.no_grad():
-        acts = torch.stack([bench.sae.encode(subjects.prompts.frontal(i)) for i in studies]).mean(0)
+    learned, column = factory.statistics, factory.statistics.column(finding)
+    encode = encoder_of(factory.sae)
+    acts = torch.stack([encode(cohort.prompts.frontal(i)) for i in studies]).mean(0)
     place = boxes_place([] if margin is None else boxes, learned.shape, margin or 0)
-    found = exemplar_map(acts, learned.absent[column], bench.decoder, place, learned.shape, bench.n)
-    name = {None: "whole film", 0: "boxes"}.get(margin, f"boxes and {margin} around")
+    found = exemplar_map(acts, learned.absent[column], factory.decoder, place, learned.shape, factory.n)
+    name = {None: "whole image", 0: "boxes"}.get(margin, f"boxes and {margin} around")
     return Candidate(EXEMPLAR if len(studies) == 1 else POOLED, name, studies, found)
 
 
-def _means(bench: Bench, finding: str) -> list[Candidate]:
-    """The mean map, over the whole film and where the finding usually lies."""
-    learned, column = bench.learned, FINDING_KEYS.index(finding)
-    film, usual = torch.ones(learned.boxes.shape[1]), bench.place(finding)
-    places = {"whole film": film} | ({} if bool(usual.all()) else {"usual place": usual})
+def _means(factory: MethodFactory, finding: str) -> list[Candidate]:
+    """The mean map, over the whole image and where the finding usually lies."""
+    learned, column = factory.statistics, factory.statistics.column(finding)
+    image, usual = torch.ones(learned.boxes.shape[1]), factory.place(finding)
+    places = {"whole image": image} | ({} if bool(usual.all()) else {"usual place": usual})
     return [
         Candidate(
             MAPS,
             name,
             (),
             exemplar_map(
-                learned.present[column], learned.absent[column], bench.decoder, place, learned.shape, bench.n
+                learned.present[column],
+                learned.absent[column],
+                factory.decoder,
+                place,
+                learned.shape,
+                factory.n,
             ),
         )
         for name, place in places.items()

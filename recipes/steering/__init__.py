@@ -1,0 +1,1 @@
+"""Recipes of steering experiments; run them as scripts with their YAML files."""
