@@ -198,9 +198,11 @@ def steer_part(
         target = MOVED
         labels = (*(key for key in cohort.reader.names if key not in (finding, other)), MOVED)
 
-        def read(text: str) -> frozenset[str]:
+        def moved(text: str) -> frozenset[str]:
             stated = cohort.reader.read(text)
             return stated | {MOVED} if other in stated and finding not in stated else stated
+
+        read = moved
 
     few = max(8, settings.choose * 3 // 4) if remove else settings.choose
     choose = cohort.pick("choose", present, absent, few)

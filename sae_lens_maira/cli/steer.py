@@ -144,9 +144,9 @@ def steer(
     )
     shown = ["method", "strength", "n", "on_target", "off_target", "kl", "perplexity", "repetition", "length"]
     if as_json:
-        sys.stdout.write(tables.summary.to_json(orient="records") + "\n")
+        sys.stdout.write(f"{tables.summary.to_json(orient='records')}\n")
     else:
-        text = tables.summary[shown].to_string(index=False, float_format=lambda x: f"{x:.3f}")
+        text = tables.summary.loc[:, shown].to_string(index=False, float_format=lambda x: f"{x:.3f}")
         sys.stdout.write(f"{text}\n{out}\n")
 
 
