@@ -22,8 +22,8 @@ from sae_lens_maira.hooks.hooked import HookedMaira2
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole, role_mask
 from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.steering import Add, Effect, Intervention, Schedule, steering
-from sae_lens_maira.steering.page import Piece, compare_words
 from sae_lens_maira.steering.positions import everywhere
+from sae_lens_maira.studies.words import Piece, compare_words
 
 VIEWS = ("frontal", "lateral", "prior")
 

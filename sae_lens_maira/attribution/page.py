@@ -6,10 +6,8 @@ only ever inserted as text. Studies that are not known to be public or synthetic
 """
 
 import base64
-import difflib
 import io
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +20,7 @@ from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.study_info import centre_crop
 from sae_lens_maira.privacy import check_shareable, mark_folder, private_files
 from sae_lens_maira.studies import Study
+from sae_lens_maira.studies.words import compare_words
 
 FILM_SIDE = 518
 SHOWN_LATENTS = 12
@@ -146,7 +145,7 @@ def _sentence(found: ReportAttribution, item: Attribution, text: str | None, n: 
             for row in table.to_dict("records")
         ],
         "check": check,
-        "regenerated": None if text is None else {"n": n, "pieces": changed_words(found.report, text)},
+        "regenerated": None if text is None else {"n": n, "pieces": _pieces(found.report, text)},
     }
 
 
@@ -185,11 +184,9 @@ def _png(image: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def changed_words(before: str, after: str) -> list[tuple[str, bool]]:
-    """`after` in pieces, each with whether its words are not in `before` at that place."""
-    old, new = (re.findall(r"\s*\S+", text) for text in (before, after))
-    matcher = difflib.SequenceMatcher(a=[w.strip() for w in old], b=[w.strip() for w in new], autojunk=False)
-    return [("".join(new[c:d]), kind != "equal") for kind, _, _, c, d in matcher.get_opcodes() if d > c]
+def _pieces(before: str, after: str) -> list[tuple[str, bool]]:
+    """`after` in pieces, each with whether `before` lacks its words there."""
+    return [(piece.text, piece.marked) for piece in compare_words(before, after)[1]]
 
 
 def _index(names: Sequence[str], pages: Sequence[StudyPage], about: str) -> str:
@@ -206,4 +203,4 @@ def _index(names: Sequence[str], pages: Sequence[StudyPage], about: str) -> str:
     )
 
 
-__all__ = ["StudyPage", "changed_words", "page_data", "page_html", "write_pages"]
+__all__ = ["StudyPage", "page_data", "page_html", "write_pages"]

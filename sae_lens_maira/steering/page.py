@@ -6,7 +6,6 @@ for; a study of unknown licence counts as credentialed.
 """
 
 import base64
-import difflib
 import io
 import math
 import re
@@ -25,9 +24,9 @@ from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.study_info import centre_crop
 from sae_lens_maira.privacy import is_shareable
 from sae_lens_maira.studies import Study
+from sae_lens_maira.studies.words import Piece, compare_words
 
 PAGE = "index.html"
-_WORDS = re.compile(r"\s*\d+\.\d+|\s*\w+(?:[-'’]\w+)*|\s*[^\w\s]|\s+$")
 IMAGE_SIDE = 320
 # Columns of a summary: name, heading, factor, format, meaning.
 SHOWN = (
@@ -43,14 +42,6 @@ CAUTION = (
     "An effect on a report is an effect on text. It does not show that a latent means what its name says, nor that "
     "the finding is there. Judge a method by its difference to its controls."
 )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of words, `marked` if the other report does not have them there."""
-
-    text: str
-    marked: bool
 
 
 @dataclass(frozen=True)
@@ -251,26 +242,3 @@ def _image(study: Study | None) -> str:
 
 def _data(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def compare_words(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-    """Split two reports into pieces; the unmarked pieces are the same words in the same order.
-
-    Case is ignored, and the pieces of a report join to that report, character for character.
-
-    Args:
-        before: One report.
-        after: The other report.
-
-    Returns:
-        Pieces of `before` and of `after`.
-    """
-    words = [_WORDS.findall(text) for text in (before, after)]
-    keys = [[word.strip().lower() for word in side] for side in words]
-    matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
-    found: tuple[list[Piece], list[Piece]] = ([], [])
-    for tag, a0, a1, b0, b1 in matcher.get_opcodes():
-        for side, part in zip(found, (words[0][a0:a1], words[1][b0:b1]), strict=True):
-            if part:
-                side.append(Piece("".join(part), tag != "equal"))
-    return tuple(found[0]), tuple(found[1])

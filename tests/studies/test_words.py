@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_lens_maira.steering.page import Piece, compare_words
+from sae_lens_maira.studies.words import Piece, compare_words
 
 pytestmark = pytest.mark.compat
 
