@@ -152,30 +152,21 @@ def load_sae(
         SAEError: no such SAE, or it names no hook point.
     """
     from sae_lens_maira.interactive import describe_sae
-    from sae_lens_maira.sae import load_matryoshka, load_release
+    from sae_lens_maira.sae import load_matryoshka, resolve_sae
 
-    folder = Path(name)
-    if str(name) in PHANTOM_SAES:
-        from sae_lens_maira.phantom import phantom_path
-
-        folder = phantom_path().parent / "saes" / str(name).removeprefix("phantom-")
     place = device_of(device)
-    if (folder / "cfg.json").is_file():
-        if release:
-            raise SAEError(
-                f"{', '.join(sorted(release))} apply to a release, and {folder} is a folder that SAELens wrote. "
-                "Leave them out."
-            )
-        sae = load_matryoshka(folder, device=place, dtype=dtype)
-        if records is None and (folder / "records").is_dir():
-            records = folder / "records"
-    elif _is_saelens_name(str(name)):
+    if _is_saelens_name(str(name)):
         from sae_lens import SAE
 
         release_name, _, sae_id = str(name).partition("/")
         sae = load_matryoshka(SAE.from_pretrained(release_name, sae_id, device=place))
     else:
-        sae = load_release(name, hook_name=hook_name, device=place, dtype=dtype, **release)
+        if hook_name is not None:
+            release = release | {"hook_name": hook_name}
+        folder = _shipped_sae(str(name)) if str(name) in PHANTOM_SAES else resolve_sae(name, **release)
+        sae = load_matryoshka(folder, device=place, dtype=dtype)
+        if records is None and (folder / "records").is_dir():
+            records = folder / "records"
     return describe_sae(sae, hook_name, p99, None if records is None else Path(records))
 
 
@@ -249,6 +240,19 @@ def finding_reader(
         )
         choice = "phantom" if len(studies) and synthetic else "rules"
     return phantom_reader() if choice == "phantom" else rule_reader()
+
+
+def _shipped_sae(name: str) -> Path:
+    """Folder of an SAE that ships with the package."""
+    from sae_lens_maira.phantom import phantom_path
+
+    folder = phantom_path().parent / "saes" / name.removeprefix("phantom-")
+    if not (folder / "cfg.json").is_file():
+        raise SAEError(
+            f"The SAE {name} does not ship with this version of the package. Train one in about three minutes with "
+            "`sae-lens-maira quickstart` and pass its folder, quickstart_out/sae_image or quickstart_out/sae_text."
+        )
+    return folder
 
 
 def _is_saelens_name(name: str) -> bool:

@@ -22,7 +22,7 @@ from sae_lens_maira.latents import Halves, split_by_patient
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, read_report, truth_labels
 from sae_lens_maira.quickstart.sae import train_sae
-from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka, load_release
+from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka, resolve_sae
 from sae_lens_maira.studies import RuleStatus, Study, read_table, rule_labels
 from sae_lens_maira.studies.phrases import OBSERVATIONS
 
@@ -130,7 +130,9 @@ def open_material(
     )
     hook_name = dictionary.cfg.metadata.hook_name
     if not hook_name:
-        raise ConfigError("The SAE's metadata name no hook point; give load_release a hook_name and save it.")
+        raise ConfigError(
+            "The SAE's metadata name no hook point. Load it with load_release(..., hook_name=...) and save it."
+        )
     read = (lambda text: read_report(text).present) if drawn else _by_rule
     return Material(model, maira, dictionary, hook_name, kept, labels, truth, halves, read)
 
@@ -139,8 +141,7 @@ def _sae(
     model: str, maira: Maira2, sae: str | Path | None, learn: Sequence[Study], folder: Path, seed: int
 ) -> MatryoshkaSAE:
     if sae is not None:
-        there = Path(sae)
-        return load_matryoshka(there) if (there / "cfg.json").is_file() else load_release(sae)
+        return load_matryoshka(resolve_sae(sae))
     if model != "phantom":
         raise ConfigError(
             f"No SAE was given for {model}; give a folder that SAELens wrote, or a release's name."

@@ -16,7 +16,7 @@ from sae_lens_maira.sae.pretrained import (
     register_release,
 )
 from sae_lens_maira.sae.registry import register
-from sae_lens_maira.sae.release import ReleaseRequest, convert_release, load_release
+from sae_lens_maira.sae.release import ReleaseRequest, convert_release, load_release, resolve_sae
 from sae_lens_maira.sae.splice import SpliceBatch, SpliceEvaluation, SpliceRecord, evaluate_splice
 from sae_lens_maira.sae.training import MatryoshkaTrainingSAE
 
@@ -46,6 +46,7 @@ __all__ = [
     "make_control",
     "register",
     "register_release",
+    "resolve_sae",
 ]
 
 register()

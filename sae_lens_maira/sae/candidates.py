@@ -1,9 +1,8 @@
-"""Which of a release's files is the SAE that was asked for.
+"""Find the SAE that was asked for among the files of a release.
 
-A release is a tree of folders with one SAE each; how its folders are called is not known beforehand. On
-disk the shapes in the files decide: expansion = d_sae / d_in. On the hub, before anything large is
-downloaded, the small JSON files decide, or else the names. Where more than one SAE fits, the choice is
-handed back to the caller. This module chooses among paths; it knows nothing about downloading or SAELens.
+A release is a tree of folders with one or more SAEs each; how its folders are named is not known beforehand. The shapes
+in the files decide: expansion = d_sae / d_in. Where more than one SAE fits, the error lists them. For a release on the
+hub, `worth_downloading` leaves out the files whose small JSON configuration or name says another expansion.
 """
 
 import re
@@ -97,7 +96,7 @@ def choose(
         if broken is not None:
             raise broken
         raise SAEError(
-            f"{where} holds {listing}; none lies under folder={folder!r}. Pass a folder from that list."
+            f"{where} holds {listing}; none of them is in folder={folder!r}. Pass a folder from that list."
         )
     matching = [c for c in readable if d_in is None or c.d_in == d_in]
     if not matching:
@@ -118,39 +117,29 @@ def choose(
     return matching[0]
 
 
-def choose_by_name(
+def worth_downloading(
     names: Sequence[str],
-    configs: Mapping[str, Any],
-    where: str,
+    configs: Mapping[str, Mapping[str, Any]],
     *,
     expansion: float | None,
+    d_in: int | None,
     folder: str | None,
-) -> str:
-    """The weights file to download, judged without its shapes.
+) -> list[str]:
+    """Weight files that may be the SAE asked for, judged without their shapes.
 
     Args:
-        names: all files of the repository.
-        configs: folder -> parsed JSON of the small files that were downloaded already.
-        where: the repository, for errors.
-        expansion: wanted d_sae / d_in, None for any.
-        folder: folder of the file, or a part of its path; None for any.
-
-    Raises:
-        SAEError: none fits or more than one does.
+        names: All files of the repository.
+        configs: Weights file -> its parsed configuration, where it has one.
+        expansion: Wanted d_sae / d_in, None for any.
+        d_in: Wanted d_in, with which a width in a name tells the expansion.
+        folder: Folder of the file, or a part of its path; None for any.
     """
     files = _below(weight_files(names), folder)
-    if len(files) > 1 and expansion is not None:
-        told = {name: _told_expansion(name, configs) for name in files}
-        files = [name for name in files if told[name] == expansion] or [
-            name for name in files if told[name] is None and _mentions_expansion(name, expansion)
-        ]
-    if len(files) != 1:
-        listing = ", ".join(weight_files(names)[:20]) or "no weights file"
-        raise SAEError(
-            f"{where} holds {listing}; {len(files)} of them fit expansion={expansion} and folder={folder!r}. "
-            "Pass folder=, a part of the path of the one you want."
-        )
-    return files[0]
+    if expansion is None:
+        return files
+    stated = {name: _stated_expansion(name, configs.get(name, {}), d_in) for name in files}
+    certain = [name for name in files if stated[name] == expansion]
+    return certain or [name for name in files if stated[name] is None]
 
 
 def _below(names: Sequence[str], folder: str | None) -> list[str]:
@@ -161,17 +150,22 @@ def _below(names: Sequence[str], folder: str | None) -> list[str]:
     return exact or [name for name in names if folder.strip("/") in name]
 
 
-def _told_expansion(name: str, configs: Mapping[str, Any]) -> float | None:
-    config = configs.get(str(PurePosixPath(name).parent)) or {}
-    d_in = config_value(config, "activation_dim", "d_in", "act_size")
-    d_sae = config_value(config, "dict_size", "d_sae")
-    return float(d_sae) / float(d_in) if d_in and d_sae else config_value(config, "expansion_factor")
-
-
-def _mentions_expansion(name: str, expansion: float) -> bool:
-    number = f"{expansion:g}"
-    word = rf"(?:ef|exp|expansion|factor|x)[-_ =]*0*{number}(?![\d.])"
-    return re.search(rf"{word}|(?<![\d.]){number}x", name.lower()) is not None
+def _stated_expansion(name: str, config: Mapping[str, Any], d_in: int | None) -> float | None:
+    """Expansion that a configuration, or else a name, states; None where neither does."""
+    width_in = config_value(config, "activation_dim", "d_in", "act_size")
+    width = config_value(config, "dict_size", "d_sae")
+    if width_in and width:
+        return float(width) / float(width_in)
+    stated = config_value(config, "expansion_factor")
+    if stated is not None:
+        return float(stated)
+    lowered = PurePosixPath(name).with_suffix("").as_posix().lower()
+    number = re.findall(r"(?:ef|exp|expansion(?:_factor)?|factor|(?<![a-z])x)[-_ =]*(\d+)(?![\d.])", lowered)
+    number = number or re.findall(r"(?<![\d.])(\d+)x(?![a-z0-9])", lowered)
+    if number:
+        return float(number[-1])
+    width = re.findall(r"(?:dict|width|d_sae|dim|size)[-_ =]*(\d+)(?![\d.])", lowered)
+    return float(width[-1]) / d_in if width and d_in else None
 
 
 def _measure(path: Path, name: str) -> Candidate:

@@ -1,19 +1,19 @@
-"""Read an SAE out of a file whose layout nobody has told us: look at keys and shapes, accept what adds up.
+"""Load SAE weights of unknown layout by inspecting keys and shapes.
 
     f = relu((x - b_dec) W_enc + b_enc),  kept where f > threshold,  x_hat = f W_dec + b_dec
 
 Known are the state dicts of dictionary_learning (also the backup of an interrupted run) and of Bussmann's
-repository, as .pt or safetensors, either way round, with group sizes in the state dict or in a JSON beside
-it. Anything else is refused with a list of what was seen. Pickles are read as tensors only; nothing in them
-runs. This module knows nothing about repositories, caches or SAELens.
+repository, as .pt or safetensors, in either orientation, with group sizes in the state dict or in a JSON file next to
+it. Anything else is refused with a list of what was found. Pickles are read as tensors only; nothing in them runs.
 """
 
 import ast
 import json
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -63,11 +63,12 @@ class RawSAE:
     """What the configuration beside the weights says, as JSON values."""
 
 
-def read_sae(path: str | Path) -> RawSAE:
+def read_sae(path: str | Path, dict_class: str | None = None) -> RawSAE:
     """Read the SAE in a weights file, with the configuration beside it.
 
     Args:
         path: a .pt, .pth, .bin, .ckpt or .safetensors file.
+        dict_class: dictionary_learning's name of the class, for a file that does not say which it is.
 
     Raises:
         SAEError: the file is damaged, holds more than tensors, or has a layout that is not understood.
@@ -84,7 +85,7 @@ def read_sae(path: str | Path) -> RawSAE:
     for name in ("state_dict", "model_state_dict"):
         if isinstance(state.get(name), Mapping):
             state = state[name]
-    return _assemble({bare_key(key): value for key, value in state.items()}, config, scale, path)
+    return _assemble({bare_key(key): value for key, value in state.items()}, config, scale, path, dict_class)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -129,8 +130,7 @@ def read_config(weights: Path) -> dict[str, Any]:
     if weights.parent.name == "checkpoints":
         folders.append(weights.parent.parent)
     for folder in folders:
-        for name in (f"{weights.stem}.json", "config.json", "cfg.json", "sae_config.json"):
-            path = folder / name
+        for path in config_files(weights.name, sorted(folder.glob("*.json"))):
             if path.is_file():
                 try:
                     config = json.loads(path.read_text(encoding="utf-8"))
@@ -140,6 +140,29 @@ def read_config(weights: Path) -> dict[str, Any]:
                     raise SAEError(f"{path} holds a {type(config).__name__}; a JSON object was expected.")
                 return config
     return {}
+
+
+def config_files(weights: str, files: Sequence[Path]) -> list[Path]:
+    """JSON files that may be the configuration of a weights file in the same folder, best first.
+
+    `sae_ef4.pt` takes sae_ef4.json, then config_ef4.json or ef4_cfg.json, then config.json.
+    """
+    stem = PurePosixPath(weights).stem
+    own = [file for file in files if file.stem == stem]
+    words = _words(stem)
+    paired = [
+        file for file in files if "config" in _split(file.stem) and words and _words(file.stem) == words
+    ]
+    common = [file for file in files if file.name in ("config.json", "cfg.json", "sae_config.json")]
+    return list(dict.fromkeys([*own, *paired, *sorted(common, key=lambda file: file.name != "config.json")]))
+
+
+def _split(stem: str) -> list[str]:
+    return ["config" if word == "cfg" else word for word in re.split(r"[-_. ]+", stem.lower())]
+
+
+def _words(stem: str) -> set[str]:
+    return set(_split(stem)) - {"config", "sae", "ae", "model", "weights"}
 
 
 def config_value(config: Mapping[str, Any], *names: str) -> Any:
@@ -152,8 +175,10 @@ def config_value(config: Mapping[str, Any], *names: str) -> Any:
     return None
 
 
-def _assemble(state: dict[str, Any], config: dict[str, Any], scale: float, path: Path) -> RawSAE:
-    dict_class = config_value(config, "dict_class")
+def _assemble(
+    state: dict[str, Any], config: dict[str, Any], scale: float, path: Path, given_class: str | None
+) -> RawSAE:
+    dict_class = config_value(config, "dict_class") or given_class
     if dict_class is not None and dict_class not in _READABLE_CLASSES:
         raise SAEError(
             f"The configuration beside {path} names the class {dict_class!r}. Only "
@@ -195,6 +220,12 @@ def _assemble(state: dict[str, Any], config: dict[str, Any], scale: float, path:
             f"{path} holds {_listing(state)}: the threshold has neither 1 nor d_sae={d_sae} numbers."
         )
     widths = _level_widths(state, config, d_sae, path)
+    if widths is None and dict_class is None:
+        raise SAEError(
+            f"{path} names no groups and no class, neither in its state dict nor in a configuration next to it, so its "
+            "encoder's formula is unknown: JumpReLU and TopK SAEs of the same library have the same tensors. Pass "
+            f"dict_class=, one of {', '.join(_READABLE_CLASSES)}, with level_widths=[{d_sae}] for one level."
+        )
     k = _plain(state["k"]) if "k" in state else config_value(config, "k", "top_k")
     return RawSAE(
         W_enc=_oriented(tensors["W_enc"], found["W_enc"][0], (d_in, d_sae), path),

@@ -1,6 +1,9 @@
-"""The right SAE of a release is found, converted once, and opened through every door of SAELens."""
+"""Published SAEs: found in a folder or on the hub with the same answer, converted once, opened by every loader."""
 
+import fnmatch
+import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_hugging
 from safetensors.torch import save_file
 
 from sae_lens_maira.errors import SAEError
+from sae_lens_maira.interface import load_sae
 from sae_lens_maira.sae import (
     MatryoshkaSAE,
     load_matryoshka,
@@ -16,9 +20,11 @@ from sae_lens_maira.sae import (
     maira2_sae_disk_loader,
     maira2_sae_loader,
     register_release,
+    resolve_sae,
 )
-from sae_lens_maira.sae.cache import cache_root
-from sae_lens_maira.sae.candidates import choose_by_name, weight_files
+from sae_lens_maira.sae import release as release_module
+from sae_lens_maira.sae.candidates import weight_files, worth_downloading
+from sae_lens_maira.sae.release import cache_root, hook_of
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("cache")]
 
@@ -52,7 +58,7 @@ def test_metadata_tells_where_it_comes_from(release):
     metadata = load_release(release).cfg.metadata.to_dict()
     assert metadata["model_name"] == "maira-2"
     assert metadata["hook_name"] == "blocks.15.hook_resid_post"
-    assert metadata["release"]["hook_assumed"] is False
+    assert metadata["release"]["hook_assumed"] is True  # a layer number does not say how it counts
     assert metadata["matryoshka"] == {"level_widths": [6, 12, 24], "k": 3.0}
     other = load_release(release, 8, hook_name="blocks.14.hook_resid_post", model_name="mine").cfg.metadata
     assert (other.hook_name, other.model_name) == ("blocks.14.hook_resid_post", "mine")
@@ -125,7 +131,11 @@ def test_several_that_fit_need_a_folder(release, published):
 
 
 def test_level_widths_can_be_given(tmp_path, published):
-    published.write_pt(tmp_path, published.without_groups(published.state_of()))
+    published.write_pt(
+        tmp_path,
+        published.without_groups(published.state_of()),
+        published.config_of(group_sizes=None, group_fractions=None),
+    )
     assert load_release(tmp_path, level_widths=[24]).level_widths == (24,)
     assert load_release(tmp_path, level_widths=[4, 12]).level_widths == (4, 12, 24)
 
@@ -137,17 +147,194 @@ def test_a_release_in_saelens_layout(trained, make_rows, tmp_path):
     assert torch.equal(sae.encode(make_rows(10)), load_matryoshka(trained).encode(make_rows(10)))
 
 
-def test_choice_on_the_hub_by_small_files_or_names(published):
-    """Before the large files are there, configurations decide, then names."""
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with one repository, "someone/saes": the files of the folder `hub.source`.
+
+    `hub.downloaded` lists the files that were fetched.
+    """
+
+    class Hub:
+        source = tmp_path / "hub-source"
+        snapshot = tmp_path / "hub-cache" / "snapshots" / "abc"
+        downloaded: list[str] = []  # noqa: RUF012 - one hub per test
+
+        def names(self):
+            return sorted(
+                p.relative_to(self.source).as_posix() for p in self.source.rglob("*") if p.is_file()
+            )
+
+    hub = Hub()
+    hub.downloaded = []
+    hub.source.mkdir()
+
+    class Api:
+        def list_repo_files(self, repo, revision=None):
+            assert repo == "someone/saes"
+            return hub.names()
+
+    def snapshot_download(repo, *, revision, local_files_only, force_download, allow_patterns=None):
+        for name in hub.names():
+            wanted = allow_patterns is None or any(fnmatch.fnmatch(name, each) for each in allow_patterns)
+            if wanted and not local_files_only:
+                target = hub.snapshot / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(hub.source / name, target)
+                hub.downloaded.append(name)
+        return str(hub.snapshot)
+
+    monkeypatch.setattr(release_module, "HfApi", Api)
+    monkeypatch.setattr(release_module, "snapshot_download", snapshot_download)
+    return hub
+
+
+def flat(pattern, configs=None):
+    """Write three SAEs, named by expansion or width; `configs` is the name of the JSON file of each, if any."""
+
+    def write(root, published):
+        for expansion in (2, 4, 8):
+            path = root / pattern.format(expansion, expansion * published.d_in)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = published.state_of(expansion)
+            save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+            if configs is not None:
+                config = published.config_of(expansion, layer=10 + expansion)
+                (root / configs.format(expansion)).write_text(json.dumps(config))
+
+    return write
+
+
+NAMINGS = {
+    "ef_2.pt": flat("ef_{0}.pt"),
+    "sae_ef4.safetensors": flat("sae_ef{0}.safetensors"),
+    "maira2_sae_x4.pt": flat("maira2_sae_x{0}.pt"),
+    "sae_ef4.pt and config_ef4.json": flat("sae_ef{0}.pt", "config_ef{0}.json"),
+    "sae_ef4.pt and sae_ef4.json": flat("sae_ef{0}.pt", "sae_ef{0}.json"),
+    "dict_24/ae.pt": flat("dict_{1}/ae.pt"),
+    "4x/sae.pt": flat("{0}x/sae.pt"),
+    "names that say nothing": lambda root, published: [
+        published.write_pt(root / name, published.state_of(expansion))
+        for name, expansion in (("one", 2), ("two", 4), ("three", 8))
+    ],
+    "names that mislead": lambda root, published: [
+        published.write_pt(root / f"x{name}", published.state_of(expansion))
+        for name, expansion in ((4, 2), (8, 4), (2, 8))
+    ],
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("expansion", [2, 4, 8])
+def test_the_hub_and_a_folder_give_the_same_sae(naming, expansion, hub, published):
+    NAMINGS[naming](hub.source, published)
+    local = load_release(hub.source, expansion)
+    remote = load_release("someone/saes", expansion)
+    rows = torch.randn(10, published.d_in)
+    torch.testing.assert_close(
+        local.encode(rows), published.reference(published.state_of(expansion), rows)[0]
+    )
+    assert torch.equal(remote.encode(rows), local.encode(rows))
+    facts = [sae.cfg.metadata.to_dict() for sae in (local, remote)]
+    for one in facts:
+        one["release"].pop("source")
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize(
+    "naming", [name for name in NAMINGS if not name.startswith("names that") and not name.startswith("dict_")]
+)
+def test_only_the_wanted_weights_are_downloaded(naming, hub, published):
+    NAMINGS[naming](hub.source, published)
+    load_release("someone/saes", 4)
+    assert len([name for name in hub.downloaded if not name.endswith(".json")]) == 1
+
+
+def test_a_width_in_a_name_needs_d_in(hub, published):
+    NAMINGS["dict_24/ae.pt"](hub.source, published)
+    load_release("someone/saes", 4, d_in=published.d_in)
+    assert hub.downloaded == ["dict_24/ae.pt"]
+
+
+def test_each_file_takes_its_own_configuration(hub, published):
+    """config_ef4.json belongs to sae_ef4.pt, not to its neighbours."""
+    NAMINGS["sae_ef4.pt and config_ef4.json"](hub.source, published)
+    for expansion in (2, 4, 8):
+        for place in (hub.source, "someone/saes"):
+            assert load_release(place, expansion).cfg.metadata.hook_name == (
+                f"blocks.{10 + expansion}.hook_resid_post"
+            )
+
+
+@pytest.mark.parametrize("where", ["local", "hub"])
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"expansion": 3}, ["none with expansion 3", "6 -> 12", "6 -> 48"]),
+        ({"expansion": None}, ["several SAEs that fit", "folder="]),
+        ({"expansion": 4, "d_in": 4096}, ["d_in=4096", "6 -> 24"]),
+        ({"expansion": 4, "folder": "absent"}, ["folder='absent'"]),
+    ],
+    ids=["no such expansion", "several fit", "another width", "no such folder"],
+)
+def test_refusals_are_the_same(where, request_, words, hub, published):
+    NAMINGS["ef_2.pt"](hub.source, published)
+    with pytest.raises(SAEError) as error:
+        load_release(hub.source if where == "local" else "someone/saes", **request_)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_bare_state_dict_needs_its_class(hub, published):
+    """JumpReLU and TopK SAEs of one library have the same tensors, and a level width does not tell the formula."""
+    published.write_pt(hub.source, published.without_groups(published.state_of()))
+    for place in (hub.source, "someone/saes"):
+        with pytest.raises(SAEError, match="dict_class="):
+            load_release(place, level_widths=[24])
+    rows, state = torch.randn(10, published.d_in), published.state_of()
+    batch = load_release(hub.source, level_widths=[24], dict_class="BatchTopKSAE")
+    torch.testing.assert_close(batch.encode(rows), published.reference(state, rows)[0])
+    jump = load_release(hub.source, level_widths=[24], dict_class="JumpReluAutoEncoder")
+    uncentred = torch.relu(rows @ state["W_enc"] + state["b_enc"])
+    torch.testing.assert_close(jump.encode(rows), uncentred * (uncentred > state["threshold"]))
+    with pytest.raises(SAEError, match="AutoEncoderTopK"):
+        load_release(hub.source, level_widths=[24], dict_class="AutoEncoderTopK")
+
+
+@pytest.mark.parametrize(
+    ("facts", "hook_name", "assumed"),
+    [
+        ({}, "blocks.15.hook_resid_post", True),
+        ({"layer": 7}, "blocks.7.hook_resid_post", True),
+        ({"submodule_name": "mlp_out_layer_6"}, "blocks.6.hook_mlp_out", True),
+        ({"submodule_name": "attn_out_layer_3", "layer": 3}, "blocks.3.hook_attn_out", True),
+        ({"submodule_name": "resid_post_layer_6"}, "blocks.6.hook_resid_post", True),
+        ({"hook_name": "blocks.9.hook_mlp_out", "layer": 3}, "blocks.9.hook_mlp_out", False),
+    ],
+)
+def test_hook_point_and_its_assumption(facts, hook_name, assumed):
+    found, source = hook_of(facts, "a file")
+    assert found == hook_name
+    assert ("assumed" in source) == assumed
+
+
+def test_an_unknown_submodule_is_refused(tmp_path, published):
+    published.write_pt(tmp_path, published.state_of(), published.config_of(submodule_name="q_proj_4"))
+    with pytest.raises(SAEError, match="hook_name="):
+        load_release(tmp_path)
+    given = load_release(tmp_path, hook_name="blocks.4.hook_resid_post").cfg.metadata.to_dict()
+    assert given["release"]["hook_source"] == "given"
+
+
+def test_what_a_name_says_about_the_expansion(published):
+    """Before the large files are downloaded, configurations decide, then names."""
     names = ["README.md", "a/ae.pt", "a/config.json", "b/ae.pt", "b/config.json", "b/checkpoints/ae_5.pt"]
-    configs = {"a": {"c": published.config_of(2)}, "b": {"c": published.config_of(4)}}
-    assert choose_by_name(names, configs, "repo", expansion=4, folder=None) == "b/ae.pt"
-    assert choose_by_name(names, {}, "repo", expansion=None, folder="a/") == "a/ae.pt"
+    configs = {"a/ae.pt": published.config_of(2), "b/ae.pt": published.config_of(4)}
+    wanted = {"expansion": 4, "d_in": None, "folder": None}
+    assert worth_downloading(names, configs, **wanted) == ["b/ae.pt"]
+    assert worth_downloading(names, {}, expansion=None, d_in=None, folder="a/") == ["a/ae.pt"]
     for pattern in ("layer15_ef{}", "x{}", "expansion-{}", "{}x", "expansion_factor_{}", "sae_exp{}_k64"):
         folders = [f"{pattern.format(e)}/ae.pt" for e in (2, 4, 8, 14, 40)]
-        assert choose_by_name(folders, {}, "repo", expansion=4, folder=None) == folders[1], pattern
-    with pytest.raises(SAEError, match="Pass folder="):
-        choose_by_name(["one/ae.pt", "two/ae.pt"], {}, "repo", expansion=4, folder=None)
+        assert worth_downloading(folders, {}, **wanted) == [folders[1]], pattern
+    assert worth_downloading(["one/ae.pt", "two/ae.pt"], {}, **wanted) == ["one/ae.pt", "two/ae.pt"]
 
 
 def test_one_weights_file_per_folder():
@@ -197,3 +384,29 @@ def test_converters_for_saelens(release):
     for sae in (by_id, by_path):
         assert isinstance(sae, MatryoshkaSAE)
         assert sae.level_widths == (6, 12, 24)
+
+
+def test_load_sae_takes_every_name(hub, published):
+    """A hub id, a folder of releases, SAELens' name and a folder that SAELens wrote give one SAE."""
+    NAMINGS["ef_2.pt"](hub.source, published)
+    register_release("maira-2-sae-named", hub.source)
+    folder = resolve_sae("someone/saes")
+    rows = torch.randn(10, published.d_in)
+    expected = load_sae("someone/saes").encode(rows)
+    for name in (hub.source, folder, "maira-2-sae-named/expansion_4"):
+        sae = load_sae(name)
+        assert torch.equal(sae.encode(rows), expected)
+        assert (sae.p99, sae.latent_names) == (None, {})
+    assert load_sae("someone/saes", expansion=8).cfg.d_sae == 8 * published.d_in
+    other = load_sae(folder, hook_name="blocks.2.hook_resid_post")
+    assert other.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
+
+
+def test_load_sae_refuses_what_does_not_fit(hub, published):
+    NAMINGS["ef_2.pt"](hub.source, published)
+    with pytest.raises(SAEError, match="apply to a release"):
+        load_sae(resolve_sae("someone/saes"), folder="x")
+    with pytest.raises(SAEError, match="no argument layer for a release"):
+        load_sae("someone/saes", layer=3)
+    with pytest.raises(SAEError, match="phantom-image does not ship"):
+        load_sae("phantom-image")
