@@ -1,12 +1,13 @@
-"""How well the latents of an SAE agree with the findings, beside its controls.
+"""Agreement of an SAE's latents with the findings, with its controls.
 
-    trained, untrained, raw, supervised -> F1 of firing, units chosen on one half of the patients, reported on the other
+    trained, frozen, untrained, raw, supervised -> F1 of firing, units chosen on one half of the patients, reported on
+                                                   the other
 
-Of several SAEs that differ in their initial weights alone, the one that agrees best on the choosing half is taken;
-the untrained SAE is drawn as often and taken by the same rule. It knows nothing about where the rows come from.
+Of several SAEs that differ only in their initial weights, the one that agrees best on the choosing half is taken. The
+untrained SAE and the frozen controls are drawn as often and taken by the same rule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -34,8 +35,9 @@ def agreement(
     halves: Halves,
     saes: Sequence[TrainedSAE],
     seed: int,
+    frozen: Mapping[str, Sequence[TrainedSAE]] | None = None,
 ) -> PlaceResult:
-    """Score SAEs of one kind of position, take one, and set it beside its controls.
+    """Score SAEs of one kind of position, take one, and compare it with its controls.
 
     Args:
         place: "text" or "image".
@@ -44,6 +46,7 @@ def agreement(
         halves: the split by patient.
         saes: trained on the choosing half's rows from different initial weights; one or more.
         seed: of the untrained SAEs; the i-th takes `seed + i`.
+        frozen: frozen controls by kind, as many of each as there are SAEs.
 
     Returns:
         The scores of the SAE taken, of its controls, and of every SAE drawn.
@@ -72,6 +75,11 @@ def agreement(
         for i, sae in enumerate(saes)
     ]
     control = untrained[best_dictionary(untrained)]
+    taken_frozen = {}
+    for kind, controls in (frozen or {}).items():
+        candidates = [scored(kind.replace("_", " "), one.encode)[0] for one in controls]
+        taken_frozen[kind] = candidates[best_dictionary(candidates)]
+    raw = scored("raw dimensions", control_of("raw", saes[taken]))[0]
     draws = tuple(
         Draw(
             seed=sae.seed,
@@ -91,9 +99,13 @@ def agreement(
         sae=saes[taken],
         trained=best,
         untrained=control,
-        raw=scored("raw dimensions", control_of("raw", saes[taken]))[0],
+        raw=raw,
         supervised=best_units("difference of means", fitted, truth, FINDING_KEYS, halves, unit=own),
-        gain=paired_difference(best, control),
+        frozen=taken_frozen,
+        gains={
+            kind: paired_difference(best, other)
+            for kind, other in {**taken_frozen, "untrained": control, "raw": raw}.items()
+        },
         l0=l0,
         explained_variance=draws[taken].explained_variance,
         n_rows=len(rows),

@@ -22,7 +22,7 @@ from sae_lens_maira.quickstart.steer import SteeringResult
 from sae_lens_maira.studies import Study
 
 # Okabe and Ito's palette: distinguishable with any colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#999999", "#009E73")
+COLOURS = ("#0072B2", "#CC79A7", "#E69F00", "#D55E00", "#999999", "#009E73")
 FRONTAL = 0
 N_TOP = 4
 
@@ -32,17 +32,24 @@ def draw_agreement(places: Sequence[PlaceResult], file: Path) -> None:
     figure = Figure(figsize=(11, 3.6 * len(places)))
     axes = figure.subplots(len(places), 1, sharex=True, squeeze=False)
     for axis, place in zip(axes[:, 0], places, strict=True):
-        dictionaries = (place.trained, place.untrained, place.raw, place.supervised)
+        dictionaries = (
+            place.trained,
+            *place.frozen.values(),
+            place.untrained,
+            place.raw,
+            place.supervised,
+        )
+        colours = (COLOURS[0], *COLOURS[1 : 1 + len(place.frozen)], *COLOURS[3:])
         width = 0.8 / len(dictionaries)
-        for number, (scores, colour) in enumerate(zip(dictionaries, COLOURS, strict=True)):
-            _bars(axis, scores, (number - 1.5) * width, width, colour)
+        for number, (scores, colour) in enumerate(zip(dictionaries, colours, strict=True)):
+            _bars(axis, scores, (number - (len(dictionaries) - 1) / 2) * width, width, colour)
         axis.set_ylim(0, 1.02)
         axis.set_ylabel("F1 of firing")
         axis.set_title(
             f"{place.place} positions (held-out half, n = {place.trained.n})", loc="left", fontsize=10
         )
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=4, frameon=False, fontsize=9)
+    axes[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=6, frameon=False, fontsize=9)
     labels = [key.replace("_", " ") for key in FINDING_KEYS]
     axes[-1, 0].set_xticks(range(len(labels)), labels, rotation=35, ha="right", fontsize=9)
     _save(figure, file)

@@ -48,6 +48,7 @@ def agreement_frame(place: PlaceResult) -> pd.DataFrame:
             "f1": best.f1.round(3),
             "low": best.low.round(3),
             "high": best.high.round(3),
+            **{kind: scores.f1.round(3) for kind, scores in place.frozen.items()},
             "untrained": place.untrained.f1.round(3),
             "raw": place.raw.f1.round(3),
             "supervised": place.supervised.f1.round(3),
@@ -68,6 +69,8 @@ def summary(result: QuickstartResult) -> dict[str, object]:
             "gain": place.gain.mean,
             "gain_low": place.gain.low,
             "gain_high": place.gain.high,
+            "mean_f1_frozen": {kind: float(scores.f1.mean()) for kind, scores in place.frozen.items()},
+            "gains": {kind: asdict(gain) for kind, gain in place.gains.items()},
             "l0": place.l0,
             "explained_variance": place.explained_variance,
             "n_studies": place.trained.n,
@@ -115,6 +118,7 @@ medicine, or about MAIRA-2 itself.
 ## Which latents agree with findings
 
 F1 of firing: a latent fires in a study if it is active at one or more positions. No threshold is tuned.
+*frozen decoder* and *frozen encoder* are trained like the SAE while their random decoder or encoder stays fixed.
 *untrained* has random directions and the same L0 (where the SAE was trained on whitened rows, directions that are
 random in the whitened space), *raw* are the residual stream's own dimensions at the same L0, *supervised* is the
 difference of means, which has seen the labels of the first half.
@@ -153,13 +157,25 @@ same folders and knows the levels.
 
 
 def _place(place: PlaceResult, what: str) -> str:
-    gain = place.gain
+    means = {kind: scores.f1.mean() for kind, scores in place.frozen.items()}
+    means |= {"untrained": place.untrained.f1.mean(), "raw": place.raw.f1.mean()}
+    frame = pd.DataFrame(
+        {
+            "mean F1": [f"{mean:.3f}" for mean in means.values()],
+            "trained minus control": [f"{place.gains[kind].mean:+.3f}" for kind in means],
+            "95 % interval": [
+                f"{place.gains[kind].low:+.3f} to {place.gains[kind].high:+.3f}" for kind in means
+            ],
+        },
+        index=pd.Index([kind.replace("_", " ") for kind in means], name="control"),
+    )
     return f"""### {place.place.capitalize()} positions ({what})
 
-Mean F1 {place.trained.f1.mean():.3f}; untrained {place.untrained.f1.mean():.3f}, raw {place.raw.f1.mean():.3f},
-supervised {place.supervised.f1.mean():.3f}. Trained minus untrained {gain.mean:+.3f}
-(95 % paired bootstrap over studies {gain.low:+.3f} to {gain.high:+.3f}). Explained variance
-{place.explained_variance:.3f} at L0 {place.l0:.1f} on {place.n_rows:,} rows.
+Mean F1 {place.trained.f1.mean():.3f} (supervised direction {place.supervised.f1.mean():.3f}). Explained variance
+{place.explained_variance:.3f} at L0 {place.l0:.1f} on {place.n_rows:,} rows. Intervals are a paired bootstrap over
+studies.
+
+{_table(frame)}
 
 {_table(agreement_frame(place))}
 {_draws(place)}"""

@@ -8,6 +8,7 @@ from sae_lens_maira.latents import Agreement, Difference
 from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.quickstart.sae import TrainedSAE
 from sae_lens_maira.quickstart.steer import SteeringResult
+from sae_lens_maira.sae.config import Frozen
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class QuickstartConfig:
         text_steps: training steps of 1,024 report tokens.
         finding: the finding to steer into reports that do not have it.
         steer_studies: negative studies to steer, from either half.
+        frozen: controls to train next to the SAEs, as often and taken by the same rule: "frozen_decoder" and
+            "frozen_encoder" (arXiv 2602.14111).
         seed: of everything drawn here.
         progress: show progress bars.
     """
@@ -44,6 +47,7 @@ class QuickstartConfig:
     text_steps: int = 1500
     finding: str = "cardiomegaly"
     steer_studies: int = 60
+    frozen: tuple[Frozen, ...] = ("frozen_decoder", "frozen_encoder")
     seed: int = 0
     progress: bool = True
 
@@ -91,7 +95,8 @@ class PlaceResult:
         place: "text" or "image".
         sae: the SAE trained on positions of this kind, taken from `draws`.
         trained, untrained, raw, supervised: best units of each dictionary.
-        gain: trained minus untrained, mean over the findings, paired over studies.
+        frozen: best units of each frozen control, by kind.
+        gains: trained minus each control, by the control's kind: mean over the findings, paired over studies.
         l0: active latents per row of the trained SAE here.
         explained_variance: of the trained SAE on the held-out half's rows here.
         n_rows: rows of this kind.
@@ -104,11 +109,17 @@ class PlaceResult:
     untrained: Agreement
     raw: Agreement
     supervised: Agreement
-    gain: Difference
+    frozen: dict[str, Agreement]
+    gains: dict[str, Difference]
     l0: float
     explained_variance: float
     n_rows: int
     draws: tuple[Draw, ...]
+
+    @property
+    def gain(self) -> Difference:
+        """Trained minus untrained."""
+        return self.gains["untrained"]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sae_lens_maira.quickstart.report import write_report
 from sae_lens_maira.quickstart.results import QuickstartConfig, QuickstartResult
 from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
 from sae_lens_maira.quickstart.steer import steer_finding
+from sae_lens_maira.sae.config import Frozen
 from sae_lens_maira.studies import Study
 
 # Everything a report is written from: the film, the sections, the report itself; no boilerplate.
@@ -64,21 +65,28 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     spoken = stored_rows(maira, studies, hook_names(config)["text"], config)
     spoken = spoken.where(spoken.role == TokenRole.REPORT)
     saes = _text_saes(spoken, halves, config)
-    text = agreement("text", spoken, truth, halves, saes, saes[0].seed)
+    frozen = {kind: _text_saes(spoken, halves, config, kind) for kind in config.frozen}
+    text = agreement("text", spoken, truth, halves, saes, saes[0].seed, frozen)
     with atomic_folder(config.out / "sae_text", "replace") as draft:
         shutil.copytree(text_folder(config, text.sae.seed), draft, dirs_exist_ok=True)
     learned = rows.where(halves.choose[rows.study])
-    trained = train_sae(
-        learned,
-        config.d_sae,
-        config.k,
-        config.steps,
-        config.seed,
-        config.out / "sae_image",
-        lr=2e-3,
-        dead_after=dead_after(config.steps),
+    kinds = (None, *config.frozen)
+    trained, *controls = (
+        train_sae(
+            learned,
+            config.d_sae,
+            config.k,
+            config.steps,
+            config.seed,
+            config.out / ("sae_image" if kind is None else f"sae_image_{kind}"),
+            lr=2e-3,
+            dead_after=dead_after(config.steps),
+            control=kind,
+        )
+        for kind in kinds
     )
-    image = agreement("image", rows, truth, halves, [trained], config.seed)
+    frozen = {kind: [sae] for kind, sae in zip(config.frozen, controls, strict=True)}
+    image = agreement("image", rows, truth, halves, [trained], config.seed, frozen)
     steering = steer_finding(
         maira,
         studies,
@@ -97,11 +105,13 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     return result
 
 
-def _text_saes(spoken: ActivationRows, halves: Halves, config: QuickstartConfig) -> list[TrainedSAE]:
-    """SAEs of report tokens that differ in their initial weights and in the order of rows."""
+def _text_saes(
+    spoken: ActivationRows, halves: Halves, config: QuickstartConfig, control: Frozen | None = None
+) -> list[TrainedSAE]:
+    """Train SAEs of report tokens, or frozen controls, that differ in initial weights and in the order of rows."""
     learned = spoken.where(halves.choose[spoken.study])
     # SAEs of an earlier run into this folder could not be told from those of this one.
-    shutil.rmtree(config.out / "sae_text_seeds", ignore_errors=True)
+    shutil.rmtree(text_folder(config, 0, control).parent, ignore_errors=True)
     first = config.seed * config.text_seeds  # runs of different seeds share no initial weights
     # Whitened, since what a token is takes most of the variance of report tokens and what the study has little:
     # without it more latents die. The whitening ends up in the weights.
@@ -112,10 +122,11 @@ def _text_saes(spoken: ActivationRows, halves: Halves, config: QuickstartConfig)
             config.text_k,
             config.text_steps,
             seed,
-            text_folder(config, seed),
+            text_folder(config, seed, control),
             lr=3e-3,
             dead_after=dead_after(config.text_steps),
             normalize="covariance_whitening",
+            control=control,
         )
         for seed in range(first, first + config.text_seeds)
     ]
@@ -126,9 +137,9 @@ def dead_after(steps: int) -> int:
     return max(1, steps // 6)
 
 
-def text_folder(config: QuickstartConfig, seed: int) -> Path:
-    """Where the text SAE of one seed is saved; the one taken is copied to `sae_text`."""
-    return config.out / "sae_text_seeds" / str(seed)
+def text_folder(config: QuickstartConfig, seed: int, control: Frozen | None = None) -> Path:
+    """Folder of the text SAE of one seed, or of a control; the SAE that is taken is copied to `sae_text`."""
+    return config.out / ("sae_text_seeds" if control is None else f"sae_text_{control}") / str(seed)
 
 
 def hook_names(config: QuickstartConfig) -> dict[str, str]:
