@@ -3,10 +3,9 @@
     grey -> (v - min) / (max - min) * 255 -> uint8 -> shortest edge to S, bicubic -> centre crop S x S
          -> (v / 255 - mean) / std -> three equal channels
 
-Takes PIL images, numpy arrays, paths to picture files and DICOM files. Sixteen-bit pictures keep their range
-until the min-max step (PIL's own conversion to "L" would clip them). Boxes refer to the centre crop;
-`box_to_image` and `box_to_crop` map between it and the whole image. This module knows nothing about prompts
-or models.
+Takes PIL images, numpy arrays, picture files and DICOM files. EXIF orientation is applied, 16-bit and 32-bit pictures
+keep their range until the min-max step, and fully transparent or masked pixels become background (the darkest value).
+Boxes refer to the centre crop; `box_to_image` and `box_to_crop` map between it and the whole image.
 """
 
 import os
@@ -19,10 +18,20 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from sae_lens_maira.errors import ImageError
-from sae_lens_maira.maira2.dicom import is_dicom, read_dicom
+from sae_lens_maira.maira2.dicom import (
+    MAX_PIXELS,
+    Decoded,
+    check_dicom,
+    decode_dicom,
+    is_dicom,
+    looks_like_dicom,
+)
+from sae_lens_maira.maira2.pictures import grey_of_array, grey_of_pil
 
 ImageSource = Any
 """A PIL image, a numpy array `(H, W)` or `(H, W, 3)`, or the path of a picture or DICOM file."""
+MAX_RATIO = 10
+"""Largest ratio of an image's sides; a strip would be resized to an image far larger than itself."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class ImageRecipe:
         Raises:
             ImageError: the image cannot be read, is empty or not finite, or has no contrast.
         """
-        grey = self.crop_square(Image.fromarray(stretch_contrast(read_grey(image))))
+        grey = self.crop_square(Image.fromarray(read_stretched(image)))
         levels = np.asarray(grey)
         # 256 possible values: normalise the table once and look pixels up.
         table = (np.arange(256, dtype=np.float32)[None] / np.float32(255) - _column(self.mean)) / _column(
@@ -72,21 +81,88 @@ class ImageRecipe:
 
 
 def read_grey(image: ImageSource) -> np.ndarray:
-    """Read an image as a `(H, W)` grey array in its own range (uint8, uint16 or float).
+    """Read an image as a `(H, W)` grey array in its own range (integers or float64), bright meaning dense.
 
     Raises:
-        ImageError: the file or array is not a readable single image.
+        ImageError: The file or array is not a readable single image, or is far too large or narrow.
     """
+    return _decoded(image).values
+
+
+def read_stretched(image: ImageSource) -> np.ndarray:
+    """`stretch_contrast(read_grey(image))`, without an array of floats for DICOM files of at most 16 bits.
+
+    Raises:
+        ImageError: As `read_grey` and `stretch_contrast`.
+    """
+    codes, levels = _decoded(image)
+    if levels is None:
+        return stretch_contrast(codes)
+    used = levels[np.bincount(codes.ravel(), minlength=len(levels)) > 0]
+    low, high = _contrast(used)
+    return ((np.clip(levels, low, high) - low) / (high - low) * 255).astype(np.uint8)[codes]
+
+
+def check_image(path: Path) -> int:
+    """Open a picture or DICOM file and read its header only.
+
+    Returns:
+        Bytes that decoding it takes at most, for a bound on the memory of several readers.
+
+    Raises:
+        ImageError: There is no such file, it is not a picture, or it is far too large or narrow.
+    """
+    if is_dicom(path):
+        rows, columns = check_dicom(path)
+        pixel_bytes = 12
+    else:
+        try:
+            with Image.open(path) as image:
+                (columns, rows), pixel_bytes = image.size, 20 if image.mode.startswith(("I", "F")) else 8
+        except (
+            UnidentifiedImageError,
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:
+            if not looks_like_dicom(path):
+                raise _unreadable(path, error) from error
+            (rows, columns), pixel_bytes = check_dicom(path), 12
+    _check_size(rows, columns, str(path))
+    return rows * columns * pixel_bytes + path.stat().st_size
+
+
+def _decoded(image: ImageSource) -> Decoded:
     if isinstance(image, str | os.PathLike):
-        return _read_file(Path(image))
-    if isinstance(image, Image.Image):
-        return _grey_of_pil(image, "the PIL image")
-    if isinstance(image, np.ndarray):
-        return _grey_of_array(image)
-    raise ImageError(
-        f"An image of type {type(image).__name__} was given; a PIL image, a numpy array or the path of a"
-        " picture or DICOM file was expected. Convert it to one of these."
-    )
+        name, decoded = str(image), _read_file(Path(image))
+    elif isinstance(image, Image.Image):
+        _check_size(image.height, image.width, "the PIL image")
+        name, decoded = "the PIL image", Decoded(grey_of_pil(image, "the PIL image"), None)
+    elif isinstance(image, np.ndarray):
+        name, decoded = "the array", Decoded(grey_of_array(image), None)
+    else:
+        raise ImageError(
+            f"An image of type {type(image).__name__} was given; a PIL image, a numpy array or the path of a"
+            " picture or DICOM file was expected. Convert it to one of these."
+        )
+    if decoded.codes.size:
+        _check_size(*decoded.codes.shape, name)
+    return decoded
+
+
+def _check_size(rows: int, columns: int, name: str) -> None:
+    """Refuse sizes that are no radiograph's before they are decoded or resized."""
+    if rows * columns > MAX_PIXELS:
+        raise ImageError(
+            f"{name} has {columns} x {rows} pixels; at most {MAX_PIXELS:,} are decoded. Make a smaller copy, or leave"
+            " the study out."
+        )
+    if max(rows, columns) > MAX_RATIO * max(min(rows, columns), 1):
+        raise ImageError(
+            f"{name} has {columns} x {rows} pixels; a radiograph with sides of at most 1 : {MAX_RATIO} was expected."
+            " Check the file, or leave the study out."
+        )
 
 
 def stretch_contrast(grey: np.ndarray) -> np.ndarray:
@@ -95,6 +171,20 @@ def stretch_contrast(grey: np.ndarray) -> np.ndarray:
     Raises:
         ImageError: the image is empty, not finite, or constant.
     """
+    low, high = _contrast(grey)
+    if grey.dtype in (np.uint8, np.uint16):
+        # Few possible values: stretch the table, not the pixels. Same numbers, a tenth of the time.
+        table = np.arange(int(np.iinfo(grey.dtype).max) + 1, dtype=np.float64)
+        return ((np.clip(table, low, high) - low) / (high - low) * 255).astype(np.uint8)[grey]
+    stretched = np.empty(grey.shape, dtype=np.uint8)
+    for start in range(0, len(grey), 256):  # in strips, so that no second array of floats is needed
+        strip = grey[start : start + 256].astype(np.float64)
+        stretched[start : start + 256] = (strip - low) / (high - low) * 255
+    return stretched
+
+
+def _contrast(grey: np.ndarray) -> tuple[float, float]:
+    """Darkest and brightest value. Raises ImageError where there is no pixel, no finite value or no contrast."""
     if grey.size == 0:
         raise ImageError(f"The image has shape {grey.shape} and holds no pixel; give an image with pixels.")
     low, high = grey.min(), grey.max()
@@ -107,13 +197,7 @@ def stretch_contrast(grey: np.ndarray) -> np.ndarray:
             f"The image is constant (every pixel is {low}), so its contrast cannot be stretched to 0..255. A"
             " radiograph was expected; check the file, or leave the study out."
         )
-    if grey.dtype in (np.uint8, np.uint16):
-        # Few possible values: stretch the table, not the pixels. Same numbers, a tenth of the time.
-        table = np.arange(int(np.iinfo(grey.dtype).max) + 1, dtype=np.float64)
-        stretched = (table - float(low)) / (float(high) - float(low)) * 255
-        return np.clip(stretched, 0, 255).astype(np.uint8)[grey]
-    values = grey.astype(np.float64)
-    return ((values - float(low)) / (float(high) - float(low)) * 255).astype(np.uint8)
+    return float(low), float(high)
 
 
 def resized_size(width: int, height: int, shortest: int) -> tuple[int, int]:
@@ -153,47 +237,32 @@ def _column(values: tuple[float, ...]) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)[:, None]
 
 
-def _read_file(path: Path) -> np.ndarray:
+def _read_file(path: Path) -> Decoded:
     if not path.is_file():
         raise ImageError(f"There is no image file at {path}. Check the path in the study record.")
     if is_dicom(path):
-        return read_dicom(path)
+        return decode_dicom(path)
     try:
         with Image.open(path) as image:
-            image.load()
-            return _grey_of_pil(image, str(path))
+            _check_size(image.height, image.width, str(path))
+            return Decoded(grey_of_pil(image, str(path)), None)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(
-            f"{path} could not be read as a picture ({error}). A whole PNG, JPEG, TIFF or DICOM file was"
-            " expected; the file may be truncated or of another kind. Fetch it again or leave the study out."
-        ) from error
+        if isinstance(error, UnidentifiedImageError) and looks_like_dicom(path):
+            return decode_dicom(path)
+        raise _unreadable(path, error) from error
 
 
-def _grey_of_pil(image: Image.Image, name: str) -> np.ndarray:
-    if getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{name} holds {getattr(image, 'n_frames', 1)} frames; give one single image.")
-    if image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    try:
-        return np.asarray(image.convert("L"))
-    except OSError as error:
-        raise ImageError(
-            f"{name} could not be decoded ({error}); it may be truncated. Fetch it again."
-        ) from error
-
-
-def _grey_of_array(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim == 3 and array.shape[-1] in (3, 4) and array.dtype == np.uint8:
-        return np.asarray(Image.fromarray(array).convert("L"))
-    if array.ndim == 3 and array.shape[-1] == 3 and array.dtype != object:
-        return array.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
-    if array.ndim != 2 or array.dtype.kind not in "biuf":
-        raise ImageError(
-            f"An array of shape {array.shape} and dtype {array.dtype} was given; a grey (H, W) or colour (H,"
-            " W, 3) image of numbers was expected. Select one image and drop further axes."
-        )
-    return array.astype(np.uint8) if array.dtype.kind == "b" else array
+def _unreadable(path: Path, error: Exception) -> ImageError:
+    if path.stat().st_size == 0:
+        return ImageError(f"{path} could not be read as a picture: it is empty (0 bytes). Copy it again.")
+    unknown = isinstance(error, UnidentifiedImageError)
+    cause = (
+        "it is not a PNG, JPEG, TIFF, WebP or DICOM file"
+        if unknown
+        else f"{error}; it is cut short or damaged"
+    )
+    return ImageError(
+        f"{path} could not be read as a picture: {cause}. Replace the file or leave the study out."
+    )

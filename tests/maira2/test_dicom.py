@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -12,6 +13,7 @@ from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian,
 from sae_lens_maira.errors import ImageError
 from sae_lens_maira.maira2 import ImageRecipe, Maira2, generate_reports
 from sae_lens_maira.maira2.dicom import read_dicom
+from sae_lens_maira.maira2.images import check_image, read_grey, read_stretched, stretch_contrast
 
 pytestmark = pytest.mark.compat
 
@@ -84,18 +86,107 @@ def test_dicom_is_known_by_its_magic_word_not_its_name(tmp_path: Path, make_pict
     assert ImageRecipe(size=56, crop=56).to_pixels(path).shape == (3, 56, 56)
 
 
-@pytest.mark.parametrize("name", ["emri_small.dcm", "SC_rgb.dcm", "SC_rgb_2frame.dcm"])
-def test_several_frames_and_colour_are_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["emri_small.dcm", "SC_rgb_2frame.dcm"])
+def test_several_frames_are_refused(name: str) -> None:
     path = get_testdata_file(name, download=False)
     assert isinstance(path, str)
-    with pytest.raises(ImageError, match="a single grey frame was expected"):
+    with pytest.raises(ImageError, match="a single frame was expected"):
         read_dicom(Path(path))
 
 
-def test_damaged_files_are_refused(tmp_path: Path, film: Path) -> None:
+def test_damaged_files_are_refused_with_a_true_sentence(tmp_path: Path, film: Path) -> None:
     (tmp_path / "cut.dcm").write_bytes(film.read_bytes()[:200_000])
     (tmp_path / "text.dcm").write_text("not a film")
     (tmp_path / "empty.dcm").write_bytes(b"")
-    for name in ("cut.dcm", "text.dcm", "empty.dcm"):
-        with pytest.raises(ImageError, match=f"{name} could not be read as a DICOM image"):
-            ImageRecipe().to_pixels(tmp_path / name)
+    (tmp_path / "noise.dcm").write_bytes(bytes(range(256)) * 8)
+    report = get_testdata_file("reportsi.dcm", download=False)
+    assert isinstance(report, str)
+    for path, words in (
+        (tmp_path / "cut.dcm", "cut short or damaged"),
+        (tmp_path / "text.dcm", "is a text file, not DICOM"),
+        (tmp_path / "empty.dcm", r"is empty \(0 bytes\)"),
+        (tmp_path / "noise.dcm", "damaged or another kind|without an image"),
+        (Path(report), "without an image"),
+    ):
+        with pytest.raises(ImageError, match=words) as refused:
+            ImageRecipe().to_pixels(path)
+        assert path.name in str(refused.value)
+        assert "Fetch" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["film", "film.dcm", "film.ima"])
+@pytest.mark.parametrize("syntax", [True, False])
+def test_a_file_without_preamble_or_transfer_syntax_is_read(tmp_path: Path, name: str, syntax: bool) -> None:
+    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    whole = write_dicom(tmp_path / "whole.dcm", pixels)
+    data = dcmread(whole)
+    if not syntax:
+        del data.file_meta.TransferSyntaxUID
+    data.preamble = None
+    data.save_as(tmp_path / name, implicit_vr=False, little_endian=True, enforce_file_format=False)
+    bare = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(bare[132:] if bare[128:132] == b"DICM" else bare)
+    assert np.array_equal(read_grey(tmp_path / name), pixels)
+    assert check_image(tmp_path / name) > 0
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({"WindowCenter": "2000", "WindowWidth": "0"}, "WindowCenter 2000, WindowWidth 0"),
+        ({"WindowCenter": "2000", "WindowWidth": "-5"}, "is not valid"),
+        ({"WindowCenter": "90000", "WindowWidth": "100"}, "leaves no contrast in the data"),
+        ({"WindowCenter": "-90000", "WindowWidth": "100"}, "leaves no contrast in the data"),
+    ],
+)
+def test_a_window_that_shows_nothing_is_ignored_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tags: dict[str, str], words: str
+) -> None:
+    pixels = np.linspace(100, 4000, 64, dtype=np.uint16).reshape(8, 8)
+    assert np.array_equal(read_dicom(write_dicom(tmp_path / "x.dcm", pixels, **tags)), pixels)
+    (record,) = caplog.records
+    assert words in record.getMessage()
+    assert "x.dcm" in record.getMessage()
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2", "Monochrome1", "monochrome2 "])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_padding_is_background_and_takes_no_part_in_the_scaling(
+    tmp_path: Path, photometric: str, limit: int | None
+) -> None:
+    pixels = np.linspace(1000, 4000, 64, dtype=np.uint16).reshape(8, 8)
+    pixels[0, :4] = 0
+    pixels[0, 4:] = 5 if limit else 0
+    tags = {"PixelPaddingValue": 0} | ({} if limit is None else {"PixelPaddingRangeLimit": limit})
+    stretched = read_stretched(write_dicom(tmp_path / "x.dcm", pixels, photometric, **tags))
+    assert (stretched[0] == 0).all()
+    body = pixels[1:].astype(float)
+    wanted = (body - body.min()) / (body.max() - body.min()) * 255
+    wanted = 255 - wanted if "1" in photometric else wanted
+    assert np.abs(stretched[1:] - wanted).max() <= 1
+
+
+def test_stretching_codes_equals_stretching_values(tmp_path: Path, film: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 4096, (40, 50)).astype(np.uint16)
+    files = [
+        film,
+        write_dicom(tmp_path / "a.dcm", pixels, "MONOCHROME1", WindowCenter="2000", WindowWidth="1500"),
+    ]
+    files += [
+        write_dicom(
+            tmp_path / "b.dcm", pixels, PixelPaddingValue=17, RescaleSlope="0.37", RescaleIntercept="-9"
+        )
+    ]
+    for path in files:
+        assert np.array_equal(read_stretched(path), stretch_contrast(read_grey(path)))
+
+
+def test_an_image_far_too_large_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((8, 8), dtype=np.uint16))
+    data = dcmread(path)
+    data.Rows = data.Columns = 20_000
+    data.save_as(path)
+    for read in (read_grey, check_image):
+        with pytest.raises(ImageError, match="20000 x 20000 pixels"):
+            read(path)
