@@ -147,7 +147,7 @@ def _decoded(image: ImageSource) -> Decoded:
             " picture or DICOM file was expected. Convert it to one of these."
         )
     if decoded.codes.size:
-        _check_size(*decoded.codes.shape, name)
+        _check_size(decoded.codes.shape[0], decoded.codes.shape[1], name)
     return decoded
 
 

@@ -99,9 +99,18 @@ def _sixteen_bit_colour(image: Image.Image, name: str) -> np.ndarray | None:
     Pillow keeps the upper byte of each sample only. The file is decoded once more with a raw mode that yields the other
     byte; for grey-alpha, as 8-bit RGBA, whose pixels have the same four bytes.
     """
-    tile = image.tile[0] if getattr(image, "tile", None) else None
+    tiles: Any = getattr(image, "tile", None)
+    tile = tiles[0] if tiles else None
     raw = tile[3][0] if tile and isinstance(tile[3], tuple) else tile[3] if tile else None
-    if raw not in ("LA;16B", "RGB;16B", "RGBA;16B", "RGB;16L", "RGBA;16L", "RGB;16N", "RGBA;16N"):
+    if tile is None or raw not in (
+        "LA;16B",
+        "RGB;16B",
+        "RGBA;16B",
+        "RGB;16L",
+        "RGBA;16L",
+        "RGB;16N",
+        "RGBA;16N",
+    ):
         return None
     source = getattr(image, "filename", "") or image.fp  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(source, str | os.PathLike) or image.format not in ("PNG", "TIFF"):
@@ -110,7 +119,7 @@ def _sixteen_bit_colour(image: Image.Image, name: str) -> np.ndarray | None:
         )
     if raw == "LA;16B":
         return _with_raw_mode(source, "RGBA", "RGBA").view(">u2").astype(np.uint16)
-    if image.format == "TIFF" and tile[0] != "raw":  # pyright: ignore[reportOptionalSubscript]
+    if image.format == "TIFF" and tile[0] != "raw":
         raise ImageError(
             f"{name} is a compressed TIFF of 16 bits per colour. Save it as a grey or uncompressed file."
         )

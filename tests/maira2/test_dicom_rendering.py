@@ -70,7 +70,7 @@ def expanded(raw: bytes, count: int, words_as: str) -> np.ndarray:
     return np.asarray(table, dtype=float)
 
 
-def rendered(data: Dataset) -> np.ndarray:
+def rendered(data: Any) -> np.ndarray:
     """0..1 as displayed: the darkest shown value 0, the brightest 1, padding 0."""
     if "TransferSyntaxUID" not in data.file_meta:
         data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + ("" if data.original_encoding[0] else ".1")

@@ -37,7 +37,7 @@ def png(path: Path, samples: np.ndarray, colour: int) -> Path:
     return path
 
 
-def tiff(path: Path, values: np.ndarray, photometric: int, order: str, sample_format: int = 1) -> Path:
+def tiff(path: Path, values: np.ndarray, photometric: int, order: Any, sample_format: int = 1) -> Path:
     """An uncompressed grey TIFF written by hand; order "<" or ">"."""
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     bits = values.dtype.itemsize * 8
