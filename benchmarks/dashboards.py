@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 SIDE, TOKENS, STUDIES = 37, 250, 2_000
 WRITERS = ("saedashboard", "export", "page")
@@ -37,10 +38,26 @@ WORDS = (
 )
 
 
+def texts() -> Iterator[Any]:
+    """Tokens of every study."""
+    from sae_lens_maira.latents.records import StudyText
+
+    rng = random.Random(1)
+    for study in range(STUDIES):
+        yield StudyText(
+            f"s{study:05d}",
+            tokens=tuple(f" {rng.choice(WORDS)}" for _ in range(TOKENS)),
+            positions=tuple(range(3000, 3000 + TOKENS)),
+            roles=("indication",) * 30 + ("report",) * (TOKENS - 30),
+            read=(True,) * TOKENS,
+            span=(0, TOKENS),
+            views=tuple((view, SIDE, SIDE) for view in ("frontal", "lateral")),
+        )
+
+
 def records(n: int) -> Iterator[object]:
     """Latent records, one at a time."""
     from sae_lens_maira.latents.records import (
-        ActivationMap,
         Context,
         FindingAgreement,
         Firing,
@@ -53,35 +70,26 @@ def records(n: int) -> Iterator[object]:
     )
 
     rng = random.Random(0)
-    words = [tuple(f" {rng.choice(WORDS)}" for _ in range(TOKENS)) for _ in range(STUDIES)]
-    places, roles = tuple(range(3000, 3000 + TOKENS)), ("indication",) * 30 + ("report",) * (TOKENS - 30)
-    silent = [0.0] * TOKENS
-    nothing = tuple(ActivationMap(view, SIDE, SIDE, (), ()) for view in ("frontal", "lateral"))
+    known = {text.study: text for text in texts()}
 
     def short(value: float) -> float:
         return float(f"{value:.6g}")
 
     def context(study: int, value: float) -> Context:
-        values, heat, patch, peak = list(silent), nothing, None, -1
+        modality = "image" if study % 2 else "text"
+        name, at, values, patches = f"s{study:05d}", (), (), (((), ()), ((), ()))
         if value:
             on = [tuple(sorted(rng.sample(range(SIDE * SIDE), 30))) for _ in range(2)]
             strong = [tuple(short(0.9 * value * rng.random()) for _ in range(30)) for _ in range(2)]
-            at = rng.randrange(40, TOKENS)
-            for place in range(at, min(at + 8, TOKENS)):
-                values[place] = short(0.9 * value * rng.random())
+            first = rng.randrange(40, TOKENS)
+            at = tuple(range(first, min(first + 8, TOKENS)))
+            values = tuple(short(0.9 * value * rng.random()) for _ in at)
             if study % 2:
                 strong[0] = (value, *strong[0][1:])
-                patch = ("frontal", on[0][0] // SIDE, on[0][0] % SIDE)
             else:
-                values[at], peak = value, at
-            heat = tuple(
-                ActivationMap(v, SIDE, SIDE, p, s)
-                for v, p, s in zip(("frontal", "lateral"), on, strong, strict=True)
-            )
-        kind = "image" if study % 2 else "text"
-        return Context(
-            f"s{study:05d}", value, kind, peak, patch, words[study], places, roles, tuple(values), heat
-        )
+                values = (value, *values[1:])
+            patches = tuple(zip(on, strong, strict=True))
+        return Context(name, 0, TOKENS, modality, at, values, patches, known)
 
     for latent in range(n):
         chosen = rng.sample(range(STUDIES), 65)
@@ -93,6 +101,7 @@ def records(n: int) -> Iterator[object]:
             status="alive",
             density=short(0.02 * rng.random()),
             max=largest,
+            p99=short(0.9 * largest),
             histogram=Histogram(
                 tuple(short(largest * i / 40) for i in range(41)), tuple(int(9e5 * 0.8**i) for i in range(40))
             ),
@@ -125,14 +134,14 @@ def records(n: int) -> Iterator[object]:
 def make(folder: Path, n: int) -> None:
     """Write the record set."""
     from sae_lens_maira.latents.records import RecordsMeta, StudyInfo
-    from sae_lens_maira.latents.recordset import write_records
+    from sae_lens_maira.latents.writing import write_records
 
     meta = RecordsMeta(
         "microsoft/maira-2", "blocks.15.hook_resid_post", 15, "made up", "trained", 4096, n, (n // 2, n),
         10**7, 10**8, STUDIES, (), 0, {},
     )  # fmt: skip
     studies = [StudyInfo(f"s{i:05d}", f"p{i:05d}", "synthetic") for i in range(STUDIES)]
-    write_records(folder, meta, studies, records(n))  # pyright: ignore[reportArgumentType]: typed where it is built
+    write_records(folder, meta, studies, texts(), records(n))  # pyright: ignore[reportArgumentType]: typed where it is built
 
 
 def write(kind: str, folder: Path, out: Path) -> dict[str, float]:

@@ -19,7 +19,7 @@ from sae_lens_maira import privacy
 from sae_lens_maira.cli import main
 from sae_lens_maira.errors import PrivacyError
 from sae_lens_maira.latents import records as r
-from sae_lens_maira.latents.recordset import write_records
+from sae_lens_maira.latents.writing import write_records
 
 SECRET = "Zzyzxomegaly"
 """A word of the reports that no other file contains."""
@@ -90,17 +90,21 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save(folder / "f.png")
     tokens = ("▁There", "▁is", f"▁{SECRET}", ".")
+    texts = {
+        f"s{i}": r.StudyText(
+            f"s{i}", tokens, (0, 1, 2, 3), ("report",) * 4, (True,) * 4, (0, 4), (("frontal", 2, 2),)
+        )
+        for i in range(12)
+    }
 
     def context(study: int, value: float) -> r.Context:
-        grid = r.ActivationMap("frontal", 2, 2, (1,) if value else (), (value,) if value else ())
-        return r.Context(
-            f"s{study}", value, "text", 2 if value else -1, None, tokens, (0, 1, 2, 3), ("report",) * 4,
-            (0.0, 0.0, value, 0.0), (grid,),
-        )  # fmt: skip
+        on = ((2,), (value,)) if value else ((), ())
+        patches = ((1,), (value / 2,)) if value else ((), ())
+        return r.Context(f"s{study}", 0, 4, "text", *on, (patches,), texts)
 
     top = tuple(context(i, 9.0 - i) for i in range(6))
     record = r.LatentRecord(
-        latent=0, level=0, status="alive", density=0.1, max=9.0, histogram=r.Histogram((0.0, 9.0), (6,)),
+        latent=0, level=0, status="alive", density=0.1, max=9.0, p99=8.0, histogram=r.Histogram((0.0, 9.0), (6,)),
         firing=tuple(r.Firing(kind, 100, 6, 12, 6, 1.0, 9.0, 8.0) for kind in ("text", "image")),
         top_tokens=(r.TokenWeight("▁a", 1, 1.0),), bottom_tokens=(r.TokenWeight("▁b", 2, -1.0),), agreement=(),
         neighbours=(), maps=(), top=top, intervals=(r.Interval(1.0, 9.0, 0.1, top),),
@@ -124,7 +128,7 @@ def folder(tmp_path: Path) -> Path:
     )
     study = r.StudyInfo("s0", "p0", "public", f"There is {SECRET}.", images=(("frontal", "f.png"),))
     studies = [replace(study, study=f"s{i}", patient=f"p{i}") for i in range(12)]
-    write_records(folder, meta, studies, [record])
+    write_records(folder, meta, studies, texts.values(), [record])
     return folder
 
 

@@ -136,7 +136,7 @@ def index_row(record: LatentRecord, interpretations: Sequence[Interpretation]) -
     name = best_named(interpretations)
     lead = leading_score(name.scores) if name else None
     control = control_of(name) if name else None
-    density: dict[str, Firing] = {firing.kind: firing for firing in record.firing if firing.rows}
+    density: dict[str, Firing] = {firing.modality: firing for firing in record.firing if firing.rows}
     return {
         "latent": record.latent,
         "level": record.level,
@@ -146,7 +146,7 @@ def index_row(record: LatentRecord, interpretations: Sequence[Interpretation]) -
         "max": rounded(record.max),
         "finding": best.finding if best else None,
         "f1": rounded(best.f1) if best else None,
-        "at": best.kind[0] if best else "",
+        "at": best.modality[0] if best else "",
         "name": (name.explanation or "")[:NAME_LENGTH] if name else "",
         "category": (name.category or None) if name else None,
         "score": rounded(lead.balanced_accuracy) if lead else None,

@@ -155,7 +155,7 @@ def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
             "different record sets. Write the records again."
         )
     heat = []
-    for one in context.heat:
+    for one in context.maps:
         top = max(one.values, default=0.0)
         plain: dict[str, Any] = {"view": one.view, "rows": one.rows, "cols": one.cols, "max": rounded(top)}
         if 4 * len(one.patches) < one.rows * one.cols:
@@ -169,12 +169,14 @@ def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
     return {
         "study": context.study,
         "value": rounded(context.value),
-        "kind": context.kind,
+        "modality": context.modality,
         "peak": context.peak,
         "patch": list(context.patch) if context.patch else None,
         "tokens": _readable(context.tokens),
         "roles": _runs(context.roles),
-        "values": [rounded(value) if value else value if value is None else 0 for value in context.values],
+        "values": [
+            rounded(value) if value else value if value is None else 0 for value in context.activations
+        ],
         "heat": heat,
     }
 

@@ -161,14 +161,9 @@ def _cleaned(tokens: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], list[float], int]:
-    if len(context.tokens) != len(context.values):
-        raise RecordError(
-            f"Latent {latent}, study {context.study}: {len(context.tokens)} tokens with {len(context.values)} "
-            "values; their numbers must be equal. Write the records again."
-        )
     tokens, values, hit = [f"⟦study {clean(context.study)}⟧"], [0.0], 0
     for view, patches in enumerate(_patches(context, window.patches)):
-        heat = context.heat[view]
+        heat = context.maps[view]
         names = _names(heat.view, heat.rows, heat.cols)
         if (chosen := _hit(context, view)) in patches:
             hit = len(tokens) + list(patches).index(chosen)
@@ -178,7 +173,7 @@ def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], 
     if context.value > 0 and context.patch is None and context.peak >= 0:
         hit = len(tokens) + context.peak - first
     tokens += _cleaned(context.tokens)[first:last]
-    values += [round(value, DIGITS) + 0.0 if value else 0.0 for value in context.values[first:last]]
+    values += [round(value, DIGITS) + 0.0 if value else 0.0 for value in context.activations[first:last]]
     if not math.isfinite(sum(values)):
         raise RecordError(
             f"Latent {latent}, study {context.study}: an activation is NaN or infinite; dashboards contain finite "
@@ -195,7 +190,7 @@ def _names(view: str, rows: int, cols: int) -> tuple[str, ...]:
 
 def _hit(context: Context, view: int) -> int:
     """The patch of a view that the context was chosen for; -1 if it was chosen for something else."""
-    heat = context.heat[view]
+    heat = context.maps[view]
     if context.patch is None or context.patch[0] != heat.view:
         return -1
     return context.patch[1] * heat.cols + context.patch[2]
@@ -203,7 +198,7 @@ def _hit(context: Context, view: int) -> int:
 
 def _patches(context: Context, limit: int) -> list[dict[int, float]]:
     """The strongest patches per view, in reading order, with their values; the chosen patch is always included."""
-    views = [dict(zip(heat.patches, heat.values, strict=True)) for heat in context.heat]
+    views = [dict(zip(heat.patches, heat.values, strict=True)) for heat in context.maps]
     if sum(map(len, views)) > limit:
         hits = [_hit(context, view) for view in range(len(views))]
         ranked = sorted(
@@ -221,7 +216,7 @@ def _around(context: Context, size: int) -> tuple[int, int]:
     """Bounds of the text shown: around the peak, else around the strongest token, else the start of the report."""
     centre = context.peak
     if context.patch is not None or centre < 0:
-        strengths = [value or 0.0 for value in context.values]
+        strengths = [value or 0.0 for value in context.activations]
         if (strongest := max(strengths, default=0.0)) > 0:
             centre = strengths.index(strongest)
         else:

@@ -221,7 +221,7 @@ def scaled(value: float | None, largest: float) -> int:
 
 def modality_of(examples: Iterable[Example]) -> str:
     """Modality of most active examples: "image" (the peak is a patch) or "text" (the peak is a token)."""
-    found = [e.context.kind for e in examples if e.active]
+    found = [e.context.modality for e in examples if e.active]
     return "image" if 2 * found.count("image") > len(found) else "text"
 
 

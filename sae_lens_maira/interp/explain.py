@@ -38,7 +38,7 @@ def question(
     firing = [e for e in examples if e.active]
     active = [
         (
-            window(e, modality, rng, active_tokens(e) if e.context.kind == "text" else ()),
+            window(e, modality, rng, active_tokens(e) if e.context.modality == "text" else ()),
             place(e.context),
             scaled(e.context.value, e.max),
         )

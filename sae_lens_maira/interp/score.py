@@ -128,7 +128,7 @@ def fuzzing_items(examples: Sequence[Example], names: Sequence[str], rng: random
     """
     modality = modality_of(examples)
     items = []
-    for number, e in enumerate(e for e in examples if e.active and e.context.kind == modality):
+    for number, e in enumerate(e for e in examples if e.active and e.context.modality == modality):
         right = number % 2 == 0
         if modality == "image":
             where = place(e.context) if right else wrong_place(e.context, rng)
@@ -203,7 +203,7 @@ def moved_patches(example: Example, rng: random.Random, tries: int = 100) -> fro
     """The outlined patches moved together to where the latent is silent; empty where no such place was found."""
     patches = active_patches(example)
     patch = example.context.patch
-    grid = next((m for m in example.context.heat if patch is not None and m.view == patch[0]), None)
+    grid = next((m for m in example.context.maps if patch is not None and m.view == patch[0]), None)
     if grid is None or not patches:
         return frozenset()
     places = [divmod(number, grid.cols) for number in patches]

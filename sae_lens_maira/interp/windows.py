@@ -50,7 +50,7 @@ def text_of(tokens: Collection[str], marked: Collection[int] = ()) -> str:
 def active_tokens(example: Example) -> frozenset[int]:
     """Indices of tokens above the marking threshold; the peak is always included."""
     floor = MARKED_FROM * example.max
-    found = {i for i, v in enumerate(example.context.values) if v is not None and v > max(floor, 0.0)}
+    found = {i for i, v in enumerate(example.context.activations) if v is not None and v > max(floor, 0.0)}
     return frozenset(found | {example.context.peak} if example.context.peak >= 0 else found)
 
 
@@ -76,7 +76,7 @@ def wrong_tokens(example: Example, modality: str, rng: random.Random) -> frozens
     """As many silent tokens of the window as it has active ones: the marks of a fuzzed example."""
     start, stop = bounds(example, modality, rng)
     right = active_tokens(example)
-    silent = [i for i in range(start, stop) if not example.context.values[i] and i not in right]
+    silent = [i for i in range(start, stop) if not example.context.activations[i] and i not in right]
     number = min(len(silent), max(1, sum(start <= i < stop for i in right)))
     return frozenset(rng.sample(silent, number))
 
@@ -172,7 +172,7 @@ def image_of(example: Example, folder: Path, view: str, patches: Collection[int]
         PrivacyError: the image path leaves the folder of the record set.
     """
     name = dict(example.study.images).get(view)
-    grid = next((m for m in example.context.heat if m.view == view), None)
+    grid = next((m for m in example.context.maps if m.view == view), None)
     if name is None or grid is None:
         return None
     path = image_path(folder, name)
@@ -200,4 +200,4 @@ def _activation_map(context: Context) -> ActivationMap | None:
     """Activation map of the view that contains the chosen patch; None for a token."""
     if context.patch is None:
         return None
-    return next((m for m in context.heat if m.view == context.patch[0]), None)
+    return next((m for m in context.maps if m.view == context.patch[0]), None)

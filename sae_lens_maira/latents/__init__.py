@@ -11,7 +11,8 @@ from sae_lens_maira.latents.agreement import (
 )
 from sae_lens_maira.latents.firing import Encoder, MeanDifference, study_firing
 from sae_lens_maira.latents.records import Context, LatentRecord, RecordsMeta, StudyInfo
-from sae_lens_maira.latents.recordset import RecordSet, write_records
+from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.latents.writing import write_records
 
 __all__ = [
     "Agreement",

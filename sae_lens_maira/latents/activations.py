@@ -9,80 +9,79 @@ and one shard of latents when reading.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.latents.packing import Text
-from sae_lens_maira.latents.records import ActivationMap, Context
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.records import Context, StudyText
 from sae_lens_maira.maira2 import Maira2Processor, TokenRole
 from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.maira2.reports import teacher_text
 from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
 from sae_lens_maira.studies import Study
 
-HIT = np.dtype([("study", "<i4"), ("latent", "<i4"), ("place", "<i4"), ("value", "<f4")])
+ENTRY = np.dtype([("study", "<i4"), ("latent", "<i4"), ("place", "<i4"), ("value", "<f4")])
 LATENTS_PER_SHARD = 256
 
 
-class HitFiles:
-    """Files of hits in one folder, written by one process."""
+class ActivationFiles:
+    """Files of activations in one folder, written by one process."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
 
-    def append(self, hits: np.ndarray) -> None:
-        """Append hits (n,) of `HIT`, in row order within each study."""
-        shard = hits["latent"] // LATENTS_PER_SHARD
+    def append(self, entries: np.ndarray) -> None:
+        """Append entries (n,) of `ENTRY`, in row order within each study."""
+        shard = entries["latent"] // LATENTS_PER_SHARD
         order = np.argsort(shard, kind="stable")
-        hits, shard = hits[order], shard[order]
-        edges = np.r_[0, np.flatnonzero(np.diff(shard)) + 1, len(hits)]
+        entries, shard = entries[order], shard[order]
+        edges = np.r_[0, np.flatnonzero(np.diff(shard)) + 1, len(entries)]
         for start, stop in pairwise(edges.tolist()):
             if stop > start:
                 with _path(self._folder, int(shard[start])).open("ab") as file:
-                    file.write(hits[start:stop].tobytes())
+                    file.write(entries[start:stop].tobytes())
 
     def sizes(self) -> dict[str, int]:
         """Bytes by file name: what `cut` goes back to."""
-        return {path.name: path.stat().st_size for path in self._folder.glob("hits-*")}
+        return {path.name: path.stat().st_size for path in self._folder.glob("activations-*")}
 
     def cut(self, sizes: dict[str, int]) -> None:
         """Drop what was appended since `sizes` were taken."""
-        for path in self._folder.glob("hits-*"):
+        for path in self._folder.glob("activations-*"):
             with path.open("r+b") as file:
                 file.truncate(sizes.get(path.name, 0))
 
 
-Hits = dict[int, tuple[np.ndarray, np.ndarray]]
-"""Study -> (n,) places and (n,) values of one latent's hits there, in row order."""
+Activations = dict[int, tuple[np.ndarray, np.ndarray]]
+"""Study -> (n,) places and (n,) values of one latent's entries there, in row order."""
 
 
-def read_hits(folders: Sequence[Path], latents: Sequence[int]) -> Iterator[tuple[int, Hits]]:
-    """`(latent, its hits)` for ascending `latents`, one shard of latents in memory at a time.
+def read_activations(folders: Sequence[Path], latents: Sequence[int]) -> Iterator[tuple[int, Activations]]:
+    """`(latent, its entries)` for ascending `latents`, one shard of latents in memory at a time.
 
     Args:
         folders: of the processes that wrote them; no study was written by two.
         latents: ascending.
     """
-    current, hits, starts = -1, np.zeros(0, HIT), np.zeros(1, dtype=np.int64)
+    current, entries, starts = -1, np.zeros(0, ENTRY), np.zeros(1, dtype=np.int64)
     for latent in latents:
         if latent // LATENTS_PER_SHARD != current:
             current = latent // LATENTS_PER_SHARD
             paths = [_path(folder, current) for folder in folders]
-            parts = [np.fromfile(path, HIT) for path in paths if path.is_file()]
-            hits = np.concatenate([np.zeros(0, HIT), *parts])
-            hits = hits[
-                np.lexsort((hits["study"], hits["latent"]))
+            parts = [np.fromfile(path, ENTRY) for path in paths if path.is_file()]
+            entries = np.concatenate([np.zeros(0, ENTRY), *parts])
+            entries = entries[
+                np.lexsort((entries["study"], entries["latent"]))
             ]  # stable: rows of a study keep their order
             numbers = np.arange(LATENTS_PER_SHARD + 1) + current * LATENTS_PER_SHARD
-            starts = np.searchsorted(hits["latent"], numbers)
+            starts = np.searchsorted(entries["latent"], numbers)
         place = latent - current * LATENTS_PER_SHARD
-        own = hits[starts[place] : starts[place + 1]]
+        own = entries[starts[place] : starts[place + 1]]
         edges = np.r_[0, np.flatnonzero(np.diff(own["study"])) + 1, len(own)]
         yield (
             latent,
@@ -95,7 +94,7 @@ def read_hits(folders: Sequence[Path], latents: Sequence[int]) -> Iterator[tuple
 
 
 def _path(folder: Path, shard: int) -> Path:
-    return folder / f"hits-{shard:05d}"
+    return folder / f"activations-{shard:05d}"
 
 
 SHOWN = (
@@ -109,14 +108,22 @@ SHOWN = (
 """Roles whose tokens a context shows; others are shown where their activations were read."""
 
 
-def study_text(processor: Maira2Processor, study: Study, rows: ActivationRows, grid: tuple[int, int]) -> Text:
-    """What every context of a study shows; images are not opened.
+def study_text(
+    processor: Maira2Processor, study: Study, rows: ActivationRows, grid: tuple[int, int], name: str
+) -> StudyText:
+    """Tokens of a study as its contexts show them, checked against the tokens that were read.
+
+    Images are not opened.
 
     Args:
-        processor: of the model.
-        study: with its report, as the rows were encoded.
-        rows: the study's rows.
-        grid: of patches.
+        processor: Processor of the model.
+        study: Study with its report.
+        rows: Activation rows of the study.
+        grid: Rows and columns of patches.
+        name: Pseudonym of the study.
+
+    Raises:
+        RecordError: The rows were read from another text.
     """
     tokenizer = processor.tokenizer
     prompt = processor.build_prompt(study)
@@ -125,33 +132,33 @@ def study_text(processor: Maira2Processor, study: Study, rows: ActivationRows, g
         tokenize_prompts(tokenizer, [prompt], processor.image_token_id, processor.patches_per_side),
         [teacher_text(study, "findings", None)],
     )
-    read = rows.position[~rows.is_image]
-    shown = np.isin(row.roles, [int(role) for role in SHOWN])
-    shown[read] = True
+    at, token = rows.position[~rows.is_image], rows.token[~rows.is_image]
+    fits = (at < len(row.input_ids)) & (row.input_ids[np.minimum(at, len(row.input_ids) - 1)] == token)
+    if not fits.all():
+        raise RecordError(
+            f"The rows of study {name} were read from another text than the study has now: {int((~fits).sum())} of "
+            f"{len(at)} tokens differ, the first at position {int(at[~fits][0])}. Give the table that was harvested, "
+            "or harvest it again."
+        )
+    read = np.zeros(len(row.input_ids), dtype=bool)
+    read[at] = True
     special = np.isin(row.input_ids, tokenizer.all_special_ids)
-    positions = np.flatnonzero(shown & ~special)
-    hidden = np.unique(read[special[read]])
-    known = np.isin(positions, read)
+    positions = np.flatnonzero((np.isin(row.roles, [int(role) for role in SHOWN]) & ~special) | read)
     present = (study.frontal, study.lateral, study.prior_frontal)
-
-    def spelled(at: np.ndarray) -> tuple[str, ...]:
-        return tuple(spell(t) for t in tokenizer.convert_ids_to_tokens(row.input_ids[at].tolist()))
-
-    def roles(at: np.ndarray) -> tuple[str, ...]:
-        return tuple(TokenRole(int(role)).name.lower() for role in row.roles[at])
-
-    return Text(
-        tokens=spelled(positions),
+    plain = np.flatnonzero(~special[positions])
+    return StudyText(
+        study=name,
+        tokens=tuple(spell(t) for t in tokenizer.convert_ids_to_tokens(row.input_ids[positions].tolist())),
         positions=tuple(positions.tolist()),
-        roles=roles(positions),
-        silent=tuple(0.0 if was else None for was in known),
+        roles=tuple(TokenRole(int(role)).name.lower() for role in row.roles[positions]),
+        read=tuple(read[positions].tolist()),
+        span=(int(plain[0]), int(plain[-1]) + 1) if len(plain) else (0, len(positions)),
         views=tuple((view, *grid) for view, image in zip(VIEWS, present, strict=True) if image is not None),
-        special=tuple(zip(hidden.tolist(), spelled(hidden), roles(hidden), strict=True)),
     )
 
 
 def spell(token: str) -> str:
-    """A SentencePiece token as it reads: its word mark a space, a byte its character where it is ASCII."""
+    """A SentencePiece token as readable text: its word mark a space, a byte its character where it is ASCII."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         code = int(token[3:5], 16)
         return chr(code) if code < 128 else token
@@ -159,78 +166,53 @@ def spell(token: str) -> str:
 
 
 def short(value: float) -> float:
-    """Six significant digits: what is shown, at half the size of float32's exact decimals."""
+    """Six significant digits: half the size of float32's exact decimals."""
     return float(f"{value:.6g}")
 
 
-def places_of(rows: ActivationRows, text: Text, grid: tuple[int, int]) -> np.ndarray:
-    """(n,) place of each of a study's rows as `hits` counts them; special tokens follow behind the shown ones."""
-    order = np.array([*text.positions, *(position for position, _, _ in text.special)], dtype=np.int64)
-    number = np.full(int(rows.position.max(initial=0)) + 1, -1, dtype=np.int64)
-    number[order[order < len(number)]] = np.flatnonzero(order < len(number))
+def places_of(rows: ActivationRows, text: StudyText, grid: tuple[int, int]) -> np.ndarray:
+    """(n,) place of each of a study's rows, as described at the top of this module."""
+    number = np.searchsorted(np.asarray(text.positions, dtype=np.int64), rows.position)
     patch = rows.kind.astype(np.int64) * grid[0] * grid[1] + rows.patch_row.astype(np.int64) * grid[1]
-    return np.where(rows.is_image, -1 - patch - rows.patch_col, number[rows.position])
+    return np.where(rows.is_image, -1 - patch - rows.patch_col, number)
 
 
-def build_context(
-    pseudonym: str,
-    text: Text,
-    place: np.ndarray,
-    value: np.ndarray,
-    grid: tuple[int, int],
-    kind: str,
+def make_context(
+    texts: Mapping[str, StudyText], study: str, place: np.ndarray, value: np.ndarray, modality: str = "text"
 ) -> Context:
     """One latent's context in one study.
 
+    The span shown is the whole text without special tokens at its ends, unless the latent fires at them.
+
     Args:
-        pseudonym: of the study.
-        text: of the study.
-        place: (n,) places of the latent's hits, in row order.
-        value: (n,) its activations there.
-        grid: of patches.
-        kind: named in a zero context, which has no hit: the kind at which the latent fires most.
+        texts: Source of the study's text.
+        study: Pseudonym of the study.
+        place: (n,) places of the latent's activations, in any order.
+        value: (n,) activations there, above zero.
+        modality: Modality of a context without activations.
     """
-    patches, image = grid[0] * grid[1], place < 0
-    tokens, positions, roles, values = text.tokens, text.positions, text.roles, list(text.silent)
-    patch, at = None, -1
-    for i, v in zip(place[~image].tolist(), value[~image].tolist(), strict=True):
-        if i < len(values):
-            values[i] = short(v)
+    text = texts[study]
+    order = np.argsort(place, kind="stable")
+    place, value = np.asarray(place)[order], np.asarray(value)[order]
     if len(value):
-        peak = int(value.argmax())
-        kind, at = ("image", -1) if image[peak] else ("text", int(place[peak]))
-        if image[peak]:
-            number = -1 - int(place[peak])
-            patch = (VIEWS[number // patches], number % patches // grid[1], number % grid[1])
-        elif at >= len(tokens):
-            position, token, role = text.special[at - len(tokens)]
-            at = bisect_left(positions, position)
-            tokens = (*tokens[:at], token, *tokens[at:])
-            positions = (*positions[:at], position, *positions[at:])
-            roles = (*roles[:at], role, *roles[at:])
-            values.insert(at, short(float(value[peak])))
-    number = -1 - place[image]
+        modality = "image" if place[value.argmax()] < 0 else "text"
+    first = int(np.searchsorted(place, 0))
+    indices, number, strength = tuple(place[first:].tolist()), -1 - place[:first][::-1], value[:first][::-1]
+    patches = []
+    for view, rows, cols in text.views:
+        low = VIEWS.index(view) * rows * cols
+        here = slice(*np.searchsorted(number, [low, low + rows * cols]))
+        patches.append(
+            (tuple((number[here] - low).tolist()), tuple(short(v) for v in strength[here].tolist()))
+        )
+    start, end = text.span
     return Context(
-        study=pseudonym,
-        value=short(float(value.max())) if len(value) else 0.0,
-        kind=kind,
-        peak=at,
-        patch=patch,
-        tokens=tokens,
-        positions=positions,
-        roles=roles,
-        values=tuple(values),
-        heat=tuple(_heat(view, number, value[image], grid) for view, _, _ in text.views),
-    )
-
-
-def _heat(view: str, number: np.ndarray, value: np.ndarray, grid: tuple[int, int]) -> ActivationMap:
-    if not len(number):
-        return ActivationMap(view, *grid, (), ())
-    patch = number - VIEWS.index(view) * grid[0] * grid[1]
-    on = (patch >= 0) & (patch < grid[0] * grid[1])
-    patch, value = patch[on], value[on]
-    order = np.argsort(patch)
-    return ActivationMap(
-        view, *grid, tuple(patch[order].tolist()), tuple(short(v) for v in value[order].tolist())
+        study=study,
+        start=min((start, *indices[:1])),
+        end=max((end, *(i + 1 for i in indices[-1:]))),
+        modality=modality,
+        token_indices=indices,
+        token_values=tuple(short(v) for v in value[first:].tolist()),
+        patches=tuple(patches),
+        texts=texts,
     )

@@ -1,15 +1,16 @@
 """One record from the statistics of one latent: which studies it wants, and what is said about it.
 
 Everything here reads finished statistics; nothing is measured. Octaves of activation become the record's intervals,
-bins of a quarter octave its histogram, sums its means. It knows nothing about models, SAEs or files.
+bins of a quarter octave its histogram, sums its means.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from sae_lens_maira.latents.activations import short, spell
-from sae_lens_maira.latents.packing import half_precision
+from sae_lens_maira.latents.maps import MAP_BYTES
 from sae_lens_maira.latents.records import (
     MODALITIES,
     Context,
@@ -18,20 +19,68 @@ from sae_lens_maira.latents.records import (
     Histogram,
     Interval,
     LatentRecord,
-    MeanMap,
     Neighbour,
     TokenWeight,
 )
 from sae_lens_maira.latents.relations import finding_agreement
-from sae_lens_maira.latents.settings import CollectConfig
 from sae_lens_maira.latents.statistics import OCTAVES, LatentStatistics
-from sae_lens_maira.maira2.prompts import VIEWS
-from sae_lens_maira.stats import BINS_PER_OCTAVE, EDGES, LOWEST_OCTAVE, mean_map
+from sae_lens_maira.stats import BINS_PER_OCTAVE, EDGES, LOWEST_OCTAVE
 
 BINS_PER_BAR = BINS_PER_OCTAVE // 4
 """Quantile bins that one bar of a record's histogram joins: a bar is a quarter of an octave wide."""
 
 Weights = Sequence[tuple[str, int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """What a record set keeps of each latent.
+
+    Attributes:
+        model: Name of the model, for the record set's meta.
+        sae: Name of the SAE, for the record set's meta.
+        control: "trained", or the kind of control that is recorded instead of the trained SAE.
+        latents: Indices of the latents to write records of; all if None. Statistics and neighbours cover all latents.
+        top: Number of contexts of largest activation.
+        intervals: Number of octaves of activation, highest first, that get contexts.
+        per_interval: Number of contexts per octave.
+        zero: Number of contexts of studies in which the latent never fires.
+        min_studies: With fewer active studies a latent has the status "rare".
+        tokens: Number of output tokens that the decoder row raises most, and lowers most.
+        findings: Number of findings of highest F1 per modality.
+        neighbours: Number of neighbours per relation.
+        sample_rows: Number of rows per modality on which co-firing is measured.
+        keep_images: Copy images also of credentialed studies; None copies those of the others only.
+        image_side: Largest side of a copied image in pixels.
+        map_bytes: Memory for mean maps per finding; patches are pooled where full resolution exceeds it.
+        chunk: Number of rows encoded at once.
+        salt: Salt of the pseudonyms; random and not kept if None.
+        seed: Random seed of all sampling.
+        save_seconds: Seconds of work that a kill may lose.
+        progress: Whether to show progress bars.
+    """
+
+    model: str = "phantom"
+    sae: str = ""
+    control: str = "trained"
+    latents: tuple[int, ...] | None = None
+    top: int = 20
+    intervals: int = 5
+    per_interval: int = 5
+    zero: int = 20
+    min_studies: int = 10
+    tokens: int = 10
+    findings: int = 5
+    neighbours: int = 5
+    sample_rows: int = 4096
+    keep_images: bool | None = None
+    image_side: int = 256
+    map_bytes: int = MAP_BYTES
+    chunk: int = 2048
+    salt: str | None = None
+    seed: int = 0
+    save_seconds: float = 60.0
+    progress: bool = False
 
 
 def level_of_latents(widths: Sequence[int], d_sae: int) -> np.ndarray:
@@ -51,11 +100,11 @@ class RecordBuilder:
     ) -> None:
         self._s, self._findings, self._config = statistics, findings, config
         self.grid, self.levels, self.samples = statistics.grid, levels, statistics.samples
-        self._p99 = statistics.p99()
+        self._p99, self._p99_all = statistics.p99()
         self._by_octave = statistics.histogram.sum(0).view(-1, OCTAVES, BINS_PER_OCTAVE).sum(-1).numpy()
 
-    def kind_of(self, latent: int) -> str:
-        """The kind of position at which the latent fires at a larger share of rows."""
+    def modality_of(self, latent: int) -> str:
+        """The modality at which the latent fires at a larger share of rows."""
         share = self._s.fired[:, latent].numpy() / np.maximum(self._s.rows, 1)
         return MODALITIES[int(share.argmax())]
 
@@ -113,13 +162,14 @@ class RecordBuilder:
             status=status,
             density=int(s.fired[:, latent].sum()) / rows if rows else 0.0,
             max=largest,
+            p99=short(float(self._p99_all[latent])),
             histogram=self._histogram(latent),
             firing=tuple(self._firing(latent, k) for k in range(2)),
             top_tokens=up,
             bottom_tokens=down,
             agreement=self._agreement(latent),
             neighbours=neighbours,
-            maps=self._maps(latent),
+            maps=s.maps.of(latent),
             top=tuple(contexts[study] for study in self._top(latent)),
             intervals=tuple(
                 self._interval(latent, octave, contexts, rows, largest) for octave in self._octaves_of(latent)
@@ -130,7 +180,7 @@ class RecordBuilder:
     def _firing(self, latent: int, k: int) -> Firing:
         s, fired = self._s, int(self._s.fired[k, latent])
         return Firing(
-            kind=MODALITIES[k],
+            modality=MODALITIES[k],
             rows=int(s.rows[k]),
             fired=fired,
             studies=int(s.studies[k]),
@@ -152,7 +202,7 @@ class RecordBuilder:
     def _agreement(self, latent: int) -> tuple[FindingAgreement, ...]:
         found = [
             entry
-            for k, kind in enumerate(MODALITIES)
+            for k, modality in enumerate(MODALITIES)
             if self._s.labelled[k]
             for entry in finding_agreement(
                 self._s.true_positive[k, latent].numpy(),
@@ -160,19 +210,11 @@ class RecordBuilder:
                 self._s.positives[k],
                 int(self._s.labelled[k]),
                 self._findings,
-                kind,
+                modality,
                 self._config.findings,
             )
         ]
         return tuple(sorted(found, key=lambda entry: -entry.f1))
-
-    def _maps(self, latent: int) -> tuple[MeanMap, ...]:
-        s, maps = self._s, []
-        for view in VIEWS:
-            if view in s.maps and bool(s.maps[view][latent].any()):
-                mean = half_precision(mean_map(s.maps[view][latent], s.map_rows[view]).numpy())
-                maps.append(MeanMap(view, *self.grid, mean, s.map_studies[view]))
-        return tuple(maps)
 
     def _interval(
         self, latent: int, octave: int, contexts: dict[int, Context], rows: int, largest: float

@@ -1,11 +1,10 @@
 """Latent records from studies and an SAE, in two passes over the same rows.
 
-    pass 1   statistics of all latents; they name the studies that each latent's contexts come from
-    pass 2   hits of those latents in those studies, spooled to disk; then one record per latent, written as it is made
+    pass 1   statistics of all latents; they determine the studies that each latent's contexts come from
+    pass 2   activations of those latents in those studies, spooled to disk; then one record per latent
 
 Memory holds the statistics and one block of rows, whatever the number of studies. Any number of processes share the
-passes through a folder, a killed one continues there, and the records are the same. It knows nothing about
-interpretation.
+passes, a killed one continues from the work folder, and the records are the same.
 """
 
 import dataclasses
@@ -20,28 +19,28 @@ from sae_lens import SAE
 
 from sae_lens_maira.activations import layer_of
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.activations import build_context, read_hits
-from sae_lens_maira.latents.assembly import RecordBuilder, level_of_latents
-from sae_lens_maira.latents.packing import TEXTS, TextReader
+from sae_lens_maira.latents.activations import make_context, read_activations
+from sae_lens_maira.latents.assembly import CollectConfig, RecordBuilder, level_of_latents
 from sae_lens_maira.latents.passes import ContextReader, Wanted, count, spool
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyInfo
-from sae_lens_maira.latents.recordset import RecordSet, write_records
+from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.latents.relations import Relations, token_weights
-from sae_lens_maira.latents.settings import CollectConfig
+from sae_lens_maira.latents.serialization import TEXTS, StudyTexts
 from sae_lens_maira.latents.source import ActivationSource
 from sae_lens_maira.latents.statistics import LatentStatistics
 from sae_lens_maira.latents.study_info import Pseudonyms, save_images, study_info
-from sae_lens_maira.latents.workdir import Workdir, fingerprint, fingerprint_of_ids
+from sae_lens_maira.latents.workdir import Workdir, fingerprint_of_ids
+from sae_lens_maira.latents.writing import write_records
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.privacy import is_shareable
-from sae_lens_maira.sae import level_widths_of
+from sae_lens_maira.sae import fingerprint, level_widths_of
 from sae_lens_maira.studies import Study
 
 Labels = Callable[[Study], Iterable[str] | None]
 
 
 def collect_records(
-    blocks: ActivationSource,
+    source: ActivationSource,
     studies: Sequence[Study],
     sae: SAE[Any],
     maira: Maira2,
@@ -55,22 +54,23 @@ def collect_records(
     """Collect the records of an SAE's latents and write them, or continue where a killed process stopped.
 
     Args:
-        blocks: units of rows, whole studies in ascending order, numbered as in `studies`; read twice.
-        studies: the studies with their reports.
-        sae: any SAELens SAE with a decoder `W_dec` (d_sae, d_in).
-        maira: the model, for its tokenizer, final norm and `lm_head`.
-        out: folder of the record set.
-        config: what to keep.
-        labels: finding keys of a study by rules, None where unknown; the studies' own truth if not given.
-        findings: keys to measure agreement for; all that occur if not given.
-        rank: this process, from 0; all of them call this with the same arguments.
-        world_size: processes that share the passes; rank 0 writes the records.
+        source: Shards of rows, whole studies in ascending order, numbered as in `studies`; read twice.
+        studies: The studies with their reports.
+        sae: Any SAELens SAE with a decoder `W_dec` (d_sae, d_in).
+        maira: The model, for its tokenizer, final norm and `lm_head`.
+        out: Folder of the record set.
+        config: What to keep.
+        labels: Function that returns the finding keys of a study, None where they are unknown; the studies' own truth
+            if not given.
+        findings: Finding keys to measure agreement for; all that occur if not given.
+        rank: Index of this process; all processes call this with the same arguments.
+        world_size: Number of processes that share the passes; rank 0 writes the records.
 
     Returns:
         The record set, opened.
 
     Raises:
-        RecordError: rows do not fit the studies or the SAE, the two passes differ, or the folder holds an unfinished
+        RecordError: Rows do not fit the studies or the SAE, the two passes differ, or the folder holds an unfinished
             collection of something else.
     """
     config, out = config or CollectConfig(), Path(out)
@@ -81,7 +81,7 @@ def collect_records(
             f"Latents {latents[0]} to {latents[-1]} were asked of {d_sae}; choose from 0 to {d_sae - 1}."
         )
     keys, truth, labelled = _truth(studies, labels, findings)
-    place = Workdir(out, _plan(blocks, studies, sae, config, keys, truth), rank, world_size, config.salt)
+    place = Workdir(out, _plan(source, studies, sae, config, keys, truth), rank, world_size, config.salt)
 
     def make() -> LatentStatistics:
         return LatentStatistics(
@@ -94,18 +94,19 @@ def collect_records(
             zero=config.zero,
             sample_rows=config.sample_rows,
             seed=config.seed,
+            map_bytes=config.map_bytes,
         )
 
     bars = config.progress and rank == 0
     statistics, hook_name = count(
-        blocks, len(studies), sae, make, place, config.chunk, config.save_seconds, bars
+        source, len(studies), sae, make, place, config.chunk, config.save_seconds, bars
     )
     widths = level_widths_of(sae)
     builder = RecordBuilder(statistics, keys, level_of_latents(widths, d_sae), config)
     wanted = Wanted([(latent, builder.wanted(latent)) for latent in latents], d_sae)
     names = Pseudonyms(place.salt)
     reader = ContextReader(studies, sae, maira, wanted, names, builder.grid, config.chunk)
-    spool(blocks, reader, place, config.save_seconds, bars)
+    spool(source, reader, place, config.save_seconds, bars)
     if rank == 0:
         meta = RecordsMeta(
             model=config.model,
@@ -122,10 +123,13 @@ def collect_records(
             findings=keys,
             seed=config.seed,
             versions=_versions(),
+            sae_fingerprint=fingerprint(sae),
         )
         entries = _entries(studies, wanted, names, labels, out, config)
-        records = _records(studies, latents, builder, place, names, sae, maira, config)
-        write_records(out, meta, entries, records)
+        texts = StudyTexts(*(place.contexts(other) / TEXTS for other in range(world_size)))
+        records = _records(studies, latents, builder, place, texts, names, sae, maira, config)
+        ordered = (texts[names.study(studies[number])] for number in wanted.studies.tolist())
+        write_records(out, meta, entries, ordered, records, statistics.maps)
     place.close()
     return RecordSet.open(out)
 
@@ -143,7 +147,7 @@ def _truth(
 
 
 def _plan(
-    blocks: ActivationSource,
+    source: ActivationSource,
     studies: Sequence[Study],
     sae: SAE[Any],
     config: CollectConfig,
@@ -157,8 +161,8 @@ def _plan(
     shape = [int(sae.cfg.d_in), int(sae.cfg.d_sae)]
     return {
         "settings": chosen,
-        "rows": getattr(blocks, "about", None),
-        "units": len(blocks),
+        "rows": getattr(source, "about", None),
+        "shards": len(source),
         "studies": fingerprint_of_ids([study.study_id for study in studies]),
         "findings": [keys, int(truth.sum())],
         "weights of the SAE": fingerprint(sae) if config.control == "trained" else shape,
@@ -170,25 +174,26 @@ def _records(
     latents: list[int],
     builder: RecordBuilder,
     place: Workdir,
+    texts: StudyTexts,
     names: Pseudonyms,
     sae: SAE[Any],
     maira: Maira2,
     config: CollectConfig,
 ) -> Iterator[LatentRecord]:
-    """One record after the other, from the hits and texts of all processes."""
+    """One record after the other, from the spooled activations and texts of all processes."""
     folders = [place.contexts(rank) for rank in range(place.world)]
-    texts = TextReader(*(folder / TEXTS for folder in folders))
     decoder = sae.W_dec.detach().float()
     gain, unembed = _readout(maira)
     relations = Relations(builder.samples, decoder.cpu(), builder.levels).of(latents, config.neighbours)
     tokens = _tokens(maira, decoder[latents], gain, unembed, config.tokens)
     none = (np.zeros(0, np.int32), np.zeros(0, np.float32))
-    for (latent, hits), near, words in zip(read_hits(folders, latents), relations, tokens, strict=True):
-        kind, contexts = builder.kind_of(latent), {}
-        for number in builder.wanted(latent):
-            name = names.study(studies[number])
-            at, value = hits.get(number, none)
-            contexts[number] = build_context(name, texts[name], at, value, builder.grid, kind)
+    spooled = read_activations(folders, latents)
+    for (latent, active), near, words in zip(spooled, relations, tokens, strict=True):
+        modality = builder.modality_of(latent)
+        contexts = {
+            number: make_context(texts, names.study(studies[number]), *active.get(number, none), modality)
+            for number in builder.wanted(latent)
+        }
         yield builder.build(latent, contexts, near, words)
 
 

@@ -24,11 +24,10 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.activations import HIT, HitFiles, places_of, study_text
-from sae_lens_maira.latents.merging import add, load_state, restore, save_state, state_of
-from sae_lens_maira.latents.packing import TEXTS, text_line
+from sae_lens_maira.latents.activations import ENTRY, ActivationFiles, places_of, study_text
+from sae_lens_maira.latents.serialization import TEXTS, text_line
 from sae_lens_maira.latents.source import ActivationSource, encode_sparse
-from sae_lens_maira.latents.statistics import LatentStatistics, active_entries
+from sae_lens_maira.latents.statistics import LatentStatistics, active_entries, load_state, save_state
 from sae_lens_maira.latents.study_info import Pseudonyms
 from sae_lens_maira.latents.workdir import Workdir
 from sae_lens_maira.maira2 import Maira2
@@ -54,7 +53,7 @@ def count(
     following, hook_name = place.rank, ""
     if path.exists():
         saved = load_state(path)
-        restore(own, saved["statistics"])
+        own.restore(saved["statistics"])
         following, hook_name = saved["next"], saved["hook_name"]
     at = began = time.monotonic()
     units = range(following, len(blocks), place.world)
@@ -78,8 +77,8 @@ def count(
     for rank in range(place.world):
         if rank != place.rank:
             other, saved = make(), load_state(place.counted(rank))
-            restore(other, saved["statistics"])
-            add(own, other)
+            other.restore(saved["statistics"])
+            own.add(other)
             hook_name = hook_name or saved["hook_name"]
     if not own.n_studies:
         raise RecordError(
@@ -90,7 +89,7 @@ def count(
 
 def _save_counted(place: Workdir, own: LatentStatistics, following: int, hook_name: str) -> None:
     save_state(
-        place.counted(place.rank), {"statistics": state_of(own), "next": following, "hook_name": hook_name}
+        place.counted(place.rank), {"statistics": own.state(), "next": following, "hook_name": hook_name}
     )
 
 
@@ -145,7 +144,7 @@ def spool(
         RecordError: the pass lacked a study that the first one had.
     """
     folder = place.contexts(place.rank)
-    files = HitFiles(folder)
+    files = ActivationFiles(folder)
     texts, log = folder / TEXTS, folder / "progress.json"
     saved = {"next": place.rank, "sizes": {}, "texts": 0, "found": 0}
     if log.exists():
@@ -188,7 +187,7 @@ def spool(
 
 
 @torch.no_grad()
-def _spool_block(rows: ActivationRows, reader: ContextReader, files: HitFiles, texts: Path) -> int:
+def _spool_block(rows: ActivationRows, reader: ContextReader, files: ActivationFiles, texts: Path) -> int:
     """Hits and texts of a block of wanted studies; returns how many studies it held."""
     edges = np.r_[0, np.flatnonzero(np.diff(rows.study)) + 1, len(rows)]
     where = np.zeros(len(rows), dtype=np.int32)
@@ -198,15 +197,15 @@ def _spool_block(rows: ActivationRows, reader: ContextReader, files: HitFiles, t
         mask[a:b] = True
         own = rows.where(mask)
         study = reader.studies[int(own.study[0])]
-        text = study_text(reader.maira.processor, study, own, reader.grid)
+        text = study_text(reader.maira.processor, study, own, reader.grid, reader.names.study(study))
         where[a:b] = places_of(own, text, reader.grid)
-        lines.append(text_line(reader.names.study(study), text))
+        lines.append(text_line(text))
     row, latent, value = (
         x.numpy() for x in active_entries(encode_sparse(reader.sae, rows.values, reader.chunk))
     )
     kept = reader.wanted.holds(rows.study[row], latent)
     row, latent, value = row[kept], latent[kept], value[kept]
-    hits = np.zeros(len(row), HIT)
+    hits = np.zeros(len(row), ENTRY)
     hits["study"], hits["latent"], hits["place"], hits["value"] = rows.study[row], latent, where[row], value
     files.append(hits)
     with texts.open("ab") as file:

@@ -1,15 +1,20 @@
-"""One record per latent: everything that interpretation, dashboards and steering ask of it, and nothing else.
+"""Latent records: everything that interpretation, dashboards and steering need to know about a latent.
 
-A record is plain data: numbers, strings, tuples. Text and image positions are counted apart everywhere, since a
-latent that reads a finding in a patch and one that repeats it in the report are different things. Studies appear
-under pseudonyms, with the licence class that later rooms obey. It knows nothing about models, SAEs or files.
+    record = numbers + contexts            context = (study, start, end, sparse activations)
+
+A record is plain data. Text and image positions are counted separately, since a latent that reads a finding in a patch
+and one that repeats it in the report are different. Each study's tokens are stored once, as a `StudyText`; contexts
+refer to it. Studies have pseudonyms where their licence asks for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.maira2.prompts import VIEWS
 
 MODALITIES = ("text", "image")
 """Where a latent can fire: at tokens of text, or at image patches."""
@@ -21,9 +26,9 @@ class ActivationMap:
 
     Attributes:
         view: "frontal", "lateral" or "prior".
-        rows, cols: the patch grid (37 by 37 at 518 px).
-        patches: row-major numbers of the patches where the latent fires, ascending.
-        values: its activation there.
+        rows, cols: Size of the patch grid (37 by 37 at 518 px).
+        patches: Row-major indices of the patches where the latent fires, ascending.
+        values: Activation at each of these patches.
     """
 
     view: str
@@ -34,32 +39,113 @@ class ActivationMap:
 
 
 @dataclass(frozen=True)
-class Context:
-    """One study as one latent sees it.
+class StudyText:
+    """Tokens and images of one study, shared by the contexts of all latents.
 
     Attributes:
-        study: pseudonym, a key of the record set's table of studies.
-        value: the activation this context was chosen for (0.0 in a zero context).
-        kind: "text" or "image": where that activation is.
-        peak: index into `tokens` of the chosen token, or -1 where the hit is a patch.
-        patch: (view, row, col) of the chosen patch, or None where the hit is a token.
-        tokens: the text tokens shown, special tokens and patches left out, in order.
-        positions: position of every token in the study's unpadded sequence.
-        roles: name of every token's `TokenRole`, lower case ("indication", "report", ...).
-        values: activation at every token; None where that token's activation was not harvested.
-        heat: one map per image of the study, also where nothing fires.
+        study: Pseudonym of the study.
+        tokens: Text tokens of the prompt's sections and of the report, and every other token that was read, in order.
+        positions: Position of every token in the study's unpadded sequence.
+        roles: Name of every token's `TokenRole`, lower case ("indication", "report", ...).
+        read: Whether the activation at the token was read.
+        span: (start, end) of the tokens without special tokens at the ends.
+        views: (view, rows, cols) of the patch grid of every image of the study.
     """
 
     study: str
-    value: float
-    kind: str
-    peak: int
-    patch: tuple[str, int, int] | None
     tokens: tuple[str, ...]
     positions: tuple[int, ...]
     roles: tuple[str, ...]
-    values: tuple[float | None, ...]
-    heat: tuple[ActivationMap, ...] = ()
+    read: tuple[bool, ...]
+    span: tuple[int, int]
+    views: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """One latent's activations in one study.
+
+    The stored fields are the sparse activations; tokens and dense values come from the study's text, which is read
+    when it is first needed.
+
+    Attributes:
+        study: Pseudonym, a key of the record set's studies and texts.
+        start, end: Span of the text's tokens that is shown.
+        modality: "text" or "image": where the largest activation is. In a context without any activation, where the
+            latent fires most elsewhere.
+        token_indices: Tokens of the text at which the latent fires, ascending.
+        token_values: Activation at each of these tokens.
+        patches: `(patch indices, activations)` for every view of the text, in its order.
+        texts: Source of the study's text.
+    """
+
+    study: str
+    start: int
+    end: int
+    modality: str
+    token_indices: tuple[int, ...]
+    token_values: tuple[float, ...]
+    patches: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]
+    texts: Mapping[str, StudyText] = field(compare=False, repr=False)
+
+    @property
+    def text(self) -> StudyText:
+        """Tokens and views of the study."""
+        return self.texts[self.study]
+
+    @cached_property
+    def value(self) -> float:
+        """Largest activation in the study, 0.0 if the latent never fires there."""
+        return max((0.0, *self.token_values, *(v for _, values in self.patches for v in values)))
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Tokens shown."""
+        return self.text.tokens[self.start : self.end]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Position of each shown token in the study's unpadded sequence."""
+        return self.text.positions[self.start : self.end]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Role of each shown token."""
+        return self.text.roles[self.start : self.end]
+
+    @cached_property
+    def activations(self) -> tuple[float | None, ...]:
+        """Activation at each shown token, None where it was not read."""
+        values: list[float | None] = [0.0 if read else None for read in self.text.read]
+        for index, value in zip(self.token_indices, self.token_values, strict=True):
+            values[index] = value
+        return tuple(values[self.start : self.end])
+
+    @cached_property
+    def maps(self) -> tuple[ActivationMap, ...]:
+        """One activation map per image of the study, also where the latent does not fire."""
+        return tuple(
+            ActivationMap(*view, patches, values)
+            for view, (patches, values) in zip(self.text.views, self.patches, strict=True)
+        )
+
+    @property
+    def peak(self) -> int:
+        """Index into `tokens` of the token with the largest activation, -1 if that is at a patch or nowhere."""
+        if self.modality != "text" or not self.token_values:
+            return -1
+        return self.token_indices[self.token_values.index(max(self.token_values))] - self.start
+
+    @cached_property
+    def patch(self) -> tuple[str, int, int] | None:
+        """(view, row, col) of the patch with the largest activation, None if that is at a token or nowhere."""
+        if self.modality != "image" or not self.value:
+            return None
+        for one in self.maps:
+            if self.value in one.values:
+                number = one.patches[one.values.index(self.value)]
+                return one.view, number // one.cols, number % one.cols
+        return None
 
 
 @dataclass(frozen=True)
@@ -82,20 +168,20 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Firing:
-    """How a latent fires at one kind of position.
+    """How a latent fires at positions of one modality.
 
     Attributes:
-        kind: "text" or "image".
-        rows: activation rows of that kind.
-        fired: how many of them are above zero.
-        studies: studies with a row of that kind.
-        studies_fired: studies in which the latent fires there at least once.
-        mean: mean activation where it fires, 0.0 if it never does.
-        max: largest activation.
-        p99: 99th percentile of the activations above zero, from the histogram.
+        modality: "text" or "image".
+        rows: Number of activation rows.
+        fired: Number of these rows with an activation above zero.
+        studies: Number of studies with such a row.
+        studies_fired: Number of studies in which the latent fires there at least once.
+        mean: Mean activation where it fires, 0.0 if it never does.
+        max: Largest activation.
+        p99: 99th percentile of the activations above zero, as `stats.p99` defines it.
     """
 
-    kind: str
+    modality: str
     rows: int
     fired: int
     studies: int
@@ -115,7 +201,7 @@ class FindingAgreement:
     """F1 between "the latent fires in this study" and "the study has the finding", with a 95 % interval."""
 
     finding: str
-    kind: str
+    modality: str
     f1: float
     low: float
     high: float
@@ -136,8 +222,10 @@ class TokenWeight:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another latent and how it relates: "co-fires" (Jaccard over rows), "similar" (cosine of decoder rows),
-    "refines" (a coarser level's latent that fires wherever this one does: share of this one's rows).
+    """Another latent and how it relates to this one.
+
+    "co-fires" is the Jaccard index over rows, "similar" the cosine of decoder rows, and "refines" names a latent of a
+    coarser level that fires wherever this one does, with the share of this one's rows.
     """
 
     latent: int
@@ -161,20 +249,21 @@ class LatentRecord:
     """All that is known of one latent.
 
     Attributes:
-        latent: its number, 0 to d_sae - 1.
+        latent: Index, 0 to d_sae - 1.
         level: Matryoshka level it first belongs to, 0 the coarsest.
         status: "alive", "rare" (too few active studies to interpret) or "dead".
-        density: share of all rows at which it fires.
-        max: largest activation anywhere.
-        histogram: of its activations above zero.
-        firing: text and image positions apart.
-        top_tokens, bottom_tokens: what its decoder row raises and lowers through `lm_head`.
-        agreement: with known findings, best first, text and image apart.
-        neighbours: see `Neighbour`.
-        maps: mean activation map per view.
-        top: contexts of largest activation, one study each.
-        intervals: contexts per activation interval, highest interval first.
-        zero: contexts of studies in which it never fires.
+        density: Share of all rows at which it fires.
+        max: Largest activation anywhere.
+        p99: 99th percentile of its activations above zero, over all rows.
+        histogram: Histogram of its activations above zero.
+        firing: Counts at text and at image positions.
+        top_tokens, bottom_tokens: Output tokens whose logits its decoder row raises and lowers most.
+        agreement: Agreement with findings, best first, text and image separately.
+        neighbours: Related latents, see `Neighbour`.
+        maps: Mean activation map per view.
+        top: Contexts of largest activation, one study each.
+        intervals: Contexts per activation interval, highest interval first.
+        zero: Contexts of studies in which it never fires.
     """
 
     latent: int
@@ -182,6 +271,7 @@ class LatentRecord:
     status: str
     density: float
     max: float
+    p99: float
     histogram: Histogram
     firing: tuple[Firing, ...]
     top_tokens: tuple[TokenWeight, ...]
@@ -193,13 +283,13 @@ class LatentRecord:
     intervals: tuple[Interval, ...]
     zero: tuple[Context, ...]
 
-    def at(self, kind: str) -> Firing:
+    def at(self, modality: str) -> Firing:
         """Firing at "text" or "image" positions."""
         for firing in self.firing:
-            if firing.kind == kind:
+            if firing.modality == modality:
                 return firing
         raise RecordError(
-            f"Latent {self.latent} has no counts for {kind!r} positions; expected one of {MODALITIES}."
+            f"Latent {self.latent} has no counts for {modality!r} positions; expected one of {MODALITIES}."
         )
 
 
@@ -208,17 +298,17 @@ class StudyInfo:
     """A study of the record set.
 
     Attributes:
-        study: pseudonym.
-        patient: pseudonym of the patient; splits keep a patient on one side.
+        study: Pseudonym.
+        patient: Pseudonym of the patient; splits keep a patient on one side.
         licence: "public", "credentialed" or "synthetic".
-        report: report text; None where the record set was written without text.
-        indication, technique, comparison, prior_report: prompt sections.
-        findings: keys of the findings it is known to have (truth of the phantom, `rule_labels` otherwise).
+        report: Report text; None where the record set was written without text.
+        indication, technique, comparison, prior_report: Prompt sections.
+        findings: Keys of the findings it is known to have (the study's truth, or rule labels of its report).
         labelled_by: "truth", "rule_labels" or "" where no labels are known.
         boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of the frontal image as `images` holds it (the centre
-            crop, where a record set keeps images), of the whole film where it holds none.
+            crop, where a record set keeps images), of the whole radiograph where it holds none.
         images: (view, path relative to the record set or to the table's root); empty where images are not kept.
-        split: of the data set, if any.
+        split: Split of the data set, if any.
     """
 
     study: str
@@ -241,18 +331,19 @@ class RecordsMeta:
     """What a set of records was made from.
 
     Attributes:
-        model: name of the model, such as "microsoft/maira-2" or "phantom".
-        hook_name: hook point.
-        layer: decoder layer of the hook point.
-        sae: name or folder of the SAE.
-        control: "trained", or what stands in its place: "untrained", "untrained_whitened", "raw" (residual dimensions).
-        d_in, d_sae: its sizes.
+        model: Name of the model, such as "microsoft/maira-2" or "phantom".
+        hook_name: Hook point.
+        layer: Decoder layer of the hook point.
+        sae: Name or folder of the SAE.
+        control: "trained", or the control recorded instead of the trained SAE, such as "untrained" or "raw".
+        d_in, d_sae: Sizes of the SAE.
         level_widths: Matryoshka widths, ascending; (d_sae,) for a plain SAE.
-        rows_text, rows_image: rows read.
-        studies: studies read.
-        findings: finding keys that agreement was measured for.
-        seed: of every draw.
-        versions: of the packages that took part.
+        rows_text, rows_image: Number of rows read.
+        studies: Number of studies read.
+        findings: Finding keys that agreement was measured for.
+        seed: Random seed of all sampling.
+        versions: Versions of the packages that took part.
+        sae_fingerprint: Hash of the SAE's weights, as `sae.fingerprint` gives it.
     """
 
     model: str
@@ -269,3 +360,23 @@ class RecordsMeta:
     findings: tuple[str, ...]
     seed: int
     versions: dict[str, str]
+    sae_fingerprint: str = ""
+
+
+__all__ = [
+    "MODALITIES",
+    "VIEWS",
+    "ActivationMap",
+    "Context",
+    "FindingAgreement",
+    "Firing",
+    "Histogram",
+    "Interval",
+    "LatentRecord",
+    "MeanMap",
+    "Neighbour",
+    "RecordsMeta",
+    "StudyInfo",
+    "StudyText",
+    "TokenWeight",
+]

@@ -1,41 +1,39 @@
 """A set of latent records on disk: written once, read by number without loading the rest.
 
-    meta.json            what the records were made from; written last, so a folder without it is unfinished
+    meta.json            version and origin of the records; written last, so a folder without it is incomplete
     latents.parquet      one row of numbers per latent, and where its record begins
-    records-00000.jsonl  256 records a file, one a line, packed
-    texts.jsonl          what all contexts of one study share: its tokens and views
+    records-00000.jsonl  256 records per file, one per line; contexts are sparse and refer to texts.jsonl
+    maps-00000.npz       mean activation maps of the same latents, overall and per finding
+    texts.jsonl          tokens and views of every study, once per study
     studies.jsonl        the studies that contexts point to, under pseudonyms
 
-Interpretations may lie beside them in `interpretations.jsonl`; they are left alone here. It knows nothing about
-models, SAEs or how a record came to be.
+Interpretations are stored next to them in `interpretations.jsonl`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import pyarrow as pa
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.packing import TEXTS, Packer, TextReader, unpack_record
-from sae_lens_maira.latents.records import (
-    MODALITIES,
-    LatentRecord,
-    RecordsMeta,
-    StudyInfo,
-)
-from sae_lens_maira.latents.serialization import from_plain
+from sae_lens_maira.io import sha256_of
+from sae_lens_maira.latents.maps import MapFile
+from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyInfo
+from sae_lens_maira.latents.serialization import TEXTS, StudyTexts, from_plain, record_from_plain
+
+if TYPE_CHECKING:
+    import torch
 
 META, TABLE, STUDIES = "meta.json", "latents.parquet", "studies.jsonl"
-LATENTS_PER_FILE = 256
+FORMAT = 2
+"""Version of the folder's layout; a folder of another version is refused."""
 
 T = TypeVar("T")
 
@@ -44,59 +42,167 @@ class RecordSet:
     """Records of one SAE at one hook point, opened with `RecordSet.open(folder)`.
 
     `records[latent]` reads one record, `records.stream()` reads all in order of number, `len(records)` counts them.
+    Every file is checked against its SHA-256 when it is first read.
 
     Attributes:
-        folder: where they lie.
-        meta: what they were made from.
-        table: one row per latent: number, level, status, density, max, then per kind of position the columns of
-            `Firing` and the finding of highest F1; `file`, `offset` and `length` say where the record is.
+        folder: Folder of the record set.
+        meta: Origin of the records.
+        table: One row per latent: number, level, status, density, max, p99, then per modality the columns of `Firing`
+            and the finding of highest F1; `file`, `offset` and `length` locate the record.
+        fingerprint: SHA-256 of the whole set: of `meta.json`, which holds the hashes of all other files.
+        texts: Tokens and views of the studies, by pseudonym.
     """
 
-    def __init__(self, folder: Path, meta: RecordsMeta, table: pd.DataFrame) -> None:
-        self.folder, self.meta, self.table = folder, meta, table
+    def __init__(
+        self, folder: Path, meta: RecordsMeta, table: pd.DataFrame, fingerprint: str, files: dict[str, str]
+    ) -> None:
+        self.folder, self.meta, self.table, self.fingerprint = folder, meta, table, fingerprint
+        self._files, self._checked_files = files, set[str]()
         self._row = {int(latent): i for i, latent in enumerate(table["latent"])}
-        self._texts = TextReader(folder / TEXTS)
+        self._map_file = lru_cache(2)(lambda name: MapFile(self._file(name)))
 
     @classmethod
     def open(cls, folder: Path | str) -> RecordSet:
         """Open a folder that `write_records` made.
 
         Raises:
-            RecordError: the folder holds no records, or they are unfinished, damaged or of another version.
+            RecordError: The folder holds no records, or they are incomplete, damaged or of another version.
         """
         folder = Path(folder)
-        if not (folder / META).is_file():
+        path = folder / META
+        if not path.is_file():
             raise RecordError(
                 f"{folder} has no {META}: it holds no latent records, or writing them was interrupted. Give the "
                 "folder that `sae-lens-maira latents --out` wrote, or run that command again."
             )
-        meta = _parsed(RecordsMeta, (folder / META).read_bytes(), folder / META)
+        content = path.read_bytes()
+        plain = _plain(content, path, RecordsMeta)
+        found = plain.pop("format", 1)
+        if found != FORMAT:
+            raise RecordError(
+                f"{folder} holds latent records of format {found}; this version reads format {FORMAT}. Run "
+                "`sae-lens-maira latents` again to write them anew."
+            )
+        files = plain.pop("files", None)
+        if not isinstance(files, dict) or TABLE not in files:
+            raise RecordError(f"{path} lists no files; it is damaged. Write the records again.")
+        records = cls(
+            folder,
+            from_plain(RecordsMeta, plain),
+            pd.DataFrame({"latent": []}),
+            hashlib.sha256(content).hexdigest(),
+            files,
+        )
         try:
-            table = pd.read_parquet(folder / TABLE)
+            table = pd.read_parquet(records._file(TABLE))
         except (OSError, pa.ArrowException) as error:
             raise RecordError(
                 f"{folder / TABLE} cannot be read ({error}); the records are incomplete or damaged. Write them again."
             ) from error
-        missing = {"latent", "file", "offset", "length"} - set(table.columns)
-        if missing:
-            raise RecordError(
-                f"{folder / TABLE} lacks the columns {sorted(missing)}; it was written by another version. Write the "
-                "records again with this one."
-            )
-        return cls(folder, meta, table)
+        return cls(folder, records.meta, table, records.fingerprint, files)
+
+    def _file(self, name: str) -> Path:
+        """Path of a file of the set, checked against its hash the first time."""
+        path = self.folder / name
+        if name not in self._checked_files:
+            if name not in self._files:
+                raise RecordError(
+                    f"{path} is not a file of this record set; the files belong to different record sets. Write the "
+                    "records again."
+                )
+            try:
+                found = sha256_of(path)
+            except OSError as error:
+                raise RecordError(
+                    f"{path} cannot be read ({error.strerror}); the record set is incomplete. Write the records again."
+                ) from None
+            if found != self._files[name]:
+                raise RecordError(
+                    f"{path} has another content than when it was written; it is damaged, truncated or of another "
+                    "record set. Write the records again."
+                )
+            self._checked_files.add(name)
+        return path
+
+    def check(self) -> None:
+        """Check every file of the set against its hash; raises RecordError for the first that differs."""
+        for name in self._files:
+            self._file(name)
 
     @cached_property
     def studies(self) -> dict[str, StudyInfo]:
         """The studies by pseudonym; raises RecordError where the file is missing or damaged."""
-        path = self.folder / STUDIES
-        try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
-            raise RecordError(
-                f"{path} cannot be read ({error.strerror}); the record set is incomplete. Write the records again."
-            ) from None
-        entries = [_parsed(StudyInfo, line, path) for line in lines if line]
+        path = self._file(STUDIES)
+        entries = [_parsed(StudyInfo, line, path) for line in path.read_bytes().splitlines() if line]
         return {entry.study: entry for entry in entries}
+
+    @cached_property
+    def texts(self) -> StudyTexts:
+        """Tokens and views of the studies; raises RecordError where the file is missing or damaged."""
+        return StudyTexts(self._file(TEXTS))
+
+    @cached_property
+    def p99(self) -> torch.Tensor:
+        """(d_sae,) 99th percentile of the activations above zero of every latent, NaN where there is no record."""
+        import torch
+
+        values = torch.full((self.meta.d_sae,), float("nan"))
+        values[torch.from_numpy(self.table["latent"].to_numpy(dtype="int64", copy=True))] = torch.from_numpy(
+            self.table["p99"].to_numpy(dtype="float32", copy=True)
+        )
+        return values
+
+    def mean_maps(
+        self,
+        latents: Sequence[int] | None = None,
+        finding: str | None = None,
+        present: bool = True,
+        view: str = "frontal",
+    ) -> torch.Tensor:
+        """Mean activation per patch, over all studies or over labelled studies with or without a finding.
+
+        Args:
+            latents: Indices of recorded latents; all recorded ones if not given.
+            finding: Key of a finding; maps of findings exist for the frontal view.
+            present: Whether to average over studies with the finding or over those without it.
+            view: "frontal", "lateral" or "prior".
+
+        Returns:
+            (latents, patches) float32, patches row-major; 0 where a latent never fires.
+
+        Raises:
+            RecordError: A latent or finding is not in the set, or no such maps were recorded.
+        """
+        import torch
+
+        wanted = list(self._row) if latents is None else [int(latent) for latent in latents]
+        for latent in wanted:
+            self._position(latent)
+        if finding is not None and (finding not in self.meta.findings or view != "frontal"):
+            raise RecordError(
+                f"Maps of {finding!r} in the {view} view were asked for; the record set has maps of the frontal view "
+                f"for {', '.join(self.meta.findings) or 'no finding'}. Ask for one of these."
+            )
+        at = {latent: i for i, latent in enumerate(wanted)}
+        result: torch.Tensor | None = None
+        files = self.table.iloc[[self._row[latent] for latent in wanted]].groupby("file", sort=True)["latent"]
+        for name, group in files:
+            own = [int(latent) for latent in group]
+            file = self._map_file(maps_name(str(name)))
+            if finding is None:
+                means = file.view(own, view)
+            else:
+                means = file.finding(own, self.meta.findings.index(finding), present)
+            if means is not None:
+                if result is None:
+                    result = torch.zeros(len(wanted), means.shape[1])
+                result[[at[latent] for latent in own]] = torch.from_numpy(means)
+        if result is None:
+            raise RecordError(
+                f"{self.folder} has no activation maps of the {view} view"
+                f"{'' if finding is None else f' for {finding}'}; collect the records over rows of image patches."
+            )
+        return result
 
     def __len__(self) -> int:
         return len(self.table)
@@ -107,8 +213,7 @@ class RecordSet:
     def __iter__(self) -> Iterator[LatentRecord]:
         return self.stream()
 
-    def __getitem__(self, latent: int) -> LatentRecord:
-        """The record of one latent; raises RecordError where there is none or it is damaged."""
+    def _position(self, latent: int) -> int:
         if latent not in self._row:
             numbers = self.table["latent"]
             span = f"{numbers.min()} to {numbers.max()}" if len(self) else "none"
@@ -116,148 +221,37 @@ class RecordSet:
                 f"Latent {latent} was asked of a record set with {len(self)} latents ({span}). Ask for one of those, "
                 "or write records that include it."
             )
-        row = self.table.iloc[self._row[latent]]
-        path = self.folder / str(row["file"])
-        with _opened(path) as file:
+        return self._row[latent]
+
+    def __getitem__(self, latent: int) -> LatentRecord:
+        """The record of one latent; raises RecordError where there is none or it is damaged."""
+        row = self.table.iloc[self._position(latent)]
+        path = self._file(str(row["file"]))
+        with path.open("rb") as file:
             file.seek(int(row["offset"]))
             line = file.read(int(row["length"]))
-        return self._checked(line, latent, path)
+        return self._read(line, latent, path)
 
     def stream(self) -> Iterator[LatentRecord]:
         """All records in order of number, one in memory at a time.
 
         Raises:
-            RecordError: a file is missing, cut off or damaged.
+            RecordError: A file is missing, truncated or damaged.
         """
         for name, group in self.table.groupby("file", sort=True):
-            path = self.folder / str(name)
-            with _opened(path) as file:
+            path = self._file(str(name))
+            with path.open("rb") as file:
                 for latent, length in zip(group["latent"], group["length"], strict=True):
-                    yield self._checked(file.read(int(length)), int(latent), path)
+                    yield self._read(file.read(int(length)), int(latent), path)
 
-    def _checked(self, line: bytes, latent: int, path: Path) -> LatentRecord:
-        record = unpack_record(_plain(line, path, LatentRecord), self._texts)
-        if record.latent != latent:
-            raise RecordError(
-                f"{path} holds latent {record.latent} where {TABLE} places latent {latent}; the files belong to "
-                "different record sets. Write the records again."
-            )
-        return record
+    def _read(self, line: bytes, latent: int, path: Path) -> LatentRecord:
+        maps = self._map_file(maps_name(path.name)).of(latent)
+        return record_from_plain(_plain(line, path, LatentRecord), self.texts, maps)
 
 
-def write_records(
-    folder: Path | str,
-    meta: RecordsMeta,
-    studies: Iterable[StudyInfo],
-    records: Iterable[LatentRecord],
-) -> RecordSet:
-    """Write a record set; nothing of it can be seen half-written.
-
-    Files are completed in a hidden folder and moved into place, the old `meta.json` first removed and the new one
-    moved last. Other files of the folder (images, interpretations) stay.
-
-    Args:
-        folder: made if missing.
-        meta: what the records were made from.
-        studies: the studies that contexts point to, each once.
-        records: in ascending order of number; read one at a time.
-
-    Raises:
-        RecordError: records are out of order, a study comes twice, or a number is not finite.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
-        seen: set[str] = set()
-        with (scratch / STUDIES).open("wb") as file:
-            for entry in studies:
-                if entry.study in seen:
-                    raise RecordError(
-                        f"Study {entry.study} was given twice; a record set names every study once. Remove the double."
-                    )
-                seen.add(entry.study)
-                file.write(_line(entry))
-        _write_lines(scratch, records).to_parquet(scratch / TABLE, index=False)
-        (scratch / META).write_bytes(_line(meta))
-        (folder / META).unlink(missing_ok=True)
-        for old in folder.glob("records-*.jsonl"):
-            old.unlink()
-        for path in sorted(scratch.iterdir(), key=lambda path: path.name == META):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return RecordSet.open(folder)
-
-
-def _write_lines(scratch: Path, records: Iterable[LatentRecord]) -> pd.DataFrame:
-    """Write the record files and return the table."""
-    rows: list[dict[str, Any]] = []
-    file: IO[bytes] | None = None
-    packer = Packer(scratch)
-    try:
-        for number, record in enumerate(records):
-            if rows and record.latent <= rows[-1]["latent"]:
-                raise RecordError(
-                    f"Latent {record.latent} follows latent {rows[-1]['latent']}; records are written in ascending "
-                    "order, each latent once. Sort them first."
-                )
-            name = f"records-{number // LATENTS_PER_FILE:05d}.jsonl"
-            if number % LATENTS_PER_FILE == 0:
-                if file is not None:
-                    file.close()
-                file = (scratch / name).open("wb")
-            assert file is not None
-            line = _line(packer.record(record))
-            rows.append(_table_row(record) | {"file": name, "offset": file.tell(), "length": len(line)})
-            file.write(line)
-    finally:
-        packer.close()
-        if file is not None:
-            file.close()
-    columns = None if rows else ["latent", "level", "status", "density", "max", "file", "offset", "length"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _table_row(record: LatentRecord) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "latent": record.latent,
-        "level": record.level,
-        "status": record.status,
-        "density": record.density,
-        "max": record.max,
-    }
-    firing = {f.kind: f for f in record.firing}
-    for kind in MODALITIES:
-        f = firing.get(kind)
-        for name in ("rows", "fired", "studies", "studies_fired", "density", "mean", "max", "p99"):
-            row[f"{name}_{kind}"] = None if f is None else getattr(f, name)
-        best = max((a for a in record.agreement if a.kind == kind), key=lambda a: a.f1, default=None)
-        row[f"finding_{kind}"] = None if best is None else best.finding
-        row[f"f1_{kind}"] = float("nan") if best is None else best.f1
-    return row
-
-
-def _line(record: Any) -> bytes:
-    try:
-        # `vars` of a dataclass is what `to_plain` gives, without copying every number of it.
-        text = json.dumps(record, default=vars, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    except ValueError as error:
-        name = "LatentRecord" if isinstance(record, dict) else type(record).__name__
-        raise RecordError(
-            f"A {name} holds a number that is not finite ({error}); records hold finite numbers only. "
-            "Look for an activation or a weight that overflowed."
-        ) from None
-    return text.encode() + b"\n"
-
-
-def _opened(path: Path) -> IO[bytes]:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise RecordError(
-            f"{path} cannot be read ({error.strerror}); the record set is incomplete. Write the records again."
-        ) from None
+def maps_name(records_name: str) -> str:
+    """Name of the file with the mean maps of the latents of a record file."""
+    return records_name.replace("records-", "maps-").replace(".jsonl", ".npz")
 
 
 def _parsed(kind: type[T], line: bytes, path: Path) -> T:

@@ -49,7 +49,7 @@ def finding_agreement(
     positives: np.ndarray,
     studies: int,
     findings: Sequence[str],
-    kind: str,
+    modality: str,
     n: int,
 ) -> tuple[FindingAgreement, ...]:
     """The findings that one latent agrees with best, by F1 of firing.
@@ -60,7 +60,7 @@ def finding_agreement(
         positives: (F,) labelled studies with the finding.
         studies: labelled studies.
         findings: F names.
-        kind: "text" or "image".
+        modality: "text" or "image".
         n: how many to give; those without a true positive are left out.
     """
     union = fired + positives - true_positive
@@ -70,7 +70,7 @@ def finding_agreement(
     return tuple(
         FindingAgreement(
             finding=str(findings[i]),
-            kind=kind,
+            modality=modality,
             f1=float(scores[i]),
             low=float(2 * low[i] / (1 + low[i])),
             high=float(2 * high[i] / (1 + high[i])),
@@ -90,7 +90,7 @@ class Relations:
         """Take the sampled rows and the weights.
 
         Args:
-            samples: rows of either kind.
+            samples: Rows of either modality.
             decoder: (d_sae, d_in).
             levels: (d_sae,) level of each latent, 0 the coarsest.
         """

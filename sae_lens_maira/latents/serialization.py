@@ -1,21 +1,26 @@
-"""Records as plain JSON values and back: dataclasses of numbers, strings and tuples, nothing else.
+"""Records as JSON and back.
 
-    from_plain(kind, to_plain(record)) == record
+    from_plain(kind, to_plain(record)) == record              any dataclass of numbers, strings and tuples
+    record_from_plain(record_to_plain(record), texts) == record
 
-A field that is missing or unknown is an error, since it means another version or a file cut off. What to build is
-worked out once per class. It knows nothing about which records there are.
+A field that is missing or unknown is an error, since it means another version or a truncated file. Contexts are written
+as lists that refer to the study's text by its pseudonym; the text itself is one line of `texts.jsonl`.
 """
 
 from __future__ import annotations
 
+import json
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, is_dataclass, replace
+from functools import cache, cached_property, lru_cache
+from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.latents.records import Context, Interval, LatentRecord, MeanMap, StudyText
 
 T = TypeVar("T")
 
@@ -72,3 +77,156 @@ def _builder(hint: Any) -> Callable[[Any], Any] | None:
     if is_dataclass(hint) and isinstance(hint, type):
         return lambda value: from_plain(hint, value)
     return None
+
+
+# Study texts and contexts: JSON lists, since a record set holds up to a million of them.
+
+TEXTS = "texts.jsonl"
+
+
+def text_line(text: StudyText) -> bytes:
+    """One line of `texts.jsonl`. The study comes first, so that the index is built without parsing the rest."""
+    roles = [[name, len(list(run))] for name, run in groupby(text.roles)]
+    read = [int(was) for was in text.read]
+    row = [text.study, text.tokens, text.positions, roles, read, text.span, text.views]
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+
+
+class StudyTexts(Mapping[str, StudyText]):
+    """Texts of studies in one or more files of `text_line`s; a bounded number of them is kept in memory."""
+
+    def __init__(self, *paths: Path, cached: int = 4096) -> None:
+        self._paths = paths
+        self._load = lru_cache(cached)(self._read)
+
+    def __getitem__(self, study: str) -> StudyText:
+        """The text of a study; raises RecordError where it is missing or damaged."""
+        return self._load(study)
+
+    def __contains__(self, study: object) -> bool:
+        return study in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Path, int, int]]:
+        """Study -> (file, offset, length) of its line."""
+        places: dict[str, tuple[Path, int, int]] = {}
+        for path in self._paths:
+            offset = 0
+            try:
+                with path.open("rb") as file:
+                    for line in file:
+                        study = _DECODER.raw_decode(line[1:200].decode(errors="ignore"))[0]
+                        places[study] = (path, offset, len(line))
+                        offset += len(line)
+            except (OSError, ValueError) as error:
+                raise _damaged(path, error) from None
+        return places
+
+    def _read(self, study: str) -> StudyText:
+        if study not in self._places:
+            names = ", ".join(str(path) for path in self._paths)
+            raise RecordError(
+                f"Study {study} has no line in {names}; the record set is incomplete. Write the records again."
+            )
+        path, offset, length = self._places[study]
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                line = file.read(length).decode("utf-8", "surrogatepass")
+            name, tokens, positions, roles, read, span, views = json.loads(line)
+            if name != study:
+                raise ValueError(f"the line of {study} holds {name}")
+            return StudyText(
+                study,
+                tuple(tokens),
+                tuple(positions),
+                tuple(role for role, n in roles for _ in range(n)),
+                tuple(map(bool, read)),
+                (span[0], span[1]),
+                tuple((view, rows, cols) for view, rows, cols in views),
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(path, error) from None
+
+
+def record_to_plain(record: LatentRecord) -> dict[str, Any]:
+    """A record as its line holds it: contexts as lists; mean maps are stored in a file of their own."""
+    intervals = [
+        {"low": i.low, "high": i.high, "fraction": i.fraction, "contexts": [_row(c) for c in i.contexts]}
+        for i in record.intervals
+    ]
+    plain = {name: value for name, value in vars(record).items() if name != "maps"}
+    return plain | {
+        "top": [_row(context) for context in record.top],
+        "intervals": intervals,
+        "zero": [_row(context) for context in record.zero],
+    }
+
+
+def record_from_plain(
+    plain: dict[str, Any], texts: Mapping[str, StudyText], maps: tuple[MeanMap, ...] = ()
+) -> LatentRecord:
+    """The record that `record_to_plain` made `plain` from.
+
+    Args:
+        plain: The parsed line.
+        texts: Source of the contexts' texts.
+        maps: Mean maps of the latent.
+
+    Raises:
+        RecordError: A field is missing or unknown.
+    """
+    try:
+        top, zero = ([_context(row, texts) for row in plain[name]] for name in ("top", "zero"))
+        inside = [[_context(row, texts) for row in i["contexts"]] for i in plain["intervals"]]
+        intervals = [
+            Interval(i["low"], i["high"], i["fraction"], tuple(contexts))
+            for i, contexts in zip(plain["intervals"], inside, strict=True)
+        ]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RecordError(
+            f"A latent record is incomplete or of another version ({error!r}); write the records again."
+        ) from None
+    record = from_plain(LatentRecord, plain | {"top": (), "zero": (), "intervals": (), "maps": ()})
+    return replace(record, top=tuple(top), zero=tuple(zero), intervals=tuple(intervals), maps=maps)
+
+
+def _row(context: Context) -> list[Any]:
+    return [
+        context.study,
+        context.start,
+        context.end,
+        context.modality,
+        context.token_indices,
+        context.token_values,
+        context.patches,
+    ]
+
+
+def _context(row: list[Any], texts: Mapping[str, StudyText]) -> Context:
+    study, start, end, modality, indices, values, patches = row
+    return Context(
+        study,
+        start,
+        end,
+        modality,
+        tuple(indices),
+        tuple(values),
+        tuple((tuple(where), tuple(strength)) for where, strength in patches),
+        texts,
+    )
+
+
+def _damaged(path: Path, error: Exception) -> RecordError:
+    return RecordError(
+        f"{path} cannot be read ({error}); the record set is incomplete or damaged. Write the records again."
+    )
+
+
+_DECODER = json.JSONDecoder()

@@ -1,19 +1,24 @@
 """Statistics of all latents in one pass over activation rows, in memory that does not grow with the rows.
 
-    active entries (row, latent, value)  ->  scatter-adds and scatter-maxima over latents, per kind of position
-    peak[study, kind, latent]            ->  studies fired, agreement, top studies, samples per octave, zero studies
+    active entries (row, latent, value)  ->  scatter-adds and scatter-maxima over latents, per modality
+    peak[study, modality, latent]        ->  studies fired, agreement, top studies, samples per octave, zero studies
 
 Activations are counted in the bins of `stats.EDGES`, so the fraction of rows in an interval [2^i, 2^(i+1)) is exact
-and the 99th percentile has a relative error below 1 %. Nothing loops over latents.
+and the 99th percentile has a relative error below 1 %. Nothing loops over latents. Statistics of separate studies add
+up in any order, since sampling depends on the study and the seed only: count(A + B) = count(A) + count(B).
 """
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import atomic_file
+from sae_lens_maira.latents.maps import MAP_BYTES, MapSums
 from sae_lens_maira.latents.sampling import LowestPriorities, RowSample, priority
-from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.stats import (
     BINS_PER_OCTAVE,
     EDGES,
@@ -26,6 +31,11 @@ from sae_lens_maira.stats import (
 OCTAVES = HIGHEST_OCTAVE - LOWEST_OCTAVE
 
 TEXT, IMAGE = 0, 1
+
+_SUMS = (
+    *("rows", "studies", "fired", "studies_fired", "sum", "histogram", "any_fired"),
+    *("positives", "labelled", "true_positive", "labelled_fired"),
+)
 
 
 def active_entries(acts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -46,20 +56,20 @@ class LatentStatistics:
     Arrays with two rows hold text positions first and image positions second.
 
     Attributes:
-        rows, studies: (2,) rows and studies seen.
-        fired, studies_fired: (2, d_sae) int64.
+        rows, studies: (2,) number of rows and studies seen.
+        fired, studies_fired: (2, d_sae) int64 rows and studies in which each latent fires.
         sum: (2, d_sae) float64 sum of activations.
-        max: (2, d_sae) float32.
+        max: (2, d_sae) float32 largest activation.
         histogram: (2, d_sae, bins) int32 counts between `EDGES`.
-        any_fired: (d_sae,) studies in which the latent fires at either kind.
+        any_fired: (d_sae,) studies in which the latent fires at text or image.
         top_value, top_study: (d_sae, top) largest peak of a study, descending, and the study; -1 where none.
-        octaves: per (latent, octave) a sample of studies whose peak lies there; key latent * OCTAVES + octave.
-        zero: per latent a sample of studies in which it never fires.
-        positives, labelled: (2, F) and (2,) labelled studies with a row of that kind.
-        true_positive: (2, d_sae, F) int64; labelled_fired: (2, d_sae).
-        n_studies, last_study: studies seen, and the number of the last one.
-        maps: view -> (d_sae, patches) float32 sums; map_rows: view -> (patches,) rows at each patch;
-            map_studies: view -> studies with that view.
+        octaves: Sample of studies per (latent, octave of their peak); key latent * OCTAVES + octave.
+        zero: Sample of studies per latent in which it never fires.
+        positives, labelled: (2, F) and (2,) labelled studies with a row of that modality.
+        true_positive: (2, d_sae, F) int64 labelled studies that have the finding and in which the latent fires.
+        labelled_fired: (2, d_sae) labelled studies in which the latent fires.
+        n_studies, last_study: Number of studies seen, and the index of the last one.
+        maps: Sums of activations per latent and patch.
     """
 
     def __init__(
@@ -73,19 +83,21 @@ class LatentStatistics:
         zero: int = 20,
         sample_rows: int = 4096,
         seed: int = 0,
+        map_bytes: int = MAP_BYTES,
     ) -> None:
         """Start counting.
 
         Args:
-            d_sae: number of latents.
-            grid: rows and columns of the patch grid; (0, 0) leaves the maps out.
+            d_sae: Number of latents.
+            grid: Rows and columns of the patch grid; (0, 0) leaves the maps out.
             truth: (n_studies, F) bool, findings by number of the study.
             labelled: (n_studies,) bool, where the truth is known; everywhere if None.
-            top: studies kept per latent by largest peak.
-            per_octave: studies sampled per latent and octave.
-            zero: studies sampled per latent in which it never fires.
-            sample_rows: rows per kind kept for co-firing.
-            seed: of every draw.
+            top: Studies kept per latent by largest peak.
+            per_octave: Studies sampled per latent and octave.
+            zero: Studies sampled per latent in which it never fires.
+            sample_rows: Rows per modality kept for co-firing.
+            seed: Random seed of all sampling.
+            map_bytes: Budget for the maps per finding, see `latents.maps`.
         """
         self.d_sae, self.grid, self.seed = d_sae, grid, seed
         self.truth = np.zeros((0, 0), dtype=bool) if truth is None else truth
@@ -105,9 +117,7 @@ class LatentStatistics:
         self.positives, self.labelled = np.zeros((2, n_findings), dtype=np.int64), np.zeros(2, dtype=np.int64)
         self.true_positive = torch.zeros(2, d_sae, n_findings, dtype=torch.int64)
         self.labelled_fired = torch.zeros(2, d_sae, dtype=torch.int64)
-        self.maps: dict[str, torch.Tensor] = {}
-        self.map_rows: dict[str, torch.Tensor] = {}
-        self.map_studies = dict.fromkeys(VIEWS, 0)
+        self.maps = MapSums(d_sae, grid, self.truth, self._labelled, map_bytes)
         self.samples = (RowSample(sample_rows, seed), RowSample(sample_rows, seed + 1))
         self._octave_edges = torch.from_numpy(EDGES[BINS_PER_OCTAVE:-1:BINS_PER_OCTAVE].copy()).float()
 
@@ -119,7 +129,7 @@ class LatentStatistics:
             acts: (n, d_sae) activations of these rows, dense or sparse; `rows.values` is not read.
 
         Raises:
-            RecordError: sizes do not fit, a study comes back, or an activation is not finite.
+            RecordError: Sizes do not fit, a study occurs in two blocks, or an activation is not finite.
         """
         if tuple(acts.shape) != (len(rows), self.d_sae):
             raise RecordError(
@@ -138,17 +148,17 @@ class LatentStatistics:
         if not bool(torch.isfinite(value).all()):
             raise RecordError("An activation is not finite; the model or the SAE overflowed. Use float32.")
         self.last_study = int(rows.study[-1])
-        kind = torch.from_numpy(rows.is_image.astype(np.int64))
-        self.rows += np.bincount(kind.numpy(), minlength=2)
-        at = kind[row] * self.d_sae + latent
+        modality = torch.from_numpy(rows.is_image.astype(np.int64))
+        self.rows += np.bincount(modality.numpy(), minlength=2)
+        at = modality[row] * self.d_sae + latent
         ones = torch.ones_like(at)
         self.fired.view(-1).index_add_(0, at, ones)
         self.sum.view(-1).index_add_(0, at, value.double())
         self.max.view(-1).scatter_reduce_(0, at, value, "amax")
         self.histogram.view(-1).index_add_(0, at * (len(EDGES) - 1) + quantile_bins(value), ones.int())
-        self._count_maps(rows, row, latent, value)
+        self.maps.update(rows, row, latent, value)
         for k, sample in enumerate(self.samples):
-            mine, entries = (kind == k).numpy(), (kind[row] == k).numpy()
+            mine, entries = (modality == k).numpy(), (modality[row] == k).numpy()
             local = np.cumsum(mine) - 1
             sample.add(
                 rows.study[mine], rows.position[mine], local[row.numpy()[entries]], latent.numpy()[entries]
@@ -158,38 +168,11 @@ class LatentStatistics:
         peak = torch.zeros(len(names), 2, self.d_sae)
         peak.view(-1).scatter_reduce_(0, study[row] * 2 * self.d_sae + at, value, "amax")
         has = torch.zeros(len(names), 2, dtype=torch.bool)
-        has[study, kind] = True
+        has[study, modality] = True
         self._count_studies(names, peak, has.numpy())
 
-    def _count_maps(
-        self, rows: ActivationRows, row: torch.Tensor, latent: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        height, width = self.grid
-        if not height * width:
-            return
-        view = torch.from_numpy(rows.kind.astype(np.int64))
-        patch = torch.from_numpy(rows.patch_row.astype(np.int64) * width + rows.patch_col)
-        for number, name in enumerate(VIEWS):
-            here = rows.kind == number
-            if not here.any():
-                continue
-            if int(patch[view == number].max()) >= height * width or rows.patch_col[here].max() >= width:
-                raise RecordError(
-                    f"A patch of the {name} image lies outside the {height} x {width} grid; give the grid of the model."
-                )
-            self.map_studies[name] += len(np.unique(rows.study[here]))
-            if (
-                name not in self.maps
-            ):  # not `setdefault`: its zeros are 90 MB at MAIRA-2's size, for every block
-                self.maps[name] = torch.zeros(self.d_sae, height * width)
-                self.map_rows[name] = torch.zeros(height * width, dtype=torch.int64)
-            self.map_rows[name] += torch.bincount(patch[view == number], minlength=height * width)
-            total = self.maps[name]
-            mine = view[row] == number
-            total.view(-1).index_add_(0, latent[mine] * (height * width) + patch[row[mine]], value[mine])
-
     def _count_studies(self, names: np.ndarray, peak: torch.Tensor, has: np.ndarray) -> None:
-        """Count peaks (s, 2, d_sae) of the studies `names` (s,), which have rows of the kinds `has` (s, 2)."""
+        """Count peaks (s, 2, d_sae) of the studies `names` (s,), which have rows of the modalities `has` (s, 2)."""
         fires = peak > 0
         self.n_studies += len(names)
         self.studies += has.sum(0)
@@ -230,9 +213,91 @@ class LatentStatistics:
     @property
     def nbytes(self) -> int:
         """Bytes held, without the sample of rows, which is bounded by its size and the SAE's L0."""
-        tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)] + list(self.maps.values())
-        return sum(t.nbytes for t in tensors) + self.octaves.nbytes + self.zero.nbytes
+        tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
+        return sum(t.nbytes for t in tensors) + self.maps.nbytes + self.octaves.nbytes + self.zero.nbytes
 
-    def p99(self) -> np.ndarray:
-        """(2, d_sae) 99th percentile of activations above zero, as `stats.p99` defines it."""
-        return quantile_of_counts(self.histogram, self.max).numpy()
+    def p99(self) -> tuple[np.ndarray, np.ndarray]:
+        """99th percentile of activations above zero, as `stats.p99` defines it: (2, d_sae) and over both, (d_sae,)."""
+        both = quantile_of_counts(self.histogram.sum(0), self.max.amax(0))
+        return quantile_of_counts(self.histogram, self.max).numpy(), both.numpy()
+
+    def state(self) -> dict[str, Any]:
+        """Everything counted, as tensors and numbers."""
+        own = {name: getattr(self, name) for name in (*_SUMS, "max", "top_value", "top_study")}
+        state: dict[str, Any] = {name: _tensor(value) for name, value in own.items()}
+        state |= {"n_studies": self.n_studies, "last": self.last_study, "maps": self.maps.state()}
+        for name in ("octaves", "zero"):
+            kept: LowestPriorities = getattr(self, name)
+            state[name] = {k: _tensor(getattr(kept, k)) for k in ("priority", "item", "value")}
+        state["samples"] = [
+            {k: _tensor(v) for k, v in sample.state().items()} | {"limit": int(sample.limit)}
+            for sample in self.samples
+        ]
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Replace all counts by those of a `state` of the same sizes.
+
+        Raises:
+            RecordError: The state has other sizes.
+        """
+        if state["fired"].shape != self.fired.shape or state["top_value"].shape != self.top_value.shape:
+            raise RecordError(
+                f"Saved statistics are of {tuple(state['fired'].shape)} latents and "
+                f"{tuple(state['top_value'].shape)} top studies, other than those asked for. Remove the unfinished "
+                "collection and start again."
+            )
+        for name in (*_SUMS, "max", "top_value", "top_study"):
+            value, array = state[name], isinstance(getattr(self, name), np.ndarray)
+            setattr(self, name, value.numpy() if array else value)
+        self.n_studies, self.last_study = state["n_studies"], state["last"]
+        self.maps.restore(state["maps"])
+        for name in ("octaves", "zero"):
+            getattr(self, name).restore(**{k: v.numpy() for k, v in state[name].items()})
+        for sample, own in zip(self.samples, state["samples"], strict=True):
+            rows = {name: own[name].numpy() for name in ("priority", "lengths", "latents")}
+            sample.restore(**rows, limit=own["limit"])
+
+    def add(self, other: "LatentStatistics") -> None:
+        """Add the counts of other studies."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.max = torch.maximum(self.max, other.max)
+        self.n_studies += other.n_studies
+        self.last_study = max(self.last_study, other.last_study)
+        self.maps.add(other.maps)
+        values = torch.cat([self.top_value, other.top_value], 1)
+        studies = torch.cat([self.top_study, other.top_study], 1)
+        # By study, then stably by value: of equal peaks the earlier study stays in front, as in one pass.
+        order = studies.argsort(dim=1, stable=True)
+        values, studies = values.gather(1, order), studies.gather(1, order)
+        order = values.argsort(dim=1, descending=True, stable=True)[:, : self.top_value.shape[1]]
+        self.top_value, self.top_study = values.gather(1, order), studies.gather(1, order)
+        self.octaves.add(other.octaves)
+        self.zero.add(other.zero)
+        for sample, more in zip(self.samples, other.samples, strict=True):
+            sample.merge(more)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a state, complete or not at all."""
+    with atomic_file(path) as draft:
+        torch.save(state, draft)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        RecordError: The file is damaged.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        raise RecordError(
+            f"{path} cannot be read ({error}); remove its folder and collect the records again."
+        ) from None
+
+
+def _tensor(value: np.ndarray | torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

@@ -20,9 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from sae_lens import SAE
-
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_write
 
@@ -107,15 +104,6 @@ class Workdir:
     def write(path: Path, values: dict[str, Any]) -> None:
         """Write JSON in one piece or not at all."""
         atomic_write(path, json.dumps(values))
-
-
-def fingerprint(sae: SAE[Any]) -> str:
-    """SHA-256 of an SAE's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def fingerprint_of_ids(ids: list[str]) -> str:

@@ -10,7 +10,6 @@ import pytest
 
 from sae_lens_maira.dashboards.target import Target
 from sae_lens_maira.latents.records import (
-    ActivationMap,
     Context,
     Firing,
     Histogram,
@@ -18,9 +17,11 @@ from sae_lens_maira.latents.records import (
     LatentRecord,
     RecordsMeta,
     StudyInfo,
+    StudyText,
     TokenWeight,
 )
-from sae_lens_maira.latents.recordset import RecordSet, write_records
+from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.latents.writing import write_records
 
 WORDS = (
     "▁left",
@@ -37,34 +38,35 @@ WORDS = (
 )
 
 
-def make_context(rng: random.Random, study: str, value: float, kind: str, length: int = 200) -> Context:
-    tokens = tuple(rng.choice(WORDS) for _ in range(length))
-    values: list[float | None] = [None if i < 3 else 0.0 for i in range(length)]
-    heat = {"frontal": [], "lateral": []}
-    peak, patch = -1, None
-    if value > 0 and kind == "text":
-        peak = rng.randrange(3, length)
-        values[peak] = value
-    elif value > 0:
-        cells = sorted(rng.sample(range(37 * 37), 90))
-        best = rng.choice(cells)
-        heat["frontal"] = [(cell, value if cell == best else value * rng.random() * 0.9) for cell in cells]
-        patch = ("frontal", best // 37, best % 37)
-    maps = tuple(
-        ActivationMap(view, 37, 37, tuple(c for c, _ in cells), tuple(v for _, v in cells))
-        for view, cells in heat.items()
-    )
-    return Context(
-        study=study,
-        value=value,
-        kind=kind,
-        peak=peak,
-        patch=patch,
-        tokens=tokens,
+def make_text(study: str, length: int = 200) -> StudyText:
+    rng = random.Random(study)
+    return StudyText(
+        study,
+        tokens=tuple(rng.choice(WORDS) for _ in range(length)),
         positions=tuple(range(length)),
         roles=("indication",) * 20 + ("report",) * (length - 20),
-        values=tuple(values),
-        heat=maps,
+        read=tuple(i >= 3 for i in range(length)),
+        span=(0, length),
+        views=(("frontal", 37, 37), ("lateral", 37, 37)),
+    )
+
+
+def make_context(rng: random.Random, study: str, value: float, kind: str, length: int = 200) -> Context:
+    peak = rng.randrange(3, length) if value > 0 and kind == "text" else None
+    cells, values = (), ()
+    if value > 0 and peak is None:
+        cells = tuple(sorted(rng.sample(range(37 * 37), 90)))
+        best = rng.choice(cells)
+        values = tuple(value if cell == best else value * rng.random() * 0.9 for cell in cells)
+    return Context(
+        study=study,
+        start=0,
+        end=length,
+        modality=kind,
+        token_indices=() if peak is None else (peak,),
+        token_values=() if peak is None else (value,),
+        patches=((cells, values), ((), ())),
+        texts={study: make_text(study, length)},
     )
 
 
@@ -87,6 +89,7 @@ def make_record(latent: int, studies: list[str], length: int = 200, dead: bool =
         status="dead" if dead else "alive",
         density=density,
         max=0.0 if dead else largest,
+        p99=0.0 if dead else largest,
         histogram=Histogram(
             tuple(largest * i / 64 for i in range(65)),
             (0,) * 64 if dead else tuple(64 - i for i in range(64)),
@@ -149,6 +152,7 @@ def make_set(tmp_path: Path) -> Maker:
             tmp_path / f"records{len(made)}",
             make_meta(latents, len(studies)),
             studies,
+            [make_text(s.study, length) for s in studies],
             change(records) if change else records,
         )
 

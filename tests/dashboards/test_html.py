@@ -14,7 +14,6 @@ from sae_lens_maira.dashboards.html import LATENT_BYTES, latent_file, write_page
 from sae_lens_maira.dashboards.html_latent import ALPHABET, levels
 from sae_lens_maira.errors import PrivacyError, RecordError
 from sae_lens_maira.latents.records import (
-    ActivationMap,
     Context,
     Firing,
     Histogram,
@@ -22,30 +21,40 @@ from sae_lens_maira.latents.records import (
     LatentRecord,
     RecordsMeta,
     StudyInfo,
+    StudyText,
 )
-from sae_lens_maira.latents.recordset import RecordSet, write_records
+from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.latents.writing import write_records
 
 SIDE = 37
 
 
 def _context(study: str, value: float, dense: bool = True, length: int = 250) -> Context:
     rng = np.random.default_rng(int(value * 10))
-    heat = rng.random((3, SIDE * SIDE)).astype(float) if dense else np.zeros((3, SIDE * SIDE))
+    strong = rng.random((3, SIDE * SIDE)).tolist()
+    values = rng.random(length).tolist()
+    values[3] = value
     return Context(
         study=study,
-        value=value,
-        kind="text",
-        peak=3,
-        patch=None,
-        tokens=tuple("▁opacity" for _ in range(length)),
-        positions=tuple(range(length)),
-        roles=("indication",) * 50 + ("report",) * (length - 50),
-        values=tuple(rng.random(length).tolist()),
-        heat=tuple(
-            ActivationMap(view, SIDE, SIDE, tuple(np.flatnonzero(h).tolist()), tuple(h[h > 0].tolist()))
-            for view, h in zip(("frontal", "lateral", "prior"), heat, strict=True)
-        ),
+        start=0,
+        end=length,
+        modality="text",
+        token_indices=tuple(range(length)) if dense else (),
+        token_values=tuple(values) if dense else (),
+        patches=tuple((tuple(range(SIDE * SIDE)), tuple(one)) if dense else ((), ()) for one in strong),
+        texts={study: TEXT},
     )
+
+
+TEXT = StudyText(
+    "s0",
+    tokens=("▁opacity",) * 250,
+    positions=tuple(range(250)),
+    roles=("indication",) * 50 + ("report",) * 200,
+    read=(True,) * 250,
+    span=(0, 250),
+    views=tuple((view, SIDE, SIDE) for view in ("frontal", "lateral", "prior")),
+)
 
 
 def _record(latent: int, contexts: int = 3) -> LatentRecord:
@@ -55,6 +64,7 @@ def _record(latent: int, contexts: int = 3) -> LatentRecord:
         status="alive",
         density=0.01,
         max=9.0,
+        p99=8.0,
         histogram=Histogram((0.0, 1.0, 9.0), (10, 2)),
         firing=tuple(Firing(kind, 100, 3, 10, 2, 1.0, 9.0, 8.0) for kind in ("text", "image")),
         top_tokens=(),
@@ -79,7 +89,7 @@ def _write(folder: Path, licence: str = "synthetic", contexts: int = 3, **change
         "s0", "p0", licence, images=(("frontal", "film.png"),), boxes=(("opacity", 0.5, 0.5, 0.75, 1.0),)
     )
     return write_records(
-        folder, META, [replace(entry, **changes)], [_record(latent, contexts) for latent in (0, 300)]
+        folder, META, [replace(entry, **changes)], [TEXT], [_record(latent, contexts) for latent in (0, 300)]
     )
 
 

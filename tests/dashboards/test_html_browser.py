@@ -16,7 +16,6 @@ from PIL import Image
 
 from sae_lens_maira.dashboards.html import _write_call, write_page
 from sae_lens_maira.latents.records import (
-    ActivationMap,
     Context,
     FindingAgreement,
     Firing,
@@ -27,9 +26,10 @@ from sae_lens_maira.latents.records import (
     Neighbour,
     RecordsMeta,
     StudyInfo,
+    StudyText,
     TokenWeight,
 )
-from sae_lens_maira.latents.recordset import write_records
+from sae_lens_maira.latents.writing import write_records
 
 pytestmark = [
     pytest.mark.browser,
@@ -49,24 +49,28 @@ HOSTILE = "<script>document.title='owned'</script>"
 
 
 def _context(kind: str, value: float) -> Context:
-    words = ("▁Small", "▁right", "▁pleural", "▁effusion", ".", HOSTILE)
     hit = ROW * SIDE + COL
-    heat = (
-        ActivationMap("frontal", SIDE, SIDE, (hit, hit + 1), (value, value / 2)),
-        ActivationMap("lateral", SIDE, SIDE, (), ()),
-    )
     return Context(
         study="s0",
-        value=value,
-        kind=kind,
-        peak=3 if kind == "text" else -1,
-        patch=("frontal", ROW, COL) if kind == "image" else None,
-        tokens=words,
-        positions=tuple(range(6)),
-        roles=("indication",) + ("report",) * 5,
-        values=(None, 0.1, 2.0, 8.0, 0.0, 0.0),
-        heat=heat if value else (),
+        start=0,
+        end=6,
+        modality=kind,
+        token_indices=(1, 2, 3) if value else (),
+        token_values=(0.1, 2.0, 8.0) if value else (),
+        patches=(((hit, hit + 1), (value, value / 2)) if value else ((), ()), ((), ())),
+        texts={"s0": TEXT},
     )
+
+
+TEXT = StudyText(
+    "s0",
+    tokens=("▁Small", "▁right", "▁pleural", "▁effusion", ".", HOSTILE),
+    positions=tuple(range(6)),
+    roles=("indication",) + ("report",) * 5,
+    read=(False,) + (True,) * 5,
+    span=(0, 6),
+    views=(("frontal", SIDE, SIDE), ("lateral", SIDE, SIDE)),
+)
 
 
 def _record(latent: int) -> LatentRecord:
@@ -77,6 +81,7 @@ def _record(latent: int) -> LatentRecord:
         status="alive",
         density=0.02,
         max=8.0,
+        p99=7.5,
         histogram=Histogram(
             tuple(np.linspace(0, 8, 21).tolist()), tuple(int(900 * 0.7**i) for i in range(20))
         ),
@@ -121,7 +126,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {},
     )
     return write_page(
-        write_records(folder / "records", meta, [study], map(_record, range(12))),
+        write_records(folder / "records", meta, [study], [TEXT], map(_record, range(12))),
         [],
         folder / "out",
         image_root=folder,

@@ -151,7 +151,7 @@ def test_hits_are_the_tokens_that_the_records_name(ours, theirs):
             assert token == f"<{best.patch[0]} r{best.patch[1]:02d}c{best.patch[2]:02d}>"
         else:
             assert token == best.tokens[best.peak]
-        kinds.add(best.kind)
+        kinds.add(best.modality)
     assert kinds
 
 

@@ -17,7 +17,7 @@ from sae_lens_maira.dashboards.sequences import Window, bars, sequences
 from sae_lens_maira.dashboards.target import PUBLIC_CREATOR, Target
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.records import Interpretation, Score
-from sae_lens_maira.latents.records import Histogram
+from sae_lens_maira.latents.records import Context, Histogram, StudyText
 
 # Keys of a real output of sae-dashboard 0.8.0 and of Neuronpedia's own exporter.
 BATCH = "model_id layer sae_set sae_id_suffix features"
@@ -123,7 +123,8 @@ def test_a_study_comes_once_per_latent_and_no_two_sequences_hold_the_same_tokens
     """The page hides sequences of equal token multisets, here made equal but for the study."""
     records = make_set()
     record = records[0]
-    same = dataclasses.replace(record.top[0], study="other")
+    first = record.top[0]
+    same = dataclasses.replace(first, study="other", texts={"other": first.text})
     record = dataclasses.replace(record, top=(record.top[0], same, record.top[0]))
     found = list(sequences(record))
     assert len({s.study for s in found}) == len(found)
@@ -132,17 +133,8 @@ def test_a_study_comes_once_per_latent_and_no_two_sequences_hold_the_same_tokens
 
 def test_tokens_that_a_database_refuses_are_fixed(make_set):
     record = make_set()[0]
-    odd = dataclasses.replace(
-        record.top[0],
-        kind="text",
-        peak=0,
-        patch=None,
-        heat=(),
-        tokens=("", "\0", "\ud800"),
-        positions=(0, 1, 2),
-        roles=("report",) * 3,
-        values=(1.0, 0.0, None),
-    )
+    text = StudyText("odd", ("", "\0", "\ud800"), (0, 1, 2), ("report",) * 3, (True, True, False), (0, 3))
+    odd = Context("odd", 0, 3, "text", (0,), (1.0,), (), {"odd": text})
     found = next(sequences(dataclasses.replace(record, top=(odd,))))
     assert found.tokens[1:] == ["∅", " ", "?"]
 
@@ -151,7 +143,7 @@ def test_tokens_that_a_database_refuses_are_fixed(make_set):
 def test_a_number_that_is_not_finite_is_refused_with_its_latent(make_set, value):
     records = make_set()
     record = records[1]
-    broken = dataclasses.replace(record.top[0], values=(value, *record.top[0].values[1:]), patch=None, peak=0)
+    broken = dataclasses.replace(record.top[0], token_indices=(0,), token_values=(value,), modality="text")
     with pytest.raises(RecordError, match="Latent 1"):
         feature(dataclasses.replace(record, top=(broken,)), records.meta, "d")
     with pytest.raises(RecordError, match="Latent 1"):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from sae_lens_maira.latents import records as r
-from sae_lens_maira.latents.recordset import RecordSet, write_records
+from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.latents.writing import write_records
 
 SENTENCES = {
     "pleural_effusion_left": "There is a left pleural effusion .",
@@ -35,23 +36,26 @@ def make_studies(n: int = 240, seed: int = 0, licence: str = "synthetic") -> dic
     return entries
 
 
-def context(study: r.StudyInfo, value: float, word: str, kind: str = "text") -> r.Context:
+def text_of(study: r.StudyInfo) -> r.StudyText:
     tokens = tuple((study.report or "").split())
-    hit = kind == "text" and value > 0
-    peak = tokens.index(word) if hit else -1
-    patch = ("frontal", 6, 6) if kind == "image" and value > 0 else None
-    heat = r.ActivationMap("frontal", 8, 8, (54,) if patch else (), (value,) if patch else ())
+    n = len(tokens)
+    return r.StudyText(
+        study.study, tokens, tuple(range(n)), ("report",) * n, (True,) * n, (0, n), (("frontal", 8, 8),)
+    )
+
+
+def context(study: r.StudyInfo, value: float, word: str, kind: str = "text") -> r.Context:
+    text = text_of(study)
+    token, patch = (value > 0 and kind == wanted for wanted in ("text", "image"))
     return r.Context(
         study=study.study,
-        value=value,
-        kind=kind,
-        peak=peak,
-        patch=patch,
-        tokens=tokens,
-        positions=tuple(range(len(tokens))),
-        roles=("report",) * len(tokens),
-        values=tuple(value if i == peak else 0.0 for i in range(len(tokens))),
-        heat=(heat,),
+        start=0,
+        end=len(text.tokens),
+        modality=kind,
+        token_indices=(text.tokens.index(word),) if token else (),
+        token_values=(value,) if token else (),
+        patches=(((54,), (value,)) if patch else ((), ()),),
+        texts={study.study: text},
     )
 
 
@@ -76,6 +80,7 @@ def make_record(
         status="alive",
         density=0.1,
         max=largest,
+        p99=largest,
         histogram=r.Histogram((0.0, largest), (len(hits),)),
         firing=(),
         top_tokens=(),
@@ -117,6 +122,8 @@ def hand_made(tmp_path) -> Callable[..., RecordSet]:
     ) -> RecordSet:
         studies = make_studies(licence=licence)
         records = [make_record(i, finding, studies, kind) for i, finding in enumerate(findings)]
-        return write_records(tmp_path / name, make_meta(), studies.values(), records)
+        return write_records(
+            tmp_path / name, make_meta(), studies.values(), map(text_of, studies.values()), records
+        )
 
     return make

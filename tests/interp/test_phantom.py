@@ -11,8 +11,7 @@ from sae_lens_maira.activations import harvest_rows
 from sae_lens_maira.interp.best import Best, best_latents
 from sae_lens_maira.interp.offline import name_and_side, named_findings
 from sae_lens_maira.interp.run import interpret_offline
-from sae_lens_maira.latents.collect import collect_records
-from sae_lens_maira.latents.settings import CollectConfig
+from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.source import ModelSource
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies
 from sae_lens_maira.quickstart.sae import train_sae

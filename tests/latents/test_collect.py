@@ -69,13 +69,15 @@ def test_contexts_hold_the_activations_of_their_study(records, rows, acts, studi
             text, image = mine & ~rows.is_image, mine & rows.is_image
             value_at = dict(zip(rows.position[text].tolist(), column[text].tolist(), strict=True))
             token_at = dict(zip(rows.position[text].tolist(), rows.token[text].tolist(), strict=True))
-            for position, token, value in zip(context.positions, context.tokens, context.values, strict=True):
+            for position, token, value in zip(
+                context.positions, context.tokens, context.activations, strict=True
+            ):
                 assert value == pytest.approx(value_at[position], rel=1e-5)
                 spelled = tokenizer.convert_ids_to_tokens([token_at[position]])[0]
                 assert token == spelled.replace("\u2581", " ")
             heat = {
                 (("frontal", "lateral", "prior").index(h.view), p): v
-                for h in context.heat
+                for h in context.maps
                 for p, v in zip(h.patches, h.values, strict=True)
             }
             on = image & (column > 0)
@@ -85,13 +87,13 @@ def test_contexts_hold_the_activations_of_their_study(records, rows, acts, studi
             )
             assert heat.keys() == expected.keys()
             assert all(heat[key] == pytest.approx(expected[key], rel=1e-5) for key in heat)
-            if context.kind == "text" and context.value:
-                assert context.values[context.peak] == context.value
+            if context.modality == "text" and context.value:
+                assert context.activations[context.peak] == context.value
                 assert context.patch is None
             elif context.value:
                 assert context.peak == -1
                 assert context.value == pytest.approx(column[mine].max(), rel=1e-5)
-        assert all(c.value == 0 and not any(v for v in c.values) for c in record.zero)
+        assert all(c.value == 0 and not any(v for v in c.activations) for c in record.zero)
 
 
 def test_agreement_and_maps(records, rows, acts, studies):
@@ -103,7 +105,7 @@ def test_agreement_and_maps(records, rows, acts, studies):
             fires = np.array([(column[mask & (rows.study == s)] > 0).any() for s in range(40)])
             hits = (fires[:, None] & truth).sum(0)
             f1 = 2 * hits / np.maximum(fires.sum() + truth.sum(0), 1)
-            mine = [a for a in record.agreement if a.kind == kind]
+            mine = [a for a in record.agreement if a.modality == kind]
             if f1.max() == 0:
                 assert not mine
                 continue

@@ -6,7 +6,8 @@ import pytest
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents import records as r
-from sae_lens_maira.latents.recordset import RecordSet, write_records
+from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.latents.writing import write_records
 
 META = r.RecordsMeta(
     model="phantom",
@@ -30,18 +31,27 @@ STUDIES = [
 ]
 
 
+TEXT = r.StudyText(
+    "s1",
+    tokens=("</s>", "heart", "größer"),
+    positions=(6, 7, 8),
+    roles=("report",) * 3,
+    read=(False, False, True),
+    span=(1, 3),
+    views=(("frontal", 8, 8),),
+)
+
+
 def make_record(latent: int, value: float = 1.5) -> r.LatentRecord:
     context = r.Context(
         study="s1",
-        value=value,
-        kind="image",
-        peak=-1,
-        patch=("frontal", 1, 2),
-        tokens=("heart", "größer"),
-        positions=(7, 8),
-        roles=("report", "report"),
-        values=(0.0, None),
-        heat=(r.ActivationMap("frontal", 8, 8, (10,), (value,)),),
+        start=1,
+        end=3,
+        modality="image",
+        token_indices=(2,),
+        token_values=(0.5,),
+        patches=(((10,), (value,)),),
+        texts={"s1": TEXT},
     )
     return r.LatentRecord(
         latent=latent,
@@ -49,6 +59,7 @@ def make_record(latent: int, value: float = 1.5) -> r.LatentRecord:
         status="alive",
         density=0.1,
         max=value,
+        p99=value,
         histogram=r.Histogram((0.0, 1.0, 2.0), (3, 4)),
         firing=(
             r.Firing("text", 10, 1, 2, 1, 1.0, 1.0, 1.0),
@@ -68,7 +79,7 @@ def make_record(latent: int, value: float = 1.5) -> r.LatentRecord:
 def test_what_is_written_is_read_back(tmp_path):
     """Records across file borders, by number and as a stream; numbers may have gaps."""
     written = [make_record(latent, 1.0 + latent) for latent in range(0, 600, 2)]
-    write_records(tmp_path / "set", META, iter(STUDIES), iter(written))
+    write_records(tmp_path / "set", META, iter(STUDIES), iter([TEXT]), iter(written))
     records = RecordSet.open(tmp_path / "set")
     assert len(records) == 300
     assert len(list((tmp_path / "set").glob("records-*.jsonl"))) == 2
@@ -90,7 +101,7 @@ def test_what_is_written_is_read_back(tmp_path):
 
 def test_an_interrupted_rewrite_leaves_the_old_set(tmp_path):
     """A source that fails half-way changes nothing and leaves no scratch; other files stay."""
-    write_records(tmp_path, META, STUDIES, [make_record(0)])
+    write_records(tmp_path, META, STUDIES, [TEXT], [make_record(0)])
     (tmp_path / "interpretations.jsonl").write_text("kept")
 
     def failing():
@@ -98,50 +109,58 @@ def test_an_interrupted_rewrite_leaves_the_old_set(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_records(tmp_path, META, STUDIES, failing())
+        write_records(tmp_path, META, STUDIES, [TEXT], failing())
     assert list(RecordSet.open(tmp_path).stream()) == [make_record(0)]
     assert not list(tmp_path.glob(".writing-*"))
-    write_records(tmp_path, META, STUDIES, [make_record(1)])
+    write_records(tmp_path, META, STUDIES, [TEXT], [make_record(1)])
     assert [record.latent for record in RecordSet.open(tmp_path)] == [1]
     assert (tmp_path / "interpretations.jsonl").read_text() == "kept"
 
 
 def test_an_empty_set_opens(tmp_path):
-    assert len(write_records(tmp_path, META, [], [])) == 0
+    assert len(write_records(tmp_path, META, [], [], [])) == 0
 
 
-@pytest.mark.parametrize("name", ["records-00000.jsonl", "studies.jsonl", "latents.parquet", "meta.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize(
+    "name",
+    ["records-00000.jsonl", "maps-00000.npz", "texts.jsonl", "studies.jsonl", "latents.parquet", "meta.json"],
+)
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 def test_damage_is_named(tmp_path, name, damage):
     """Each file, cut off or missing, gives a RecordError that names it."""
-    write_records(tmp_path, META, STUDIES, [make_record(0)])
+    write_records(tmp_path, META, STUDIES, [TEXT], [make_record(0)])
     path = tmp_path / name
     whole = path.read_bytes()
-    path.unlink() if damage == "gone" else path.write_bytes(whole[: len(whole) // 3])
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(whole[: len(whole) // 3])
+    else:
+        path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 4]) + whole[-19:])
 
     def read():
         records = RecordSet.open(tmp_path)
-        return list(records.stream()), records.studies
+        return [c.tokens for record in records for c in record.top], records.studies
 
-    with pytest.raises(RecordError, match=name.split(".")[0]):
+    with pytest.raises(RecordError, match=r"meta\.json|has another content" if name == "meta.json" else name):
         read()
 
 
 def test_wrong_order_doubles_and_infinity_are_refused(tmp_path):
     with pytest.raises(RecordError, match="ascending"):
-        write_records(tmp_path, META, STUDIES, [make_record(1), make_record(1)])
+        write_records(tmp_path, META, STUDIES, [TEXT], [make_record(1), make_record(1)])
     with pytest.raises(RecordError, match="twice"):
-        write_records(tmp_path, META, [STUDIES[0]] * 2, [])
+        write_records(tmp_path, META, [STUDIES[0]] * 2, [], [])
     with pytest.raises(RecordError, match="finite"):
-        write_records(tmp_path, META, STUDIES, [replace(make_record(1), max=float("inf"))])
+        write_records(tmp_path, META, STUDIES, [TEXT], [replace(make_record(1), max=float("inf"))])
     with pytest.raises(RecordError, match=r"meta\.json"):
         RecordSet.open(tmp_path)
 
 
 def test_files_of_two_sets_do_not_mix(tmp_path):
-    write_records(tmp_path / "a", META, STUDIES, [make_record(1)])
-    write_records(tmp_path / "b", META, STUDIES, [make_record(2)])
+    write_records(tmp_path / "a", META, STUDIES, [TEXT], [make_record(1)])
+    write_records(tmp_path / "b", META, STUDIES, [TEXT], [make_record(2)])
     name = "records-00000.jsonl"
     (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
-    with pytest.raises(RecordError, match="different record sets"):
+    with pytest.raises(RecordError, match="another content"):
         RecordSet.open(tmp_path / "a")[1]

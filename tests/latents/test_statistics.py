@@ -9,7 +9,8 @@ import torch
 from sae_lens_maira import stats
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.sampling import RowSample, priority
-from sae_lens_maira.latents.statistics import OCTAVES, VIEWS, LatentStatistics
+from sae_lens_maira.latents.statistics import OCTAVES, LatentStatistics
+from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.phantom import truth_labels
 from sae_lens_maira.stats import EDGES, LOWEST_OCTAVE
 
@@ -65,7 +66,7 @@ def test_counts_sums_maxima_and_histogram(done, rows, acts):
 
 def test_p99_is_exact_to_one_percent(done, rows, acts):
     """Within 1 % of the exact percentile, never above the maximum, and the same as steering's unit."""
-    p99 = done.p99()
+    p99, both = done.p99()
     for latent in range(96):
         values = acts.numpy()[rows.is_image, latent]
         values = values[values > 0]
@@ -76,6 +77,7 @@ def test_p99_is_exact_to_one_percent(done, rows, acts):
         else:
             assert p99[1, latent] == 0
     assert (stats.p99(acts[torch.from_numpy(rows.is_image)]).numpy() == p99[1]).all()
+    assert (stats.p99(acts).numpy() == both).all()
 
 
 def test_studies_and_agreement(done, peaks, truth):
@@ -118,12 +120,12 @@ def test_maps(done, rows, acts):
     """Sums per patch and view, and how many studies have the view."""
     for number, view in enumerate(VIEWS):
         here = rows.kind == number
-        assert done.map_studies[view] == len(set(rows.study[here]))
+        assert done.maps.studies[view] == len(set(rows.study[here]))
         expected = np.zeros((96, 64))
         patch = rows.patch_row[here].astype(int) * 8 + rows.patch_col[here]
         np.add.at(expected.T, patch, acts.numpy()[here])
-        assert (done.map_rows[view].numpy() == np.bincount(patch, minlength=64)).all()
-        np.testing.assert_allclose(done.maps[view].numpy(), expected, rtol=1e-4, atol=1e-4)
+        assert (done.maps.rows[view].numpy() == np.bincount(patch, minlength=64)).all()
+        np.testing.assert_allclose(done.maps.views[view].numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_and_layout_do_not_matter(done, rows, acts, truth):

@@ -43,8 +43,8 @@ function svg(tag, attributes, ...children) {
 
 function drawLatent(data) {
   const at = page.place.get(data.latent), { columns, tables } = page;
-  const scale = Object.fromEntries(data.firing.map((f) => [f.kind, f.max]));
-  const hits = (kind) => data.top.filter((context) => context.kind === kind);
+  const scale = Object.fromEntries(data.firing.map((f) => [f.modality, f.max]));
+  const hits = (modality) => data.top.filter((context) => context.modality === modality);
   const list = (contexts) => element("div", { className: "contexts" }, ...contexts.map((context) => drawContext(context, data, scale)));
   const name = columns.name[at];
   const heading = element("h1", { tabindex: "-1" }, element("span", { className: "id", text: `#${data.latent} ` }), name || "unnamed");
@@ -98,7 +98,7 @@ function drawHistogram({ histogram }) {
 }
 
 function drawFiring({ firing }) {
-  return section("Density", table(["", ...firing.map((f) => f.kind)], [
+  return section("Density", table(["", ...firing.map((f) => f.modality)], [
     ["density", ...firing.map((f) => (f.rows ? number(f.density) : "not read"))], ["rows fired", ...firing.map((f) => f.fired.toLocaleString("en"))], ["of rows", ...firing.map((f) => f.rows.toLocaleString("en"))],
     ["studies fired", ...firing.map((f) => `${f.studies_fired} of ${f.studies}`)], ["mean", ...firing.map((f) => number(f.mean))], ["p99", ...firing.map((f) => number(f.p99))], ["max", ...firing.map((f) => number(f.max))],
   ], "Text and image positions apart"));
@@ -115,7 +115,7 @@ function drawAgreement({ agreement }) {
       svg("line", { x1: x(0), x2: x(1), y1: 7, y2: 7, class: "rail" }), svg("line", { x1: x(a.low), x2: x(a.high), y1: 7, y2: 7, class: "span" }), svg("circle", { cx: x(a.f1), cy: 7, r: 3.5 }));
   };
   return section("Agreement with findings", agreement.length ? table(["Finding", "At", "F1 [95 %]", "", "Precision", "Recall", "n"],
-    agreement.slice(0, 12).map((a) => [words(a.finding), a.kind, `${number(a.f1)} [${number(a.low)}, ${number(a.high)}]`, bar(a), number(a.precision), number(a.recall), `${a.positives} of ${a.studies}`]), "F1 between firing in a study and the finding") : element("p", { className: "faint", text: "Not measured." }));
+    agreement.slice(0, 12).map((a) => [words(a.finding), a.modality, `${number(a.f1)} [${number(a.low)}, ${number(a.high)}]`, bar(a), number(a.precision), number(a.recall), `${a.positives} of ${a.studies}`]), "F1 between firing in a study and the finding") : element("p", { className: "faint", text: "Not measured." }));
 }
 
 function drawNeighbours({ latent: own, neighbours }) {
@@ -136,7 +136,7 @@ function drawNeighbours({ latent: own, neighbours }) {
 function drawContext(context, data, scale) {
   const study = data.studies[context.study] || { findings: [], images: {}, boxes: [] };
   const hit = context.patch ? `patch ${context.patch[1]}, ${context.patch[2]} of the ${context.patch[0]} image` : context.peak >= 0 ? `token ${context.peak}` : "no firing";
-  const read = data.firing.some((f) => f.kind === "image" && f.rows > 0);
+  const read = data.firing.some((f) => f.modality === "image" && f.rows > 0);
   return element("figure", { className: "context" },
     element("figcaption", {}, element("strong", { text: number(context.value) }), ` ${hit} · study ${context.study}`,
       ...study.findings.map((finding) => element("span", { className: "chip", text: words(finding) })),

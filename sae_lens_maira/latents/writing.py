@@ -1,0 +1,168 @@
+"""Writing of a record set: complete or not at all, every file with its hash.
+
+Files are written to a hidden folder and then moved into place. `meta.json` holds the SHA-256 of all other files and is
+moved last, so a folder is never read half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import sha256_of
+from sae_lens_maira.latents.maps import MapSums, write_maps
+from sae_lens_maira.latents.records import MODALITIES, LatentRecord, RecordsMeta, StudyInfo, StudyText
+from sae_lens_maira.latents.recordset import FORMAT, META, STUDIES, TABLE, RecordSet, maps_name
+from sae_lens_maira.latents.serialization import TEXTS, record_to_plain, text_line
+
+LATENTS_PER_FILE = 256
+
+
+def write_records(
+    folder: Path | str,
+    meta: RecordsMeta,
+    studies: Iterable[StudyInfo],
+    texts: Iterable[StudyText],
+    records: Iterable[LatentRecord],
+    map_sums: MapSums | None = None,
+) -> RecordSet:
+    """Write a record set; nothing of it can be seen half-written.
+
+    Files are completed in a hidden folder and moved into place, the old `meta.json` first removed and the new one
+    moved last. Other files of the folder (images, interpretations) stay.
+
+    Args:
+        folder: Created if missing.
+        meta: Origin of the records.
+        studies: The studies that contexts point to, each once.
+        texts: Text of each of these studies.
+        records: In ascending order of number; read one at a time.
+        map_sums: Source of the mean maps per finding.
+
+    Raises:
+        RecordError: Records are out of order, a study occurs twice, a context does not fit its study's text, or a
+            number is not finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        _write_once(scratch / STUDIES, ((entry.study, _line(entry)) for entry in studies))
+        sizes: dict[str, tuple[int, int]] = {}
+        _write_once(scratch / TEXTS, _text_lines(texts, sizes))
+        _write_lines(scratch, records, sizes, map_sums).to_parquet(scratch / TABLE, index=False)
+        files = {path.name: sha256_of(path) for path in sorted(scratch.iterdir())}
+        (scratch / META).write_bytes(_line({"format": FORMAT} | vars(meta) | {"files": files}))
+        (folder / META).unlink(missing_ok=True)
+        for pattern in ("records-*.jsonl", "maps-*.npz"):
+            for old in folder.glob(pattern):
+                old.unlink()
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == META):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return RecordSet.open(folder)
+
+
+def _write_once(path: Path, lines: Iterable[tuple[str, bytes]]) -> None:
+    """Write lines of different studies."""
+    seen: set[str] = set()
+    with path.open("wb") as file:
+        for study, line in lines:
+            if study in seen:
+                raise RecordError(
+                    f"Study {study} was given twice; a record set names every study once. Remove the duplicate."
+                )
+            seen.add(study)
+            file.write(line)
+
+
+def _text_lines(texts: Iterable[StudyText], sizes: dict[str, tuple[int, int]]) -> Iterator[tuple[str, bytes]]:
+    """Lines of texts; notes the number of tokens and views of each study in `sizes`."""
+    for text in texts:
+        sizes[text.study] = len(text.tokens), len(text.views)
+        yield text.study, text_line(text)
+
+
+def _check_contexts(record: LatentRecord, sizes: dict[str, tuple[int, int]]) -> None:
+    for context in (*record.top, *(c for i in record.intervals for c in i.contexts), *record.zero):
+        tokens, views = sizes.get(context.study, (-1, -1))
+        indices = context.token_indices
+        fits = 0 <= context.start <= context.end <= tokens and len(context.patches) == views
+        if not fits or any(not context.start <= i < context.end for i in indices):
+            raise RecordError(
+                f"A context of latent {record.latent} does not fit the text of study {context.study}, which has "
+                f"{max(tokens, 0)} tokens and {max(views, 0)} images. Give the text that the context was made from."
+            )
+
+
+def _write_lines(
+    scratch: Path,
+    records: Iterable[LatentRecord],
+    sizes: dict[str, tuple[int, int]],
+    map_sums: MapSums | None,
+) -> pd.DataFrame:
+    """Write the record and map files and return the table."""
+    rows: list[dict[str, Any]] = []
+    for number, part in groupby(enumerate(records), lambda pair: pair[0] // LATENTS_PER_FILE):
+        name = f"records-{number:05d}.jsonl"
+        latents, maps = [], []
+        with (scratch / name).open("wb") as file:
+            for _, record in part:
+                if rows and record.latent <= rows[-1]["latent"]:
+                    raise RecordError(
+                        f"Latent {record.latent} follows latent {rows[-1]['latent']}; records are written in "
+                        "ascending order, each latent once. Sort them first."
+                    )
+                _check_contexts(record, sizes)
+                line = _line(record_to_plain(record))
+                place = {"file": name, "offset": file.tell(), "length": len(line)}
+                rows.append(_table_row(record) | place)
+                file.write(line)
+                latents.append(record.latent)
+                maps.append(record.maps)
+        write_maps(scratch / maps_name(name), latents, maps, map_sums)
+    columns = ["latent", "level", "status", "density", "max", "p99", "file", "offset", "length"]
+    return pd.DataFrame(rows, columns=None if rows else columns)
+
+
+def _table_row(record: LatentRecord) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "latent": record.latent,
+        "level": record.level,
+        "status": record.status,
+        "density": record.density,
+        "max": record.max,
+        "p99": record.p99,
+    }
+    firing = {f.modality: f for f in record.firing}
+    for modality in MODALITIES:
+        f = firing.get(modality)
+        for name in ("rows", "fired", "studies", "studies_fired", "density", "mean", "max", "p99"):
+            row[f"{name}_{modality}"] = None if f is None else getattr(f, name)
+        best = max((a for a in record.agreement if a.modality == modality), key=lambda a: a.f1, default=None)
+        row[f"finding_{modality}"] = None if best is None else best.finding
+        row[f"f1_{modality}"] = float("nan") if best is None else best.f1
+    return row
+
+
+def _line(record: Any) -> bytes:
+    try:
+        # `vars` of a dataclass is what `to_plain` gives, without copying every number of it.
+        text = json.dumps(record, default=vars, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    except ValueError as error:
+        name = "LatentRecord" if isinstance(record, dict) else type(record).__name__
+        raise RecordError(
+            f"A {name} holds a number that is not finite ({error}); records hold finite numbers only. "
+            "Look for an activation or a weight that overflowed."
+        ) from None
+    return text.encode() + b"\n"
