@@ -67,8 +67,10 @@ class MapSums:
         """
         self.d_sae, self.grid = d_sae, grid
         self.views: dict[str, torch.Tensor] = {}
-        self.rows = {view: torch.zeros(grid[0] * grid[1], dtype=torch.int64) for view in VIEWS}
-        self.studies = dict.fromkeys(VIEWS, 0)
+        self.rows: dict[str, torch.Tensor] = {
+            view: torch.zeros(grid[0] * grid[1], dtype=torch.int64) for view in VIEWS
+        }
+        self.studies: dict[str, int] = dict.fromkeys(VIEWS, 0)
         self._counted = torch.from_numpy(np.concatenate([truth & labelled[:, None], labelled[:, None]], 1))
         n = truth.shape[1] + 1 if truth.shape[1] else 0
         self.pool, self.finding_grid = pooled_grid(grid, n * d_sae, budget) if n and all(grid) else (1, grid)

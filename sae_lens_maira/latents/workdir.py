@@ -89,8 +89,10 @@ class Workdir:
         self.wait(lambda: all(path.exists() for path in paths) or not self.folder.exists())
 
     def close(self) -> None:
-        """Rank 0 removes the folder; the others wait until it has."""
+        """Rank 0 removes the folder once no process reads from it any more; the others wait until it has."""
+        self.finish("read")
         if self.rank == 0:
+            self.wait_for_all("read")
             shutil.rmtree(self.folder)
         self.wait(lambda: not self.folder.exists())
 

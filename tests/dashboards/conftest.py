@@ -147,13 +147,15 @@ def make_set(tmp_path: Path) -> Maker:
     ) -> RecordSet:
         studies = make_studies(40, licence)
         records = [make_record(i, [s.study for s in studies], length, dead=i == 2) for i in range(latents)]
+        written = list(change(records) if change else records)
+        shown = {c.study for one in written for c in (*one.top, *one.zero)} | {s.study for s in studies}
         made.append(latents)
         return write_records(
             tmp_path / f"records{len(made)}",
             make_meta(latents, len(studies)),
             studies,
-            [make_text(s.study, length) for s in studies],
-            change(records) if change else records,
+            [make_text(study, length) for study in sorted(shown)],
+            written,
         )
 
     return make
