@@ -119,7 +119,7 @@ def steer(
             Method(control, lambda _: items, name, (1.0,), control_seed=seed),
         ]
     elif records is not None:
-        methods = _recorded(records, dictionary, finding, n_latents, seed, remove)
+        methods = _recorded(records, dictionary, finding, n_latents, strengths, seed, remove)
     else:
         methods, units = _collected(maira, dictionary, cohort, finding, n_latents, strengths, seed, remove)
     tables, report = _evaluate(
@@ -151,21 +151,22 @@ def steer(
 
 
 def _recorded(
-    folder: Path, dictionary: "MatryoshkaSAE", finding: str, n_latents: int, seed: int, remove: bool
+    folder: Path,
+    dictionary: "MatryoshkaSAE",
+    finding: str,
+    n_latents: int,
+    strengths: tuple[float, ...],
+    seed: int,
+    remove: bool,
 ) -> "list[Method]":
-    """Methods from latent records; RecordError if they are of another SAE's size or hook point."""
-    from sae_lens_maira.errors import RecordError
+    """Methods from latent records; RecordError if they are of another SAE."""
     from sae_lens_maira.latents import RecordSet
     from sae_lens_maira.steering.methods import recorded_methods
 
     opened = RecordSet.open(folder)
-    ours = (dictionary.cfg.d_sae, dictionary.cfg.metadata.hook_name)
-    if (opened.meta.d_sae, opened.meta.hook_name) != ours:
-        raise RecordError(
-            f"{folder} holds records of {opened.meta.d_sae} latents at {opened.meta.hook_name}, and the SAE has "
-            f"{ours[0]} at {ours[1]}; give the records of this SAE."
-        )
-    return recorded_methods(opened, finding, n_latents, seed, remove)
+    opened.require_sae(dictionary)
+    decoder = dictionary.W_dec.detach().float()
+    return recorded_methods(opened, finding, decoder, n_latents, seed, remove, strengths)
 
 
 def _collected(

@@ -226,18 +226,29 @@ class MapFile:
     def __init__(self, path: Path) -> None:
         self._path, self._arrays = path, {}
         try:
-            self._file = np.load(path, allow_pickle=False)
-            self._index = {int(latent): i for i, latent in enumerate(self["latents"])}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            with np.load(path, allow_pickle=False) as file:
+                self._names = set(file.files)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise self._damaged(error) from None
+        self._index = {int(latent): i for i, latent in enumerate(self["latents"])}
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Rows and columns of patches, None where no latent of the file fires on an image."""
+        for view in VIEWS:
+            if view in self:
+                rows, cols, _ = self[f"{view}_shape"].tolist()
+                return rows, cols
+        return None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file.files
+        return name in self._names
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._arrays:
             try:
-                self._arrays[name] = self._file[name]
+                with np.load(self._path, allow_pickle=False) as file:
+                    self._arrays[name] = file[name]
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise self._damaged(error) from None
         return self._arrays[name]

@@ -30,6 +30,7 @@ from sae_lens_maira.latents.serialization import TEXTS, StudyTexts, from_plain, 
 
 if TYPE_CHECKING:
     import torch
+    from sae_lens import SAE
 
 META, TABLE, STUDIES = "meta.json", "latents.parquet", "studies.jsonl"
 FORMAT = 2
@@ -81,7 +82,7 @@ class RecordSet:
         if found != FORMAT:
             raise RecordError(
                 f"{folder} holds latent records of format {found}; this version reads format {FORMAT}. Run "
-                "`sae-lens-maira latents` again to write them anew."
+                "`sae-lens-maira latents` again."
             )
         files = plain.pop("files", None)
         if not isinstance(files, dict) or TABLE not in files:
@@ -203,6 +204,31 @@ class RecordSet:
                 f"{'' if finding is None else f' for {finding}'}; collect the records over rows of image patches."
             )
         return result
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of the activation maps, (0, 0) where no image was read."""
+        for name in self.table["file"].unique():
+            shape = self._map_file(maps_name(str(name))).shape
+            if shape is not None:
+                return shape
+        return 0, 0
+
+    def require_sae(self, sae: SAE[Any]) -> None:
+        """Raise RecordError unless these are the records of `sae`, by its weights and its hook point."""
+        from sae_lens_maira.sae import fingerprint
+
+        ours, theirs = self.meta, (int(sae.cfg.d_sae), str(sae.cfg.metadata.hook_name))
+        if (ours.d_sae, ours.hook_name) != theirs:
+            raise RecordError(
+                f"{self.folder} holds records of {ours.d_sae} latents at {ours.hook_name}, and the SAE has {theirs[0]} "
+                f"at {theirs[1]}. Give the records of this SAE."
+            )
+        if ours.sae_fingerprint and ours.sae_fingerprint != fingerprint(sae):
+            raise RecordError(
+                f"{self.folder} holds records of an SAE with other weights ({ours.sae}). Give the records of this SAE, "
+                "or write them with `sae-lens-maira latents`."
+            )
 
     def __len__(self) -> int:
         return len(self.table)

@@ -17,8 +17,8 @@ from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Intervention, SetTo
 from sae_lens_maira.steering.choose import by_map_effect
 from sae_lens_maira.steering.evaluate import Method
-from sae_lens_maira.steering.maps import LatentMap, map_directions
-from sae_lens_maira.steering.positions import Schedule, activation_grid, everywhere, patches
+from sae_lens_maira.steering.maps import LatentMap, exemplar_map, map_directions
+from sae_lens_maira.steering.positions import Schedule, everywhere, patches
 from sae_lens_maira.steering.statistics import SteeringStatistics
 
 STRENGTHS = (1.5, 3.0)
@@ -290,67 +290,71 @@ class MethodFactory:
         return others
 
 
-RECORDED = "latents by recorded agreement, mean maps"
+RECORDED = "latents by recorded map difference"
 RANDOM_RECORDED = "random direction, norm of the recorded latents"
 FLIPPED_RECORDED = "recorded latents, flipped sign"
-ABLATE_RECORDED = "ablate latents by recorded agreement"
+ABLATE_RECORDED = "ablate latents by recorded map difference"
 RANDOM_ABLATED_RECORDED = "random direction, norm of the ablation"
 
 
 def recorded_methods(
-    records: RecordSet, finding: str, n_latents: int = 16, seed: int = 0, remove: bool = False
+    records: RecordSet,
+    finding: str,
+    decoder: torch.Tensor,
+    n_latents: int = 16,
+    seed: int = 0,
+    remove: bool = False,
+    strengths: tuple[float, ...] = STRENGTHS,
 ) -> list[Method]:
-    """Methods whose latents, units and maps come from latent records, so that no activation is read again.
+    """Methods whose latents and maps come from latent records, so that no activation is read again.
 
-    Latents are those of highest F1 with the finding at image positions. Inserting adds to each latent its mean map on
-    frontal images, scaled so that strength 1 is the latent's p99 at the strongest patch.
+    The map of a latent is its mean over studies with the finding minus its mean over studies without it. Latents are
+    those whose map changes the stream most. Strength 1 adds the map itself.
 
     Args:
         records: Latent records of the SAE.
         finding: Name of the finding in the records.
+        decoder: (d_sae, d_model) decoder rows of the SAE.
         n_latents: Maximum number of latents.
         seed: Random seed of the controls.
         remove: Take the finding out instead of putting it in.
+        strengths: Multiples of the map.
 
     Raises:
-        InterventionError: No recorded latent agrees with the finding at image positions.
+        RecordError: The records hold no maps of this finding.
+        InterventionError: The maps of studies with and without the finding are the same.
     """
-    table = records.table
-    scored: list[tuple[float, int]] = []
-    for latent in table.loc[table["fired_image"] > 0, "latent"]:
-        record = records[int(latent)]
-        scored += [
-            (a.f1, record.latent) for a in record.agreement if a.kind == "image" and a.finding == finding
-        ]
-    ranked = [latent for f1, latent in sorted(scored, reverse=True) if f1 > 0]
-    maps = {}
-    for latent in ranked:
-        mean = next((m for m in records[latent].maps if m.view == "frontal"), None)
-        if mean is not None and max(mean.values) > 0:
-            maps[latent] = activation_grid(torch.tensor(mean.values), (mean.rows, mean.cols))
-        if len(maps) == n_latents:
-            break
-    if not maps:
-        raise InterventionError(
-            f"No latent in {records.folder} agrees with {finding!r} at image positions. Name a finding of the records, "
-            "or leave --records out, so that activations are read."
-        )
-
-    def ablate(n: float) -> list[Intervention]:
-        return [Ablate(latents=tuple(maps)[: int(n)], where=patches())]
-
+    numbers = records.table["latent"].tolist()
+    present, absent = (records.mean_maps(finding=finding, present=with_it).T for with_it in (True, False))
+    found = exemplar_map(
+        present, absent, decoder[numbers].cpu(), torch.ones(len(present)), records.grid, n_latents
+    )
+    kept = LatentMap(tuple(numbers[j] for j in found.latents), found.grids, found.shape)
     if remove:
-        counts = tuple(sorted({1.0, float(len(maps))}))
+        active = tuple(j for j, grid in zip(kept.latents, kept.grids.T, strict=True) if float(grid.sum()) > 0)
+        if not active:
+            raise InterventionError(
+                f"None of the {len(kept.latents)} latents whose maps differ most is more active with {finding!r} than "
+                "without it, so there is nothing to ablate. Record an SAE with more latents, or raise --n-latents."
+            )
+
+        def ablate(n: float) -> list[Intervention]:
+            return [Ablate(latents=active[: int(n)], where=patches())]
+
+        counts = tuple(sorted({1.0, float(len(active))}))
         return [
             Method(ABLATE_RECORDED, ablate, strengths=counts),
             Method(RANDOM_ABLATED_RECORDED, ablate, control_of=ABLATE_RECORDED, control_seed=seed),
         ]
 
+    def flipped(strength: float) -> list[Intervention]:
+        return [*kept.interventions(-strength)]
+
     def add(strength: float) -> list[Intervention]:
-        return [Add(latents=(j,), strength=strength, where=patches(grid=grid)) for j, grid in maps.items()]
+        return [*kept.interventions(strength)]
 
     return [
-        Method(RECORDED, add),
+        Method(RECORDED, add, strengths=strengths),
         Method(RANDOM_RECORDED, add, control_of=RECORDED, control_seed=seed),
-        Method(FLIPPED_RECORDED, lambda s: add(-s), control_of=RECORDED),
+        Method(FLIPPED_RECORDED, flipped, control_of=RECORDED),
     ]

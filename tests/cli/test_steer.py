@@ -112,7 +112,7 @@ def test_records_choose_latents_without_reading_activations(sae, tmp_path, capsy
     assert code == 0, err
     summary = pd.read_parquet(out / "summary.parquet").set_index("method")
     own = summary.index[summary.control_of.isna()]
-    assert list(own) == ["latents by recorded agreement, mean maps"]
+    assert list(own) == ["latents by recorded map difference"]
     assert summary.ratio.to_numpy() == pytest.approx(summary.ratio.iloc[0], rel=0.02), "controls move as far"
 
 

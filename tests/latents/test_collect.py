@@ -8,6 +8,7 @@ import torch
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
+from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.latents.source import ModelSource, encode_sparse
 from sae_lens_maira.phantom import FINDING_KEYS, truth_labels
 from sae_lens_maira.stats import wilson_arrays
@@ -119,6 +120,39 @@ def test_agreement_and_maps(records, rows, acts, studies):
             assert sum(mean.values) == pytest.approx(total, rel=1e-3)
 
 
+@pytest.mark.parametrize("budget", [2 << 30, 4 * 96 * 16 * (len(FINDING_KEYS) + 1)], ids=["full", "pooled"])
+def test_maps_per_finding(budget, rows, acts, studies, sae, phantom, tmp_path):
+    """Means over studies with and without a finding, by plain counting; pooled 2 by 2 where bytes are scarce.
+
+    Every third study has no labels and must not count.
+    """
+    known = [dataclasses.replace(s, truth=None) if i % 3 == 0 else s for i, s in enumerate(studies)]
+    config = dataclasses.replace(CONFIG, map_bytes=budget)
+    records = collect_records([[rows]], known, sae, phantom, tmp_path, config, findings=FINDING_KEYS)
+    side = phantom.processor.patches_per_side
+    assert records.grid == (side, side)
+    frontal = rows.kind == 0
+    assert records.mean_maps([5, 3]).shape == (2, side * side)
+    finding = max(FINDING_KEYS, key=lambda key: sum(key in s.present_keys for s in studies))
+    labelled = np.array([s.truth is not None for s in known])
+    has = np.array([finding in s.present_keys for s in studies])
+    pool = 1 if budget > 1 << 20 else side // 4
+    for present in (True, False):
+        inside = labelled & (has == present)
+        assert inside.sum() >= 3
+        wanted = torch.zeros(96, side, side)
+        for study in np.flatnonzero(inside):
+            mine = torch.from_numpy(frontal & (rows.study == study))
+            wanted[:, rows.patch_row[mine], rows.patch_col[mine]] += acts[mine].T / inside.sum()
+        pooled = torch.nn.functional.avg_pool2d(wanted, pool).repeat_interleave(pool, 1)
+        wanted = pooled.repeat_interleave(pool, 2).flatten(1)
+        found = records.mean_maps(finding=finding, present=present)
+        assert float((found - wanted).abs().max()) < 2e-3 * float(wanted.max())
+        assert float(wanted.max()) > 0
+    with pytest.raises(RecordError, match="measles"):
+        records.mean_maps([0], "measles")
+
+
 def test_neighbours_and_tokens(records, acts, sae, phantom):
     """Jaccard, cosine and "refines" on all rows (the sample holds them all); tokens by the plain product."""
     fires = (acts > 0).float()
@@ -208,6 +242,15 @@ def test_passes_that_differ_are_refused(rows, studies, sae, phantom, tmp_path):
         collect_records(units, studies, sae, phantom, tmp_path / "a", CONFIG)
     with pytest.raises(RecordError, match="studies were given"):
         collect_records([[rows]], studies[:3], sae, phantom, tmp_path / "b", CONFIG)
+
+
+def test_rows_of_another_text_are_refused(studies, rows, sae, phantom, tmp_path):
+    """Reports that changed after the activations were read would put values under the wrong words."""
+    changed = [dataclasses.replace(study, report=f"New words. {study.report}") for study in studies]
+    with pytest.raises(RecordError, match=r"another text .* Give the table that was harvested"):
+        collect_records([[rows]], changed, sae, phantom, tmp_path, CONFIG)
+    with pytest.raises(RecordError, match="no latent records"):
+        RecordSet.open(tmp_path)
 
 
 def test_harvested_blocks_number_studies_throughout(phantom, studies, sae, rows):

@@ -1,5 +1,6 @@
 """Record sets: what is written is read back, damage is named, and nothing half-written can be opened."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -115,6 +116,19 @@ def test_an_interrupted_rewrite_leaves_the_old_set(tmp_path):
     write_records(tmp_path, META, STUDIES, [TEXT], [make_record(1)])
     assert [record.latent for record in RecordSet.open(tmp_path)] == [1]
     assert (tmp_path / "interpretations.jsonl").read_text() == "kept"
+
+
+def test_an_older_folder_is_refused(tmp_path):
+    """A folder without a format number, as version 1 wrote it, gives one message that says what to run."""
+    write_records(tmp_path, META, STUDIES, [TEXT], [make_record(0)])
+    plain = json.loads((tmp_path / "meta.json").read_text())
+    for name in ("format", "files"):
+        del plain[name]
+    (tmp_path / "meta.json").write_text(json.dumps(plain))
+    with pytest.raises(
+        RecordError, match=r"format 1; this version reads format 2. Run `sae-lens-maira latents`"
+    ):
+        RecordSet.open(tmp_path)
 
 
 def test_an_empty_set_opens(tmp_path):
