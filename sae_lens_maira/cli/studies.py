@@ -223,13 +223,14 @@ def validate_studies(
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.errors import StudyError
-    from sae_lens_maira.maira2.images import read_grey, stretch_contrast
+    from sae_lens_maira.maira2.images import check_image, read_stretched
     from sae_lens_maira.studies.validate import validate_table
 
     report = validate_table(
         open_table(table, root, "replace"),
         images=images,
-        read_image=lambda path: stretch_contrast(read_grey(path)),
+        read_image=read_stretched,
+        open_image=check_image,
         workers=workers,
     )
     rows = [

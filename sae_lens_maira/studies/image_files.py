@@ -1,14 +1,17 @@
-"""Looks at many image files with threads: are they there, can they be read, are two of them the same.
+"""Check image files in parallel: missing, unreadable, duplicate.
 
 Two files are the same when size, last 64 KiB and then the whole content agree; only files of equal size are read for
-it, since one pass over MIMIC-CXR's images is half a terabyte. It knows nothing about studies.
+it, since one pass over MIMIC-CXR's images is half a terabyte. Decoding is bounded by memory, not by the number of
+threads: an image waits until the estimates of all images being decoded fit `DECODE_BYTES`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from sae_lens_maira.errors import StudyError
 
 DEPTHS = ("none", "exist", "open", "decode")
 TAIL = 65536
+DECODE_BYTES = 1 << 30
+"""Memory that the images decoded at one time may take together."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ def look_at(
     read_image: Callable[[Path], Any] | None = None,
     workers: int = 16,
     progress: bool = True,
+    open_image: Callable[[Path], int] | None = None,
+    decode_bytes: int = DECODE_BYTES,
 ) -> ImageFiles:
     """Look at every file.
 
@@ -50,6 +57,8 @@ def look_at(
         read_image: reads all pixels and raises on failure; Pillow if not given.
         workers: threads.
         progress: show a bar.
+        open_image: reads a header, raises on failure and returns the bytes that decoding takes; Pillow if not given.
+        decode_bytes: memory that the images decoded at one time may take together; a larger image is decoded alone.
 
     Raises:
         StudyError: another word for `depth`.
@@ -60,7 +69,17 @@ def look_at(
         )
     if depth == "none":
         return ImageFiles((), frozenset(), {}, {})
-    read = {"exist": lambda path: None, "open": _open, "decode": read_image or _decode}[depth]
+    budget = _Budget(decode_bytes)
+    if open_image is None:  # a reader that is given alone may read what Pillow cannot open
+        open_image = _open if read_image is None or depth == "open" else lambda path: 0
+
+    def read(path: Path) -> None:
+        if depth == "exist":
+            return
+        needed = open_image(path)
+        if depth == "decode":
+            with budget.held(needed):
+                (read_image or _decode)(path)
 
     def look(path: Path) -> tuple[int, str | None]:
         try:
@@ -92,9 +111,31 @@ def look_at(
     return ImageFiles(tuple(paths), missing, unreadable, same)
 
 
-def _open(path: Path) -> None:
-    with Image.open(path):
-        pass
+class _Budget:
+    """A number of bytes that threads share."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.free = total, total
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def held(self, wanted: int) -> Iterator[None]:
+        """Hold bytes for the length of the block, all of them at most; waits until they are free."""
+        wanted = min(wanted, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= wanted)
+            self.free -= wanted
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += wanted
+                self.changed.notify_all()
+
+
+def _open(path: Path) -> int:
+    with Image.open(path) as image:
+        return image.width * image.height * 8
 
 
 def _decode(path: Path) -> None:

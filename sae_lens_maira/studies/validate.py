@@ -32,6 +32,7 @@ def validate_table(
     *,
     images: str = "decode",
     read_image: Callable[[Path], Any] | None = None,
+    open_image: Callable[[Path], int] | None = None,
     workers: int = 16,
     progress: bool = True,
 ) -> ValidationReport:
@@ -42,6 +43,7 @@ def validate_table(
         images: "decode" reads every pixel (a truncated file is found in no other way), "open" reads the files' headers,
             "exist" looks only whether they are there, "none" looks at no file.
         read_image: reads one image and raises on failure, for "decode"; Pillow if not given, which knows no DICOM.
+        open_image: reads one header, raises on failure and returns the bytes that decoding takes; Pillow if not given.
         workers: threads that look at images.
         progress: show a bar.
 
@@ -52,13 +54,16 @@ def validate_table(
         StudyError: another word for `images`.
     """
     frame = table.frame
-    files = look_at(_paths(table), images, read_image, workers, progress)
+    files = look_at(_paths(table), images, read_image, workers, progress, open_image)
     checks = (
         _duplicate_ids(frame),
         _split_leaks(frame),
         image_issues(frame, table.root, files),
         _encodings(frame),
         _empty_reports(frame),
+        _placeholders(frame),
+        _special_tokens(frame),
+        _long_texts(frame),
         _priors(frame),
         _records(table),
         _warnings(frame),
@@ -137,6 +142,52 @@ def _empty_reports(frame: pd.DataFrame) -> Iterator[TableIssue]:
         yield TableIssue(
             IssueKind.EMPTY_REPORT, (row,), f"study {frame['study_id'].iloc[row]} has no words in its report"
         )
+
+
+_PLACEHOLDER = re.compile(r"(?:nan|null|nat|<na>|undefined)\.?", re.IGNORECASE)
+_SPECIAL = re.compile(
+    r"</?(?:s|unk|pad|mask|obj|box|image|prev_im|lat_image|x\d{1,2}|y\d{1,2})>|<0x[0-9A-Fa-f]{2}>|<\|\w+\|>"
+)
+LONGEST_TEXT = 20_000
+"""Characters of a section; the longest public reports have about 10,000."""
+LONGEST_WORD = 1_000
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD},}}")
+
+
+def _texts(frame: pd.DataFrame, columns: tuple[str, ...]) -> Iterator[tuple[str, int, str]]:
+    """(column, row, text) of every text."""
+    for column in columns:
+        for row, text in enumerate(frame[column].array):
+            if isinstance(text, str):
+                yield column, row, text
+
+
+def _placeholders(frame: pd.DataFrame) -> Iterator[TableIssue]:
+    """Texts that some program wrote for a missing value; "None" is one where it is the whole report."""
+    for column, row, text in _texts(frame, ("study_id", "patient_id", *SECTIONS)):
+        word = text.strip()
+        none = column in ("study_id", "patient_id", "report") and word.rstrip(".").lower() == "none"
+        if none or _PLACEHOLDER.fullmatch(word):
+            detail = f"{column} is {word!r}, which a program wrote for a missing value; leave the cell empty"
+            yield TableIssue(IssueKind.PLACEHOLDER, (row,), detail)
+
+
+def _special_tokens(frame: pd.DataFrame) -> Iterator[TableIssue]:
+    for column, row, text in _texts(frame, SECTIONS):
+        if found := _SPECIAL.search(text):
+            detail = f"{column} contains {found[0]!r}, a special token of the model; remove it from the text"
+            yield TableIssue(IssueKind.SPECIAL_TOKEN, (row,), detail)
+
+
+def _long_texts(frame: pd.DataFrame) -> Iterator[TableIssue]:
+    for column, row, text in _texts(frame, SECTIONS):
+        if len(text) > LONGEST_TEXT:
+            detail = f"{column} has {len(text):,} characters; at most {LONGEST_TEXT:,} were expected"
+            yield TableIssue(IssueKind.LONG_TEXT, (row,), detail)
+        elif len(text) >= LONGEST_WORD and _LONG_WORD.search(text):
+            yield TableIssue(
+                IssueKind.LONG_TEXT, (row,), f"{column} has a word of over {LONGEST_WORD:,} letters"
+            )
 
 
 def _priors(frame: pd.DataFrame) -> Iterator[TableIssue]:

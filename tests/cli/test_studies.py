@@ -124,6 +124,31 @@ def test_an_image_the_model_could_not_read_is_unreadable(tmp_path, capsys) -> No
     assert "unreadable image: row 0" in capsys.readouterr().out
 
 
+def test_validate_reads_dicom_at_every_depth(tmp_path, capsys) -> None:
+    data = pytest.importorskip("pydicom.data")
+    source = Path(data.get_testdata_file("CT_small.dcm", download=False))
+    (tmp_path / "a.dcm").write_bytes(source.read_bytes())
+    (tmp_path / "b.dcm").write_text("FINDINGS: no image")
+    rows = [
+        {
+            "study_id": name,
+            "patient_id": name,
+            "licence": "public",
+            "frontal": f"{name}.dcm",
+            "report": "Clear.",
+        }
+        for name in "ab"
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    for depth in ("open", "decode"):
+        words = ["--table", str(tmp_path / "t.csv"), "--images", depth]
+        assert main(["studies", "validate", *words]) == 2
+        out = capsys.readouterr().out
+        assert "row 1" in out
+        assert "is a text file, not DICOM" in out
+        assert "row 0" not in out
+
+
 def test_import_of_a_folder_and_of_a_csv(tmp_path, capsys) -> None:
     for name in ("a", "b", "c"):
         Image.fromarray(np.eye(16, dtype=np.uint8) * 200).save(tmp_path / f"{name}.png")

@@ -1,5 +1,7 @@
 """Validation: each thing that can be wrong with a table is found, with its rows, and nothing else is."""
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.studies import StudyTable, read_table, table_of_studies
+from sae_lens_maira.studies.image_files import look_at
 from sae_lens_maira.studies.issues import IssueKind
 from sae_lens_maira.studies.readers.mimic import import_mimic
 from sae_lens_maira.studies.validate import validate_table, wrong_encoding
@@ -74,6 +77,67 @@ def test_each_fault_is_found_with_its_rows_and_alone(rows, tmp_path, changes, ex
     for row, change in changes.items():
         rows[row] |= change
     assert issues(rows, tmp_path) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"report": "nan"}, "PLACEHOLDER"),
+        ({"report": "None."}, "PLACEHOLDER"),
+        ({"indication": "NaN"}, "PLACEHOLDER"),
+        ({"technique": "null"}, "PLACEHOLDER"),
+        ({"comparison": "<NA>"}, "PLACEHOLDER"),
+        *(
+            ({"report": f"The heart {token} is normal."}, "SPECIAL_TOKEN")
+            for token in (
+                "<unk>",
+                "<s>",
+                "</s>",
+                "<image>",
+                "<box>",
+                "<obj>",
+                "<lat_image>",
+                "<0x0A>",
+                "<x17>",
+            )
+        ),
+        ({"report": "No effusion. " * 2000}, "LONG_TEXT"),
+        ({"report": "x" * 200_000}, "LONG_TEXT"),
+        ({"indication": "x" * 1000}, "LONG_TEXT"),
+    ],
+)
+def test_texts_that_no_one_wrote_for_a_reader(rows, tmp_path, change, kind) -> None:
+    rows[1] |= change
+    assert issues(rows, tmp_path) == [(IssueKind[kind], (1,))]
+
+
+def test_texts_that_are_meant_are_not_placeholders(rows, tmp_path) -> None:
+    rows[1] |= {"comparison": "None.", "indication": "Nan Smith, <3 months of cough, null findings before"}
+    assert issues(rows, tmp_path) == []
+
+
+def test_decoding_is_bounded_by_memory(tmp_path) -> None:
+    """Eight threads and a budget of two images: never more than two are decoded at one time."""
+    paths = [tmp_path / f"{number}.png" for number in range(24)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number + 1]) * (number + 1))
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def read(path: Path) -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.003)
+        with lock:
+            now[0] -= 1
+
+    options = {"read_image": read, "workers": 8, "progress": False}
+    seen = look_at(paths, **options, open_image=lambda path: 500, decode_bytes=1000)
+    assert most[0] == 2
+    assert not seen.unreadable
+    most[0] = 0
+    look_at(paths, **options, open_image=lambda path: 5000, decode_bytes=1000)
+    assert most[0] == 1
 
 
 def test_damaged_files_are_found_at_the_depth_that_can_see_them(rows, tmp_path) -> None:
