@@ -100,10 +100,10 @@ class Server:
         Raises:
             ConfigError: the address has no scheme and is not this machine, or is not an HTTP address.
         """
-        given = (self.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).strip().rstrip("/")
-        address = given
+        given = (self.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).strip()
+        address = given.rstrip("/")
         if "://" not in given:
-            address = f"http://{given}"
+            address = f"http://{address}"
             if not is_loopback(address):
                 raise ConfigError(
                     f"The server address {given!r} has no scheme. Write http://{given} or https://{given}."
@@ -182,6 +182,7 @@ class Judge:
         self._answered: set[str] = set()
         self._failed: Counter[str] = Counter()
         self._in_a_row = 0
+        self._stopped: ServerError | None = None
         self._note = f"requests to {server.model} at {server.name}"
         self._dialect = Dialect.of(journal.note(self._note))
         self.usage.adapted = self._dialect.changes
@@ -211,8 +212,12 @@ class Judge:
         """
         check_destination(licences, self.server.url, self.server.allow_remote)
         async with self._slots:
+            if self._stopped is not None:  # Another question found that none has a chance.
+                raise self._stopped
             if topic not in self._answered:
                 async with self._first.setdefault(topic, asyncio.Lock()):
+                    if self._stopped is not None:
+                        raise self._stopped
                     if topic not in self._answered:
                         return await self._ask(messages, form, topic)
             return await self._ask(messages, form, topic)
@@ -258,9 +263,13 @@ class Judge:
             number = self._failed[topic]
             which = "The first question" if number == 1 else f"All of the first {number} questions"
             about = f" about {topic}" if topic and self._answered else ""
-            raise self._error(problem, f"{which}{about} failed")
-        if problem.kind == "stopped" or self._in_a_row >= 2 * self.server.concurrency + 3:
-            raise self._error(problem, "The server stopped answering; usable answers are in the journal")
+            self._stopped = self._error(problem, f"{which}{about} failed")
+        elif problem.kind == "stopped" or self._in_a_row >= 2 * self.server.concurrency + 3:
+            self._stopped = self._error(
+                problem, "The server stopped answering; usable answers are in the journal"
+            )
+        if self._stopped is not None:
+            raise self._stopped
 
     def _error(self, problem: Problem, what: str) -> ServerError:
         reason = problem.words if problem.words.startswith("HTTP") else str(problem)
@@ -320,11 +329,13 @@ class Judge:
         began, retries = time.monotonic(), 0
         while True:
             result, wait = await self._transport.post(request)
-            if not isinstance(result, Problem) or not result.retry or retries >= self._retries(result):
+            if not isinstance(result, Problem) or not result.retry:
                 break
             if wait is not None and wait > self.server.timeout:
                 told = f"{result.words}; the server asks to wait {wait:.0f} s, --timeout is {self.server.timeout:g} s"
                 result = Problem("stopped", told)
+                break
+            if retries >= self._retries(result):
                 break
             await asyncio.sleep(
                 wait if wait is not None else min(8.0, 0.5 * 2**retries) * random.uniform(0.8, 1.0)
