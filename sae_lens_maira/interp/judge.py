@@ -33,8 +33,10 @@ from sae_lens_maira.privacy import check_destination, is_loopback, mask
 Answer = TypeVar("Answer", bound=BaseModel)
 DEFAULT_URL = "https://api.openai.com/v1"
 
-# Failed questions of one topic after which a run stops, as long as none was answered.
+# Failed questions of one topic after which a run stops, as long as none was answered. A model that fails half of the
+# time by its own words ("cut off", "invalid") fails the first 12 in one of 4,000 runs.
 PATIENCE = {"stopped": 1, "forbidden": 1, "connection": 1, "timeout": 2, "server error": 3, "rate limit": 3}
+PATIENCE |= {"cut off": 12, "invalid": 12}
 PATIENCE_ELSE = 5
 # Failures in a row, with no answer between them, after which a run stops later on.
 LOST = {"connection", "timeout", "server error", "rate limit", "forbidden", "no completion", "too large"}
@@ -179,7 +181,8 @@ class Judge:
         self._slots = asyncio.Semaphore(server.concurrency)
         self._reserved = 0
         self._first: dict[str, asyncio.Lock] = {}
-        self._answered: set[str] = set()
+        self._answered: set[str] = set()  # Topics with a usable answer in this run.
+        self._proven: set[str] = set()  # Those, and topics with one in the journal.
         self._failed: Counter[str] = Counter()
         self._in_a_row = 0
         self._stopped: ServerError | None = None
@@ -227,17 +230,21 @@ class Judge:
         dialect = self._dialect
         tried = {dialect}
         while True:
-            answer, key = await self._once(messages, form, dialect)
+            answer, key, cached = await self._once(messages, form, dialect)
             if answer is None:
                 self.usage.over_budget += 1
                 return Reply(None, key, "over budget")
             if not isinstance(answer, Problem):
                 self._keep(dialect)
-                self._answered.add(topic)
-                self._in_a_row = 0
                 self.usage.usable += 1
+                self._proven.add(topic)
+                if cached:  # Proves nothing about the server as it is now.
+                    self.usage.cached += 1
+                else:
+                    self._answered.add(topic)
+                    self._in_a_row = 0
                 return Reply(answer, key)
-            change = adapted(dialect, answer, proven=topic in self._answered)
+            change = adapted(dialect, answer, proven=topic in self._proven)
             if change is None or change in tried:
                 break
             dialect = change
@@ -295,21 +302,20 @@ class Judge:
 
     async def _once(
         self, messages: Messages, form: type[Answer], dialect: Dialect
-    ) -> tuple[Answer | Problem | None, str]:
-        """(answer, problem, or None where the budget is spent; key of the request)."""
+    ) -> tuple[Answer | Problem | None, str, bool]:
+        """(answer, problem, or None where the budget is spent; key of the request; whether the journal had it)."""
         request = dialect.request(self.server.model, messages, form, self.server.max_tokens)
         key = key_of(request)
         row = self.journal.get(key)
         if row is not None:
             answer = read_answer(Completion(row.get("text") or "", row.get("reasoning") or ""), form)
             if not isinstance(answer, Problem):
-                self.usage.cached += 1
-                return answer, key
+                return answer, key, True
         expected = tokens_of(messages) + self.server.max_tokens
         if not self._reserve(expected):
-            return None, key
+            return None, key, False
         try:
-            return await self._send(request, key, form), key
+            return await self._send(request, key, form), key, False
         finally:
             self._reserved -= expected
 

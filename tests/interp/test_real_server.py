@@ -21,9 +21,9 @@ from sae_lens_maira.interp.run import JOURNAL, interpret
 
 pytestmark = [pytest.mark.llm, pytest.mark.slow]
 FINDINGS = ("pleural_effusion_left", "pleural_effusion_right", "pneumothorax_left", "pacemaker", "nodule")
-LATENTS = 50
+LATENTS = 10
 PLAN = {"methods": ("detection",), "n_train": 2, "n_test": 1, "batch": 2, "least": 1}
-SERVER = {"model": "smollm2", "concurrency": 2, "max_tokens": 36}  # a pair of verdicts takes 31
+SERVER = {"model": "smollm2", "concurrency": 2, "max_tokens": 48}  # a pair of verdicts takes 31
 
 RUN = """
 import sys
@@ -48,9 +48,9 @@ def smollm_url():
     params.model.path = str(weights)
     params.hostnames = ["127.0.0.1"]
     params.port = 0
-    # Threads that wait without spinning: on a busy machine spinning ones keep each other from working.
+    # One thread that never waits for another: on a busy machine two made an answer take 10 to 50 seconds, not one.
     for cpu in (params.cpuparams, params.cpuparams_batch):
-        cpu.n_threads, cpu.poll = 2, 0
+        cpu.n_threads, cpu.poll = 1, 0
     server = xllamacpp.Server(params)
     yield f"{server.listening_address}/v1"
     del server
@@ -76,31 +76,28 @@ def kill_after(records: Path, url: str, calls: int) -> None:
         process.wait()
 
 
-@pytest.mark.xfail(
-    run=False,
-    reason="open: the judge stops when the first detection answers are all unusable, as from so small a model",
-)
-def test_fifty_latents_killed_twice_and_resumed(hand_made, smollm_url):
-    """No answered question is asked again, every call of the result is in the journal, all 50 latents are there."""
+def test_a_run_killed_twice_is_resumed(hand_made, smollm_url):
+    """No answered question is asked again, every call of the result is in the journal, no latent is missing."""
     records = hand_made(FINDINGS * (LATENTS // len(FINDINGS)))
     journal = records.folder / JOURNAL
+    kill_after(records.folder, smollm_url, 6)
     kill_after(records.folder, smollm_url, 20)
-    kill_after(records.folder, smollm_url, 70)
     before = rows_of(journal)
     assert not load(records.folder)
     done, usage = interpret(records, Server(base_url=smollm_url, **SERVER), Plan(**PLAN))
     assert len(done) == len(load(records.folder)) == LATENTS
     rows = rows_of(journal)
-    # Each kill may lose answers in flight, but an answer that was written is never asked for again.
-    assert max(Counter(row["key"] for row in rows if not row.get("error")).values()) == 1
+    usable = [row["key"] for row in before if row["usable"]]
+    # Each kill may lose answers in flight; a usable answer that was written is never asked for again.
+    assert max(Counter(row["key"] for row in rows if row["usable"]).values()) == 1
     assert len(rows) == len(before) + usage.requests
-    assert usage.cached >= len(before)
+    assert usage.cached >= len(usable) > 0
     assert {key for one in done for key in one.journal_keys} <= {row["key"] for row in rows}
     for one in done:
         assert one.status in ("ok", "unusable")
         for score in (*one.scores, *one.control):
             assert score.asked == score.answered + score.unusable > 0
     assert sum(score.answered for one in done for score in one.scores) > 0
-    again, usage = interpret(records, Server(base_url=smollm_url, **SERVER), Plan(**PLAN))
-    assert again == done
-    assert usage.requests == 0
+    usable = {row["key"] for row in rows if row["usable"]}
+    interpret(records, Server(base_url=smollm_url, **SERVER), Plan(**PLAN))
+    assert not usable & {row["key"] for row in rows_of(journal)[len(rows) :]}

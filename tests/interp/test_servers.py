@@ -349,3 +349,26 @@ def test_samples_too_small_for_any_score_are_refused(records, capsys, option):
     assert main(["interpret", "run", "--records", str(records.folder), option, "4"]) == 2
     assert f"{option} 4" in capsys.readouterr().err
     assert (records.folder / FILE).read_bytes() == before
+
+
+def test_answers_of_the_journal_prove_nothing_about_a_server_that_died(httpserver, records, capsys):
+    """A run is repeated with other samples: some answers are in the journal, and the server is gone."""
+    more = ["--retries", "0", "--concurrency", "1", "--batch-size", "1"]
+    assert run(httpserver, records, USABLE["a good server"], *more) == 0
+    capsys.readouterr()
+    assert run(httpserver, records, lambda body, n: sent("gone", 503), *more, "--seed", "5") == 2
+    said = capsys.readouterr().err
+    assert "HTTP 503: gone." in said
+    assert len(httpserver.bodies) <= 3
+
+
+def test_a_model_cut_off_at_first_goes_on(httpserver, records, capsys):
+    """Small models lose themselves now and then: eleven cut answers before the first usable one end no run."""
+
+    def late(body: dict, n: int) -> Response:
+        text = json.dumps(answer(body))
+        bad = 2 < n <= 13
+        return sent(chat(text[:5] if bad else text, finish="length" if bad else "stop"))
+
+    assert run(httpserver, records, late, "--batch-size", "1") == 0
+    assert "11 unusable" in capsys.readouterr().out
