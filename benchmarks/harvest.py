@@ -27,8 +27,8 @@ import pandas as pd
 import torch
 from timing import CPU, WALL, clocks, interleaved
 
-from sae_lens_maira.activations import ActivationStore, StoreProvider, StoreSpec, harvest
-from sae_lens_maira.activations.forward import study_length
+from sae_lens_maira.activations import ActivationStore, RowSettings, StoreProvider, StoreSpec, harvest
+from sae_lens_maira.activations.reader import study_length
 from sae_lens_maira.maira2 import Maira2, TokenRole
 from sae_lens_maira.phantom import generate_studies, load_phantom
 from sae_lens_maira.studies import Study
@@ -100,7 +100,8 @@ def like_the_harvest(studies: list[Study], shard: int = 256) -> list[list[Study]
 def kept(maira: Maira2, studies: list[Study], folder: Path) -> None:
     """One whole harvest into an empty folder: paper's roles and a quarter of the patches."""
     shutil.rmtree(folder, ignore_errors=True)
-    harvest(maira, studies, folder, [HOOK], rates={"image": 0.25}, batch_size=BATCH, progress=False)
+    settings = RowSettings(roles="paper", rates={"image": 0.25}, batch_size=BATCH)
+    harvest(maira, studies, folder, [HOOK], settings, progress=False)
 
 
 def measure_reading(size_gb: float, width: int, seconds: float, workers: int, folder: Path) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def made_store(folder: Path, size_gb: float, width: int) -> ActivationStore:
     values = torch.randn(4096, width).to(torch.bfloat16).repeat(rows // 4096, 1)
     numbers = np.arange(rows)
     columns: dict[str, Any] = dict.fromkeys(("position", "token"), numbers.astype(np.int32))
-    columns |= dict.fromkeys(("kind", "patch_row", "patch_col", "source"), np.zeros(rows, np.int8))
+    columns |= dict.fromkeys(("view", "patch_row", "patch_col", "source"), np.zeros(rows, np.int8))
     index = pd.DataFrame(columns | {"study": numbers * studies // rows, "role": np.int8(TokenRole.REPORT)})
     store.commit(0, {HOOK: values}, index)
     for shard in range(1, shards):

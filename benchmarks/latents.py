@@ -32,15 +32,14 @@ def main() -> int:
 
     import torch
 
-    from sae_lens_maira.activations import harvest_rows
-    from sae_lens_maira.latents.source import KEPT
+    from sae_lens_maira.activations import RowSettings, read_rows
     from sae_lens_maira.phantom import generate_studies, load_phantom
     from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
 
     torch.set_num_threads(1)
     maira = load_phantom()
     studies = generate_studies(options.studies, seed=10_000)
-    rows = harvest_rows(maira, studies, HOOK, roles=KEPT, progress=False)
+    rows = read_rows(maira, studies, HOOK, RowSettings(batch_size=16), progress=False)
     shape = MatryoshkaTrainingSAEConfig(
         d_in=rows.values.shape[1], d_sae=options.d_sae, k=8, matryoshka_widths=[options.d_sae], device="cpu"
     )

@@ -1,12 +1,13 @@
-"""SAELens' training runner on MAIRA-2, through the seams SAELens offers.
+"""SAELens' training runner on MAIRA-2.
 
-`LanguageModelSAETrainingRunner` takes a model as it is (`override_model`); its activations store is
-text-only in one method, `get_raw_llm_batch`, which `Maira2ActivationsStore` replaces: studies in, rows of
-the wanted token roles out. Mixing buffer, trainer, checkpoints and saving stay SAELens'. For large runs
-harvest first (`sae_lens_maira.activations`). It knows nothing about architectures or steering.
+`LanguageModelSAETrainingRunner` takes a model as it is (`override_model`); its activations store is text-only in one
+method, `get_raw_llm_batch`, which `Maira2ActivationsStore` replaces: studies in, rows of the wanted token roles out,
+read by `activations.reader` as everywhere else. Mixing buffer, trainer, checkpoints and saving stay SAELens'. For large
+runs harvest first (`sae_lens_maira.activations`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,25 +19,26 @@ from sae_lens import (
 )
 from safetensors.torch import load_file
 
+from sae_lens_maira.activations.reader import RowReader, RowSettings
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks._evaluation import Maira2Evaluator
 from sae_lens_maira.hooks._inputs import is_study
 from sae_lens_maira.hooks.hooked import HookedMaira2
-from sae_lens_maira.maira2 import Maira2Encoding, resolve_roles, role_mask
+from sae_lens_maira.maira2 import Maira2Encoding
 
 
 class Maira2ActivationsStore(ActivationsStore):
-    """SAELens' activations store over studies with images; made by `over`.
+    """SAELens' activations store over studies with images; created by `over`.
 
-    Rows are the values at the hook at positions of the wanted roles, `(rows, d_in)`; at vision and projector
-    points they are all patches. One epoch is every study once, in an order drawn anew from the seed.
+    Rows are the values at the hook point that `RowSettings` keep, (rows, d_in); at vision and projector points, which
+    have no token positions, they are all patches. One epoch is every study once, in a new order per epoch.
     """
 
     studies: Sequence[Any]
-    roles: Any
-    task: str
-    report: Any
+    settings: RowSettings
     shuffle_seed: int | None
+    _reader: RowReader | None
+    _announced_epoch = 0
 
     @classmethod
     def over(
@@ -44,41 +46,46 @@ class Maira2ActivationsStore(ActivationsStore):
         studies: Sequence[Any],
         model: HookedMaira2,
         cfg: LanguageModelSAERunnerConfig[Any],
-        roles: Any = "all",
-        task: str = "findings",
-        report: Any = "teacher",
+        settings: RowSettings | None = None,
         shuffle_seed: int | None = 0,
     ) -> "Maira2ActivationsStore":
-        """Make a store.
+        """Create a store.
 
         Args:
-            studies: studies, or encodings of any number of rows each.
-            model: the hooked model; its processor encodes studies.
+            studies: Studies, or encodings of any number of rows each.
+            model: The hooked model; its processor encodes studies.
             cfg: SAELens' runner configuration; hook, batch sizes, buffer, device and dtype are read from it.
-            roles: token roles that are kept: a preset ("all", "paper", "text_only", "image_only", ...), a
-                role, or several.
-            task: for studies, see `Maira2Processor.encode`.
-            report: for studies, as above; None trains on prompts alone.
-            shuffle_seed: seed of the order; None keeps the given order.
+            settings: Which rows are kept; `RowSettings()` if not given. Its batch size is the configuration's
+                `store_batch_size_prompts`.
+            shuffle_seed: Random seed of the order of studies; None keeps the given order.
 
         Raises:
-            HookError: no studies, or an unknown hook.
+            HookError: There are no studies, the hook point is unknown, or its width is not the SAE's.
         """
         if len(studies) == 0:
             raise HookError("The store was given no studies; expected at least one study or encoding.")
-        model.points.resolve(cfg.hook_name)
+        point = model.points.resolve(cfg.hook_name)
         store = cls.from_config(model, cfg, override_dataset=_no_dataset(cfg))
         assert isinstance(store, cls)
-        store.studies, store.roles, store.task = studies, roles, task
-        store.report, store.shuffle_seed = report, shuffle_seed
+        store.studies, store.shuffle_seed = studies, shuffle_seed
+        store.settings = replace(settings or RowSettings(), batch_size=store.store_batch_size_prompts)
+        store._reader = None
+        if not point.prefill_only:
+            if is_study(studies[0]) and model.processor is None:
+                raise HookError(
+                    "Studies must be encoded, and the model was wrapped without a processor. Wrap the result of"
+                    " load_maira2, or give the store encodings."
+                )
+            store._reader = RowReader(
+                model, studies, [point.name], store.settings, workers=0, model_kwargs=store.model_kwargs
+            )
         return store
 
     def get_batch_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: SAELens' evaluations call it and would run MAIRA-2 without its images."""
         raise HookError(
             "SAELens asked the store for a batch of text tokens, which its own evaluations run without"
-            " images. Evaluate with sae_lens_maira.hooks._evaluation.Maira2Evaluator; maira2_runner does"
-            " so by itself."
+            " images. Evaluate with sae_lens_maira.hooks.Maira2Evaluator; maira2_runner does so by itself."
         )
 
     @torch.no_grad()
@@ -86,90 +93,76 @@ class Maira2ActivationsStore(ActivationsStore):
         """Rows of the next batch of studies.
 
         Args:
-            raise_on_epoch_end: whether the end of an epoch raises StopIteration, once.
+            raise_on_epoch_end: Whether the end of an epoch raises StopIteration, once.
 
         Returns:
-            Activations `(rows, d_in)` and their token ids `(rows,)`, or None for ids at vision points.
+            Activations (rows, d_in) and their token ids (rows,), or None for ids at vision points.
 
         Raises:
-            HookError: a whole epoch has no position of a wanted role.
+            HookError: No position of a whole epoch is kept.
         """
-        model: Any = self.model
-        point = model.points.resolve(self.hook_name)
         for _ in range(-(-len(self.studies) // self.store_batch_size_prompts) + 1):
-            encoding = self._next_encoding(raise_on_epoch_end)
-            _, cache = model.run_with_cache(
-                encoding, names_filter=[point.name], stop_at_layer=point.stop, **self.model_kwargs
-            )
-            value = cache[point.name].to(self.device, self.dtype)
-            if self.hook_head_index is not None:
-                value = value[:, :, self.hook_head_index]
-            if point.prefill_only:
-                return value.reshape(-1, self.d_in), None
-            kept = role_mask(encoding, self.roles).to(self.device)
-            if bool(kept.any()):
-                return value[kept].reshape(-1, self.d_in), encoding.input_ids.to(self.device)[kept]
+            numbers = self._next_numbers(raise_on_epoch_end)
+            if self._reader is None:
+                return self._all_patches(numbers), None
+            if is_study(self.studies[numbers[0]]):
+                batch = self._reader.ordered(list(self._reader.batches(numbers)))
+            else:
+                encoding: Maira2Encoding = self.studies[numbers[0]]
+                names = [f"encoding {numbers[0]}, row {row}" for row in range(len(encoding))]
+                batch = self._reader.read(encoding, numbers * len(encoding), names)
+            (value,) = batch.values.values()
+            if len(value):
+                tokens = torch.from_numpy(batch.index["token"].to_numpy(copy=True)).long()
+                return self._of_width(value), tokens.to(self.device)
         raise HookError(
-            f"No position of any study has one of the roles {self.roles!r}, so there is nothing to train"
-            " on. Ask for other roles, or encode with report='teacher' if reports were meant."
+            f"No position of any study is kept by roles={self.settings.roles!r}, so there is nothing to train"
+            " on. Ask for other roles, or use encodings with reports if reports were meant."
         )
 
-    def _next_encoding(self, raise_on_epoch_end: bool) -> Maira2Encoding:
+    def _of_width(self, value: torch.Tensor) -> torch.Tensor:
+        """Rows (n, width) of the hook point as rows of the SAE, on the store's device."""
+        value = value.to(self.device, self.dtype)
+        if self.hook_head_index is not None:
+            value = value.view(len(value), -1, self.d_in)[:, self.hook_head_index]
+        return value.reshape(-1, self.d_in)
+
+    def _all_patches(self, numbers: list[int]) -> torch.Tensor:
+        """Rows (images x patches, d_in) of a vision or projector point."""
+        model: Any = self.model
+        point = model.points.resolve(self.hook_name)
+        first = self.studies[numbers[0]]
+        encoding = (
+            first if not is_study(first) else model.processor.encode([self.studies[i] for i in numbers])
+        )
+        _, cache = model.run_with_cache(
+            encoding, names_filter=[point.name], stop_at_layer=point.stop, **self.model_kwargs
+        )
+        return self._of_width(cache[point.name].flatten(2).flatten(0, 1))
+
+    def _next_numbers(self, raise_on_epoch_end: bool) -> list[int]:
+        """Numbers of the next batch: several studies, or one encoding."""
         count = len(self.studies)
         epoch, start = divmod(self.n_dataset_processed, count)
-        if raise_on_epoch_end and start == 0 and epoch > 0 and epoch != self._told_epoch:
-            self._told_epoch = epoch
+        if raise_on_epoch_end and start == 0 and epoch > 0 and epoch != self._announced_epoch:
+            self._announced_epoch = epoch
             raise StopIteration(f"All {count} studies were used; epoch {epoch + 1} begins.")
         order = list(range(count))
         if self.shuffle_seed is not None:
             order = torch.randperm(count, generator=_generator(self.shuffle_seed, epoch)).tolist()
-        first = self.studies[order[start]]
-        if not is_study(first):
-            self.n_dataset_processed += 1
-            return first.to(self._llm_device)
-        stop = min(start + self.store_batch_size_prompts, count)
-        batch = [self.studies[i] for i in order[start:stop]]
-        self.n_dataset_processed += len(batch)
-        processor = self._processor()
-        return processor.encode(batch, task=self.task, report=self.report).to(self._llm_device)
-
-    _told_epoch = 0
-
-    @property
-    def _llm_device(self) -> torch.device:
-        model: Any = self.model
-        return model.W_E.device
-
-    def _processor(self) -> Any:
-        model: Any = self.model
-        if model.processor is None:
-            raise HookError(
-                "Studies must be encoded, and the model was wrapped without a processor. Wrap the result of"
-                " load_maira2, or give the store encodings."
-            )
-        return model.processor
+        size = self.store_batch_size_prompts if is_study(self.studies[order[start]]) else 1
+        numbers = order[start : start + size]
+        self.n_dataset_processed += len(numbers)
+        return numbers
 
     def load(self, file_path: str) -> None:
-        """Go to where a checkpoint stood, without running through the studies before it."""
+        """Continue after the studies that a checkpoint had read, without running through them."""
         self.n_dataset_processed = int(load_file(file_path)["n_dataset_processed"])
-        self._told_epoch = self.n_dataset_processed // len(self.studies)
+        self._announced_epoch = self.n_dataset_processed // len(self.studies)
 
 
 class Maira2TrainingRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner with a store over studies and an evaluation that keeps the images.
-
-    Args:
-        cfg: SAELens' runner configuration.
-        model: the hooked model.
-        studies: what to train on, see `Maira2ActivationsStore.over`.
-        eval_studies: what to evaluate on while training; None evaluates on nothing.
-        roles: token roles to train on; None at vision and projector points means all patches.
-        target_roles: token roles whose prediction is evaluated.
-        **more: further arguments of `Maira2ActivationsStore.over`, and `override_sae`.
-
-    Raises:
-        HookError: no studies, or an unknown hook.
-    """
+    """SAELens' runner with a store over studies and an evaluation that keeps the images."""
 
     def __init__(
         self,
@@ -177,24 +170,39 @@ class Maira2TrainingRunner(LanguageModelSAETrainingRunner):
         model: HookedMaira2,
         studies: Sequence[Any],
         eval_studies: Sequence[Any] | None = None,
-        roles: Any = "all",
+        settings: RowSettings | None = None,
         target_roles: Any = "generated_only",
-        **more: Any,
+        shuffle_seed: int | None = 0,
+        override_sae: Any = None,
     ) -> None:
+        """Build SAELens' runner and give it the store.
+
+        Args:
+            cfg: SAELens' runner configuration.
+            model: The hooked model.
+            studies: Studies or encodings to train on.
+            eval_studies: Studies or encodings to evaluate on while training; None evaluates on nothing.
+            settings: Which rows are kept; `RowSettings()` if not given. Vision and projector points keep all patches.
+            target_roles: Token roles whose prediction is evaluated.
+            shuffle_seed: Random seed of the order of studies; None keeps the given order.
+            override_sae: An SAE to train instead of a new one.
+
+        Raises:
+            HookError: There are no studies, or the hook point is unknown.
+        """
         point = model.points.resolve(cfg.hook_name)
-        override_sae = more.pop("override_sae", None)
         super().__init__(
             cfg, override_dataset=_no_dataset(cfg), override_model=model, override_sae=override_sae
         )
-        store = Maira2ActivationsStore.over(studies, model, cfg, roles=roles, **more)
+        store = Maira2ActivationsStore.over(studies, model, cfg, settings, shuffle_seed)
         self.activations_store = store
-        where = None if point.prefill_only else roles
+        where = None if point.prefill_only else store.settings.roles
         batches = _encoded(eval_studies or (), store)
         self.evaluator = Maira2Evaluator(model, batches, where, target_roles) if batches else _no_evaluation  # pyright: ignore[reportAttributeAccessIssue]
-        # SAELens adds hook, model and context when it runs; these tell which positions the SAE knows.
+        # SAELens adds hook, model and context when it runs; these record which positions the SAE was trained on.
         metadata = self.sae.cfg.metadata
-        metadata.token_roles = None if where is None else sorted(role.name for role in resolve_roles(where))
-        metadata.task = store.task
+        metadata.token_roles = None if where is None else _role_names(store.settings)
+        metadata.task = store.settings.task
 
 
 def maira2_runner(
@@ -204,24 +212,24 @@ def maira2_runner(
     hook_name: str,
     training_tokens: int,
     eval_studies: Sequence[Any] | None = None,
-    roles: Any = "all",
+    settings: RowSettings | None = None,
     **cfg: Any,
 ) -> Maira2TrainingRunner:
-    """A runner of SAELens over studies; `run()` trains and returns the SAE.
+    """Build SAELens' runner over studies; `run()` trains and returns the SAE.
 
     Args:
-        model: the hooked model.
-        studies: studies or encodings to train on.
+        model: The hooked model.
+        studies: Studies or encodings to train on.
         sae: SAELens' training configuration of the SAE, for instance `BatchTopKTrainingSAEConfig`.
-        hook_name: any accepted name of a hook point.
-        training_tokens: rows to train on.
-        eval_studies: studies or encodings to evaluate on.
-        roles: token roles to train on.
-        **cfg: fields of SAELens' `LanguageModelSAERunnerConfig`. Unless given: no logging, no checkpoints, no
+        hook_name: Any accepted name of a hook point.
+        training_tokens: Rows to train on.
+        eval_studies: Studies or encodings to evaluate on.
+        settings: Which rows are kept; `RowSettings()` if not given.
+        **cfg: Fields of SAELens' `LanguageModelSAERunnerConfig`. Unless given: no logging, no checkpoints, no
             output folder, 8 studies per forward.
 
     Raises:
-        HookError: an unknown hook, no studies, or an SAE of another width than the hook's.
+        HookError: The hook point is unknown, there are no studies, or the SAE's width is not the hook point's.
     """
     point = model.points.resolve(hook_name)
     width = model.points.width(point.name)
@@ -245,22 +253,29 @@ def maira2_runner(
     config = LanguageModelSAERunnerConfig(
         sae=sae, hook_name=point.name, training_tokens=training_tokens, **defaults | cfg
     )
-    return Maira2TrainingRunner(config, model, studies, eval_studies, roles)
+    return Maira2TrainingRunner(config, model, studies, eval_studies, settings)
 
 
 def _no_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
-    """One row of zeros: SAELens' store looks at its text dataset when it is made, and never again."""
+    """One row of zeros: SAELens' store looks at its text dataset when it is created, and never again."""
     return [{"tokens": [0] * cfg.context_size}]
 
 
 def _encoded(studies: Sequence[Any], store: Maira2ActivationsStore) -> list[Maira2Encoding]:
+    """Encodings to evaluate on, with the studies' own reports."""
     if len(studies) == 0 or not is_study(studies[0]):
         return list(studies)
+    model: Any = store.model
     size = store.store_batch_size_prompts
     return [
-        store._processor().encode(list(studies[i : i + size]), task=store.task, report="teacher")
+        model.processor.encode(list(studies[i : i + size]), task=store.settings.task, report="teacher")
         for i in range(0, len(studies), size)
     ]
+
+
+def _role_names(settings: RowSettings) -> list[str]:
+    names = {role.name for role in settings.kept}
+    return sorted(names | {"IMAGE"} if settings.last_image else names)
 
 
 def _no_evaluation(*_: Any, **__: Any) -> dict[str, float]:

@@ -99,7 +99,7 @@ def run(settings: Settings) -> Path:
 
 def sae_of(maira: Maira2, settings: Settings, arm: str, seed: int) -> Any:
     """The SAE of an arm: read from its folder, or trained into it."""
-    from sae_lens_maira.activations import harvest_rows
+    from sae_lens_maira.activations import RowSettings, read_rows
     from sae_lens_maira.quickstart.sae import train_sae
     from sae_lens_maira.sae import load_matryoshka, make_control
 
@@ -107,7 +107,12 @@ def sae_of(maira: Maira2, settings: Settings, arm: str, seed: int) -> Any:
     if (folder / "cfg.json").is_file():
         return load_matryoshka(folder)
     studies = generate_studies(settings.train_studies if arm != "untrained" else 100, 91_000 + 7_000 * seed)
-    rows = harvest_rows(maira, studies, f"blocks.{settings.layer}.hook_resid_post", roles="image_only")
+    rows = read_rows(
+        maira,
+        studies,
+        f"blocks.{settings.layer}.hook_resid_post",
+        RowSettings(roles="image_only", batch_size=16),
+    )
     if arm == "untrained":
         return make_control("untrained", sae_of(maira, settings, "trained", seed), rows.values, seed=seed)
     control: Any = None if arm == "trained" else arm

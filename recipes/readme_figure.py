@@ -16,9 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.interp.records import load
-from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, read_report, truth_labels
 from sae_lens_maira.sae import load_matryoshka
 from sae_lens_maira.steering import Add, steering
@@ -37,7 +36,7 @@ def main(folder: Path, out: Path) -> None:
     drawn = generate_studies(300, seed=60_000)
     studies = [study for study in drawn if study.prior_frontal is None and study.lateral is None]
     present = np.array([truth_labels(study)[FINDING_KEYS.index(FINDING)] for study in studies])
-    rows = harvest_rows(maira, studies, HOOK, roles=(TokenRole.IMAGE,), seed=0, progress=False)
+    rows = read_rows(maira, studies, HOOK, RowSettings(roles="image_only"), progress=False)
     ranking, difference = by_map_difference(rows, sae.encode, sae.W_dec.detach(), present, ~present)
     latents = [int(j) for j in ranking.scores.abs().topk(N_LATENTS).indices]
     side = round(len(difference) ** 0.5)

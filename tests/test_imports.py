@@ -23,6 +23,8 @@ ALLOWED = {
     "kernels": set(),
     "sae": {"kernels"},
     "activations": {"maira2", "studies", "hooks"},
+    # SAELens' store reads rows by the reader that everything uses, so this one file is above activations.
+    "hooks.sae_lens": {"maira2", "hooks", "activations"},
     "training": {"sae", "kernels", "activations"},
     "latents": {"activations", "sae", "maira2", "studies"},
     "interp": {"latents", "studies"},
@@ -50,6 +52,7 @@ def modules() -> list[tuple[str, Path]]:
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(ROOT).with_suffix("").parts
             room = parts[0] if parts[0] in ("hooks", "recipes") else parts[1]
+            room = "hooks.sae_lens" if parts == ("hooks", "sae_lens") else room
             files.append((room, file))
     return files
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.recipe import run_recipe
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.interface import finding_reader, named_model, phantom_studies, read_studies
@@ -115,7 +115,7 @@ class Arms:
 
 def image_rows(maira: Maira2, studies: Sequence[Study], hook: str) -> ActivationRows:
     """The patches of the studies' images at the hook point."""
-    return harvest_rows(maira, studies, hook, roles="image_only")
+    return read_rows(maira, studies, hook, RowSettings(roles="image_only", batch_size=16))
 
 
 def run(config: Clinical) -> dict[str, Any]:

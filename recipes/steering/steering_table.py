@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.recipe import run_recipe
 from sae_lens_maira.errors import ConfigError, InterventionError
 from sae_lens_maira.latents import study_firing
@@ -139,12 +139,11 @@ def prepare(settings: SteeringRun, cohort: Cohort) -> MethodFactory:
     files = {place: out / f"statistics_{place}.safetensors" for place in folders}
     if not all(file.exists() for file in files.values()):
         taught = np.flatnonzero(cohort.halves.choose)
-        rows = harvest_rows(
+        rows = read_rows(
             maira,
             [cohort.studies[int(i)] for i in taught],
             hook_name,
-            roles=KEPT,
-            seed=settings.seed,
+            RowSettings(roles=KEPT, batch_size=16, seed=settings.seed),
             progress=settings.progress,
         )
         rows = replace(rows, study=taught[rows.study])

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.recipe import run_recipe
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents import study_firing
@@ -84,9 +84,8 @@ def run_filters(settings: FilterRun) -> Path:
         if settings.sae is not None:
             raise ConfigError("The recipe compares SAEs that it trains; leave --sae out.")
         cohort = settings.cohort(settings.studies, settings.layer, settings.seed, pool)
-        rows = harvest_rows(
-            cohort.maira, cohort.studies, hook_name, "all", seed=settings.seed, progress=settings.progress
-        )
+        kept = RowSettings(roles="all", batch_size=16, seed=settings.seed)
+        rows = read_rows(cohort.maira, cohort.studies, hook_name, kept, progress=settings.progress)
         for preset, seed in tqdm(missing, desc="SAEs", unit="SAE", disable=not settings.progress):
             one_sae(cohort, rows, preset, seed, settings).to_parquet(
                 settings.out / f"{preset}_{seed}.parquet"

@@ -1,15 +1,16 @@
-"""From studies to activation rows, in memory or on disk, and from rows to SAELens' trainer."""
+"""Activation rows of studies: read in memory, harvested to disk, and fed to SAELens' trainer."""
 
 from sae_lens_maira.activations.cached import export_cached, import_cached
 from sae_lens_maira.activations.direct import DirectProvider
-from sae_lens_maira.activations.forward import RowReader, RowSettings
 from sae_lens_maira.activations.harvest import harvest
 from sae_lens_maira.activations.provider import StoreProvider
-from sae_lens_maira.activations.rows import ActivationRows, RowProvider, harvest_rows, joined, layer_of
+from sae_lens_maira.activations.reader import ActivationBatch, RowReader, RowSettings, layer_of, read_rows
+from sae_lens_maira.activations.rows import ActivationRows, RowProvider, joined
 from sae_lens_maira.activations.sampling import role_rates
 from sae_lens_maira.activations.store import ActivationStore, StoreSpec
 
 __all__ = [
+    "ActivationBatch",
     "ActivationRows",
     "ActivationStore",
     "DirectProvider",
@@ -20,9 +21,9 @@ __all__ = [
     "StoreSpec",
     "export_cached",
     "harvest",
-    "harvest_rows",
     "import_cached",
     "joined",
     "layer_of",
+    "read_rows",
     "role_rates",
 ]

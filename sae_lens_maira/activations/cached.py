@@ -22,7 +22,8 @@ import torch
 from datasets import Array2D, Dataset, Features, Sequence, Value, load_from_disk
 from datasets.features.features import Array2DExtensionType, numpy_to_pyarrow_listarray
 
-from sae_lens_maira.activations.store import COLUMNS, ActivationStore, StoreSpec
+from sae_lens_maira.activations.rows import COLUMNS
+from sae_lens_maira.activations.store import ActivationStore, StoreSpec
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import read_json, write_json
 from sae_lens_maira.maira2 import TokenRole
@@ -257,7 +258,7 @@ def _index(part: dict[str, Any], first: int, context: int, rows: int, role: Toke
         "position": number % context,
         "role": np.full(rows, int(role)),
         "token": np.full(rows, -1),
-        "kind": np.full(rows, -1),
+        "view": np.full(rows, -1),
         "patch_row": np.full(rows, -1),
         "patch_col": np.full(rows, -1),
         "source": np.zeros(rows),

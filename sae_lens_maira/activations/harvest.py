@@ -1,24 +1,27 @@
-"""Studies through the model into a store, any number of processes at a time.
+"""Harvest activations of studies into a store, with any number of processes at a time.
 
-A shard is `shard_studies` consecutive studies and is committed whole; shard s belongs to rank s mod world_size, and
-which rows it holds depends on neither. So a killed harvest loses at most one shard per rank and continues with any
-number of ranks. It knows nothing about SAEs.
+A shard is `shard_studies` consecutive studies and is committed as a whole. Shard s belongs to rank s mod world_size,
+and which rows it holds depends on neither, so a killed harvest loses at most one shard per rank and continues with any
+number of ranks.
 """
 
+import hashlib
+import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from sae_lens_maira.activations.fingerprints import library_versions, model_fingerprint, processor_fingerprint
-from sae_lens_maira.activations.forward import Reports, RowReader, RowSettings
-from sae_lens_maira.activations.sampling import RoleRates
+from sae_lens_maira.activations.reader import RowReader, RowSettings
 from sae_lens_maira.activations.store import ActivationStore, StoreSpec
 from sae_lens_maira.errors import StoreError
-from sae_lens_maira.maira2 import Maira2, TokenRole
+from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.studies import Study
+
+LIBRARIES = ("sae-lens-maira", "torch", "transformers", "transformer-lens", "sae-lens", "safetensors")
 
 
 def harvest(
@@ -26,59 +29,40 @@ def harvest(
     studies: Sequence[Study],
     folder: Path | str,
     hook_names: Sequence[str],
-    roles: str | Collection[TokenRole | str] = "paper",
-    rates: RoleRates | None = None,
-    reports: Reports = "teacher",
+    settings: RowSettings | None = None,
+    *,
     shard_studies: int = 256,
-    batch_size: int = 8,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    max_norm: float | None = None,
-    max_new_tokens: int = 300,
-    seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 1,
     progress: bool = True,
 ) -> ActivationStore:
-    """Harvest into a folder, or continue there.
+    """Harvest into a folder, or continue a harvest there.
 
     Args:
-        maira: model and processor.
-        studies: any sequence, the same one in every rank and after a restart; items are read when needed.
-        folder: of the store.
-        hook_names: hook points of the language model, for example `["blocks.15.hook_resid_post"]`.
-        roles: a preset or roles.
-        rates: share to keep by role, e.g. `{"image": 0.05}`; adds the role if `roles` lacks it.
-        reports: the studies' own, those the model writes, or both after one another.
-        shard_studies: studies a shard; what a kill can lose.
-        batch_size: studies a forward. Padding changes rounding, so it belongs to what a store is.
-        dtype: of the stored rows.
-        max_norm: rows with a larger norm at any of the hook points are dropped; None keeps all.
-        max_new_tokens: budget of a generated report.
-        seed: of the sample of rows.
-        rank: this process, from 0.
-        world_size: processes that harvest into the folder.
-        workers: threads that read and encode images ahead of the model; the rows do not depend on it.
-        progress: show a bar on rank 0.
+        maira: Model and processor.
+        studies: Any sequence, the same one in every rank and after a restart; items are read when needed.
+        folder: Folder of the store.
+        hook_names: Hook points of the language model, for example `["blocks.15.hook_resid_post"]`.
+        settings: Which rows are kept; `RowSettings()` if not given.
+        shard_studies: Studies per shard, which is what a kill can lose.
+        dtype: Type of the stored numbers.
+        rank: Number of this process, from 0.
+        world_size: Number of processes that harvest into the folder.
+        workers: Threads that read and encode images ahead of the model; the rows do not depend on it.
+        progress: Show a progress bar on rank 0.
 
     Returns:
         The store; complete when all ranks have returned.
 
     Raises:
-        StoreError: the folder holds another harvest, the disk is full, a study lacks its report, or a hook point does
-            not lie on the token sequence.
+        StoreError: The folder holds another harvest, the disk is full, a study has no report, or a hook point gives
+            no row per token.
     """
     if not 0 <= rank < world_size:
         raise StoreError(f"Rank {rank} of {world_size} does not exist; ranks count from 0.")
-    settings = RowSettings(
-        roles=roles,
-        rates=rates,
-        reports=reports,
-        batch_size=batch_size,
-        max_norm=max_norm,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
+    settings = settings or RowSettings()
     reader = RowReader(maira, studies, hook_names, settings, workers)
     store = ActivationStore.create(
         folder,
@@ -87,15 +71,9 @@ def harvest(
             dtype=dtype,
             shard_studies=shard_studies,
             n_studies=len(studies),
-            rates={role.name.lower(): rate for role, rate in settings.kept.items()},
-            settings={
-                "reports": reports,
-                "batch_size": batch_size,
-                "max_norm": max_norm,
-                "max_new_tokens": max_new_tokens if reports != "teacher" else None,
-                "seed": seed,
-            },
-            model=model_fingerprint(maira.model),
+            rates=settings.rates_by_name,
+            settings=settings.recorded(),
+            model=model_fingerprint(maira.model, reader.stop),
             processor=processor_fingerprint(maira),
             versions=library_versions(),
         ),
@@ -112,9 +90,46 @@ def harvest(
         for part in reader.batches(numbers):
             parts.append(part)
             bar.update(part.studies / len(settings.sources))
-        whole = reader.ordered(parts)
-        store.commit(shard, whole.values, whole.index)
-        rows += len(whole.index)
+        shard_rows = reader.ordered(parts)
+        store.commit(shard, shard_rows.values, shard_rows.index)
+        rows += len(shard_rows.index)
         bar.set_postfix_str(f"{rows / (time.monotonic() - began):,.0f} rows/s")
     bar.close()
     return ActivationStore(folder)
+
+
+def model_fingerprint(model: Any, layers: int | None = None) -> str:
+    """16 hex digits over the parameters' names, shapes, dtypes and first 64 numbers.
+
+    Args:
+        model: The model.
+        layers: Number of decoder layers that were run; None is all of them and the head. What comes after them is left
+            out, so that a model which was loaded up to there is the same.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if layers is not None and _after(name, layers):
+            continue
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().reshape(-1)[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _after(name: str, layers: int) -> bool:
+    """Whether a parameter comes after the first `layers` decoder layers."""
+    number = re.search(r"language_model\.layers\.(\d+)\.", name)
+    if number is not None:
+        return int(number.group(1)) >= layers
+    return name.endswith(("language_model.norm.weight", "lm_head.weight"))
+
+
+def processor_fingerprint(maira: Maira2) -> str:
+    """16 hex digits over the vocabulary and the image recipe."""
+    processor: Any = maira.processor
+    vocabulary = sorted(processor.tokenizer.get_vocab().items())
+    return hashlib.sha256(repr((vocabulary, processor.recipe)).encode()).hexdigest()[:16]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape activations."""
+    return {name: version(name) for name in LIBRARIES}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sae_lens_maira.activations.memory import BatchMemory, empty_rows
+from sae_lens_maira.activations.prefetch import BatchMemory, empty_rows
 from sae_lens_maira.activations.sampling import RoleRates, rate_table, role_rates
 from sae_lens_maira.activations.segments import SEGMENT
 from sae_lens_maira.activations.store import DTYPES, ActivationStore

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from sae_lens_maira.activations.memory import empty_rows
+from sae_lens_maira.activations.prefetch import empty_rows
 from sae_lens_maira.errors import StoreError
 
 SEGMENT = 4096

@@ -24,16 +24,14 @@ import pandas as pd
 import torch
 from safetensors.torch import save as to_safetensors
 
-from sae_lens_maira.activations.memory import empty_rows
-from sae_lens_maira.activations.rows import ActivationRows
+from sae_lens_maira.activations.prefetch import empty_rows
+from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows
 from sae_lens_maira.activations.segments import checksums, read_rows
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import read_json, sha256_of, write_json, write_listed
 from sae_lens_maira.maira2 import TokenRole
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-COLUMNS = ("study", "position", "role", "token", "kind", "patch_row", "patch_col", "source")
-SOURCES = ("teacher", "generated")
 
 
 @dataclass(frozen=True, kw_only=True)

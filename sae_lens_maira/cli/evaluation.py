@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.errors import SAEError
 from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.maira2 import Maira2, TokenRole, resolve_roles
@@ -80,8 +80,12 @@ def evaluate(
             f"The SAE reads {sae.cfg.d_in} dimensions and the model's residual stream has {width}; it belongs to "
             "another model. Give the SAE of this one."
         )
-    rows = harvest_rows(
-        maira, studies, hook_name, roles=KEPT, batch_size=batch_size, image_rate=image_rate, progress=progress
+    rows = read_rows(
+        maira,
+        studies,
+        hook_name,
+        RowSettings(roles=KEPT, rates={"image": image_rate}, batch_size=batch_size),
+        progress=progress,
     )
     names = {int(role): role.name.lower() for role in TokenRole}
     table = evaluate_sae(sae, rows.values, rows.role, role_names=names)

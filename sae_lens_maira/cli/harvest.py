@@ -67,12 +67,12 @@ def harvest_store(options: HarvestOptions) -> Any:
         studies,
         options.store,
         options.hook_names,
+        options.row_settings(),
         rank=rank,
         world_size=size,
         shard_studies=options.shard_studies,
         dtype=options.dtype,
         workers=options.workers,
-        **options.rows,
     )
 
 

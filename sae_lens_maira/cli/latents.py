@@ -151,7 +151,8 @@ def _rows(
 ) -> "tuple[Sequence[Study], ActivationSource]":
     """The studies and where their rows come from."""
     from sae_lens_maira.errors import ConfigError
-    from sae_lens_maira.latents.source import KEPT, ModelSource, StoreSource
+    from sae_lens_maira.latents.source import ModelSource, StoreSource
+    from sae_lens_maira.maira2 import DEFAULT_ROLES
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.studies import read_table
 
@@ -160,7 +161,8 @@ def _rows(
             chosen = generate_studies(number, seed=seed, size=maira.processor.recipe.crop)
         else:
             chosen = read_table(table, root).studies
-        return chosen, ModelSource(maira, chosen, hook_name, KEPT if roles is None else roles, size)
+        kept = DEFAULT_ROLES if roles is None else roles
+        return chosen, ModelSource(maira, chosen, hook_name, kept, size)
     blocks = StoreSource(store, hook_name, roles)
     ids = blocks.study_ids
     if table is None:

@@ -3,11 +3,14 @@
 A command takes them as a parameter `options`; on the command line and in a recipe each field is one option.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae_lens_maira.interface import ModelDtype, device_of, named_model
+
+if TYPE_CHECKING:
+    from sae_lens_maira.activations import RowSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +26,18 @@ class HarvestOptions:
         table: Parquet or CSV with one study a row, see studies import.
         root: folder that the table's relative image paths are below; the table's own if not given.
         split: read only the table's studies of this split, for example train.
-        roles: tokens to keep: paper, text_only, image_only, generated_only, all, or a list of roles.
+        roles: tokens to keep: content (sections, report and image patches), paper, paper_last_image, text_only,
+            image_only, generated_only, all, or a list of roles.
         rates: share to keep by role, for example "{image: 0.05}".
-        reports: teacher (the studies' own), generated ones, or both.
-        max_new_tokens: budget of a generated report.
-        shard_studies: studies a shard, which is what a kill can lose.
-        batch_size: studies a forward.
+        reports: text after the prompt: teacher (the study's own report), generated, both, or prompt (none).
+        max_new_tokens: token limit of a generated report.
+        task: prompt of the studies: findings, or grounded for findings with boxes.
+        shard_studies: studies per shard, which is what a kill can lose.
+        batch_size: studies per forward pass.
         dtype: of the stored rows.
         model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
         max_norm: drop rows with a larger norm.
+        max_norm_ratio: drop rows whose norm exceeds this multiple of the median norm of their study and modality.
         seed: of every draw but the phantom studies: the sample of rows, in train the shuffle and the initial weights.
         device: auto, cpu, cuda, ...
         workers: threads that read and encode images ahead of the model.
@@ -45,15 +51,17 @@ class HarvestOptions:
     table: Path | None = None
     root: Path | None = None
     split: str | None = None
-    roles: str | list[str] = "paper"
+    roles: str | list[str] = "content"
     rates: dict[str, float] | None = None
-    reports: Literal["teacher", "generated", "both"] = "teacher"
+    reports: Literal["teacher", "generated", "both", "prompt"] = "teacher"
     max_new_tokens: int = 300
+    task: Literal["findings", "grounded"] = "findings"
     shard_studies: int = 256
     batch_size: int = 8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     model_dtype: ModelDtype = "auto"
     max_norm: float | None = None
+    max_norm_ratio: float | None = None
     seed: int = 0
     device: str = "auto"
     workers: int = 2
@@ -63,11 +71,12 @@ class HarvestOptions:
         """The hook points, as a list also where a bare name was given."""
         return [self.hooks] if isinstance(self.hooks, str) else self.hooks
 
-    @property
-    def rows(self) -> dict[str, Any]:
-        """The arguments of `RowSettings`."""
-        names = ("roles", "rates", "reports", "batch_size", "max_norm", "max_new_tokens", "seed")
-        return {name: getattr(self, name) for name in names}
+    def row_settings(self) -> "RowSettings":
+        """The options that decide which rows are kept."""
+        from sae_lens_maira.activations import RowSettings
+
+        names = [field.name for field in fields(RowSettings) if field.init]
+        return RowSettings(**{name: getattr(self, name) for name in names})
 
     def load(self) -> tuple[Any, Any, str]:
         """Model, studies and device that the options name.

@@ -108,11 +108,11 @@ def _direct(
     options: HarvestOptions, batch: int, place: str, settings: dict[str, Any]
 ) -> tuple[Any, int, int | None]:
     """A provider that runs the model; d_in; None for the rows, which nobody counted."""
-    from sae_lens_maira.activations import DirectProvider, RowSettings
+    from sae_lens_maira.activations import DirectProvider
 
     maira, studies, _ = options.load()
     given = {"seed": options.seed, "device": place, "workers": options.workers} | settings
     batches = DirectProvider(
-        maira, studies, options.hook_names[0], batch, settings=RowSettings(**options.rows), **given
+        maira, studies, options.hook_names[0], batch, settings=options.row_settings(), **given
     )
     return batches, batches.d_in, None

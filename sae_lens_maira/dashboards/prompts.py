@@ -139,7 +139,7 @@ def write_prompts(
     first, hook_name, side = len(readout.tokens), "", readout.side
     for block in _every(blocks):
         hook_name = block.hook_name
-        patch = first + (block.kind.astype(np.int64) * side + block.patch_row) * side + block.patch_col
+        patch = first + (block.view.astype(np.int64) * side + block.patch_row) * side + block.patch_col
         token = np.where(block.is_image, patch, block.token)
         for study in np.unique(block.study).tolist():
             mine = np.flatnonzero(block.study == study)

@@ -173,7 +173,7 @@ def short(value: float) -> float:
 def places_of(rows: ActivationRows, text: StudyText, grid: tuple[int, int]) -> np.ndarray:
     """(n,) place of each of a study's rows, as described at the top of this module."""
     number = np.searchsorted(np.asarray(text.positions, dtype=np.int64), rows.position)
-    patch = rows.kind.astype(np.int64) * grid[0] * grid[1] + rows.patch_row.astype(np.int64) * grid[1]
+    patch = rows.view.astype(np.int64) * grid[0] * grid[1] + rows.patch_row.astype(np.int64) * grid[1]
     return np.where(rows.is_image, -1 - patch - rows.patch_col, number)
 
 

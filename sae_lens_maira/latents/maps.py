@@ -87,7 +87,7 @@ class MapSums:
         height, width = self.grid
         if not height * width:
             return
-        view = torch.from_numpy(rows.kind.astype(np.int64))
+        view = torch.from_numpy(rows.view.astype(np.int64))
         col = torch.from_numpy(rows.patch_col.astype(np.int64))
         patch = torch.from_numpy(rows.patch_row.astype(np.int64)) * width + col
         for number, name in enumerate(VIEWS):

@@ -17,17 +17,11 @@ import numpy as np
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.activations import ActivationRows, ActivationStore, harvest_rows
+from sae_lens_maira.activations import ActivationRows, ActivationStore, RowSettings, read_rows
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.maira2 import Maira2, TokenRole, resolve_roles
+from sae_lens_maira.maira2 import DEFAULT_ROLES, Maira2, resolve_roles
 from sae_lens_maira.maira2.roles import RoleFilter
 from sae_lens_maira.studies import Study
-
-KEPT = tuple(
-    role
-    for role in TokenRole
-    if role not in (TokenRole.PAD, TokenRole.BOS, TokenRole.TEMPLATE, TokenRole.SEPARATOR)
-)
 
 
 class ActivationSource(Protocol):
@@ -46,7 +40,7 @@ class ModelSource:
         maira: Maira2,
         studies: Sequence[Study],
         hook_name: str,
-        roles: Any = KEPT,
+        roles: Any = DEFAULT_ROLES,
         studies_per_block: int = 32,
     ) -> None:
         """Remember what to run.
@@ -69,14 +63,8 @@ class ModelSource:
     def __getitem__(self, unit: int, /) -> list[ActivationRows]:
         start = unit * self._size
         part = self._studies[start : start + self._size]
-        rows = harvest_rows(
-            self._maira,
-            part,
-            self._hook,
-            roles=self._roles,
-            batch_size=min(16, self._size),
-            progress=False,
-        )
+        settings = RowSettings(roles=self._roles, batch_size=min(16, self._size))
+        rows = read_rows(self._maira, part, self._hook, settings, progress=False)
         rows.study[:] += start
         return [rows]
 

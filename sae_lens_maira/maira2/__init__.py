@@ -22,11 +22,12 @@ from sae_lens_maira.maira2.processing import Maira2Processor
 from sae_lens_maira.maira2.prompts import StudyLike, build_prompt
 from sae_lens_maira.maira2.registration import register
 from sae_lens_maira.maira2.reports import GroundedFinding, ParsedReport, format_grounded, parse_report
-from sae_lens_maira.maira2.roles import ROLE_PRESETS, TokenRole, resolve_roles
+from sae_lens_maira.maira2.roles import DEFAULT_ROLES, ROLE_PRESETS, TokenRole, resolve_roles
 from sae_lens_maira.maira2.tokens import ADDED_TOKENS
 
 __all__ = [
     "ADDED_TOKENS",
+    "DEFAULT_ROLES",
     "MAX_NEW_TOKENS",
     "PUBLISHED_ID",
     "PUBLISHED_REVISION",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sae_lens_maira.errors import PromptError
-from sae_lens_maira.maira2.roles import RoleFilter, TokenRole, resolve_roles
+from sae_lens_maira.maira2.roles import LAST_IMAGE_PRESET, RoleFilter, TokenRole, resolve_roles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,8 @@ def role_mask(encoding: Maira2Encoding, roles: RoleFilter) -> torch.Tensor:
 
     Args:
         encoding: a batch of B rows of length L.
-        roles: a preset ("paper", "text_only", "image_only", "generated_only", "all"), a role, or several
-            roles.
+        roles: a preset ("content", "paper", "paper_last_image", "text_only", "image_only", "generated_only",
+            "all"), a role, or several roles.
 
     Returns:
         A `(B, L)` bool tensor on the encoding's device.
@@ -144,4 +144,20 @@ def role_mask(encoding: Maira2Encoding, roles: RoleFilter) -> torch.Tensor:
     """
     table = torch.zeros(len(TokenRole), dtype=torch.bool, device=encoding.roles.device)
     table[[int(role) for role in resolve_roles(roles)]] = True
-    return table[encoding.roles.long()]
+    mask = table[encoding.roles.long()]
+    if roles == LAST_IMAGE_PRESET:
+        mask &= (encoding.roles != TokenRole.IMAGE) | last_image_positions(encoding.image_index)
+    return mask
+
+
+def last_image_positions(image_index: torch.Tensor) -> torch.Tensor:
+    """The last position of each image.
+
+    Args:
+        image_index: `(..., L)` number of the image at image positions, -1 elsewhere.
+
+    Returns:
+        A bool tensor of the same shape.
+    """
+    following = torch.nn.functional.pad(image_index[..., 1:], (0, 1), value=-1)
+    return (image_index >= 0) & (following != image_index)

@@ -41,20 +41,32 @@ SECTIONS = frozenset(
     }
 )
 
+LAST_IMAGE_PRESET = "paper_last_image"
+"""The preset that keeps one position of each image: its last one."""
+
 ROLE_PRESETS: dict[str, frozenset[TokenRole]] = {
-    # The study's filter: no intermediate image tokens, no boilerplate.
+    # All that a report is written from, and the report; no boilerplate.
+    "content": SECTIONS | {TokenRole.IMAGE, TokenRole.REPORT},
+    # arXiv 2507.12950 drops "intermediate image tokens" and boilerplate. Whether that spares the last token of each
+    # image is not published: "paper" drops all image tokens, "paper_last_image" keeps the last one of each image.
     "paper": SECTIONS | {TokenRole.REPORT},
+    LAST_IMAGE_PRESET: SECTIONS | {TokenRole.IMAGE, TokenRole.REPORT},
     "text_only": frozenset(TokenRole) - {TokenRole.PAD, TokenRole.BOS, TokenRole.IMAGE},
     "image_only": frozenset({TokenRole.IMAGE}),
     "generated_only": frozenset({TokenRole.REPORT}),
     "all": frozenset(TokenRole) - {TokenRole.PAD},
 }
 
+DEFAULT_ROLES = "content"
+"""The preset that harvest, latents and quickstart use unless told otherwise."""
+
 RoleFilter = str | TokenRole | Iterable[TokenRole | str]
 
 
 def resolve_roles(roles: RoleFilter) -> frozenset[TokenRole]:
     """Turn a preset's name, a role, or role names into a set of roles.
+
+    "paper_last_image" gives the roles alone; which image positions it keeps is up to `role_mask`.
 
     Raises:
         ConfigError: the name is neither a preset nor a role.

@@ -82,7 +82,7 @@ def draw_heatmaps(
         among: (n_studies,) mask of the studies to show, the held-out half.
         file: PNG to write.
     """
-    frontal = rows.where((rows.kind == FRONTAL) & among[rows.study])
+    frontal = rows.where((rows.view == FRONTAL) & among[rows.study])
     # One latent of many: encode in pieces and keep its column only.
     parts = [trained.encode(part)[:, latent] for part in frontal.values.split(8192)]
     activation = torch.cat(parts).numpy()

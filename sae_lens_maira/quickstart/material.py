@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.interface import named_model
 from sae_lens_maira.latents import Halves, split_by_patient
@@ -28,6 +28,7 @@ from sae_lens_maira.studies.phrases import OBSERVATIONS
 
 LAYER = 3
 SEED = 80_000
+IMAGE_ROWS = RowSettings(roles="image_only", batch_size=16)
 EXTRA = 200
 
 
@@ -85,7 +86,7 @@ class Material:
 
     def image_rows(self) -> ActivationRows:
         """The hook point's activations at all image patches of all studies."""
-        return harvest_rows(self.maira, self.studies, self.hook_name, roles="image_only", progress=False)
+        return read_rows(self.maira, self.studies, self.hook_name, IMAGE_ROWS, progress=False)
 
 
 def open_material(
@@ -151,7 +152,7 @@ def _sae(
         # More films than the halves hold: with few of them, and few steps, every latent fires in every film.
         more = generate_studies(EXTRA, SEED + 1000 + seed)
         hook_name = f"blocks.{LAYER}.hook_resid_post"
-        rows = harvest_rows(maira, [*learn, *more], hook_name, roles="image_only", progress=False)
+        rows = read_rows(maira, [*learn, *more], hook_name, IMAGE_ROWS, progress=False)
         train_sae(rows, d_sae=1024, k=8, steps=2000, seed=seed, folder=kept)
     return load_matryoshka(kept)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae_lens_maira.activations import ActivationRows, harvest, joined
+from sae_lens_maira.activations import ActivationRows, RowSettings, harvest, joined
 from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.latents import Halves, split_by_patient
 from sae_lens_maira.maira2 import Maira2, TokenRole
@@ -27,16 +27,6 @@ from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
 from sae_lens_maira.quickstart.steer import steer_finding
 from sae_lens_maira.sae.config import Frozen
 from sae_lens_maira.studies import Study
-
-# Everything a report is written from: the film, the sections, the report itself; no boilerplate.
-KEPT = (
-    TokenRole.IMAGE,
-    TokenRole.INDICATION,
-    TokenRole.TECHNIQUE,
-    TokenRole.COMPARISON,
-    TokenRole.PRIOR_REPORT,
-    TokenRole.REPORT,
-)
 
 
 def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
@@ -163,10 +153,8 @@ def stored_rows(
         / "store"
         / f"layers{config.layer}_{config.text_layer}_studies{config.studies}_seed{config.seed}",
         names,
-        roles=KEPT,
+        RowSettings(batch_size=16, seed=config.seed),
         dtype="float32",
-        batch_size=16,
-        seed=config.seed,
         progress=config.progress,
     )
     return joined(list(store.blocks(hook_name, max_rows=len(store))))

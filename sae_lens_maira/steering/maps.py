@@ -110,7 +110,7 @@ def frontal_rows(rows: ActivationRows) -> tuple[ActivationRows, tuple[int, int]]
     Raises:
         InterventionError: There are none.
     """
-    frontal = rows.where(rows.kind == VIEWS["frontal"])
+    frontal = rows.where(rows.view == VIEWS["frontal"])
     if len(frontal) == 0:
         raise InterventionError(
             "The rows hold no patch of a frontal image; read image positions to steer at them."

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from sae_lens_maira.activations import ActivationRows, harvest_rows
+from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_file
 from sae_lens_maira.latents import Encoder
@@ -120,9 +120,8 @@ def image_rows(
     for start in tqdm(starts, desc=f"activations at {hook_name}", unit="block", disable=not progress):
         part = np.asarray(which[start : start + at_once])
         chosen = [studies[int(i)] for i in part]
-        rows = harvest_rows(
-            maira, chosen, hook_name, roles="image_only", batch_size=min(16, at_once), progress=False
-        )
+        settings = RowSettings(roles="image_only", batch_size=min(16, at_once))
+        rows = read_rows(maira, chosen, hook_name, settings, progress=False)
         yield replace(rows, study=part[rows.study])
 
 

@@ -9,11 +9,12 @@ import sys
 
 import torch
 
-from sae_lens_maira.activations import harvest
+from sae_lens_maira.activations import RowSettings, harvest
 from sae_lens_maira.phantom import generate_studies, load_phantom
 
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
-ARGUMENTS = {"roles": "all", "rates": {"image": 0.2}, "shard_studies": 3, "batch_size": 3, "progress": False}
+SETTINGS = RowSettings(roles="all", rates={"image": 0.2}, batch_size=3)
+ARGUMENTS = {"settings": SETTINGS, "shard_studies": 3, "progress": False}
 
 
 def say(number: int) -> None:

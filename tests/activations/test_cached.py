@@ -8,7 +8,7 @@ from datasets import Dataset
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_maira.activations import export_cached, harvest, import_cached
+from sae_lens_maira.activations import RowSettings, export_cached, harvest, import_cached
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.maira2 import TokenRole
@@ -25,7 +25,8 @@ def store(phantom, tmp_path_factory):
     """Eleven studies in three shards, one row in twenty of the patches beside the paper's roles."""
     studies = generate_studies(11, seed=41)
     folder = tmp_path_factory.mktemp("store")
-    return harvest(phantom, studies, folder, [HOOK], rates={"image": 0.05}, shard_studies=4, progress=False)
+    settings = RowSettings(roles="paper", rates={"image": 0.05})
+    return harvest(phantom, studies, folder, [HOOK], settings, shard_studies=4, progress=False)
 
 
 def rows_of(store):

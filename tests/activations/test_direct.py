@@ -34,8 +34,7 @@ def test_rows_are_those_of_the_harvest(phantom, studies, tmp_path):
         studies,
         tmp_path,
         [HOOK],
-        rates={"image": 0.1},
-        batch_size=4,
+        SETTINGS,
         dtype="float32",
         progress=False,
     )

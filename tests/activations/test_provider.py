@@ -43,7 +43,7 @@ def store(tmp_path_factory):
                 "study": np.full(rows, shard),
                 "position": number,
                 "role": np.where(number % 3, TokenRole.REPORT, TokenRole.IMAGE).astype(np.int8),
-                **dict.fromkeys(("token", "kind", "patch_row", "patch_col", "source"), number),
+                **dict.fromkeys(("token", "view", "patch_row", "patch_col", "source"), number),
             }
         )
         made.commit(shard, {HOOK: values}, index)

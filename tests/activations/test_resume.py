@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 import torch
 
-from sae_lens_maira.activations import ActivationStore, harvest
+from sae_lens_maira.activations import ActivationStore, RowSettings, harvest
 from sae_lens_maira.phantom import generate_studies
 
 WORKER = Path(__file__).with_name("harvest_worker.py")
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
-ARGUMENTS = {"roles": "all", "rates": {"image": 0.2}, "shard_studies": 3, "batch_size": 3, "progress": False}
+SETTINGS = RowSettings(roles="all", rates={"image": 0.2}, batch_size=3)
+ARGUMENTS = {"settings": SETTINGS, "shard_studies": 3, "progress": False}
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
-"""Rows equal transformers' own hidden states, role by role; the provider uses every row equally often."""
+"""Rows equal transformers' own hidden states, role by role; presets, rates and limits on norms keep what they say."""
 
 import numpy as np
 import pytest
 import torch
 
-from sae_lens_maira.activations import RowProvider, harvest_rows
+from sae_lens_maira.activations import RowProvider, RowSettings, read_rows
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.phantom import generate_studies
@@ -20,9 +20,13 @@ def studies():
     return generate_studies(6, seed=123)
 
 
+def read(phantom, studies, **settings):
+    return read_rows(phantom, studies, HOOK, RowSettings(**settings), progress=False)
+
+
 @pytest.fixture(scope="module")
 def rows(phantom, studies):
-    return harvest_rows(phantom, studies, HOOK, roles="all", batch_size=4, progress=False)
+    return read(phantom, studies, roles="all", batch_size=4)
 
 
 def test_rows_are_the_hidden_states_of_transformers(phantom, studies, rows):
@@ -39,27 +43,66 @@ def test_rows_are_the_hidden_states_of_transformers(phantom, studies, rows):
 
 
 def test_presets_keep_their_roles(phantom, studies):
-    """The paper's filter keeps neither patches nor boilerplate; image_only keeps all patches of all images."""
-    paper = harvest_rows(phantom, studies, HOOK, roles="paper", progress=False)
+    """`paper` keeps neither patches nor boilerplate, `image_only` all patches, `paper_last_image` one per image."""
+    paper = read(phantom, studies, roles="paper")
     assert not set(paper.role) & {TokenRole.IMAGE, TokenRole.TEMPLATE, TokenRole.PAD, TokenRole.BOS}
-    images = harvest_rows(phantom, studies, HOOK, roles="image_only", progress=False)
+    images = read(phantom, studies, roles="image_only")
     n = sum(x is not None for s in studies for x in (s.frontal, s.lateral, s.prior_frontal))
     assert len(images) == 64 * n
     assert sorted(zip(images.patch_row[:64], images.patch_col[:64], strict=True)) == [
         (r, c) for r in range(8) for c in range(8)
     ]
+    last = read(phantom, studies, roles="paper_last_image")
+    assert (~last.is_image).sum() == len(paper)
+    assert last.is_image.sum() == n
+    assert set(zip(last.patch_row[last.is_image], last.patch_col[last.is_image], strict=True)) == {(7, 7)}
+    sampled = read(phantom, studies, roles="paper_last_image", rates={"image": 0.1})
+    assert n < sampled.is_image.sum() < 64 * n // 4
+    assert ((sampled.patch_row == 7) & (sampled.patch_col == 7)).sum() == n
 
 
-def test_image_rate_thins_patches_only(phantom, studies, rows):
-    """A rate of a quarter keeps every text row and about a quarter of the patches."""
-    thin = harvest_rows(phantom, studies, HOOK, roles="all", image_rate=0.25, progress=False)
+def test_rates_thin_patches_only(phantom, studies, rows):
+    """A rate of a quarter keeps every text row and about a quarter of the patches, the same in any batch."""
+    thin = read(phantom, studies, roles="all", rates={"image": 0.25})
     assert (~thin.is_image).sum() == (~rows.is_image).sum()
     assert 0.15 < thin.is_image.sum() / rows.is_image.sum() < 0.35
+    alone = read(phantom, studies[2:3], roles="all", rates={"image": 0.25}, batch_size=1)
+    assert (alone.position == thin.position[thin.study == 2]).all()
 
 
-def test_nothing_kept_is_an_error(phantom, studies):
-    with pytest.raises(StoreError, match="nothing was kept"):
-        harvest_rows(phantom, studies[:1], HOOK, roles=[TokenRole.PHRASE], progress=False)
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_a_multiple_of_the_median_norm_drops_outliers(phantom, studies, rows, batch_size):
+    """The limit is the median of the study's own rows of that modality, whatever rates and batches are."""
+    settings = {"roles": "all", "rates": {"image": 0.5}, "batch_size": batch_size}
+    every, kept = read(phantom, studies, **settings), read(phantom, studies, **settings, max_norm_ratio=1.2)
+    norms = rows.values.norm(dim=1)
+    expected = []
+    for study, position, image in zip(every.study, every.position, every.is_image, strict=True):
+        same = (rows.study == study) & (rows.is_image == image)
+        here = (rows.study == study) & (rows.position == position)
+        if norms[here] <= 1.2 * norms[same].median():
+            expected.append((study, position))
+    assert list(zip(kept.study, kept.position, strict=True)) == expected
+    assert 0.3 * len(every) < len(kept) < len(every)
+
+
+def test_what_cannot_be_kept_is_an_error(phantom, studies):
+    with pytest.raises(StoreError, match="Nothing was kept"):
+        read(phantom, studies[:1], roles=[TokenRole.PHRASE])
+    with pytest.raises(StoreError, match="do not tell"):
+        read(phantom, studies[:1], reports="both")
+    with pytest.raises(StoreError, match="expected a positive number"):
+        RowSettings(max_norm_ratio=-1.0)
+    with pytest.raises(StoreError, match="expected at least 1"):
+        RowSettings(batch_size=0)
+    with pytest.raises(StoreError, match="expected one of teacher"):
+        RowSettings(reports="none")
+
+
+def test_prompts_alone_are_read_without_reports(phantom, studies):
+    rows = read(phantom, studies, roles="all", reports="prompt")
+    assert TokenRole.REPORT not in set(rows.role)
+    assert len(set(rows.study)) == len(studies)
 
 
 def test_wrong_mask_is_an_error(rows):

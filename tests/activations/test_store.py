@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 import torch
 
-from sae_lens_maira.activations import ActivationStore, StoreProvider, harvest
+from sae_lens_maira.activations import ActivationStore, RowSettings, StoreProvider, harvest
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import ROLE_PRESETS, TokenRole
 from sae_lens_maira.phantom import generate_studies
 
 pytestmark = pytest.mark.compat
 
+ALL = RowSettings(roles="all")
 HOOKS = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
 
 
@@ -32,7 +33,7 @@ def store(phantom, studies, tmp_path_factory):
         studies,
         tmp_path_factory.mktemp("store"),
         HOOKS,
-        roles="all",
+        ALL,
         shard_studies=4,
         progress=False,
     )
@@ -75,7 +76,7 @@ def test_rows_are_the_hidden_states_of_transformers(phantom, studies, store, hoo
 
 @pytest.mark.parametrize("preset", ["paper", "image_only", "generated_only"])
 def test_presets_keep_exactly_their_roles(phantom, studies, tmp_path, preset):
-    store = harvest(phantom, studies[:4], tmp_path, HOOKS[:1], roles=preset, progress=False)
+    store = harvest(phantom, studies[:4], tmp_path, HOOKS[:1], RowSettings(roles=preset), progress=False)
     kept = set(store.index(0)["role"])
     assert kept <= set(ROLE_PRESETS[preset])
     assert {TokenRole.IMAGE} == kept if preset == "image_only" else TokenRole.REPORT in kept
@@ -129,11 +130,11 @@ def test_no_room_leaves_the_store_whole(phantom, studies, store, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
     try:
         with pytest.raises(StoreError, match="No room"):
-            harvest(phantom, studies, tmp_path, HOOKS, roles="all", shard_studies=4, progress=False)
+            harvest(phantom, studies, tmp_path, HOOKS, ALL, shard_studies=4, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store.json", "studies.json"]
-    again = harvest(phantom, studies, tmp_path, HOOKS, roles="all", shard_studies=4, progress=False)
+    again = harvest(phantom, studies, tmp_path, HOOKS, ALL, shard_studies=4, progress=False)
     again.validate()
     assert again.entry(1) == store.entry(1)
 
@@ -155,7 +156,7 @@ def test_a_full_disk_leaves_the_store_whole(phantom, studies, store, small_disk)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(1_400_000))
     with pytest.raises(StoreError, match="No room to write"):
-        harvest(phantom, studies, small_disk, HOOKS, roles="all", shard_studies=4, progress=False)
+        harvest(phantom, studies, small_disk, HOOKS, ALL, shard_studies=4, progress=False)
     half = ActivationStore(small_disk)
     half.validate()
     assert not half.complete
@@ -164,7 +165,7 @@ def test_a_full_disk_leaves_the_store_whole(phantom, studies, store, small_disk)
         f"shard-{s:06d}" for s in half.committed()
     }
     filler.unlink()
-    again = harvest(phantom, studies, small_disk, HOOKS, roles="all", shard_studies=4, progress=False)
+    again = harvest(phantom, studies, small_disk, HOOKS, ALL, shard_studies=4, progress=False)
     again.validate()
     assert again.complete
     for shard in store.committed():
@@ -173,7 +174,15 @@ def test_a_full_disk_leaves_the_store_whole(phantom, studies, store, small_disk)
 
 def test_another_harvest_in_the_folder_is_refused(phantom, studies, store):
     with pytest.raises(StoreError, match="another harvest: settings"):
-        harvest(phantom, studies, store.folder, HOOKS, roles="all", shard_studies=4, seed=3, progress=False)
+        harvest(
+            phantom,
+            studies,
+            store.folder,
+            HOOKS,
+            RowSettings(roles="all", seed=3),
+            shard_studies=4,
+            progress=False,
+        )
 
 
 def test_commit_refuses_what_does_not_fit(store, tmp_path):
@@ -190,9 +199,7 @@ def test_generated_reports_are_harvested_from_their_own_ids(phantom, studies, tm
         studies[:3],
         tmp_path,
         HOOKS[1:],
-        roles="all",
-        reports="both",
-        max_new_tokens=24,
+        RowSettings(roles="all", reports="both", max_new_tokens=24),
         progress=False,
     )
     for number, study in enumerate(studies[:3]):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.cli import main
 from sae_lens_maira.cli.evaluation import evaluate
 from sae_lens_maira.errors import HookError, SAEError
@@ -21,7 +21,7 @@ def studies():
 @pytest.fixture(scope="module")
 def perfect(phantom, studies):
     """An SAE that reconstructs exactly: both signs of every axis, whatever the level says."""
-    rows = harvest_rows(phantom, studies, HOOK, roles="all", progress=False)
+    rows = read_rows(phantom, studies, HOOK, RowSettings(roles="all"), progress=False)
     width = rows.values.shape[1]
     sae = MatryoshkaSAE(
         MatryoshkaSAEConfig(d_in=width, d_sae=2 * width, matryoshka_widths=[width, 2 * width])

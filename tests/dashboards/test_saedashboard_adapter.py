@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.dashboards.adapter import AdapterConfig, run_saedashboard
 from sae_lens_maira.dashboards.prompts import Readout, plain_copy
 from sae_lens_maira.dashboards.saedashboard import feature
@@ -39,7 +39,8 @@ def studies():
 @pytest.fixture(scope="module")
 def blocks(phantom, studies):
     roles = resolve_roles(("image", "indication", "report"))
-    parts = [harvest_rows(phantom, studies[i : i + 5], HOOK, roles=roles, progress=False) for i in (0, 5, 10)]
+    settings = RowSettings(roles=roles)
+    parts = [read_rows(phantom, studies[i : i + 5], HOOK, settings, progress=False) for i in (0, 5, 10)]
     for start, part in zip((0, 5, 10), parts, strict=True):
         part.study[:] += start
     return [[part] for part in parts]

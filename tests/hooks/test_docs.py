@@ -10,6 +10,7 @@ import torch
 from sae_lens import BatchTopKTrainingSAEConfig, StandardSAE, StandardSAEConfig
 
 import sae_lens_maira.hooks as hooks
+from sae_lens_maira.activations import RowSettings
 from sae_lens_maira.hooks import SPECS
 from sae_lens_maira.maira2 import Maira2
 
@@ -48,6 +49,7 @@ def space(eager: Maira2, studies: Any) -> dict[str, Any]:
     hooked = hooks.HookedMaira2(eager)
     space: dict[str, Any] = {name: getattr(hooks, name) for name in hooks.__all__}
     return space | {
+        "RowSettings": RowSettings,
         "maira2": eager,
         "study": studies[0],
         "studies": studies,

@@ -9,6 +9,7 @@ import torch
 from sae_lens import SAE, BatchTopKTrainingSAEConfig, StandardSAE, StandardSAEConfig
 from sae_lens.training.prefetch import PrefetchingIterator
 
+from sae_lens_maira.activations import RowSettings
 from sae_lens_maira.errors import HookError, PromptError
 from sae_lens_maira.hooks import HookedMaira2, Maira2ActivationsStore, Maira2Evaluator, maira2_runner
 from sae_lens_maira.maira2 import TokenRole, role_mask
@@ -71,19 +72,19 @@ def test_saelens_runner_trains_on_studies(
 def test_rows_are_the_values_at_the_wanted_roles(hooked: HookedMaira2, studies: Any, roles: Any) -> None:
     assert hooked.processor is not None
     cfg = make_runner(hooked, studies).cfg
-    store = Maira2ActivationsStore.over(studies, hooked, cfg, roles=roles, shuffle_seed=None)
+    store = Maira2ActivationsStore.over(studies, hooked, cfg, RowSettings(roles=roles), shuffle_seed=None)
     rows, ids = store.get_raw_llm_batch()
     batch = hooked.processor.encode(studies[:2], report="teacher")
     mask = role_mask(batch, roles)
     _, cache = hooked.run_with_cache(batch, names_filter=RESID)
-    assert torch.equal(rows, cache[RESID][mask])
+    torch.testing.assert_close(rows, cache[RESID][mask], rtol=1e-4, atol=1e-4)
     assert torch.equal(ids, batch.input_ids[mask])  # pyright: ignore[reportArgumentType]
     assert not rows.requires_grad
 
 
 def test_an_epoch_is_every_study_once_in_a_new_order(hooked: HookedMaira2, studies: Any) -> None:
     cfg = make_runner(hooked, studies).cfg
-    store = Maira2ActivationsStore.over(studies * 3, hooked, cfg, roles=TokenRole.BOS)
+    store = Maira2ActivationsStore.over(studies * 3, hooked, cfg, RowSettings(roles=[TokenRole.BOS]))
     rows = [len(store.get_raw_llm_batch(raise_on_epoch_end=True)[0]) for _ in range(5)]
     assert rows == [2, 2, 2, 2, 1]
     with pytest.raises(StopIteration, match="All 9 studies"):
@@ -180,7 +181,9 @@ def test_what_cannot_be_meant_is_refused(hooked: HookedMaira2, studies: Any, pro
     with pytest.raises(HookError, match="Set d_in=32"):
         make_runner(hooked, studies, hook_name="vision_encoder.hook_out")
     with pytest.raises(HookError, match="No position of any study"):
-        Maira2ActivationsStore.over([prompt], hooked, cfg, roles=TokenRole.REPORT).get_raw_llm_batch()
+        Maira2ActivationsStore.over(
+            [prompt], hooked, cfg, RowSettings(roles=[TokenRole.REPORT])
+        ).get_raw_llm_batch()
     with pytest.raises(HookError, match="no encodings"):
         Maira2Evaluator(hooked, [])
     store = Maira2ActivationsStore.over(studies, hooked, cfg)

@@ -7,7 +7,7 @@ docs/log.md an untrained SAE meets them too.
 import numpy as np
 import pytest
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.interp.best import Best, best_latents
 from sae_lens_maira.interp.offline import name_and_side, named_findings
 from sae_lens_maira.interp.run import interpret_offline
@@ -25,7 +25,13 @@ PLACE = "image_only"
 def best(phantom, tmp_path_factory) -> list[Best]:
     """Best latents of 512, trained for 800 steps on 300 studies, recorded and scored on 300 others."""
     folder = tmp_path_factory.mktemp("phantom")
-    rows = harvest_rows(phantom, generate_studies(300, seed=41_000), HOOK, roles=PLACE, progress=False)
+    rows = read_rows(
+        phantom,
+        generate_studies(300, seed=41_000),
+        HOOK,
+        RowSettings(roles=PLACE, batch_size=16),
+        progress=False,
+    )
     sae = train_sae(rows, 512, 8, 800, 0, folder / "sae", dead_after=200).inference
     unseen = generate_studies(300, seed=42_000)
     config = CollectConfig(model="phantom", top=40, per_interval=12, zero=60, keep_images=False, seed=1)

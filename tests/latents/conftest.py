@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
 
@@ -18,9 +18,7 @@ def studies():
 
 @pytest.fixture(scope="session")
 def rows(phantom, studies):
-    from sae_lens_maira.maira2 import resolve_roles
-
-    return harvest_rows(phantom, studies, HOOK, roles=resolve_roles(ROLES), progress=False)
+    return read_rows(phantom, studies, HOOK, RowSettings(roles=ROLES, batch_size=16), progress=False)
 
 
 @pytest.fixture(scope="session")

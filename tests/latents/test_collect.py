@@ -84,7 +84,7 @@ def test_contexts_hold_the_activations_of_their_study(records, rows, acts, studi
             on = image & (column > 0)
             patch = rows.patch_row[on].astype(int) * 8 + rows.patch_col[on]
             expected = dict(
-                zip(zip(rows.kind[on].tolist(), patch.tolist(), strict=True), column[on], strict=True)
+                zip(zip(rows.view[on].tolist(), patch.tolist(), strict=True), column[on], strict=True)
             )
             assert heat.keys() == expected.keys()
             assert all(heat[key] == pytest.approx(expected[key], rel=1e-5) for key in heat)
@@ -115,7 +115,7 @@ def test_agreement_and_maps(records, rows, acts, studies):
             assert (mine[0].precision, mine[0].recall) == (hits[i] / fires.sum(), hits[i] / truth[:, i].sum())
             assert mine[0].low < mine[0].f1 <= mine[0].high
         for mean in record.maps:
-            here = rows.kind == ("frontal", "lateral", "prior").index(mean.view)
+            here = rows.view == ("frontal", "lateral", "prior").index(mean.view)
             total = sum(column[here]) / len(set(rows.study[here]))
             assert sum(mean.values) == pytest.approx(total, rel=1e-3)
 
@@ -131,7 +131,7 @@ def test_maps_per_finding(budget, rows, acts, studies, sae, phantom, tmp_path):
     records = collect_records([[rows]], known, sae, phantom, tmp_path, config, findings=FINDING_KEYS)
     side = phantom.processor.patches_per_side
     assert records.grid == (side, side)
-    frontal = rows.kind == 0
+    frontal = rows.view == 0
     assert records.mean_maps([5, 3]).shape == (2, side * side)
     finding = max(FINDING_KEYS, key=lambda key: sum(key in s.present_keys for s in studies))
     labelled = np.array([s.truth is not None for s in known])

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from sae_lens_maira.activations import harvest
+from sae_lens_maira.activations import RowSettings, harvest
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.source import StoreSource
@@ -92,7 +92,7 @@ def test_records_from_a_store(phantom, studies, sae, rows, tmp_path):
         few,
         tmp_path / "store",
         [rows.hook_name],
-        roles=["image", "report"],
+        RowSettings(roles=["image", "report"]),
         shard_studies=5,
         dtype="float32",
         progress=False,

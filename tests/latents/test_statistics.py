@@ -119,7 +119,7 @@ def test_top_octaves_and_zero_studies(done, peaks):
 def test_maps(done, rows, acts):
     """Sums per patch and view, and how many studies have the view."""
     for number, view in enumerate(VIEWS):
-        here = rows.kind == number
+        here = rows.view == number
         assert done.maps.studies[view] == len(set(rows.study[here]))
         expected = np.zeros((96, 64))
         patch = rows.patch_row[here].astype(int) * 8 + rows.patch_col[here]

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
-from sae_lens_maira.quickstart.run import KEPT, stored_rows, text_folder
+from sae_lens_maira.quickstart.run import stored_rows, text_folder
 from sae_lens_maira.quickstart.sae import level_widths
 from sae_lens_maira.stats import wilson
 
@@ -101,9 +101,9 @@ def test_rows_come_from_a_store_that_a_second_run_finds(tmp_path):
     maira, studies = load_phantom(), generate_studies(40, seed=20_000)
     hook_name = "blocks.3.hook_resid_post"
     rows = stored_rows(maira, studies, hook_name, config)
-    memory = harvest_rows(maira, studies, hook_name, roles=KEPT, progress=False)
+    memory = read_rows(maira, studies, hook_name, RowSettings(batch_size=16), progress=False)
     torch.testing.assert_close(rows.values, memory.values, rtol=1e-4, atol=1e-4)
-    for name in ("study", "position", "role", "token", "kind", "patch_row", "patch_col"):
+    for name in ("study", "position", "role", "token", "view", "patch_row", "patch_col"):
         assert (getattr(rows, name) == getattr(memory, name)).all()
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("shard-*")}
     again = stored_rows(maira, studies, hook_name, config)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_lens_maira import stats
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
 
@@ -34,6 +34,6 @@ def steering_sae(phantom, few):
 
 @pytest.fixture(scope="session")
 def p99(phantom, few, steering_sae):
-    rows = harvest_rows(phantom, few, HOOK, roles="all", progress=False)
+    rows = read_rows(phantom, few, HOOK, RowSettings(roles="all"), progress=False)
     with torch.no_grad():
         return stats.p99(steering_sae.encode(rows.values))

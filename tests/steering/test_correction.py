@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.steering import steering
 from sae_lens_maira.steering.correction import (
@@ -42,7 +42,7 @@ def test_twins_move_the_stream_as_much():
 
 def test_ranking_leaves_the_anatomy_out(phantom, few):
     """Of three units the one that every film excites is left out, however much it differs; the specific one stays."""
-    rows = harvest_rows(phantom, few, HOOK, roles="image_only", progress=False)
+    rows = read_rows(phantom, few, HOOK, RowSettings(roles="image_only"), progress=False)
     wrong = np.array([True, True, False, False])
     # What the units say of a patch stands in for the stream, and the encoder hands it on.
     base = torch.from_numpy(wrong[rows.study]).float()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.phantom import generate_studies, truth_labels
 from sae_lens_maira.steering.interventions import Direction
@@ -106,10 +106,10 @@ def studies():
 
 def test_mean_maps_are_means_by_hand(phantom, studies):
     """The map's patch (2, 5) is the mean of that patch's rows over positive and negative studies."""
-    rows = harvest_rows(phantom, studies, HOOK, roles="image_only", progress=False)
+    rows = read_rows(phantom, studies, HOOK, RowSettings(roles="image_only"), progress=False)
     positive = truth_present(studies)
     present, _ = mean_patch_maps(rows, lambda x: x, positive, ~positive)
-    here = rows.where((rows.kind == 0) & (rows.patch_row == 2) & (rows.patch_col == 5))
+    here = rows.where((rows.view == 0) & (rows.patch_row == 2) & (rows.patch_col == 5))
     expected = here.where(positive[here.study]).values.mean(0)
     torch.testing.assert_close(present[2 * 8 + 5], expected, rtol=1e-4, atol=1e-4)
     made = difference_map(rows, lambda x: x, torch.eye(128), positive, ~positive, n_latents=4)
@@ -119,7 +119,7 @@ def test_mean_maps_are_means_by_hand(phantom, studies):
     with pytest.raises(InterventionError, match="one side"):
         mean_patch_maps(rows, lambda x: x, positive, positive & ~positive)
     with pytest.raises(InterventionError, match="frontal"):
-        mean_patch_maps(rows.where(rows.kind == 9), lambda x: x, positive, ~positive)
+        mean_patch_maps(rows.where(rows.view == 9), lambda x: x, positive, ~positive)
 
 
 def truth_present(studies):

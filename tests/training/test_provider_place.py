@@ -39,7 +39,7 @@ def store(tmp_path_factory):
     for shard in range(3):
         numbers = np.arange(1000)
         columns = dict.fromkeys(
-            ("study", "position", "token", "kind", "patch_row", "patch_col", "source"), numbers
+            ("study", "position", "token", "view", "patch_row", "patch_col", "source"), numbers
         )
         index = pd.DataFrame(columns | {"role": np.full(1000, 10, np.int8)})
         made.commit(

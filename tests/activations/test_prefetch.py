@@ -7,8 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from sae_lens_maira.activations.ahead import in_order
-from sae_lens_maira.activations.memory import LARGE, BatchMemory, empty_rows
+from sae_lens_maira.activations.prefetch import LARGE, BatchMemory, empty_rows, prefetch
 
 
 def slow(number, seconds):
@@ -19,7 +18,7 @@ def slow(number, seconds):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_results_keep_their_order(workers):
     jobs = [partial(slow, i, 0.02 if i % 3 == 0 else 0.0) for i in range(12)]
-    assert list(in_order(jobs, workers)) == list(range(12))
+    assert list(prefetch(jobs, workers)) == list(range(12))
 
 
 def test_no_more_is_taken_than_there_is_room_for():
@@ -31,7 +30,7 @@ def test_no_more_is_taken_than_there_is_room_for():
             taken.append(i)
             yield partial(slow, i, 0.0)
 
-    results = in_order(jobs(), 2)
+    results = prefetch(jobs(), 2)
     assert next(results) == 0
     assert len(taken) == 5
     results.close()
@@ -42,11 +41,11 @@ def test_an_error_comes_in_its_place_and_no_thread_stays(workers):
     def fail():
         raise ValueError("the third")
 
-    results = in_order([partial(slow, 0, 0.01), partial(slow, 1, 0.0), fail, partial(slow, 3, 0.0)], workers)
+    results = prefetch([partial(slow, 0, 0.01), partial(slow, 1, 0.0), fail, partial(slow, 3, 0.0)], workers)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match="third"):
         next(results)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("rows", [1, LARGE // 4096])
