@@ -18,7 +18,6 @@ from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.recipe import run_recipe
 from sae_lens_maira.errors import ConfigError, InterventionError
 from sae_lens_maira.latents import study_firing
-from sae_lens_maira.quickstart.run import KEPT
 from sae_lens_maira.quickstart.sae import train_sae
 from sae_lens_maira.recipes.steering.candidates import choose_map
 from sae_lens_maira.recipes.steering.source import Source
@@ -143,7 +142,7 @@ def prepare(settings: SteeringRun, cohort: Cohort) -> MethodFactory:
             maira,
             [cohort.studies[int(i)] for i in taught],
             hook_name,
-            RowSettings(roles=KEPT, batch_size=16, seed=settings.seed),
+            RowSettings(roles="content", batch_size=16, seed=settings.seed),
             progress=settings.progress,
         )
         rows = replace(rows, study=taught[rows.study])

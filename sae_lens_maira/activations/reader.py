@@ -258,7 +258,8 @@ class RowReader:
         side: Any = (
             "left" if SOURCES[source] == "generated" else "right"
         )  # the model writes after the last column
-        encoding = self._processor.encode(batch, task=self._settings.task, report=report, padding_side=side)
+        processor: Any = self._processor
+        encoding = processor.encode(batch, task=self._settings.task, report=report, padding_side=side)
         return chosen, source, encoding
 
     @torch.no_grad()

@@ -96,7 +96,7 @@ def test_what_cannot_be_kept_is_an_error(phantom, studies):
     with pytest.raises(StoreError, match="expected at least 1"):
         RowSettings(batch_size=0)
     with pytest.raises(StoreError, match="expected one of teacher"):
-        RowSettings(reports="none")
+        RowSettings(reports="none")  # pyright: ignore[reportArgumentType] - on purpose
 
 
 def test_prompts_alone_are_read_without_reports(phantom, studies):

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.cli import main
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.quickstart.sae import train_sae
@@ -20,7 +20,9 @@ FINDING = ["--finding", "cardiomegaly"]
 def sae(phantom, tmp_path_factory):
     """A small SAE of image patches, trained for a few seconds."""
     folder = tmp_path_factory.mktemp("sae")
-    rows = harvest_rows(phantom, generate_studies(60, seed=5), HOOK, roles="image_only", progress=False)
+    rows = read_rows(
+        phantom, generate_studies(60, seed=5), HOOK, RowSettings(roles="image_only"), progress=False
+    )
     train_sae(rows, 256, 16, 300, 0, folder)
     return folder
 
@@ -107,7 +109,7 @@ def test_records_choose_latents_without_reading_activations(sae, tmp_path, capsy
     def refuse(*_args, **_kwargs):
         raise AssertionError("activations were read")
 
-    monkeypatch.setattr("sae_lens_maira.steering.statistics.harvest_rows", refuse)
+    monkeypatch.setattr("sae_lens_maira.steering.statistics.read_rows", refuse)
     code, _, err = run(capsys, "--sae", sae, *FINDING, *SIZE, "--records", records, "--out", out)
     assert code == 0, err
     summary = pd.read_parquet(out / "summary.parquet").set_index("method")
