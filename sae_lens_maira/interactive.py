@@ -268,7 +268,7 @@ def describe_sae(
     _hook_of(sae)
     names: dict[int, str] = {}
     if records is not None:
-        recorded, names = _read_records(records)
+        recorded, names = _read_records(records, sae)
         p99 = recorded if p99 is None else p99
     if p99 is not None and tuple(p99.shape) != (sae.cfg.d_sae,):
         raise SAEError(
@@ -280,19 +280,15 @@ def describe_sae(
     return sae
 
 
-def _read_records(folder: Path) -> tuple[torch.Tensor, dict[int, str]]:
+def _read_records(folder: Path, sae: MatryoshkaSAE) -> tuple[torch.Tensor, dict[int, str]]:
     """p99 `(d_sae,)` of recorded latents (0 for others), and the explanations of those that have one."""
     from sae_lens_maira.interp.records import load
     from sae_lens_maira.latents import RecordSet
 
     records = RecordSet.open(folder)
-    p99 = torch.zeros(records.meta.d_sae)
-    columns = [name for name in ("p99_text", "p99_image") if name in records.table]
-    p99[torch.tensor(records.table["latent"].to_numpy())] = torch.tensor(
-        records.table[columns].max(axis=1).fillna(0).to_numpy(), dtype=torch.float32
-    )
+    records.require_sae(sae)
     names = {one.latent: one.explanation for one in load(folder) if one.explanation}
-    return p99, names
+    return records.p99.nan_to_num(), names
 
 
 def _hook_of(sae: Any) -> str:

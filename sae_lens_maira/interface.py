@@ -249,8 +249,8 @@ def _shipped_sae(name: str) -> Path:
     folder = phantom_path().parent / "saes" / name.removeprefix("phantom-")
     if not (folder / "cfg.json").is_file():
         raise SAEError(
-            f"The SAE {name} does not ship with this version of the package. Train one in about three minutes with "
-            "`sae-lens-maira quickstart` and pass its folder, quickstart_out/sae_image or quickstart_out/sae_text."
+            f"{folder} does not exist, so this installation of the package is incomplete. Install it again, or train "
+            "the SAE with `python recipes/train_phantom_saes.py --config recipes/train_phantom_saes.yaml`."
         )
     return folder
 

@@ -76,8 +76,8 @@ def test_nothing_else_is_inside(names: set[str]) -> None:
     ]
 
 
-def test_the_wheel_is_smaller_than_15_megabytes(wheel: Path) -> None:
-    assert wheel.stat().st_size < 15e6
+def test_the_wheel_is_smaller_than_12_megabytes(wheel: Path) -> None:
+    assert wheel.stat().st_size < 12e6
 
 
 def test_the_command_is_declared(wheel: Path) -> None:

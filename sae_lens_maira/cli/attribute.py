@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 
 def attribute(
-    sae: str,
+    sae: str = "phantom-image",
     model: str = "phantom",
     out: Path = Path("attribution_out"),
     study: list[str] | None = None,
@@ -32,10 +32,10 @@ def attribute(
 ) -> None:
     """Attribute each sentence of a report to latents and patches, check it by ablation, and write a page per study.
 
-    Example: sae-lens-maira attribute --sae quickstart_out/sae_image --studies 2 --out attribution_out
+    Example: sae-lens-maira attribute --studies 2 --out attribution_out
 
     Args:
-        sae: Folder of an SAE, or a release.
+        sae: Folder of an SAE, a release, or phantom-image.
         model: "phantom", a folder or a hub id.
         out: Folder of the pages; made if missing.
         study: Ids of the studies to explain; the first ones if not given.

@@ -215,7 +215,12 @@ class RecordSet:
         return 0, 0
 
     def require_sae(self, sae: SAE[Any]) -> None:
-        """Raise RecordError unless these are the records of `sae`, by its weights and its hook point."""
+        """Raise RecordError unless these are the records of `sae`, by its weights and its hook point.
+
+        Weights of less than float32 are rounded, so only their number and hook point are compared.
+        """
+        import torch
+
         from sae_lens_maira.sae import fingerprint
 
         ours, theirs = self.meta, (int(sae.cfg.d_sae), str(sae.cfg.metadata.hook_name))
@@ -224,7 +229,8 @@ class RecordSet:
                 f"{self.folder} holds records of {ours.d_sae} latents at {ours.hook_name}, and the SAE has {theirs[0]} "
                 f"at {theirs[1]}. Give the records of this SAE."
             )
-        if ours.sae_fingerprint and ours.sae_fingerprint != fingerprint(sae):
+        exact = sae.W_dec.dtype == torch.float32 and ours.sae_fingerprint
+        if exact and ours.sae_fingerprint != fingerprint(sae):
             raise RecordError(
                 f"{self.folder} holds records of an SAE with other weights ({ours.sae}). Give the records of this SAE, "
                 "or write them with `sae-lens-maira latents`."

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from sae_lens import SAE
 
 import sae_lens_maira as sm
-from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.errors import InterventionError, RecordError
 from sae_lens_maira.interactive import describe_sae
+from sae_lens_maira.latents import RecordSet
+from sae_lens_maira.phantom import phantom_path
 from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
 
 HOOK = "blocks.3.hook_resid_post"
@@ -116,3 +120,30 @@ def test_a_model_for_some_hooks_ends_behind_them():
     for hooks, layers in (([HOOK], 4), (["vision_projector.hook_out"], 1), ([HOOK, "unembed.hook_out"], 8)):
         maira = sm.named_model("phantom", hooks=hooks)
         assert len(maira.model.model.language_model.layers) == layers  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("name", "hook_name", "modality"),
+    [("phantom-image", HOOK, "image"), ("phantom-text", "blocks.6.hook_resid_post", "text")],
+)
+def test_shipped_saes_have_hook_point_p99_and_names(name, hook_name, modality, tmp_path):
+    """They open by name, the records are undamaged and theirs, and their best latents follow findings."""
+    sae: Any = sm.load_sae(name)
+    assert sae.cfg.metadata.hook_name == hook_name
+    folder = phantom_path().parent / "saes" / modality
+    records = RecordSet.open(folder / "records")
+    records.check()
+    assert torch.equal(sae.p99 > 0, torch.tensor(records.table["density"].to_numpy() > 0))
+    assert len(sae.latent_names) > 100
+    best = records.table.sort_values(f"f1_{modality}", ascending=False).iloc[0]
+    assert best[f"f1_{modality}"] > 0.9
+    assert best[f"finding_{modality}"].split("_")[0] in sae.latent_names[int(best["latent"])].lower()
+    plain = SAE.load_from_disk(folder)
+    rows = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(plain.encode(rows), sae.encode(rows), atol=1e-5)
+    assert sm.load_sae(name, dtype="bfloat16").p99 is not None
+    with torch.no_grad():
+        plain.W_dec.add_(0.01)
+    plain.save_model(tmp_path)
+    with pytest.raises(RecordError, match="other weights"):
+        sm.load_sae(tmp_path, records=folder / "records")

@@ -408,5 +408,3 @@ def test_load_sae_refuses_what_does_not_fit(hub, published):
         load_sae(resolve_sae("someone/saes"), folder="x")
     with pytest.raises(SAEError, match="no argument layer for a release"):
         load_sae("someone/saes", layer=3)
-    with pytest.raises(SAEError, match="phantom-image does not ship"):
-        load_sae("phantom-image")
