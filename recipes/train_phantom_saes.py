@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 
-from sae_lens_maira.activations import harvest_rows
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.interface import named_model, phantom_studies
 from sae_lens_maira.interp.run import interpret_offline
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
@@ -60,7 +60,7 @@ def train(name: str, settings: PhantomSAE, studies: int, record_studies: int, se
     """
     maira, hook_name = named_model("phantom"), f"blocks.{settings.layer}.hook_resid_post"
     learn = phantom_studies(studies, 20_000 + seed)
-    rows = harvest_rows(maira, learn, hook_name, roles=settings.roles)
+    rows = read_rows(maira, learn, hook_name, RowSettings(roles=settings.roles))
     folder = out / name
     shutil.rmtree(folder, ignore_errors=True)
     trained = train_sae(
