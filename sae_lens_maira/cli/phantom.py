@@ -12,6 +12,7 @@ def quickstart(
     text_layer: int = 6,
     finding: str = "cardiomegaly",
     seed: int = 0,
+    model: str = "phantom",
     as_json: bool = False,
 ) -> None:
     """Train Matryoshka SAEs on the phantom and show what they found, in about five minutes.
@@ -25,11 +26,19 @@ def quickstart(
         text_layer: decoder layer whose output is read at report tokens, 0 to 7.
         finding: finding to steer into reports that do not have it.
         seed: of everything that is drawn, the phantom studies too.
+        model: only "phantom": the quickstart needs findings that are known.
         as_json: print the main figures as JSON instead of the report's path.
     """
+    from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
     from sae_lens_maira.quickstart.report import summary
 
+    if model != "phantom":
+        raise ConfigError(
+            f"The quickstart was asked to run on {model!r}, and it runs on the phantom only, whose findings are known. "
+            "For another model use harvest, train, latents, interpret and steer with --model and --table; see the "
+            "tutorial."
+        )
     config = QuickstartConfig(
         out=out, studies=studies, layer=layer, text_layer=text_layer, finding=finding, seed=seed
     )

@@ -216,3 +216,9 @@ def test_version_and_bench_door():
     done = run("bench", "nothing")
     assert done.returncode == 2
     assert "bench step" in done.stderr
+
+
+def test_the_quickstart_refuses_another_model(capsys):
+    """Another model is an error with a way out, not silently the phantom."""
+    assert main(["quickstart", "--model", "microsoft/maira-2"]) == 2
+    assert "runs on the phantom only" in capsys.readouterr().err
