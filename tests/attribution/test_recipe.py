@@ -43,3 +43,23 @@ def test_the_recipe_writes_its_tables(tmp_path):
     assert given.loc[given["arm"] == "trained", "point gradient norm"].isin([0, 1]).all()
     assert len(pd.read_csv(tmp_path / "generated.csv")) == 2
     assert "causal efficiency" in (tmp_path / "attribution.md").read_text()
+
+
+@pytest.mark.slow
+def test_image_evidence_is_compared_with_probability(tmp_path):
+    """Both phantoms, both scores, an area under the curve for each."""
+    recipe = ROOT / "recipes" / "image_evidence"
+    words = [
+        "--config",
+        str(recipe.with_suffix(".yaml")),
+        "--studies",
+        "12",
+        "--teaching",
+        "60",
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run([sys.executable, str(recipe.with_suffix(".py")), *words], check=True)
+    table = (tmp_path / "image_evidence.md").read_text()
+    assert table.count("| clean |") == table.count("| planted errors |") == 3
+    assert {"true", "evidence"} <= set(pd.read_csv(tmp_path / "clean.csv"))
