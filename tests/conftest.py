@@ -1,6 +1,8 @@
 """Shared by all tests: a fixed seed before each, two threads, no network."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +16,15 @@ import torch
 def seeded() -> None:
     """The same random numbers for every test, whichever others ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers() -> Iterator[None]:
+    """The handlers of a test's start are there after it: SAELens' runners leave theirs, which raises in forked children."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,10 +101,18 @@ def parallel_map(work: Callable[[P], R], pieces: Sequence[P], workers: int | Non
         return
     _work = work  # inherited by the children: a closure cannot be sent
     try:
-        with multiprocessing.get_context("fork").Pool(count) as pool:
+        with multiprocessing.get_context("fork").Pool(count, initializer=_own_signals) as pool:
             yield from pool.imap(_call, pieces)
+            pool.close()
+            pool.join()
     finally:
         _work = None
+
+
+def _own_signals() -> None:
+    """A child must end on SIGTERM: SAELens' runner leaves a handler in the parent that raises, and a child inherits it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _call(piece: Any) -> Any:
