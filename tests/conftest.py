@@ -20,7 +20,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def own_signal_handlers() -> Iterator[None]:
-    """The handlers of a test's start are there after it: SAELens' runners leave theirs, which raises in forked children."""
+    """Handlers are as before after each test: SAELens' runners leave theirs, which raises in forked children."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

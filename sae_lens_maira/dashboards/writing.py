@@ -110,7 +110,7 @@ def parallel_map(work: Callable[[P], R], pieces: Sequence[P], workers: int | Non
 
 
 def _own_signals() -> None:
-    """A child must end on SIGTERM: SAELens' runner leaves a handler in the parent that raises, and a child inherits it."""
+    """A child must end on SIGTERM: SAELens' runner leaves a raising handler in the parent, and children inherit it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
