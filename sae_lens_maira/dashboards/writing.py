@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,7 +85,9 @@ def batches_of(records: RecordSet, size: int) -> list[tuple[int, list[int]]]:
     return [(n, latents[start : start + size]) for n, start in enumerate(range(0, len(latents), size))]
 
 
-def parallel_map(work: Callable[[P], R], pieces: Sequence[P], workers: int | None = None) -> Iterator[R]:
+def parallel_map(
+    work: Callable[[P], R], pieces: Sequence[P], workers: int | None = None
+) -> Generator[R, None, None]:
     """Yield `work(piece)` for every piece, in order.
 
     Args:
