@@ -96,7 +96,7 @@ def feature_row(record: LatentRecord, meta: RecordsMeta, target: Target) -> dict
     return {
         "modelId": target.model_id,
         "layer": target.source(meta.layer),
-        "index": record.latent,
+        "index": str(record.latent),
         "creatorId": target.creator_id,
         "createdAt": target.created_at,
         "maxActApprox": largest,
@@ -120,7 +120,7 @@ def activation_row(sequence: Sequence, latent: int, source: str, target: Target)
     return {
         "id": hashlib.sha256(named.encode()).hexdigest()[:25],
         "tokens": sequence.tokens,
-        "index": latent,
+        "index": str(latent),
         "layer": source,
         "modelId": target.model_id,
         "maxValue": largest,
@@ -160,7 +160,7 @@ def explanation_row(interpretation: Interpretation, source: str, target: Target)
         "index": str(interpretation.latent),
         "description": text,
         "authorId": target.creator_id,
-        "triggeredById": target.creator_id,
+        "triggeredByUserId": target.creator_id,
         "typeName": explanation_type(interpretation.method),
         "explanationModelName": None,
         "notes": note(interpretation),
@@ -177,7 +177,7 @@ def heads(meta: RecordsMeta, target: Target, licence: str) -> dict[str, dict[str
         "createdAt": target.created_at,
     }
     release = {
-        "name": target.set_name,
+        "name": target.release_name,
         "description": target.description,
         "creatorName": target.creator,
         "isNewUi": False,
@@ -211,11 +211,11 @@ def heads(meta: RecordsMeta, target: Target, licence: str) -> dict[str, dict[str
         "name": target.set_name,
         "hasDashboards": True,
         "description": target.description,
-        "type": "",
+        "type": _set_type(meta.hook_name),
         "creatorName": target.creator,
         "urls": urls,
         "creatorEmail": None,
-        "releaseName": target.set_name,
+        "releaseName": target.release_name,
         "defaultOfModelId": None,
         "defaultRange": 1,
         "defaultShowBreaks": True,
@@ -251,6 +251,13 @@ def heads(meta: RecordsMeta, target: Target, licence: str) -> dict[str, dict[str
         "sourceset": sourceset | common,
         "source": source | common,
     }
+
+
+def _set_type(hook_name: str) -> str:
+    """The kind of activations, which Neuronpedia shows as a breadcrumb."""
+    if "mlp" in hook_name:
+        return "MLP"
+    return "Attention" if "attn" in hook_name else "Residual Stream"
 
 
 def _open(path: Path, stack: ExitStack, licence: str) -> gzip.GzipFile:

@@ -1,10 +1,11 @@
 """Schemas of the three dashboard formats as tables of field and type, and the issues that validation reports.
 
-    "int" "number" "text" "bool" "name"      a trailing "?" also allows null, "[]" is a list
+    "int" "number" "text" "bool" "name" "index"      a trailing "?" also allows null, "[]" is a list
     error      an import fails, or loses rows without a message
     warning    the import succeeds, and the site shows or scores less than it could
 
-"name" is text with at least one character. Files are read one line at a time.
+"name" is text with at least one character, "index" a latent number as an integer or as digits. Files are read one line
+at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from sae_lens_maira.dashboards.sequences import MAX_TOKENS
 from sae_lens_maira.dashboards.target import PUBLIC_CREATOR
+from sae_lens_maira.interp.records import EXPLANATION_TYPES
 
 ZERO_CONTEXTS = 5
 """Sequences without activation that Neuronpedia's scorers need per latent."""
@@ -78,7 +80,7 @@ EXPORT_ROWS = {
     | {
         "modelId": "name",
         "layer": "name",
-        "index": "int",
+        "index": "index",
         "creatorId": "name",
         "createdAt": "name",
         "maxActApprox": "number",
@@ -88,7 +90,7 @@ EXPORT_ROWS = {
         "id": "name",
         "modelId": "name",
         "layer": "name",
-        "index": "int",
+        "index": "index",
         "creatorId": "name",
         "createdAt": "name",
         "tokens": "name[]",
@@ -105,7 +107,7 @@ EXPORT_ROWS = {
         "id": "name",
         "modelId": "name",
         "layer": "name",
-        "index": "name",
+        "index": "index",
         "description": "name",
         "authorId": "name",
         "typeName": "name?",
@@ -243,12 +245,34 @@ def sequence_issues(
         bags.add(bag)
 
 
+def order_issues(place: Line, what: str, high: Any, largest: Any) -> Iterator[Issue]:
+    """Report an interval whose bound exceeds the latent's maximum: the site sorts groups by that bound.
+
+    The tolerance of 0.2 % is the rounding of sae-dashboard's titles.
+    """
+    if (
+        isinstance(high, (int, float))
+        and isinstance(largest, (int, float))
+        and high > largest * 1.002 + 0.001
+    ):
+        message = f"{what} has an interval that ends at {high}, above the maximum {largest}, so it is shown before TOP"
+        yield place.issue(message, "warning")
+
+
 def repeated_issues(place: Line, what: str, key: Any, seen: Any) -> Iterator[Issue]:
     """Report a key that was seen before; add it if `seen` is a set."""
     if key in seen:
         yield place.issue(f"{what} appears twice; the importer drops one of them without a message")
     if isinstance(seen, set):
         seen.add(key)
+
+
+def type_issues(place: Line, what: str, name: Any) -> Iterator[Issue]:
+    """Report an explanation type that Neuronpedia's database does not know: it then takes no explanation at all."""
+    if name is not None and name not in EXPLANATION_TYPES:
+        yield place.issue(
+            f"{what} has the explanation type {name!r}; expected one of {', '.join(EXPLANATION_TYPES)}"
+        )
 
 
 def creator_issues(place: Line, field: str) -> Iterator[Issue]:
@@ -276,6 +300,8 @@ def _fits(value: Any, kind: str) -> bool:
         return value is None or _fits(value, kind[:-1])
     if kind.endswith("[]"):
         return isinstance(value, list) and all(_fits(one, kind[:-2]) for one in value)
+    if kind == "index":
+        return (isinstance(value, str) and value.isdecimal()) or _fits(value, "int")
     if kind == "bool":
         return isinstance(value, bool)
     if kind in ("text", "name"):

@@ -86,7 +86,8 @@ def sequences(
     groups: list[tuple[str, float, float, float, tuple[Context, ...]]] = [
         ("top", -1.0, finite(record.max, record.latent), -1.0, record.top)
     ]
-    groups += [("interval", i.low, i.high, i.fraction, i.contexts) for i in record.intervals]
+    # Neuronpedia sorts groups by their upper bound, so no interval may end above the TOP group's maximum.
+    groups += [("interval", i.low, min(i.high, record.max), i.fraction, i.contexts) for i in record.intervals]
     groups.append(("zero", 0.0, 0.0, max(0.0, 1.0 - record.density), record.zero))
     seen: set[str] = set()
     for name, low, high, fraction, contexts in groups:

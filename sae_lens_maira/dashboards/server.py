@@ -24,12 +24,18 @@ from sae_lens_maira.errors import ConfigError, RecordError, ServerError
 from sae_lens_maira.privacy import mask
 
 KEY = "NEURONPEDIA_API_KEY"
+MAX_ANSWER = 1 << 20
+"""Longest answer read, in bytes; a Neuronpedia server answers an upload with a short message."""
 ADVICE = {
     401: f"The key was not accepted; set {KEY} to a valid one.",
     403: "The key does not own this model or source set; use the account that made it, or another name.",
     409: "The name is taken; choose another source set.",
     413: "The request is too large for the server; give a smaller --max-bytes.",
     429: "The rate limit is reached; wait, then run the same command again to continue.",
+    500: (
+        "The server answers every internal error with this text; the reason is in its log. A request of many latents "
+        "can exceed its transaction limit of 5 s: run the same command with --max-features 12 to continue."
+    ),
 }
 
 
@@ -73,35 +79,74 @@ class Site:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
-    def exists(self, path: str, what: str) -> bool:
-        """Whether the server has an item; an item that cannot be looked up is refused by the POST that follows."""
+    def has_model(self, model_id: str) -> bool:
+        """Whether the server knows a model. There is no GET route; the POST answers null for an unknown model.
+
+        Raises:
+            ServerError: the server refused, or its answer is not one of a Neuronpedia server.
+        """
+        item = f"the look-up of model {model_id}"
+        answer = self._json("POST", "model/get", {"id": model_id}, item)
+        if answer is not None and not isinstance(answer, dict):
+            raise self._strange(item, answer)
+        return answer is not None
+
+    def has_source_set(self, model_id: str, name: str) -> bool:
+        """Whether the server knows a source set; one that cannot be looked up is refused by the POST that follows."""
+        path, item = f"source-set/{model_id}/{name}", f"the look-up of source set {name}"
         try:
-            return self._ask("GET", path, None).strip() not in (b"", b"null")
+            body = self._ask("GET", path, None)
+            return json.loads(body) not in (None, {}, [])
+        except ValueError:
+            return False  # a page instead of an answer: there is no such route
         except urllib.error.HTTPError as error:
             if error.code in (404, 405):
                 return False
-            raise self._refused(error, f"the {what}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._broken(error, f"the {what}") from None
-
-    def post(self, path: str, body: dict[str, Any], item: str) -> None:
-        """Send a body.
-
-        Raises:
-            ServerError: the server refused it or the connection broke; the message names `item`.
-        """
-        try:
-            self._ask("POST", path, json_line(body).encode())
-        except urllib.error.HTTPError as error:
             raise self._refused(error, item) from None
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error, item) from None
+
+    def post(self, path: str, body: dict[str, Any], item: str) -> None:
+        """Send a body, and check that the answer is that of a Neuronpedia server that accepted it.
+
+        Raises:
+            ServerError: the server refused it, the connection broke, or the answer is a page, empty or an error; the
+                message names `item`.
+        """
+        answer = self._json("POST", path, body, item)
+        if not isinstance(answer, dict) or any(answer.get(key) for key in ("error", "errors")):
+            raise self._strange(item, answer)
+
+    def _json(self, method: str, path: str, body: dict[str, Any], item: str) -> Any:
+        """The JSON that the server answers with status 200."""
+        sent = json_line(body).encode()
+        try:
+            answer = self._ask(method, path, sent)
+        except urllib.error.HTTPError as error:
+            raise self._refused(error, f"{item} ({len(sent):,} bytes)") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error, item) from None
+        try:
+            return json.loads(answer)
+        except (ValueError, RecursionError):
+            raise self._strange(item, answer.decode("utf-8", "replace")) from None
+
+    def _strange(self, item: str, answer: Any) -> ServerError:
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        return self._error(
+            f"{self.url} answered {item} with status 200 but not as a Neuronpedia server that accepted it: "
+            f"{' '.join(text.split())[:200] or 'an empty body'!r}. It counts as not sent. Check the address and the "
+            "key, then run the same command again."
+        )
 
     def _ask(self, method: str, path: str, body: bytes | None) -> bytes:
         headers = {"X-Api-Key": self._key, "Content-Type": "application/json", "Accept": "application/json"}
         request = urllib.request.Request(f"{self.url}/{path}", data=body, headers=headers, method=method)
         with self._opener.open(request, timeout=self.timeout) as answer:
-            return answer.read()
+            content = answer.read(MAX_ANSWER + 1)
+        if len(content) > MAX_ANSWER:
+            raise http.client.HTTPException(f"the answer exceeds {MAX_ANSWER} bytes")
+        return content
 
     def _refused(self, error: urllib.error.HTTPError, item: str) -> ServerError:
         message = error.read(500).decode("utf-8", "replace").strip()

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
@@ -20,8 +21,9 @@ from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.records import RecordsMeta
 from sae_lens_maira.privacy import SHAREABLE
 
-MODEL_NAME = re.compile(r"[a-z][a-z0-9.-]{1,31}")
-SET_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+MODEL_NAME = re.compile(r"(?=.{2,32}$)[a-z][a-z0-9]*([.-][a-z0-9]+)*")
+SET_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+RESERVED_SETS = ("neurons",)
 MAX_DESCRIPTION = 128
 NOTICE = "CREDENTIALED DATA, DO NOT PUBLISH."
 PUBLIC_CREATOR = "clkht01d40000jv08hvalcvly"
@@ -33,15 +35,16 @@ class Target:
     """Names under which a record set is published.
 
     Attributes:
-        set_name: Source set, such as "res-matryoshka-16k": lower case, digits, single hyphens.
-        model_id: 2 to 32 characters a-z, 0-9, dot, hyphen; starts with a letter.
+        set_name: Source set, such as "res-matryoshka-16k": lower case, digits, single hyphens; starts with a letter.
+        model_id: 2 to 32 characters a-z, 0-9, with single dots or hyphens in between; starts with a letter.
         layers: Number of decoder layers of the model, 1 to 127.
-        description: Description of the source set.
+        description: Description of the source set, at most 128 characters.
         creator: Name shown as the author.
-        url: Address of a page that shows more, such as one with the images.
+        url: Address of a page that shows more, such as one with the images; with http:// or https://.
         dataset: Description of the studies.
         created_at: Time stamp of every row; constant, so that the same records give the same bytes.
         creator_id: Creator of every row; activations of any other than the default are hidden.
+        release: Release name; release names are global on Neuronpedia, so it is <model>-<set> if not given.
     """
 
     set_name: str
@@ -53,6 +56,7 @@ class Target:
     dataset: str = "chest radiographs with reports"
     created_at: str = "2026-01-01T00:00:00.000000"
     creator_id: str = PUBLIC_CREATOR
+    release: str | None = None
 
     def __post_init__(self) -> None:
         """Check the names against Neuronpedia's rules.
@@ -62,18 +66,37 @@ class Target:
         """
         if not MODEL_NAME.fullmatch(self.model_id):
             raise ConfigError(
-                f"Neuronpedia does not accept the model id {self.model_id!r}; expected 2 to 32 characters a-z, 0-9, "
-                "dot and hyphen, starting with a letter, such as maira-2."
+                f"Neuronpedia does not accept the model id {self.model_id!r}; expected 2 to 32 characters a-z and "
+                "0-9 with single dots or hyphens in between, starting with a letter, such as maira-2."
             )
         if not SET_NAME.fullmatch(self.set_name):
             raise ConfigError(
                 f"Neuronpedia does not accept the source set name {self.set_name!r}; expected lower-case letters and "
-                "digits with single hyphens between them, such as res-matryoshka-16k."
+                "digits with single hyphens in between, starting with a letter, such as res-matryoshka-16k."
+            )
+        if self.set_name in RESERVED_SETS:
+            raise ConfigError(
+                f"Neuronpedia reserves the source set name {self.set_name!r}. Choose another name."
+            )
+        if len(self.description) > MAX_DESCRIPTION:
+            raise ConfigError(
+                f"The description has {len(self.description)} characters; Neuronpedia accepts {MAX_DESCRIPTION}. "
+                "Shorten it."
+            )
+        if self.url is not None and not _is_address(self.url):
+            raise ConfigError(
+                f"{self.url!r} is not an address that Neuronpedia accepts; expected one that starts with https:// or "
+                "http:// and names a host. Fix --url."
             )
         if not 1 <= self.layers <= 127:
             raise ConfigError(
                 f"The model has {self.layers} layers; Neuronpedia accepts 1 to 127. Check --layers."
             )
+
+    @property
+    def release_name(self) -> str:
+        """Name of the release."""
+        return self.release or f"{self.model_id}-{self.set_name}"
 
     def marked(self, licence: str) -> Target:
         """These names with a notice in description and dataset if the data are credentialed."""
@@ -101,6 +124,11 @@ class Target:
     def neuronpedia_id(self, layer: int) -> str:
         """Return the id that SAELens' Neuronpedia helpers read from an SAE's metadata: `maira-2/15-<set>`."""
         return f"{self.model_id}/{self.source(layer)}"
+
+
+def _is_address(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"\s", url)
 
 
 def set_metadata(sae: Any, target: Target, meta: RecordsMeta) -> None:

@@ -142,8 +142,11 @@ def upload(
     if not key:
         raise ConfigError(f"Uploading needs a key; set the environment variable {KEY}.")
     server = Site(url, key, timeout)
+    done_before = _check_names(server, history, target, new_model)
     with private_files(history.path):
         history.start()
+    for step in done_before:
+        history.step(step, "done")
     if new_model:
         body = {
             "id": target.model_id,
@@ -151,46 +154,59 @@ def upload(
             "displayName": target.model_id,
             "url": target.url,
         }
-        _make(
-            server,
-            history,
-            "model",
-            f"model {target.model_id}",
-            f"model/{target.model_id}",
-            "model/new",
-            body,
-        )
+        _create(server, history, "model", "model/new", body, f"model {target.model_id}")
     body = {
         "name": target.set_name,
         "modelId": target.model_id,
         "description": target.description,
         "url": target.url,
     }
-    what, where = f"source set {target.set_name}", f"source-set/{target.model_id}/{target.set_name}"
-    _make(server, history, "source-set", what, where, "source-set/new", body)
+    _create(server, history, "source-set", "source-set/new", body, f"source set {target.set_name}")
     for payload in payloads(
         records, target, interpretations, max_features, max_bytes, skip=set(history.features)
     ):
         numbers = [feature["index"] for feature in payload["features"]]
-        server.post("feature/upload-batch", payload, f"latents {numbers[0]} to {numbers[-1]}")
+        item = f"latents {numbers[0]} to {numbers[-1]}, {len(numbers)} in all"
+        server.post("feature/upload-batch", payload, item)
         history.sent(payload["features"])
     return done
 
 
-def _make(
-    server: Site, journal: Journal, step: str, what: str, where: str, new: str, body: dict[str, Any]
-) -> None:
-    """Create a model or source set once; refuse one that this journal did not create."""
-    if journal.steps.get(step) == "done":
-        return
-    if server.exists(where, what):
-        if journal.steps.get(step) != "asked":
+def _check_names(server: Site, journal: Journal, target: Target, new_model: bool) -> list[str]:
+    """Look up model and source set before anything is created.
+
+    Returns:
+        Steps whose answer was lost (the journal marks them as "asked") and which the server has done.
+    """
+    done: list[str] = []
+    for step, exists in (
+        ("model", server.has_model(target.model_id)),
+        ("source-set", server.has_source_set(target.model_id, target.set_name)),
+    ):
+        what = f"model {target.model_id}" if step == "model" else f"source set {target.set_name}"
+        if step == "model" and not new_model:
+            if not exists:
+                raise ServerError(
+                    f"{server.url} has no {what}, so nothing was created. Pass --new-model true to create it, or "
+                    "--model-id with the name of an existing one."
+                )
+            continue
+        state = journal.steps.get(step)
+        if exists and state is None:
             raise ServerError(
                 f"The {what} already exists on {server.url} and this journal did not create it; uploading would mix "
                 "two sets, and nothing there can be replaced. Choose another name, or give the journal that created "
-                "it."
+                "it" + (" (an existing model needs no --new-model)." if step == "model" else ".")
             )
-    else:
-        journal.step(step, "asked")
-        server.post(new, body, f"the {what}")
+        if exists and state == "asked":
+            done.append(step)
+    return done
+
+
+def _create(server: Site, journal: Journal, step: str, path: str, body: dict[str, Any], what: str) -> None:
+    """Create a model or source set once, recording the request before it leaves and its success after."""
+    if journal.steps.get(step) == "done":
+        return
+    journal.step(step, "asked")
+    server.post(path, body, f"the {what}")
     journal.step(step, "done")

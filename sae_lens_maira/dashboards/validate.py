@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from sae_lens_maira.dashboards.schema import (
     hit_issues,
     object_issues,
     objects,
+    order_issues,
     read_lines,
     refuse_constant,
     repeated_issues,
     sequence_issues,
+    type_issues,
     zero_issues,
 )
 from sae_lens_maira.errors import RecordError
@@ -93,6 +95,7 @@ def payload_issues(payload: Any, place: Line) -> Iterator[Issue]:
         yield from wrong
         for explanation in explanations:
             yield from object_issues(place, explanation, schema.PAYLOAD_EXPLANATION, f"{what}, explanation")
+            yield from type_issues(place, what, explanation.get("methodName"))
             if len(str(explanation.get("text"))) > MAX_EXPLANATION:
                 yield place.issue(f"{what} has an explanation of more than {MAX_EXPLANATION} characters")
 
@@ -153,6 +156,9 @@ def _batch_feature(place: Line, seen: set[int]) -> Iterator[Issue]:
         yield from object_issues(place, activation, schema.BATCH_ACTIVATION, what, exact=True)
         hit, tokens = activation.get("qualifying_token_index"), activation.get("tokens")
         yield from hit_issues(place, what, "qualifying_token_index", hit, tokens)
+    tops = [a.get("bin_max") for a in activations if a.get("bin_min") == -1]
+    for high in sorted({a["bin_max"] for a in activations if isinstance(a.get("bin_max"), (int, float))}):
+        yield from order_issues(place, what, high, tops[0] if tops else None)
     yield from sequence_issues(place, what, activations)
     if feature.get("frac_nonzero"):
         zeros = sum(1 for a in activations if not any(v for v in a.get("values") or ()))
@@ -174,11 +180,12 @@ def _export(folder: Path) -> Iterator[Issue]:
                 yield from creator_issues(place, "creatorId")
     yield from _references(heads)
     source = heads["source"].row if "source" in heads else {}
-    alive: dict[int, bool] = {}
-    zeros: Counter[int] = Counter()
+    largest: dict[str, float] = {}
+    zeros: Counter[str] = Counter()
+    bounds: defaultdict[str, set[float]] = defaultdict(set)
     ids: set[str] = set()
     bags: set[int] = set()
-    last: dict[int, Line] = {}
+    last: dict[str, Line] = {}
     for table, fields in schema.EXPORT_ROWS.items():
         for path in sorted((folder / table).glob("*.jsonl.gz"), key=lambda p: (len(p.name), p.name)):
             columns: set[str] | None = None
@@ -201,19 +208,25 @@ def _export(folder: Path) -> Iterator[Issue]:
                     owner = f"{row.get('modelId')}/{row.get('layer')}"
                     yield place.issue(f"{what} belongs to {owner}, not to the source")
                 yield from creator_issues(place, "authorId" if table == "explanations" else "creatorId")
+                index = str(row.get("index"))
                 if table == "features":
-                    yield from repeated_issues(place, what, row.get("index"), alive)
-                    alive[row.get("index", -1)] = bool(row.get("maxActApprox"))
+                    yield from repeated_issues(place, what, index, largest)
+                    largest[index] = row.get("maxActApprox") or 0.0
                     continue
                 yield from repeated_issues(place, f"the id {row.get('id')}", f"{table}{row.get('id')}", ids)
-                if not _known(row, alive):
+                if index not in largest:
                     yield place.issue(f"{what} refers to a feature that the folder does not have")
+                if table == "explanations":
+                    yield from type_issues(place, what, row.get("typeName"))
                 if table == "activations" and not issues:
                     yield from _activation(place, what, bags)
-                    zeros[row["index"]] += row["maxValue"] == 0
-                    last[row["index"]] = place
+                    if row["binMax"] not in bounds[index]:
+                        bounds[index].add(row["binMax"])
+                        yield from order_issues(place, what, row["binMax"], largest.get(index))
+                    zeros[index] += row["maxValue"] == 0
+                    last[index] = place
     for index, place in last.items():
-        if alive.get(index):
+        if largest.get(index):
             yield from zero_issues(place, f"feature {index}", zeros[index])
 
 
@@ -268,15 +281,6 @@ def _sae_dashboard_issues(place: Line) -> Iterator[Issue]:
         return
     if not same:
         yield place.issue("sae-dashboard reads the batch and writes a different one; a field is missing")
-
-
-def _known(row: dict[str, Any], alive: dict[int, bool]) -> bool:
-    index = row.get("index")
-    return (
-        int(index) in alive
-        if isinstance(index, int) or (isinstance(index, str) and index.isdigit())
-        else False
-    )
 
 
 def _ordered(issues: Iterator[Issue]) -> list[Issue]:

@@ -1,4 +1,8 @@
-"""The guarded upload against a real HTTP server that enforces the API's limits."""
+"""Contract of the upload with a server written from what Neuronpedia's own code does, not from our client.
+
+Routes, status codes, the generic text of an internal error, the limit of a transaction and the fall-through of unknown
+routes to a page are those observed when its web application was run.
+"""
 
 import dataclasses
 import json
@@ -8,25 +12,40 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sae_lens_maira.dashboards.schema import Line
 from sae_lens_maira.dashboards.upload import upload
-from sae_lens_maira.dashboards.validate import payload_issues
 from sae_lens_maira.errors import ConfigError, PrivacyError, RecordError, ServerError
+from sae_lens_maira.interp.records import Interpretation
 
 KEY = "sk-np-test"
+EXPLANATION_TYPES = {
+    "oai_token-act-pair",
+    "np_max-act-logits",
+    "np_max-act",
+    "np_acts-logits-general",
+    "eleuther_acts_top20",
+}
+"""Rows of the server's table of explanation types; `methodName` is a foreign key into it."""
+PAGE = b"<!DOCTYPE html><html><head><title>Neuronpedia</title></head><body></body></html>"
 
 
 class Site(ThreadingHTTPServer):
-    """Keeps models, source sets and features; features are never replaced, as on the real site."""
+    """Keeps models, source sets and features; features are never replaced.
+
+    Attributes:
+        transaction: most features that fit into one transaction on this machine.
+        answers: what feature uploads answer instead of storing anything.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[str] = []
-        self.models: set[str] = set()
-        self.sets: set[str] = set()
+        self.models: dict[str, dict] = {"maira-2": {"id": "maira-2", "layers": 32}}
+        self.sets: dict[str, dict] = {}
         self.features: dict[int, dict] = {}
         self.max_bytes = 10_000_000
         self.limit = 10**9
+        self.transaction = 128
+        self.answers: bytes | None = None
         self.cut_at: int | None = None
         self.answer_first = False
 
@@ -41,8 +60,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def say(self, status: int, body: object, **headers: str) -> None:
-        data = json.dumps(body).encode()
+    def answer(self, status: int, body: object, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -54,17 +73,21 @@ class Handler(BaseHTTPRequestHandler):
         site = self.server
         site.requests.append(f"{self.command} {self.path}")
         if self.headers.get("X-Api-Key") != KEY:
-            self.say(401, {"error": f"bad key {self.headers.get('X-Api-Key')}"})
+            self.answer(401, {"error": f"bad key {self.headers.get('X-Api-Key')}"})
         elif len(site.requests) > site.limit:
-            self.say(429, {"error": "slow down"}, Retry_After="30")
+            self.answer(429, {"error": "slow down"}, Retry_After="30")
         else:
             return True
         return False
 
     def do_GET(self) -> None:
-        if self.allowed():
-            kept = self.server.sets | self.server.models
-            self.say(*((200, {"name": "kept"}) if self.path.split("/api/")[1] in kept else (404, {})))
+        if not self.allowed():
+            return
+        route, _, name = self.path.removeprefix("/api/").partition("/")
+        if route == "source-set":
+            self.answer(*((200, self.server.sets[name]) if name in self.server.sets else (404, {})))
+        else:
+            self.answer(200, PAGE)  # an unknown route falls through to a page
 
     def do_POST(self) -> None:
         site = self.server
@@ -72,27 +95,66 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return
         if len(data) > site.max_bytes:
-            self.say(413, {"error": "too large"})
+            self.answer(413, {"error": "too large"})
             return
-        body = json.loads(data)
         cut = site.cut_at == len(site.requests)
-        if not cut or site.answer_first:
-            self.keep(body)
+        status, answer = (0, None) if cut and not site.answer_first else self.act(json.loads(data))
         if cut:
             self.connection.close()
             return
-        self.say(200, {})
+        self.answer(status, answer)
 
-    def keep(self, body: dict) -> None:
-        site = self.server
-        if self.path == "/api/model/new":
-            site.models.add(f"model/{body['id']}")
-        elif self.path == "/api/source-set/new":
-            site.sets.add(f"source-set/{body['modelId']}/{body['name']}")
-        else:
-            assert not list(payload_issues(body, Line("request", 1, body)))
-            for feature in body["features"]:
-                site.features.setdefault(feature["index"], feature)
+    def act(self, body: dict) -> tuple[int, object]:
+        """The routes; what throws there is a generic text with status 500."""
+        site, broken = self.server, (500, {"message": "Internal Server Error"})
+        match self.path.removeprefix("/api/"):
+            case "model/get":
+                return 200, site.models.get(body["id"])
+            case "model/new":
+                if body["id"] in site.models:
+                    return 400, {"message": "Model already exists"}
+                site.models[body["id"]] = body
+                return 200, {"message": "Model created", "model": body}
+            case "source-set/new":
+                if body["modelId"] not in site.models:
+                    return broken
+                site.sets[f"{body['modelId']}/{body['name']}"] = body
+                return 200, {"message": "Source set created", "sourceSet": body}
+            case "feature/upload-batch":
+                if site.answers is not None:
+                    return 200, site.answers
+                if not self.valid(body):
+                    return 400, {"message": "Invalid request"}
+                name = f"{body['modelId']}/{body['source'].partition('-')[2]}"
+                types = {e.get("methodName") for f in body["features"] for e in f["explanations"]} - {None}
+                if (
+                    name not in site.sets
+                    or len(body["features"]) > site.transaction
+                    or types - EXPLANATION_TYPES
+                ):
+                    return broken
+                for feature in body["features"]:
+                    site.features.setdefault(feature["index"], feature)
+                return 200, {"message": "Features uploaded", "count": len(body["features"])}
+        return 200, PAGE
+
+    @staticmethod
+    def valid(body: dict) -> bool:
+        """The limits of the server's own schema."""
+        return 1 <= len(body["features"]) <= 128 and all(
+            set(f) == {"index", "density", "activations", "explanations", "topLogits", "bottomLogits"}
+            and len(f["activations"]) >= 1
+            and max(len(f["topLogits"]), len(f["bottomLogits"])) <= 20
+            and all(len(e["text"]) <= 512 and set(e) <= {"text", "methodName"} for e in f["explanations"])
+            and all(
+                1 <= len(a["tokens"]) == len(a["values"]) <= 1024
+                and all(a["tokens"])
+                and None not in a["values"]
+                and (a["quantileFraction"] is None or 0 <= a["quantileFraction"] <= 1)
+                for a in f["activations"]
+            )
+            for f in body["features"]
+        )
 
 
 @pytest.fixture
@@ -126,22 +188,23 @@ def test_a_dry_run_makes_no_connection_and_no_file(send, site, tmp_path):
 
 
 def test_everything_arrives_once_and_a_second_call_sends_nothing(send, site, tmp_path):
+    site.models.clear()
     plan = send(new_model=True)
     assert sorted(site.features) == [0, 1, 3, 4, 5]
-    assert site.models == {"model/maira-2"}
-    assert site.sets == {"source-set/maira-2/res-matryoshka-16k"}
+    assert list(site.models) == ["maira-2"]
+    assert list(site.sets) == ["maira-2/res-matryoshka-16k"]
     assert plan.sent
     before = len(site.requests)
     again = send(new_model=True)
     assert (again.features, again.already_sent) == (0, 5)
-    assert len(site.requests) == before
+    assert site.requests[before:] == site.requests[:2]  # look-ups only
     assert KEY not in (tmp_path / "journal.jsonl").read_text()
 
 
 @pytest.mark.parametrize("answer_first", [False, True])
-@pytest.mark.parametrize("cut_at", [2, 3, 4])
+@pytest.mark.parametrize("cut_at", [3, 4, 5])
 def test_a_cut_connection_is_resumed(send, site, cut_at, answer_first):
-    """Whether the server had taken the request or not; request 2 makes the source set, 3 and on send latents."""
+    """Whether the server had taken the request or not; request 3 makes the source set, 4 and on send latents."""
     site.cut_at, site.answer_first = cut_at, answer_first
     with pytest.raises(ServerError, match=r"broke while sending (the source set|latents \d to \d)"):
         send()
@@ -176,7 +239,7 @@ def test_a_study_that_the_table_does_not_list_is_refused_before_any_byte(send, s
 
 
 def test_a_wrong_key_is_named_without_being_shown(send):
-    with pytest.raises(ServerError, match=r"source set res-matryoshka-16k with status 401") as caught:
+    with pytest.raises(ServerError, match=r"model maira-2 .*with status 401") as caught:
         send(key="secret-key")
     assert "secret-key" not in str(caught.value)
 
@@ -189,8 +252,10 @@ def test_no_key_is_said_before_any_request(send, site, monkeypatch):
 
 
 def test_a_rate_limit_names_the_latents_and_goes_on_later(send, site):
-    site.limit = 3
-    with pytest.raises(ServerError, match=r"latents 3 to 4 with status 429 \(retry after 30 s\)"):
+    site.limit = 4
+    with pytest.raises(
+        ServerError, match=r"latents 3 to 4, 2 in all \([\d,]+ bytes\) with status 429 \(retry after 30 s\)"
+    ):
         send()
     site.limit = 10**9
     assert send().features == 3
@@ -199,14 +264,16 @@ def test_a_rate_limit_names_the_latents_and_goes_on_later(send, site):
 
 def test_a_payload_too_large_names_the_latents_and_fits_when_cut(send, site):
     site.max_bytes = 60_000
-    with pytest.raises(ServerError, match=r"latents 0 to 4 with status 413.*--max-bytes"):
+    with pytest.raises(
+        ServerError, match=r"latents 0 to 4, 4 in all \([\d,]+ bytes\) with status 413.*--max-bytes"
+    ):
         send(max_features=4)
     send(max_bytes=59_000)
     assert sorted(site.features) == [0, 1, 3, 4, 5]
 
 
 def test_a_source_set_of_somebody_else_is_refused(send, site):
-    site.sets.add("source-set/maira-2/res-matryoshka-16k")
+    site.sets["maira-2/res-matryoshka-16k"] = {"name": "res-matryoshka-16k"}
     with pytest.raises(ServerError, match="already exists"):
         send()
     assert site.features == {}
@@ -233,3 +300,50 @@ def test_the_journal_of_another_upload_is_refused(send, site):
 def test_unsafe_addresses_are_refused(send, url):
     with pytest.raises(ConfigError, match="address"):
         send(base_url=url)
+
+
+def test_a_missing_model_is_reported_before_anything_is_made(send, site):
+    site.models.clear()
+    with pytest.raises(ServerError, match="--new-model true"):
+        send()
+    assert (site.models, site.sets, site.features) == ({}, {}, {})
+
+
+def test_an_existing_model_is_not_made_again(send, site):
+    with pytest.raises(ServerError, match="needs no --new-model"):
+        send(new_model=True)
+    assert (site.sets, site.features) == ({}, {})
+
+
+def test_a_generic_500_names_what_was_sent_and_a_smaller_request_goes_on(send, site, make_set):
+    """128 latents exceed the transaction; the advice in the message works."""
+    site.transaction = 12
+    records = make_set(latents=30)
+    with pytest.raises(ServerError, match=r"latents 0 to 29, 29 in all .* status 500.*--max-features 12"):
+        send(records=records, max_features=128)
+    assert site.features == {}
+    send(records=records, max_features=12)
+    assert len(site.features) == 29
+
+
+@pytest.mark.parametrize(
+    "answer", [PAGE, b"", b"null", b"[]", b'"ok"', b'{"error": "not signed in"}', b"{", b"[" * 5000]
+)
+def test_a_200_that_stored_nothing_is_not_journalled(send, site, answer):
+    site.answers = answer
+    with pytest.raises(ServerError, match="counts as not sent"):
+        send()
+    site.answers = None
+    assert send().features == 5
+    assert sorted(site.features) == [0, 1, 3, 4, 5]
+
+
+def test_explanations_of_any_method_arrive(send, site, make_set):
+    """Our method names are mapped to one that the server's table knows."""
+    told = Interpretation(
+        0, "fires at effusion", "m", "acts_top40", "pathology", (), (), None, "ok", 40, 20, "1"
+    )
+    send(interpretations={0: [told]})
+    assert site.features[0]["explanations"] == [
+        {"text": "fires at effusion", "methodName": "eleuther_acts_top20"}
+    ]

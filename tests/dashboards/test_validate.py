@@ -44,7 +44,7 @@ def edit(path, number, change):
         ("maxValue", None, "expected number"),
         ("maxValue", 3.25, "largest value"),
         ("creatorId", "me", "only rows of"),
-        ("index", 99, "does not have"),
+        ("index", "99", "does not have"),
         ("layer", "14-other", "not to the source"),
         ("qualifyingTokenIndex", 9999, "qualifyingTokenIndex"),
         ("id", 7, "expected name"),

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.dashboards.api import payloads, write_payloads
 from sae_lens_maira.dashboards.export import write_export
 from sae_lens_maira.dashboards.saedashboard import feature, write_saedashboard
 from sae_lens_maira.dashboards.sequences import Window, bars, sequences
 from sae_lens_maira.dashboards.target import PUBLIC_CREATOR, Target
+from sae_lens_maira.dashboards.validate import validate
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.records import Interpretation, Score
+from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.records import Context, Histogram, StudyText
+from sae_lens_maira.maira2 import resolve_roles
+from sae_lens_maira.phantom import generate_studies
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
 
 # Keys of a real output of sae-dashboard 0.8.0 and of Neuronpedia's own exporter.
 BATCH = "model_id layer sae_set sae_id_suffix features"
@@ -188,9 +194,9 @@ def test_export_passes_every_trap_of_the_importer(make_set, target, tmp_path):
     assert max(len(row["tokens"]) for row in rows) <= 1024
     features = [row for part in shards(folder, "features") for row in part]
     known = {row["index"] for row in features}
-    assert {row["index"] for row in rows} == known - {2}
+    assert {row["index"] for row in rows} == known - {"2"}
     zeros = Counter(row["index"] for row in rows if row["maxValue"] == 0)
-    assert all(zeros[index] >= 5 for index in known - {2})
+    assert all(zeros[index] >= 5 for index in known - {"2"})
     for row in rows:
         assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == max(row["values"])
         assert 0 <= row["qualifyingTokenIndex"] < len(row["tokens"])
@@ -284,11 +290,81 @@ def test_a_folder_with_files_is_left_alone_and_a_failed_one_leaves_nothing(make_
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("records")} == {"out"}
 
 
-def test_names_that_the_site_refuses_are_refused_here():
-    for bad in ("Upper", "two--hyphens", "-first", "under_score"):
-        with pytest.raises(ConfigError, match="source set"):
-            Target(set_name=bad)
-    with pytest.raises(ConfigError, match="model id"):
-        Target(set_name="a", model_id="2maira")
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        *(
+            ("set_name", name)
+            for name in ("Upper", "two--hyphens", "-first", "under_score", "16k-res", "neurons", "a-", "")
+        ),
+        *(
+            ("model_id", name)
+            for name in ("2maira", "maira-", "ma--ira", "ma.-ira", "maira.", "m", "M", "m" * 33)
+        ),
+        *(
+            ("url", url)
+            for url in ("example.org", "//example.org", "ftp://example.org", "https://", "https://a b")
+        ),
+        ("description", "x" * 129),
+    ],
+)
+def test_names_that_the_site_refuses_are_refused_here(field, bad):
+    with pytest.raises(ConfigError):
+        Target(**{"set_name": "res-16k", field: bad})
+
+
+def test_names_that_the_site_accepts_are_accepted_here():
+    target = Target(
+        set_name="res-16k", model_id="gemma-2.5b", url="https://example.org/x", description="x" * 128
+    )
+    assert target.release_name == "gemma-2.5b-res-16k"  # releases are global there
     with pytest.raises(ConfigError, match="layer 15"):
         Target(set_name="a", layers=8).source(15)
+
+
+@pytest.mark.parametrize("write", [write_saedashboard, write_export])
+def test_no_group_stands_above_top(make_set, target, tmp_path, write):
+    """The site sorts groups by their upper bound; the records' highest interval ends above the maximum."""
+    records = make_set(
+        change=lambda rs: [
+            dataclasses.replace(r, intervals=tuple(dataclasses.replace(i, high=64.0) for i in r.intervals))
+            for r in rs
+        ]
+    )
+    for record in records.stream():
+        groups = [(s.group, s.high) for s in sequences(record)]
+        assert all(high <= record.max + 1e-5 for name, high in groups if name != "zero")
+    folder = write(records, target, tmp_path / "out")
+    assert validate(folder)[1] == []
+
+
+def test_top_comes_first_for_every_latent_of_real_records(phantom, target, tmp_path):
+    """Their page sorts groups by binMax; read from the files, for all latents of real records."""
+    studies, hook = generate_studies(8, seed=79), "blocks.3.hook_resid_post"
+    roles = resolve_roles(("image", "indication", "report"))
+    rows = read_rows(phantom, studies, hook, RowSettings(roles=roles), progress=False)
+    config = MatryoshkaTrainingSAEConfig(d_in=rows.values.shape[1], d_sae=192, k=8, matryoshka_widths=[192])
+    config.metadata.hook_name = hook
+    sae = make_control("untrained", MatryoshkaTrainingSAE(config), rows.values, l0=8.0, seed=1)
+    kept = CollectConfig(top=2, zero=1, per_interval=2, progress=False)
+    records = collect_records([[rows]], studies, sae, phantom, tmp_path / "records", kept)
+    folder = write_export(records, target, tmp_path / "out")
+    assert [i for i in validate(folder)[1] if i.severity == "error"] == []
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in chain.from_iterable(shards(folder, "activations")):
+        groups.setdefault(row["index"], []).append((row["binMax"], row["binMin"]))
+    tops = {index: [high for high, low in bounds if low == -1] for index, bounds in groups.items()}
+    firing = {index for index, highs in tops.items() if highs}
+    assert len(firing) > 100
+    assert all(max(groups[index])[0] == tops[index][0] for index in firing)
+    assert any(len(set(groups[index])) > 2 for index in firing)
+
+
+def test_rows_are_as_the_tables_of_the_site(make_set, target, tmp_path):
+    folder = write_export(make_set(), target, tmp_path / "out", {0: [explained(0)]})
+    for table in ("features", "activations", "explanations"):
+        assert all(isinstance(row["index"], str) for part in shards(folder, table) for row in part)
+    assert shards(folder, "explanations")[0][0]["triggeredByUserId"] == PUBLIC_CREATOR
+    heads = {n: strict((folder / f"{n}.jsonl").read_text()) for n in ("release", "sourceset")}
+    assert heads["sourceset"]["type"] == "Residual Stream"
+    assert heads["sourceset"]["releaseName"] == heads["release"]["name"] == "maira-2-res-matryoshka-16k"
