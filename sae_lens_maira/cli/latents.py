@@ -232,9 +232,10 @@ def _has_truth(studies: "Sequence[Study]") -> bool:
 
 
 def _rule_labels(study: "Study") -> list[str] | None:
-    """Observations that a report states to be present."""
-    from sae_lens_maira.studies import RuleStatus, rule_labels
+    """Observations that a report states to be present; None, which is left out of scores, where it cannot be read."""
+    from sae_lens_maira.studies import RuleStatus, is_unknown, rule_labels
 
-    if not study.report:
+    labels = rule_labels(study.report or "")
+    if not study.report or is_unknown(labels):
         return None
-    return [name for name, label in rule_labels(study.report).items() if label.status is RuleStatus.PRESENT]
+    return [name for name, label in labels.items() if label.status is RuleStatus.PRESENT]

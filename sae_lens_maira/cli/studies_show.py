@@ -90,10 +90,12 @@ def prevalence(table: "StudyTable", n: int, seed: int) -> dict[str, Any]:
     for text in tqdm(reports.to_numpy()[drawn], unit="report", desc="rule labels", disable=not len(drawn)):
         for name, label in rule_labels(text).items():
             counts[name][label.status.value] += 1
-    told: dict[str, Any] = {"n": len(drawn)}
-    if len(drawn):
+    unknown = counts["no_finding"]["unknown"]  # not English, or without a statement: in no rate
+    read = len(drawn) - unknown
+    told: dict[str, Any] = {"n": read, "unknown": unknown}
+    if read:
         for name, count in counts.items():
-            low, high = wilson(count["present"], len(drawn))
+            low, high = wilson(count["present"], read)
             told[name] = count | {"low": low, "high": high}
     return told
 
@@ -120,7 +122,7 @@ def _overview(told: dict[str, Any], table: Path) -> str:
         lines.append(f"rule labels of {labels['n']:,} reports (present with 95 % Wilson interval):")
         lines.append(f"  {'observation':26} {'present':>8} {'uncertain':>9} {'absent':>7}  share present")
         for name, count in labels.items():
-            if name != "n":
+            if name not in ("n", "unknown"):
                 share = f"{count['present'] / labels['n']:.3f} ({count['low']:.3f} to {count['high']:.3f})"
                 lines.append(
                     f"  {name:26} {count['present']:8} {count['uncertain']:9} {count['absent']:7}  {share}"

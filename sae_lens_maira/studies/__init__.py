@@ -1,7 +1,7 @@
 """Study records, tables of them, the Open-I reader, and rule labels of report text."""
 
 from sae_lens_maira.studies.findings import FindingReader, known_findings, rule_reader, truth_table
-from sae_lens_maira.studies.labels import RuleLabel, RuleStatus, rule_labels
+from sae_lens_maira.studies.labels import RuleLabel, RuleStatus, is_unknown, rule_labels
 from sae_lens_maira.studies.readers import import_iuxray
 from sae_lens_maira.studies.sequence import StudySequence
 from sae_lens_maira.studies.study import Box, Finding, GroundedStatement, Licence, Study, StudyImage
@@ -20,6 +20,7 @@ __all__ = [
     "StudySequence",
     "StudyTable",
     "import_iuxray",
+    "is_unknown",
     "known_findings",
     "read_table",
     "rule_labels",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.studies.labels import RuleStatus, rule_labels
+from sae_lens_maira.studies.labels import RuleStatus, is_unknown, rule_labels
 from sae_lens_maira.studies.phrases import OBSERVATIONS
 from sae_lens_maira.studies.study import Study
 
@@ -26,11 +26,13 @@ class FindingReader:
         names: Names of the findings it can read, in label order.
         read: Function from a report to the names that it states as present.
         source: Name of the method, for tables: "phantom", "rules", or your own.
+        readable: Function that tells whether it can read a report; studies with others belong in no score.
     """
 
     names: tuple[str, ...]
     read: Callable[[str], frozenset[str]]
     source: str
+    readable: Callable[[str], bool] = bool
 
     def index(self, finding: str) -> int:
         """Column of a finding; StudyError for a name that the reader does not know."""
@@ -55,7 +57,10 @@ def rule_reader() -> FindingReader:
         labels = rule_labels(text)
         return frozenset(name for name, label in labels.items() if label.status is RuleStatus.PRESENT)
 
-    return FindingReader(tuple(OBSERVATIONS), read, "rules")
+    def readable(text: str) -> bool:
+        return not is_unknown(rule_labels(text))
+
+    return FindingReader(tuple(OBSERVATIONS), read, "rules", readable)
 
 
 def truth_table(studies: Sequence[Study], names: Sequence[str]) -> np.ndarray:
@@ -95,7 +100,7 @@ def known_findings(studies: Sequence[Study], reader: FindingReader) -> tuple[np.
         (n, F) bool, and "truth" or the reader's source.
 
     Raises:
-        StudyError: A study has neither a truth nor a report.
+        StudyError: A study has neither a truth nor a report, or its report cannot be read.
     """
     names = set(reader.names)
     if len(studies) and all(s.truth is not None and s.present_keys <= names for s in studies):
@@ -105,5 +110,11 @@ def known_findings(studies: Sequence[Study], reader: FindingReader) -> tuple[np.
         raise StudyError(
             f"{len(silent)} of {len(studies)} studies have neither a truth nor a report, the first is {silent[0]}. "
             "Leave them out, or add their reports."
+        )
+    unread = [study.study_id for study in studies if study.report and not reader.readable(study.report)]
+    if unread:
+        raise StudyError(
+            f"The reports of {len(unread)} of {len(studies)} studies cannot be read: they are not English or state "
+            f"nothing; the first is {unread[0]}. Their findings are unknown. Leave these studies out."
         )
     return reader.table([study.report or "" for study in studies]), reader.source

@@ -1,9 +1,10 @@
 """Rule labels of a report: phrase table plus a scope pass, present / uncertain / absent with the evidence.
 
 A mention is governed by the cues of its own clause: text is cut into sentences, a cue before a mention reaches
-forward and a cue behind it reaches back, both up to a terminating word; pseudo-negations ("no change") are masked
-first. Of several mentions present beats uncertain beats absent, and an observation without a mention has no entry.
-The labels are called rule labels and are nothing else; the module knows nothing about studies or models.
+forward and a cue behind it reaches back, both up to a terminating word; pseudo-negations ("no change", "not resolved")
+are masked first. Of several mentions present beats uncertain beats absent, and an observation without a mention has no
+entry. History and clauses about the technique ("evaluation for edema is limited") state nothing. A text that cannot be
+read is unknown, and belongs in no score. The labels are called rule labels; they are not a diagnosis.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class RuleStatus(str, enum.Enum):
     PRESENT = "present"
     UNCERTAIN = "uncertain"
     ABSENT = "absent"
+    UNKNOWN = "unknown"
+    """The text could not be read; only `no_finding` has this status."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,27 @@ class RuleLabel:
     """The sentence of the mention, white space folded."""
 
 
-_RANK = {RuleStatus.PRESENT: 2, RuleStatus.UNCERTAIN: 1, RuleStatus.ABSENT: 0}
-_SENTENCE = re.compile(r"(?:[.;?!](?=\s|$)|\n[ \t]*\n|(?<=[a-z]):(?=\s)|\n[ \t]*(?=\d+[.)]\s))")
-_HEADER = re.compile(r"(?:^|\n|(?<=\. ))[ \t]*([A-Z][A-Z ()/,&-]{2,60}?)[ \t]*:", re.MULTILINE)
+_RANK = {RuleStatus.PRESENT: 2, RuleStatus.UNCERTAIN: 1, RuleStatus.ABSENT: 0, RuleStatus.UNKNOWN: -1}
+_SENTENCE = re.compile(
+    r"(?<!\bvs)\.(?=\s|$)|[;!](?=\s|$)|(?<=\w)\?(?=\s|$)|\n[ \t]*\n"
+    rf"|(?<=[a-zA-Z])(?!(?i:{phrases.VALUE_ABSENT}|{phrases.VALUE_UNCERTAIN})):(?=\s)"
+    r"|\n[ \t]*(?=(?:\d+[.)]|[-*\u2022\u2013])\s)"
+)
+_SHORT_LINE = re.compile(r"^[^\n]{1,50}\n(?=[ \t]*[A-Z][a-z])", re.MULTILINE)
+_BULLET = re.compile(r"^\s*(?:\d+[.)]|[-*\u2022\u2013])\s+")
+_HEADER = re.compile(
+    r"(?:^|\n|(?<=\. ))[ \t]*([A-Z][A-Z ()/,&-]{2,60}?|(?i:findings?|impressions?|"
+    + phrases.SILENT_SECTIONS
+    + r"))[ \t]*:",
+    re.MULTILINE,
+)
 _SILENT = re.compile(rf"(?:{phrases.SILENT_SECTIONS})", re.IGNORECASE)
 
 
 @cache
 def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
     body = "|".join(f"(?:{pattern})" for pattern in patterns).replace(" ", r"[\s-]+")
-    return re.compile(rf"(?<![\w/])(?:{body})(?![\w])")
+    return re.compile(rf"(?<!\w)(?:{body})(?![\w])")
 
 
 def _blank_silent(text: str) -> str:
@@ -70,12 +84,16 @@ def _blank_silent(text: str) -> str:
     return "".join(out)
 
 
-def _sentences(text: str) -> Iterator[tuple[int, str]]:
+def _sentences(text: str) -> Iterator[tuple[int, str, bool]]:
+    """(start, sentence, whether it ends with a question mark); a short line before a capital is a sentence."""
+    cuts = [(cut.start(), cut.end()) for cut in _SENTENCE.finditer(text)]
+    cuts += [(line.end() - 1, line.end()) for line in _SHORT_LINE.finditer(text)]
     start = 0
-    for cut in _SENTENCE.finditer(text):
-        yield start, text[start : cut.start()]
-        start = cut.end()
-    yield start, text[start:]
+    for end, after in sorted(set(cuts)):
+        if end >= start:
+            yield start, text[start:end], text[end : end + 1] == "?"
+            start = after
+    yield start, text[start:], False
 
 
 def _mask(text: str, pattern: re.Pattern[str]) -> str:
@@ -91,26 +109,56 @@ def _last(patterns: tuple[str, ...], text: str) -> re.Match[str] | None:
     return matches[-1] if matches else None
 
 
-def _cut_by_comma(between: str, after: str) -> bool:
-    """Whether a comma behind the negation opens a new positive statement: "no edema, small effusion"."""
-    cut = re.search(rf",\s+(?:and\s+)?{phrases.SIZE_WORDS}\b", between)
+def _cut_by_size(between: str, after: str) -> bool:
+    """Whether a comma or "and" behind the negation opens a positive statement: "no edema, small effusion"."""
+    cut = re.search(rf"(?:,\s+(?:and\s+)?|\band\s+)(?:an?\s+)?{phrases.SIZE_WORDS}\b", between)
     return cut is not None and not re.search(r"\b(?:or|nor)\b", between[cut.end() :] + after)
 
 
-def _status(sentence: str, start: int, end: int) -> RuleStatus:
-    """Status of the mention at [start, end) of a lower-case sentence."""
+_OWN_VERB = re.compile(
+    r"\b(?:is|are|was|were|has|have|persists?|remains?)\b[^,]*(?=,)"
+)  # a clause that ends at a comma
+_TASK = re.compile(
+    rf"\b{phrases.TASK}(?:\s+(?:to|for|of|in|the|a|an|any|small|detect\w*|its))*\s+(?:\w+\s+){{0,2}}$"
+)
+_LIMITED = re.compile(rf"\b{phrases.LIMITED}\b")
+_DENIED = re.compile(r"\b(?:not|neither|nor|no|without)\b|n't\b")
+_QUESTION_BEFORE = re.compile(r"\?\s*(?:[a-z]+\s+){0,2}$")
+
+
+def _status(sentence: str, start: int, end: int, asked: bool, device: bool) -> RuleStatus | None:
+    """Status of the mention at [start, end) of a lower-case sentence; None where it states nothing."""
     stops = _compiled(phrases.TERMINATION)
     before = sentence[:start]
     before = before[max(_last_end(stops, before), 0) :]
     stop = stops.search(sentence, end)
-    after = sentence[end : stop.start() if stop else len(sentence)]
-    if _compiled(phrases.UNCERTAIN_AFTER).search(after[:70]):
+    after = sentence[end : stop.start() if stop else len(sentence)][:70]
+    own = _OWN_VERB.search(after)
+    after = after[: own.end()] if own else after
+    near = re.split("[,;]", after, maxsplit=1)[0]
+    if _last(phrases.NO_STATEMENT_BEFORE, before):
+        return None
+    if _TASK.search(before) and _LIMITED.search(sentence):
+        return None
+    if _DENIED.search(sentence[start:end]):
+        return RuleStatus.ABSENT
+    if asked or _QUESTION_BEFORE.search(before) or re.match(r"\s*\(\?\)", after):
         return RuleStatus.UNCERTAIN
-    if _compiled(phrases.NEGATION_AFTER).search(after[:70]):
+    if re.match(phrases.VALUE_ABSENT, after):
+        return RuleStatus.ABSENT
+    if re.match(phrases.VALUE_UNCERTAIN, after):
+        return RuleStatus.UNCERTAIN
+    if device and (_last(phrases.REMOVED_BEFORE, before) or _compiled(phrases.REMOVED_AFTER).search(near)):
+        return RuleStatus.ABSENT
+    if _compiled(phrases.UNLIKELY_AFTER).search(near):
+        return RuleStatus.ABSENT
+    if _compiled(phrases.LESS_LIKELY_AFTER).search(near) or _compiled(phrases.UNCERTAIN_AFTER).search(after):
+        return RuleStatus.UNCERTAIN
+    if _compiled(phrases.NEGATION_AFTER).search(after):
         return RuleStatus.ABSENT
     negation = _last(phrases.NEGATION_BEFORE, before)
     doubt = _last(phrases.UNCERTAIN_BEFORE, before)
-    if negation and not _cut_by_comma(before[negation.end() :], sentence[end:]):
+    if negation and not _cut_by_size(before[negation.end() :], sentence[end:]):
         # "cannot exclude" holds both cues; a doubt behind or around the negation wins.
         return RuleStatus.UNCERTAIN if doubt and doubt.end() > negation.start() else RuleStatus.ABSENT
     if doubt and len(before) - doubt.end() <= 70:
@@ -118,7 +166,7 @@ def _status(sentence: str, start: int, end: int) -> RuleStatus:
     return RuleStatus.PRESENT
 
 
-def _mentions(sentence: str) -> Iterator[tuple[str, int, int, RuleStatus]]:
+def _mentions(sentence: str, asked: bool) -> Iterator[tuple[str, int, int, RuleStatus | None]]:
     masked = _mask(sentence, _compiled(phrases.PSEUDO_NEGATION))
     for observation in OBSERVATIONS:
         denied: list[tuple[int, int]] = []
@@ -130,35 +178,55 @@ def _mentions(sentence: str) -> Iterator[tuple[str, int, int, RuleStatus]]:
             continue
         for found in _compiled(phrases.PHRASES[observation]).finditer(masked):
             if not any(a < found.end() and found.start() < b for a, b in denied):
-                yield observation, *found.span(), _status(masked, *found.span())
+                device = observation == "support_devices"
+                yield observation, *found.span(), _status(masked, *found.span(), asked, device)
+
+
+def is_english(text: str) -> bool:
+    """Whether a text has no more function words of other languages than of English."""
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    return sum(word in phrases.FOREIGN for word in words) <= sum(word in phrases.ENGLISH for word in words)
 
 
 def rule_labels(text: str) -> dict[str, RuleLabel]:
     """Labels of the 14 usual observations of a report.
 
     Args:
-        text: a report, whole or one of its sections; sections that only ask (indication, technique) are skipped.
+        text: A report, whole or one of its sections; sections that only ask (indication, technique) are skipped.
 
     Returns:
-        Observation -> label, for the observations that are mentioned; `no_finding` is present where no other
-        observation but support devices is present or uncertain, and has no entry otherwise.
+        Observation -> label, for the observations that are mentioned. `no_finding` is present where no other
+        observation but support devices is present or uncertain and the text states something; it is unknown, and the
+        only entry, where the text is not English or states nothing ("None.", "See above."); otherwise it has no entry.
     """
-    stated = _blank_silent(text)
+    if not text.strip():
+        return {}
+    unknown = {"no_finding": RuleLabel(RuleStatus.UNKNOWN, (0, len(text)), " ".join(text.split()))}
+    if not is_english(text):
+        return unknown
+    stated = _blank_silent(text.replace("\u2019", "'"))
     labels: dict[str, RuleLabel] = {}
-    for offset, sentence in _sentences(stated):
-        for observation, start, end, status in _mentions(sentence.lower()):
+    for offset, sentence, asked in _sentences(stated):
+        for observation, start, end, status in _mentions(sentence.lower(), asked):
             old = labels.get(observation)
-            if old is None or _RANK[status] > _RANK[old.status]:
-                evidence = " ".join(sentence.split())
+            if status is not None and (old is None or _RANK[status] > _RANK[old.status]):
+                evidence = " ".join(_BULLET.sub("", sentence).split())
                 labels[observation] = RuleLabel(status, (offset + start, offset + end), evidence)
+    found = _compiled(phrases.NORMAL_PHRASES).search(stated.lower())
+    if not labels and found is None:
+        return unknown
     troubled = [
         o for o, label in labels.items() if label.status is not RuleStatus.ABSENT and o != "support_devices"
     ]
-    if not troubled and stated.strip():
-        found = _compiled(phrases.NORMAL_PHRASES).search(stated.lower())
+    if not troubled:
         span = found.span() if found else (0, len(text))
         labels["no_finding"] = RuleLabel(RuleStatus.PRESENT, span, " ".join(text[slice(*span)].split()))
     return labels
+
+
+def is_unknown(labels: dict[str, RuleLabel]) -> bool:
+    """Whether `rule_labels` could not read the text."""
+    return "no_finding" in labels and labels["no_finding"].status is RuleStatus.UNKNOWN
 
 
 def present_observations(texts: Iterable[str]) -> list[frozenset[str]]:

@@ -32,16 +32,15 @@ _LARGE = r"(?:enlarged|enlargement|large|prominent|increased in size|top normal 
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "enlarged_cardiomediastinum": (
-        r"(?:widened|widening of the|enlarged|wide) (?:\w+ ){0,2}mediastin\w+",
-        r"mediastin\w+ (?:\w+ ){0,3}(?:widened|widening|enlarged|enlargement)",
-        r"enlarged cardiomediastin\w+",
+        r"(?:widened|widening of the|enlarged|enlargement of the|wide) (?:\w+ ){0,2}(?:cardio)?mediastin\w+",
+        r"(?:cardio)?mediastin\w+ (?:[\w']+ ){0,5}?(?:widened|widening|enlarged|enlargement|prominent)",
     ),
     "cardiomegaly": (
         r"cardiomegaly",
-        rf"{_HEART}(?: size)? (?:(?!normal|not|no)\w+ ){{0,5}}?(?:enlarged|enlargement)",
+        rf"{_HEART}(?: size)? (?:(?!normal)[\w']+ ){{0,5}}?(?:enlarged|enlargement)",
         r"(?:enlarged|enlargement of the|enlargement of) (?:\w+ ){0,2}?" + _HEART,
         r"cardiac enlargement",
-        rf"{_HEART} (?:is|remains|appears) (?:\w+ )?(?:large|prominent|big)",
+        rf"{_HEART} (?:is|isn't|remains|appears|does not appear|doesn't appear) (?:\w+ )?(?:large|prominent|big)",
         r"large heart",
         r"(?:increased|increase in) (?:heart|cardiac) size",
     ),
@@ -134,6 +133,13 @@ ABSENT_PHRASES: dict[str, tuple[str, ...]] = {
 """Phrases that deny an observation without a negation cue."""
 
 NORMAL_PHRASES = (
+    r"(?:within )?normal limits",
+    r"(?:is|are|appears?|remains?) (?:\w+ )?(?:normal|clear|unremarkable)",
+    r"no (?:acute|active|significant|new|focal)",
+    r"unchanged",
+    r"lungs? (?:\w+ ){0,3}(?:clear|well (?:expanded|inflated|aerated))",
+    r"intact",
+    r"(?:clear|normal) (?:lungs?|chest|heart)",
     r"no acute (?:\w+ ){0,2}(?:process|abnormalit\w+|disease|findings?)",
     r"normal (?:chest|radiograph|study|examination)",
     r"unremarkable (?:chest|radiograph|study|examination)",
@@ -147,6 +153,11 @@ PSEUDO_NEGATION = (
     r"not only",
     r"not necessarily",
     r"no longer enlarging",
+    r"(?:near(?:ly)?|almost|incomplete(?:ly)?|partial(?:ly)?|mostly|largely"
+    r"|not(?: yet| been| fully| completely| entirely)*)"
+    r" (?:complete(?:ly)? |entire(?:ly)? )?(?:resol\w+|clear\w+|disappear\w+)",
+    r"(?:resolved|cleared) (?:almost|nearly|partially|incompletely|in part|for the most part)",
+    r"not (?:yet |been )*(?:removed|withdrawn|taken out)",
 )
 """Look like negations, deny nothing about what follows."""
 
@@ -163,15 +174,19 @@ NEGATION_BEFORE = (
     r"neither",
     r"nor",
     r"never",
-    r"(?:resolved|resolution of)",
-    r"(?:not|n't) (?:see|seen|identify|demonstrate|show|have|appear)",
+    r"(?:resolved|resolution of|clear(?:ing|ance) of)",
+    r"(?:not|\w+n't) (?:see|seen|identify|demonstrate|show|have|appear|reveal|detect|any)",
+    r"(?:is|are|was|were)n't",
+    r"unlikely",
     r"rather than",
     r"(?:has|have|is) not",
-    r"(?:excludes?|excluded|ruled out)",
+    r"(?:excludes|excluded|ruled out)",
 )
 NEGATION_AFTER = (
-    r"(?:is|are|was|were) (?:not|no longer) (?:\w+ ){0,2}"
-    r"(?:seen|identified|present|visualized|detected|apparent|evident)",
+    r"(?:(?:is|are|was|were) (?:not|no longer)|(?:is|are|was|were)n't) (?:\w+ ){0,2}"
+    r"(?:seen|identified|present|visuali[sz]ed|visible|detected|apparent|evident|demonstrated)",
+    r"(?:is|are) not(?=\s*(?:[.,;]|$))",
+    r"no longer (?:\w+ )?(?:seen|identified|present|visuali[sz]ed|visible|evident|in place)",
     r"(?:has|have) (?:\w+ )?(?:resolved|cleared|disappeared)",
     r"(?:is|are) (?:\w+ )?(?:absent|resolved|excluded|ruled out)",
     r"not (?:\w+ )?(?:seen|identified|visualized|detected)",
@@ -179,6 +194,11 @@ NEGATION_AFTER = (
 # Read as present, since they state more than even odds: "likely", "probably", "suggesting", "suspicious for",
 # "concerning for", "worrisome for", "suspected". Uncertain: what is named as one possibility, or not excluded.
 UNCERTAIN_BEFORE = (
+    r"(?:no longer )?less likely",
+    r"query",
+    r"to (?:\w+ )?(?:exclude|rule out)",
+    r"either",
+    r"(?:versus|vs\.?)",
     r"may(?:be)?",
     r"might",
     r"could",
@@ -189,7 +209,7 @@ UNCERTAIN_BEFORE = (
     r"question(?:able)?(?: of)?",
     r"equivocal",
     r"(?:cannot|can not|can't) (?:\w+ )?(?:exclude|rule out)",
-    r"(?:not|difficult to) (?:\w+ )?(?:exclude|rule out|excluded)",
+    r"(?:not|difficult to|unable to) (?:\w+ )?(?:exclude|rule out|excluded)",
     r"if (?:there is|clinical)",
     r"differential",
     r"(?:evaluate|eval|assess|assessment|evaluation|look|check|r/o|rule out|please) (?:for|of)?",
@@ -204,6 +224,34 @@ UNCERTAIN_AFTER = (
     r"(?:is|are) (?:a|in the) (?:\w+ )?(?:consideration|differential|possibility|concern)",
     r"would be difficult to exclude",
 )
+LESS_LIKELY_AFTER = (r"less likely", r"not (?:as |so )?likely")
+UNLIKELY_AFTER = (r"unlikely", r"not (?:thought|felt) to be present")
+"""Read behind a mention and before the next comma."""
+
+REMOVED_BEFORE = (r"(?:removal|withdrawal|explantation|discontinuation) of", r"(?:removed|explanted)")
+REMOVED_AFTER = (
+    r"(?:has|have|had|was|were|is|are|been) (?:\w+ ){0,2}(?:removed|taken out|explanted|discontinued)",
+    r"(?:has|have|had|was|were|been) (?:\w+ ){0,2}withdrawn(?! (?:by|to|slightly|\d))",
+    r"(?:removed|removal|explanted)",
+)
+"""Cues that a device is no longer in place."""
+
+VALUE_ABSENT = r"\s*:\s*(?:none|no(?=\s*(?:[.,;\n]|$))|absent|negative|nil|not (?:present|seen)|none seen)\b"
+VALUE_UNCERTAIN = r"\s*:\s*(?:possibl[ey]|questionable|equivocal|\?|uncertain|maybe)"
+"""What a list writes behind the name of a finding."""
+
+NO_STATEMENT_BEFORE = (
+    r"history",
+    r"(?:man|woman|male|female|patient|pt|m|f) with",
+)
+"""What is known of the patient before the image was read."""
+LIMITED = (
+    r"(?:limit\w*|reduc\w*|decreas\w*|insensitive|not sensitive|low|poor|difficult|suboptimal|preclud\w*|hinder\w*"
+    r"|compromis\w*|lower\w*|diminish\w*|impair\w*)"
+)
+TASK = r"(?:sensitiv\w*|insensitive|detect\w*|evaluat\w*|assess\w*|exclu(?:sion|ding)|ability)"
+"""A clause with both, the task before the mention, describes the technique and states nothing about the finding."""
+
 TERMINATION = (
     r"but",
     r"however",
@@ -229,3 +277,19 @@ SILENT_SECTIONS = (
     r"|comparisons?|exam(?:ination)?|study|procedure|type of examination|chief complaint|clinical"
 )
 """Headers of sections that ask or describe, and state nothing about this image."""
+
+# Words that decide whether a text is English: its function words, and those of other languages.
+ENGLISH = frozenset(
+    """
+    the is are was were no not of and or there in with without for at this that has have been be seen on
+    to by from a an as it may normal clear left right small stable unchanged new evidence
+    """.split()  # noqa: SIM905 - one word per item would take a hundred lines
+)
+FOREIGN = frozenset(
+    """
+    el la los las de del se sin con y en un una por que al derecho izquierdo derecha izquierda der die
+    das und kein keine keinen nicht ist sind mit ohne im ein eine le les des du et est sont pas sans
+    avec une dans gauche droit il lo gli di e non sono senza na o os da do em com sem ao het een van
+    geen niet
+    """.split()  # noqa: SIM905 - one word per item would take a hundred lines
+)

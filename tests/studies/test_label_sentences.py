@@ -10,6 +10,12 @@ first half, which rules may be written from; the others are the second half, whi
 import itertools
 from typing import NamedTuple
 
+import pytest
+
+from sae_lens_maira.errors import StudyError
+from sae_lens_maira.studies import Licence, Study, known_findings, rule_reader
+from sae_lens_maira.studies.labels import is_unknown, rule_labels
+
 FINDINGS = {
     "pneumothorax": "pneumothorax",
     "pleural effusion": "pleural_effusion",
@@ -318,3 +324,24 @@ def by_kind() -> dict[tuple[str, int], list[Case]]:
             sorted(cases(), key=lambda case: case[:2]), key=lambda case: (case.kind, case.half)
         )
     }
+
+
+@pytest.mark.parametrize(("kind", "half"), by_kind())
+def test_sentences_by_kind(kind: str, half: int) -> None:
+    """Each of 1,480 sentences has the label that a reader would give it."""
+    wrong = []
+    for case in by_kind()[kind, half]:
+        labels = rule_labels(case.text)
+        status = {name: labels[name].status.value if name in labels else None for name in case.wanted}
+        if status != case.wanted:
+            wrong.append((case.text, status, case.wanted))
+    assert not wrong
+
+
+@pytest.mark.parametrize("text", [text for half in UNREADABLE for text in half])
+def test_a_text_that_cannot_be_read_is_unknown(text: str) -> None:
+    assert set(rule_labels(text)) == {"no_finding"}
+    assert is_unknown(rule_labels(text))
+    study = Study(study_id="s", patient_id="p", licence=Licence.PUBLIC, frontal="a.png", report=text)
+    with pytest.raises(StudyError, match="1 of 1 studies cannot be read"):
+        known_findings([study], rule_reader())
