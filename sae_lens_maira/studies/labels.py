@@ -183,9 +183,10 @@ def _mentions(sentence: str, asked: bool) -> Iterator[tuple[str, int, int, RuleS
 
 
 def is_english(text: str) -> bool:
-    """Whether a text has no more function words of other languages than of English."""
+    """Whether a text has fewer function words of other languages, and words in other letters, than English ones."""
     words = re.findall(r"[^\W\d_]+", text.lower())
-    return sum(word in phrases.FOREIGN for word in words) <= sum(word in phrases.ENGLISH for word in words)
+    foreign = sum(word in phrases.FOREIGN or not word.isascii() for word in words)
+    return foreign == 0 or foreign < sum(word in phrases.ENGLISH for word in words)
 
 
 def rule_labels(text: str) -> dict[str, RuleLabel]:

@@ -278,18 +278,19 @@ SILENT_SECTIONS = (
 )
 """Headers of sections that ask or describe, and state nothing about this image."""
 
-# Words that decide whether a text is English: its function words, and those of other languages.
+# Words that decide whether a text is English: its function words, and those of other languages. Words that several of
+# them share ("no", "in", "a", "is", "normal", "et" of "ET tube") decide nothing.
 ENGLISH = frozenset(
     """
-    the is are was were no not of and or there in with without for at this that has have been be seen on
-    to by from a an as it may normal clear left right small stable unchanged new evidence
+    the are were not of and or there with without for at this that has have been be seen on
+    to by from it may clear left right small stable unchanged new evidence
     """.split()  # noqa: SIM905 - one word per item would take a hundred lines
 )
 FOREIGN = frozenset(
     """
     el la los las de del se sin con y en un una por que al derecho izquierdo derecha izquierda der die
-    das und kein keine keinen nicht ist sind mit ohne im ein eine le les des du et est sont pas sans
-    avec une dans gauche droit il lo gli di e non sono senza na o os da do em com sem ao het een van
+    das und kein keine keinen nicht ist sind mit ohne im ein eine le les des du est sont pas sans
+    avec une dans gauche droit il lo gli di e non sono senza na os da em com sem ao het een van
     geen niet
     """.split()  # noqa: SIM905 - one word per item would take a hundred lines
 )
