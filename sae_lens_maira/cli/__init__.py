@@ -18,7 +18,7 @@ import io
 import os
 import sys
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -115,7 +115,31 @@ def main(arguments: list[str] | None = None) -> int:
     name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), None)
     if name is None:
         return _no_command(words)
-    options = build_parser(name).parse_args(words[len(name.split()) :])
+    try:
+        options = build_parser(name).parse_args(words[len(name.split()) :])
+    except SystemExit as stopped:  # After --help, or an error of the parser.
+        return stopped.code if isinstance(stopped.code, int) else 0
+    with _printable():
+        return _run(name, options)
+
+
+@contextlib.contextmanager
+def _printable() -> Iterator[None]:
+    """Within the block, characters that stdout or stderr cannot encode are printed as escapes."""
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+            changed.append(stream)
+    try:
+        yield
+    finally:
+        for stream in changed:
+            stream.reconfigure(errors="strict")
+
+
+def _run(name: str, options: Any) -> int:
+    """Run a command with parsed options; returns the exit code."""
     try:
         run_command(COMMANDS[name], {key: value for key, value in vars(options).items() if key != "config"})
         sys.stdout.flush()

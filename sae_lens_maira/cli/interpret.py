@@ -68,16 +68,16 @@ def run(
     from sae_lens_maira.interp.run import estimate, interpret, interpret_offline
     from sae_lens_maira.latents.recordset import RecordSet
 
-    opened = RecordSet.open(records)
     plan = Plan(
         latents=numbers(latents, "--latents"),
-        methods=tuple(methods.split(",")),
+        methods=tuple(dict.fromkeys(word.strip() for word in methods.split(","))),
         n_train=n_train,
         n_test=n_test,
         batch=batch_size,
         pictures=pictures,
         seed=seed,
     )
+    opened = RecordSet.open(records)
     facts: dict[str, Any] = {"records": str(records)}
     say = sys.stderr.write if as_json else sys.stdout.write
     if judge is None:

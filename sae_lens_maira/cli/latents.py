@@ -85,7 +85,7 @@ def latents(
     from sae_lens_maira.phantom import FINDING_KEYS
     from sae_lens_maira.sae import control_kind
 
-    seed = study_seed if seed is None else seed
+    seed, wanted = study_seed if seed is None else seed, numbers(latents, "--latents")
     rank, world = rank_of(os.environ)
     maira = named_model(model, dtype=model_dtype, device=device)
     dictionary = _load_sae(sae, str(maira.model.device))
@@ -104,7 +104,7 @@ def latents(
         model=model,
         sae=str(sae),
         control=control,
-        latents=numbers(latents, "--latents"),
+        latents=wanted,
         top=top,
         per_interval=per_interval,
         zero=zero,

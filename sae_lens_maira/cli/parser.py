@@ -1,7 +1,8 @@
 """Build the parser of one command from its function: arguments become options, the docstring becomes the help.
 
-jsonargparse reads types, defaults and `--config` files. This module adds hyphenated options (underscores are accepted
-too), help of one fixed width, and one-line errors that name the command and suggest the closest option.
+jsonargparse reads types, defaults and `--config` files. This module adds hyphens in options and in the keys of config
+files (underscores are accepted too), numbers where a config file gives one for a text option (`latents: 1`), help of
+one fixed width, and one-line errors that name the command and suggest the closest option.
 
 A parameter `options`, annotated with a dataclass, contributes one option per field (see `options.py`).
 """
@@ -14,9 +15,12 @@ import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader
 
 HELP_WIDTH = 110
 
@@ -72,12 +76,30 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     if shared is not None:
         parser.add_class_arguments(shared, as_group=False)
     parser.add_function_arguments(function, as_group=False, skip={"as_json", "options"})
+    parser.add_texts(function)
+    if shared is not None:
+        parser.add_texts(shared)
     parser.reader, ignored = _ignored(function)
     for name in ignored:
         parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
         parser.ignored.add(name)
     if "as_json" in inspect.signature(function).parameters:
         parser.add_argument("--json", action="store_true", help="print JSON instead of text.")
+    return parser
+
+
+def settings_parser(program: str, settings: type[Any], about: str) -> ArgumentParser:
+    """The parser of a script whose options are the fields of a dataclass.
+
+    Args:
+        program: name of the script in help and errors.
+        settings: dataclass of the options.
+        about: description for the help.
+    """
+    parser = _Parser(prog=program, description=about, formatter_class=_Formatter, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_class_arguments(settings, as_group=False)
+    parser.add_texts(settings)
     return parser
 
 
@@ -123,12 +145,54 @@ class _Parser(ArgumentParser):
     Attributes:
         ignored: keys that `--config` may hold and the command line may not.
         reader: command that reads them.
+        texts: options that take text or a path and no number.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.ignored: set[str] = set()
         self.reader = ""
+        self.texts: set[str] = set()
+
+    def add_texts(self, source: Callable[..., Any] | type[Any]) -> None:
+        """Add the arguments of a function, or the fields of a dataclass, that take text or a path and no number."""
+        for name, hint in get_type_hints(source).items():
+            kinds = set(get_args(hint)) if get_origin(hint) is UnionType else {hint}
+            if kinds & {str, Path} and not kinds & {int, float, Any}:
+                self.texts.add(name)
+
+    def parse_path(self, path: Any, *rest: Any, **settings: Any) -> Any:
+        """Parse a config file; one that is not text is an error of one line."""
+        try:
+            return super().parse_path(path, *rest, **settings)
+        except UnicodeDecodeError:
+            self.error(f"--config: {path} is not text in UTF-8; expected a YAML file")
+
+    def parse_string(self, content: str, path: Any = "", *rest: Any, **settings: Any) -> Any:
+        """Parse the text of a config file after `_spelled`."""
+        try:
+            values = get_loader("yaml")(content)
+        except (ValueError, TypeError, yaml.YAMLError):
+            values = {}  # The base class reports it.
+        else:
+            if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+                name = path or "its text"
+                seen = type(values).__name__ if values is not None else "no option"
+                self.error(f"--config: {name} holds {seen}; expected lines such as 'seed: 0'")
+            content = yaml.safe_dump(self._spelled(values), sort_keys=False)
+        return super().parse_string(content, path, *rest, **settings)
+
+    def _spelled(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Options of a config file as the parser stores them: underscores, and numbers as text for text options."""
+        known = {action.dest for action in self._actions}
+        result: dict[str, Any] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_") if key.replace("-", "_") in known else key
+            if name in result:
+                self.error(f"--config: it gives --{name} twice, with a hyphen and with an underscore")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            result[name] = str(value) if number and name in self.texts else value
+        return result
 
     def parse_args(self, args: list[str] | None = None, *rest: Any, **settings: Any) -> Any:
         words = None if args is None else [_underscores(word) for word in args]
@@ -170,7 +234,12 @@ def _plain(message: str) -> str:
         (r"<class '(\w+)'>", r"\1"),
         (r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1"),
         (r"Expected a (?=[aeiou])", r"Expected an "),
-        (r"Option '([\w.]+)' is not accepted", r"unrecognized arguments: --\1"),
+        (r"Option '([\w.-]+)' is not accepted", r"unrecognized arguments: --\1"),
+        (
+            r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .*? Given value type: "
+            r"(\w+) Given value: ",
+            r"Expected one of \1. Got a value of type \2: ",
+        ),
     ):
         text = re.sub(pattern, wording, text)
     missing = re.fullmatch(r"the following arguments are required: (.*)", text)
@@ -179,4 +248,4 @@ def _plain(message: str) -> str:
     return _hyphens(text).rstrip(".")
 
 
-__all__ = ["HELP_WIDTH", "accepts_parts_of", "command_parser", "run_command"]
+__all__ = ["HELP_WIDTH", "accepts_parts_of", "command_parser", "run_command", "settings_parser"]

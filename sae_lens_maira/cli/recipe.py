@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from jsonargparse import ArgumentParser
 
+from sae_lens_maira.cli.parser import settings_parser
 from sae_lens_maira.errors import MairaError
 
 Settings = TypeVar("Settings")
@@ -35,10 +35,9 @@ def run_recipe(
     Returns:
         The exit code.
     """
-    parser = ArgumentParser(description=about, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    program = Path(sys.argv[0]).name if arguments is None else settings.__name__
+    parser = settings_parser(program, settings, about or "")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0 = torch's choice)")
-    parser.add_class_arguments(settings, None)
     options = parser.instantiate(parser.parse_args(arguments))
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -123,8 +123,14 @@ class Tasks:
             offline: give the explainer all train examples instead of a sample.
 
         Raises:
-            RecordError: the record set has fewer than two patients.
+            RecordError: the record set has fewer than two patients, or no record of a latent of the plan.
         """
+        absent = next((n for n in plan.latents or () if n not in records), None)
+        if absent is not None:
+            raise RecordError(
+                f"{records.folder} has no record of latent {absent}. It holds {len(records)} latents, "
+                f"{records.table['latent'].min()} to {records.table['latent'].max()}; choose from these."
+            )
         self._records, self._plan, self._offline = records, plan, offline
         self._train = train_patients(records.studies.values(), plan.seed)
         alive = records.table.loc[records.table["status"] != "dead", "latent"]

@@ -1,0 +1,150 @@
+"""Generated tests over all commands: config files and lists of numbers as users type them, output on any stream."""
+
+import argparse
+import asyncio
+import io
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+
+from sae_lens_maira.cli import COMMANDS, build_parser, main
+from sae_lens_maira.cli.numbers import MOST, numbers
+from sae_lens_maira.errors import ConfigError
+
+NO_CONFIG = {
+    "binary": b"\x89PNG\r\n\x1a\n\x00\x00\xdf\xff",
+    "utf-16": "seed: 1".encode("utf-16"),
+    "a control character": b"seed: \x00",
+    "a list": b"[1, 2]",
+    "a number": b"3",
+    "nothing": b"",
+    "a comment": b"# seed: 0",
+    "no keys": b"1: 2",
+    "a bracket": b"seed: [",
+    "too deep": b"[" * 5000,
+    "an unknown key": b"seeed-x: 1",
+}
+
+
+def options_of(name: str) -> dict[str, argparse.Action]:
+    hidden = ("help", "config", "print_config", "json")
+    actions = build_parser(name)._actions
+    return {a.dest: a for a in actions if a.dest not in hidden and a.help != argparse.SUPPRESS}
+
+
+def hints_of(name: str) -> dict[str, Any]:
+    """Type of every option."""
+    hints = get_type_hints(COMMANDS[name])
+    hints |= get_type_hints(hints["options"]) if "options" in hints else {}
+    return {key: hints[key] for key in options_of(name)}
+
+
+def _kinds(hint: Any) -> set[Any]:
+    return set(get_args(hint)) if get_origin(hint) is types.UnionType else {hint}
+
+
+def _example(hint: Any) -> Any:
+    """A value of a type, as a config file holds it."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return inside[0]
+    if origin is types.UnionType:
+        return _example(next(kind for kind in inside if kind is not type(None)))
+    if origin in (list, tuple):
+        return [_example(inside[0])] * (len(inside) if origin is tuple and ... not in inside else 1)
+    return {str: "x", Path: "x", int: 1, float: 0.5, bool: True}.get(origin or hint, {})
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_file_that_is_no_config_is_one_line_and_code_2(name, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    for kind, content in NO_CONFIG.items():
+        file.write_bytes(content)
+        assert main([*name.split(), "--config", str(file)]) == 2, kind
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1), kind
+        assert err.startswith(f"sae-lens-maira {name}: ")
+        assert len(err) < 400
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_keys_of_a_config_may_have_hyphens(name, tmp_path, capsys):
+    """All options of a command in one file, with hyphens and with underscores, are the same options."""
+    values = {key: _example(hint) for key, hint in hints_of(name).items()}
+    file, read = tmp_path / "run.yaml", []
+    for sign in ("_", "-"):
+        file.write_text(yaml.safe_dump({key.replace("_", sign): value for key, value in values.items()}))
+        parsed = vars(build_parser(name).parse_args(["--config", str(file)]))
+        read.append({key: value for key, value in parsed.items() if key != "config"})
+    assert read[0] == read[1]
+    both = next((key for key in values if "_" in key), None)
+    if both:
+        file.write_text(f"{both}: {values[both]}\n{both.replace('_', '-')}: {values[both]}\n")
+        assert main([*name.split(), "--config", str(file)]) == 2
+        assert f"gives --{both.replace('_', '-')} twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_number_in_a_config_is_text_where_text_is_wanted(name, tmp_path):
+    """`latents: 1` and `out: 2024` are as on the command line, where everything is text."""
+    hints = hints_of(name)
+    texts = [key for key, hint in hints.items() if _kinds(hint) <= {str, Path, type(None)}]
+    required = {key: _example(hints[key]) for key, action in options_of(name).items() if action.required}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(required | dict.fromkeys(texts, 20)))
+    parsed = vars(build_parser(name).parse_args(["--config", str(file)]))
+    assert {key: str(parsed[key]) for key in texts} == dict.fromkeys(texts, "20")
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(COMMANDS) if "latents" in options_of(n)])
+@pytest.mark.parametrize("given", ["10-1", "", "1,,2", "-3", "1e3", "1-2-3", "٣-x", "0-99999999999"])
+def test_a_list_of_latents_that_is_none_is_refused_first(name, given, capsys):
+    """Before any folder is read or model loaded; the message names the option and what it holds."""
+    needed = [w for key, a in options_of(name).items() if a.required for w in (f"--{key}", "/nowhere")]
+    assert main([*name.split(), *needed, f"--latents={given}"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"--latents {given!r} " in err
+
+
+def test_numbers_and_ranges():
+    assert numbers(None, "--latents") is None
+    assert numbers("3, 0-2,2, 7-7", "--latents") == (3, 0, 1, 2, 7)
+    with pytest.raises(ConfigError, match="Write 1-10"):
+        numbers("10-1", "--latents")
+    with pytest.raises(ConfigError, match="more than"):
+        numbers(f"0-{MOST}", "--latents")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_output_on_a_stream_that_is_not_utf8(encoding, monkeypatch):
+    """Characters that a stream cannot encode are escaped; the host's stream is as before afterwards."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setitem(COMMANDS, "measure-phantom", lambda **_: sys.stdout.write("→ λ \udcff\n"))
+    assert main(["measure-phantom"]) == 0
+    assert stream.errors == "strict"
+    assert stream.buffer.getvalue() == rb"\u2192 \u03bb \udcff" + b"\n"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_whole_program_on_a_stream_that_is_not_utf8():
+    program = "import sys, sae_lens_maira.cli as c; sys.exit(c.main(['studies', 'import', '--help']))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=False, env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_command_within_a_running_event_loop(capsys):
+    """As in a notebook: help, a parser's error and a command's error return their codes; nothing ends the host."""
+
+    async def host() -> list[int]:
+        words = (["--help"], ["train", "--help"], ["train", "--nothing"], ["evaluate", "--sae", "/nowhere"])
+        return [main([*each]) for each in words]
+
+    assert asyncio.run(host()) == [0, 0, 2, 2]
