@@ -15,24 +15,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_lens_maira.hooks import HookedMaira2
+    from sae_lens_maira.activations import RowSettings, read_rows
+    from sae_lens_maira.hooks import HookedMaira2, Maira2NNsight
     from sae_lens_maira.interactive import InteractiveMaira2, SteeringResult
-    from sae_lens_maira.interface import load, load_sae, named_model, phantom_studies, read_studies
+    from sae_lens_maira.interface import (
+        finding_reader,
+        load,
+        load_sae,
+        named_model,
+        phantom_studies,
+        read_studies,
+    )
+    from sae_lens_maira.latents import RecordSet, study_firing
+    from sae_lens_maira.latents.study_info import centre_crop
     from sae_lens_maira.maira2 import TokenRole
+    from sae_lens_maira.sae import make_control
+    from sae_lens_maira.stats import f1_of_firing
     from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Scale, SetTo
+    from sae_lens_maira.steering.maps import random_direction, recorded_map
     from sae_lens_maira.steering.positions import everywhere, patches, prompt, report, roles, window
     from sae_lens_maira.studies import Study
 
 __version__ = "0.1.0"
 
 _SOURCES: dict[str, tuple[str, ...]] = {
-    "interface": ("load", "load_sae", "named_model", "phantom_studies", "read_studies"),
+    "activations": ("RowSettings", "read_rows"),
+    "hooks": ("HookedMaira2", "Maira2NNsight"),
     "interactive": ("InteractiveMaira2", "SteeringResult"),
-    "hooks": ("HookedMaira2",),
+    "interface": ("finding_reader", "load", "load_sae", "named_model", "phantom_studies", "read_studies"),
+    "latents": ("RecordSet", "study_firing"),
+    "latents.study_info": ("centre_crop",),
     "maira2": ("TokenRole",),
-    "studies": ("Study",),
+    "sae": ("make_control",),
+    "stats": ("f1_of_firing",),
     "steering": ("Ablate", "Add", "AtLeast", "AtMost", "Direction", "Scale", "SetTo"),
+    "steering.maps": ("random_direction", "recorded_map"),
     "steering.positions": ("everywhere", "patches", "prompt", "report", "roles", "window"),
+    "studies": ("Study",),
 }
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
 
@@ -44,21 +63,32 @@ __all__ = [
     "Direction",
     "HookedMaira2",
     "InteractiveMaira2",
+    "Maira2NNsight",
+    "RecordSet",
+    "RowSettings",
     "Scale",
     "SetTo",
     "SteeringResult",
     "Study",
     "TokenRole",
+    "centre_crop",
     "everywhere",
+    "f1_of_firing",
+    "finding_reader",
     "load",
     "load_sae",
+    "make_control",
     "named_model",
     "patches",
     "phantom_studies",
     "prompt",
+    "random_direction",
+    "read_rows",
     "read_studies",
+    "recorded_map",
     "report",
     "roles",
+    "study_firing",
     "window",
 ]
 

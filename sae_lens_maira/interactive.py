@@ -9,21 +9,27 @@ readable `str` and an HTML form for notebooks.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 
 from sae_lens_maira.errors import HookError, InterventionError, SAEError
 from sae_lens_maira.hooks.hooked import HookedMaira2
+from sae_lens_maira.interp.records import load
+from sae_lens_maira.latents import RecordSet
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole, role_mask
 from sae_lens_maira.sae import MatryoshkaSAE
-from sae_lens_maira.steering import Add, Effect, Intervention, Schedule, steering
+from sae_lens_maira.steering import Add, Effect, Intervention, Schedule, Steering, steering
 from sae_lens_maira.steering.positions import everywhere
 from sae_lens_maira.studies.words import Piece, compare_words
+
+if TYPE_CHECKING:
+    from sae_lens_maira.attribution import ReportAttribution
 
 VIEWS = ("frontal", "lateral", "prior")
 
@@ -159,7 +165,6 @@ class InteractiveMaira2(HookedMaira2):
             InterventionError: no p99, a latent out of range, positions that the study does not have, or an
                 intervention that changed nothing.
         """
-        units = p99 if p99 is not None else getattr(sae, "p99", None)
         if isinstance(interventions, Mapping):
             items: list[Intervention] = [
                 Add(latents=(int(latent),), strength=strength, where=where or everywhere())
@@ -172,25 +177,83 @@ class InteractiveMaira2(HookedMaira2):
                     "mapping latent -> strength."
                 )
             items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
-        needs = [item for item in items if getattr(item, "needs_unit", False)]
-        if needs and units is None:
-            raise InterventionError(
-                "Strengths are in units of p99, and this SAE does not record them. Give load_sae the latent records "
-                "of the SAE (records=...) or p99=, or use interventions with unit='raw'."
-            )
         encoding = self.encode(study, report=None, task=task)
         before = self.generate(
             encoding, max_new_tokens=max_new_tokens, return_type="reports", task=task, **generate
         )
         budget = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-        hook_name = _hook_of(sae) if sae is not None else _only_hook(items)
-        with steering(self, sae, hook_name, items, encoding, units) as run:
+        with self.steering(encoding, sae, items, p99) as run:
             after = run.reports(self.maira.processor, **budget, **generate)
         made = [
-            SteeringResult(old.text, new.text, tuple(items), hook_name, run.effect)
+            SteeringResult(old.text, new.text, tuple(items), run.hook_name, run.effect)
             for old, new in zip(before, after, strict=True)
         ]
         return made if isinstance(study, Sequence) else made[0]
+
+    def steering(
+        self,
+        study: Any,
+        sae: MatryoshkaSAE | None,
+        interventions: Intervention | Sequence[Intervention],
+        p99: torch.Tensor | None = None,
+        report: Any = None,
+        require_effect: bool = True,
+    ) -> AbstractContextManager[Steering]:
+        """Apply interventions inside a `with` block, for logits and reports of your own.
+
+        Args:
+            study: A study, several, or a `Maira2Encoding`.
+            sae: The SAE; None if only directions are added.
+            interventions: One or several.
+            p99: `(d_sae,)` units; None is the SAE's own.
+            report: Text behind the prompt, as in `top_latents`.
+            require_effect: Raise an error where nothing changed.
+
+        Returns:
+            A context manager; its `logits()`, `reports(processor)` and `effect` belong to the steered model.
+
+        Raises:
+            InterventionError: No p99, a latent out of range, or positions that the study does not have.
+        """
+        units = p99 if p99 is not None else getattr(sae, "p99", None)
+        items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+        if units is None and any(getattr(item, "needs_unit", False) for item in items):
+            raise InterventionError(
+                "Strengths are in units of p99, and this SAE does not record them. Give load_sae the latent records "
+                "of the SAE (records=...) or p99=, or use interventions with unit='raw'."
+            )
+        encoding = study if isinstance(study, Maira2Encoding) else self.encode(study, report=report)
+        hook_name = _hook_of(sae) if sae is not None else _only_hook(items)
+        return steering(self, sae, hook_name, items, encoding, units, require_effect=require_effect)
+
+    def attribute(
+        self,
+        study: Any,
+        sae: MatryoshkaSAE,
+        sentence: "int | Sequence[int] | None" = None,
+        report: str = "generated",
+        **keywords: Any,
+    ) -> "ReportAttribution":
+        """Explain the sentences of a report by latents at positions, and check it by ablation.
+
+        Args:
+            study: The study.
+            sae: An SAE at the output of a decoder block.
+            sentence: Number of the sentence, or several; None explains all.
+            report: "generated" for the model's own report, "teacher" for the study's report, or a text.
+            **keywords: Further arguments of `sae_lens_maira.attribution.attribute`, for example `method` or `roles`.
+
+        Returns:
+            One attribution per sentence, with names of latents and maps per image.
+
+        Raises:
+            SAEError: The SAE names no hook point, does not fit the model, or is silent at all positions.
+            PromptError: There is no report, or no such sentence.
+        """
+        from sae_lens_maira.attribution import attribute
+
+        names = keywords.pop("names", getattr(sae, "latent_names", None))
+        return attribute(self, study, sae, sentence, report, names=names, **keywords)
 
 
 @dataclass(frozen=True)
@@ -267,28 +330,19 @@ def describe_sae(
         sae.cfg.metadata.hook_name = hook_name
     _hook_of(sae)
     names: dict[int, str] = {}
-    if records is not None:
-        recorded, names = _read_records(records, sae)
-        p99 = recorded if p99 is None else p99
+    opened = None if records is None else RecordSet.open(records)
+    if opened is not None:
+        opened.require_sae(sae)
+        names = {one.latent: one.explanation for one in load(opened.folder) if one.explanation}
+        p99 = opened.p99.nan_to_num() if p99 is None else p99
     if p99 is not None and tuple(p99.shape) != (sae.cfg.d_sae,):
         raise SAEError(
             f"p99 has shape {tuple(p99.shape)} and the SAE has {sae.cfg.d_sae} latents; give one number per latent."
         )
     sae.requires_grad_(False)
     extra: Any = sae
-    extra.p99, extra.latent_names = p99, names
+    extra.p99, extra.latent_names, extra.records = p99, names, opened
     return sae
-
-
-def _read_records(folder: Path, sae: MatryoshkaSAE) -> tuple[torch.Tensor, dict[int, str]]:
-    """p99 `(d_sae,)` of recorded latents (0 for others), and the explanations of those that have one."""
-    from sae_lens_maira.interp.records import load
-    from sae_lens_maira.latents import RecordSet
-
-    records = RecordSet.open(folder)
-    records.require_sae(sae)
-    names = {one.latent: one.explanation for one in load(folder) if one.explanation}
-    return records.p99.nan_to_num(), names
 
 
 def _hook_of(sae: Any) -> str:

@@ -45,7 +45,7 @@ def load(
             `device_map`.
 
     Returns:
-        A `HookedMaira2` with `top_latents` and `steer`.
+        A `HookedMaira2` with `top_latents`, `steer` and `attribute`.
 
     Raises:
         ConfigError: an unknown dtype, device or keyword.
@@ -146,7 +146,8 @@ def load_sae(
         **release: for a release, arguments of `load_release`: `expansion`, `folder`, `level_widths`, ...
 
     Returns:
-        The SAE, without gradients. `sae.p99` is `(d_sae,)` or None, `sae.latent_names` maps a latent to its name.
+        The SAE, without gradients. `sae.p99` is `(d_sae,)` or None, `sae.latent_names` maps a latent to its name, and
+        `sae.records` is the `RecordSet` or None.
 
     Raises:
         SAEError: no such SAE, or it names no hook point.

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -238,6 +239,28 @@ class RecordSet:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        return (
+            f"RecordSet({str(self.folder)!r}: {len(self):,} latents at {self.meta.hook_name}, "
+            f"{self.meta.studies:,} studies)"
+        )
+
+    def _repr_html_(self) -> str:
+        """The ten latents that agree best with a finding, for notebooks."""
+        best = self.table.assign(f1=self.table[["f1_text", "f1_image"]].max(axis=1)).nlargest(10, "f1")
+        columns = [
+            "latent",
+            "status",
+            "density",
+            "p99",
+            "finding_text",
+            "f1_text",
+            "finding_image",
+            "f1_image",
+        ]
+        shown = best[columns].to_html(index=False, escape=True, na_rep="", float_format=lambda x: f"{x:.3g}")
+        return f"<p>{escape(repr(self))}</p>{shown}"
 
     def __contains__(self, latent: object) -> bool:
         return latent in self._row

@@ -15,7 +15,7 @@ import torch
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.latents import Encoder
+from sae_lens_maira.latents import Encoder, RecordSet
 from sae_lens_maira.stats import mean_map
 from sae_lens_maira.steering.interventions import Add, Direction
 from sae_lens_maira.steering.positions import VIEWS, View, box_grid, patches
@@ -199,6 +199,26 @@ def exemplar_map(
             "nothing to add; give a study that shows the finding there."
         )
     return LatentMap(tuple(chosen), difference[:, chosen].contiguous(), shape)
+
+
+def recorded_map(records: RecordSet, finding: str, decoder: torch.Tensor, n_latents: int = 8) -> LatentMap:
+    """The map of the latents whose recorded mean maps with and without a finding differ most; reads no activation.
+
+    Args:
+        records: Latent records of the SAE.
+        finding: Name of the finding in the records.
+        decoder: (d_sae, d_model) decoder rows of the SAE.
+        n_latents: Maximum number of latents.
+
+    Raises:
+        RecordError: The records hold no maps of this finding.
+        InterventionError: The maps with and without the finding are the same.
+    """
+    numbers = records.table["latent"].tolist()
+    present, absent = (records.mean_maps(finding=finding, present=with_it).T for with_it in (True, False))
+    rows = decoder.detach().float().cpu()[numbers]
+    found = exemplar_map(present, absent, rows, torch.ones(len(present)), records.grid, n_latents)
+    return LatentMap(tuple(numbers[j] for j in found.latents), found.grids, found.shape)
 
 
 def boxes_place(

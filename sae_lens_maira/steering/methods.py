@@ -17,7 +17,7 @@ from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Intervention, SetTo
 from sae_lens_maira.steering.choose import by_map_effect
 from sae_lens_maira.steering.evaluate import Method
-from sae_lens_maira.steering.maps import LatentMap, exemplar_map, map_directions
+from sae_lens_maira.steering.maps import LatentMap, map_directions, recorded_map
 from sae_lens_maira.steering.positions import Schedule, everywhere, patches
 from sae_lens_maira.steering.statistics import SteeringStatistics
 
@@ -324,12 +324,7 @@ def recorded_methods(
         RecordError: The records hold no maps of this finding.
         InterventionError: The maps of studies with and without the finding are the same.
     """
-    numbers = records.table["latent"].tolist()
-    present, absent = (records.mean_maps(finding=finding, present=with_it).T for with_it in (True, False))
-    found = exemplar_map(
-        present, absent, decoder[numbers].cpu(), torch.ones(len(present)), records.grid, n_latents
-    )
-    kept = LatentMap(tuple(numbers[j] for j in found.latents), found.grids, found.shape)
+    kept = recorded_map(records, finding, decoder, n_latents)
     if remove:
         active = tuple(j for j, grid in zip(kept.latents, kept.grids.T, strict=True) if float(grid.sum()) > 0)
         if not active:

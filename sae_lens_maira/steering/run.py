@@ -47,6 +47,11 @@ class Steering:
         self._backend, self._point, self._engine, self.encoding = backend, point, engine, encoding
 
     @property
+    def hook_name(self) -> str:
+        """Name of the hook point."""
+        return self._point.name
+
+    @property
     def effect(self) -> Effect:
         """Effect of the interventions so far."""
         return self._engine.effect

@@ -108,6 +108,29 @@ def test_steering_shows_both_reports(m: sm.InteractiveMaira2, study: sm.Study, s
     assert [one.after for one in both] == [result.after] * 2
 
 
+def test_attribution_carries_its_check_and_shows_itself(m: sm.InteractiveMaira2, study: sm.Study):
+    """One sentence of the model's own report: its latents, named, and what ablation says."""
+    sae: Any = sm.load_sae("phantom-image")
+    found = m.attribute(study, sae, sentence=0, candidates=32)
+    (one,) = found.sentences
+    assert one.sentence.text in m.generate(study, return_type="reports")[0].text
+    assert one.check is not None
+    assert one.check.drop > one.check.drop_random
+    assert "passed" in str(found)
+    assert "<table" in found._repr_html_()
+    assert "<table" in sae.records._repr_html_()
+
+
+def test_a_steered_block_has_its_own_logits(m: sm.InteractiveMaira2, study: sm.Study, sae: MatryoshkaSAE):
+    """Inside the block logits are steered; behind it the model is as before."""
+    plain = m(study)
+    with m.steering(study, sae, sm.Add(latents=(7,), strength=2.0, where=sm.patches("frontal"))) as run:
+        steered = run.logits()
+    assert run.hook_name == HOOK
+    assert not torch.allclose(steered, plain)
+    assert torch.equal(m(study), plain)
+
+
 def test_steering_needs_p99(m: sm.InteractiveMaira2, study: sm.Study, sae: MatryoshkaSAE):
     """Without the scale of a latent the strength means nothing."""
     bare = MatryoshkaSAE(sae.cfg)
