@@ -7,7 +7,7 @@ others, because transformers 5 collects `hidden_states` (and Dinov2 its feature 
 an edit behind those would be lost. It knows nothing about inputs, SAEs or generation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -46,6 +46,8 @@ class LivePoint(HookPoint):
         self.point = point
         self.calls = 0
         """How often a value has passed since the point was made."""
+        self.inside: tuple[nn.Module, ...] = ()
+        """The modules that the point is inside of, from the model down."""
         self._tap = tap
         self._check = check
         self._show = show
@@ -86,6 +88,11 @@ class LivePoint(HookPoint):
     def _place(self) -> None:
         if self._handles:
             return
+        if any(is_compiled(module) for module in self.inside):
+            raise HookError(
+                f"The model is compiled, and torch.compile does not run hooks that are added later, so a hook at"
+                f" {self.name!r} would change nothing. Use the model as it was loaded, without compile()."
+            )
         if self._check is not None:
             self._check()
         self._handles = self._tap(self)
@@ -159,7 +166,18 @@ def attach_points(model: nn.Module, table: PointTable) -> dict[str, LivePoint]:
     """
     table.validate(model)
     mids = {i: MidEdits() for i in range(table.counts["block"])}
-    return {name: _live(point, model, table, mids) for name, point in table.points.items()}
+    live = {name: _live(point, model, table, mids) for name, point in table.points.items()}
+    for point in live.values():
+        parts = point.point.module.split(".")
+        paths = [".".join(parts[:end]) for end in range(len(parts) + 1)]
+        point.inside = tuple(model.get_submodule(path) for path in paths)
+    return live
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called, or its forward replaced by `torch.compile(module.forward)`."""
+    forward = getattr(module, "forward", None)
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _live(point: Point, model: nn.Module, table: PointTable, mids: dict[int, MidEdits]) -> LivePoint:
@@ -282,6 +300,7 @@ class HookCalls:
     def __init__(self, points: PointTable) -> None:
         self.points = points
         self.counts: dict[tuple[str, str], int] = {}
+        self._groups: dict[tuple[str, tuple[str, ...]], int] = {}
 
     def watch(self, name: str, hook: Callable[..., Any], direction: str = "forward") -> Callable[..., Any]:
         """Wrap a hook so that its calls are counted.
@@ -291,18 +310,32 @@ class HookCalls:
             hook: called as `hook(value, hook=point)`.
             direction: "forward" or "backward".
         """
-        key = (direction, name)
-        self.counts.setdefault(key, 0)
-        function = hook
+        return self._counted(self.counts, (direction, name), hook)
+
+    def watch_any(
+        self, names: Sequence[str], hook: Callable[..., Any], direction: str = "forward"
+    ) -> Callable[..., Any]:
+        """Wrap a hook that a function placed at several points; one of them has to fire.
+
+        Args:
+            names: the points' names.
+            hook: called as `hook(value, hook=point)`.
+            direction: "forward" or "backward".
+        """
+        return self._counted(self._groups, (direction, tuple(names)), hook)
+
+    @staticmethod
+    def _counted(counts: dict[Any, int], key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        counts.setdefault(key, 0)
 
         def counted(value: Any, hook: Any) -> Any:  # TransformerLens passes hook= by keyword
-            self.counts[key] += 1
+            counts[key] += 1
             return function(value, hook=hook)
 
         return wraps(function)(counted) if hasattr(function, "__name__") else counted
 
     def require(self, backward: bool = True) -> None:
-        """Raise HookError for the first watched hook that never fired.
+        """Raise HookError for the first watched hook, or group of hooks, that never fired.
 
         Args:
             backward: whether backward hooks must have fired too.
@@ -310,6 +343,12 @@ class HookCalls:
         for (direction, name), calls in self.counts.items():
             if calls == 0 and (direction == "forward" or backward):
                 raise HookError(never_fired(self.points, name, direction))
+        for (direction, names), calls in self._groups.items():
+            if calls == 0 and (direction == "forward" or backward):
+                raise HookError(
+                    f"A function chose {len(names)} hook points, from {names[0]!r} to {names[-1]!r}, and no hook fired"
+                    " at any of them. " + never_fired(self.points, names[0], direction)
+                )
 
 
 def never_fired(points: PointTable, name: str, direction: str = "forward") -> str:

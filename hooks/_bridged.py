@@ -1,15 +1,15 @@
-"""The bridged MAIRA-2: SAELens' TransformerBridge class, with our names and our refusal to be silent.
+"""MAIRA-2 as SAELens' TransformerBridge class, with this package's names and errors.
 
-TransformerLens' bridge skips unknown hook names without a word, SAELens' loses its aliases, and both let a
-hook that never fires pass. Here every name goes through the one table of points first, a name that leads
-nowhere is an error, and studies and encodings are inputs like any other. It knows nothing about how a
-bridge is built.
+TransformerLens' bridge skips unknown hook names in silence, SAELens' loses its aliases, and both accept a hook that
+never fires. Here every name is looked up in the one table of points, an unknown name is an error, and studies and
+encodings are accepted as inputs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
@@ -18,7 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlavaForConditionalGeneration
 
 from sae_lens_maira.errors import HookError, SAEError
-from sae_lens_maira.hooks._attach import HookCalls, LivePoint, MidEdits, tap_mid
+from sae_lens_maira.hooks._attach import HookCalls, LivePoint, MidEdits, StopForward, stopping_at, tap_mid
+from sae_lens_maira.hooks._cache import Maira2Cache
 from sae_lens_maira.hooks._inputs import ModelInputs, gather_inputs
 from sae_lens_maira.hooks._names import Point, PointTable
 from sae_lens_maira.maira2 import MAX_NEW_TOKENS
@@ -40,6 +41,8 @@ class BridgedMaira2(SAETransformerBridge):
     _generating = False
     _takes_cache = False
     _conversions: dict[str, Any]
+    _left: WeakSet[HookPoint]
+    _mids: dict[str, LivePoint]
     _hooks_by_name: dict[str, HookPoint] | None = None
 
     @classmethod
@@ -55,6 +58,7 @@ class BridgedMaira2(SAETransformerBridge):
         taken._acts_to_saes = {}
         taken._transcoder_output_hooks = {}
         taken._conversions = {}
+        taken._left = WeakSet()
         taken.points = PointTable(taken.original_model.config)
         if processor is not None:
             taken.processor = processor
@@ -62,17 +66,51 @@ class BridgedMaira2(SAETransformerBridge):
             taken.tokenizer = processor.tokenizer
             taken.cfg.tokenizer_prepends_bos, taken.cfg.tokenizer_appends_eos = True, False
         taken._takes_cache = "cache" in signature(LlavaForConditionalGeneration.forward).parameters
-        for i, block in enumerate(taken.blocks):
-            mid = taken.points.points[f"blocks.{i}.hook_resid_mid"]
-            taken._hook_registry[mid.name] = _mid_point(mid, block.original_component)
+        named = taken.points.points
+        mids = [
+            _mid_point(named[f"blocks.{i}.hook_resid_mid"], block.original_component)
+            for i, block in enumerate(taken.blocks)
+        ]
+        taken._mids = {mid.name: mid for mid in mids}
+        taken._hook_registry |= taken._mids
         return taken
+
+    def clear_hook_registry(self) -> None:
+        """As TransformerBridge's, which calls it in `enable_compatibility_mode`."""
+        super().clear_hook_registry()
+        self._hooks_by_name = None
+
+    def _initialize_hook_registry(self) -> None:
+        super()._initialize_hook_registry()
+        self._hook_registry |= self._mids
+        self._hooks_by_name = None
+
+    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
+        """As TransformerBridge's: weights processed as HookedTransformer does, in the bridge alone."""
+        super().enable_compatibility_mode(*args, **kwargs)
+        self._hooks_by_name = None
+
+    @property
+    def norms(self) -> list[Any]:
+        """The norms of the residual stream: ln1 and ln2 per block, then the final one."""
+        blocks: Any = self.blocks
+        bridged = [*(norm for block in blocks for norm in (block.ln1, block.ln2)), self.ln_final]
+        return [norm.original_component for norm in bridged]
+
+    def remove_all_hook_fns(
+        self, direction: Any = "both", including_permanent: bool = False, level: int | None = None
+    ) -> None:
+        """As TransformerBridge's, and hooks that were added inside an SAE that has been taken out."""
+        super().remove_all_hook_fns(direction, including_permanent=including_permanent, level=level)
+        for point in self._left:
+            point.remove_hooks(direction, including_permanent=including_permanent, level=level)
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
         """Every accepted TransformerLens name -> hook point; SAELens' own property drops the aliases.
 
-        TransformerLens makes this dict anew, and slowly, several times a call; here it is kept until an SAE
-        goes in or out.
+        TransformerLens makes this dict again several times per call, which is slow; here it is kept until the hook
+        points change.
         """
         if self._hooks_by_name is None:
             self._hooks_by_name = self._list_hooks()
@@ -119,6 +157,20 @@ class BridgedMaira2(SAETransformerBridge):
             " hook_sae_output."
         )
 
+    def _hookable(self, name: str) -> str:
+        """`resolve`, for a point that is about to be read or hooked.
+
+        Raises:
+            HookError: no such point, or it fires only after a setter of TransformerLens was called.
+        """
+        known = self.resolve(name)
+        setter = self._gated_hook_reason(name) or self._gated_hook_reason(known)
+        if setter:
+            raise HookError(
+                f"Hook point {name!r} fires only while {setter} is on. Call `bridge.set_{setter}(True)` first."
+            )
+        return known
+
     def _resolve_hook_name(self, hook_name: str) -> str:
         if hook_name in self._hook_registry:
             return hook_name
@@ -153,8 +205,11 @@ class BridgedMaira2(SAETransformerBridge):
         super().add_sae(sae, use_error_term)
         self._hooks_by_name = None
 
-    def _reset_sae(self, *args: Any, **kwargs: Any) -> None:
-        super()._reset_sae(*args, **kwargs)
+    def _reset_sae(self, act_name: str, *args: Any, **kwargs: Any) -> None:
+        wrapper = self._acts_to_saes.get(act_name)
+        if wrapper is not None:
+            self._left.update(point for point in wrapper.modules() if isinstance(point, HookPoint))
+        super()._reset_sae(act_name, *args, **kwargs)
         # SAELens puts a bare hook point back: without the split into heads that hook_q, _k, _v and _z had.
         for site in list(self._conversions):
             if isinstance(point := self._hook_registry[site], HookPoint):
@@ -169,7 +224,10 @@ class BridgedMaira2(SAETransformerBridge):
     def _gather(self, given: Any, kwargs: dict[str, Any]) -> ModelInputs:
         encode = {key: kwargs.pop(key) for key in (*_ENCODE, "padding_side") if kwargs.get(key) is not None}
         tensors = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "pixel_values")}
-        return gather_inputs(given, self.processor, self.cfg.device, encode=encode, **tensors)
+        config: Any = self.original_model.config  # pyright: ignore[reportAttributeAccessIssue]
+        # A step of generation carries the mask of all tokens so far, and a finished row's next token is a pad token.
+        pad = None if self._generating else config.pad_token_id
+        return gather_inputs(given, self.processor, self.cfg.device, encode, pad, **tensors)
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As TransformerBridge's, for studies, encodings and mappings too.
@@ -178,37 +236,58 @@ class BridgedMaira2(SAETransformerBridge):
         otherwise.
 
         Raises:
-            HookError: an input that no door takes.
+            HookError: an input of another kind, or a stop out of range.
             PromptError: image placeholders and images do not agree.
         """
         inputs = self._gather(input, kwargs)
+        stop = kwargs["stop_at_layer"] = self._stop(kwargs.get("stop_at_layer"))
         tensors = dict(inputs.tensors)
         ids = tensors.pop("input_ids")
         if "past_key_values" in kwargs and self._takes_cache:
             kwargs["cache"] = kwargs.pop("past_key_values")  # its name since transformers 5.24
         if not self._generating:  # generate counts positions without padding, as transformers' own does
             kwargs.setdefault("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
-        return super().forward(ids, *args, **tensors, **kwargs)
+        try:
+            with self._stopping(stop):
+                return super().forward(ids, *args, **tensors, **kwargs)
+        except StopForward as stopped:
+            return stopped.residual
+
+    def _stop(self, layer: int | None, names: Sequence[str] = ()) -> int | None:
+        """Check a `stop_at_layer` against the number of blocks and the names that the run has to reach."""
+        table = self.points
+        bases = [name.partition(".hook_sae_")[0] for name in names]
+        known = [table.aliases.get(base, base) for base in bases]
+        return table.stop_before(layer, [name for name in known if name in table.points])
+
+    def _stopping(self, stop: int | None) -> Any:
+        """TransformerLens ignores a stop behind the last block; here the run ends before the final norm."""
+        count = self.points.counts["block"]
+        return stopping_at(self.original_model, stop if stop == count else None, count)  # pyright: ignore[reportArgumentType]
 
     def run_with_cache(self, input: Any = None, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
-        """As TransformerBridge's; a name or list of names must be there afterwards, under the names asked
-        for.
+        """As TransformerBridge's; named points must be in the cache afterwards, under the names asked for.
 
         Raises:
-            HookError: an unknown name, or a named point that never fired.
+            HookError: an unknown name, a stop out of range, or a named point that never fired.
         """
         host: Any = super()
-        if names_filter is None or callable(names_filter):
-            return host.run_with_cache(input, *args, names_filter=names_filter, **kwargs)
-        asked: list[str] = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-        names = {name: self.resolve(name) for name in asked}
-        out, cache = host.run_with_cache(input, *args, names_filter=list(names.values()), **kwargs)
+        given: Any = names_filter
+        named = given is not None and not callable(given)
+        asked: list[str] = [] if not named else [given] if isinstance(given, str) else list(cast(Any, given))
+        names = {name: self._hookable(name) for name in asked}
+        stop = kwargs["stop_at_layer"] = self._stop(kwargs.get("stop_at_layer"), asked)
+        wanted = list(names.values()) if named else names_filter
+        with self._stopping(stop):
+            out, cache = host.run_with_cache(input, *args, names_filter=wanted, **kwargs)
         kept: Any = cache if isinstance(cache, dict) else cache.cache_dict
         calls = HookCalls(self.points)
         calls.counts = {("forward", name): int(known in kept) for name, known in names.items()}
         calls.require()
         kept |= {name: kept[known] for name, known in names.items()}
-        return out, cache
+        if isinstance(cache, dict):
+            return out, cache
+        return out, Maira2Cache(kept, self, has_batch_dim=cache.has_batch_dim)
 
     @contextmanager
     def hooks(
@@ -236,10 +315,15 @@ class BridgedMaira2(SAETransformerBridge):
         made: list[Any] = []
         for name, hook in pairs:
             if isinstance(name, str):
-                known = self.resolve(name)
+                known = self._hookable(name)
                 made.append((known, calls.watch(known, hook, direction)))
-            else:
-                made.append((name, hook))
+                continue
+            chosen = [known for known in self.hook_dict if name(known)]
+            if not chosen:
+                raise HookError(
+                    f"The function chose none of the {len(self.hook_dict)} hook points. `hook_dict` lists their names."
+                )
+            made.append((name, calls.watch_any(chosen, hook, direction)))
         return made
 
     def run_with_hooks(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest goes by keyword
@@ -256,11 +340,15 @@ class BridgedMaira2(SAETransformerBridge):
             return self(input, **kwargs)
 
     def add_hook(self, name: Any, hook_fn: Any, dir: Any = "fwd", is_permanent: bool = False) -> None:
-        """As TransformerBridge's, under any accepted name."""
+        """As TransformerBridge's, under any accepted name.
+
+        Raises:
+            HookError: an unknown name, or a point that fires only after a setter was called.
+        """
         if not isinstance(name, str):
             super().add_hook(name, hook_fn, dir=dir, is_permanent=is_permanent)
             return
-        self.hook_dict[self.resolve(name)].add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
+        self.hook_dict[self._hookable(name)].add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
 
     def generate(self, input: Any = None, max_new_tokens: int | None = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As TransformerBridge's, but greedy, silent and giving tokens `(B, L + T)` unless told otherwise.

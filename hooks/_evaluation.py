@@ -1,10 +1,10 @@
-"""What an SAE's reconstruction costs MAIRA-2: loss and divergence on the tokens that matter, images in place.
+"""Effect of an SAE's reconstruction on MAIRA-2's loss, on the tokens that matter and with the images.
 
     score = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)      KL(clean || sae)
 
-Both over targets of the wanted roles, with the SAE (or zeros) put in at the positions of the roles it was
-trained on. SAELens' own evaluation runs text alone and counts every position, image placeholders included.
-It knows nothing about training.
+Both over targets of the wanted roles, with the SAE (or zeros) put in at the positions of the roles it was trained on.
+An SAE of one attention head replaces that head. SAELens' own evaluation runs text alone and counts every position,
+image placeholders included.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +74,8 @@ class Maira2Evaluator:
             labels = batch.input_ids[:, 1:][wanted]
             replace = self._replacement(sae, activation_scaler, positions, moments)
             with_sae = self._logits(batch, name, replace, wanted)
-            ablated = self._logits(batch, name, _zeros(positions), wanted)
+            zeros = _zeros(positions, sae.cfg.metadata.hook_head_index)
+            ablated = self._logits(batch, name, zeros, wanted)
             found = {
                 "ce_loss": -clean.gather(-1, labels[:, None]).sum(),
                 "ce_loss_with_sae": -with_sae.gather(-1, labels[:, None]).sum(),
@@ -106,29 +107,38 @@ class Maira2Evaluator:
         scale: Any = (lambda x: x) if scaler is None else scaler.scale
         unscale: Any = (lambda x: x) if scaler is None else scaler.unscale
 
+        head = sae.cfg.metadata.hook_head_index
+
         def replace(value: torch.Tensor, hook: Any) -> torch.Tensor:
-            rows = value.reshape(-1, value.shape[-1]) if positions is None else value[positions]
+            new = value.clone()
+            part = _head_of(new, head)
+            rows = part.reshape(-1, part.shape[-1]) if positions is None else part[positions]
             flat = rows.reshape(len(rows), -1).to(sae.W_dec)
             acts = sae.encode(scale(flat))
             acts = acts.to_dense() if acts.is_sparse else acts
             out = unscale(sae.decode(acts))
             moments.add(flat, out, acts)
-            new = value.clone()
             if positions is None:
-                return out.to(value).view(value.shape)
-            new[positions] = out.to(value).view(rows.shape)
+                part.copy_(out.to(value).view(part.shape))
+            else:
+                part[positions] = out.to(value).view(rows.shape)
             return new
 
         return replace
 
 
-def _zeros(positions: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+def _zeros(positions: torch.Tensor | None, head: int | None) -> Callable[..., torch.Tensor]:
     def ablate(value: torch.Tensor, hook: Any) -> torch.Tensor:
-        if positions is None:
-            return torch.zeros_like(value)
-        return value.masked_fill(positions.view(*positions.shape, *[1] * (value.ndim - 2)), 0)
+        new = value.clone()
+        _head_of(new, head)[... if positions is None else positions] = 0
+        return new
 
     return ablate
+
+
+def _head_of(value: torch.Tensor, head: int | None) -> torch.Tensor:
+    """The values of one head of (B, L, heads, d_head), as a view; everything if no head is given."""
+    return value if head is None else value[..., head, :]
 
 
 class _Moments:

@@ -32,6 +32,7 @@ def gather_inputs(
     processor: Any = None,
     device: torch.device | str | None = None,
     encode: Mapping[str, Any] | None = None,
+    pad_token_id: int | None = None,
     **tensors: torch.Tensor | None,
 ) -> ModelInputs:
     """Turn whatever a door was given into the model's tensors.
@@ -42,6 +43,7 @@ def gather_inputs(
         processor: the processor, needed for studies and text.
         device: where the tensors go.
         encode: keyword arguments of `Maira2Processor.encode`, for studies only.
+        pad_token_id: token whose runs at either end of a row are padding where no attention mask was given.
         **tensors: `input_ids`, `attention_mask`, `pixel_values` beside token ids or text.
 
     Returns:
@@ -90,7 +92,20 @@ def gather_inputs(
             f"The input holds {', '.join(sorted(found)) or 'nothing'} but no input_ids. Pass token ids, a"
             f" study or an encoding; images alone say nothing to a language model."
         )
+    if "attention_mask" not in found and pad_token_id is not None:
+        mask = _mask_of(found["input_ids"], pad_token_id)
+        found |= {} if mask is None else {"attention_mask": mask}
     return ModelInputs({name: tensor.to(device) for name, tensor in found.items()}, encoding)
+
+
+def _mask_of(ids: torch.Tensor, pad: int) -> torch.Tensor | None:
+    """Attention mask (B, L) that leaves out runs of the pad token at either end of a row; None if there are none.
+
+    MAIRA-2 pads with <unk>, so a pad token inside a text is a word that the tokenizer does not know.
+    """
+    real = ids != pad
+    inside = real.cumsum(-1).bool() & real.flip(-1).cumsum(-1).flip(-1).bool()
+    return None if bool(inside.all()) else inside.long()
 
 
 def is_study(thing: Any) -> bool:

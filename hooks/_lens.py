@@ -1,11 +1,12 @@
-"""Reading the residual stream in words: embedding and unembedding matrices, and the logit lens.
+"""Weights under TransformerLens' names, tokens as text, and the logit lens.
 
     lens(r) = norm(r) W_U
 
-The norm is the model's final one, gain included. It knows nothing about how the stream was obtained.
+The norm is the model's final one, gain included.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,90 @@ from torch import nn
 from sae_lens_maira.errors import HookError
 
 
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Projections of one attention layer, in TransformerLens' shapes."""
+
+    W_Q: torch.Tensor
+    """`(heads, d_model, d_head)`."""
+    W_K: torch.Tensor
+    """`(kv_heads, d_model, d_head)`."""
+    W_V: torch.Tensor
+    """`(kv_heads, d_model, d_head)`."""
+    W_O: torch.Tensor
+    """`(heads, d_head, d_model)`."""
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """Matrices of one MLP, in TransformerLens' shapes."""
+
+    W_gate: torch.Tensor
+    """`(d_model, d_mlp)`."""
+    W_in: torch.Tensor
+    """`(d_model, d_mlp)`."""
+    W_out: torch.Tensor
+    """`(d_mlp, d_model)`."""
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Weights of one decoder block; views of the model's own tensors."""
+
+    attn: AttentionWeights
+    mlp: MLPWeights
+
+
 class LensMixin:
-    """Matrices and logit lens of a wrapped MAIRA-2."""
+    """Weights, tokens and logit lens of a wrapped MAIRA-2."""
 
     model: nn.Module
     tokenizer: Any
     points: Any
+    cfg: Any
+
+    @property
+    def _decoder(self) -> Any:
+        return self.model.get_submodule("model.language_model")
+
+    @property
+    def blocks(self) -> list[BlockWeights]:
+        """Weights of the decoder blocks, under TransformerLens' names: `blocks[3].attn.W_O`."""
+        size = self.cfg.d_head
+
+        def split(linear: Any) -> torch.Tensor:
+            return linear.weight.unflatten(0, (-1, size)).transpose(1, 2)
+
+        return [
+            BlockWeights(
+                AttentionWeights(
+                    split(layer.self_attn.q_proj),
+                    split(layer.self_attn.k_proj),
+                    split(layer.self_attn.v_proj),
+                    layer.self_attn.o_proj.weight.T.unflatten(0, (-1, size)),
+                ),
+                MLPWeights(
+                    layer.mlp.gate_proj.weight.T, layer.mlp.up_proj.weight.T, layer.mlp.down_proj.weight.T
+                ),
+            )
+            for layer in self._decoder.layers
+        ]
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The norms of the residual stream: ln1 and ln2 per block, then the final one."""
+        layers = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in self._decoder.layers]
+        return [*(norm for pair in layers for norm in pair), self._decoder.norm]
+
+    def ln_final(self, residual: torch.Tensor) -> torch.Tensor:
+        """The final norm, gain included, without its hooks: `(..., d_model)`."""
+        return self._decoder.norm.forward(residual)
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> torch.Tensor:
+        """Sum of the output biases up to a layer `(d_model,)`: zero, since Llama's projections have none."""
+        return self.W_E.new_zeros(self.cfg.d_model)
 
     @property
     def W_E(self) -> torch.Tensor:
@@ -83,9 +162,35 @@ class LensMixin:
             )
         return int(ids[0])
 
-    def to_str_tokens(self, ids: torch.Tensor) -> list[str]:
-        """The token strings of ids `(L,)` or `(1, L)`."""
-        return self._tokenizer().convert_ids_to_tokens(ids.reshape(-1).tolist())
+    def to_str_tokens(
+        self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
+    ) -> Any:
+        """The tokens of a text as strings.
+
+        Args:
+            input: a text, or token ids `(L,)` or `(1, L)`; a list gives one result per item.
+            prepend_bos: for text, as in `to_tokens`.
+            padding_side: for text, as in `to_tokens`.
+
+        Returns:
+            One string per token, decoded one by one, as TransformerLens' models give them.
+        """
+        if isinstance(input, (list, tuple)):
+            return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
+        ids = self.to_tokens(input, prepend_bos, padding_side) if isinstance(input, str) else input
+        ids = torch.as_tensor(ids)
+        if ids.ndim > 1 and ids.shape[:-1].numel() > 1:
+            raise HookError(
+                f"to_str_tokens was given ids of shape {tuple(ids.shape)}; expected one row. Pass list(ids)."
+            )
+        return self._tokenizer().batch_decode(ids.reshape(-1, 1), clean_up_tokenization_spaces=False)
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """The text of token ids: a string for `(L,)`, a list of strings for `(B, L)`."""
+        ids = torch.as_tensor(tokens)
+        if ids.ndim == 2:
+            return self._tokenizer().batch_decode(ids, clean_up_tokenization_spaces=False)
+        return self._tokenizer().decode(ids, clean_up_tokenization_spaces=False)
 
     def tokens_to_residual_directions(self, tokens: int | str | torch.Tensor) -> torch.Tensor:
         """Columns of `W_U` for token ids, or for the token of a word: `(..., d_model)`."""

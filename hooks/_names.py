@@ -7,7 +7,7 @@ of. It knows nothing about running a model.
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -149,6 +149,52 @@ class PointTable:
         """
         axes = self.resolve(name).spec.shape.strip("()").split(", ", 2)[-1]
         return self._widths.get(axes)
+
+    def stop_before(self, layer: int | None, named: Sequence[str] | None = None) -> int | None:
+        """The decoder block before which a run ends.
+
+        SAELens takes the first number of a hook's name for the layer, so a vision block's number arrives here
+        too; images are seen before any decoder block, and the run then ends before block 0.
+
+        Args:
+            layer: blocks to run; negative counts from the end, None runs everything.
+            named: names that the caller wants from the run, if it named any.
+
+        Returns:
+            A number from 0 to the number of blocks, or None.
+
+        Raises:
+            HookError: a number out of range, or a named point that lies behind the stop.
+        """
+        if layer is None:
+            return None
+        count = self.counts["block"]
+        stops = {name: self.points[name.partition(".hook_sae_")[0]].stop for name in named or ()}
+        if stops and all(stop == 0 for stop in stops.values()):
+            return 0
+        wanted = layer + count if layer < 0 else layer
+        if 0 in stops.values():
+            wanted = min(wanted, count)
+        if not 0 <= wanted <= count:
+            raise HookError(
+                f"stop_at_layer={layer} was asked for, but this model has {count} blocks. Use 0 to {count}, a"
+                f" negative number from the end, or None."
+            )
+        behind = [name for name, stop in stops.items() if stop is None or stop > wanted]
+        if behind:
+            raise HookError(
+                f"stop_at_layer={layer} ends the run before {', '.join(behind)} could fire. Stop later,"
+                f" or leave stop_at_layer out."
+            )
+        return wanted
+
+    def heads(self, name: str) -> int | None:
+        """Number of heads that a point's last axis is split into; None at points without heads.
+
+        Raises:
+            HookError: the name is unknown.
+        """
+        return self._heads[self.resolve(name).spec.heads]
 
     def _explain(self, name: str) -> str:
         reason = ABSENT.get(name.rsplit(".", 1)[-1])

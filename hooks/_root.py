@@ -8,6 +8,7 @@ may stay silent), and `run_with_cache` holds just the named tensors. It knows no
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks._attach import HookCalls, LivePoint, attach_points, never_fired
+from sae_lens_maira.hooks._cache import Maira2Cache
 from sae_lens_maira.hooks._names import PointTable
 from sae_lens_maira.hooks._pattern import is_eager
 from sae_lens_maira.maira2.versions import has_transformer_bridge
@@ -46,6 +48,8 @@ class HookedPoints(HookedRootModule):
         """The table of hook points: names, aliases, order."""
         self.live: dict[str, LivePoint] = attach_points(model, self.points)
         self._watched: set[str] = set()
+        self._left: WeakSet[HookPoint] = WeakSet()
+        """Points inside SAEs that were spliced in; `reset_hooks` reaches the hooks that were added there."""
         self.setup()
 
     def setup(self) -> None:
@@ -79,7 +83,7 @@ class HookedPoints(HookedRootModule):
 
     def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens, but only where there are hooks: every context ends with this call."""
-        for point in self.hook_points():
+        for point in (*self.hook_points(), *self._left):
             if point.fwd_hooks or point.bwd_hooks:
                 point.remove_hooks(*args, **kwargs)
 
@@ -110,7 +114,7 @@ class HookedPoints(HookedRootModule):
             if dir == "fwd":
                 self._watched.add(name)
         else:
-            chosen = set(self._choose(name))
+            chosen = set(self._chosen(name))
             name = chosen.__contains__
         super().add_hook(name, hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
@@ -162,8 +166,18 @@ class HookedPoints(HookedRootModule):
                 known = self.resolve(name)
                 made.append((known, calls.watch(known, hook, direction)))
             else:
-                made += [(chosen, hook) for chosen in self._choose(name)]
+                chosen = self._chosen(name)
+                made += [(point, calls.watch_any(chosen, hook, direction)) for point in chosen]
         return made
+
+    def _chosen(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Names a function picks; picking none is an error."""
+        chosen = self._choose(wanted)
+        if not chosen:
+            raise HookError(
+                f"The function chose none of the {len(self.hook_dict)} hook points. `hook_dict` lists their names."
+            )
+        return chosen
 
     def _choose(self, wanted: Callable[[str], bool] | None) -> list[str]:
         """Names a function picks; patterns that fused attention never forms are left out."""
@@ -220,7 +234,7 @@ class HookedPoints(HookedRootModule):
             clear_contexts: whether the points' `ctx` is cleared.
             pos_slice: positions to keep, as in TransformerLens.
             stop_at_layer: run only the blocks before this one; the result is then the residual stream there.
-            return_cache_object: whether the cache is TransformerLens' `ActivationCache` and not a dict.
+            return_cache_object: whether the cache is an `ActivationCache` of TransformerLens and not a dict.
             gradients: whether the result keeps its autograd graph; cached values are always detached.
             **kwargs: further arguments of the model's call.
 
@@ -238,7 +252,7 @@ class HookedPoints(HookedRootModule):
         else:
             aliases = {name: self.resolve(name) for name in asked}
             named = wanted = list(dict.fromkeys(aliases.values()))
-        stop = self.stop_before(stop_at_layer, named)
+        stop = self.points.stop_before(stop_at_layer, named)
         place = None if device is None else torch.device(device)
         cache, forward, backward = self.get_caching_hooks(
             wanted, incl_bwd, place, remove_batch_dim, pos_slice=pos_slice
@@ -256,9 +270,7 @@ class HookedPoints(HookedRootModule):
         self.is_caching = False
         cache |= {name: cache[known] for name, known in aliases.items()}
         if return_cache_object:
-            from transformer_lens import ActivationCache
-
-            return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+            return out, Maira2Cache(cache, self, has_batch_dim=not remove_batch_dim)
         return out, cache
 
     @contextmanager
@@ -277,41 +289,3 @@ class HookedPoints(HookedRootModule):
         finally:
             if handle is not None:
                 handle.remove()
-
-    def stop_before(self, layer: int | None, named: Sequence[str] | None = None) -> int | None:
-        """The decoder block before which a run ends.
-
-        SAELens takes the first number of a hook's name for the layer, so a vision block's number arrives here
-        too; images are seen before any decoder block, and the run then ends before block 0.
-
-        Args:
-            layer: blocks to run; negative counts from the end, None runs everything.
-            named: names that the caller wants from the run, if it named any.
-
-        Returns:
-            A number from 0 to the number of blocks, or None.
-
-        Raises:
-            HookError: a number out of range, or a named point that lies behind the stop.
-        """
-        if layer is None:
-            return None
-        count = self.points.counts["block"]
-        stops = {name: self.points.points[name.partition(".hook_sae_")[0]].stop for name in named or ()}
-        if stops and all(stop == 0 for stop in stops.values()):
-            return 0
-        wanted = layer + count if layer < 0 else layer
-        if 0 in stops.values():
-            wanted = min(wanted, count)
-        if not 0 <= wanted <= count:
-            raise HookError(
-                f"stop_at_layer={layer} was asked for, but this model has {count} blocks. Use 0 to {count}, a"
-                f" negative number from the end, or None."
-            )
-        behind = [name for name, stop in stops.items() if stop is None or stop > wanted]
-        if behind:
-            raise HookError(
-                f"stop_at_layer={layer} ends the run before {', '.join(behind)} could fire. Stop later,"
-                f" or leave stop_at_layer out."
-            )
-        return wanted

@@ -170,6 +170,7 @@ class SplicingPoints(HookedPoints):
                 point.release()
             for inner, point in splice.inner.items():
                 point.name = names[inner]
+            self._left.update(splice.inner.values())
 
         self._splices[site], self._undo[site] = splice, undo
         self._settings[site] = {

@@ -7,7 +7,7 @@ tensors. It knows nothing about training or steering.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks._attach import StopForward, stopping_at
+from sae_lens_maira.hooks._cache import GeneratedValues
 from sae_lens_maira.hooks._inputs import ModelInputs, gather_inputs
 from sae_lens_maira.hooks._lens import LensMixin
 from sae_lens_maira.hooks._positions import Bypass, Positions
+from sae_lens_maira.hooks._root import Filter
 from sae_lens_maira.hooks._splice import SplicingPoints
 from sae_lens_maira.maira2 import (
     MAX_NEW_TOKENS,
@@ -51,6 +53,7 @@ class HookedMaira2Config:
     normalization_type: str = "RMS"
     is_multimodal: bool = True
     use_attn_result: bool = False
+    attn_only: bool = False
 
 
 class HookedMaira2(LensMixin, SplicingPoints):
@@ -106,7 +109,8 @@ class HookedMaira2(LensMixin, SplicingPoints):
 
     def inputs(self, given: Any, **kwargs: Any) -> ModelInputs:
         """The model's tensors for any accepted input; see `gather_inputs`."""
-        return gather_inputs(given, self.processor, self.W_E.device, **kwargs)
+        pad: Any = self.model.config
+        return gather_inputs(given, self.processor, self.W_E.device, pad_token_id=pad.pad_token_id, **kwargs)
 
     def encode(
         self,
@@ -223,7 +227,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
         if any(value is not None for value in (task, phrase, report, padding_side)):
             input = self.encode(input, report, task, phrase, padding_side)
         inputs = self.inputs(input, **tensors)
-        stop = self.stop_before(stop_at_layer)
+        stop = self.points.stop_before(stop_at_layer)
         with self._running(inputs), self._watching(), stopping_at(self.model, stop, self.cfg.n_layers):
             try:
                 # No cache unless asked for: at 4,000 positions it is 2 GB in bf16 that nobody reads.
@@ -272,6 +276,8 @@ class HookedMaira2(LensMixin, SplicingPoints):
         return_type: str = "tokens",
         task: str | None = None,
         phrase: Any = None,
+        names_filter: Filter = None,
+        device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate, greedily unless told otherwise, with every hook and SAE in force.
@@ -285,11 +291,16 @@ class HookedMaira2(LensMixin, SplicingPoints):
                 one `ParsedReport` per row.
             task: for studies: "findings", "grounded" or "phrase".
             phrase: for studies and task "phrase".
+            names_filter: hook points whose values are kept, as in `run_with_cache`: the result is then a pair of the
+                result and a cache of name -> `(B, L + T - 1, ...)`. Position i belongs to token i of the result; the
+                last token is written and never read. Vision and projector points have their one value.
+            device: where the kept values go, for instance "cpu".
             **kwargs: `attention_mask`, `pixel_values` beside token ids; arguments of transformers'
                 `generate`.
 
         Raises:
-            HookError: an input no door takes, or a hook added by name that never fired.
+            HookError: an input of another kind, a hook added by name that never fired, or values asked for of beams,
+                several samples or attention patterns.
             PromptError: image placeholders and images do not agree.
         """
         if return_type not in ("tokens", "reports"):
@@ -302,10 +313,38 @@ class HookedMaira2(LensMixin, SplicingPoints):
             "do_sample": False,
         } | kwargs
         model: Any = self.model
-        with self._running(inputs), self._watching():
+        names = self._generated_names(names_filter, arguments)
+        kept = GeneratedValues(self.points, device)
+        pairs = [(known, kept.keep) for known in dict.fromkeys(names.values())]
+        with self._running(inputs), self._watching(), self.hooks(pairs) if pairs else nullcontext():
             output = model.generate(**inputs.tensors, **arguments)
-        if return_type == "tokens":
-            return output
+        result = output if return_type == "tokens" else self._reports(output, inputs)
+        if names_filter is None:
+            return result
+        cache = kept.cache()
+        return result, cache | {name: cache[known] for name, known in names.items()}
+
+    def _generated_names(self, wanted: Filter, arguments: dict[str, Any]) -> dict[str, str]:
+        """Name asked for -> name of the point, for values that are kept during `generate`."""
+        if wanted is None:
+            return {}
+        if callable(wanted):
+            found = {name: name for name in self._chosen(wanted)}
+        else:
+            found = {name: self.resolve(name) for name in ([wanted] if isinstance(wanted, str) else wanted)}
+        patterns = [name for name in found.values() if name.endswith("attn.hook_pattern")]
+        several = [name for name in ("num_beams", "num_return_sequences") if (arguments.get(name) or 1) > 1]
+        if patterns or several:
+            what = (
+                f"{patterns[0]!r}, whose shape changes with every token" if patterns else f"{several[0]} > 1"
+            )
+            raise HookError(
+                f"Values of generated tokens were asked for with {what}. Generate first, then pass the tokens to"
+                " run_with_cache."
+            )
+        return found
+
+    def _reports(self, output: Any, inputs: ModelInputs) -> list[Any]:
         if self.processor is None:
             raise HookError(
                 "Reports are read by a processor, and this model was wrapped without one. Pass one."

@@ -10,7 +10,7 @@ table of points can be read and written with `m.at[name]`. It knows nothing abou
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nnsight import NNsight
@@ -186,9 +186,8 @@ class Maira2NNsight(NNsight):
         encode = {key: kwargs[key] for key in _ENCODE if kwargs.get(key) is not None}
         given = {key: kwargs[key] for key in _TENSORS if kwargs.get(key) is not None}
         rest = {key: value for key, value in kwargs.items() if key not in (*_ENCODE, *_TENSORS)}
-        found = gather_inputs(
-            inputs[0] if inputs else None, self.processor, self.device, encode=encode, **given
-        )
+        first, config = inputs[0] if inputs else None, cast(Any, self._module.config)
+        found = gather_inputs(first, self.processor, self.device, encode, config.pad_token_id, **given)
         return dict(found.tensors), rest
 
 

@@ -60,11 +60,13 @@ class Maira2ActivationsStore(ActivationsStore):
             shuffle_seed: Random seed of the order of studies; None keeps the given order.
 
         Raises:
-            HookError: There are no studies, the hook point is unknown, or its width is not the SAE's.
+            HookError: There are no studies, the hook point is unknown, its width (or that of one head) is not the
+                SAE's, or the configuration asks for a slice of positions.
         """
         if len(studies) == 0:
             raise HookError("The store was given no studies; expected at least one study or encoding.")
         point = model.points.resolve(cfg.hook_name)
+        _check_rows(model, cfg)
         store = cls.from_config(model, cfg, override_dataset=_no_dataset(cfg))
         assert isinstance(store, cls)
         store.studies, store.shuffle_seed = studies, shuffle_seed
@@ -232,12 +234,6 @@ def maira2_runner(
         HookError: The hook point is unknown, there are no studies, or the SAE's width is not the hook point's.
     """
     point = model.points.resolve(hook_name)
-    width = model.points.width(point.name)
-    if sae.d_in != width:
-        raise HookError(
-            f"The SAE's d_in is {sae.d_in}, but the value at {point.name!r} has width {width}. Set"
-            f" d_in={width}."
-        )
     defaults: dict[str, Any] = {
         "model_name": model.cfg.model_name,
         "model_class_name": "HookedMaira2",
@@ -253,7 +249,38 @@ def maira2_runner(
     config = LanguageModelSAERunnerConfig(
         sae=sae, hook_name=point.name, training_tokens=training_tokens, **defaults | cfg
     )
+    _check_rows(model, config)
     return Maira2TrainingRunner(config, model, studies, eval_studies, settings)
+
+
+def _check_rows(model: HookedMaira2, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Check that a configuration's rows are those of its SAE.
+
+    Raises:
+        HookError: The SAE's width is not the hook point's (or one head's), there is no such head, or positions are to
+            be cut by number.
+    """
+    point = model.points.resolve(cfg.hook_name)
+    width, heads, head = model.points.width(point.name), model.points.heads(point.name), cfg.hook_head_index
+    if head is not None:
+        if heads is None or not -heads <= head < heads:
+            raise HookError(
+                f"hook_head_index={head} was asked for, but {point.name!r} has {heads or 'no'} heads. Use a number"
+                " below that, or leave it out."
+            )
+        width = (width or 0) // heads
+    d_in = cfg.sae.d_in
+    if d_in != width:
+        what = "one head" if head is not None else "the value"
+        raise HookError(
+            f"The SAE's d_in is {d_in}, but {what} at {point.name!r} has width {width}. Set d_in={width}"
+            + (", or hook_head_index to train on one head." if head is None and heads is not None else ".")
+        )
+    if any(bound is not None for bound in cfg.seqpos_slice or ()):
+        raise HookError(
+            f"seqpos_slice={tuple(cfg.seqpos_slice)} was asked for, but rows of studies are chosen by token role, not"
+            " by position. Leave it out and pass settings=RowSettings(roles=...)."
+        )
 
 
 def _no_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:

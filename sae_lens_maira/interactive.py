@@ -84,7 +84,7 @@ class InteractiveMaira2(HookedMaira2):
         values, latents = acts.topk(min(k, acts.shape[-1]), dim=-1)
         values, latents = values.float().cpu(), latents.cpu()
         names = getattr(sae, "latent_names", {})
-        tokens = self.to_str_tokens(encoding.input_ids[0])
+        tokens = self.tokenizer.convert_ids_to_tokens(encoding.input_ids[0].tolist())
         rows = [
             {
                 "position": position - first,
