@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sae_lens_maira.steering.maps import random_direction, recorded_map
     from sae_lens_maira.steering.positions import everywhere, patches, prompt, report, roles, window
     from sae_lens_maira.studies import Study
+    from sae_lens_maira.workbench import workbench
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "steering.maps": ("random_direction", "recorded_map"),
     "steering.positions": ("everywhere", "patches", "prompt", "report", "roles", "window"),
     "studies": ("Study",),
+    "workbench": ("workbench",),
 }
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
 
@@ -90,6 +92,7 @@ __all__ = [
     "roles",
     "study_firing",
     "window",
+    "workbench",
 ]
 
 

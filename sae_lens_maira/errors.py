@@ -80,3 +80,7 @@ class PrivacyError(MairaError, PermissionError):
 
 class InterventionError(MairaError, ValueError):
     """A steering intervention is impossible or did nothing."""
+
+
+class WorkbenchError(MairaError, ValueError):
+    """A request of the workbench's page that cannot be carried out."""

@@ -143,6 +143,7 @@ class InteractiveMaira2(HookedMaira2):
         p99: torch.Tensor | None = None,
         max_new_tokens: int | None = None,
         task: str | None = None,
+        control_seed: int | None = None,
         **generate: Any,
     ) -> Any:
         """Write a study's report with and without an intervention.
@@ -156,6 +157,7 @@ class InteractiveMaira2(HookedMaira2):
             p99: `(d_sae,)` units; None is the SAE's own.
             max_new_tokens: token budget; None is the task's own.
             task: "findings", "grounded" or "phrase".
+            control_seed: replace every change by a random direction of equal norm, drawn with this seed.
             **generate: further arguments of transformers' `generate`.
 
         Returns:
@@ -182,7 +184,7 @@ class InteractiveMaira2(HookedMaira2):
             encoding, max_new_tokens=max_new_tokens, return_type="reports", task=task, **generate
         )
         budget = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-        with self.steering(encoding, sae, items, p99) as run:
+        with self.steering(encoding, sae, items, p99, control_seed=control_seed) as run:
             after = run.reports(self.maira.processor, **budget, **generate)
         made = [
             SteeringResult(old.text, new.text, tuple(items), run.hook_name, run.effect)
@@ -198,6 +200,7 @@ class InteractiveMaira2(HookedMaira2):
         p99: torch.Tensor | None = None,
         report: Any = None,
         require_effect: bool = True,
+        control_seed: int | None = None,
     ) -> AbstractContextManager[Steering]:
         """Apply interventions inside a `with` block, for logits and reports of your own.
 
@@ -208,6 +211,7 @@ class InteractiveMaira2(HookedMaira2):
             p99: `(d_sae,)` units; None is the SAE's own.
             report: Text behind the prompt, as in `top_latents`.
             require_effect: Raise an error where nothing changed.
+            control_seed: Replace every change by a random direction of equal norm, drawn with this seed.
 
         Returns:
             A context manager; its `logits()`, `reports(processor)` and `effect` belong to the steered model.
@@ -224,7 +228,9 @@ class InteractiveMaira2(HookedMaira2):
             )
         encoding = study if isinstance(study, Maira2Encoding) else self.encode(study, report=report)
         hook_name = _hook_of(sae) if sae is not None else _only_hook(items)
-        return steering(self, sae, hook_name, items, encoding, units, require_effect=require_effect)
+        return steering(
+            self, sae, hook_name, items, encoding, units, require_effect, control_seed=control_seed
+        )
 
     def attribute(
         self,

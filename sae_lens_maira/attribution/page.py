@@ -100,13 +100,14 @@ def page_data(page: StudyPage, about: str = "") -> dict[str, Any]:
             for name, image, (rows, cols) in _images(study, found)
         ],
         "sentences": [
-            _sentence(found, item, text, page.n_removed)
+            sentence_data(found, item, text, page.n_removed)
             for item, text in zip(found.sentences, regenerated, strict=True)
         ],
     }
 
 
-def _sentence(found: ReportAttribution, item: Attribution, text: str | None, n: int) -> dict[str, Any]:
+def sentence_data(found: ReportAttribution, item: Attribution, text: str | None, n: int) -> dict[str, Any]:
+    """One sentence for a page's script: its map, latents and check; `text` is the report without its `n` entries."""
     table = item.latents(found.names).head(SHOWN_LATENTS)
     check = None
     if item.check is not None:
@@ -203,4 +204,4 @@ def _index(names: Sequence[str], pages: Sequence[StudyPage], about: str) -> str:
     )
 
 
-__all__ = ["StudyPage", "page_data", "page_html", "write_pages"]
+__all__ = ["StudyPage", "page_data", "page_html", "sentence_data", "write_pages"]

@@ -58,6 +58,7 @@ _TABLE: dict[str, str] = {
     "dashboards upload": "dashboards:upload",
     "attribute": "attribute:attribute",
     "steer": "steer:steer",
+    "workbench": "workbench:open_workbench",
     "measure-phantom": "phantom:measure_phantom",
 }
 

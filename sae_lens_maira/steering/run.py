@@ -107,6 +107,7 @@ def steering(
     encoding: Maira2Encoding,
     p99: torch.Tensor | None = None,
     require_effect: bool = True,
+    control_seed: int | None = None,
 ) -> Iterator[Steering]:
     """Apply interventions at a hook point while the block runs.
 
@@ -119,6 +120,7 @@ def steering(
         encoding: The batch that will run, on the model's device.
         p99: (d_sae,) units of the latents, from `stats.p99` or the latent records.
         require_effect: Refuse a run that reached its positions but changed nothing.
+        control_seed: Replace every change by a random direction of the same norm, drawn with this seed.
 
     Raises:
         InterventionError: Invalid input (before the block), or a run that did nothing (after it).
@@ -126,7 +128,8 @@ def steering(
     items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     model = _model(maira)
     point = check_point(model, hook_name, sae)
-    engine = Engine(sae, items, encoding, p99, model.config.get_text_config().hidden_size)
+    width = model.config.get_text_config().hidden_size
+    engine = Engine(sae, items, encoding, p99, width, control_seed=control_seed)
     run = Steering(maira, point, engine, encoding)
     with ExitStack() as stack:
         if isinstance(maira, HookedMaira2):
