@@ -38,9 +38,10 @@ ALLOWED |= {
     "interactive": LIBRARY,
     "interface": LIBRARY | {"phantom", "interactive"},
     "quickstart": LIBRARY | {"phantom", "interface"},
-    "cli": LIBRARY | {"phantom", "interface", "quickstart"},
+    "workbench": LIBRARY | {"interface"},
+    "cli": LIBRARY | {"phantom", "interface", "quickstart", "workbench"},
     "recipes": LIBRARY | {"phantom", "interface", "quickstart", "cli"},
-    "__init__": LIBRARY | {"interface", "interactive"},
+    "__init__": LIBRARY | {"interface", "interactive", "workbench"},
 }
 LEAVES = {"errors", "io", "privacy", "stats"}
 

@@ -75,9 +75,8 @@ class RunSpec:
         grid = _grid(plain.get("grid", ()))
         if place == "painted" and not grid:
             raise WorkbenchError("Nothing is painted. Paint patches on the image, or choose another place.")
-        return cls(
-            plain["study"], tuple(map(str, without)), _sliders(plain.get("sliders", ())), place, view, grid, seed, tokens
-        )  # fmt: skip
+        sliders = _sliders(plain.get("sliders", ()))
+        return cls(plain["study"], tuple(map(str, without)), sliders, place, view, grid, seed, tokens)
 
     def interventions(self, maps: Mapping[int, torch.Tensor]) -> list[Intervention]:
         """What is done to the stream; empty if no slider is set.

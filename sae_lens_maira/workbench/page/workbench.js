@@ -131,7 +131,8 @@ function drawOverlay() {
   const count = painted.filter(Boolean).length;
   $("maplabel").textContent = [state.overlay ? state.overlay.label : "", count ? `${count} of ${rows * cols} patches painted.` : ""].join(" ").trim();
   const cursor = $("cursor");
-  cursor.hidden = !state.painting;
+  cursor.hidden = $("grid").hidden = !state.painting;
+  $("grid").style.backgroundSize = `${100 / cols}% ${100 / rows}%`;
   Object.assign(cursor.style, { left: `${100 * state.cursor[1] / cols}%`, top: `${100 * state.cursor[0] / rows}%`, width: `${100 / cols}%`, height: `${100 / rows}%` });
 }
 function paintAt(row, col) {
@@ -182,7 +183,8 @@ async function search() {
     const item = el("li");
     if (!row) { item.append(el("span", "No latent matches.", { class: "hint" })); return item; }
     const score = row.f1 === undefined ? "" : `${row.finding.replaceAll("_", " ")}, F1 ${row.f1.toFixed(2)}`;
-    const button = el("button", `${row.latent}  ${row.name || score || "unnamed"}`, { type: "button", title: [row.name, score, row.status].filter(Boolean).join(" · ") });
+    const button = el("button", null, { type: "button", title: [row.name, score, row.status].filter(Boolean).join(" · ") });
+    button.append(el("span", `${row.latent}  ${row.name || score || "unnamed"}`, { class: "name" }));
     button.onclick = () => { remember(); addSlider(row.latent, row.name || score); showMap(row.latent); };
     item.append(button);
     return item;
@@ -195,7 +197,7 @@ function addSlider(latent, name, strength = 1) {
 function drawSliders() {
   $("sliders").replaceChildren(...state.sliders.map((one) => {
     const box = el("div", null, { class: "slider" }), head = el("div", null, { class: "row" });
-    const label = el("span", `${one.latent} ${one.name || ""}`), value = el("output", `${one.strength.toFixed(1)} p99`);
+    const label = el("span", `${one.latent} ${one.name || ""}`, { class: "name", title: one.name || "" }), value = el("output", `${one.strength.toFixed(1)} p99`);
     const remove = el("button", "Remove", { type: "button", "aria-label": `Remove latent ${one.latent}` });
     const range = el("input", null, { type: "range", min: -10, max: 10, step: 0.1, "aria-label": `Strength of latent ${one.latent} in p99` });
     range.value = one.strength;
@@ -326,6 +328,7 @@ const explain = (side, number) => exclusively(async (signal) => {
     table.append(line);
   }
   const nodes = [el("h2", "Why this sentence?"), el("p", found.text), table];
+  if (side !== shown.before) nodes.push(el("p", "Attribution of this text under the unsteered model.", { class: "hint" }));
   if (found.check) {
     const c = found.check, good = !c.problems.length;
     nodes.push(el("p", good ? `Check passed: without the ${c.n} strongest entries the sentence loses ${c.drop.toFixed(2)} nats, without ${c.n} random ones of equal norm ${c.random.toFixed(2)}.` : `Do not rely on this attribution: ${c.problems.join("; ")}.`, { class: good ? "ok" : "bad" }));

@@ -1,0 +1,212 @@
+"""The workbench in a real browser: an experiment from opening the page to the exported files."""
+
+import dataclasses
+import json
+import os
+import shutil
+from typing import Any
+
+import pytest
+
+from sae_lens_maira.workbench.run import RunningWorkbench
+
+selenium = pytest.importorskip("selenium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(
+        shutil.which("chromium") is None or shutil.which("chromedriver") is None, reason="no Chromium here"
+    ),
+]
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+SCREENSHOTS = os.environ.get("WORKBENCH_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def driver(request, tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    profile = tmp_path_factory.mktemp("profile")
+    for word in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1500,1300",
+    ):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={profile}")
+    if request.param == "dark":
+        options.add_argument("--force-dark-mode")
+        options.add_argument("--blink-settings=preferredColorScheme=0")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found: Any = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"), env=dict(os.environ))
+    )
+    found.scheme = request.param
+    yield found
+    found.quit()
+
+
+@pytest.fixture
+def page(session, driver):
+    """A workbench whose first study and first latents carry hostile text."""
+    name, study = next(iter(session.studies.items()))
+    session.studies = {
+        name: dataclasses.replace(study, indication=HOSTILE),
+        **dict(list(session.studies.items())[1:]),
+    }
+    names = dict(session.sae.latent_names)
+    session.sae.latent_names = {latent: f"{text} {HOSTILE}" for latent, text in names.items()}
+    running = RunningWorkbench(session)
+    driver.get(running.url)
+    yield driver, running
+    session.sae.latent_names = names
+    running.close()
+
+
+def wait(driver, script, seconds=60):
+    """Wait until a JavaScript expression is true."""
+    return WebDriverWait(driver, seconds, 0.05).until(lambda d: d.execute_script(f"return {script}"))
+
+
+def idle(driver):
+    wait(driver, "document.body.getAttribute('aria-busy') === 'false' && !workbench.running")
+
+
+def problem(driver):
+    return driver.execute_script("return document.getElementById('problem').textContent")
+
+
+def test_an_experiment_from_opening_to_export(page, session, tmp_path, monkeypatch):
+    """Generate, ask why, add a latent, paint, steer, control, undo, cancel, export; the exported code agrees."""
+    driver, running = page
+
+    def find(selector):
+        return driver.find_element(By.CSS_SELECTOR, selector)
+
+    wait(
+        driver,
+        "globalThis.workbench && workbench.about && document.querySelectorAll('#found button').length > 5",
+    )
+    find("#run").click()
+    idle(driver)
+    assert problem(driver) == ""
+    before = find("#before").text
+    assert len(before) > 40
+
+    find("#before button").click()  # why this sentence?
+    idle(driver)
+    assert problem(driver) == ""
+    assert "Why this sentence?" in find("#why").text
+    assert driver.execute_script("return workbench.overlay.views.frontal.length") > 0
+    driver.find_elements(By.CSS_SELECTOR, "#why td button")[0].click()
+    assert len(driver.find_elements(By.CSS_SELECTOR, ".slider")) == 1
+
+    find("#search").send_keys("cardiomegaly")
+    wait(driver, "[...document.querySelectorAll('#found button')].every(b => /cardiomegaly/i.test(b.title))")
+    find("#found button").click()
+    sliders = driver.find_elements(By.CSS_SELECTOR, ".slider input")
+    assert len(sliders) == 2
+    sliders[1].send_keys(*[Keys.ARROW_RIGHT] * 30)
+    assert driver.execute_script("return workbench.sliders[1].strength") == pytest.approx(4.0)
+
+    find("#brush").click()
+    film = find("#film")
+    ActionChains(driver).move_to_element_with_offset(film, -60, 40).click_and_hold().move_by_offset(
+        90, 30
+    ).release().perform()
+    painted = driver.execute_script("return workbench.masks.frontal.filter(Boolean).length")
+    assert painted > 3
+    film.send_keys(
+        Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_UP, " "
+    )  # by keyboard too
+    assert driver.execute_script("return workbench.masks.frontal.filter(Boolean).length") > painted
+    assert find("#place").get_attribute("value") == "painted"
+
+    find("#run").click()
+    idle(driver)
+    assert problem(driver) == ""
+    after = find("#after").text
+    shown = driver.execute_script("return workbench.shown")
+    assert shown["after"]["text"].split() == after.split()
+    assert shown["after"]["effect"]["changed"] > 0
+
+    find("#export").click()
+    files = wait(driver, "workbench.exported")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    printed: list[str] = []
+    code = files["run.py"].replace("sm.phantom_studies(6, 10000)", "STUDIES")
+    exec(code, {"print": printed.append, "STUDIES": list(session.studies.values())})
+    assert printed == [shown["after"]["text"]]
+
+    find("#control").click()
+    idle(driver)
+    assert problem(driver) == ""
+    assert "random direction" in find("#afterhead").text
+    assert len(driver.find_elements(By.CSS_SELECTOR, "#history button")) == 3
+    if SCREENSHOTS:
+        driver.save_screenshot(f"{SCREENSHOTS}/workbench_{driver.scheme}.png")
+
+    strengths = driver.execute_script("return workbench.sliders.length")
+    driver.find_elements(By.CSS_SELECTOR, ".slider button")[0].click()
+    find("#undo").click()
+    wait(driver, f"workbench.sliders.length === {strengths}")
+    driver.find_elements(By.CSS_SELECTOR, "#history button")[0].click()
+    wait(driver, "workbench.sliders.length === 0 && workbench.shown.after === null")
+
+    # What the browser saw: no error, no request elsewhere, no script of a text ran.
+    severe = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert severe == []
+    urls = {
+        event["params"]["request"]["url"]
+        for event in (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
+        if event["method"] == "Network.requestWillBeSent"
+    }
+    foreign = {
+        url
+        for url in urls
+        if not url.startswith((f"http://127.0.0.1:{running.port}/", "blob:", "data:", "chrome"))
+    }
+    assert foreign == set()
+    assert driver.title == "Workbench"
+
+
+def test_a_session_opens_again_and_errors_are_shown(page, tmp_path):
+    """A session file restores study, sliders and mask; a foreign file and a film that is none give a message."""
+    driver, _running = page
+    wait(driver, "globalThis.workbench && workbench.about")
+    other = driver.execute_script("return workbench.studies[2].id")
+    grid = [[1.0 if (r, c) == (1, 2) else 0.0 for c in range(8)] for r in range(8)]
+    spec = {
+        "study": other,
+        "without": [],
+        "sliders": [[5, 2.0]],
+        "place": "painted",
+        "view": "frontal",
+        "grid": grid,
+    }
+    spec |= {"control_seed": None, "max_new_tokens": None}
+    path = tmp_path / "session.json"
+    path.write_text(
+        json.dumps({"format": "workbench-1", "spec": spec, "history": [{"spec": spec}]}), encoding="utf-8"
+    )
+    driver.find_element(By.ID, "session").send_keys(str(path))
+    wait(driver, f"workbench.about.id === '{other}' && workbench.sliders.length === 1")
+    assert driver.execute_script("return workbench.masks.frontal.indexOf(1)") == 10
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text("{}", encoding="utf-8")
+    driver.find_element(By.ID, "session").send_keys(str(wrong))
+    wait(driver, "document.getElementById('problem').textContent.includes('not a session')")
+    driver.find_element(By.ID, "file").send_keys(str(wrong))
+    wait(driver, "document.getElementById('problem').textContent.includes('dropped file')")
