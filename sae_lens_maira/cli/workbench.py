@@ -22,7 +22,7 @@ def open_workbench(
 ) -> None:
     """Serve a page to this machine: choose a study, ask why a sentence was written, steer latents, compare reports.
 
-    Example: sae-lens-maira workbench
+    Example: sae-lens-maira workbench --port 8765
 
     Args:
         model: "phantom", a folder or a hub id.
