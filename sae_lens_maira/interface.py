@@ -112,14 +112,11 @@ def device_of(name: str) -> str:
     """
     import torch
 
+    from sae_lens_maira.maira2.loading import check_device
+
     if name == "auto":
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise ConfigError(f"There is no device {name!r}; use auto, cpu, cuda, cuda:1 ...") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"The device was {name!r}, and torch sees no GPU here; use --device cpu or auto.")
+    check_device(name)
     return name
 
 

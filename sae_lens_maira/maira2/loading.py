@@ -28,6 +28,7 @@ _MODEL_KEYWORDS = (
     "max_memory",
     "offload_folder",
     "offload_state_dict",
+    "quantization_config",
     "use_safetensors",
 )
 
@@ -61,12 +62,13 @@ def load_maira2(
         layers: decoder layers to read, from the first; None is all. The model then ends there: a forward that is not
             stopped before (`stop_at_layer`) is refused. Embedding, vision tower, projector, final norm and `lm_head`
             are read as well.
-        **keywords: `attn_implementation`, `max_memory`, `offload_folder`, `offload_state_dict`,
-            `use_safetensors`, `cache_dir`, `force_download`, `local_files_only`, `token`, for transformers.
+        **keywords: `attn_implementation`, `quantization_config`, `max_memory`, `offload_folder`,
+            `offload_state_dict`, `use_safetensors`, `cache_dir`, `force_download`, `local_files_only`, `token`, for
+            transformers.
 
     Raises:
-        ConfigError: an unknown keyword, `trust_remote_code=True`, a number of layers out of range, or both a device
-            and a device map.
+        ConfigError: an unknown keyword, dtype or device, a device or package that this machine lacks,
+            `trust_remote_code=True`, a number of layers out of range, or both a device and a device map.
         CheckpointError: a missing shard or processor, a model of another type, a damaged file, or tensors
             that do not match the model exactly.
     """
@@ -75,7 +77,19 @@ def load_maira2(
             "trust_remote_code=True was given, but MAIRA-2 runs here without remote code, and the published"
             " code stops working at transformers 4.52. Leave the keyword out."
         )
+    if "torch_dtype" in keywords:
+        raise ConfigError("torch_dtype was given, transformers' older name of dtype. Pass it as dtype.")
     check_keywords(keywords, {*_HUB_KEYWORDS, *_MODEL_KEYWORDS, "trust_remote_code"}, "load_maira2")
+    if (
+        isinstance(dtype, str)
+        and dtype != "auto"
+        and not isinstance(getattr(torch, dtype, None), torch.dtype)
+    ):
+        raise ConfigError(f"The dtype of the model was {dtype!r}; use float32, bfloat16, float16 or auto.")
+    places = device_map.values() if isinstance(device_map, dict) else [device]
+    for place in places:
+        if isinstance(place, (str, torch.device)) and place != "disk":
+            check_device(place)
     if device is not None and device_map is not None:
         raise ConfigError(
             "Both device and device_map were given; give device for one device or device_map for several."
@@ -96,7 +110,8 @@ def load_maira2(
                 f"layers={layers} was asked for, but {source} has {available} decoder layers; use 1 to {available}."
             )
         config.text_config.num_hidden_layers = layers
-    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+    quantized = keywords.get("quantization_config") is not None
+    if device is not None and (quantized or torch.device(device).type not in ("cpu", "meta")):
         device_map = {"": device}  # read straight to the device, and no second copy in main memory
     processor = load_processor(source, **hub)
     rest = {name: value for name, value in keywords.items() if name in _MODEL_KEYWORDS}
@@ -111,7 +126,16 @@ def load_maira2(
                 **hub,
                 **rest,
             )
+    except ImportError as error:  # An attention kernel or a quantization that is not installed.
+        raise ConfigError(
+            f"{source} cannot be loaded as asked, because a package is missing: {error} Install it, or leave out "
+            "attn_implementation, quantization_config or device_map."
+        ) from error
     except Exception as error:  # safetensors, OS, hub and shape errors have no common base
+        asked = [name for name in ("attn_implementation", "quantization_config") if name in keywords]
+        asked += ["device_map"] if device_map is not None else []
+        if isinstance(error, ValueError) and any(name in str(error) for name in asked):
+            raise ConfigError(f"{source} cannot be loaded as asked: {error}") from error
         raise CheckpointError(
             f"The weights in {source} could not be loaded ({type(error).__name__}: {error}). A complete"
             " MAIRA-2 checkpoint was expected; fetch it again if a file is damaged."
@@ -120,7 +144,7 @@ def load_maira2(
     _check_tensors(source, info)
     if layers is not None and layers < available:
         _end_after(model, layers, available)
-    if device is not None:
+    if device is not None and not quantized:
         model.to(device)
     model.eval()
     return Maira2(model, processor)
@@ -185,6 +209,22 @@ def save_processor(processor: Maira2Processor, folder: str | Path) -> None:
 
 def _revision(source: str, revision: str | None) -> str:
     return revision or (PUBLISHED_REVISION if source == PUBLISHED_ID else "main")
+
+
+def check_device(name: torch.device | str) -> None:
+    """Raise `ConfigError` where torch knows no such device, or this machine has none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"There is no device {str(name)!r}; use auto, cpu, cuda, cuda:1 ...") from None
+    if device.type in ("cpu", "meta"):
+        return
+    found = getattr(torch, device.type, None)
+    count = found.device_count() if found is not None and found.is_available() else 0
+    if not count:
+        raise ConfigError(f"The device was {str(name)!r}, and torch sees none here; use cpu or auto.")
+    if device.index is not None and device.index >= count:
+        raise ConfigError(f"The device was {str(name)!r}, and torch sees {count} here, counted from 0.")
 
 
 def load_config(path_or_id: str | Path, revision: str | None = None, **hub: Any) -> Maira2Config:

@@ -53,7 +53,7 @@ def _example(hint: Any) -> Any:
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Literal:
         return inside[0]
-    if origin is types.UnionType:
+    if origin is types.UnionType or type(None) in inside:
         return _example(next(kind for kind in inside if kind is not type(None)))
     if origin in (list, tuple):
         return [_example(inside[0])] * (len(inside) if origin is tuple and ... not in inside else 1)

@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, published file layouts, pinned revision, and every kind of bad folder."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from sae_lens_maira.errors import CheckpointError, ConfigError
 from sae_lens_maira.maira2 import (
@@ -265,6 +266,38 @@ def test_remote_code_and_unknown_keywords_are_refused(saved: Path) -> None:
         Maira2Processor.from_pretrained(saved, trust_remote_code=True)
     with pytest.raises(ConfigError, match="did you mean 'attn_implementation'"):
         load_maira2(saved, attn_implementations="eager")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"torch_dtype": torch.float32}, "Pass it as dtype"),
+        ({"dtype": "float33"}, "'float33'; use float32"),
+        ({"device": "gpu"}, "no device 'gpu'"),
+        ({"device": "mps"}, "torch sees none here"),
+        ({"device": "cuda:97"}, "'cuda:97', and torch sees"),
+        ({"device_map": {"": "mps"}}, "torch sees none here"),
+        ({"device_map": "everywhere"}, "cannot be loaded as asked"),
+        ({"attn_implementation": "flash_attention_2"}, "(?i)package is missing: Flash"),
+        ({"attn_implementation": "slow"}, "cannot be loaded as asked"),
+        (
+            {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+            "(?i)package is missing: .*bitsandbytes",
+        ),
+    ],
+)
+def test_what_this_machine_lacks_is_not_blamed_on_the_checkpoint(
+    saved: Path, asked: dict[str, Any], words: str
+) -> None:
+    """Neither a device nor a package is there: the message says which, and never to fetch the weights again."""
+    package = {"attn_implementation": "flash_attn", "quantization_config": "bitsandbytes"}.get(
+        next(iter(asked))
+    )
+    if (package and importlib.util.find_spec(package)) or ("mps" in str(asked) and torch.mps.is_available()):
+        pytest.skip("this machine has it")
+    with pytest.raises(ConfigError, match=words) as refused:
+        load_maira2(saved, **asked)
+    assert "fetch it again" not in str(refused.value)
 
 
 class CountingFile:
