@@ -8,11 +8,20 @@ and generated text sensibly; it is a scorer for this test bench, not a labeller 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sae_lens_maira.phantom.sampling import FINDING_KEYS
+from sae_lens_maira.phantom.sampling import FINDING_KEYS, zone_at
 from sae_lens_maira.studies.findings import FindingReader
-from sae_lens_maira.studies.study import SIDED_KEYS
+from sae_lens_maira.studies.statements import (
+    COMPARES,
+    NO_FINDING,
+    REMOVED,
+    Statement,
+    StatementReader,
+    merged,
+)
+from sae_lens_maira.studies.study import SIDED_KEYS, Finding
 
 _FINDINGS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern))
@@ -47,6 +56,8 @@ _CHANGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("smaller", re.compile(r"\b(decreased?|decreasing|smaller|improved)\b")),
 )
 _CLAUSES = re.compile(r"[.;\n]+|,? but\b|,? (?=without\b|with no\b)")
+_ZONE = re.compile(r"\b(upper|mid|lower) zone\b")
+_ZONED = ("consolidation", "nodule")
 _SIDED_NAMES = (*SIDED_KEYS, "atelectasis", "nodule", "rib fracture")
 
 
@@ -62,6 +73,25 @@ class ReportLabels:
     """Key -> "left" or "right" for one-sided findings, also those whose key carries no side."""
     denied: frozenset[str] = frozenset()
     """Findings the text says are absent; both sides of a sided one where no side is named."""
+
+
+@dataclass(frozen=True)
+class _Clause:
+    """A clause, the findings it names, whether it denies them, and the change it states."""
+
+    text: str
+    names: tuple[str, ...]
+    absent: bool
+    change: str | None
+
+
+def _read_clauses(text: str) -> Iterator[_Clause]:
+    for clause in _CLAUSES.split(text.lower()):
+        gone = bool(_GONE.search(clause))
+        absent = gone or bool(_ABSENT.search(_NOT_A_DENIAL.sub(" ", clause)))
+        change = REMOVED if gone else next((word for word, cue in _CHANGES if cue.search(clause)), None)
+        names = tuple(name for name, pattern in _FINDINGS if pattern.search(clause))
+        yield _Clause(clause, names, absent, change)
 
 
 def _sides_of(clause: str) -> list[str]:
@@ -80,30 +110,56 @@ def read_report(text: str) -> ReportLabels:
     denied: set[str] = set()
     changes: dict[str, str] = {}
     sides: dict[str, str] = {}
-    for clause in _CLAUSES.split(text.lower()):
-        gone = bool(_GONE.search(clause))
-        absent = gone or bool(_ABSENT.search(_NOT_A_DENIAL.sub(" ", clause)))
-        change = "removed" if gone else next((word for word, cue in _CHANGES if cue.search(clause)), None)
-        for name, pattern in _FINDINGS:
-            if not pattern.search(clause):
-                continue
+    for clause in _read_clauses(text):
+        for name in clause.names:
             stem = name.replace(" ", "_")
-            here = _sides_of(clause) if name in _SIDED_NAMES else []
+            here = _sides_of(clause.text) if name in _SIDED_NAMES else []
             if name in SIDED_KEYS:
-                keys = [f"{stem}_{side}" for side in (here or (["left", "right"] if absent else []))]
+                keys = [f"{stem}_{side}" for side in (here or (["left", "right"] if clause.absent else []))]
             else:
                 keys = [stem]
             for key, side in zip(keys, here if name in SIDED_KEYS else here[:1], strict=False):
                 sides[key] = side
-            (denied if absent else present).update(keys)
-            if change is not None and (gone or not absent):
-                changes.update(dict.fromkeys(keys, change))
+            (denied if clause.absent else present).update(keys)
+            if clause.change is not None and (clause.change == REMOVED or not clause.absent):
+                changes.update(dict.fromkeys(keys, clause.change))
     gone_again = {key for key, word in changes.items() if word == "removed"}
     return ReportLabels(
         frozenset(present - gone_again), changes, sides, frozenset(denied - present | gone_again)
     )
 
 
+def read_statements(text: str) -> tuple[Statement, ...]:
+    """Statements of a report in the phantom's language, for `studies.report_metrics`."""
+    found: list[Statement] = []
+    for clause in _read_clauses(text):
+        stated = clause.names if clause.change == REMOVED or not clause.absent else ()
+        for name in stated:
+            zone = _ZONE.search(clause.text) if name in _ZONED else None
+            sides = _sides_of(clause.text) if name in _SIDED_NAMES else []
+            found += [
+                Statement(name.replace(" ", "_"), side, zone and zone[1], clause.change)
+                for side in (sides or [None])
+            ]
+        if not stated and COMPARES.search(clause.text):
+            found.append(Statement(NO_FINDING, change="compared"))
+    return merged(found)
+
+
+def place_of(finding: Finding) -> str | None:
+    """Zone of a true finding, where the phantom's reports name one."""
+    if finding.name not in _ZONED or finding.box is None:
+        return None
+    return zone_at((finding.box[1] + finding.box[3]) / 2)
+
+
+def phantom_statements() -> StatementReader:
+    """Reader of statements in the phantom's language and of its truth."""
+    return StatementReader(tuple(name.replace(" ", "_") for name, _ in _FINDINGS), read_statements, place_of)
+
+
 def phantom_reader() -> FindingReader:
     """Reader of the phantom's language, for `studies.findings`."""
-    return FindingReader(FINDING_KEYS, lambda text: read_report(text).present, "phantom")
+    return FindingReader(
+        FINDING_KEYS, lambda text: read_report(text).present, "phantom", statements=phantom_statements()
+    )

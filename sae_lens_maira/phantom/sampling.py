@@ -125,7 +125,12 @@ ZONES = ("upper", "mid", "lower")
 
 def zone_of(lesion: Lesion) -> str:
     """The zone word of a focal lung lesion, from its height."""
-    return "upper" if lesion.v < 0.36 else "mid" if lesion.v < 0.51 else "lower"
+    return zone_at(lesion.v)
+
+
+def zone_at(v: float) -> str:
+    """The zone word of a height, 0 (top) to 1."""
+    return "upper" if v < 0.36 else "mid" if v < 0.51 else "lower"
 
 
 def _focal_place(rng: np.random.Generator, side: str, zone: int) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import numpy as np
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.studies.labels import RuleStatus, is_unknown, rule_labels
 from sae_lens_maira.studies.phrases import OBSERVATIONS
+from sae_lens_maira.studies.statements import StatementReader, rule_statements
 from sae_lens_maira.studies.study import Study
 
 
@@ -27,12 +28,14 @@ class FindingReader:
         read: Function from a report to the names that it states as present.
         source: Name of the method, for tables: "phantom", "rules", or your own.
         readable: Function that tells whether it can read a report; studies with others belong in no score.
+        statements: Reader of findings with side, place and change, for `report_metrics`; None where there is none.
     """
 
     names: tuple[str, ...]
     read: Callable[[str], frozenset[str]]
     source: str
     readable: Callable[[str], bool] = bool
+    statements: StatementReader | None = None
 
     def index(self, finding: str) -> int:
         """Column of a finding; StudyError for a name that the reader does not know."""
@@ -60,7 +63,7 @@ def rule_reader() -> FindingReader:
     def readable(text: str) -> bool:
         return not is_unknown(rule_labels(text))
 
-    return FindingReader(tuple(OBSERVATIONS), read, "rules", readable)
+    return FindingReader(tuple(OBSERVATIONS), read, "rules", readable, rule_statements())
 
 
 def truth_table(studies: Sequence[Study], names: Sequence[str]) -> np.ndarray:
