@@ -60,8 +60,10 @@ def test_a_planted_error_is_counted_once_and_as_what_it_is(kind, studies):
         else "There is a nodule in the left upper zone. No pneumothorax."
     )
     film = np.zeros((8, 8), dtype=np.uint8)
-    films = {"prior_frontal": film} if prior else {}
-    study = Study(study_id="x", patient_id="x", frontal=film, report=text, truth=(nodule,), **films)
+    before = film if prior else None
+    study = Study(
+        study_id="x", patient_id="x", frontal=film, prior_frontal=before, report=text, truth=(nodule,)
+    )
     assert study.has_prior == prior
     everyone, texts = [*studies, study], [*(s.report or "" for s in studies), text]
     assert errors_of(texts, everyone) == {}
