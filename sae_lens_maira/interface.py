@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from sae_lens_maira.interactive import InteractiveMaira2
-    from sae_lens_maira.maira2 import Maira2
+    from sae_lens_maira.maira2 import Maira2, OutputHead
     from sae_lens_maira.sae import MatryoshkaSAE
     from sae_lens_maira.studies import FindingReader, Study, StudyTable
 
@@ -81,27 +81,51 @@ def named_model(
         CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
         HookError: an unknown hook point.
     """
-    import torch
-
     from sae_lens_maira.hooks import PointTable
     from sae_lens_maira.maira2 import load_maira2
     from sae_lens_maira.maira2.loading import load_config
     from sae_lens_maira.phantom import phantom_path
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"The dtype of the model was {dtype!r}; use {', '.join(DTYPES)}.")
-    shipped = str(model) == PHANTOM
-    kind = ("float32" if shipped else "bfloat16") if dtype == "auto" else dtype
+    kind = _dtype_of(model, dtype)
     if "device_map" not in keywords:
         keywords["device"] = device_of(device)
-    source = phantom_path() if shipped else model
+    source = phantom_path() if str(model) == PHANTOM else model
     if hooks is not None:
         hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         points = PointTable(load_config(source, **{key: keywords[key] for key in hub if key in keywords}))
         stops = [points.resolve(name).stop for name in hooks]
         if all(stop is not None for stop in stops):
             keywords["layers"] = max(1, *(stop or 0 for stop in stops))
-    return load_maira2(source, dtype=getattr(torch, kind), **keywords)
+    return load_maira2(source, dtype=kind, **keywords)
+
+
+def output_head(model: str | Path, *, dtype: str = "auto", device: str = "auto", **hub: Any) -> "OutputHead":
+    """Read tokenizer, final norm and `lm_head` of a model, without the rest of it.
+
+    Args:
+        model: "phantom", a folder or a hub id.
+        dtype: as in `named_model`.
+        device: as in `named_model`.
+        **hub: further arguments of `load_output_head`.
+
+    Raises:
+        ConfigError: an unknown dtype or device.
+        CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
+    """
+    from sae_lens_maira.maira2 import load_output_head
+    from sae_lens_maira.phantom import phantom_path
+
+    source = phantom_path() if str(model) == PHANTOM else model
+    return load_output_head(source, _dtype_of(model, dtype), device_of(device), **hub)
+
+
+def _dtype_of(model: str | Path, dtype: str) -> "torch.dtype":
+    import torch
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"The dtype of the model was {dtype!r}; use {', '.join(DTYPES)}.")
+    automatic = "float32" if str(model) == PHANTOM else "bfloat16"
+    return getattr(torch, automatic if dtype == "auto" else dtype)
 
 
 def device_of(name: str) -> str:
@@ -118,6 +142,12 @@ def device_of(name: str) -> str:
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     check_device(name)
     return name
+
+
+def label(name: str | Path) -> str:
+    """Name of a model or an SAE as it is recorded and shown: of a local folder only its last part."""
+    path = Path(name)
+    return path.resolve().name if path.is_absolute() or path.exists() else str(name)
 
 
 def load_sae(

@@ -393,9 +393,9 @@ def read_rows(
     return ActivationRows(values=whole.values[hook_name], hook_name=hook_name, **columns)
 
 
-def layer_of(maira: Maira2, hook_name: str) -> int:
-    """Decoder layer of a hook point; -1 for points after the last layer."""
-    stop = PointTable(maira.model.config).resolve(hook_name).stop
+def layer_of(config: Any, hook_name: str) -> int:
+    """Decoder layer of a hook point of a model with this configuration; -1 for points after the last layer."""
+    stop = PointTable(config).resolve(hook_name).stop
     return -1 if stop is None else int(stop) - 1
 
 

@@ -278,30 +278,52 @@ class ActivationStore:
     def _entries(self) -> dict[int, dict[str, Any]]:
         return {}
 
-    def blocks(self, hook: str, max_rows: int = 65536, source: str | None = None) -> Iterator[ActivationRows]:
+    def blocks(
+        self,
+        hook: str,
+        max_rows: int = 65536,
+        source: str | None = None,
+        shards: Sequence[int] | None = None,
+        studies: np.ndarray | None = None,
+    ) -> Iterator[ActivationRows]:
         """Rows in study order; a study is never split over two blocks.
 
         Args:
             hook: hook point.
             max_rows: a block ends before the study that would exceed this; one larger study is a block of its own.
             source: only "teacher" or only "generated" rows; all if not given.
+            shards: numbers of the shards to read; all if not given.
+            studies: numbers of the studies to read; values of others are not read from disk. All if not given.
 
         Yields:
             Rows whose `.study` is the number in `study_ids`.
         """
-        for shard in self.committed():
+        for shard in self.committed() if shards is None else shards:
             index = self.index(shard)
-            study = index["study"].to_numpy()
-            edges = np.r_[0, np.flatnonzero(np.diff(study)) + 1, len(study)]
-            start = 0
-            for edge, following in zip(edges[1:], [*edges[2:], None], strict=True):
-                if edge > start and (following is None or following - start > max_rows):
-                    part = index.iloc[start:edge]
-                    values = self.read(hook, shard, start, int(edge)).float()
-                    columns = {name: part[name].to_numpy() for name in COLUMNS if name != "source"}
-                    rows = ActivationRows(values=values, hook_name=hook, **columns)
-                    if source is not None:
-                        rows = rows.where(part["source"].to_numpy() == SOURCES.index(source))
-                    start = int(edge)
-                    if len(rows):
-                        yield rows
+            for start, stop in _spans(index["study"].to_numpy(), max_rows, studies):
+                part = index.iloc[start:stop]
+                values = self.read(hook, shard, start, stop).float()
+                columns = {name: part[name].to_numpy() for name in COLUMNS if name != "source"}
+                rows = ActivationRows(values=values, hook_name=hook, **columns)
+                if source is not None:
+                    rows = rows.where(part["source"].to_numpy() == SOURCES.index(source))
+                if len(rows):
+                    yield rows
+
+
+def _spans(study: np.ndarray, max_rows: int, studies: np.ndarray | None) -> Iterator[tuple[int, int]]:
+    """Ranges of adjacent rows of whole studies, each at most `max_rows` long or one study."""
+    if not len(study):
+        return
+    edges = np.r_[0, np.flatnonzero(np.diff(study)) + 1, len(study)]
+    wanted = np.ones(len(edges) - 1, bool) if studies is None else np.isin(study[edges[:-1]], studies)
+    start = stop = 0
+    for first, end in np.stack([edges[:-1], edges[1:]], 1)[wanted].tolist():
+        if stop > start and (first != stop or end - start > max_rows):
+            yield start, stop
+            start = first
+        elif stop == start:
+            start = first
+        stop = end
+    if stop > start:
+        yield start, stop

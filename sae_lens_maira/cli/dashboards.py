@@ -282,7 +282,7 @@ def saedashboard(
         if table is None
         else list(read_table(table, root).studies[:studies])
     )
-    names, layer = Pseudonyms(), layer_of(maira, hook_name)
+    names, layer = Pseudonyms(), layer_of(maira.model.config, hook_name)
     target = Target(
         set_name=set_name,
         model_id=model_id,

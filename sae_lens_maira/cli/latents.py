@@ -7,24 +7,37 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sae_lens_maira.interface import ModelDtype, named_model
+from sae_lens_maira.interface import (
+    ModelDtype,
+    device_of,
+    label,
+    load_sae,
+    named_model,
+    output_head,
+    phantom_studies,
+    read_studies,
+)
 
 if TYPE_CHECKING:
-    from sae_lens_maira.latents.source import ActivationSource
-    from sae_lens_maira.maira2 import Maira2
+    from sae_lens_maira.latents.source import ActivationSource, StoreSource
+    from sae_lens_maira.maira2 import Maira2, OutputHead
     from sae_lens_maira.studies import Study
+
+PHANTOM_STUDIES = 200
 
 
 def latents(
-    sae: Path,
+    sae: str,
     out: Path,
     model: str = "phantom",
-    studies: int = 200,
+    studies: int | None = None,
     table: Path | None = None,
     root: Path | None = None,
+    split: str | None = None,
     store: Path | None = None,
     hook: str | None = None,
     roles: str | list[str] | None = None,
@@ -38,6 +51,8 @@ def latents(
     keep_images: bool | None = None,
     image_side: int = 256,
     studies_per_block: int | None = None,
+    batch_size: int = 8,
+    workers: int = 2,
     study_seed: int = 10_000,
     seed: int | None = None,
     model_dtype: ModelDtype = "auto",
@@ -52,16 +67,18 @@ def latents(
     Example: sae-lens-maira latents --sae quickstart_out/sae_image --out records --roles image_only
 
     Args:
-        sae: folder of the SAE.
+        sae: folder of the SAE, a release, phantom-image or phantom-text.
         out: folder of the record set; made if missing.
         model: the model it was trained on: "phantom", a folder or a hub id.
-        studies: phantom studies to read, unless a table is given; those of a store are as many as it holds.
-        table: Parquet or CSV with one study a row; findings are its truth, or rule labels of the reports without one.
+        studies: phantom studies to read, unless a table is given; 200, or as many as the store holds.
+        table: Parquet or CSV with one study per row; findings are its truth, or rule labels of the reports without one.
         root: folder that the table's image paths are relative to; the table's own if not given.
-        store: activations that `harvest` wrote of the same studies, instead of running the model twice.
+        split: read only the table's studies of this split, for example train.
+        store: activations that `harvest` wrote of the same studies, instead of running the model twice. If not given,
+            the store that the SAE was trained on, where it holds exactly the studies that were asked for.
         hook: hook point, if the SAE does not name its own.
-        roles: tokens to read: image_only, paper, text_only, generated_only, all, or a list of roles; sections, report
-            and image if not given.
+        roles: tokens to read: content, image_only, paper, paper_last_image, text_only, generated_only, all, or a list
+            of roles; if not given, those that the SAE was trained on, else content.
         control: record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
             with the same sparsity; untrained_whitened beside untrained for an SAE trained on whitened rows. A frozen
             control is trained (`train --control`): pass its folder as --sae.
@@ -71,7 +88,9 @@ def latents(
         zero: contexts to keep of studies in which the latent is silent.
         keep_images: copy images also of credentialed studies (true) or of none (false).
         image_side: largest side of a copied image in pixels.
-        studies_per_block: studies through the model between two looks at the disk; 32 for the phantom, else 4.
+        studies_per_block: studies in memory at once when the model reads them; 32 for the phantom, else 16.
+        batch_size: studies per forward.
+        workers: threads that decode and encode images ahead of the model.
         study_seed: of the phantom studies; the phantom itself was trained on 0.
         seed: of every other draw; the study seed if not given.
         model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
@@ -82,27 +101,40 @@ def latents(
     from sae_lens_maira.cli.numbers import numbers
     from sae_lens_maira.errors import SAEError
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
+    from sae_lens_maira.latents.source import ModelSource
+    from sae_lens_maira.maira2 import DEFAULT_ROLES
     from sae_lens_maira.phantom import FINDING_KEYS
     from sae_lens_maira.sae import control_kind
 
     seed, wanted = study_seed if seed is None else seed, numbers(latents, "--latents")
     rank, world = rank_of(os.environ)
-    maira = named_model(model, dtype=model_dtype, device=device)
-    dictionary = _load_sae(sae, str(maira.model.device))
+    place = device_of(device)
+    dictionary = _load_sae(sae, hook, place)
     hook_name = hook or dictionary.cfg.metadata.hook_name
     if not hook_name:
         raise SAEError(
             "The SAE's metadata name no hook point; give --hook, for example blocks.3.hook_resid_post."
         )
-    size = studies_per_block or (32 if model == "phantom" else 4)
-    chosen, blocks = _rows(maira, hook_name, studies, table, root, store, roles, size, study_seed)
+    request = _Request(model, studies, study_seed, table, root, split, model_dtype, place)
+    kept = roles if roles is not None else dictionary.cfg.metadata.get("token_roles")
+    reader: Maira2 | OutputHead
+    blocks: ActivationSource
+    opened = _stored(request, dictionary, Path(sae), store, hook_name, kept)
+    if opened is None:
+        reader = named_model(model, dtype=model_dtype, device=place, hooks=[hook_name])
+        chosen = request.studies(reader)
+        per_unit = studies_per_block or (32 if model == "phantom" else 16)
+        wanted_roles = DEFAULT_ROLES if kept is None else kept
+        blocks = ModelSource(reader, chosen, hook_name, wanted_roles, per_unit, batch_size, workers)
+    else:
+        reader, chosen, blocks = opened
     if control == "trained":
         control = control_kind(dictionary) or control  # pyright: ignore[reportAssignmentType] - a name in metadata
     else:
         dictionary = _stand_in(control, dictionary, blocks, seed)
     config = CollectConfig(
-        model=model,
-        sae=str(sae),
+        model=label(model),
+        sae=label(sae),
         control=control,
         latents=wanted,
         top=top,
@@ -117,7 +149,7 @@ def latents(
         blocks,
         chosen,
         dictionary,
-        maira,
+        reader,
         out,
         config,
         labels=None if table is None or _has_truth(chosen) else _rule_labels,
@@ -138,53 +170,101 @@ def latents(
     sys.stdout.write(f"{len(records)} latents ({words}) of {records.meta.studies} studies in {out}\n")
 
 
-def _rows(
-    maira: "Maira2",
-    hook_name: str,
-    number: int,
-    table: Path | None,
-    root: Path | None,
-    store: Path | None,
-    roles: str | list[str] | None,
-    size: int,
-    seed: int,
-) -> "tuple[Sequence[Study], ActivationSource]":
-    """The studies and where their rows come from."""
+@dataclass(frozen=True)
+class _Request:
+    """The model and the studies that were asked for."""
+
+    model: str
+    number: int | None
+    seed: int
+    table: Path | None
+    root: Path | None
+    split: str | None
+    dtype: ModelDtype
+    device: str
+
+    def studies(self, reader: "Maira2 | OutputHead", default: int = PHANTOM_STUDIES) -> "Sequence[Study]":
+        """The studies, drawn at the processor's size if they are the phantom's."""
+        if self.table is not None:
+            return read_studies(self.table, self.root, self.split)
+        return phantom_studies(self.number or default, self.seed, size=reader.processor.recipe.crop)
+
+
+def _stored(
+    request: _Request, dictionary: Any, sae: Path, store: Path | None, hook_name: str, roles: Any
+) -> "tuple[OutputHead, Sequence[Study], StoreSource] | None":
+    """Output head, studies and rows of a store; None where the model has to read the studies.
+
+    A store that was named must fit. The one that the SAE was trained on is used if it holds exactly the studies that
+    were asked for; which of the two was decided goes to stderr.
+    """
+    from sae_lens_maira.errors import ConfigError, RecordError, StoreError
+    from sae_lens_maira.latents.source import StoreSource
+
+    folder = store or _store_of(dictionary, sae)
+    if folder is None:
+        return None
+    try:
+        blocks = StoreSource(folder, hook_name, roles)
+        _check_studies(request, folder, blocks.study_ids, exactly=store is None)
+    except (ConfigError, RecordError, StoreError) as error:
+        if store is not None:
+            raise
+        sys.stderr.write(f"The model reads the studies, since {folder} does not fit: {error}\n")
+        return None
+    if store is None:
+        sys.stderr.write(f"Activations are read from {folder}, which the SAE was trained on.\n")
+    head = output_head(request.model, dtype=request.dtype, device=request.device)
+    return head, _studies_of_store(request, head, blocks.study_ids), blocks
+
+
+def _store_of(dictionary: Any, sae: Path) -> Path | None:
+    """The store that an SAE's metadata name, relative to the SAE's folder; None where there is none."""
+    named = dictionary.cfg.metadata.get("activation_store")
+    folder = None if not named else Path(os.path.normpath(sae / named))
+    return folder if folder is not None and (folder / "store.json").is_file() else None
+
+
+def _check_studies(request: _Request, store: Path, ids: list[str], exactly: bool) -> None:
+    """Raise ConfigError unless the studies of a store are among those that were asked for, or exactly those."""
     from sae_lens_maira.errors import ConfigError
-    from sae_lens_maira.latents.source import ModelSource, StoreSource
-    from sae_lens_maira.maira2 import DEFAULT_ROLES
-    from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.studies import read_table
 
-    if store is None:
-        if table is None:
-            chosen = generate_studies(number, seed=seed, size=maira.processor.recipe.crop)
-        else:
-            chosen = read_table(table, root).studies
-        kept = DEFAULT_ROLES if roles is None else roles
-        return chosen, ModelSource(maira, chosen, hook_name, kept, size)
-    blocks = StoreSource(store, hook_name, roles)
-    ids = blocks.study_ids
-    if table is None:
-        chosen = generate_studies(len(ids), seed=seed, size=maira.processor.recipe.crop)
-        if [study.study_id for study in chosen] != ids:
+    if request.table is None:
+        number, first = request.number or len(ids), phantom_studies(1, request.seed)[0].study_id
+        if number != len(ids) or first != ids[0]:
             raise ConfigError(
-                f"{store} does not hold the {len(ids)} phantom studies of seed {seed}; give the --study-seed or the "
-                "--table that `harvest` had."
+                f"{store} does not hold {number} phantom studies of seed {request.seed}; it holds {len(ids)}, the "
+                f"first is {ids[0]}. Give the --study-seed and --studies, or the --table, that `harvest` had."
             )
-        return chosen, blocks
-    opened = read_table(table, root)
-    at = {study_id: row for row, study_id in enumerate(opened.frame["study_id"])}
-    lacking = [study_id for study_id in ids if study_id not in at]
+        return
+    opened = read_table(request.table, request.root)
+    table = opened if request.split is None else opened.where(split=request.split)
+    there = set(table.frame["study_id"])
+    lacking = [study_id for study_id in ids if study_id not in there]
+    where = f"{request.table}{'' if request.split is None else f' (split {request.split})'}"
     if lacking:
         raise ConfigError(
-            f"{table} lacks {len(lacking)} of the {len(ids)} studies of {store}, the first is {lacking[0]}; give the "
-            "table that was harvested."
+            f"{where} lacks {len(lacking)} of the {len(ids)} studies of {store}, the first is {lacking[0]}; give the "
+            "table and the split that were harvested."
         )
-    from sae_lens_maira.studies import StudyTable
+    if exactly and len(there) != len(ids):
+        raise ConfigError(
+            f"{where} has {len(there)} studies and {store} holds {len(ids)} of them; give --store to read only those, "
+            "or the --split that was harvested."
+        )
 
+
+def _studies_of_store(request: _Request, reader: "OutputHead", ids: list[str]) -> "Sequence[Study]":
+    """The studies of a store, in its order."""
+    from sae_lens_maira.studies import StudyTable, read_table
+
+    if request.table is None:
+        return request.studies(reader, len(ids))
+    opened = read_table(request.table, request.root)
+    at = {study_id: row for row, study_id in enumerate(opened.frame["study_id"])}
     frame = opened.frame.iloc[[at[study_id] for study_id in ids]]
-    return StudyTable.from_frame(frame, opened.root).studies, blocks
+    return StudyTable.from_frame(frame, opened.root).studies
 
 
 def _stand_in(control: str, dictionary: Any, blocks: "ActivationSource", seed: int) -> Any:
@@ -212,18 +292,19 @@ def _spread_rows(blocks: "ActivationSource", wanted: int, most_units: int = 32) 
     return torch.cat(parts) if parts else None
 
 
-def _load_sae(folder: Path, device: str) -> Any:
+def _load_sae(name: str, hook_name: str | None, device: str) -> Any:
     """An SAE with its levels, or a plain one where there are none."""
     from sae_lens import SAE
 
     from sae_lens_maira.errors import SAEError
     from sae_lens_maira.sae import load_matryoshka
 
+    folder = Path(name)
+    if not (folder / "cfg.json").is_file():
+        return load_sae(name, hook_name=hook_name, device=device)
     try:
         return load_matryoshka(folder, device=device)
     except SAEError:
-        if not (folder / "cfg.json").is_file():
-            raise
         return SAE.load_from_disk(folder, device=device)
 
 

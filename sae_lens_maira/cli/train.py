@@ -6,7 +6,9 @@ and computes nothing itself.
 """
 
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +44,7 @@ def train(
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
     from sae_lens_maira.errors import ConfigError
-    from sae_lens_maira.interface import device_of
+    from sae_lens_maira.interface import device_of, label
     from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
     from sae_lens_maira.training import FusedSAETrainer, latest_checkpoint, resume
 
@@ -50,7 +52,7 @@ def train(
     try:
         steps = SAETrainerConfig(**({"device": place, "logger": LoggingConfig(log_to_wandb=False)} | trainer))
         made = _direct if direct else _stored
-        batches, width, rows = made(options, steps.train_batch_size_samples, place, provider or {})
+        batches, width, rows, roles = made(options, steps.train_batch_size_samples, place, provider or {})
         torch.manual_seed(options.seed)
         chosen: dict[str, Any] = {"control": control} | sae
         config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **chosen)
@@ -60,7 +62,10 @@ def train(
             "MatryoshkaTrainingSAEConfig, of SAELens' SAETrainerConfig and of the provider."
         ) from error
     config.metadata.hook_name = options.hook_names[0]
-    config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else options.model
+    config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else label(options.model)
+    config.metadata.token_roles = roles
+    if not direct:
+        config.metadata.activation_store = os.path.relpath(str(options.store), out)
     dictionary = MatryoshkaTrainingSAE(config)
     run = FusedSAETrainer(cfg=steps, sae=dictionary, data_provider=batches)
     newest = latest_checkpoint(steps.checkpoint_path) if steps.checkpoint_path else None
@@ -79,8 +84,8 @@ def train(
 
 def _stored(
     options: HarvestOptions, batch: int, place: str, settings: dict[str, Any]
-) -> tuple[Any, int, int | None]:
-    """A provider over the store, which is harvested first where it is not complete; d_in; its rows."""
+) -> tuple[Any, int, int | None, str | list[str]]:
+    """A provider over the store, which is harvested first where it is not complete; d_in; its rows and their roles."""
     from sae_lens_maira.activations import ActivationStore, StoreProvider
     from sae_lens_maira.cli.harvest import harvest_store
     from sae_lens_maira.errors import ConfigError, StoreError
@@ -101,18 +106,26 @@ def _stored(
     activations.validate()
     given = {"seed": options.seed, "device": place} | settings
     batches = StoreProvider(activations, hook, batch, **given)
-    return batches, activations.spec.hooks[hook], len(activations)
+    spec = activations.spec
+    roles = _role_names(spec.rates, bool(spec.settings.get("last_image")))
+    return batches, spec.hooks[hook], len(activations), roles
 
 
 def _direct(
     options: HarvestOptions, batch: int, place: str, settings: dict[str, Any]
-) -> tuple[Any, int, int | None]:
-    """A provider that runs the model; d_in; None for the rows, which nobody counted."""
+) -> tuple[Any, int, int | None, str | list[str]]:
+    """A provider that runs the model; d_in; None for the rows, which nobody counted; their roles."""
     from sae_lens_maira.activations import DirectProvider
 
     maira, studies, _ = options.load()
     given = {"seed": options.seed, "device": place, "workers": options.workers} | settings
-    batches = DirectProvider(
-        maira, studies, options.hook_names[0], batch, settings=options.row_settings(), **given
-    )
-    return batches, batches.d_in, None
+    rows = options.row_settings()
+    batches = DirectProvider(maira, studies, options.hook_names[0], batch, settings=rows, **given)
+    return batches, batches.d_in, None, _role_names(rows.rates_by_name, rows.last_image)
+
+
+def _role_names(rates: Mapping[str, float], last_image: bool) -> str | list[str]:
+    """Roles of the rows as the SAE's metadata name them: a list, or the preset that keeps the last image tokens."""
+    if last_image:
+        return "paper_last_image"
+    return sorted(name.upper() for name, rate in rates.items() if rate > 0)

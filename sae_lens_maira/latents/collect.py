@@ -31,7 +31,7 @@ from sae_lens_maira.latents.statistics import LatentStatistics
 from sae_lens_maira.latents.study_info import Pseudonyms, save_images, study_info
 from sae_lens_maira.latents.workdir import Workdir, fingerprint_of_ids
 from sae_lens_maira.latents.writing import write_records
-from sae_lens_maira.maira2 import Maira2
+from sae_lens_maira.maira2 import Maira2, OutputHead
 from sae_lens_maira.privacy import is_shareable
 from sae_lens_maira.sae import fingerprint, level_widths_of
 from sae_lens_maira.studies import Study
@@ -43,7 +43,7 @@ def collect_records(
     source: ActivationSource,
     studies: Sequence[Study],
     sae: SAE[Any],
-    maira: Maira2,
+    maira: Maira2 | OutputHead,
     out: Path | str,
     config: CollectConfig | None = None,
     labels: Labels | None = None,
@@ -57,7 +57,7 @@ def collect_records(
         source: Shards of rows, whole studies in ascending order, numbered as in `studies`; read twice.
         studies: The studies with their reports.
         sae: Any SAELens SAE with a decoder `W_dec` (d_sae, d_in).
-        maira: The model, for its tokenizer, final norm and `lm_head`.
+        maira: The model, or its tokenizer, final norm and `lm_head` alone.
         out: Folder of the record set.
         config: What to keep.
         labels: Function that returns the finding keys of a study, None where they are unknown; the studies' own truth
@@ -74,7 +74,8 @@ def collect_records(
             collection of something else.
     """
     config, out = config or CollectConfig(), Path(out)
-    d_sae, side = int(sae.cfg.d_sae), maira.processor.patches_per_side
+    head = maira if isinstance(maira, OutputHead) else OutputHead.of(maira)
+    d_sae, side = int(sae.cfg.d_sae), head.processor.patches_per_side
     latents = list(range(d_sae)) if config.latents is None else sorted(set(config.latents))
     if latents and not 0 <= latents[0] <= latents[-1] < d_sae:
         raise RecordError(
@@ -105,13 +106,13 @@ def collect_records(
     builder = RecordBuilder(statistics, keys, level_of_latents(widths, d_sae), config)
     wanted = Wanted([(latent, builder.wanted(latent)) for latent in latents], d_sae)
     names = Pseudonyms(place.salt)
-    reader = ContextReader(studies, sae, maira, wanted, names, builder.grid, config.chunk)
+    reader = ContextReader(studies, sae, head.processor, wanted, names, builder.grid, config.chunk)
     spool(source, reader, place, config.save_seconds, bars)
     if rank == 0:
         meta = RecordsMeta(
             model=config.model,
             hook_name=hook_name,
-            layer=layer_of(maira, hook_name),
+            layer=layer_of(head.config, hook_name),
             sae=config.sae,
             control=config.control,
             d_in=int(sae.cfg.d_in),
@@ -127,7 +128,7 @@ def collect_records(
         )
         entries = _entries(studies, wanted, names, labels, out, config)
         texts = StudyTexts(*(place.contexts(other) / TEXTS for other in range(world_size)))
-        records = _records(studies, latents, builder, place, texts, names, sae, maira, config)
+        records = _records(studies, latents, builder, place, texts, names, sae, head, config)
         ordered = (texts[names.study(studies[number])] for number in wanted.studies.tolist())
         write_records(out, meta, entries, ordered, records, statistics.maps)
     place.close()
@@ -177,15 +178,14 @@ def _records(
     texts: StudyTexts,
     names: Pseudonyms,
     sae: SAE[Any],
-    maira: Maira2,
+    head: OutputHead,
     config: CollectConfig,
 ) -> Iterator[LatentRecord]:
     """One record after the other, from the spooled activations and texts of all processes."""
     folders = [place.contexts(rank) for rank in range(place.world)]
     decoder = sae.W_dec.detach().float()
-    gain, unembed = _readout(maira)
     relations = Relations(builder.samples, decoder.cpu(), builder.levels).of(latents, config.neighbours)
-    tokens = _tokens(maira, decoder[latents], gain, unembed, config.tokens)
+    tokens = _tokens(head, decoder[latents], config.tokens)
     none = (np.zeros(0, np.int32), np.zeros(0, np.float32))
     spooled = read_activations(folders, latents)
     for (latent, active), near, words in zip(spooled, relations, tokens, strict=True):
@@ -225,17 +225,11 @@ def _keeps(study: Study, config: CollectConfig) -> bool:
     return is_shareable(study.licence) if config.keep_images is None else config.keep_images
 
 
-def _readout(maira: Maira2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gain of the final norm (d_in,) and weight of `lm_head` (vocabulary, d_in), where the model is."""
-    norm = maira.model.get_submodule("model.language_model.norm").get_parameter("weight")
-    return norm.detach(), maira.model.lm_head.weight.detach()
-
-
 def _tokens(
-    maira: Maira2, decoder: torch.Tensor, gain: torch.Tensor, unembed: torch.Tensor, n: int
+    head: OutputHead, decoder: torch.Tensor, n: int
 ) -> Iterator[tuple[list[tuple[str, int, float]], list[tuple[str, int, float]]]]:
-    weights, ids = token_weights(decoder.to(unembed.device), gain, unembed, n)
-    spelled = maira.processor.tokenizer.convert_ids_to_tokens
+    weights, ids = token_weights(decoder.to(head.lm_head.device), head.norm, head.lm_head, n)
+    spelled = head.processor.tokenizer.convert_ids_to_tokens
     for weight, token in zip(weights.tolist(), ids.tolist(), strict=True):
         up, down = (
             [(spelled(i) or f"<{i}>", i, w) for i, w in zip(t, v, strict=True)]

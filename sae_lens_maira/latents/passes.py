@@ -26,11 +26,11 @@ from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.activations import ENTRY, ActivationFiles, places_of, study_text
 from sae_lens_maira.latents.serialization import TEXTS, text_line
-from sae_lens_maira.latents.source import ActivationSource, encode_sparse
+from sae_lens_maira.latents.source import ActivationSource, encode_sparse, rows_of_studies
 from sae_lens_maira.latents.statistics import LatentStatistics, active_entries, load_state, save_state
 from sae_lens_maira.latents.study_info import Pseudonyms
 from sae_lens_maira.latents.workdir import Workdir
-from sae_lens_maira.maira2 import Maira2
+from sae_lens_maira.maira2 import Maira2Processor
 from sae_lens_maira.studies import Study
 
 
@@ -119,7 +119,7 @@ class ContextReader:
     Attributes:
         studies: the sequence that rows count in.
         sae: its latents.
-        maira: whose processor writes the texts.
+        processor: of the model, writes the texts.
         wanted: pairs of study and latent to keep.
         names: pseudonyms of studies.
         grid: rows and columns of patches.
@@ -128,7 +128,7 @@ class ContextReader:
 
     studies: Sequence[Study]
     sae: SAE[Any]
-    maira: Maira2
+    processor: Maira2Processor
     wanted: Wanted
     names: Pseudonyms
     grid: tuple[int, int]
@@ -158,10 +158,8 @@ def spool(
     for unit in tqdm(
         range(saved["next"], len(blocks), place.world), desc="contexts", unit="unit", disable=not progress
     ):
-        for rows in blocks[unit]:
-            rows = rows.where(np.isin(rows.study, reader.wanted.studies))
-            if len(rows):
-                found += _spool_block(rows, reader, files, texts)
+        for rows in rows_of_studies(blocks, unit, reader.wanted.studies):
+            found += _spool_block(rows, reader, files, texts)
         if time.monotonic() - at >= save_seconds or unit + place.world >= len(blocks):
             saved = {
                 "next": unit + place.world,
@@ -197,7 +195,7 @@ def _spool_block(rows: ActivationRows, reader: ContextReader, files: ActivationF
         mask[a:b] = True
         own = rows.where(mask)
         study = reader.studies[int(own.study[0])]
-        text = study_text(reader.maira.processor, study, own, reader.grid, reader.names.study(study))
+        text = study_text(reader.processor, study, own, reader.grid, reader.names.study(study))
         where[a:b] = places_of(own, text, reader.grid)
         lines.append(text_line(text))
     row, latent, value = (

@@ -1,9 +1,8 @@
-"""Where rows come from: units of whole studies, read when asked for and the same whenever they are.
+"""Sources of activation rows: units of whole studies, with the same rows whenever they are read.
 
-    unit u -> blocks of rows in study order       studies ascend from unit to unit; rank r takes units r, r + W, ...
+    unit u -> blocks of rows in study order       studies ascend from unit to unit; rank r reads units r, r + W, ...
 
-A unit is what a killed collection goes back to: some studies through the model anew, or a shard of a store. It knows
-nothing about statistics.
+A unit is what a killed collection reads again: some studies through the model, or a shard of a store.
 """
 
 from __future__ import annotations
@@ -11,29 +10,52 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from sae_lens import SAE
 
 from sae_lens_maira.activations import ActivationRows, ActivationStore, RowSettings, read_rows
+from sae_lens_maira.activations.reader import study_length
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.maira2 import DEFAULT_ROLES, Maira2, resolve_roles
-from sae_lens_maira.maira2.roles import RoleFilter
+from sae_lens_maira.maira2 import DEFAULT_ROLES, Maira2, TokenRole, resolve_roles
+from sae_lens_maira.maira2.roles import LAST_IMAGE_PRESET, RoleFilter
 from sae_lens_maira.studies import Study
 
 
 class ActivationSource(Protocol):
-    """Units of rows by number; `ActivationRows.study` counts in the one sequence of studies behind them."""
+    """Units of rows by number; `ActivationRows.study` is the index in the one sequence of studies behind them."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, unit: int, /) -> Iterable[ActivationRows]: ...
 
 
+@runtime_checkable
+class StudySource(Protocol):
+    """A source that can read some studies of a unit without reading all."""
+
+    def of_studies(self, unit: int, studies: np.ndarray, /) -> Iterable[ActivationRows]: ...
+
+
+def rows_of_studies(source: ActivationSource, unit: int, studies: np.ndarray) -> Iterator[ActivationRows]:
+    """Rows of a unit that belong to `studies` (n,); the source reads no others where it can.
+
+    Args:
+        source: Source of the rows.
+        unit: Number of the unit.
+        studies: Indices of studies, of any unit.
+    """
+    blocks = source.of_studies(unit, studies) if isinstance(source, StudySource) else source[unit]
+    for rows in blocks:
+        kept = rows.where(np.isin(rows.study, studies))
+        if len(kept):
+            yield kept
+
+
 class ModelSource:
-    """Units that run the model anew whenever they are read: time twice, no disk."""
+    """Units that run the model whenever they are read: twice the compute, no disk."""
 
     def __init__(
         self,
@@ -42,30 +64,59 @@ class ModelSource:
         hook_name: str,
         roles: Any = DEFAULT_ROLES,
         studies_per_block: int = 32,
+        batch_size: int = 16,
+        workers: int = 1,
     ) -> None:
-        """Remember what to run.
+        """Keep what is needed to run.
 
         Args:
-            maira: model and processor.
-            studies: with reports.
-            hook_name: hook point.
-            roles: a preset of `role_mask` or the roles to keep.
-            studies_per_block: studies a unit; a study of MAIRA-2 has up to 4,107 patches of 16 kB each.
+            maira: Model and processor.
+            studies: Studies with reports.
+            hook_name: Hook point.
+            roles: A preset of `role_mask` or the roles to keep.
+            studies_per_block: Studies per unit, all in memory; one of MAIRA-2 has up to 4,107 patches of 16 kB each.
+            batch_size: Studies per forward.
+            workers: Threads that decode and encode images ahead of the model.
         """
         self._maira, self._studies, self._hook, self._roles = maira, studies, hook_name, roles
-        self._size = studies_per_block
+        self._size, self._workers = studies_per_block, workers
+        self._batch = min(batch_size, studies_per_block)
         kept = sorted(int(role) for role in resolve_roles(roles))
-        self.about = {"hook point": hook_name, "roles": kept, "studies a unit": studies_per_block}
+        self.about = {
+            "hook point": hook_name,
+            "roles": roles if roles == LAST_IMAGE_PRESET else kept,
+            "studies per unit": studies_per_block,
+            "studies per forward": self._batch,
+        }
 
     def __len__(self) -> int:
         return math.ceil(len(self._studies) / self._size)
 
     def __getitem__(self, unit: int, /) -> list[ActivationRows]:
-        start = unit * self._size
-        part = self._studies[start : start + self._size]
-        settings = RowSettings(roles=self._roles, batch_size=min(16, self._size))
-        rows = read_rows(self._maira, part, self._hook, settings, progress=False)
-        rows.study[:] += start
+        return self._read(self._numbers(unit))
+
+    def of_studies(self, unit: int, studies: np.ndarray, /) -> list[ActivationRows]:
+        """The forwards that hold one of `studies`, whole: a study alone would be padded and rounded differently."""
+        order = sorted(self._numbers(unit), key=lambda i: (study_length(self._studies[i]), i))
+        batches = [order[at : at + self._batch] for at in range(0, len(order), self._batch)]
+        kept = [batch for batch in batches if np.isin(batch, studies).any()]
+        return self._read(sorted(number for batch in kept for number in batch))
+
+    def _numbers(self, unit: int) -> list[int]:
+        return list(range(unit * self._size, min((unit + 1) * self._size, len(self._studies))))
+
+    def _read(self, numbers: list[int]) -> list[ActivationRows]:
+        if not numbers:
+            return []
+        rows = read_rows(
+            self._maira,
+            [self._studies[number] for number in numbers],
+            self._hook,
+            RowSettings(roles=self._roles, batch_size=self._batch),
+            progress=False,
+            workers=self._workers,
+        )
+        rows.study[:] = np.asarray(numbers)[rows.study]
         return [rows]
 
 
@@ -78,20 +129,20 @@ class StoreSource:
         """Open a store.
 
         Args:
-            store: its folder.
-            hook_name: one of its hook points.
-            roles: a preset or roles to keep of what it holds; all if None.
-            max_rows: rows in memory at once.
+            store: Folder of the store.
+            hook_name: One of its hook points.
+            roles: A preset or roles to keep of what it holds; all if None.
+            max_rows: Rows in memory at once.
 
         Raises:
-            StoreError: there is no store.
-            RecordError: shards are missing, or it has no such hook point.
+            StoreError: There is no store.
+            RecordError: Shards are missing, or it has no such hook point.
         """
-        self._store = _OneShard(store)
+        self._store = ActivationStore(store)
         spec = self._store.spec
         if hook_name not in spec.hooks:
             raise RecordError(f"{store} holds {', '.join(spec.hooks)}, not {hook_name!r}; name one of these.")
-        self._shards = ActivationStore(store).committed()
+        self._shards = self._store.committed()
         if len(self._shards) < spec.n_shards:
             raise RecordError(
                 f"{store} has {len(self._shards)} of {spec.n_shards} shards; finish the harvest with the command that "
@@ -99,6 +150,13 @@ class StoreSource:
             )
         self._hook, self._max = hook_name, max_rows
         self._roles = None if roles is None else sorted(int(role) for role in resolve_roles(roles))
+        if roles == LAST_IMAGE_PRESET and self._roles is not None:
+            if not spec.settings.get("last_image"):
+                raise RecordError(
+                    f"{store} was not harvested with the roles {LAST_IMAGE_PRESET}, so which of its image tokens are "
+                    "the last ones is not recorded. Name other roles, or harvest with these."
+                )
+            self._roles.append(int(TokenRole.IMAGE))
         self.about = {"hook point": hook_name, "roles": self._roles, "store": spec.model}
 
     @property
@@ -110,20 +168,18 @@ class StoreSource:
         return len(self._shards)
 
     def __getitem__(self, unit: int, /) -> Iterator[ActivationRows]:
-        self._store.only = self._shards[unit]
-        for rows in self._store.blocks(self._hook, max_rows=self._max, source="teacher"):
+        return self._blocks(unit, None)
+
+    def of_studies(self, unit: int, studies: np.ndarray, /) -> Iterator[ActivationRows]:
+        """Rows of some studies; values of others are not read from disk."""
+        return self._blocks(unit, studies)
+
+    def _blocks(self, unit: int, studies: np.ndarray | None) -> Iterator[ActivationRows]:
+        shards = [self._shards[unit]]
+        for rows in self._store.blocks(self._hook, self._max, "teacher", shards, studies):
             kept = rows if self._roles is None else rows.where(np.isin(rows.role, self._roles))
             if len(kept):
                 yield kept
-
-
-class _OneShard(ActivationStore):
-    """A store that shows one of its shards."""
-
-    only = 0
-
-    def committed(self) -> list[int]:
-        return [self.only]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from sae_lens_maira.maira2.loading import (
     save_processor,
 )
 from sae_lens_maira.maira2.modeling import Maira2ForConditionalGeneration, Maira2Model
+from sae_lens_maira.maira2.output_head import OutputHead, load_output_head
 from sae_lens_maira.maira2.processing import Maira2Processor
 from sae_lens_maira.maira2.prompts import StudyLike, build_prompt
 from sae_lens_maira.maira2.registration import register
@@ -40,6 +41,7 @@ __all__ = [
     "Maira2ForConditionalGeneration",
     "Maira2Model",
     "Maira2Processor",
+    "OutputHead",
     "ParsedReport",
     "StudyLike",
     "TokenRole",
@@ -49,6 +51,7 @@ __all__ = [
     "format_grounded",
     "generate_reports",
     "load_maira2",
+    "load_output_head",
     "load_processor",
     "make_config",
     "parse_report",

@@ -100,7 +100,7 @@ def load_maira2(
     if Path(source).is_dir():
         _check_folder(Path(source))
     else:
-        hub["revision"] = _revision(source, revision)
+        hub["revision"] = published_revision(source, revision)
 
     config = load_config(source, **hub)
     available = config.text_config.num_hidden_layers
@@ -207,7 +207,8 @@ def save_processor(processor: Maira2Processor, folder: str | Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _revision(source: str, revision: str | None) -> str:
+def published_revision(source: str, revision: str | None) -> str:
+    """The revision to load: the given one, else the pinned one of the published model, else "main"."""
     return revision or (PUBLISHED_REVISION if source == PUBLISHED_ID else "main")
 
 
@@ -240,7 +241,7 @@ def load_config(path_or_id: str | Path, revision: str | None = None, **hub: Any)
     """
     source = str(path_or_id)
     if not Path(source).is_dir():
-        hub["revision"] = _revision(source, revision)
+        hub["revision"] = published_revision(source, revision)
     try:
         raw: dict[str, Any] = Maira2Config.get_config_dict(source, **hub)[0]
     except Exception as error:  # hub, OS and JSON errors

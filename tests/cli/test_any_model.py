@@ -48,8 +48,6 @@ def test_every_command_runs_on_a_folder_and_a_table(folder, capsys):
         sae,
         *model,
         *table,
-        "--roles",
-        "image_only",
         "--latents",
         "0-63",
         "--out",

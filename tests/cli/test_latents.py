@@ -1,13 +1,21 @@
-"""What stands in for a trained SAE in `latents`: as sparse as it is, and set on enough rows."""
+"""The command `latents`: its controls, and where studies, roles and activations come from."""
 
 import pytest
 import torch
 
+from sae_lens_maira.activations import ActivationStore, layer_of
+from sae_lens_maira.cli import main
 from sae_lens_maira.cli.latents import _stand_in
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.interface import output_head
+from sae_lens_maira.latents import RecordSet
 from sae_lens_maira.latents.source import ModelSource
+from sae_lens_maira.maira2 import Maira2ForConditionalGeneration, OutputHead
 from sae_lens_maira.phantom import generate_studies, load_phantom
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, make_control
+from sae_lens_maira.studies import read_table
+
+HOOK = "blocks.3.hook_resid_post"
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +54,62 @@ def test_no_rows_are_said(blocks, dictionary):
     empty = ModelSource(load_phantom(), [], "blocks.3.hook_resid_post", "generated_only", 8)
     with pytest.raises(ConfigError, match="no rows"):
         _stand_in("raw", dictionary, empty, seed=0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Twelve exported studies, a store of the first eight of them, and an SAE whose metadata name it."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ["--studies", "12", "--study-seed", "41", "--out", str(folder / "studies.parquet")]
+    assert main(["studies", "import", "--source", "phantom", *words]) == 0
+    table = read_table(folder / "studies.parquet")
+    table.frame["split"] = ["train"] * 8 + ["test"] * 4
+    table.frame.to_parquet(folder / "studies.parquet")
+    names = ["--table", str(folder / "studies.parquet"), "--split", "train", "--roles", "image_only"]
+    assert main(["harvest", *names, "--hooks", HOOK, "--store", str(folder / "store")]) == 0
+    sizes = "{total_training_samples: 2048, train_batch_size_samples: 512, lr: 0.001, lr_end: 0.0, lr_warm_up_steps: 1}"
+    words = ["--sae", "{d_sae: 64, k: 4, matryoshka_widths: [16, 64]}", "--trainer", sizes]
+    assert (
+        main(
+            ["train", "--hooks", HOOK, "--store", str(folder / "store"), *words, "--out", str(folder / "sae")]
+        )
+        == 0
+    )
+    return folder
+
+
+def collect(folder, *words):
+    table = ["--table", str(folder / "studies.parquet")]
+    sizes = ["--top", "3", "--zero", "1", "--per-interval", "1"]
+    return main(["latents", "--sae", str(folder / "sae"), *table, *sizes, *words])
+
+
+def test_the_training_store_is_read_without_the_model(trained, monkeypatch, capsys):
+    """Store and roles come from the SAE's metadata; of the model only the output head is loaded."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Maira2ForConditionalGeneration, "from_pretrained", None)
+        assert collect(trained, "--split", "train", "--out", str(trained / "stored")) == 0
+    assert "which the SAE was trained on" in capsys.readouterr().err
+    meta = RecordSet.open(trained / "stored").meta
+    assert (meta.studies, meta.rows_text, meta.sae) == (8, 0, "sae")
+    assert meta.rows_image == len(ActivationStore(trained / "store"))
+
+
+def test_other_studies_are_read_by_the_model_and_that_is_reported(trained, capsys):
+    assert collect(trained, "--split", "test", "--out", str(trained / "read"), "--latents", "0-3") == 0
+    assert "lacks 8 of the 8 studies" in capsys.readouterr().err
+    meta = RecordSet.open(trained / "read").meta
+    assert (meta.studies, meta.rows_text) == (4, 0)
+    words = ["--store", str(trained / "store"), "--out", str(trained / "refused")]
+    assert collect(trained, "--split", "test", *words) == 2
+    assert "the table and the split that were harvested" in capsys.readouterr().err
+
+
+def test_the_output_head_is_the_models_own():
+    """Both tensors, the vocabulary and the layer are those of the loaded model."""
+    maira = load_phantom()
+    ours, theirs = output_head("phantom"), OutputHead.of(maira)
+    assert torch.equal(ours.norm, theirs.norm)
+    assert torch.equal(ours.lm_head, theirs.lm_head)
+    assert layer_of(ours.config, HOOK) == layer_of(theirs.config, HOOK) == 3
+    assert ours.processor.tokenizer.get_vocab() == theirs.processor.tokenizer.get_vocab()

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from sae_lens_maira.activations import ActivationStore, RowSettings, harvest
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.recordset import RecordSet
-from sae_lens_maira.latents.source import ModelSource, encode_sparse
+from sae_lens_maira.latents.source import ModelSource, StoreSource, encode_sparse, rows_of_studies
 from sae_lens_maira.phantom import FINDING_KEYS, truth_labels
 from sae_lens_maira.stats import wilson_arrays
 from sae_lens_maira.studies import Licence
@@ -261,6 +262,39 @@ def test_harvested_blocks_number_studies_throughout(phantom, studies, sae, rows)
     sparse = encode_sparse(sae, blocks[0].values, 100)
     with torch.no_grad():
         assert torch.equal(sparse.to_dense(), sae.encode(blocks[0].values))
+
+
+def test_a_source_reads_only_the_studies_that_are_needed(phantom, studies, rows, tmp_path, monkeypatch):
+    """From the model whole forwards with the values of the first pass; from a store no value of other studies."""
+    units = ModelSource(
+        phantom, studies[:12], rows.hook_name, "image_only", studies_per_block=8, batch_size=2
+    )
+    need = np.array([1, 6, 9])
+    whole = next(iter(units[0]))
+    (some,) = rows_of_studies(units, 0, need)
+    assert set(some.study) == {1, 6}
+    assert torch.equal(some.values, whole.where(np.isin(whole.study, need)).values)
+    assert len(set(next(iter(units.of_studies(0, need))).study)) <= 4
+    assert list(rows_of_studies(units, 0, np.array([9]))) == []
+    harvest(
+        phantom,
+        studies[:12],
+        tmp_path,
+        [rows.hook_name],
+        RowSettings(roles="image_only"),
+        shard_studies=8,
+        progress=False,
+    )
+    stored, read = StoreSource(tmp_path, rows.hook_name), []
+    plain = ActivationStore.read_into
+    monkeypatch.setattr(
+        ActivationStore,
+        "read_into",
+        lambda self, place, *words: (read.append(len(place)), plain(self, place, *words))[1],
+    )
+    blocks = [block for unit in range(len(stored)) for block in rows_of_studies(stored, unit, need)]
+    assert [sorted(set(block.study)) for block in blocks] == [[1], [6], [9]]
+    assert sum(read) == sum(map(len, blocks)) == int(np.isin(rows.study[rows.is_image], need).sum())
 
 
 def test_wilson_by_hand():
