@@ -22,7 +22,9 @@ from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.sae.levels import (
     CONTROL_KEY,
     METADATA_KEY,
+    TEXT_CONTEXT,
     check_widths,
+    remember_text_context,
     sizes_from_widths,
     widths_from_fractions,
 )
@@ -213,6 +215,7 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     @override
     def add_training_info_to_metadata(self) -> None:
         super().add_training_info_to_metadata()
+        remember_text_context(self.metadata)
         self.metadata[METADATA_KEY] = self.matryoshka_metadata()
         if self.control is not None:
             self.metadata[CONTROL_KEY] = {"kind": self.control}
@@ -220,7 +223,9 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     @override
     def _metadata_with_training_info(self) -> dict[str, Any]:
         control = {} if self.control is None else {CONTROL_KEY: {"kind": self.control}}
-        return super()._metadata_with_training_info() | {METADATA_KEY: self.matryoshka_metadata()} | control
+        facts = super()._metadata_with_training_info()
+        context = {key: value for key, value in TEXT_CONTEXT.items() if facts.get(key) is None}
+        return facts | context | {METADATA_KEY: self.matryoshka_metadata()} | control
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from sae_lens_maira.errors import SAEError
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig
-from sae_lens_maira.sae.levels import METADATA_KEY, widths_from_metadata
+from sae_lens_maira.sae.levels import METADATA_KEY, remember_text_context, widths_from_metadata
 
 
 class MatryoshkaSAE(JumpReLUSAE):
@@ -246,3 +246,4 @@ def _own_field_names() -> set[str]:
 def _remember_levels(config: MatryoshkaSAEConfig) -> None:
     kept = config.metadata.get(METADATA_KEY) or {}
     config.metadata[METADATA_KEY] = kept | {"level_widths": list(config.level_widths()), "k": config.k}
+    remember_text_context(config.metadata)

@@ -1,9 +1,7 @@
-"""Where the levels of a Matryoshka SAE begin and end, and where any SAELens SAE keeps that knowledge.
+"""Levels of a Matryoshka SAE, and the metadata of an SAE that store them.
 
-Level i is the prefix of the first w_i latents, 0 < w_0 < w_1 < ... < w_{L-1} = d_sae. Two ways of writing
-the same thing meet here: cumulative widths (SAELens) and increments as fractions of d_sae
-(dictionary_learning). This module is arithmetic and dictionary lookups; it knows nothing about weights,
-losses or files.
+Level i is the prefix of the first w_i latents, 0 < w_0 < w_1 < ... < w_{L-1} = d_sae. SAELens writes cumulative widths,
+dictionary_learning increments as fractions of d_sae; both are accepted.
 """
 
 import math
@@ -19,6 +17,16 @@ METADATA_KEY = "matryoshka"
 """Key of an SAE's metadata under which `level_widths`, `k` and the training facts are stored."""
 CONTROL_KEY = "control"
 """Key of an SAE's metadata that names the kind of control it is."""
+TEXT_CONTEXT = {"prepend_bos": True, "context_size": 128}
+"""Metadata that SAELens' `ActivationsStore.from_sae` requires: text contexts of this many tokens with BOS in front, as
+SAELens' own evaluations and SAEBench read text. Studies have lengths of their own and do not use these values."""
+
+
+def remember_text_context(metadata: SAEMetadata) -> None:
+    """Fill in what SAELens' evaluations on text require, where an SAE's metadata do not name it."""
+    for key, value in TEXT_CONTEXT.items():
+        if metadata.get(key) is None:
+            metadata[key] = value
 
 
 def check_widths(widths: Sequence[int], d_sae: int, where: str = "matryoshka_widths") -> tuple[int, ...]:

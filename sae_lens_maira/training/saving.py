@@ -8,6 +8,7 @@ first, for all hold the same state. It knows nothing about how a step is made.
 from pathlib import Path
 from typing import Any
 
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
@@ -17,7 +18,7 @@ from sae_lens_maira.training.checkpoints import load_provider_state, provider_st
 from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 
 
-class SavingTrainer(SAETrainer[Any, Any]):
+class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """Base of `FusedSAETrainer`.
 
     Attributes:

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import (
+    T_TRAINING_SAE,
+    T_TRAINING_SAE_CONFIG,
+    TrainingSAE,
+    TrainStepInput,
+    TrainStepOutput,
+)
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
@@ -43,8 +49,8 @@ MAX_GRADIENT_NORM = 1.0
 """SAELens' fixed clipping norm."""
 
 
-class FusedSAETrainer(SavingTrainer):
-    """Drop-in for `sae_lens.training.sae_trainer.SAETrainer`.
+class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+    """Drop-in for `sae_lens.training.sae_trainer.SAETrainer`, generic in the SAE and its configuration as that is.
 
     Over N processes (`comm` from `distributed()`), `cfg.train_batch_size_samples` is the batch of all ranks
     together, every rank's data provider yields its share of the rows, and losses, selection and gradients are those of
@@ -61,9 +67,9 @@ class FusedSAETrainer(SavingTrainer):
     def __init__(
         self,
         cfg: SAETrainerConfig,
-        sae: TrainingSAE[Any],
+        sae: T_TRAINING_SAE,
         data_provider: DataProvider,
-        evaluator: Evaluator[Any] | None = None,
+        evaluator: Evaluator[T_TRAINING_SAE] | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
         *,
         backend: Backend = "auto",
@@ -130,7 +136,7 @@ class FusedSAETrainer(SavingTrainer):
                 self.comm.broadcast_(tensor.data)
 
     @override
-    def fit(self) -> TrainingSAE[Any]:
+    def fit(self) -> T_TRAINING_SAE:
         """Trains to the end.
 
         An interrupt (SIGINT, SIGTERM) takes effect between two updates. With a checkpoint path it leaves a checkpoint
@@ -168,7 +174,7 @@ class FusedSAETrainer(SavingTrainer):
         return output
 
     @override
-    def _train_step(self, sae: TrainingSAE[Any], sae_in: torch.Tensor) -> TrainStepOutput:
+    def _train_step(self, sae: T_TRAINING_SAE, sae_in: torch.Tensor) -> TrainStepOutput:
         reason = self.dense_reason = reason_for_dense(sae, sae_in)
         if reason is not None:
             self._say_once(reason)
@@ -285,7 +291,7 @@ class FusedSAETrainer(SavingTrainer):
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
 
     @torch.no_grad()
-    def _plain(self, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
+    def _plain(self, sae: T_TRAINING_SAE) -> T_TRAINING_SAE:
         sae.W_enc.data = sae.W_enc.data.contiguous()
         return sae
 
