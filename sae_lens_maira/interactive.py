@@ -346,8 +346,7 @@ def describe_sae(
             f"p99 has shape {tuple(p99.shape)} and the SAE has {sae.cfg.d_sae} latents; give one number per latent."
         )
     sae.requires_grad_(False)
-    extra: Any = sae
-    extra.p99, extra.latent_names, extra.records = p99, names, opened
+    sae.p99, sae.latent_names, sae.records = p99, names, opened
     return sae
 
 
@@ -355,8 +354,8 @@ def _hook_of(sae: Any) -> str:
     hook_name = sae.cfg.metadata.hook_name
     if not hook_name:
         raise SAEError(
-            "The SAE's metadata name no hook point. Pass hook_name= to load_sae, for instance "
-            "'blocks.15.hook_resid_post'."
+            "The SAE's metadata name no hook point. Pass hook_name= to load_sae, or --hook on the command line, for "
+            "example blocks.15.hook_resid_post."
         )
     return hook_name
 

@@ -160,7 +160,9 @@ def load_sae(
     dtype: str = "float32",
     **release: Any,
 ) -> "MatryoshkaSAE":
-    """Load an SAE that knows its hook point, the scale of its latents and their names.
+    """Load an SAE with its hook point, the scale of its latents and their names.
+
+    Every command that takes an SAE loads it here. Damaged, cut, inconsistent or NaN weights are refused.
 
     Args:
         name: a folder that SAELens wrote, a release (folder, weights file or hub id), a SAELens name
@@ -174,28 +176,57 @@ def load_sae(
 
     Returns:
         The SAE, without gradients. `sae.p99` is `(d_sae,)` or None, `sae.latent_names` maps a latent to its name, and
-        `sae.records` is the `RecordSet` or None.
+        `sae.records` is the `RecordSet` or None. A JumpReLU SAE without levels has one; SAEs of other architectures are
+        returned as SAELens' own classes.
 
     Raises:
-        SAEError: no such SAE, or it names no hook point.
+        SAEError: no such SAE, it cannot be used, or it names no hook point.
+        RecordError: the records cannot be read, or belong to another SAE.
     """
+    import torch
+
     from sae_lens_maira.interactive import describe_sae
-    from sae_lens_maira.sae import load_matryoshka, resolve_sae
+
+    if dtype not in DTYPES[1:]:
+        raise ConfigError(f"The dtype of the SAE was {dtype!r}; use {', '.join(DTYPES[1:])}.")
+    if hook_name is not None and not _is_saelens_name(str(name)):
+        release = release | {"hook_name": hook_name}
+    sae, folder = _sae_of(name, device, release)
+    if records is None and folder is not None and (folder / "records").is_dir():
+        records = folder / "records"
+    # Records are compared with the weights as they were saved, before a change of precision.
+    described = describe_sae(sae, hook_name, p99, None if records is None else Path(records))
+    return described.to(dtype=getattr(torch, dtype))
+
+
+def load_sae_weights(name: str | Path, device: str = "auto") -> "MatryoshkaSAE":
+    """Load an SAE that need not name a hook point, without p99 and names.
+
+    Args:
+        name: as in `load_sae`.
+        device: as in `load`.
+
+    Raises:
+        SAEError: no such SAE, or it cannot be used.
+    """
+    return _sae_of(name, device, {})[0].requires_grad_(False)
+
+
+def _sae_of(name: str | Path, device: str, release: dict[str, Any]) -> "tuple[MatryoshkaSAE, Path | None]":
+    """An SAE with its levels, and its folder unless SAELens knows it by name."""
+    from sae_lens_maira.sae import open_sae, resolve_sae
 
     place = device_of(device)
     if _is_saelens_name(str(name)):
         from sae_lens import SAE
 
         release_name, _, sae_id = str(name).partition("/")
-        sae = load_matryoshka(SAE.from_pretrained(release_name, sae_id, device=place))
-    else:
-        if hook_name is not None:
-            release = release | {"hook_name": hook_name}
-        folder = _shipped_sae(str(name)) if str(name) in PHANTOM_SAES else resolve_sae(name, **release)
-        sae = load_matryoshka(folder, device=place, dtype=dtype)
-        if records is None and (folder / "records").is_dir():
-            records = folder / "records"
-    return describe_sae(sae, hook_name, p99, None if records is None else Path(records))
+        try:
+            return _with_levels(SAE.from_pretrained(release_name, sae_id, device=place)), None
+        except ValueError as error:
+            raise SAEError(f"SAELens could not load {name}: {error}") from error
+    folder = _shipped_sae(str(name)) if str(name) in PHANTOM_SAES else resolve_sae(name, **release)
+    return _with_levels(open_sae(folder, device=place)), folder
 
 
 def read_studies(
@@ -268,6 +299,20 @@ def finding_reader(
         )
         choice = "phantom" if len(studies) and synthetic else "rules"
     return phantom_reader() if choice == "phantom" else rule_reader()
+
+
+def _with_levels(sae: Any) -> "MatryoshkaSAE":
+    """The SAE with its levels, one where it has none; other architectures than JumpReLU stay as they are."""
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+
+    from sae_lens_maira.sae import load_matryoshka
+    from sae_lens_maira.sae.levels import METADATA_KEY, widths_from_metadata
+
+    if isinstance(sae, JumpReLUSAE) and widths_from_metadata(sae.cfg.metadata, sae.cfg.d_sae) is None:
+        sae.cfg.metadata[METADATA_KEY] = {"level_widths": [sae.cfg.d_sae]}
+    readable = isinstance(sae, JumpReLUSAE) or hasattr(sae.cfg, "decoder_init_norm")
+    levelled: Any = load_matryoshka(sae) if readable else sae
+    return levelled
 
 
 def _shipped_sae(name: str) -> Path:

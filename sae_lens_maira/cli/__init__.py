@@ -46,6 +46,8 @@ _TABLE: dict[str, str] = {
     "store import": "store:bring",
     "train": "train:train",
     "evaluate": "evaluate:evaluate",
+    "match": "identity:match",
+    "locate": "identity:locate",
     "latents": "latents:latents",
     "interpret run": "interpret:run",
     "interpret report": "interpret:report_scores",

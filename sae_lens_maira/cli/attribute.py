@@ -66,8 +66,8 @@ def attribute(
     from sae_lens_maira.interface import load, load_sae, phantom_studies, read_studies
     from sae_lens_maira.privacy import check_shareable
 
-    hooked: Any = load(model, device=device)
     dictionary: Any = load_sae(sae, records=records, device=device)
+    hooked: Any = load(model, device=device)
     if table is None:
         side = hooked.processor.recipe.crop
         found: Any = phantom_studies(studies if study is None else 200, study_seed, size=side)

@@ -84,11 +84,14 @@ def neuronpedia(
     from sae_lens_maira.dashboards.target import Target, save_metadata
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.latents.recordset import RecordSet
+    from sae_lens_maira.sae import open_sae
 
     target = Target(
         set_name=set_name, model_id=model_id, layers=layers, description=description, url=url, dataset=dataset
     )
     window, opened = Window(text_window, patches), RecordSet.open(records)
+    if sae is not None:
+        open_sae(sae)  # a damaged SAE is refused before anything is written
     explained = read_interpretations(records)
     if kind == "export":
         folder = write_export(
@@ -200,7 +203,7 @@ def upload(
 
 
 def saedashboard(
-    sae: Path,
+    sae: str,
     out: Path,
     set_name: str,
     latents: str = "0-31",
@@ -227,7 +230,7 @@ def saedashboard(
     Example: sae-lens-maira dashboards saedashboard --sae sae_image --out classic --set-name res-1k --latents 0-31
 
     Args:
-        sae: Folder of the SAE.
+        sae: Folder of the SAE, or a release.
         out: Output folder.
         set_name: Source set, lower case with single hyphens.
         latents: Numbers and ranges such as "0-49,77".
@@ -253,12 +256,10 @@ def saedashboard(
     from sae_lens_maira.dashboards.prompts import Readout
     from sae_lens_maira.dashboards.target import Target
     from sae_lens_maira.dashboards.validate import validate
-    from sae_lens_maira.errors import SAEError
-    from sae_lens_maira.interface import named_model
+    from sae_lens_maira.interface import load_sae, named_model
     from sae_lens_maira.latents.source import ModelSource
     from sae_lens_maira.latents.study_info import Pseudonyms
     from sae_lens_maira.phantom import generate_studies
-    from sae_lens_maira.sae import load_matryoshka
     from sae_lens_maira.studies import read_table
 
     config = AdapterConfig(
@@ -270,13 +271,9 @@ def saedashboard(
         allow_credentialed=allow_credentialed,
         seed=study_seed if seed is None else seed,
     )
+    dictionary = load_sae(sae, hook_name=hook, device=device)
+    hook_name = str(dictionary.cfg.metadata.hook_name)
     maira = named_model(model, dtype="float32", device=device)
-    dictionary = load_matryoshka(sae, device=str(maira.model.device))
-    hook_name = hook or dictionary.cfg.metadata.hook_name
-    if not hook_name:
-        raise SAEError(
-            "The SAE's metadata do not name a hook point. Give --hook, for example blocks.15.hook_resid_post."
-        )
     chosen = (
         generate_studies(studies, seed=study_seed, size=maira.processor.recipe.crop)
         if table is None

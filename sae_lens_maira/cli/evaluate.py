@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def evaluate(
-    sae: Path,
+    sae: str,
     model: str = "phantom",
     studies: int = 100,
     study_seed: int = 10_000,
@@ -22,7 +22,7 @@ def evaluate(
     Example: sae-lens-maira evaluate --sae quickstart_out/sae_text --studies 100
 
     Args:
-        sae: folder of the SAE.
+        sae: folder of the SAE, or a release.
         model: the model it was trained on: "phantom", a folder or a hub id.
         studies: phantom studies to read, or the first so many of a table.
         study_seed: of the phantom studies; the phantom itself was trained on 0.
@@ -35,10 +35,11 @@ def evaluate(
     """
     from sae_lens_maira.cli.evaluation import evaluate as run
     from sae_lens_maira.errors import StudyError
-    from sae_lens_maira.interface import named_model
+    from sae_lens_maira.interface import load_sae, named_model
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.studies import read_table
 
+    dictionary = load_sae(sae, hook_name=hook, device=device)
     maira = named_model(model, device=device)
     if table is None:
         chosen = generate_studies(studies, seed=study_seed, size=maira.processor.recipe.crop)
@@ -49,7 +50,7 @@ def evaluate(
             raise StudyError(
                 f"{table} has no study in the split {split}; `studies show` counts studies by split."
             )
-    tables = run(maira, sae, chosen, hook)
+    tables = run(maira, dictionary, chosen)
     if as_json:
         rows, splice = (frame.to_dict("records") for frame in (tables.rows, tables.splice))
         sys.stdout.write(json.dumps({"rows": rows, "splice": splice}) + "\n")

@@ -99,7 +99,6 @@ def latents(
     """
     from sae_lens_maira.cli.harvest import rank_of
     from sae_lens_maira.cli.numbers import numbers
-    from sae_lens_maira.errors import SAEError
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
     from sae_lens_maira.latents.source import ModelSource
     from sae_lens_maira.maira2 import DEFAULT_ROLES
@@ -109,12 +108,8 @@ def latents(
     seed, wanted = study_seed if seed is None else seed, numbers(latents, "--latents")
     rank, world = rank_of(os.environ)
     place = device_of(device)
-    dictionary = _load_sae(sae, hook, place)
-    hook_name = hook or dictionary.cfg.metadata.hook_name
-    if not hook_name:
-        raise SAEError(
-            "The SAE's metadata name no hook point; give --hook, for example blocks.3.hook_resid_post."
-        )
+    dictionary: Any = load_sae(sae, hook_name=hook, device=place)
+    hook_name = str(dictionary.cfg.metadata.hook_name)
     request = _Request(model, studies, study_seed, table, root, split, model_dtype, place)
     kept = roles if roles is not None else dictionary.cfg.metadata.get("token_roles")
     reader: Maira2 | OutputHead
@@ -290,22 +285,6 @@ def _spread_rows(blocks: "ActivationSource", wanted: int, most_units: int = 32) 
     share = -(-wanted // max(1, n_units))
     parts = [b.values[:: max(1, len(b) // share)] for b in firsts if b is not None]
     return torch.cat(parts) if parts else None
-
-
-def _load_sae(name: str, hook_name: str | None, device: str) -> Any:
-    """An SAE with its levels, or a plain one where there are none."""
-    from sae_lens import SAE
-
-    from sae_lens_maira.errors import SAEError
-    from sae_lens_maira.sae import load_matryoshka
-
-    folder = Path(name)
-    if not (folder / "cfg.json").is_file():
-        return load_sae(name, hook_name=hook_name, device=device)
-    try:
-        return load_matryoshka(folder, device=device)
-    except SAEError:
-        return SAE.load_from_disk(folder, device=device)
 
 
 def _has_truth(studies: "Sequence[Study]") -> bool:

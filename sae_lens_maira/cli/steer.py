@@ -88,8 +88,8 @@ def steer(
             "--records and --intervention were both given; records choose latents, a saved intervention has its own. "
             "Give one of them."
         )
-    maira = named_model(model, dtype=model_dtype, device=device)
     dictionary = load_sae(sae, hook_name=hook, records=records, device=device)
+    maira = named_model(model, dtype=model_dtype, device=device)
     hook_name = str(dictionary.cfg.metadata.hook_name)
     if table is None:
         chosen: Any = phantom_studies(studies, study_seed, size=maira.processor.recipe.crop)

@@ -8,8 +8,10 @@ from sae_lens_maira.sae.controls import CONTROLS, control_kind, make_control
 from sae_lens_maira.sae.evaluation import ReconstructionRecord, SAEEvaluation, evaluate_sae
 from sae_lens_maira.sae.export import export_dictionary_learning
 from sae_lens_maira.sae.identity import fingerprint
-from sae_lens_maira.sae.inference import MatryoshkaSAE, load_matryoshka
+from sae_lens_maira.sae.inference import MatryoshkaSAE, load_matryoshka, open_sae
 from sae_lens_maira.sae.levels import level_widths_of
+from sae_lens_maira.sae.locate import Location, locate_sae
+from sae_lens_maira.sae.match import LatentMatch, match_latents
 from sae_lens_maira.sae.pretrained import (
     maira2_sae_disk_loader,
     maira2_sae_loader,
@@ -22,6 +24,8 @@ from sae_lens_maira.sae.training import MatryoshkaTrainingSAE
 
 __all__ = [
     "CONTROLS",
+    "LatentMatch",
+    "Location",
     "MatryoshkaSAE",
     "MatryoshkaSAEConfig",
     "MatryoshkaTrainingSAE",
@@ -41,9 +45,12 @@ __all__ = [
     "level_widths_of",
     "load_matryoshka",
     "load_release",
+    "locate_sae",
     "maira2_sae_disk_loader",
     "maira2_sae_loader",
     "make_control",
+    "match_latents",
+    "open_sae",
     "register",
     "register_release",
     "resolve_sae",

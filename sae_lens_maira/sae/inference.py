@@ -1,11 +1,11 @@
-"""A trained Matryoshka SAE that still knows its levels: decode from a prefix, cut it down, place a latent.
+"""A trained Matryoshka SAE with its levels: decode from a prefix, truncate, find the level of a latent.
 
     f = relu(h) [h > threshold],  h = (x - b_dec) W_enc + b_enc
     x_i = f[:w_i] W_dec[:w_i] + b_dec                             level i of 0 .. L-1, the last one whole
 
-It computes what SAELens' JumpReLU SAE computes, and `load_matryoshka` makes one from any such SAE whose
-metadata names its levels. It knows nothing about how the SAE was trained or in which layout it was
-published.
+It computes what SAELens' JumpReLU SAE computes, and is saved as one: the levels are in the metadata, so that plain
+SAELens reads the folder. `load_matryoshka` makes one from any JumpReLU SAE whose metadata name levels, and `open_sae`
+opens the folder of any SAELens SAE after checking it.
 """
 
 import copy
@@ -18,14 +18,16 @@ from typing import Any, overload
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_maira.errors import SAEError
+from sae_lens_maira.errors import MairaError, SAEError
+from sae_lens_maira.io import atomic_write
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig
+from sae_lens_maira.sae.layouts import read_state
 from sae_lens_maira.sae.levels import METADATA_KEY, remember_text_context, widths_from_metadata
 
 
@@ -34,12 +36,22 @@ class MatryoshkaSAE(JumpReLUSAE):
 
     Weights: W_enc (d_in, d_sae), b_enc and threshold (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,).
     Levels are counted from 0; a negative level counts from the end, so that -1 is the whole SAE.
+
+    Attributes:
+        p99: (d_sae,) 99th percentile of each latent over the rows where it is active; None if not recorded. It is the
+            unit of steering strengths, set by `sae_lens_maira.load_sae` from latent records, and not saved.
+        latent_names: latent -> explanation, from the same records.
+        records: the `RecordSet` that both come from; None if none was read.
     """
 
     cfg: MatryoshkaSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride] - narrowed, as SAELens does
+    p99: Tensor | None
+    latent_names: dict[int, str]
+    records: Any
 
     def __init__(self, cfg: MatryoshkaSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
+        self.p99, self.latent_names, self.records = None, {}, None
         _remember_levels(cfg)
 
     @property
@@ -137,23 +149,24 @@ class MatryoshkaSAE(JumpReLUSAE):
                 "JumpReLU SAE of it, or with TrainingSAE.load_from_disk to train on."
             )
 
-    def save_jumprelu(self, path: str | Path) -> tuple[Path, Path]:
-        """Save as plain JumpReLU, which SAELens loads without this package; the levels stay in the metadata.
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save as JumpReLU, which plain SAELens loads without this package; the levels are in the metadata.
 
         Returns:
             Paths of the weights and of the configuration.
         """
-        weights_path, config_path = self.save_model(path)
+        weights_path, config_path = super().save_model(path)
         plain = {name: value for name, value in self.cfg.to_dict().items() if name not in _own_field_names()}
         plain["architecture"] = JumpReLUSAEConfig.architecture()
-        config_path.write_text(json.dumps(plain))
+        atomic_write(config_path, json.dumps(plain))
         return weights_path, config_path
 
 
 def load_matryoshka(
     source: str | Path | SAE[Any], *, device: str = "cpu", dtype: str | None = None
 ) -> MatryoshkaSAE:
-    """A `MatryoshkaSAE` from a saved folder or from an SAE in memory.
+    """Make a `MatryoshkaSAE` from a saved folder or from an SAE in memory.
 
     Args:
         source: a folder that SAELens wrote (an inference SAE or a training checkpoint), a JumpReLU SAE (its
@@ -163,9 +176,9 @@ def load_matryoshka(
         dtype: dtype to load a folder in; None keeps the saved one.
 
     Raises:
-        SAEError: the SAE is not a JumpReLU one, or its metadata names no levels.
+        SAEError: the folder is damaged, the SAE is not a JumpReLU one, or its metadata name no levels.
     """
-    sae = source if isinstance(source, SAE) else _open(Path(source), device, dtype)
+    sae = source if isinstance(source, SAE) else open_sae(Path(source), device, dtype)
     if isinstance(sae, TrainingSAE):
         return _from_training(sae)
     if isinstance(sae, MatryoshkaSAE):
@@ -190,16 +203,86 @@ def load_matryoshka(
     return result.train(sae.training)
 
 
-def _open(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
-    config_path = folder / SAE_CFG_FILENAME
-    if not config_path.is_file():
+def open_sae(folder: str | Path, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
+    """Open a folder that SAELens wrote, and check it: the one place where SAE folders are read.
+
+    Args:
+        folder: folder with cfg.json and sae_weights.safetensors.
+        device: where to load it to.
+        dtype: precision of the weights; None keeps the saved one.
+
+    Returns:
+        An SAE of the saved class, a `TrainingSAE` for a checkpoint of one under training.
+
+    Raises:
+        SAEError: the folder is incomplete, damaged, inconsistent or of an unknown kind, or a weight is NaN or infinite.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = folder / SAE_WEIGHTS_FILENAME
+    state = read_state(weights)
+    for name in ("d_in", "d_sae"):
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise SAEError(
+                f"{folder / SAE_CFG_FILENAME} has {name}={config.get(name)!r}; a positive number was expected. The "
+                "file is damaged or is not SAELens' configuration."
+            )
+    saved = str(config.get("dtype", "float32")).removeprefix("torch.")
+    if not isinstance(getattr(torch, saved, None), torch.dtype):
         raise SAEError(
-            f"{folder} has no {SAE_CFG_FILENAME}: it is no folder that SAELens wrote. Use load_release for the "
-            "layouts of other libraries."
+            f"{folder / SAE_CFG_FILENAME} has dtype={saved!r}; float32, float16 or bfloat16 was expected."
         )
+    d_in, d_sae = config["d_in"], config["d_sae"]
+    sizes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, config.get("d_out", d_in))}
+    for name, size in sizes.items():
+        if name in state and tuple(state[name].shape) != size:
+            raise SAEError(
+                f"{weights} has {name} of shape {tuple(state[name].shape)}, and {SAE_CFG_FILENAME} says {size}. The "
+                "two files belong to different SAEs; copy both from one folder."
+            )
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise SAEError(
+                f"{weights}: {bad} of {value.numel()} numbers of {name} are NaN or infinite. A run that diverged "
+                "leaves such weights; use an earlier checkpoint."
+            )
+    del state
     # Only configurations of SAEs under training have this field.
-    is_checkpoint = "decoder_init_norm" in json.loads(config_path.read_text(encoding="utf-8"))
-    return (TrainingSAE if is_checkpoint else SAE).load_from_disk(folder, device=device, dtype=dtype)
+    kind = TrainingSAE if "decoder_init_norm" in config else SAE
+    try:
+        return kind.load_from_disk(folder, device=device, dtype=dtype)
+    except MairaError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise SAEError(
+            f"SAELens could not open {folder} as an SAE of architecture {config.get('architecture')!r}: "
+            f"{type(error).__name__}: {reason}. The configuration and the weights do not fit together, or another "
+            "version wrote them; copy the folder again."
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / SAE_CFG_FILENAME
+    if not path.is_file():
+        raise SAEError(
+            f"{folder} has no {SAE_CFG_FILENAME}, so SAELens did not write it. Give the folder of an SAE, or load "
+            "layouts of other libraries with load_release."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SAEError(
+            f"{path} is not valid JSON ({error}); it is damaged or cut short. Copy it again from where the SAE was "
+            "saved."
+        ) from error
+    metadata = config.get("metadata") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(metadata or {}, dict):
+        raise SAEError(
+            f"{path} is not the configuration of an SAE: a JSON object with metadata was expected."
+        )
+    return config
 
 
 def _from_training(sae: TrainingSAE[Any]) -> MatryoshkaSAE:

@@ -223,14 +223,14 @@ def _convert(weights: Path, request: ReleaseRequest, target: Path) -> None:
     neighbour = weights.parent / SAE_CFG_FILENAME
     is_saelens = neighbour.is_file() and "architecture" in json.loads(neighbour.read_text(encoding="utf-8"))
     if is_saelens and request.level_widths is None:
-        load_matryoshka(weights.parent).save_jumprelu(target)
+        load_matryoshka(weights.parent).save_model(target)
         return
     raw = read_sae(weights, request.dict_class)
     matryoshka_from_state_dict(
         _config_of(raw, weights, request),
         {name: getattr(raw, name).float() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")},
         share=True,
-    ).save_jumprelu(target)
+    ).save_model(target)
 
 
 def _config_of(raw: RawSAE, weights: Path, request: ReleaseRequest) -> MatryoshkaSAEConfig:

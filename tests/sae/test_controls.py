@@ -34,7 +34,7 @@ def test_controls_have_the_wanted_sparsity_and_name_themselves(kind, sae, rows, 
         assert l0_of(control, rows) == pytest.approx(l0, abs=0.01)
         assert control_kind(control) == kind
     assert control.cfg.metadata.hook_name == sae.cfg.metadata.hook_name
-    control.save_jumprelu(tmp_path)
+    control.save_model(tmp_path)
     assert control_kind(load_matryoshka(tmp_path)) == kind
     assert control_kind(sae) is None
 

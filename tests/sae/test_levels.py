@@ -115,7 +115,7 @@ def test_truncate_is_the_prefix(level, trained, make_rows, tmp_path):
     rows = make_rows(30)
     torch.testing.assert_close(small.encode(rows), sae.encode(rows)[:, :width])
     torch.testing.assert_close(small(rows), sae.decode(sae.encode(rows), level=level))
-    small.save_jumprelu(tmp_path)
+    small.save_model(tmp_path)
     assert torch.equal(load_matryoshka(tmp_path).encode(rows), small.encode(rows))
     with torch.no_grad():
         small.W_dec.zero_()

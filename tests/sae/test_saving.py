@@ -1,6 +1,7 @@
 """A saved SAE is the SAE that was trained: in plain SAELens, with levels, after a fold, after a resume."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -62,7 +63,7 @@ def test_plain_saelens_encodes_and_decodes_identically(make_config, make_trainer
         train(make_config, make_trainer, folder.name).save_inference_model(folder)
     folders.append(tmp_path / "was saved with levels")
     with_levels = train(make_config, make_trainer, "saelens", inference_architecture="matryoshka")
-    load_matryoshka(with_levels).save_jumprelu(folders[-1])
+    load_matryoshka(with_levels).save_model(folders[-1])
     arguments = [str(path) for path in (tmp_path / "rows.pt", tmp_path / "out.pt", *folders)]
     subprocess.run([sys.executable, "-c", PLAIN_PROCESS, *arguments], check=True)
     for folder, (acts, out) in zip(folders, torch.load(tmp_path / "out.pt"), strict=True):
@@ -304,3 +305,30 @@ def test_autocast_training_saves_a_finite_float32_sae(convention, make_config, m
     saved = load_matryoshka(sae)
     assert {p.dtype for p in saved.parameters()} == {torch.float32}
     assert torch.isfinite(saved(make_rows(10))).all()
+
+
+def test_what_load_matryoshka_returns_is_published_as_plain_jumprelu(
+    trained, make_rows, tmp_path, monkeypatch
+):
+    """`save_model` and SAELens' upload write a folder that a process without this package reads; levels remain."""
+    from sae_lens.training import upload_saes_to_huggingface as upload
+
+    sae, rows = load_matryoshka(trained), make_rows(40, seed=5)
+    sae.save_model(tmp_path / "saved")
+    sent = tmp_path / "sent"
+
+    def keep(api, sae_path, **_):
+        shutil.copytree(sae_path, sent)
+
+    monkeypatch.setattr(upload, "_upload_sae", keep)
+    monkeypatch.setattr(upload, "_repo_exists", lambda *_: True)
+    upload.upload_saes_to_huggingface(
+        {"one": sae}, "someone/saes", show_progress=False, add_default_readme=False
+    )
+    torch.save(rows, tmp_path / "rows.pt")
+    arguments = [str(tmp_path / name) for name in ("rows.pt", "out.pt", "saved", "sent")]
+    subprocess.run([sys.executable, "-c", PLAIN_PROCESS, *arguments], check=True)
+    for acts, out in torch.load(tmp_path / "out.pt"):
+        assert torch.equal(acts, sae.encode(rows))
+        assert torch.equal(out, sae.decode(acts))
+    assert load_matryoshka(tmp_path / "sent").level_widths == (8, 20, 48)
