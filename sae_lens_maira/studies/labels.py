@@ -40,6 +40,10 @@ class RuleLabel:
     """The sentence of the mention, white space folded."""
 
 
+_REACH = 300
+"""Characters around a mention in which a cue may be; bounds the time of texts without full stops."""
+_LONG_WORD = re.compile(r"[^\W_]{65,}")
+
 _RANK = {RuleStatus.PRESENT: 2, RuleStatus.UNCERTAIN: 1, RuleStatus.ABSENT: 0, RuleStatus.UNKNOWN: -1}
 _SENTENCE = re.compile(
     r"(?<!\bvs)\.(?=\s|$)|[;!](?=\s|$)|(?<=\w)\?(?=\s|$)|\n[ \t]*\n"
@@ -129,16 +133,16 @@ _QUESTION_BEFORE = re.compile(r"\?\s*(?:[a-z]+\s+){0,2}$")
 def _status(sentence: str, start: int, end: int, asked: bool, device: bool) -> RuleStatus | None:
     """Status of the mention at [start, end) of a lower-case sentence; None where it states nothing."""
     stops = _compiled(phrases.TERMINATION)
-    before = sentence[:start]
+    before = sentence[max(start - _REACH, 0) : start]
     before = before[max(_last_end(stops, before), 0) :]
-    stop = stops.search(sentence, end)
+    stop = stops.search(sentence, end, end + _REACH)
     after = sentence[end : stop.start() if stop else len(sentence)][:70]
     own = _OWN_VERB.search(after)
     after = after[: own.end()] if own else after
     near = re.split("[,;]", after, maxsplit=1)[0]
     if _last(phrases.NO_STATEMENT_BEFORE, before):
         return None
-    if _TASK.search(before) and _LIMITED.search(sentence):
+    if _TASK.search(before) and _LIMITED.search(sentence, max(start - _REACH, 0), end + _REACH):
         return None
     if _DENIED.search(sentence[start:end]):
         return RuleStatus.ABSENT
@@ -205,7 +209,9 @@ def rule_labels(text: str) -> dict[str, RuleLabel]:
     unknown = {"no_finding": RuleLabel(RuleStatus.UNKNOWN, (0, len(text)), " ".join(text.split()))}
     if not is_english(text):
         return unknown
-    stated = _blank_silent(text.replace("\u2019", "'"))
+    # A word of thousands of letters states nothing, and patterns over it take quadratic time.
+    stated = _LONG_WORD.sub(lambda word: " " * len(word[0]), text.replace("\u2019", "'"))
+    stated = _blank_silent(stated)
     labels: dict[str, RuleLabel] = {}
     for offset, sentence, asked in _sentences(stated):
         for observation, start, end, status in _mentions(sentence.lower(), asked):

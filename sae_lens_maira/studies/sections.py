@@ -2,10 +2,12 @@
 
     addenda and wet reads | a line of underscores | FINAL REPORT | HEADER: text | HEADER: text | ...
 
-A report is cut at headers of a table of known names only, so that "LUNGS:" inside the findings ends nothing. Wrapped
-lines are joined, de-identification marks (`___`) stay. Of a header that comes twice the last filled one counts. A title
-such as "CHEST, TWO VIEWS:" that is followed by prose stands for findings where no findings header does. The names were
-collected from reports and are ours; this module knows nothing about files or data sets.
+A report is cut at headers of a table of known names only, so that "LUNGS:" inside the findings ends nothing. A header
+is a known name at the start of a line in any case, with a colon, a dash, as a markdown title or alone on its line; or
+a known name behind the end of a sentence. Wrapped lines are joined, de-identification marks (`___`) stay. Of a header
+that comes twice the last filled one counts, or the chest's where the report names regions. A title such as
+"CHEST, TWO VIEWS:" that is followed by prose is the findings where no findings header is. Findings that only refer to
+the impression ("See impression.", "None.") are replaced by it, and `findings_from_impression` says so.
 """
 
 from __future__ import annotations
@@ -14,41 +16,73 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 # Whole names of headers, in upper case with single blanks.
-_NAMES = {
-    kind: re.compile(names)
-    for kind, names in {
-        "findings": r"FINDINGS?(?: ?(?:AND|/|&) ?IMPRESSIONS?)?|REPORT",
-        "impression": r"IMPRESSIONS?|IMPRESSON|CONCLUSIONS?|IMPRESSION ?(?:AND|/|&) ?RECOMMENDATIONS?",
-        "indication": (
-            r"(?:CLINICAL |PATIENT )?(?:INDICATIONS?|HISTORY|INFORMATION)(?: FOR (?:THIS )?(?:EXAM(?:INATION)?|STUDY))?"
-            r"|INDICATIONS? AND HISTORY|REASON(?: FOR (?:THIS )?(?:EXAM(?:INATION)?|STUDY))?|CLINICAL QUESTION"
-        ),
-        "technique": r"TECHNIQUES?|TECHNICAL FACTORS",
-        "comparison": r"COMPARISONS?(?: (?:EXAM(?:INATION)?S?|STUD(?:Y|IES)|FILMS?|RADIOGRAPHS?))?",
-        "examination": r"EXAM(?:INATION)?S?|STUDY|PROCEDURE|TYPE OF (?:EXAM(?:INATION)?|STUDY)",
-        "addendum": r"ADDEND(?:UM|A)(?: ?#? ?\d+)?|FINAL ADDENDUM",
-        "other": (
-            r"RECOMMENDATIONS?|RECOMMENDATION\(S\)|NOTIFICATIONS?|NOTIFICATION\(S\)|WET READ(?: VERSION.*)?"
-            r"|PRELIMINARY REPORT|DISCUSSION WITH .*|DICTATED BY|ATTENDING.*|PFI(?: REPORT)?"
-        ),
-        "title": r".*\b(?:CHEST|RADIOGRAPHS?|PORTABLE|UPRIGHT|SUPINE|VIEWS?|LATERAL|FILMS?)\b.*",
-    }.items()
+_EXAM = r"(?: (?:FOR|OF) (?:THIS |THE )?(?:EXAM(?:INATION)?|STUDY))?"
+_REGION = r"(?:CHEST|THORAX|LUNGS?|ABDOMEN|ABDOMINAL|PELVIS|KUB|SPINE|HIPS?|KNEES?|SHOULDERS?|NECK|RIBS?)"
+_PATTERNS = {
+    "findings": rf"(?:{_REGION} )?FINDINGS?(?: ?(?:AND|/|&) ?IMPRESSIONS?)?(?:,? (?:\(?{_REGION}\)?))?|REPORT",
+    "impression": (
+        rf"(?:{_REGION} )?IMPRESSIONS?(?: ?(?:AND|/|&) ?RECOMMENDATIONS?)?(?:,? (?:\(?{_REGION}\)?))?"
+        r"|IMPRESSON|CONCLUSIONS?"
+    ),
+    "indication": (
+        rf"(?:CLINICAL |PATIENT )?(?:INDICATIONS?|HISTORY|INFORMATION){_EXAM}"
+        rf"|INDICATIONS? AND HISTORY|REASON{_EXAM}|CLINICAL QUESTION"
+    ),
+    "technique": r"TECHNIQUES?|TECHNICAL FACTORS",
+    "comparison": r"COMPARISONS?(?: (?:EXAM(?:INATION)?S?|STUD(?:Y|IES)|FILMS?|RADIOGRAPHS?))?",
+    "examination": r"EXAM(?:INATION)?S?|STUDY|PROCEDURE|TYPE OF (?:EXAM(?:INATION)?|STUDY)",
+    "addendum": r"ADDEND(?:UM|A)(?: ?#? ?\d+)?|FINAL ADDENDUM",
+    "other": (
+        r"RECOMMENDATIONS?|RECOMMENDATION\(S\)|NOTIFICATIONS?|NOTIFICATION\(S\)|WET READ(?: VERSION.*)?"
+        r"|PRELIMINARY REPORT|DISCUSSION WITH .*|DICTATED BY|ATTENDING.*|PFI(?: REPORT)?|SUMMARY|ACCESSION(?: NUMBER)?"
+        r"|PROCEDURE COMMENTS?|END OF IMPRESSION|(?:ELECTRONICALLY )?SIGNED BY|TRANSCRIBED BY|SIGNATURE"
+    ),
+    "title": r".*\b(?:CHEST|RADIOGRAPHS?|PORTABLE|UPRIGHT|SUPINE|VIEWS?|LATERAL|FILMS?)\b.*",
 }
-_MIDLINE = ("findings", "impression", "indication", "technique", "comparison")
-_CANDIDATE = re.compile(
-    r"(?P<upper>[A-Z][A-Z0-9 \t,./()&#-]{2,70}(?:and IMPRESSIONS?)?)[ \t]*:"
-    r"|^[ \t]*(?P<mixed>Findings|Impression|Indication|History|Technique|Comparison|Examination|Addendum)[ \t]*:"
-    r"|^[ \t]*(?P<bare>FINDINGS|IMPRESSION|INDICATION|TECHNIQUE|COMPARISON)[ \t]*$",
+_NAMES = {kind: re.compile(names) for kind, names in _PATTERNS.items()}
+_STATED = ("findings", "impression")
+_ALONE = ("findings", "impression", "indication", "technique", "comparison")
+_MARKS = r"[ \t#>*=\u2022~-]*"  # of markdown, lists and rulers
+_LINE = re.compile(
+    rf"^{_MARKS}(?P<name>[A-Za-z](?:[^:\n*=]|(?<=\d):(?=\d)){{1,80}}?)[ \t]*[*=~]*[ \t]*"
+    r"(?P<end>(?:(?<!\d):|:(?!\d))[*]*|(?<=\s)[-\u2013\u2014]{1,3}(?=\s|$)|[-\u2013\u2014]{2,}|$)",
     re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"^.*[.?!)_][ \t]+")
+_SPOKEN = "|".join(f"(?:{_PATTERNS[kind]})" for kind in ("findings", "impression", "indication", "technique"))
+_INSIDE = re.compile(rf"\b(?P<name>(?i:{_SPOKEN}|{_PATTERNS['comparison']}|{_PATTERNS['other']}))[ \t]*:")
+_SIGNED = re.compile(
+    r"(?:^|(?<=[.?!)_])[ \t]+)[ \t]*(?P<name>(?i:end of impression|(?:electronically |digitally )?signed by"
+    r"|(?:dictated|transcribed|reviewed and signed) by|i have (?:personally )?reviewed the))\b",
+    re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"[.?!)_*][ \t]+$")
 _RULE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)
 _BANNER = re.compile(r"^[ \t]*(?:FINAL|SUPPLEMENTARY) REPORT[ \t]*$", re.MULTILINE)
 _ASIDE = re.compile(r"\s*(?:FINAL[ \t]+)?(?:ADDENDUM|ADDENDA|WET READ|PRELIMINARY REPORT)\b")
 _WORD = re.compile(r"[A-Za-z]{2,}")
-_PROSE = re.compile(r"(?:[A-Za-z]{2,}\W+){4,}")
+_PROSE = re.compile(  # a list item, four words, or fewer that end a sentence
+    r"\d+[.)]\s+[A-Za-z]|(?=.*\b[a-z]{3,})(?:(?:[A-Za-z]+[^A-Za-z.]+){3,}[A-Za-z]+|(?:[A-Za-z]+\W+)+?[a-z]{4,}\.)"
+)
+_REFERENCE = re.compile(
+    r"(?:none|nil|n/?a|nan|null|no (?:text|report|dictation)|(?:please )?(?:see|refer to|as per|as in|per) "
+    r"(?:the )?(?:impressions?|conclusions?|above|below|report)(?: section)?(?: below| above)?"
+    r"|(?:as |described |noted |reported |same as )+(?:above|below|impression))[.!\s]*",
+    re.IGNORECASE,
+)
+_CHEST = re.compile(r"\b(?:CHEST|THORA\w+|LUNGS?|PULMONARY|CXR)\b", re.IGNORECASE)
+_ELSEWHERE = re.compile(
+    r"\b(?:ABDOM\w+|PELVI\w+|KUB|SPINE|LUMBAR|CERVICAL|HIPS?|KNEES?|SHOULDERS?|HANDS?|FOOT|FEET|NECK|HEAD|SKULL)\b",
+    re.IGNORECASE,
+)
+
+
+class _Header(NamedTuple):
+    kind: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +114,7 @@ def parse_sections(text: str) -> ReportSections:
     """Cut a report into sections.
 
     Args:
-        text: the report as it is in the file.
+        text: The report as it is in the file.
 
     Returns:
         Its sections; all None for a report without headers, whose text is then in `body`.
@@ -88,49 +122,100 @@ def parse_sections(text: str) -> ReportSections:
     report, aside = _main_part(text.replace("\r\n", "\n").replace("\r", "\n"))
     headers = list(_headers(report))
     found: dict[str, list[str]] = {}
-    for number, (kind, _, end) in enumerate(headers):
-        stop = headers[number + 1][1] if number + 1 < len(headers) else len(report)
-        found.setdefault(kind, []).append(_line(report[end:stop]))
+    chest: dict[str, list[bool]] = {}
+    region = ""
+    for number, header in enumerate(headers):
+        stop = headers[number + 1].start if number + 1 < len(headers) else len(report)
+        section = report[header.end : stop]
+        named = _region(report[header.start : header.end])
+        if header.kind in _STATED and number + 1 < len(headers) and headers[number + 1].kind != "impression":
+            section, following = _without_next_title(section)
+        else:
+            following = ""
+        if header.kind in ("title", "examination", "region"):
+            region = named or _region(section[:80]) or region
+        found.setdefault(header.kind, []).append(_line(section))
+        chest.setdefault(header.kind, []).append((named or region) != "elsewhere")
+        region = following or region
     has_findings = "findings" in found
     if not has_findings:
         found["findings"] = [title for title in found.get("title", []) if _PROSE.match(title)]
+        chest["findings"] = [True] * len(found["findings"])
     later = found.get("addendum", [])
     end = next((start for kind, start, _ in headers if kind == "addendum"), len(report))
     body = _line(report[:end])
+    findings, impression = (_last(found.get(name, []), chest.get(name, [])) for name in _STATED)
+    refers = findings is not None and _REFERENCE.fullmatch(findings) is not None
+    impression = None if impression and _REFERENCE.fullmatch(impression) else impression
     return ReportSections(
-        findings=_last(found.get("findings", [])),
-        impression=_last(found.get("impression", [])),
+        findings=impression if refers else findings,
+        impression=impression,
         indication=_first_filled(found.get("indication", [])),
         technique=_first_filled(found.get("technique", [])),
         comparison=_first_filled(found.get("comparison", [])),
         addendum=" ".join(part for part in (*aside, *later) if part) or None,
         has_findings_header=has_findings,
         body=body if _WORD.search(body) else "",
+        findings_from_impression=refers and impression is not None,
     )
 
 
-def _headers(report: str) -> Iterator[tuple[str, int, int]]:
-    """(kind, start, end) of every header that begins a section, in order."""
+def _headers(report: str) -> Iterator[_Header]:
+    """Headers that begin a section, in order."""
     current = ""
-    for found in _CANDIDATE.finditer(report):
-        name = found.group(found.lastgroup or 0)
-        start = found.start(found.lastgroup or 0)
-        line_start = report.rfind("\n", 0, start) + 1
-        kind = _kind(" ".join(name.upper().split())) if not report[line_start:start].strip() else None
-        if kind is None:  # a header behind the end of a sentence, on the same line
-            said = _SENTENCE_END.match(report[line_start : found.end()])
-            start = line_start + said.end() if said else start
-            kind = _kind(" ".join(report[start : found.end()].rstrip(" \t:").split())) if said else None
-            kind = kind if kind in _MIDLINE else None
-        if kind is None or (kind == "title" and current == "findings"):
+    for header, on_line in sorted(_candidates(report), key=lambda item: (item[0].start, -item[0].end)):
+        if header.kind == "title" and current == "findings":
             continue
-        current = kind
-        yield kind, start, found.end()
+        upper = report[header.start : header.end].isupper()
+        behind_sentence = _SENTENCE_END.search(report[max(header.start - 80, 0) : header.start]) is not None
+        # "INDICATION: Cough FINDINGS: Clear": no sentence ends before the header.
+        inside = upper and (current not in _STATED or header.kind in _STATED)
+        if not on_line and not behind_sentence and not inside:
+            continue
+        current = header.kind
+        yield header
+
+
+def _candidates(report: str) -> Iterator[tuple[_Header, bool]]:
+    """(header, whether it begins a line); of several at one place the longest."""
+    taken = []
+    for found in _LINE.finditer(report):
+        name, end = found["name"], found["end"]
+        kind = _kind(" ".join(name.upper().split()))
+        marked = report[found.start() : found.start("name")].strip() or "*" in found[0]
+        if kind is None or (kind == "title" and not (name.isupper() and end.startswith(":"))):
+            continue
+        if not end.startswith(":"):
+            # Without a colon a name must look like a header: not a word of a wrapped line.
+            alone = kind in _ALONE and (marked or not name.islower())
+            if not alone or (end and name.islower()):
+                continue
+        taken.append(found.span())
+        yield _Header(kind, found.start(), found.end()), True
+    for pattern in (_INSIDE, _SIGNED):
+        for found in pattern.finditer(report):
+            if any(a <= found.start("name") < b for a, b in taken):
+                continue
+            kind = _kind(" ".join(found["name"].upper().split())) if pattern is _INSIDE else "other"
+            if kind is not None and (pattern is _SIGNED or not found["name"].islower()):
+                yield _Header(kind, found.start("name"), found.end()), pattern is _SIGNED
 
 
 @cache
 def _kind(name: str) -> str | None:
     return next((kind for kind, names in _NAMES.items() if names.fullmatch(name)), None)
+
+
+def _region(text: str) -> str:
+    """Region that a text names: "chest", else "elsewhere", else an empty string."""
+    return "chest" if _CHEST.search(text) else "elsewhere" if _ELSEWHERE.search(text) else ""
+
+
+def _without_next_title(section: str) -> tuple[str, str]:
+    """The section without a last line that names the region of what follows ("ABDOMEN"), and that region."""
+    head, _, last = section.rstrip().rpartition("\n")
+    region = _region(last) if len(last.split()) <= 6 and not last.rstrip().endswith(".") else ""
+    return (head, region) if region else (section, "")
 
 
 def _main_part(text: str) -> tuple[str, list[str]]:
@@ -154,8 +239,14 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _last(texts: list[str]) -> str | None:
-    return next((text for text in reversed(texts) if _WORD.search(text)), None)
+def _last(texts: list[str], chest: list[bool]) -> str | None:
+    """The last filled text about the chest, else the last filled one."""
+    filled = [(text, mine) for text, mine in zip(texts, chest, strict=True) if _filled(text)]
+    return next((text for text, mine in reversed(filled) if mine), filled[-1][0] if filled else None)
+
+
+def _filled(text: str) -> bool:
+    return bool(_WORD.search(text) or _REFERENCE.fullmatch(text))
 
 
 def _first_filled(texts: list[str]) -> str | None:

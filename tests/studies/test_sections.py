@@ -65,9 +65,9 @@ def test_addenda_and_wet_reads_above_the_report_are_apart() -> None:
     assert found.findings == "Right lung clear."
     assert found.addendum == "ADDENDUM The FINDINGS: are wrong."
     wet = parse_sections(
-        " WET READ: ___ 5:34 PM\n  Big effusion.\n" + RULE + " FINAL REPORT\n FINDINGS: None.\n"
+        " WET READ: ___ 5:34 PM\n  Big effusion.\n" + RULE + " FINAL REPORT\n FINDINGS: Clear.\n"
     )
-    assert (wet.findings, wet.body) == ("None.", "FINDINGS: None.")
+    assert (wet.findings, wet.body) == ("Clear.", "FINDINGS: Clear.")
     joined = parse_sections(" WET READ: ___\n Effusion.\n\n FINAL REPORT\n FINDINGS: Clear lungs.\n")
     assert (joined.findings, joined.addendum) == ("Clear lungs.", "WET READ: ___ Effusion.")
     below = parse_sections(" FINAL REPORT\n FINDINGS: Clear.\n" + RULE + " ADDENDUM: FINDINGS: Not clear.\n")
@@ -110,3 +110,159 @@ def test_no_text_has_no_body() -> None:
     for text in ("", "\n ___ \n", "   FINAL REPORT\n"):
         assert (parse_sections(text).body, parse_sections(text).as_prior) == ("", None)
     assert parse_sections("The lungs are clear.").as_prior == "The lungs are clear."
+
+
+FOUND = "Small left effusion. Heart is normal."
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "There is a small effusion.",
+        "A left chest tube is in place.",
+        "ET tube in standard position.",
+        "1. Small effusion.",
+        "No effusion.",
+        "The PA and lateral images show clear lungs.",
+        "In the interim, an NG tube was placed.",
+        "2) Stable.",
+    ],
+)
+def test_prose_after_a_title_is_findings(prose: str) -> None:
+    for title in ("CHEST, TWO VIEWS", "PORTABLE CHEST RADIOGRAPH", "AP CHEST, 5:34 PM"):
+        assert parse_sections(f" {title}: {prose}\n\n IMPRESSION: Ok.\n").findings == prose
+
+
+@pytest.mark.parametrize("words", ["___", "3/4/2010", "PA AND LATERAL", "AP", "12:30 PM", "2 images"])
+def test_a_title_with_a_date_or_a_view_is_not_findings(words: str) -> None:
+    assert parse_sections(f" CHEST, TWO VIEWS: {words}\n\n IMPRESSION: Ok.\n").findings is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "None.",
+        "none",
+        "See impression.",
+        "See IMPRESSION below.",
+        "Please see impression",
+        "As above.",
+        "N/A",
+        "As per impression.",
+        "Refer to the impression section.",
+        "nan",
+    ],
+)
+def test_findings_that_refer_to_the_impression_are_replaced_by_it(words: str) -> None:
+    found = parse_sections(f"FINDINGS: {words}\nIMPRESSION: Small effusion.\n")
+    assert (found.findings, found.findings_from_impression) == ("Small effusion.", True)
+    alone = parse_sections(f"FINDINGS: {words}\n")
+    assert (alone.findings, alone.has_findings_header, alone.findings_from_impression) == (None, True, False)
+    both = parse_sections(f"FINDINGS: {words}\nIMPRESSION: See findings above.\n")
+    assert not both.findings_from_impression or both.findings == "See findings above."
+
+
+def test_findings_that_only_begin_like_a_reference_stay() -> None:
+    for words in (
+        "None of the lines has moved.",
+        "See the left base: effusion.",
+        "As above, the heart is big.",
+    ):
+        assert parse_sections(f"FINDINGS: {words}\nIMPRESSION: Ok.\n").findings == words
+
+
+NAMES = ("Indication", "Technique", "Comparison", "Findings", "Impression")
+TEXTS = ("Cough.", "AP.", "None.", FOUND, "Effusion.")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{NAME}: {text} ",
+        "{Name}: {text} ",
+        "{name}: {text}\n",
+        "## {Name}\n{text}\n\n",
+        "# {NAME}:\n{text}\n",
+        "**{Name}:** {text}\n",
+        "**{Name}**: {text}\n",
+        "**{NAME}**\n{text}\n",
+        "{NAME} - {text}\n",
+        "{Name} \u2013 {text}\n",
+        "{Name} \u2014 {text}\n",
+        "{NAME}-- {text}\n",
+        "- {Name}: {text}\n",
+        "=== {NAME} ===\n{text}\n",
+        "--- {Name} ---\n{text}\n",
+        "{Name}\n{text}\n\n",
+        "{NAME}\n\n  {text}\n",
+    ],
+)
+def test_headers_of_every_form(form: str) -> None:
+    report = "".join(
+        form.format(name=name.lower(), Name=name, NAME=name.upper(), text=text)
+        for name, text in zip(NAMES, TEXTS, strict=True)
+    )
+    found = parse_sections(report)
+    assert (found.indication, found.technique, found.comparison, found.findings, found.impression) == TEXTS
+
+
+def test_headers_on_one_line_without_full_stops() -> None:
+    found = parse_sections(
+        f"INDICATION: Cough TECHNIQUE: AP COMPARISON: None FINDINGS: {FOUND} IMPRESSION: Big"
+    )
+    assert (found.indication, found.technique, found.comparison) == ("Cough", "AP", "None")
+    assert (found.findings, found.impression) == (FOUND, "Big")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "SUMMARY: 2-ABNORMAL.",
+        "ACCESSION NUMBER: 1234",
+        "PROCEDURE COMMENTS: AP view.",
+        "END OF IMPRESSION",
+        "END OF IMPRESSION:",
+        "Electronically signed by: Dr. A",
+        "Electronically signed by Dr. A on 3/4/2010",
+        "Signed by: A. Doctor",
+        "DICTATED BY: A. Doctor",
+        "I have personally reviewed the images for this examination.",
+        "Transcribed by X at 5 pm",
+    ],
+)
+def test_what_ends_a_section(words: str) -> None:
+    for before in ("\n", "\n\n", " "):
+        found = parse_sections(f"FINDINGS: {FOUND}\nIMPRESSION: Effusion.{before}{words}\n")
+        assert (found.findings, found.impression) == (FOUND, "Effusion.")
+        assert parse_sections(f"IMPRESSION: Effusion.\nFINDINGS: {FOUND}{before}{words}\n").findings == FOUND
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "CHEST RADIOGRAPH\nFINDINGS: Lungs.\n\nABDOMEN\nFINDINGS: Bowel.\n",
+        "ABDOMEN\nFINDINGS: Bowel.\n\nCHEST\nFINDINGS: Lungs.\n",
+        "EXAMINATION: CHEST\nFINDINGS: Lungs.\nEXAMINATION: ABDOMEN (KUB)\nFINDINGS: Bowel.\n",
+        "CHEST FINDINGS: Lungs.\nABDOMEN FINDINGS: Bowel.\n",
+        "FINDINGS, ABDOMEN: Bowel.\nFINDINGS (CHEST): Lungs.\n",
+        "FINDINGS (CHEST): Lungs.\nFINDINGS (ABDOMEN): Bowel.\nIMPRESSION: Ok.\n",
+        "EXAM: AP chest and abdomen\nCHEST, ONE VIEW:\nFINDINGS: Lungs.\nABDOMEN, ONE VIEW:\nFINDINGS: Bowel.\n",
+    ],
+)
+def test_of_two_findings_sections_the_one_of_the_chest_counts(report: str) -> None:
+    assert parse_sections(report).findings == "Lungs."
+
+
+@pytest.mark.parametrize(
+    "findings",
+    [
+        "The abdomen is normal. In summary: stable. Comparison is made with the prior study.",
+        "Compared with the prior study the findings are unchanged.",
+        "No change in the\nfindings\nsince ___.",
+        "Lines: none. The reported history - see below - is unknown.",
+        "HEART: Big. UPPER ABDOMEN: Normal. BONES: No fracture.",
+    ],
+)
+def test_words_inside_findings_end_nothing(findings: str) -> None:
+    found = parse_sections(f"FINDINGS: {findings}\nIMPRESSION: Ok.")
+    assert found.findings == " ".join(findings.split())
