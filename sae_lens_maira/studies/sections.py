@@ -145,8 +145,8 @@ def parse_sections(text: str) -> ReportSections:
     end = next((start for kind, start, _ in headers if kind == "addendum"), len(report))
     body = _line(report[:end])
     findings, impression = (_last(found.get(name, []), chest.get(name, [])) for name in _STATED)
-    refers = findings is not None and _REFERENCE.fullmatch(findings) is not None
-    impression = None if impression and _REFERENCE.fullmatch(impression) else impression
+    refers = findings is not None and refers_to_impression(findings)
+    impression = None if impression and refers_to_impression(impression) else impression
     return ReportSections(
         findings=impression if refers else findings,
         impression=impression,
@@ -158,6 +158,11 @@ def parse_sections(text: str) -> ReportSections:
         body=body if _WORD.search(body) else "",
         findings_from_impression=refers and impression is not None,
     )
+
+
+def refers_to_impression(findings: str) -> bool:
+    """Whether a findings section holds no findings but a reference ("See impression.", "None.")."""
+    return _REFERENCE.fullmatch(findings) is not None
 
 
 def _headers(report: str) -> Iterator[_Header]:

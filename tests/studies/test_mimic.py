@@ -195,3 +195,24 @@ def test_png_copies_float_ids_and_the_table_of_sections(tmp_path, mimic_tree) ->
         cut = import_mimic(root, reports, progress=False)
         assert cut.table.frame["report"].tolist() == wanted["report"].tolist()
         assert SkipReason.NO_REPORT in cut.counts()
+
+
+def test_findings_that_refer_to_the_impression_are_counted(tmp_path, mimic_tree) -> None:
+    root = mimic_tree(tmp_path / "mimic", packed=False)
+    plain = import_mimic(root, progress=False)
+    study = plain.table.frame["study_id"].iloc[0]
+    (path,) = root.glob(f"files/*/*/s{study}.txt")
+    path.write_text(" FINAL REPORT\n FINDINGS: See impression.\n\n IMPRESSION: Small effusion.\n")
+    found = import_mimic(root, progress=False)
+    assert found.notes["findings taken from the impression"] == 1
+    assert "findings taken from the impression" not in plain.notes
+    row = found.table.frame.set_index("study_id").loc[study]
+    assert row["report"] == "Small effusion."
+    (tmp_path / "mimic_cxr_sectioned.csv").write_text(
+        f'study,impression,findings,last_paragraph,comparison\ns{study},"Big heart.","None.",,\n'
+    )
+    cut = import_mimic(root, tmp_path, progress=False)
+    assert (cut.table.frame["report"].tolist(), cut.notes["findings taken from the impression"]) == (
+        ["Big heart."],
+        1,
+    )

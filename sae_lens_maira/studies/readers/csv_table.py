@@ -71,6 +71,8 @@ def import_csv(
     if whole and cut_reports:
         frame = _cut(frame, whole)
         notes["whole report cut into sections"] = len(whole)
+        referred = sum(sections.findings_from_impression for sections in whole.values())
+        notes |= {"findings taken from the impression": referred} if referred else {}
     elif whole:
         notes["report with section headers, kept whole (--cut-reports true cuts it into sections)"] = len(
             whole

@@ -26,6 +26,7 @@ from sae_lens_maira.errors import StudyError
 from sae_lens_maira.studies.delimited import TEXT, csv_frame
 from sae_lens_maira.studies.readers.imported import Imported, Skipped, SkipReason
 from sae_lens_maira.studies.readers.report_files import read_report_file
+from sae_lens_maira.studies.sections import refers_to_impression
 from sae_lens_maira.studies.study import Licence
 from sae_lens_maira.studies.table import StudyTable
 
@@ -39,8 +40,8 @@ REPORT_COLUMNS = ("report", "indication", "technique", "comparison", "as_prior")
 CHUNK = 512
 """Studies that one thread reads at a time."""
 
-ReadReport = Callable[[str, str], "tuple[SkipReason | None, tuple[str | None, ...]]"]
-"""(patient, study) -> why there are no findings or None, and the texts of REPORT_COLUMNS."""
+ReadReport = Callable[[str, str], "tuple[SkipReason | None, tuple[str | None, ...], bool]"]
+"""(patient, study) -> why there are no findings or None, texts of REPORT_COLUMNS, whether they are the impression."""
 
 
 def import_mimic(
@@ -157,6 +158,8 @@ class _Files:
     sections: pd.DataFrame
     reason: np.ndarray
     """Index into SkipReason, -1 for a study whose report has findings."""
+    from_impression: np.ndarray
+    """Whether the findings are the impression, to which the findings section only refers."""
     frontal: list[tuple[str, str] | None]
     """(path, view) of the image that is used."""
     lateral: list[tuple[str, str] | None]
@@ -177,8 +180,9 @@ def _read_files(
             read_report(patient, study) for patient, study in zip(patients[part], ids[part], strict=True)
         ]
         return _Files(
-            pd.DataFrame([texts for _, texts in found], columns=list(REPORT_COLUMNS)).astype(TEXT),
-            np.array([-1 if reason is None else _REASONS.index(reason) for reason, _ in found]),
+            pd.DataFrame([texts for _, texts, _ in found], columns=list(REPORT_COLUMNS)).astype(TEXT),
+            np.array([-1 if reason is None else _REASONS.index(reason) for reason, _, _ in found]),
+            np.array([refers for _, _, refers in found], dtype=bool),
             [_first_file(images, candidates) for candidates in frontal[part]],
             [_first_file(images, candidates) for candidates in lateral[part]],
         )
@@ -196,6 +200,7 @@ def _read_files(
     return _Files(
         pd.concat([part.sections for part in parts], ignore_index=True),
         np.concatenate([part.reason for part in parts]),
+        np.concatenate([part.from_impression for part in parts]),
         list(itertools.chain.from_iterable(part.frontal for part in parts)),
         list(itertools.chain.from_iterable(part.lateral for part in parts)),
     )
@@ -217,14 +222,15 @@ def _report_path(patient: str, study: str) -> str:
 
 
 def _report_reader(root: Path) -> ReadReport:
-    def read(patient: str, study: str) -> tuple[SkipReason | None, tuple[str | None, ...]]:
+    def read(patient: str, study: str) -> tuple[SkipReason | None, tuple[str | None, ...], bool]:
         found = read_report_file(root / _report_path(patient, study))
         if isinstance(found, SkipReason):
-            return found, (None,) * len(REPORT_COLUMNS)
+            return found, (None,) * len(REPORT_COLUMNS), False
         texts = (found.findings, found.indication, found.technique, found.comparison, found.as_prior)
-        if found.findings and not found.findings_from_impression:
-            return None, texts
-        return (SkipReason.EMPTY_FINDINGS if found.has_findings_header else SkipReason.NO_FINDINGS), texts
+        if found.findings:
+            return None, texts, found.findings_from_impression
+        reason = SkipReason.EMPTY_FINDINGS if found.has_findings_header else SkipReason.NO_FINDINGS
+        return reason, texts, False
 
     return read
 
@@ -244,17 +250,20 @@ def _sectioned_reader(path: Path) -> ReadReport:
     cells = {name: frame[name].array for name in frame}
     place = {str(study).strip().lstrip("s"): row for row, study in enumerate(cells["study"])}
 
-    def read(patient: str, study: str) -> tuple[SkipReason | None, tuple[str | None, ...]]:
+    def read(patient: str, study: str) -> tuple[SkipReason | None, tuple[str | None, ...], bool]:
         row = place.get(study)
         if row is None:
-            return SkipReason.NO_REPORT, (None,) * len(REPORT_COLUMNS)
+            return SkipReason.NO_REPORT, (None,) * len(REPORT_COLUMNS), False
         text = {name: " ".join(str(column[row]).split()) for name, column in cells.items()}
         parts = [("FINDINGS", text["findings"]), ("IMPRESSION", text["impression"])]
         prior = " ".join(f"{name}: {part}" for name, part in parts if part) or text["last_paragraph"]
-        texts = (text["findings"] or None, None, None, text["comparison"] or None, prior or None)
-        if text["findings"]:
-            return None, texts
-        return (SkipReason.NO_FINDINGS if prior else SkipReason.EMPTY_REPORT), texts
+        findings = text["findings"]
+        refers = refers_to_impression(findings) and bool(text["impression"])
+        findings = text["impression"] if refers else "" if refers_to_impression(findings) else findings
+        texts = (findings or None, None, None, text["comparison"] or None, prior or None)
+        if findings:
+            return None, texts, refers
+        return (SkipReason.NO_FINDINGS if prior else SkipReason.EMPTY_REPORT), texts, False
 
     return read
 
@@ -280,6 +289,7 @@ def _assemble(studies: pd.DataFrame, files: _Files, root: Path) -> Imported:
         "first frontal file missing: another frontal image of the study taken": np.array(other, dtype=bool),
         "lateral left out: its file is missing": studies["lateral"].notna().to_numpy()
         & lateral.isna().to_numpy(),
+        "findings taken from the impression": files.from_impression,
         "without prior: date or time is missing": studies["taken"].isna().to_numpy(),
     }
     kept = np.flatnonzero(reason < 0)
