@@ -40,7 +40,7 @@ from sae_lens_maira.steering.correction import (
     tied_to_errors,
 )
 from sae_lens_maira.steering.statistics import encoder_of
-from sae_lens_maira.studies import Study, known_findings
+from sae_lens_maira.studies import Study, known_findings, readable_studies
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ def run(config: Clinical) -> dict[str, Any]:
     # Without a prior image: with one, "unchanged" could be right as well.
     drawn = [s for s in read if s.prior_frontal is None and s.frontal is not None]
     reader = finding_reader(drawn, config.reader)
+    drawn = readable_studies(drawn, reader)
     halves = split_by_patient([study.patient_id for study in drawn], config.seed)
     choose, report = (
         [s for s, mine in zip(drawn, half, strict=True) if mine] for half in (halves.choose, halves.report)

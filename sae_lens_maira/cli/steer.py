@@ -135,6 +135,7 @@ def steer(
         )
     about = (
         f"Model {Path(model).name}, {hook_name}; findings by {cohort.source}, reports read by {read.source}."
+        + (f" {cohort.left_out} studies left out: their reports cannot be read." if cohort.left_out else "")
     )
     write_page(
         out,

@@ -15,7 +15,7 @@ from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.latents import split_by_patient
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.steering.prompts import SharedPrompts
-from sae_lens_maira.studies import FindingReader, Study, known_findings
+from sae_lens_maira.studies import FindingReader, Study, known_findings, readable_studies
 
 MAX_NEW_TOKENS = 120
 """Default maximum length of a report in tokens."""
@@ -36,6 +36,8 @@ class Cohort:
 
     Attributes:
         known: (n, F) findings of the studies.
+        studies: Studies whose findings are known.
+        left_out: Number of studies whose report cannot be read.
         source: "truth", or the source of the reader where labels come from the reports.
         halves: Choose on one half, report on the other.
     """
@@ -51,7 +53,10 @@ class Cohort:
         views: Literal["frontal", "all"] = "frontal",
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
-        self.maira, self.studies, self.hook_name, self.reader = maira, studies, hook_name, reader
+        self.maira, self.hook_name, self.reader = maira, hook_name, reader
+        self.studies = readable_studies(studies, reader)
+        self.left_out = len(studies) - len(self.studies)
+        studies = self.studies
         self.max_new_tokens = max_new_tokens
         self.known, self.source = known_findings(studies, reader)
         self.halves = split_by_patient([study.patient_id for study in studies], seed)

@@ -1,6 +1,12 @@
 """Study records, tables of them, the Open-I reader, and rule labels of report text."""
 
-from sae_lens_maira.studies.findings import FindingReader, known_findings, rule_reader, truth_table
+from sae_lens_maira.studies.findings import (
+    FindingReader,
+    known_findings,
+    readable_studies,
+    rule_reader,
+    truth_table,
+)
 from sae_lens_maira.studies.labels import RuleLabel, RuleStatus, is_unknown, rule_labels
 from sae_lens_maira.studies.readers import import_iuxray
 from sae_lens_maira.studies.sequence import StudySequence
@@ -23,6 +29,7 @@ __all__ = [
     "is_unknown",
     "known_findings",
     "read_table",
+    "readable_studies",
     "rule_labels",
     "rule_reader",
     "table_of_studies",

@@ -92,6 +92,15 @@ def truth_table(studies: Sequence[Study], names: Sequence[str]) -> np.ndarray:
     return np.array(rows, dtype=bool).reshape(len(rows), len(names))
 
 
+def readable_studies(studies: Sequence[Study], reader: FindingReader) -> list[Study]:
+    """Studies whose findings are known: those with a truth, a readable report, or no report at all.
+
+    A report that is not English or states nothing ("None.") is not the same as one that denies every finding, so its
+    study belongs in no score.
+    """
+    return [s for s in studies if s.truth is not None or not s.report or reader.readable(s.report)]
+
+
 def known_findings(studies: Sequence[Study], reader: FindingReader) -> tuple[np.ndarray, str]:
     """Findings of studies: their truth where all of them have one in the reader's names, else their reports' labels.
 

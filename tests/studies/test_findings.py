@@ -8,7 +8,7 @@ import pytest
 from sae_lens_maira.errors import ConfigError, StudyError
 from sae_lens_maira.interface import finding_reader
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, phantom_reader, truth_labels
-from sae_lens_maira.studies import Licence, known_findings, rule_reader, truth_table
+from sae_lens_maira.studies import Licence, known_findings, readable_studies, rule_reader, truth_table
 
 pytestmark = pytest.mark.compat
 
@@ -58,3 +58,16 @@ def test_another_vocabulary_is_refused(studies):
         truth_table([s for s in studies if s.present_keys], rule_reader().names)
     with pytest.raises(StudyError, match="no finding 'measles'"):
         phantom_reader().index("measles")
+
+
+def test_studies_whose_report_cannot_be_read_are_left_out(studies):
+    reader = rule_reader()
+    bare = [replace(study, truth=None) for study in studies]
+    foreign = replace(bare[0], study_id="es", report="Se observa derrame pleural izquierdo.")
+    assert readable_studies([*bare, foreign], reader) == bare
+    assert readable_studies([replace(foreign, truth=studies[0].truth)], reader)
+    with pytest.raises(StudyError, match="1 of 7 studies cannot be read"):
+        known_findings([*bare, foreign], reader)
+    assert np.array_equal(
+        known_findings(readable_studies([*bare, foreign], reader), reader)[0], known_findings(bare, reader)[0]
+    )
