@@ -1,9 +1,9 @@
 """MAIRA-2's processor: studies in, encodings out; generated ids in, parsed reports out.
 
 A ProcessorMixin around the checkpoint's image processor (whose numbers it reads) and its fast tokenizer,
-registered with AutoProcessor. `encode` is the door for studies; calling the processor with `text` and
-`images` is the plain transformers door, for prompts that a caller writes himself. It knows nothing about the
-model's weights.
+registered with AutoProcessor. `encode` takes studies; calling the processor with `text` and `images`, as in
+transformers, takes prompts that hold their placeholders already. The published processor's methods are in
+`published.py`.
 """
 
 import re
@@ -19,7 +19,8 @@ from transformers import BatchFeature, ProcessorMixin
 from sae_lens_maira.errors import ConfigError, PromptError
 from sae_lens_maira.maira2.encoding import Maira2Encoding
 from sae_lens_maira.maira2.images import ImageRecipe, ImageSource
-from sae_lens_maira.maira2.prompts import Prompt, StudyLike, build_prompt, raw_prompt
+from sae_lens_maira.maira2.prompts import Prompt, StudyLike, build_prompt, check_characters, raw_prompt
+from sae_lens_maira.maira2.published import PublishedMethods
 from sae_lens_maira.maira2.reports import ParsedReport, parse_report, teacher_text
 from sae_lens_maira.maira2.roles import TokenRole
 from sae_lens_maira.maira2.tokenization import append_reports, pad_rows, tokenize_prompts
@@ -30,7 +31,7 @@ from sae_lens_maira.maira2.versions import declare_processor_parts
 Task = Literal["findings", "grounded", "phrase"]
 
 
-class Maira2Processor(ProcessorMixin):
+class Maira2Processor(PublishedMethods, ProcessorMixin):
     """Builds prompts, pixels and token roles of studies, and reads reports back.
 
     Args:
@@ -217,6 +218,8 @@ class Maira2Processor(ProcessorMixin):
                 f"{len(texts)} prompts with {wanted} {self.image_token} placeholders were given with"
                 f" {len(flat)} images. Give at least one prompt, and one image for every placeholder."
             )
+        for prompt in texts:
+            check_characters(prompt, "prompt")
         prompts = [raw_prompt(prompt, self.image_token) for prompt in texts]
         rows = tokenize_prompts(self.tokenizer, prompts, self.image_token_id, self.patches_per_side)
         columns = pad_rows(rows, self.tokenizer.pad_token_id, padding_side)
@@ -238,6 +241,7 @@ class Maira2Processor(ProcessorMixin):
         return re.compile("|".join(re.escape(token) for token in tokens))
 
     def _refuse_tokens(self, text: str, field: str, allowed: frozenset[str] = frozenset()) -> None:
+        check_characters(text, field)
         for found in self._added_tokens.finditer(text):
             if found.group() not in allowed:
                 raise PromptError(

@@ -138,6 +138,20 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
     return Prompt(tuple(segments), tuple(images))
 
 
+def check_characters(text: str, field: str) -> None:
+    """Refuse a text that is not valid Unicode.
+
+    Raises:
+        PromptError: The text holds half of a surrogate pair, which no tokenizer can encode.
+    """
+    half = next((place for place, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+    if half is not None:
+        raise PromptError(
+            f"The {field} holds the lone surrogate {text[half]!a} at character {half}; expected valid Unicode. "
+            "Decode the source with its own encoding, or remove the character."
+        )
+
+
 def raw_prompt(text: str, image_token: str) -> Prompt:
     """A prompt that a caller wrote himself, placeholders included; its images all count as frontal."""
     pieces = text.split(image_token)

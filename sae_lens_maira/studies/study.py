@@ -55,10 +55,13 @@ def _one_of(what: str, value: str | None, allowed: tuple[str, ...]) -> None:
 
 
 def check_box(box: Box) -> None:
-    """Raise StudyError unless box is (x_min, y_min, x_max, y_max) with 0 <= min < max <= 1."""
-    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+    """Raise StudyError unless box is (x_min, y_min, x_max, y_max) with 0 <= min <= max <= 1.
+
+    A box without area is a place smaller than one of the model's coordinate bins, as its output writes it.
+    """
+    if len(box) != 4 or not (0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1):
         raise StudyError(
-            f"A box reads {box!r}; expected (x_min, y_min, x_max, y_max) with 0 <= min < max <= 1, relative "
+            f"A box reads {box!r}; expected (x_min, y_min, x_max, y_max) with 0 <= min <= max <= 1, relative "
             f"to the frontal image. Divide pixel coordinates by the image's width and height."
         )
 

@@ -40,8 +40,8 @@ def test_key_carries_the_side_only_where_sides_are_separate_labels(
         ({"name": ""}, "non-empty"),
         ({"change": "removed"}, "present=True"),
         ({"present": False}, "present=False"),
-        ({"box": (0.5, 0.1, 0.4, 0.2)}, "min < max"),
-        ({"box": (0.0, 0.0, 1.0, 1.2)}, "min < max"),
+        ({"box": (0.5, 0.1, 0.4, 0.2)}, "min <= max"),
+        ({"box": (0.0, 0.0, 1.0, 1.2)}, "min <= max"),
     ],
 )
 def test_a_finding_that_contradicts_itself_is_refused(wrong: dict[str, object], told: str) -> None:
@@ -52,8 +52,8 @@ def test_a_finding_that_contradicts_itself_is_refused(wrong: dict[str, object], 
 
 def test_a_grounded_statement_checks_its_boxes() -> None:
     assert GroundedStatement("No pneumothorax.").boxes == ()
-    with pytest.raises(StudyError, match="min < max"):
-        GroundedStatement("A nodule.", ((0.2, 0.2, 0.2, 0.4),))
+    with pytest.raises(StudyError, match="min <= max"):
+        GroundedStatement("A nodule.", ((0.3, 0.2, 0.2, 0.4),))
 
 
 def test_a_study_is_credentialed_unless_told_otherwise() -> None:
