@@ -320,10 +320,8 @@ def _path_average(
     average, steps = gradient, 1
     for steps in STEPS:
         nodes, weights = np.polynomial.legendre.leggauss(steps)
-        average = torch.zeros_like(gradient)
-        for node, weight in zip(nodes, weights, strict=True):
-            where = run.edited(-(1 - (node + 1) / 2) * removed)
-            average += float(weight) / 2 * run.gradients(where, [positions])[1][0]
+        scales = [-(1 - (float(node) + 1) / 2) for node in nodes]
+        average = run.path_gradient(removed, scales, [float(weight) / 2 for weight in weights], positions)
         total = float((removed * average).sum())
         if abs(total - true) <= CONVERGED * max(abs(true), 0.1):
             break

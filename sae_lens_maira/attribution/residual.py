@@ -67,7 +67,11 @@ class ResidualRun:
         self.hidden: torch.Tensor = cache[point.name][0]
         text: Any = self._model.config.get_text_config()
         widest = 4 * text.hidden_size + 3 * text.intermediate_size
-        self._rows = max(1, budget_bytes // (len(self.hidden) * widest * self.hidden.element_size()))
+        row = len(self.hidden) * widest * self.hidden.element_size()
+        self._rows = max(1, budget_bytes // row)
+        # A backward pass keeps the activations of every block above the hook point.
+        blocks = max(1, text.num_hidden_layers - self._first_block)
+        self._rows_with_gradient = max(1, budget_bytes // (row * blocks))
 
     def log_probabilities(self, hidden: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """Log-probabilities of the encoded tokens at some positions, for several versions of the stream.
@@ -127,6 +131,33 @@ class ResidualRun:
                 gradients.append(torch.autograd.grad(score, leaf, retain_graph=more)[0][0].float())
                 scores.append(score.detach())
         return torch.stack(scores).cpu(), torch.stack(gradients)
+
+    def path_gradient(
+        self, delta: torch.Tensor, scales: Sequence[float], weights: Sequence[float], positions: Sequence[int]
+    ) -> torch.Tensor:
+        """Weighted sum of one span's gradients at several points h + scale * delta.
+
+        Args:
+            delta: (L, d_model) float32.
+            scales: Where on the path.
+            weights: Weight per point.
+            positions: Positions of the span's tokens.
+
+        Returns:
+            (L, d_model) float32.
+        """
+        total = torch.zeros_like(delta)
+        with torch.enable_grad(), _frozen(self._model):
+            for start in range(0, len(scales), self._rows_with_gradient):
+                part = slice(start, start + self._rows_with_gradient)
+                leaf = torch.stack([self.edited(scale * delta) for scale in scales[part]]).requires_grad_(
+                    True
+                )
+                scores = self.log_probabilities(leaf, positions).sum(1)
+                (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+                for one, weight in zip(gradient, weights[part], strict=True):
+                    total += weight * one.float()
+        return total
 
     def edited(self, delta: torch.Tensor) -> torch.Tensor:
         """(L, d_model) the stream with an edit added in float32."""
