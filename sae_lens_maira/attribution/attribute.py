@@ -199,9 +199,7 @@ def attribute(
     """
     if method not in ("gradient", "integrated"):
         raise ConfigError(f"The method was {method!r}; use 'integrated' or 'gradient'.")
-    place = hook_name or sae.cfg.metadata.hook_name
-    if not place:
-        raise SAEError("The SAE's metadata name no hook point. Say where it reads with hook_name.")
+    place = hook_point_of(sae, hook_name)
     encoding = encode_with_report(hooked, study, report, max_new_tokens)
     spans = pick_sentences(report_sentences(encoding, hooked.tokenizer), sentence)
     run = ResidualRun(hooked, encoding, place, budget_bytes)
@@ -231,6 +229,18 @@ def attribute(
     return ReportAttribution(
         str(getattr(study, "study_id", "")), text, run.hook_name, tuple(answers), run.encoding, names or {}
     )
+
+
+def hook_point_of(sae: SAE[Any], hook_name: str | None = None) -> str:
+    """The hook point that was given, or the one in the SAE's metadata.
+
+    Raises:
+        SAEError: There is neither.
+    """
+    place = hook_name or sae.cfg.metadata.hook_name
+    if not place:
+        raise SAEError("The SAE's metadata name no hook point. Say where it reads with hook_name.")
+    return place
 
 
 def encode_with_report(
@@ -328,4 +338,4 @@ def _path_average(
     return average, steps, true
 
 
-__all__ = ["Attribution", "ReportAttribution", "attribute", "encode_with_report"]
+__all__ = ["Attribution", "ReportAttribution", "attribute", "encode_with_report", "hook_point_of"]

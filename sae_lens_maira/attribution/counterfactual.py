@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from sae_lens import SAE
 
+from sae_lens_maira.attribution.attribute import hook_point_of
 from sae_lens_maira.attribution.sentences import split_sentences
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.hooks import HookedMaira2
@@ -153,14 +154,12 @@ def compare(
         max_new_tokens: Budget of a report.
 
     Raises:
-        StudyError: The SAE names no hook point.
+        SAEError: The SAE names no hook point.
     """
     reports = hooked.generate([before, after], return_type="reports", max_new_tokens=max_new_tokens)
     latents = None
     if sae is not None:
-        place = hook_name or sae.cfg.metadata.hook_name
-        if not place:
-            raise StudyError("The SAE's metadata name no hook point. Say where it reads with hook_name.")
+        place = hook_point_of(sae, hook_name)
         old, new = (_summed_activations(hooked, study, sae, place) for study in (before, after))
         change = new - old
         order = change.abs().argsort(descending=True)

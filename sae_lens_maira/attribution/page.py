@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.attribution.attribute import VIEWS, Attribution, ReportAttribution
+from sae_lens_maira.attribution.regenerate import Removal
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.study_info import centre_crop
 from sae_lens_maira.privacy import check_shareable, mark_folder, private_files
@@ -37,14 +38,12 @@ class StudyPage:
     Attributes:
         study: The study.
         found: Its attribution.
-        regenerated: Per sentence, the report written without the strongest entries; None where it was not written.
-        n_removed: Entries that were removed for it.
+        removals: Per sentence, the report written without what causes it; None where it was not written.
     """
 
     study: Study
     found: ReportAttribution
-    regenerated: Sequence[str | None] = ()
-    n_removed: int = 64
+    removals: Sequence[Removal | None] = ()
 
 
 def write_pages(
@@ -87,7 +86,7 @@ def page_html(page: StudyPage, about: str = "") -> str:
 def page_data(page: StudyPage, about: str = "") -> dict[str, Any]:
     """What the page's script reads: plain JSON values."""
     found, study = page.found, page.study
-    regenerated = list(page.regenerated) or [None] * len(found.sentences)
+    removals = list(page.removals) or [None] * len(found.sentences)
     licence = getattr(study.licence, "value", study.licence)
     return {
         "study": found.study_id,
@@ -100,14 +99,14 @@ def page_data(page: StudyPage, about: str = "") -> dict[str, Any]:
             for name, image, (rows, cols) in _images(study, found)
         ],
         "sentences": [
-            sentence_data(found, item, text, page.n_removed)
-            for item, text in zip(found.sentences, regenerated, strict=True)
+            sentence_data(found, item, removal)
+            for item, removal in zip(found.sentences, removals, strict=True)
         ],
     }
 
 
-def sentence_data(found: ReportAttribution, item: Attribution, text: str | None, n: int) -> dict[str, Any]:
-    """One sentence for a page's script: its map, latents and check; `text` is the report without its `n` entries."""
+def sentence_data(found: ReportAttribution, item: Attribution, removal: Removal | None) -> dict[str, Any]:
+    """One sentence for a page's script: its map, latents, check, and the report without what causes it."""
     table = item.latents(found.names).head(SHOWN_LATENTS)
     check = None
     if item.check is not None:
@@ -146,7 +145,14 @@ def sentence_data(found: ReportAttribution, item: Attribution, text: str | None,
             for row in table.to_dict("records")
         ],
         "check": check,
-        "regenerated": None if text is None else {"n": n, "pieces": _pieces(found.report, text)},
+        "regenerated": None
+        if removal is None
+        else {
+            "n": len(removal),
+            "rounds": removal.rounds,
+            "gone": removal.gone,
+            "pieces": _pieces(found.report, removal.report),
+        },
     }
 
 

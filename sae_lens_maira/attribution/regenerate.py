@@ -1,52 +1,159 @@
-"""Write a report again with some latents removed from the prompt.
+"""Write a report again with the entries removed from the prompt that make the model state something.
 
     h'(p) = h(p) - sum of the chosen entries' a W_dec at p,       p in the prompt
 
-The entries are those of the unedited prompt, so what is removed is what the attribution named and nothing else.
+Entries are chosen in rounds: the sentences that make the statement are attributed at the stream as edited so far, the
+strongest entries are removed, and the report is written again, until it no longer makes the statement. A single round
+misses what the model then writes in other words. An entry's effect on the report's other sentences is subtracted from
+its effect on the statement, so that what others need is spared.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.attribution.attribute import Attribution
-from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.attribution.attribute import encode_with_report, hook_point_of
+from sae_lens_maira.attribution.entries import Entries, active_entries
+from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun
+from sae_lens_maira.attribution.sentences import report_sentences
+from sae_lens_maira.errors import InterventionError, PromptError
 from sae_lens_maira.hooks import HookedMaira2
-from sae_lens_maira.maira2 import Maira2Encoding, ParsedReport
+from sae_lens_maira.maira2 import Maira2Encoding, ParsedReport, role_mask
 
 
-def prompt_delta(sae: SAE[Any], found: Attribution, n: int, prompt_length: int) -> torch.Tensor:
-    """What removing the strongest entries of an attribution adds to the prompt's stream.
+@dataclass(frozen=True)
+class Removal:
+    """What was removed to make a statement disappear, and the report that is then written.
+
+    Attributes:
+        report: The report written last.
+        gone: Whether it no longer makes the statement.
+        rounds: How often entries were removed and the report was written again.
+        position, latent: (n,) int64, the removed entries in the order of removal.
+        delta: (L, d_model) float32, what was added to the stream of the prompt's L positions.
+    """
+
+    report: str
+    gone: bool
+    rounds: int
+    position: torch.Tensor = field(repr=False)
+    latent: torch.Tensor = field(repr=False)
+    delta: torch.Tensor = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+def remove_statement(
+    hooked: HookedMaira2,
+    study: Any,
+    sae: SAE[Any],
+    states: Callable[[str], bool],
+    report: str = "generated",
+    hook_name: str | None = None,
+    roles: Any = None,
+    step: int = 16,
+    max_rounds: int = 12,
+    protect: float = 1.0,
+    max_new_tokens: int | None = None,
+    budget_bytes: int = BUDGET_BYTES,
+) -> Removal:
+    """Remove a statement from the report that the model writes.
 
     Args:
-        sae: The SAE of the attribution.
-        found: The attribution of one sentence.
-        n: Entries to remove, strongest first; those behind the prompt are skipped and do not count.
-        prompt_length: Positions of the prompt.
-
-    Returns:
-        (prompt_length, d_model) float32, to be added.
+        hooked: The model.
+        study: The study.
+        sae: An SAE at the output of a decoder block.
+        states: Whether a sentence makes the statement.
+        report: The model's own greedy report, if it was generated already.
+        hook_name: Hook point; taken from the SAE's metadata if not given.
+        roles: Token roles whose entries may be removed, of the prompt; what the SAE was trained on if not given.
+        step: Entries that are removed per round.
+        max_rounds: Rounds after which the statement counts as not removable.
+        protect: Weight of an entry's absolute effect on the other sentences; 0 ignores them.
+        max_new_tokens: Budget of a report.
+        budget_bytes: Bytes that one batch may take.
 
     Raises:
-        InterventionError: No entry lies in the prompt.
+        PromptError: No sentence of the report makes the statement.
+        InterventionError: No latent is active at these roles of the prompt.
     """
-    inside = [
-        i for i in range(len(found.position)) if found.position[i] < prompt_length and found.value[i] > 0
-    ][:n]
-    if not inside:
-        raise InterventionError(
-            f"No entry of the attribution of {found.sentence.text!r} lies in the prompt, so nothing can be removed "
-            "there. Attribute with roles of the prompt, such as image_only."
-        )
-    decoder = sae.W_dec.detach()
-    latents = torch.as_tensor(found.latent[inside], device=decoder.device)
-    rows = (
-        decoder[latents].float() * torch.as_tensor(found.activation[inside], device=decoder.device)[:, None]
+    place = hook_point_of(sae, hook_name)
+    wanted = roles or getattr(sae.cfg.metadata, "token_roles", None) or "all"
+    processor: Any = hooked.processor
+    prompt = processor.encode([study])
+    length = prompt.input_ids.shape[1]
+    delta = torch.zeros(length, sae.cfg.d_in, device=sae.W_dec.device)
+    positions, latents = [], []
+    text, rounds = report, 0
+    while True:
+        encoding = encode_with_report(hooked, study, text, max_new_tokens)
+        run = ResidualRun(hooked, encoding, place, budget_bytes)
+        sentences = report_sentences(run.encoding, hooked.tokenizer)
+        mine = [s for s in sentences if states(s.text)]
+        if rounds == 0:
+            text = " ".join(s.text for s in sentences)
+            if not mine:
+                raise PromptError(f"No sentence of the report makes the statement. The report: {text}")
+        if not mine or rounds == max_rounds:
+            break
+        run.edit(delta)
+        others = [s for s in sentences if s not in mine]
+        here = role_mask(run.encoding, wanted)[0].nonzero()[:, 0].to(run.hidden.device)
+        entries, _ = active_entries(sae, run.hidden, here[here < length])
+        if not len(entries):
+            raise InterventionError(
+                f"No latent is active at the prompt's positions of roles {wanted!r}, so nothing can be removed there. "
+                "Choose roles of the prompt, such as image_only."
+            )
+        value = _specific_effect(run, entries, mine, others, protect)
+        chosen = value.topk(min(step, int((value > 0).sum()))).indices
+        if not len(chosen):
+            break
+        delta = delta - entries.delta(chosen)[:length]
+        positions.append(entries.position[chosen])
+        latents.append(entries.latent[chosen])
+        text = generate_with_delta(hooked, prompt, place, delta, max_new_tokens).text
+        rounds += 1
+        if not text.strip():
+            mine = []
+            break
+    empty = torch.empty(0, dtype=torch.int64)
+    return Removal(
+        text,
+        not mine,
+        rounds,
+        torch.cat(positions).cpu() if positions else empty,
+        torch.cat(latents).cpu() if latents else empty,
+        delta,
     )
-    delta = torch.zeros(prompt_length, decoder.shape[1], device=decoder.device)
-    place = torch.as_tensor(found.position[inside], device=decoder.device)
-    return delta.index_add_(0, place, -rows)
+
+
+def same_statement(sentence: str, read: Callable[[str], frozenset[str]]) -> Callable[[str], bool]:
+    """A test whether a sentence states one of a sentence's findings, or is that sentence where it states none.
+
+    Args:
+        sentence: The sentence.
+        read: Function from a text to the findings that it states as present.
+    """
+    findings = read(sentence)
+    return lambda text: bool(findings & read(text)) if findings else text == sentence
+
+
+def _specific_effect(
+    run: ResidualRun, entries: Entries, mine: Any, others: Any, protect: float
+) -> torch.Tensor:
+    """(E,) first-order effect on the statement, minus the weighted absolute effects on the other sentences."""
+    spared = others if protect else []
+    _, gradients = run.gradients(run.hidden, [s.positions for s in [*mine, *spared]])
+    value = torch.zeros(len(entries), device=gradients.device)
+    for number, gradient in enumerate(gradients):
+        effect = entries.dot(gradient)
+        value += effect if number < len(mine) else -protect * effect.abs()
+    return value
 
 
 @torch.no_grad()
@@ -80,4 +187,4 @@ def generate_with_delta(
     return report
 
 
-__all__ = ["generate_with_delta", "prompt_delta"]
+__all__ = ["Removal", "generate_with_delta", "remove_statement", "same_statement"]

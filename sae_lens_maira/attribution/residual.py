@@ -159,6 +159,12 @@ class ResidualRun:
                     total += weight * one.float()
         return total
 
+    def edit(self, delta: torch.Tensor) -> None:
+        """Add an edit (at most L positions from the first, d_model) to the stream for everything that follows."""
+        hidden = self.hidden.clone()
+        hidden[: len(delta)] = (hidden[: len(delta)].float() + delta).to(hidden.dtype)
+        self.hidden = hidden
+
     def edited(self, delta: torch.Tensor) -> torch.Tensor:
         """(L, d_model) the stream with an edit added in float32."""
         return (self.hidden.float() + delta).to(self.hidden.dtype)

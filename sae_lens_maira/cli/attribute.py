@@ -23,8 +23,8 @@ def attribute(
     roles: str | list[str] | None = None,
     candidates: int = 256,
     n_check: int = 32,
-    n_removed: int = 64,
     regenerate: bool = True,
+    max_rounds: int = 8,
     max_new_tokens: int | None = None,
     allow_credentialed: bool = False,
     device: str = "auto",
@@ -51,8 +51,8 @@ def attribute(
         roles: Token roles whose positions count; what the SAE was trained on if not given.
         candidates: Entries (latent, position) per sentence that are integrated over.
         n_check: Entries that the check removes.
-        n_removed: Entries that are removed from the prompt when the report is written again.
-        regenerate: Write the report again without each sentence's strongest entries.
+        regenerate: Write the report again without the entries that cause each sentence.
+        max_rounds: Times that entries are removed and the report is written again, until the statement is gone.
         max_new_tokens: Budget of a generated report.
         allow_credentialed: Also write pages of studies that are not known to be public or synthetic.
         device: auto, cpu, cuda, ...
@@ -62,8 +62,9 @@ def attribute(
 
     from sae_lens_maira.attribution import attribute as explain
     from sae_lens_maira.attribution.page import StudyPage, write_pages
-    from sae_lens_maira.errors import StudyError
-    from sae_lens_maira.interface import load, load_sae, phantom_studies, read_studies
+    from sae_lens_maira.attribution.regenerate import remove_statement, same_statement
+    from sae_lens_maira.errors import InterventionError, StudyError
+    from sae_lens_maira.interface import finding_reader, load, load_sae, phantom_studies, read_studies
     from sae_lens_maira.privacy import check_shareable
 
     dictionary: Any = load_sae(sae, records=records, device=device)
@@ -84,6 +85,7 @@ def attribute(
         found = [wanted[name] for name in study]
     chosen = list(found[: studies if study is None else len(study)])
     check_shareable([one.licence for one in chosen], "writing attribution pages", allow=allow_credentialed)
+    reader = finding_reader(chosen).read
     pages = []
     for one in tqdm(chosen, desc="attribute", unit="study"):
         answer = explain(
@@ -99,15 +101,24 @@ def attribute(
             names=dict(dictionary.latent_names),
             max_new_tokens=max_new_tokens,
         )
-        written = (
-            [
-                _without(hooked, one, dictionary, answer, item, n_removed, max_new_tokens)
-                for item in answer.sentences
-            ]
-            if regenerate
-            else []
-        )
-        pages.append(StudyPage(one, answer, written, n_removed))
+        removals = []
+        for item in answer.sentences if regenerate else ():
+            try:
+                removals.append(
+                    remove_statement(
+                        hooked,
+                        one,
+                        dictionary,
+                        same_statement(item.sentence.text, reader),
+                        report=answer.report,
+                        roles=roles,
+                        max_rounds=max_rounds,
+                        max_new_tokens=max_new_tokens,
+                    )
+                )
+            except InterventionError:
+                removals.append(None)
+        pages.append(StudyPage(one, answer, removals))
     page = write_pages(out, pages, f"model {model}, SAE {sae}", allow_credentialed)
     if as_json:
         facts = [
@@ -119,18 +130,3 @@ def attribute(
     for p in pages:
         sys.stdout.write(f"{p.found}\n\n")
     sys.stdout.write(f"{page}\n")
-
-
-def _without(
-    hooked: Any, study: Any, sae: Any, answer: Any, item: Any, n: int, budget: int | None
-) -> str | None:
-    """The report written without a sentence's strongest entries; None if none of them lies in the prompt."""
-    from sae_lens_maira.attribution.regenerate import generate_with_delta, prompt_delta
-    from sae_lens_maira.errors import InterventionError
-
-    prompt = hooked.processor.encode([study])
-    try:
-        delta = prompt_delta(sae, item, n, prompt.input_ids.shape[1])
-    except InterventionError:
-        return None
-    return generate_with_delta(hooked, prompt, answer.hook_name, delta, budget).text

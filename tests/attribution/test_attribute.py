@@ -9,12 +9,15 @@ import torch
 
 from sae_lens_maira.attribution import attribute, split_sentences
 from sae_lens_maira.attribution.attribute import encode_with_report
+from sae_lens_maira.attribution.baselines import attention_rollout, gradient_maps
 from sae_lens_maira.attribution.entries import active_entries
 from sae_lens_maira.attribution.faithfulness import Faithfulness, _gradient_step
 from sae_lens_maira.attribution.residual import ResidualRun
 from sae_lens_maira.attribution.sentences import report_sentences
 from sae_lens_maira.errors import ConfigError, HookError, PromptError, SAEError
+from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.maira2 import TokenRole
+from sae_lens_maira.phantom import load_phantom
 
 HOOK = "blocks.3.hook_resid_post"
 pytestmark = pytest.mark.compat
@@ -88,6 +91,37 @@ def test_gradients_are_derivatives(run, spans):
         assert float((gradient * direction).sum()) == pytest.approx((ahead - behind) / (2 * step), abs=2e-2)
     alone = run.gradients(run.hidden, [spans[0].positions])[1][0]
     torch.testing.assert_close(alone, gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_path_of_points_is_the_sum_of_its_gradients(run, spans, monkeypatch):
+    """Gradients at several points, weighted and batched, equal those taken one by one, at any budget."""
+    delta = torch.randn_like(run.hidden) * 0.1
+    scales, weights, positions = [-1.0, -0.5, 0.2], [0.2, 0.5, 0.3], spans[0].positions
+    wanted = sum(
+        w * run.gradients(run.edited(t * delta), [positions])[1][0]
+        for t, w in zip(scales, weights, strict=True)
+    )
+    for rows in (2, 8):
+        monkeypatch.setattr(run, "_rows_with_gradient", rows)
+        found = run.path_gradient(delta, scales, weights, positions)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_baseline_maps(study):
+    """Rollout spreads a sum of 1 over earlier positions only, and needs eager attention."""
+    hooked = HookedMaira2(load_phantom())
+    run = ResidualRun(hooked, encode_with_report(hooked, study, "teacher"), HOOK)
+    positions = report_sentences(run.encoding, hooked.tokenizer)[0].positions
+    with pytest.raises(HookError, match="eager"):
+        attention_rollout(hooked, run.encoding, positions)
+    hooked.model.set_attn_implementation("eager")
+    rollout = attention_rollout(hooked, run.encoding, positions)
+    assert float(rollout.sum()) == pytest.approx(1, abs=1e-4)
+    assert not rollout[positions[-1] :].any()
+    assert bool((rollout[: positions[0]] > 0).all())
+    maps = gradient_maps(run, positions)
+    gradient = run.gradients(run.hidden, [positions])[1][0]
+    torch.testing.assert_close(maps["gradient norm"] ** 2, (gradient**2).sum(1), rtol=1e-3, atol=1e-6)
 
 
 def test_a_sentence_depends_on_nothing_behind_it(run, spans):

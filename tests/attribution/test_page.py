@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sae_lens_maira.attribution import attribute
 from sae_lens_maira.attribution.page import StudyPage, page_data, write_pages
+from sae_lens_maira.attribution.regenerate import Removal
 from sae_lens_maira.cli import main
 from sae_lens_maira.errors import PrivacyError
 from sae_lens_maira.phantom import generate_studies
@@ -29,7 +31,9 @@ def page(hooked, study, sae):
         found.sentences[0], sentence=dataclasses.replace(found.sentences[0].sentence, text=HOSTILE)
     )
     found = dataclasses.replace(found, names=names, sentences=(first, found.sentences[1]))
-    return StudyPage(study, found, [f"{found.report} {HOSTILE}", None], 8)
+    nothing = torch.zeros(8, dtype=torch.int64)
+    removal = Removal(f"{found.report} {HOSTILE}", True, 2, nothing, nothing, torch.zeros(1, 128))
+    return StudyPage(study, found, [removal, None])
 
 
 def test_maps_of_the_page_are_the_attributions(page):
@@ -74,7 +78,7 @@ def test_the_command_writes_pages_of_the_studies_asked_for(sae, tmp_path, capsys
         "--candidates",
         "16",
     ]
-    words += ["--n-check", "8", "--sentences", "[0]", "--max-new-tokens", "40"]
+    words += ["--n-check", "8", "--sentences", "[0]", "--max-new-tokens", "40", "--max-rounds", "1"]
     name = generate_studies(200, 10_000)[1].study_id
     assert main([*words, "--study", f"[{name}]", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -116,6 +120,7 @@ def test_the_page_in_a_browser(page, tmp_path):
         buttons = driver.find_elements(By.CSS_SELECTOR, "#sentences button")
         assert [b.get_attribute("aria-pressed") for b in buttons] == ["true", "false"]
         assert HOSTILE in buttons[0].text
+        assert "The statement is gone" in driver.find_element(By.ID, "detail").text
         assert "Marked words" in driver.find_element(By.ID, "detail").text
         buttons[0].send_keys(Keys.ARROW_DOWN)
         assert buttons[1].get_attribute("aria-pressed") == "true"

@@ -1,0 +1,226 @@
+"""Remove statements from the phantom's own reports by their causes, and find the cause of a planted error.
+
+For every statement of a generated report whose finding has a true box, entries are removed from the prompt in rounds
+until the statement is gone (`attribution.regenerate`), next to as many random entries scaled to the same norm. On the
+flawed phantom, which takes one finding for another one too, the map of a false statement should point at the finding
+that causes it. Every arm is a file, so a run that was killed continues.
+
+    python recipes/attribution_generated.py --config recipes/attribution_generated.yaml
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from sae_lens_maira.attribution import attribute
+from sae_lens_maira.attribution.entries import active_entries
+from sae_lens_maira.attribution.regenerate import Removal, generate_with_delta, remove_statement
+from sae_lens_maira.attribution.residual import ResidualRun
+from sae_lens_maira.hooks import HookedMaira2
+from sae_lens_maira.io import atomic_write
+from sae_lens_maira.maira2 import Maira2
+from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
+from sae_lens_maira.phantom.flaws import Flaw, plant
+from sae_lens_maira.phantom.sampling import FINDING_KEYS
+from sae_lens_maira.recipes.attribution import box_patches, sae_of
+from sae_lens_maira.stats import bootstrap_mean
+from sae_lens_maira.studies import Finding, Study
+
+SAVED_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the check.
+
+    Attributes:
+        out: Folder of the tables; made if missing.
+        saes: Folder of SAEs, as in the recipe `attribution`; missing ones are trained.
+        arms: SAEs of the clean phantom: "trained" and controls. "flawed" is the flawed phantom.
+        layer: Decoder block at whose output entries are removed.
+        seeds: Seeds of studies and SAEs.
+        statements: Statements per seed and arm.
+        step: Entries removed per round.
+        max_rounds: Rounds after which a statement counts as not removed.
+        protect: Weight of an entry's effect on other sentences.
+        train_studies: Studies that an SAE is trained on.
+        d_sae: Latents.
+        k: Mean active latents per patch.
+        steps: Training steps of 1,024 rows.
+        flaw: The planted error.
+    """
+
+    out: Path = Path("runs/attribution_generated")
+    saes: Path = Path("runs/attribution/saes")
+    arms: tuple[str, ...] = ("trained", "flawed", "frozen_decoder")
+    layer: int = 0
+    seeds: tuple[int, ...] = (1, 2, 3)
+    statements: int = 60
+    step: int = 16
+    max_rounds: int = 12
+    protect: float = 1.0
+    train_studies: int = 500
+    d_sae: int = 1024
+    k: int = 16
+    steps: int = 1500
+    flaw: Flaw = field(default_factory=Flaw)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement of a generated report.
+
+    Attributes:
+        study: The study.
+        report: The report.
+        finding: What is stated.
+        true: Whether the study has it.
+        cause: The finding at whose box its map should point.
+    """
+
+    study: Study
+    report: str
+    finding: str
+    true: bool
+    cause: Finding
+
+
+def run(settings: Settings) -> Path:
+    """Run the check and write its tables.
+
+    Args:
+        settings: The settings.
+
+    Returns:
+        The folder.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    clean = load_phantom()
+    flawed = plant(clean, generate_studies(240, 71_000), settings.flaw)
+    for seed in settings.seeds:
+        for arm in settings.arms:
+            _arm(flawed if arm == "flawed" else clean, settings, seed, arm)
+            write_table(settings)
+    return settings.out
+
+
+def _arm(maira: Maira2, settings: Settings, seed: int, arm: str) -> None:
+    """Measure the statements of one arm that its file lacks."""
+    file = settings.out / f"generated-{arm}-{seed}.csv"
+    rows: list[dict[str, Any]] = pd.read_csv(file).to_dict("records") if file.exists() else []  # pyright: ignore[reportAssignmentType]
+    if len(rows) >= settings.statements:
+        return
+    sae = sae_of(maira, settings, arm, settings.layer, seed)
+    hooked = HookedMaira2(maira)
+    flaw = settings.flaw if arm == "flawed" else None
+    waiting = islice(statements(hooked, seed, flaw), len(rows), settings.statements)
+    for one in tqdm(waiting, total=settings.statements - len(rows), desc=f"{arm} seed {seed}"):
+        rows.append({"arm": arm, "seed": seed} | measured(hooked, sae, one, settings))
+        if len(rows) % SAVED_EVERY == 0:
+            atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
+    atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
+
+
+def statements(hooked: HookedMaira2, seed: int, flaw: Flaw | None) -> Iterator[Statement]:
+    """Statements of the model's own reports: of findings with a true box, or of the finding that a flaw states."""
+    for study in generate_studies(1500, 95_000 + 7_000 * seed):
+        boxes = {f.key: f for f in study.truth or () if f.present and f.box is not None}
+        if study.prior_frontal is not None or (flaw and not {flaw.seen, flaw.stated} & set(boxes)):
+            continue
+        (report,) = hooked.generate(study, return_type="reports")
+        stated = read_report(report.text).present
+        if flaw is None:
+            for key in sorted(stated & set(boxes)):
+                yield Statement(study, report.text, key, True, boxes[key])
+        elif flaw.stated in stated:
+            true = flaw.stated in study.present_keys
+            cause = boxes.get(flaw.stated if true else flaw.seen)
+            if cause is not None:
+                yield Statement(study, report.text, flaw.stated, true, cause)
+
+
+def measured(hooked: HookedMaira2, sae: Any, one: Statement, settings: Settings) -> dict[str, Any]:
+    """One statement: where its map points, and the reports without its causes and without random entries."""
+
+    def states(text: str) -> bool:
+        return one.finding in read_report(text).present
+
+    hook = f"blocks.{settings.layer}.hook_resid_post"
+    answer = attribute(hooked, one.study, sae, report=one.report, roles="image_only", check=False)
+    number = next(i for i, item in enumerate(answer.sentences) if states(item.sentence.text))
+    grid = answer.map(number)
+    removal = remove_statement(
+        hooked, one.study, sae, states, one.report, hook, "image_only",
+        settings.step, settings.max_rounds, settings.protect,
+    )  # fmt: skip
+    random = random_report(hooked, sae, one.study, removal, hook, seed=len(one.report))
+    before = read_report(one.report).present
+    row: dict[str, Any] = {
+        "study": one.study.study_id,
+        "finding": one.finding,
+        "true": one.true,
+        "area": float(box_patches(one.cause, grid.shape).mean()),
+        "point": bool(box_patches(one.cause, grid.shape).flat[grid.argmax()]),
+        "entries": len(removal),
+        "rounds": removal.rounds,
+        "norm": float(removal.delta.norm()),
+    }
+    for name, text in (("attributed", removal.report), ("random", random)):
+        after = read_report(text).present
+        row[f"gone {name}"] = one.finding not in after
+        row[f"others changed {name}"] = len((after ^ before) - {one.finding}) / (len(FINDING_KEYS) - 1)
+    return row
+
+
+def random_report(
+    hooked: HookedMaira2, sae: Any, study: Study, removal: Removal, hook: str, seed: int
+) -> str:
+    """The report without as many random active entries, scaled to the same norm."""
+    processor: Any = hooked.processor
+    prompt = processor.encode([study])
+    held = ResidualRun(hooked, prompt, hook)
+    entries, _ = active_entries(sae, held.hidden, (held.encoding.view[0] >= 0).nonzero()[:, 0])
+    chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))[: len(removal)]
+    delta = -entries.delta(chosen)
+    delta = delta * (removal.delta.norm() / delta.norm().clamp(min=1e-12))
+    return generate_with_delta(hooked, prompt, hook, delta).text
+
+
+def write_table(settings: Settings) -> None:
+    """Write one summary of every row measured so far, with bootstrap intervals over statements."""
+    found = pd.concat([pd.read_csv(file) for file in sorted(settings.out.glob("generated-*.csv"))])
+    lines = [
+        "# Statements removed by their causes",
+        "",
+        "| arm | statements | measure | mean | 95 % interval | n |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (arm, true), rows in found.groupby(["arm", "true"], sort=False):
+        for name in rows.select_dtypes(["number", "bool"]):
+            if name in ("seed", "true"):
+                continue
+            values = rows[name].to_numpy(float)
+            interval = bootstrap_mean(values)
+            lines.append(
+                f"| {arm} | {'true' if true else 'false'} | {name} | {values.mean():.3f} | "
+                f"{interval.low:.3f} to {interval.high:.3f} | {len(values)} |"
+            )
+    if len(found):
+        worst = found.query("arm == 'trained'").groupby("finding")["gone attributed"].agg(["mean", "size"])
+        lines += ["", "Gone, per finding (trained): " + ", ".join(
+            f"{key} {row['mean']:.2f} (n {int(row['size'])})" for key, row in worst.iterrows()
+        )]  # fmt: skip
+    atomic_write(settings.out / "generated.md", "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    from sae_lens_maira.cli.recipe import run_recipe
+
+    sys.exit(run_recipe(Settings, run, __doc__))
