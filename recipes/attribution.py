@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -215,7 +215,8 @@ def write_tables(folder: Path) -> None:
         "| layer | arm | measure | value | 95 % interval | n |",
         "|---|---|---|---|---|---|",
     ]
-    for (layer, arm), rows in given.groupby(["layer", "arm"], sort=False):
+    for keys, rows in given.groupby(["layer", "arm"], sort=False):
+        layer, arm = cast("tuple[int, str]", keys)
         where = f"{layer} | {arm}"
         lines.append(_efficiency(where, rows))
         for seed, part in rows.groupby("seed"):

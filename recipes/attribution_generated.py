@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -202,7 +202,8 @@ def write_table(settings: Settings) -> None:
         "| arm | statements | measure | mean | 95 % interval | n |",
         "|---|---|---|---|---|---|",
     ]
-    for (arm, true), rows in found.groupby(["arm", "true"], sort=False):
+    for keys, rows in found.groupby(["arm", "true"], sort=False):
+        arm, true = cast("tuple[str, bool]", keys)
         for name in rows.select_dtypes(["number", "bool"]):
             if name in ("seed", "true"):
                 continue
@@ -212,11 +213,11 @@ def write_table(settings: Settings) -> None:
                 f"| {arm} | {'true' if true else 'false'} | {name} | {values.mean():.3f} | "
                 f"{interval.low:.3f} to {interval.high:.3f} | {len(values)} |"
             )
-    if len(found):
-        worst = found.query("arm == 'trained'").groupby("finding")["gone attributed"].agg(["mean", "size"])
-        lines += ["", "Gone, per finding (trained): " + ", ".join(
-            f"{key} {row['mean']:.2f} (n {int(row['size'])})" for key, row in worst.iterrows()
-        )]  # fmt: skip
+    own = found[found["arm"] == "trained"]
+    gone = [
+        f"{key} {rows['gone attributed'].mean():.2f} (n {len(rows)})" for key, rows in own.groupby("finding")
+    ]
+    lines += ["", "Gone, per finding (trained): " + ", ".join(gone)]
     atomic_write(settings.out / "generated.md", "\n".join(lines) + "\n")
 
 

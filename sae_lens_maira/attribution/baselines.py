@@ -6,6 +6,7 @@ attention rollout  mean over the span of row t-1 of the product over blocks of (
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -57,7 +58,8 @@ def attention_rollout(
     rows = torch.zeros(len(positions), encoding.input_ids.shape[1], device=hooked.W_E.device)
     rows[torch.arange(len(positions)), torch.as_tensor(positions) - 1] = 1
     _, cache = hooked.run_with_cache(encoding, names_filter=lambda name: name.endswith("attn.hook_pattern"))
-    blocks = hooked.model.config.get_text_config().num_hidden_layers
+    model: Any = hooked.model
+    blocks = model.config.get_text_config().num_hidden_layers
     for block in reversed(range(blocks)):
         pattern = cache[f"blocks.{block}.attn.hook_pattern"][0].float().mean(0)
         rows = (rows + rows @ pattern) / 2

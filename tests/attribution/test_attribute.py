@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,8 @@ def test_baseline_maps(study):
     positions = report_sentences(run.encoding, hooked.tokenizer)[0].positions
     with pytest.raises(HookError, match="eager"):
         attention_rollout(hooked, run.encoding, positions)
-    hooked.model.set_attn_implementation("eager")
+    model: Any = hooked.model
+    model.set_attn_implementation("eager")
     rollout = attention_rollout(hooked, run.encoding, positions)
     assert float(rollout.sum()) == pytest.approx(1, abs=1e-4)
     assert not rollout[positions[-1] :].any()
