@@ -65,7 +65,7 @@ class Settings:
     statements: int = 60
     step: int = 16
     max_rounds: int = 12
-    protect: float = 1.0
+    protect: float = 0.3
     train_studies: int = 500
     d_sae: int = 1024
     k: int = 16

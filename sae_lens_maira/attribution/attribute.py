@@ -181,8 +181,7 @@ def attribute(
         sentence: Number of the sentence, or several; None explains all.
         report: "generated" for the model's own greedy report, "teacher" for the study's report, or a text.
         hook_name: Hook point; taken from the SAE's metadata if not given.
-        roles: Token roles whose positions count; None takes all positions that the SAE's metadata say it was trained
-            on, or every real token.
+        roles: Token roles whose positions count; None takes those that the SAE was trained on, or every real token.
         method: "integrated", or "gradient" (one backward pass, not complete).
         candidates: Entries that are integrated over and checked, per sentence.
         top: Entries that are kept in the answer.
@@ -203,7 +202,7 @@ def attribute(
     encoding = encode_with_report(hooked, study, report, max_new_tokens)
     spans = pick_sentences(report_sentences(encoding, hooked.tokenizer), sentence)
     run = ResidualRun(hooked, encoding, place, budget_bytes)
-    wanted = roles or getattr(sae.cfg.metadata, "token_roles", None) or "all"
+    wanted = roles or trained_roles(sae)
     here = role_mask(run.encoding, wanted)[0].nonzero()[:, 0].to(run.hidden.device)
     entries, error = active_entries(sae, run.hidden, here)
     if not len(entries):
@@ -241,6 +240,18 @@ def hook_point_of(sae: SAE[Any], hook_name: str | None = None) -> str:
     if not place:
         raise SAEError("The SAE's metadata name no hook point. Say where it reads with hook_name.")
     return place
+
+
+def trained_roles(sae: SAE[Any]) -> Any:
+    """Token roles that an SAE was trained on, from its metadata or its records; "all" if neither knows."""
+    known = getattr(sae.cfg.metadata, "token_roles", None)
+    records: Any = getattr(sae, "records", None)
+    if known is None and records is not None:
+        if not records.meta.rows_text:
+            return "image_only"
+        if not records.meta.rows_image:
+            return "text_only"
+    return known or "all"
 
 
 def encode_with_report(
@@ -338,4 +349,11 @@ def _path_average(
     return average, steps, true
 
 
-__all__ = ["Attribution", "ReportAttribution", "attribute", "encode_with_report", "hook_point_of"]
+__all__ = [
+    "Attribution",
+    "ReportAttribution",
+    "attribute",
+    "encode_with_report",
+    "hook_point_of",
+    "trained_roles",
+]

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.attribution.attribute import VIEWS, Attribution, ReportAttribution
+from sae_lens_maira.attribution.edges import SentenceGraph
+from sae_lens_maira.attribution.graph_svg import summary
 from sae_lens_maira.attribution.regenerate import Removal
-from sae_lens_maira.io import atomic_write
+from sae_lens_maira.io import atomic_write, write_json
 from sae_lens_maira.latents.study_info import centre_crop
 from sae_lens_maira.privacy import check_shareable, mark_folder, private_files
 from sae_lens_maira.studies import Study
@@ -39,17 +41,19 @@ class StudyPage:
         study: The study.
         found: Its attribution.
         removals: Per sentence, the report written without what causes it; None where it was not written.
+        graphs: Per sentence, its graph from image latents to text latents; None where it was not measured.
     """
 
     study: Study
     found: ReportAttribution
     removals: Sequence[Removal | None] = ()
+    graphs: Sequence[SentenceGraph | None] = ()
 
 
 def write_pages(
     folder: Path, pages: Sequence[StudyPage], about: str = "", allow_credentialed: bool = False
 ) -> Path:
-    """Write one page per study and an index.
+    """Write one page per study, its graphs as JSON next to it, and an index.
 
     Args:
         folder: Where to; made if missing.
@@ -71,6 +75,11 @@ def write_pages(
         names = [f"study-{number:04d}.html" for number in range(len(pages))]
         for name, page in zip(names, pages, strict=True):
             atomic_write(folder / name, page_html(page, about))
+            if page.graphs:
+                graphs = [None if graph is None else graph.to_dict() for graph in page.graphs]
+                write_json(
+                    (folder / name).with_suffix(".json"), {"study": page.found.study_id, "graphs": graphs}
+                )
         atomic_write(folder / "index.html", _index(names, pages, about))
         mark_folder(folder, found, "attribute")
     return folder / ("index.html" if len(pages) != 1 else names[0])
@@ -87,6 +96,7 @@ def page_data(page: StudyPage, about: str = "") -> dict[str, Any]:
     """What the page's script reads: plain JSON values."""
     found, study = page.found, page.study
     removals = list(page.removals) or [None] * len(found.sentences)
+    graphs = list(page.graphs) or [None] * len(found.sentences)
     licence = getattr(study.licence, "value", study.licence)
     return {
         "study": found.study_id,
@@ -99,8 +109,8 @@ def page_data(page: StudyPage, about: str = "") -> dict[str, Any]:
             for name, image, (rows, cols) in _images(study, found)
         ],
         "sentences": [
-            sentence_data(found, item, removal)
-            for item, removal in zip(found.sentences, removals, strict=True)
+            sentence_data(found, item, removal) | {"graph": _graph(graph)}
+            for item, removal, graph in zip(found.sentences, removals, graphs, strict=True)
         ],
     }
 
@@ -154,6 +164,14 @@ def sentence_data(found: ReportAttribution, item: Attribution, removal: Removal 
             "pieces": _pieces(found.report, removal.report),
         },
     }
+
+
+def _graph(graph: SentenceGraph | None) -> dict[str, str] | None:
+    """The drawing as an image, so that nothing in it can act, and its summary in words."""
+    if graph is None:
+        return None
+    drawn = base64.b64encode(graph.svg().encode()).decode()
+    return {"svg": f"data:image/svg+xml;base64,{drawn}", "summary": summary(graph)}
 
 
 def _sparse_maps(found: ReportAttribution, values: Any) -> dict[str, list[tuple[int, float]]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.attribution.attribute import encode_with_report, hook_point_of
+from sae_lens_maira.attribution.attribute import encode_with_report, hook_point_of, trained_roles
 from sae_lens_maira.attribution.entries import Entries, active_entries
 from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun
 from sae_lens_maira.attribution.sentences import report_sentences
@@ -57,7 +57,7 @@ def remove_statement(
     roles: Any = None,
     step: int = 16,
     max_rounds: int = 12,
-    protect: float = 1.0,
+    protect: float = 0.3,
     max_new_tokens: int | None = None,
     budget_bytes: int = BUDGET_BYTES,
 ) -> Removal:
@@ -82,7 +82,7 @@ def remove_statement(
         InterventionError: No latent is active at these roles of the prompt.
     """
     place = hook_point_of(sae, hook_name)
-    wanted = roles or getattr(sae.cfg.metadata, "token_roles", None) or "all"
+    wanted = roles or trained_roles(sae)
     processor: Any = hooked.processor
     prompt = processor.encode([study])
     length = prompt.input_ids.shape[1]

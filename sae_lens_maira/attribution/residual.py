@@ -56,7 +56,8 @@ class ResidualRun:
                 f"The encoding has {len(encoding)} rows and {int((encoding.attention_mask == 0).sum())} padded "
                 "positions; expected one study without padding."
             )
-        self._model: Any = hooked.model
+        self.model: Any = hooked.model
+        self._points = hooked.points
         self._first_block = point.index + 1
         self.hook_name = point.name
         self.encoding = encoding.to(hooked.W_E.device, hooked.W_E.dtype)
@@ -65,7 +66,7 @@ class ResidualRun:
                 self.encoding, names_filter=[point.name], stop_at_layer=point.stop
             )
         self.hidden: torch.Tensor = cache[point.name][0]
-        text: Any = self._model.config.get_text_config()
+        text: Any = self.model.config.get_text_config()
         widest = 4 * text.hidden_size + 3 * text.intermediate_size
         row = len(self.hidden) * widest * self.hidden.element_size()
         self._rows = max(1, budget_bytes // row)
@@ -84,9 +85,9 @@ class ResidualRun:
             (B, T) float32 log P(token at position | everything before it), in nats. Differentiable in `hidden`.
         """
         place = torch.as_tensor(positions, device=hidden.device)
-        with _only_blocks_from(self._model.model.language_model, self._first_block) as upper:
+        with _only_blocks(self.model.model.language_model, self._first_block) as upper:
             last = upper(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        logits = self._model.lm_head(last[:, place - 1]).float()
+        logits = self.model.lm_head(last[:, place - 1]).float()
         targets = self.encoding.input_ids[0, place].expand(len(hidden), -1)
         return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
@@ -123,7 +124,7 @@ class ResidualRun:
         every = sorted({p for span in spans for p in span})
         place = {p: i for i, p in enumerate(every)}
         gradients, scores = [], []
-        with torch.enable_grad(), _frozen(self._model):
+        with torch.enable_grad(), frozen_weights(self.model):
             logp = self.log_probabilities(leaf, every)[0]
             for number, span in enumerate(spans):
                 score = logp[[place[p] for p in span]].sum()
@@ -147,7 +148,7 @@ class ResidualRun:
             (L, d_model) float32.
         """
         total = torch.zeros_like(delta)
-        with torch.enable_grad(), _frozen(self._model):
+        with torch.enable_grad(), frozen_weights(self.model):
             for start in range(0, len(scales), self._rows_with_gradient):
                 part = slice(start, start + self._rows_with_gradient)
                 leaf = torch.stack([self.edited(scale * delta) for scale in scales[part]]).requires_grad_(
@@ -158,6 +159,38 @@ class ResidualRun:
                 for one, weight in zip(gradient, weights[part], strict=True):
                     total += weight * one.float()
         return total
+
+    def stream(self, hidden: torch.Tensor, hook_name: str) -> torch.Tensor:
+        """The residual stream at a later hook point.
+
+        Args:
+            hidden: (B, L, d_model) residual stream at this run's hook point.
+            hook_name: `blocks.{i}.hook_resid_post` of a later block.
+
+        Returns:
+            (B, L, d_model), differentiable in `hidden`.
+
+        Raises:
+            HookError: The block is not above this run's hook point.
+        """
+        point = self._points.resolve(hook_name)
+        if not point.name.endswith("hook_resid_post") or (point.index or 0) < self._first_block:
+            raise HookError(
+                f"{hook_name!r} is not the output of a block above {self.hook_name}, so it does not depend on it alone."
+            )
+        with _only_blocks(self.model.model.language_model, self._first_block, point.index) as upper:
+            return upper(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def streams(
+        self, deltas: Sequence[torch.Tensor], hook_name: str, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """(len(deltas), P, d_model) the stream at some positions of a later hook point, under several edits."""
+        found = []
+        for start in range(0, len(deltas), self._rows):
+            batch = torch.stack([self.edited(delta) for delta in deltas[start : start + self._rows]])
+            found.append(self.stream(batch, hook_name)[:, positions])
+        return torch.cat(found)
 
     def edit(self, delta: torch.Tensor) -> None:
         """Add an edit (at most L positions from the first, d_model) to the stream for everything that follows."""
@@ -171,18 +204,21 @@ class ResidualRun:
 
 
 @contextmanager
-def _only_blocks_from(language_model: Any, first: int) -> Iterator[Any]:
-    """The decoder with only its blocks from `first` on."""
-    layers = language_model.layers
-    language_model.layers = nn.ModuleList(list(layers)[first:])
+def _only_blocks(language_model: Any, first: int, last: int | None = None) -> Iterator[Any]:
+    """The decoder with only its blocks from `first` on; up to `last` and without the final norm, if that is given."""
+    layers, norm = language_model.layers, language_model.norm
+    stop = None if last is None else last + 1
+    language_model.layers = nn.ModuleList(list(layers)[first:stop])
+    if last is not None:
+        language_model.norm = nn.Identity()
     try:
         yield language_model
     finally:
-        language_model.layers = layers
+        language_model.layers, language_model.norm = layers, norm
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen_weights(model: nn.Module) -> Iterator[None]:
     """No gradients of weights: autograd then keeps what the stream's gradient needs and nothing else."""
     changed = [p for p in model.parameters() if p.requires_grad]
     for parameter in changed:

@@ -17,6 +17,7 @@ def attribute(
     root: Path | None = None,
     split: str | None = None,
     records: Path | None = None,
+    text_sae: str | None = None,
     report: Literal["generated", "teacher"] = "generated",
     sentences: list[int] | None = None,
     method: Literal["integrated", "gradient"] = "integrated",
@@ -45,6 +46,8 @@ def attribute(
         root: Folder that the table's relative image paths start from; the table's own if not given.
         split: Read only the table's studies of this split, for example test.
         records: Folder of latent records, for the names of latents.
+        text_sae: SAE of report tokens at a later block, such as phantom-text: measures the graph from image latents
+            to text latents to each sentence.
         report: Explain the model's own report, or the study's.
         sentences: Numbers of the sentences to explain, from 0; all if not given.
         method: "integrated" adds up to the true effect of removing the candidates; "gradient" is faster and does not.
@@ -61,6 +64,7 @@ def attribute(
     from tqdm.auto import tqdm
 
     from sae_lens_maira.attribution import attribute as explain
+    from sae_lens_maira.attribution.edges import sentence_graph
     from sae_lens_maira.attribution.page import StudyPage, write_pages
     from sae_lens_maira.attribution.regenerate import remove_statement, same_statement
     from sae_lens_maira.errors import InterventionError, StudyError
@@ -68,6 +72,7 @@ def attribute(
     from sae_lens_maira.privacy import check_shareable
 
     dictionary: Any = load_sae(sae, records=records, device=device)
+    later: Any = None if text_sae is None else load_sae(text_sae, device=device)
     hooked: Any = load(model, device=device)
     if table is None:
         side = hooked.processor.recipe.crop
@@ -118,11 +123,29 @@ def attribute(
                 )
             except InterventionError:
                 removals.append(None)
-        pages.append(StudyPage(one, answer, removals))
+        graphs = []
+        for item in answer.sentences if later is not None else ():
+            graphs.append(
+                sentence_graph(
+                    hooked,
+                    one,
+                    dictionary,
+                    later,
+                    item.sentence.number,
+                    answer.report,
+                    image_names=dict(dictionary.latent_names),
+                    text_names=dict(later.latent_names),
+                )
+            )
+        pages.append(StudyPage(one, answer, removals, graphs))
     page = write_pages(out, pages, f"model {model}, SAE {sae}", allow_credentialed)
     if as_json:
         facts = [
-            {"study": p.found.study_id, "sentences": json.loads(p.found.table().to_json(orient="records"))}
+            {
+                "study": p.found.study_id,
+                "sentences": json.loads(p.found.table().to_json(orient="records")),
+                "graphs": [graph.to_dict() for graph in p.graphs if graph is not None],
+            }
             for p in pages
         ]
         sys.stdout.write(json.dumps({"page": str(page), "studies": facts}) + "\n")

@@ -245,7 +245,7 @@ class Session:
             self.hooked, self._version(spec), self.sae, sentence, report=text, names=dict(self._names),
             max_new_tokens=spec.max_new_tokens,
         )  # fmt: skip
-        return sentence_data(found, found.sentences[0], None, 0)
+        return sentence_data(found, found.sentences[0], None)
 
     def export(self, spec: RunSpec, history: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """Files that reproduce a run: {"run.py": ..., "intervention.json": ..., "session.json": ...}.

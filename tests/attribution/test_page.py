@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from sae_lens_maira.attribution import attribute
+from sae_lens_maira.attribution.edges import Edge, Node, SentenceGraph
 from sae_lens_maira.attribution.page import StudyPage, page_data, write_pages
 from sae_lens_maira.attribution.regenerate import Removal
 from sae_lens_maira.cli import main
 from sae_lens_maira.errors import PrivacyError
 from sae_lens_maira.phantom import generate_studies
 
+HOOK = "blocks.3.hook_resid_post"
 HOSTILE = "<script>document.title='owned'</script></script><img src=x onerror=\"document.title='owned'\">"
 
 
@@ -33,7 +35,9 @@ def page(hooked, study, sae):
     found = dataclasses.replace(found, names=names, sentences=(first, found.sentences[1]))
     nothing = torch.zeros(8, dtype=torch.int64)
     removal = Removal(f"{found.report} {HOSTILE}", True, 2, nothing, nothing, torch.zeros(1, 128))
-    return StudyPage(study, found, [removal, None])
+    node = Node(5, HOSTILE, 3, 1.0, 0.5, 0.0)
+    graph = SentenceGraph(HOSTILE, -3.0, HOOK, HOOK, (node,), (node,), (Edge(5, 5, 0.5, 0.4, 0.0, True),))
+    return StudyPage(study, found, [removal, None], [graph, None])
 
 
 def test_maps_of_the_page_are_the_attributions(page):
@@ -120,6 +124,11 @@ def test_the_page_in_a_browser(page, tmp_path):
         buttons = driver.find_elements(By.CSS_SELECTOR, "#sentences button")
         assert [b.get_attribute("aria-pressed") for b in buttons] == ["true", "false"]
         assert HOSTILE in buttons[0].text
+        drawing = driver.find_element(By.CSS_SELECTOR, "img.graph")
+        assert (
+            driver.execute_script("return arguments[0].complete && arguments[0].naturalWidth", drawing) == 900
+        )
+        assert "40 % of text latent 5" in (drawing.get_attribute("alt") or "")
         assert "The statement is gone" in driver.find_element(By.ID, "detail").text
         assert "Marked words" in driver.find_element(By.ID, "detail").text
         buttons[0].send_keys(Keys.ARROW_DOWN)
