@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         phantom_studies,
         read_studies,
     )
-    from sae_lens_maira.latents import RecordSet, study_firing
+    from sae_lens_maira.latents import RecordSet, split_by_patient, study_firing
     from sae_lens_maira.latents.study_info import centre_crop
     from sae_lens_maira.maira2 import TokenRole
     from sae_lens_maira.sae import make_control
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Scale, SetTo
     from sae_lens_maira.steering.maps import random_direction, recorded_map
     from sae_lens_maira.steering.positions import everywhere, patches, prompt, report, roles, window
-    from sae_lens_maira.studies import Study
+    from sae_lens_maira.steering.statistics import encoder_of
+    from sae_lens_maira.studies import Study, known_findings
     from sae_lens_maira.workbench import workbench
 
 __version__ = "0.1.0"
@@ -44,7 +45,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "hooks": ("HookedMaira2", "Maira2NNsight"),
     "interactive": ("InteractiveMaira2", "SteeringResult"),
     "interface": ("finding_reader", "load", "load_sae", "named_model", "phantom_studies", "read_studies"),
-    "latents": ("RecordSet", "study_firing"),
+    "latents": ("RecordSet", "split_by_patient", "study_firing"),
     "latents.study_info": ("centre_crop",),
     "maira2": ("TokenRole",),
     "sae": ("make_control",),
@@ -52,7 +53,8 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "steering": ("Ablate", "Add", "AtLeast", "AtMost", "Direction", "Scale", "SetTo"),
     "steering.maps": ("random_direction", "recorded_map"),
     "steering.positions": ("everywhere", "patches", "prompt", "report", "roles", "window"),
-    "studies": ("Study",),
+    "steering.statistics": ("encoder_of",),
+    "studies": ("Study", "known_findings"),
     "workbench": ("workbench",),
 }
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
@@ -74,9 +76,11 @@ __all__ = [
     "Study",
     "TokenRole",
     "centre_crop",
+    "encoder_of",
     "everywhere",
     "f1_of_firing",
     "finding_reader",
+    "known_findings",
     "load",
     "load_sae",
     "make_control",
@@ -90,6 +94,7 @@ __all__ = [
     "recorded_map",
     "report",
     "roles",
+    "split_by_patient",
     "study_firing",
     "window",
     "workbench",

@@ -6,6 +6,7 @@ work; `<!-- given: copy = original; ... -->` anywhere puts into the folder what 
 the tutorial, a small MIMIC-CXR tree, a release in the published layout, a radiograph.
 """
 
+import ast
 import os
 import re
 import runpy
@@ -79,6 +80,17 @@ def test_every_command_that_a_page_names_exists(page: Path) -> None:
         known = {option.replace("_", "-") for a in build_parser(name)._actions for option in a.option_strings}
         for option in re.findall(r"(?<=\s)--[\w-]+", words):
             assert option.replace("_", "-") in known, f"{page.name}: {name} has no option {option}"
+
+
+def test_five_tasks_take_one_import_and_ten_statements() -> None:
+    """README's first python block: load, cache, load an SAE, top latents, steer; its other blocks run as well."""
+    block = next(block for block in blocks(ROOT / "README.md") if block.kind == "python")
+    tree = ast.parse(block.text)
+    assert len(tree.body) <= 10
+    assert sum(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree)) == 1
+    called = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert {"load", "run_with_cache", "load_sae", "top_latents", "steer"} <= called
+    assert block.skipped is None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -11,18 +11,13 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """One working folder, so that the phantom's SAE is trained by the first notebook only."""
-    return tmp_path_factory.mktemp("notebooks")
-
-
 def cells(notebook, kind):
     return ["".join(cell.source) for cell in notebook.cells if cell.cell_type == kind]
 
 
-def test_all_four_are_there():
+def test_all_are_there():
     assert [file.stem for file in NOTEBOOKS] == [
+        "attribute_a_sentence",
         "compare_models_with_and_without_a_latent",
         "explore_a_latent",
         "nnsight_and_transformer_lens",
@@ -31,14 +26,17 @@ def test_all_four_are_there():
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_one_line_names_the_model(file):
-    """The material is opened once, with MAIRA-2's line beside it, and nothing else names a model or a path."""
+def test_the_interface_is_the_one_import(file):
+    """At most three imports, all in the first cell; of this package only `sm`, whose lines for MAIRA-2 are shown."""
     notebook = nbformat.read(file, as_version=4)
-    code = "\n".join(cells(notebook, "code"))
-    assert code.count('open_material("phantom")') == 1
-    assert code.count('open_material("microsoft/maira-2", sae="microsoft/maira-2-sae"') == 1
-    assert "load_phantom" not in code
-    assert "generate_studies" not in code
+    first, second, *rest = cells(notebook, "code")
+    lines = [line for line in first.splitlines() if "import " in line]
+    assert len(lines) <= 3
+    assert [line for line in lines if "sae_lens_maira" in line] == ["import sae_lens_maira as sm"]
+    assert not any("import " in cell for cell in (second, *rest))
+    assert 'sm.load("phantom")  # sm.load("microsoft/maira-2", device="cuda")' in second
+    assert 'sm.load_sae("phantom-image")  # sm.load_sae(' in second
+    assert "sm.read_studies(" in second
     assert "## What this does not mean" in cells(notebook, "markdown")[-1]
     text = file.read_text(encoding="utf-8")
     assert "/root/" not in text
@@ -47,11 +45,11 @@ def test_one_line_names_the_model(file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_runs_and_shows_figures(file, shared):
+def test_runs_and_shows_figures(file, tmp_path):
     """No cell raises, and at least one figure is drawn."""
     notebook = nbformat.read(file, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(shared)}}
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
