@@ -39,6 +39,7 @@ from sae_lens_maira.steering.correction import (
     random_control,
     tied_to_errors,
 )
+from sae_lens_maira.steering.report_errors import error_changes
 from sae_lens_maira.steering.statistics import encoder_of
 from sae_lens_maira.studies import Study, known_findings, readable_studies
 
@@ -239,6 +240,14 @@ def run(config: Clinical) -> dict[str, Any]:
             "step": parts[name].step(acts, decoder),
         }
     result["errors unsteered (false, missed)"] = [int(x) for x in before[:, 1:].sum(0)]
+    texts = {
+        name: arms.reports(f"report-{name}", report, made.interventions()) for name, made in parts.items()
+    }
+    errors = error_changes(texts, arms.reports("report-unsteered", report), report, reader, seed=config.seed)
+    result["errors"] = {
+        name: part.drop(columns="method").set_index("measure").to_dict("index")
+        for name, part in errors.groupby("method", sort=False)
+    }
     atomic_write(out / "result.json", json.dumps(result, indent=2))
     return result
 
@@ -255,6 +264,12 @@ def report_run(config: Clinical) -> Path:
         sys.stdout.write(
             f"{name:18} {row['micro F1']:.3f}  change {row['change']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
             f"  relative {100 * row['change'] / result['unsteered']:+.1f} %\n"
+        )
+    for name, measures in result["errors"].items():
+        total = measures["errors_per_report"]
+        sys.stdout.write(
+            f"{name:18} errors per report {total['before']:.2f} -> {total['after']:.2f}  change {total['change']:+.2f} "
+            f"({total['low']:+.2f} to {total['high']:+.2f})\n"
         )
     return config.out / "result.json"
 

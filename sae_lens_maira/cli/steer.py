@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from sae_lens_maira.interface import ModelDtype
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sae_lens_maira.maira2 import Maira2
     from sae_lens_maira.sae import MatryoshkaSAE
     from sae_lens_maira.steering.cohort import Cohort
     from sae_lens_maira.steering.evaluate import Method, SteeringTables
+    from sae_lens_maira.studies import FindingReader, Study
 
 
 def steer(
@@ -53,7 +56,8 @@ def steer(
     Args:
         sae: SAE of image positions: a folder, a release, or phantom-image.
         finding: finding to put into reports, or to take out of them.
-        out: folder of the page (index.html), the Parquet tables, the figure and intervention.json; made if missing.
+        out: folder of the page (index.html), the Parquet tables, the figure, intervention.json and errors.csv (false
+            findings, omissions, wrong sides, places and changes, before and after); made if missing.
         model: the model that the SAE belongs to: "phantom", a folder or a hub id.
         studies: phantom studies to read, or the first so many of a table.
         study_seed: random seed of the phantom studies; the phantom itself was trained on 0.
@@ -78,6 +82,7 @@ def steer(
     """
     from sae_lens_maira.errors import ConfigError, InterventionError
     from sae_lens_maira.interface import finding_reader, load_sae, named_model, phantom_studies, read_studies
+    from sae_lens_maira.io import atomic_write
     from sae_lens_maira.steering import load_interventions, save_interventions
     from sae_lens_maira.steering.cohort import Cohort
     from sae_lens_maira.steering.evaluate import Method
@@ -126,6 +131,9 @@ def steer(
         cohort, dictionary, methods, finding, steered, strengths, remove, units, max_new_tokens, seed
     )
     tables.save(out)
+    steered_studies = [cohort.study(number) for number in report]
+    errors = _errors(tables, steered_studies, read, seed)
+    atomic_write(out / "errors.csv", errors.to_csv(index=False))
     if intervention is None:
         method = next(m for m in methods if m.name == tables.best)
         strength = float(tables.summary.set_index("method").loc[tables.best, "strength"])  # pyright: ignore[reportArgumentType]
@@ -140,7 +148,7 @@ def steer(
     write_page(
         out,
         finding,
-        [cohort.study(number) for number in report],
+        steered_studies,
         PageOptions(credentialed=allow_credentialed, about=about),
     )
     shown = ["method", "strength", "n", "on_target", "off_target", "kl", "perplexity", "repetition", "length"]
@@ -148,7 +156,24 @@ def steer(
         sys.stdout.write(f"{tables.summary.to_json(orient='records')}\n")
     else:
         text = tables.summary.loc[:, shown].to_string(index=False, float_format=lambda x: f"{x:.3f}")
-        sys.stdout.write(f"{text}\n{out}\n")
+        best = errors.set_index(["method", "measure"]).loc[(tables.best, "errors_per_report")]
+        change = f"change {best['change']:+.2f}, {best['low']:+.2f} to {best['high']:+.2f}"
+        sys.stdout.write(
+            f"{text}\nErrors per report in other findings, against the {best['against']}: "
+            f"{best['before']:.2f} unsteered, {best['after']:.2f} with {tables.best} ({change})\n{out}\n"
+        )
+
+
+def _errors(
+    tables: "SteeringTables", studies: "list[Study]", reader: "FindingReader", seed: int
+) -> "pd.DataFrame":
+    """Errors of the reported half per method, next to those of its unsteered reports."""
+    from sae_lens_maira.steering.report_errors import error_changes
+
+    reported = tables.studies.loc[tables.studies["half"] == "report"].sort_values("study")
+    texts = {str(name): list(part["text"]) for name, part in reported.groupby("method", sort=False)}
+    first = reported.loc[reported["method"] == reported["method"].iloc[0], "unsteered"]
+    return error_changes(texts, list(first), studies, reader, tables.finding, seed)
 
 
 def _recorded(

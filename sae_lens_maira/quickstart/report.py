@@ -87,6 +87,8 @@ def summary(result: QuickstartResult) -> dict[str, object]:
             "low": row.low,
             "high": row.high,
             "off_target": row.off_target,
+            "errors": row.errors,
+            "errors_change": row.errors_change,
             "n": row.n,
         }
         for row in result.steering.rows
@@ -212,6 +214,11 @@ def _steering(steering: SteeringResult) -> str:
                 f"{row.on_target:.0%} ({row.low:.0%} to {row.high:.0%})" for row in steering.rows
             ],
             "other findings changed": [f"{row.off_target:.1%}" for row in steering.rows],
+            "errors in other findings per report": [f"{row.errors:.2f}" for row in steering.rows],
+            "change": [
+                "{:+.2f} ({:+.2f} to {:+.2f})".format(*row.errors_change) if row.strength else ""
+                for row in steering.rows
+            ],
             "delta / h": [f"{row.relative_norm:.2f}" for row in steering.rows],
             "studies": [row.n for row in steering.rows],
         }
@@ -221,7 +228,8 @@ def _steering(steering: SteeringResult) -> str:
 
 `{steering.finding}` into held-out studies that do not have it: a map of the latents
 {", ".join(map(str, steering.latents))} added at the frontal film's patches during the prefill. The strength was chosen
-on other studies ({sweep}). Intervals are 95 % (Wilson).
+on other studies ({sweep}). Intervals are 95 % (Wilson; of changes the paired bootstrap). Errors are false findings,
+omissions, wrong sides, places and changes against the truth, in findings other than the steered one.
 
 ![steering](figures/steering.png)
 

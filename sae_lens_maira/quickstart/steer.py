@@ -16,12 +16,13 @@ from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.latents import Halves
 from sae_lens_maira.maira2 import Maira2
-from sae_lens_maira.phantom import FINDING_KEYS, read_report
+from sae_lens_maira.phantom import FINDING_KEYS, phantom_reader, read_report
 from sae_lens_maira.quickstart.sae import TrainedSAE
 from sae_lens_maira.stats import wilson
 from sae_lens_maira.steering import Intervention, difference_map, map_directions, mean_patch_maps
 from sae_lens_maira.steering.maps import frontal_rows, random_direction
 from sae_lens_maira.steering.prompts import Job, SharedPrompts
+from sae_lens_maira.steering.report_errors import error_changes
 from sae_lens_maira.studies import Study
 
 STRENGTHS = (1.0, 1.5, 2.0, 3.0)
@@ -40,6 +41,8 @@ class SteeringRow:
         off_target: Share of the other findings' statements that differ from the unsteered report.
         relative_norm: Mean |delta| over mean |h| at the steered patches.
         n: Number of studies.
+        errors: Errors per report in other findings: false findings, omissions, wrong sides, places and changes.
+        errors_change: Difference of `errors` to the unsteered reports with its 95 % interval (value, low, high).
     """
 
     label: str
@@ -50,6 +53,8 @@ class SteeringRow:
     off_target: float
     relative_norm: float
     n: int
+    errors: float
+    errors_change: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -134,14 +139,14 @@ def steer_finding(
         # The weakest strength that does nearly what the best one does: more strength costs more elsewhere.
         best = max(share for _, share in sweep)
         chosen = next(strength for strength, share in sweep if share >= best - 0.02)
-        plain = write(reported, ())
+        plain, steered = write(reported, ()), [studies[i] for i in held_out]
         bar.update()
         after = plain
-        rows = [_row("no intervention", 0.0, plain, plain, finding, 0.0)]
+        rows = [_row("no intervention", 0.0, plain, plain, finding, 0.0, steered)]
         for label, delta, make in maps:
             texts = write(reported, make(chosen))
             relative = chosen * float(delta.norm(dim=1).mean()) / norm
-            rows.append(_row(label, chosen, texts, plain, finding, relative))
+            rows.append(_row(label, chosen, texts, plain, finding, relative, steered))
             if make == latents.interventions:
                 after = texts
             bar.update()
@@ -161,7 +166,13 @@ def _negatives(studies: Sequence[Study], mask: np.ndarray, n: int) -> list[int]:
 
 
 def _row(
-    label: str, strength: float, texts: Sequence[str], plain: Sequence[str], finding: str, relative: float
+    label: str,
+    strength: float,
+    texts: Sequence[str],
+    plain: Sequence[str],
+    finding: str,
+    relative: float,
+    studies: Sequence[Study],
 ) -> SteeringRow:
     hits = sum(finding in read_report(text).present for text in texts)
     others = [key for key in FINDING_KEYS if key != finding]
@@ -171,6 +182,17 @@ def _row(
         for key in others
     ]
     low, high = wilson(hits, len(texts))
+    table = error_changes({label: texts}, plain, studies, phantom_reader(), finding).set_index("measure")
+    after, *change = map(float, table.loc["errors_per_report", ["after", "change", "low", "high"]])
     return SteeringRow(
-        label, strength, hits / len(texts), low, high, float(np.mean(changed)), relative, len(texts)
+        label,
+        strength,
+        hits / len(texts),
+        low,
+        high,
+        float(np.mean(changed)),
+        relative,
+        len(texts),
+        after,
+        (change[0], change[1], change[2]),
     )

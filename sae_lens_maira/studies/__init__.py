@@ -9,7 +9,9 @@ from sae_lens_maira.studies.findings import (
 )
 from sae_lens_maira.studies.labels import RuleLabel, RuleStatus, is_unknown, rule_labels
 from sae_lens_maira.studies.readers import import_iuxray
+from sae_lens_maira.studies.report_metrics import ReportErrors, report_errors
 from sae_lens_maira.studies.sequence import StudySequence
+from sae_lens_maira.studies.statements import Statement, StatementReader
 from sae_lens_maira.studies.study import Box, Finding, GroundedStatement, Licence, Study, StudyImage
 from sae_lens_maira.studies.table import StudyTable, read_table, table_of_studies
 
@@ -19,8 +21,11 @@ __all__ = [
     "FindingReader",
     "GroundedStatement",
     "Licence",
+    "ReportErrors",
     "RuleLabel",
     "RuleStatus",
+    "Statement",
+    "StatementReader",
     "Study",
     "StudyImage",
     "StudySequence",
@@ -30,6 +35,7 @@ __all__ = [
     "known_findings",
     "read_table",
     "readable_studies",
+    "report_errors",
     "rule_labels",
     "rule_reader",
     "table_of_studies",

@@ -58,13 +58,13 @@ class ReportErrors:
         return dict(zip(ERRORS, map(int, self.errors.sum((0, 1))), strict=True))
 
     def measures(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """Micro F1, macro F1 and errors per report of each kind.
+        """Micro F1, macro F1, and errors per report, of all kinds and of each.
 
         Args:
             weights: (draws, n) weight of every report; 1 each if not given.
 
         Returns:
-            (draws, 8) in the order of `measure_names`. Macro F1 is the mean over findings that a reference has at least
+            (draws, 9) in the order of `measure_names`. Macro F1 is the mean over findings that a reference has at least
             once in all reports; F1 is 1 where nothing is stated and nothing present.
         """
         weights = np.ones((1, len(self))) if weights is None else weights
@@ -75,7 +75,16 @@ class ReportErrors:
             _f1(agreed, stated, present)[:, known].mean(1) if known.any() else np.full(len(weights), np.nan)
         )
         rates = weights @ self.errors.sum(1) / weights.sum(1, keepdims=True)
-        return np.column_stack([micro, macro, rates])
+        return np.column_stack([micro, macro, rates.sum(1), rates])
+
+    def without(self, *findings: str) -> ReportErrors:
+        """The same counts without some findings."""
+        kept = [i for i, name in enumerate(self.findings) if name not in findings]
+        return ReportErrors(
+            tuple(self.findings[i] for i in kept),
+            self.errors[:, [*kept, len(self.findings)]],
+            *(part[:, kept] for part in (self.agreed, self.stated, self.present)),
+        )
 
     def summary(self, seed: int = 0, draws: int = 2000) -> pd.DataFrame:
         """A row per measure: its value with a 95 % bootstrap interval over studies."""
@@ -130,7 +139,7 @@ class ReportErrors:
 
 def measure_names() -> tuple[str, ...]:
     """Names of the columns of `ReportErrors.measures`."""
-    return ("micro_f1", "macro_f1", *(f"{name}_per_report" for name in ERRORS))
+    return ("micro_f1", "macro_f1", "errors_per_report", *(f"{name}_per_report" for name in ERRORS))
 
 
 def count_errors(

@@ -66,6 +66,13 @@ def test_a_folder_and_a_table_give_the_same_summary(sae, elsewhere, on_phantom, 
         ours, theirs = (pd.read_parquet(folder / f"{name}.parquet") for folder in (tmp_path, on_phantom))
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-5)
     assert pd.read_parquet(tmp_path / "summary.parquet").on_target.max() > 0, "nothing was steered"
+    errors = pd.read_csv(tmp_path / "errors.csv").set_index(["method", "measure"])
+    pd.testing.assert_frame_equal(
+        errors, pd.read_csv(on_phantom / "errors.csv").set_index(["method", "measure"])
+    )
+    assert set(errors.against) == {"truth"}
+    assert errors.before.groupby("measure").nunique().max() == 1  # one set of unsteered reports
+    assert errors.before.notna().all()
 
 
 def test_the_saved_intervention_writes_the_same_reports(sae, elsewhere, on_phantom, tmp_path, capsys):

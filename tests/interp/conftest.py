@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sae_lens_maira.latents import records as r
 from sae_lens_maira.latents.recordset import RecordSet
@@ -115,12 +118,28 @@ def make_meta(control: str = "trained", d_sae: int = 8) -> r.RecordsMeta:
 
 @pytest.fixture
 def hand_made(tmp_path) -> Callable[..., RecordSet]:
-    """Write records of one latent per finding; returns the opened set."""
+    """Write records of one latent per finding; returns the opened set.
+
+    With `images`, every study has a frontal image of 80 x 80 pixels in which patch 54 of 8 x 8 is bright on its left
+    side for a nodule and on its right side for a pacemaker.
+    """
 
     def make(
-        findings: Iterable[str] = KEYS, kind: str = "text", licence: str = "synthetic", name: str = "records"
+        findings: Iterable[str] = KEYS,
+        kind: str = "text",
+        licence: str = "synthetic",
+        name: str = "records",
+        images: bool = False,
     ) -> RecordSet:
         studies = make_studies(licence=licence)
+        if images:
+            (tmp_path / name).mkdir(exist_ok=True)
+            for key, study in studies.items():
+                pixels = np.full((80, 80), 60, dtype=np.uint8)
+                pixels[62:68, 61:64] = 200 if "nodule" in study.findings else 60
+                pixels[62:68, 66:69] = 200 if "pacemaker" in study.findings else 60
+                Image.fromarray(pixels).save(tmp_path / name / f"{key}.png")
+                studies[key] = dataclasses.replace(study, images=(("frontal", f"{key}.png"),))
         records = [make_record(i, finding, studies, kind) for i, finding in enumerate(findings)]
         return write_records(
             tmp_path / name, make_meta(), studies.values(), map(text_of, studies.values()), records

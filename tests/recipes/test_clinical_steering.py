@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.studies.report_metrics import ERRORS
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "steering" / "clinical_steering.py"
 SMALL = [
@@ -34,6 +35,10 @@ def test_runs_goes_on_and_refuses_other_settings(tmp_path, capsys):
     for arm in first["arms"].values():
         assert arm["low"] <= arm["change"] <= arm["high"]
         assert arm["micro F1"] == pytest.approx(first["unsteered"] + arm["change"])
+    errors = first["errors"]["both"]
+    kinds = [errors[f"{kind}_per_report"]["after"] for kind in ERRORS]
+    assert errors["errors_per_report"]["after"] == pytest.approx(sum(kinds))
+    assert errors["errors_per_report"]["against"] == "truth"
     assert first["arms"]["random latents 0"]["step"] == pytest.approx(first["arms"]["both"]["step"], rel=1e-3)
     times = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()}
     # As if killed behind the first arms: what is there is read, what is missing is made again and is the same.

@@ -34,7 +34,7 @@ def test_true_reports_have_no_errors(studies):
     texts = [study.report or "" for study in studies]
     assert errors_of(texts, studies) == {}
     counts, _ = report_errors(texts, studies, READER)
-    assert counts.measures()[0].tolist() == [1.0, 1.0] + [0.0] * 6
+    assert counts.measures()[0].tolist() == [1.0, 1.0] + [0.0] * 7
     assert counts.stated.sum() == counts.present.sum() == sum(len(s.present_keys) for s in studies)
 
 
@@ -105,10 +105,12 @@ def test_f1_and_the_paired_difference():
     bad = [[Statement("effusion", "right")], [], [Statement("effusion", "right")]] * 20
     prior = [False] * 60
     before, after = (count_errors(part, true, prior, ("effusion", "nodule", "never")) for part in (bad, good))
-    micro, macro, *rates = before.measures()[0]
+    micro, macro, total, *rates = before.measures()[0]
     assert micro == pytest.approx(2 * 20 / (40 + 60))
     assert macro == pytest.approx((2 * 20 / 80 + 0) / 2)
     assert dict(zip(ERRORS, rates, strict=True))["wrong_side"] == pytest.approx(1 / 3)
+    assert total == pytest.approx(2 / 3)
+    assert before.without("effusion").totals == dict.fromkeys(ERRORS, 0) | {"omission": 20}
     table = after.change_from(before).set_index("measure")
     assert table.loc["micro_f1", "change"] == pytest.approx(0.6)
     assert table.loc["micro_f1", "low"] > 0.4
