@@ -11,6 +11,7 @@
     ├── StoreError          an activation store is damaged or does not match its request
     │   └── DiskError       a disk is full, of whatever was being written
     ├── BackendError        a kernel backend cannot run what was asked
+    ├── RankError           a rank of a command that runs over several processes failed or died
     ├── RecordError         latent records or interpretations are incomplete or do not fit together
     ├── ServerError         a language-model or upload server refused or could not be understood
     ├── PrivacyError        credentialed data would have left the machine
@@ -18,7 +19,6 @@
 
 Each message is one paragraph: what was seen, what was expected, what to do. The classes also derive from
 the built-in error that a caller would guess (ValueError, OSError), so that generic code keeps working.
-This module knows nothing about any other.
 """
 
 
@@ -64,6 +64,10 @@ class DiskError(StoreError, OSError):
 
 class BackendError(MairaError, RuntimeError):
     """A kernel backend cannot run what was asked."""
+
+
+class RankError(MairaError, RuntimeError):
+    """A rank of a command that runs over several processes failed or died."""
 
 
 class RecordError(MairaError, ValueError):

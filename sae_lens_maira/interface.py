@@ -8,11 +8,11 @@ The command line, the quickstart, the recipes and notebooks open everything thro
 torchrun: the GPU of the local rank where there is one. torch is imported by the calls, not by the module.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from sae_lens_maira.distributed import local_rank
 from sae_lens_maira.errors import ConfigError, SAEError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _dtype_of(model: str | Path, dtype: str) -> "torch.dtype":
 
 
 def device_of(name: str) -> str:
-    """Resolve a device name; "auto" is a GPU where there is one, the local rank's under torchrun.
+    """Resolve a device name; "auto" is a GPU where there is one. Each rank of a machine takes a GPU of its own.
 
     Raises:
         ConfigError: torch knows no such device, or this machine has none.
@@ -138,8 +138,10 @@ def device_of(name: str) -> str:
 
     from sae_lens_maira.maira2.loading import check_device
 
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{local_rank() % torch.cuda.device_count()}"
     if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        return "cpu"
     check_device(name)
     return name
 

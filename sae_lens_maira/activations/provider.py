@@ -23,10 +23,18 @@ from sae_lens_maira.maira2 import TokenRole
 
 
 class _Buffer(NamedTuple):
-    """One buffer, being read: segments at their places in `memory`, and which of their rows are kept."""
+    """One buffer, being read.
+
+    Attributes:
+        key: Epoch and number of the buffer.
+        memory: (n, d_in) rows of this rank's segments, one segment after the other.
+        at: (rows of all segments,) row in `memory`, or -1 where the segment belongs to another rank.
+        kept: Positions in `at` of every segment's kept rows.
+    """
 
     key: tuple[int, int]
     memory: torch.Tensor
+    at: np.ndarray
     kept: list[Future[np.ndarray]]
 
 
@@ -44,6 +52,8 @@ class StoreProvider:
         buffer_rows: int = 65536,
         workers: int = 2,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """Look at the manifest; rows are read when a batch needs them.
 
@@ -57,6 +67,10 @@ class StoreProvider:
             buffer_rows: rows that are mixed, rounded up to whole segments of 4,096; twice as many lie in memory.
             workers: threads that read and check segments, the next buffer's while this one is used.
             device: of the batches.
+            rank: Number of this process, from 0.
+            world_size: Number of processes that share the batches. Every process reads every world_size-th segment of
+                a buffer and yields those rows of each batch that are in them; all shares together are the batch of a
+                single process, in another order. Shares differ in size.
 
         Raises:
             StoreError: no such hook point, or no rows.
@@ -71,6 +85,7 @@ class StoreProvider:
         self._rates = role_rates(roles, rates)
         self._table, self._device = rate_table(self._rates), torch.device(device)
         self._per_buffer = max(1, -(-buffer_rows // SEGMENT))
+        self._rank, self._world = rank, world_size
         self._segments = [
             (shard, start) for shard, rows in store.rows.items() for start in range(0, rows, SEGMENT)
         ]
@@ -123,19 +138,21 @@ class StoreProvider:
         self._epoch, self._buffer, self._offset = state["epoch"], state["buffer"], state["offset"]
 
     def __next__(self) -> torch.Tensor:
-        filled = 0
-        while filled < self._batch:
+        drawn = filled = 0
+        while drawn < self._batch:
             self._load()
-            part = self._order[self._offset : self._offset + self._batch - filled]
-            torch.index_select(self._values, 0, part, out=self._rows[filled : filled + len(part)])
-            filled += len(part)
+            part = self._order[self._offset : self._offset + self._batch - drawn]
+            mine = part[part >= 0]
+            torch.index_select(self._values, 0, mine, out=self._rows[filled : filled + len(mine)])
+            filled += len(mine)
+            drawn += len(part)
             self._offset += len(part)
             if self._offset >= len(self._order):
                 self._epoch, self._buffer = self._following(self._epoch, self._buffer)
                 self._offset = 0
         if self._device.type != "cpu":
-            return self._rows.to(self._device).float()
-        return self._batches.empty().copy_(self._rows)
+            return self._rows[:filled].to(self._device).float()
+        return self._batches.empty()[:filled].copy_(self._rows[:filled])
 
     def _following(self, epoch: int, buffer: int) -> tuple[int, int]:
         """The buffer after this one."""
@@ -160,7 +177,7 @@ class StoreProvider:
         positions = np.concatenate([job.result() for job in coming.kept])
         self._values = coming.memory
         rng = np.random.default_rng([self._seed, *key, 1])
-        self._order = torch.from_numpy(rng.permutation(positions))
+        self._order = torch.from_numpy(coming.at[rng.permutation(positions)])
         self._loaded = key
         self._ahead = self._start(self._following(*key))
 
@@ -170,29 +187,42 @@ class StoreProvider:
         chosen = order[key[1] * self._per_buffer : (key[1] + 1) * self._per_buffer]
         rng = np.random.default_rng([self._seed, *key])
         memory = self._spare.pop() if self._spare else self._memory()
-        jobs, first = [], 0
-        for number in chosen:
-            shard, start = self._segments[int(number)]
-            count = min(SEGMENT, self._store.rows[shard] - start)
-            place = memory[first : first + count]
-            jobs.append(self._pool.submit(self._read, shard, start, place, rng.random(count), first))
+        counts = [self._rows_of(int(number)) for number in chosen]
+        at = np.full(sum(counts), -1, dtype=np.int64)
+        jobs, first, filled = [], 0, 0
+        for turn, (number, count) in enumerate(zip(chosen, counts, strict=True)):
+            place = None
+            if turn % self._world == self._rank:
+                place = memory[filled : filled + count]
+                at[first : first + count] = np.arange(filled, filled + count)
+                filled += count
+            jobs.append(
+                self._pool.submit(self._read, *self._segments[int(number)], place, rng.random(count), first)
+            )
             first += count
-        return _Buffer(key, memory, jobs)
+        return _Buffer(key, memory, at, jobs)
 
-    def _read(self, shard: int, start: int, place: torch.Tensor, draws: np.ndarray, first: int) -> np.ndarray:
-        """Read one segment to its place if any of its rows is kept; the kept rows' positions in the buffer."""
+    def _read(
+        self, shard: int, start: int, place: torch.Tensor | None, draws: np.ndarray, first: int
+    ) -> np.ndarray:
+        """Read one segment to its place, if it has one and any row is kept; the kept rows' positions in the buffer."""
         if shard not in self._roles:
             self._roles[shard] = self._store.index(shard, ["role"])["role"].to_numpy()
         roles = self._roles[shard][start : start + len(draws)]
         kept = np.flatnonzero(draws < self._table[roles])
-        if len(kept):
+        if len(kept) and place is not None:
             self._store.read_into(place, self._hook, shard, start)
         return kept + first
 
+    def _rows_of(self, number: int) -> int:
+        shard, start = self._segments[number]
+        return min(SEGMENT, self._store.rows[shard] - start)
+
     def _memory(self) -> torch.Tensor:
-        """Room for any buffer of this store."""
-        largest = sorted((min(SEGMENT, self._store.rows[shard] - start) for shard, start in self._segments))
-        rows = sum(largest[-self._per_buffer :])
+        """Memory for this rank's segments of any buffer."""
+        largest = sorted(self._rows_of(number) for number in range(len(self._segments)))
+        most = -(-self._per_buffer // self._world)
+        rows = sum(largest[-most:])
         return empty_rows(rows, self._rows.shape[1], self._rows.dtype)
 
     def _identity(self) -> list[Any]:

@@ -1,23 +1,15 @@
-"""The command `harvest`: activations of studies into a store, over any number of processes.
+"""The command `harvest`: write activations of studies to a store, with any number of processes.
 
-Ranks come from torchrun (RANK, WORLD_SIZE), a SLURM array or a SLURM step. It knows nothing about SAEs; a recipe's
-other parts are read by `train`.
+A recipe's parts about training are accepted and read by `train` only.
 """
 
 import json
-import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from sae_lens_maira.cli.options import HarvestOptions
 from sae_lens_maira.cli.parser import accepts_parts_of
-
-RANK_VARIABLES = (
-    ("RANK", "WORLD_SIZE", None),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("SLURM_PROCID", "SLURM_NTASKS", None),
-)
+from sae_lens_maira.distributed import Ranks
 
 
 @accepts_parts_of("train", "sae", "trainer", "out", "provider", "direct")
@@ -27,13 +19,18 @@ def harvest(
 ) -> None:
     """Run studies through the model and keep activations on disk; killed at any time, the same command continues.
 
+    Under torchrun or srun every process harvests its share of the studies.
+
     Example: sae-lens-maira harvest --config recipes/phantom.yaml
 
     Args:
         options: what is read, and what is kept of it.
         as_json: print JSON instead of text.
     """
-    made = harvest_store(options)
+    with options.ranks() as ranks:
+        made = harvest_store(options, ranks)
+    if ranks.rank and ranks.connected:
+        return
     facts = {
         "store": str(options.store),
         "rows": len(made),
@@ -49,37 +46,30 @@ def harvest(
     )
 
 
-def harvest_store(options: HarvestOptions) -> Any:
-    """Load what the options name and harvest this process's share; returns the store.
+def harvest_store(options: HarvestOptions, ranks: Ranks) -> Any:
+    """Load what the options name, harvest this rank's share, wait for the others and return the store.
 
     Raises:
-        ConfigError: no store was named.
+        ConfigError: No store was named.
     """
+    from sae_lens_maira.activations import ActivationStore
     from sae_lens_maira.activations import harvest as run
     from sae_lens_maira.errors import ConfigError
 
     if options.store is None:
         raise ConfigError("No store was named; say where rows are kept with --store FOLDER.")
-    rank, size = rank_of(os.environ)
     maira, studies, _ = options.load()
-    return run(
+    run(
         maira,
         studies,
         options.store,
         options.hook_names,
         options.row_settings(),
-        rank=rank,
-        world_size=size,
+        rank=ranks.rank,
+        world_size=ranks.size,
         shard_studies=options.shard_studies,
         dtype=options.dtype,
         workers=options.workers,
     )
-
-
-def rank_of(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(rank, world size) from torchrun's or SLURM's variables; (0, 1) without."""
-    for rank, size, first in RANK_VARIABLES:
-        if rank in environment and size in environment:
-            start = int(environment.get(first, 0)) if first else 0
-            return int(environment[rank]) - start, int(environment[size])
-    return 0, 1
+    ranks.barrier("harvest")
+    return ActivationStore(options.store)

@@ -1,6 +1,6 @@
 """The command `latents`: records of an SAE's latents, over phantom studies or a table, from the model or a store.
 
-Ranks come from torchrun or SLURM, as for `harvest`; a killed collection continues when the command is given again.
+A killed collection continues when the command is given again.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae_lens_maira.distributed import TIMEOUT_S, distributed
 from sae_lens_maira.interface import (
     ModelDtype,
     device_of,
@@ -57,12 +58,15 @@ def latents(
     seed: int | None = None,
     model_dtype: ModelDtype = "auto",
     device: str = "auto",
+    rank: int | None = None,
+    world: int | None = None,
+    rank_timeout: float = TIMEOUT_S,
     as_json: bool = False,
 ) -> None:
     """Record what every latent of an SAE fires on: contexts, findings, tokens, neighbours, maps.
 
-    Killed at any time, the same command continues. Under torchrun every process reads its share of the studies; the
-    records are those of one process.
+    Killed at any time, the same command continues. Under torchrun or srun every process reads its share of the
+    studies; the records are those of one process.
 
     Example: sae-lens-maira latents --sae quickstart_out/sae_image --out records --roles image_only
 
@@ -95,9 +99,11 @@ def latents(
         seed: of every other draw; the study seed if not given.
         model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
         device: auto, cpu, cuda, ...
+        rank: number of this process, instead of torchrun's or SLURM's; needs --world.
+        world: number of processes that share the work.
+        rank_timeout: seconds without a sign of life after which a rank counts as dead.
         as_json: print counts as JSON instead of a table.
     """
-    from sae_lens_maira.cli.harvest import rank_of
     from sae_lens_maira.cli.numbers import numbers
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
     from sae_lens_maira.latents.source import ModelSource
@@ -106,7 +112,6 @@ def latents(
     from sae_lens_maira.sae import control_kind
 
     seed, wanted = study_seed if seed is None else seed, numbers(latents, "--latents")
-    rank, world = rank_of(os.environ)
     place = device_of(device)
     dictionary: Any = load_sae(sae, hook_name=hook, device=place)
     hook_name = str(dictionary.cfg.metadata.hook_name)
@@ -140,19 +145,11 @@ def latents(
         seed=seed,
         progress=True,
     )
-    records = collect_records(
-        blocks,
-        chosen,
-        dictionary,
-        reader,
-        out,
-        config,
-        labels=None if table is None or _has_truth(chosen) else _rule_labels,
-        findings=FINDING_KEYS if table is None else None,
-        rank=rank,
-        world_size=world,
-    )
-    if rank:
+    labels = None if table is None or _has_truth(chosen) else _rule_labels
+    keys = FINDING_KEYS if table is None else None
+    with distributed(rank, world, rank_timeout) as ranks:
+        records = collect_records(blocks, chosen, dictionary, reader, out, config, labels, keys, ranks)
+    if ranks.rank:
         return
     counts = records.table["status"].value_counts().to_dict()
     if as_json:

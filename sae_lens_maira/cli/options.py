@@ -3,10 +3,12 @@
 A command takes them as a parameter `options`; on the command line and in a recipe each field is one option.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae_lens_maira.distributed import TIMEOUT_S, Ranks, distributed
 from sae_lens_maira.interface import ModelDtype, device_of, named_model
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ class HarvestOptions:
         seed: of every draw but the phantom studies: the sample of rows, in train the shuffle and the initial weights.
         device: auto, cpu, cuda, ...
         workers: threads that read and encode images ahead of the model.
+        rank: number of this process, instead of torchrun's or SLURM's; needs --world.
+        world: number of processes that share the work.
+        rank_timeout: seconds without a sign of life after which a rank counts as dead.
     """
 
     hooks: list[str] | str
@@ -65,11 +70,18 @@ class HarvestOptions:
     seed: int = 0
     device: str = "auto"
     workers: int = 2
+    rank: int | None = None
+    world: int | None = None
+    rank_timeout: float = TIMEOUT_S
 
     @property
     def hook_names(self) -> list[str]:
         """The hook points, as a list also where a bare name was given."""
         return [self.hooks] if isinstance(self.hooks, str) else self.hooks
+
+    def ranks(self) -> AbstractContextManager[Ranks]:
+        """Meet the other ranks, and wait for them at the end."""
+        return distributed(self.rank, self.world, self.rank_timeout)
 
     def row_settings(self) -> "RowSettings":
         """The options that decide which rows are kept."""

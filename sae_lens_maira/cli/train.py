@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_lens_maira.cli.options import HarvestOptions
+from sae_lens_maira.distributed import Ranks
 
 
 def train(
@@ -26,6 +27,8 @@ def train(
     as_json: bool = False,
 ) -> None:
     """Train a Matryoshka SAE on a store, harvesting it first where it is not complete; or straight from the model.
+
+    Under torchrun or srun all processes train one SAE: each reads its share of the store and of every batch.
 
     Example: sae-lens-maira train --config recipes/phantom.yaml
 
@@ -45,35 +48,46 @@ def train(
 
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.interface import device_of, label
+    from sae_lens_maira.kernels import ProcessGroupCommunicator
     from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
     from sae_lens_maira.training import FusedSAETrainer, latest_checkpoint, resume
 
     place = device_of(options.device)
-    try:
-        steps = SAETrainerConfig(**({"device": place, "logger": LoggingConfig(log_to_wandb=False)} | trainer))
-        made = _direct if direct else _stored
-        batches, width, rows, roles = made(options, steps.train_batch_size_samples, place, provider or {})
-        torch.manual_seed(options.seed)
-        chosen: dict[str, Any] = {"control": control} | sae
-        config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **chosen)
-    except TypeError as error:
-        raise ConfigError(
-            f"The parts sae, trainer and provider do not fit their configurations: {error}. Use the field names of "
-            "MatryoshkaTrainingSAEConfig, of SAELens' SAETrainerConfig and of the provider."
-        ) from error
-    config.metadata.hook_name = options.hook_names[0]
-    config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else label(options.model)
-    config.metadata.token_roles = roles
-    if not direct:
-        config.metadata.activation_store = os.path.relpath(str(options.store), out)
-    dictionary = MatryoshkaTrainingSAE(config)
-    run = FusedSAETrainer(cfg=steps, sae=dictionary, data_provider=batches)
-    newest = latest_checkpoint(steps.checkpoint_path) if steps.checkpoint_path else None
-    if newest is not None:
-        sys.stderr.write(f"continuing from {newest}\n")
-        resume(run, newest)
-    run.fit()
-    dictionary.save_inference_model(out)
+    with options.ranks() as ranks:
+        comm = ProcessGroupCommunicator(ranks, place) if ranks.size > 1 else None
+        try:
+            steps = SAETrainerConfig(
+                **({"device": place, "logger": LoggingConfig(log_to_wandb=False)} | trainer)
+            )
+            made = _direct if direct else _stored
+            batches, width, rows, roles = made(
+                options, ranks, steps.train_batch_size_samples, place, provider or {}
+            )
+            torch.manual_seed(options.seed)
+            chosen: dict[str, Any] = {"control": control} | sae
+            config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **chosen)
+        except TypeError as error:
+            raise ConfigError(
+                f"The parts sae, trainer and provider do not fit their configurations: {error}. Use the field names of "
+                "MatryoshkaTrainingSAEConfig, of SAELens' SAETrainerConfig and of the provider."
+            ) from error
+        config.metadata.hook_name = options.hook_names[0]
+        config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else label(options.model)
+        config.metadata.token_roles = roles
+        if not direct:
+            config.metadata.activation_store = os.path.relpath(str(options.store), out)
+        dictionary = MatryoshkaTrainingSAE(config)
+        run = FusedSAETrainer(cfg=steps, sae=dictionary, data_provider=batches, comm=comm)
+        newest = latest_checkpoint(steps.checkpoint_path) if steps.checkpoint_path else None
+        ranks.barrier("checkpoint found")
+        if newest is not None:
+            if not ranks.rank:
+                sys.stderr.write(f"continuing from {newest}\n")
+            resume(run, newest)
+        run.fit()
+        if ranks.rank:
+            return
+        dictionary.save_inference_model(out)
     if as_json:
         facts = {"sae": str(out), "rows": rows, "epochs": batches.epoch, "samples": run.n_training_samples}
         sys.stdout.write(json.dumps(facts) + "\n")
@@ -83,7 +97,7 @@ def train(
 
 
 def _stored(
-    options: HarvestOptions, batch: int, place: str, settings: dict[str, Any]
+    options: HarvestOptions, ranks: Ranks, batch: int, place: str, settings: dict[str, Any]
 ) -> tuple[Any, int, int | None, str | list[str]]:
     """A provider over the store, which is harvested first where it is not complete; d_in; its rows and their roles."""
     from sae_lens_maira.activations import ActivationStore, StoreProvider
@@ -96,7 +110,7 @@ def _stored(
             "No store was named; give --store FOLDER, or --direct true to keep nothing on disk."
         )
     if not (store / "store.json").exists() or not ActivationStore(store).complete:
-        harvest_store(options)
+        harvest_store(options, ranks)
     activations = ActivationStore(store)
     if not activations.complete:
         raise StoreError(
@@ -105,18 +119,24 @@ def _stored(
         )
     activations.validate()
     given = {"seed": options.seed, "device": place} | settings
-    batches = StoreProvider(activations, hook, batch, **given)
+    batches = StoreProvider(activations, hook, batch, rank=ranks.rank, world_size=ranks.size, **given)
     spec = activations.spec
     roles = _role_names(spec.rates, bool(spec.settings.get("last_image")))
     return batches, spec.hooks[hook], len(activations), roles
 
 
 def _direct(
-    options: HarvestOptions, batch: int, place: str, settings: dict[str, Any]
+    options: HarvestOptions, ranks: Ranks, batch: int, place: str, settings: dict[str, Any]
 ) -> tuple[Any, int, int | None, str | list[str]]:
     """A provider that runs the model; d_in; None for the rows, which nobody counted; their roles."""
     from sae_lens_maira.activations import DirectProvider
+    from sae_lens_maira.errors import ConfigError
 
+    if ranks.size > 1:
+        raise ConfigError(
+            f"--direct true works in one process, and this is rank {ranks.rank} of {ranks.size}. Harvest to a store "
+            "with all ranks and train on it (leave --direct out and give --store FOLDER)."
+        )
     maira, studies, _ = options.load()
     given = {"seed": options.seed, "device": place, "workers": options.workers} | settings
     rows = options.row_settings()

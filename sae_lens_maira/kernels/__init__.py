@@ -9,7 +9,7 @@ operators that touch the selected entries only, on any device) and `triton` (CUD
 which one runs. Importing this package imports no triton. It knows nothing about SAELens, optimisers or data.
 """
 
-from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator
+from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator, ProcessGroupCommunicator
 from sae_lens_maira.kernels.dispatch import BACKENDS, Backend, fused_step, resolve_backend
 from sae_lens_maira.kernels.problem import AuxSpec, Gradients, SparseActs, StepResult, StepSpec, Weights
 from sae_lens_maira.kernels.reference import reference_step
@@ -22,6 +22,7 @@ __all__ = [
     "Communicator",
     "Gradients",
     "LocalCommunicator",
+    "ProcessGroupCommunicator",
     "SparseActs",
     "StepResult",
     "StepSpec",

@@ -18,6 +18,7 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_maira.activations import layer_of
+from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.activations import make_context, read_activations
 from sae_lens_maira.latents.assembly import CollectConfig, RecordBuilder, level_of_latents
@@ -48,8 +49,7 @@ def collect_records(
     config: CollectConfig | None = None,
     labels: Labels | None = None,
     findings: Sequence[str] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks | None = None,
 ) -> RecordSet:
     """Collect the records of an SAE's latents and write them, or continue where a killed process stopped.
 
@@ -63,8 +63,8 @@ def collect_records(
         labels: Function that returns the finding keys of a study, None where they are unknown; the studies' own truth
             if not given.
         findings: Finding keys to measure agreement for; all that occur if not given.
-        rank: Index of this process; all processes call this with the same arguments.
-        world_size: Number of processes that share the passes; rank 0 writes the records.
+        ranks: This process and the others that share the passes, all with the same arguments; rank 0 writes the
+            records. A single process if not given.
 
     Returns:
         The record set, opened.
@@ -72,7 +72,9 @@ def collect_records(
     Raises:
         RecordError: Rows do not fit the studies or the SAE, the two passes differ, or the folder holds an unfinished
             collection of something else.
+        RankError: Another rank failed or died.
     """
+    ranks = ranks or Ranks()
     config, out = config or CollectConfig(), Path(out)
     head = maira if isinstance(maira, OutputHead) else OutputHead.of(maira)
     d_sae, side = int(sae.cfg.d_sae), head.processor.patches_per_side
@@ -82,7 +84,7 @@ def collect_records(
             f"Latents {latents[0]} to {latents[-1]} were asked of {d_sae}; choose from 0 to {d_sae - 1}."
         )
     keys, truth, labelled = _truth(studies, labels, findings)
-    place = Workdir(out, _plan(source, studies, sae, config, keys, truth), rank, world_size, config.salt)
+    place = Workdir(out, _plan(source, studies, sae, config, keys, truth), ranks, config.salt)
 
     def make() -> LatentStatistics:
         return LatentStatistics(
@@ -98,7 +100,7 @@ def collect_records(
             map_bytes=config.map_bytes,
         )
 
-    bars = config.progress and rank == 0
+    bars = config.progress and ranks.rank == 0
     statistics, hook_name = count(
         source, len(studies), sae, make, place, config.chunk, config.save_seconds, bars
     )
@@ -108,7 +110,7 @@ def collect_records(
     names = Pseudonyms(place.salt)
     reader = ContextReader(studies, sae, head.processor, wanted, names, builder.grid, config.chunk)
     spool(source, reader, place, config.save_seconds, bars)
-    if rank == 0:
+    if ranks.rank == 0:
         meta = RecordsMeta(
             model=config.model,
             hook_name=hook_name,
@@ -127,7 +129,7 @@ def collect_records(
             sae_fingerprint=fingerprint(sae),
         )
         entries = _entries(studies, wanted, names, labels, out, config)
-        texts = StudyTexts(*(place.contexts(other) / TEXTS for other in range(world_size)))
+        texts = StudyTexts(*(place.contexts(other) / TEXTS for other in range(ranks.size)))
         records = _records(studies, latents, builder, place, texts, names, sae, head, config)
         ordered = (texts[names.study(studies[number])] for number in wanted.studies.tolist())
         write_records(out, meta, entries, ordered, records, statistics.maps)

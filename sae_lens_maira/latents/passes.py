@@ -73,7 +73,7 @@ def count(
         if place.world > 1 or time.monotonic() - began >= save_seconds:
             _save_counted(place, own, len(blocks), hook_name)
         place.finish("counted")
-    place.wait_for_all("counted")
+    place.ranks.barrier("statistics of latents")
     for rank in range(place.world):
         if rank != place.rank:
             other, saved = make(), load_state(place.counted(rank))
@@ -172,9 +172,7 @@ def spool(
     if not log.exists():
         place.write(log, saved)
     place.finish("contexts")
-    place.wait_for_all("contexts")
-    if not place.folder.exists():
-        return  # rank 0 has checked and written everything already
+    place.ranks.barrier("contexts of latents")
     logs = [place.contexts(rank) / "progress.json" for rank in range(place.world)]
     all_found = sum(json.loads(path.read_text(encoding="utf-8"))["found"] for path in logs)
     if all_found != len(reader.wanted.studies):

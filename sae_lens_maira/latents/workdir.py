@@ -1,12 +1,10 @@
-"""The folder of a collection under way: what a killed process continues from, and where processes meet.
+"""Scratch folder of a collection: used to resume, and to hand over the parts of all ranks to rank 0.
 
-    plan.json                  what is collected, by how many processes; another plan is refused
-    counted-0.pt               statistics of rank 0 up to some unit
-    contexts-0/                hits and texts of rank 0, with progress.json
+    plan.json                  what is collected, by how many ranks; another plan is refused
+    counted-0.pt               statistics of rank 0 up to some shard
+    contexts-0/                activations and texts of rank 0, with progress.json
 
-Processes need no network between them: each leaves a file when it is done and waits for the others' files. The
-folder vanishes with the end of the collection, and the salt of the pseudonyms with it. It knows nothing about what is
-counted.
+The folder is removed at the end of the collection, and the salt of the pseudonyms with it.
 """
 
 from __future__ import annotations
@@ -15,12 +13,11 @@ import hashlib
 import json
 import secrets
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.errors import RecordError
+from sae_lens_maira.distributed import Ranks
+from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.io import atomic_write
 
 NAME = ".collecting"
@@ -30,33 +27,38 @@ class Workdir:
     """One process's view of the folder.
 
     Attributes:
-        folder: where it lies.
-        rank, world: this process, and how many there are.
+        folder: Path of the folder.
+        ranks: This process and the others.
+        rank, world: Number of this process and of all.
         salt: of the pseudonyms, the same in all processes and after a restart.
     """
 
-    def __init__(self, out: Path, plan: dict[str, Any], rank: int, world: int, salt: str | None) -> None:
+    def __init__(self, out: Path, plan: dict[str, Any], ranks: Ranks, salt: str | None) -> None:
         """Make the folder or continue in it.
 
         Args:
             out: folder of the record set.
             plan: what decides the records, as JSON values.
-            rank: this process, from 0.
-            world: how many there are.
+            ranks: this process and the others.
             salt: given, or drawn once by rank 0.
 
         Raises:
+            ConfigError: the ranks have no address to meet at.
             RecordError: the folder holds an unfinished collection of another plan.
         """
-        if not 0 <= rank < world:
-            raise RecordError(f"Rank {rank} of {world} does not exist; ranks count from 0.")
+        if not ranks.connected:
+            raise ConfigError(
+                f"{ranks.size} ranks that share a collection need an address to meet at, and there is none. Start "
+                "them with torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and free port of rank 0."
+            )
+        self.ranks, rank, world = ranks, ranks.rank, ranks.size
         self.folder, self.rank, self.world = out / NAME, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "plan.json"
         plan = json.loads(json.dumps(plan | {"world": world}))
         if rank == 0 and not path.exists():
             self.write(path, plan | {"salt": secrets.token_hex(16) if salt is None else salt})
-        self.wait(path.exists)
+        ranks.barrier("plan of the collection")
         there = json.loads(path.read_text(encoding="utf-8"))
         self.salt: str = there.pop("salt")
         differ = sorted(name for name in plan.keys() | there.keys() if plan.get(name) != there.get(name))
@@ -82,25 +84,12 @@ class Workdir:
         """Whether this process was done with a part, perhaps before a restart."""
         return (self.folder / f"{what}-{self.rank}.done").exists()
 
-    def wait_for_all(self, what: str) -> None:
-        """Wait until every process is done with a part."""
-        paths = [self.folder / f"{what}-{rank}.done" for rank in range(self.world)]
-        # Rank 0 may have gone on and removed the folder before this process looked again.
-        self.wait(lambda: all(path.exists() for path in paths) or not self.folder.exists())
-
     def close(self) -> None:
-        """Rank 0 removes the folder once no process reads from it any more; the others wait until it has."""
-        self.finish("read")
+        """Remove the folder once no rank reads from it; return when it is gone."""
+        self.ranks.barrier("records read")
         if self.rank == 0:
-            self.wait_for_all("read")
             shutil.rmtree(self.folder)
-        self.wait(lambda: not self.folder.exists())
-
-    @staticmethod
-    def wait(until: Callable[[], bool]) -> None:
-        """Look five times a second."""
-        while not until():
-            time.sleep(0.2)
+        self.ranks.barrier("records written")
 
     @staticmethod
     def write(path: Path, values: dict[str, Any]) -> None:

@@ -4,11 +4,15 @@
 Multi-process training, checkpoints that survive a kill, and the step's benchmark live here too.
 """
 
+from sae_lens_maira.kernels import ProcessGroupCommunicator
 from sae_lens_maira.training.checkpoints import latest_checkpoint, resume
 from sae_lens_maira.training.controls import train_control
-from sae_lens_maira.training.distributed import ProcessGroupCommunicator, ShardedBatches, distributed
 from sae_lens_maira.training.optimizer import RowMajorAdam
-from sae_lens_maira.training.runners import FusedLanguageModelSAETrainingRunner, fused_training
+from sae_lens_maira.training.runners import (
+    FusedLanguageModelSAETrainingRunner,
+    ShardedBatches,
+    fused_training,
+)
 from sae_lens_maira.training.trainer import FusedSAETrainer
 
 __all__ = [
@@ -17,7 +21,6 @@ __all__ = [
     "ProcessGroupCommunicator",
     "RowMajorAdam",
     "ShardedBatches",
-    "distributed",
     "fused_training",
     "latest_checkpoint",
     "resume",

@@ -12,8 +12,8 @@ from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.errors import SAEError
+from sae_lens_maira.kernels import ProcessGroupCommunicator
 from sae_lens_maira.sae.whitening import Moments, pca_whitening
-from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 
 
 def not_finite_error(sae: TrainingSAE[Any], x: torch.Tensor, step: int) -> SAEError:
@@ -41,10 +41,11 @@ def agree_on_scaling(trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicat
     if kind == "covariance_whitening" and scaler.whitening is None:
         scaler.whitening = _whitening_of_all_ranks(trainer, comm)
     if kind == "expected_average_only_in" and scaler.scaling_factor is None:
-        scaler.estimate_scaling_factor(d_in, trainer.data_provider, trainer.cfg.n_batches_for_norm_estimate)
-        assert scaler.scaling_factor is not None  # just estimated
-        mean_norm = torch.tensor(d_in**0.5 / scaler.scaling_factor, dtype=torch.float64)
-        scaler.scaling_factor = d_in**0.5 * comm.size / float(comm.sum_(mean_norm))
+        batches = (next(trainer.data_provider) for _ in range(trainer.cfg.n_batches_for_norm_estimate))
+        norms = (batch.reshape(-1, d_in).norm(dim=-1).double() for batch in batches)
+        sums = torch.tensor([[float(norm.sum()), len(norm)] for norm in norms], dtype=torch.float64)
+        total, count = comm.sum_(sums.sum(dim=0)).tolist()
+        scaler.scaling_factor = d_in**0.5 * count / total
 
 
 def _whitening_of_all_ranks(

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.training.prefetch import PrefetchingIterator
 from typing_extensions import override
 
 from sae_lens_maira.errors import BackendError
+from sae_lens_maira.kernels import ProcessGroupCommunicator
 from sae_lens_maira.kernels.dispatch import Backend
 from sae_lens_maira.kernels.problem import Candidates
-from sae_lens_maira.training.distributed import ProcessGroupCommunicator, ShardedBatches
 from sae_lens_maira.training.trainer import FusedSAETrainer
 
 USERS_OF_THE_TRAINER = (
@@ -28,6 +29,23 @@ USERS_OF_THE_TRAINER = (
     "sae_lens.synthetic.synthetic_sae_runner",
     "sae_lens.synthetic.training",
 )
+
+
+class ShardedBatches:
+    """A rank's share of every batch of a provider that yields the same whole batches on all ranks."""
+
+    def __init__(self, batches: Iterator[torch.Tensor], rank: int, size: int) -> None:
+        self.batches, self.rank, self.size = batches, rank, size
+
+    def __iter__(self) -> "ShardedBatches":
+        """The iterator itself."""
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        """The rank's rows of the next batch; shares differ by at most one row and may be empty."""
+        batch = next(self.batches)
+        start, stop = (len(batch) * (self.rank + i) // self.size for i in (0, 1))
+        return batch[start:stop]
 
 
 @contextmanager

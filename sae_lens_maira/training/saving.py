@@ -13,9 +13,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
 from sae_lens_maira.io import atomic_folder
-from sae_lens_maira.kernels import LocalCommunicator
+from sae_lens_maira.kernels import LocalCommunicator, ProcessGroupCommunicator
 from sae_lens_maira.training.checkpoints import load_provider_state, provider_state, save_provider_state
-from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 
 
 class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):

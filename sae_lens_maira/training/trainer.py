@@ -30,6 +30,7 @@ from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import (
     Gradients,
     LocalCommunicator,
+    ProcessGroupCommunicator,
     StepResult,
     Workspace,
     fused_step,
@@ -39,7 +40,6 @@ from sae_lens_maira.kernels.dispatch import Backend, say_if_emulated
 from sae_lens_maira.kernels.problem import Candidates
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
 from sae_lens_maira.training.checkpoints import provider_state
-from sae_lens_maira.training.distributed import ProcessGroupCommunicator
 from sae_lens_maira.training.inputs import agree_on_scaling, not_finite_error
 from sae_lens_maira.training.interruption import SafePoints
 from sae_lens_maira.training.optimizer import RowMajorAdam
@@ -52,7 +52,7 @@ MAX_GRADIENT_NORM = 1.0
 class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """Drop-in for `sae_lens.training.sae_trainer.SAETrainer`, generic in the SAE and its configuration as that is.
 
-    Over N processes (`comm` from `distributed()`), `cfg.train_batch_size_samples` is the batch of all ranks
+    Over N processes (`comm`, a `ProcessGroupCommunicator`), `cfg.train_batch_size_samples` is the batch of all ranks
     together, every rank's data provider yields its share of the rows, and losses, selection and gradients are those of
     one process with all rows. Rank 0 writes checkpoints and logs.
 
@@ -101,6 +101,8 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.comm = LocalCommunicator() if comm is None else comm
         if self.comm.rank > 0 and cfg.logger.log_to_wandb:
             cfg = replace(cfg, logger=replace(cfg.logger, log_to_wandb=False))
+        if cfg.lr_end is None:  # as SAELens' runner configurations do; its trainer asserts that somebody has
+            cfg = replace(cfg, lr_end=cfg.lr / 10)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         self.backend: Backend = resolve_backend(backend, cfg.device)
         if sole_writer and self.backend != "triton":
@@ -116,7 +118,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._tokens = 0
         self._workspace = Workspace()
         self._buffers: Gradients | None = None
-        assert cfg.lr_end is not None  # set by SAELens' configuration classes
+        assert cfg.lr_end is not None
         self.optimizer = RowMajorAdam(sae.parameters(), cfg.lr, (cfg.adam_beta1, cfg.adam_beta2))
         self.lr_scheduler = get_lr_scheduler(
             cfg.lr_scheduler_name,

@@ -77,6 +77,33 @@ def test_threads_change_nothing(store):
             assert torch.equal(next(one), next(many))
 
 
+def test_shares_of_ranks_are_the_batch_of_one_process(store, monkeypatch):
+    """Three ranks yield the same rows in all, batch by batch; each reads its own segments only."""
+    read: list[tuple[int, int]] = []
+    plain = ActivationStore.read_into
+
+    def counted(self, place, hook, shard, start):
+        read.append((shard, start))
+        plain(self, place, hook, shard, start)
+
+    whole = StoreProvider(store, HOOK, 67, seed=3, buffer_rows=13_000, rates={"image": 0.5})
+    batches = [next(whole) for _ in range(300)]
+    monkeypatch.setattr(ActivationStore, "read_into", counted)
+    shares = [
+        StoreProvider(store, HOOK, 67, seed=3, buffer_rows=13_000, rates={"image": 0.5}, rank=r, world_size=3)
+        for r in range(3)
+    ]
+    for batch in batches:
+        together = torch.cat([next(share) for share in shares])
+        assert torch.equal(together[together[:, 0].argsort()], batch[batch[:, 0].argsort()])
+    assert shares[1].state_dict() == whole.state_dict()
+    read.clear()
+    alone = StoreProvider(store, HOOK, 67, buffer_rows=100_000, rank=1, world_size=3)
+    next(alone)
+    alone._pool.shutdown()
+    assert 0 < len(read) <= 4  # of 6 segments, two in this buffer and two in the next
+
+
 def test_batches_are_the_callers_own(store):
     """A batch keeps its rows when later ones are drawn, though buffers are used again."""
     provider = StoreProvider(store, HOOK, 512, buffer_rows=4096)

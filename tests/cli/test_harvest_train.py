@@ -10,7 +10,6 @@ from sae_lens import SAE
 
 from sae_lens_maira.activations import ActivationStore
 from sae_lens_maira.cli import build_parser, main
-from sae_lens_maira.cli.harvest import rank_of
 from sae_lens_maira.cli.options import HarvestOptions
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.sae import control_kind, load_matryoshka
@@ -53,14 +52,6 @@ def test_recipes_parse(name):
     assert path.read_text().startswith(f"# sae-lens-maira train --config recipes/{name}.yaml")
     for command in ("harvest", "train"):
         build_parser(command).parse_args(["--config", str(path)])
-
-
-def test_ranks_of_torchrun_and_slurm():
-    assert rank_of({}) == (0, 1)
-    assert rank_of({"RANK": "2", "WORLD_SIZE": "4"}) == (2, 4)
-    array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "4"}
-    assert rank_of(array | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == (1, 3)
-    assert rank_of({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == (1, 2)
 
 
 @pytest.fixture(scope="module")

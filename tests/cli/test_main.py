@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sae_lens_maira.cli", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sae_lens_maira", *words], capture_output=True, text=True, check=False
     )
 
 
@@ -131,7 +131,7 @@ def test_one_seed_of_phantom_studies_everywhere():
 def test_an_option_from_a_pipe(capsys):
     """A configuration may come from a pipe."""
     done = subprocess.run(
-        [sys.executable, "-m", "sae_lens_maira.cli", "quickstart", "--config", "/dev/stdin"],
+        [sys.executable, "-m", "sae_lens_maira", "quickstart", "--config", "/dev/stdin"],
         input="studies: -5\n",
         capture_output=True,
         text=True,

@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from torch._C._distributed_c10d import HashStore
 
 from sae_lens_maira.activations import RowSettings, harvest
+from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.source import StoreSource
@@ -67,8 +69,13 @@ def test_stopped_in_either_pass_and_continued(units, studies, sae, phantom, alon
 def test_three_processes_give_the_records_of_one(units, studies, sae, phantom, alone, tmp_path):
     """Every number of every record; sums of float32 maps to their rounding."""
 
+    store = HashStore()
+
     def work(rank):
-        return collect_records(units, studies, sae, phantom, tmp_path, CONFIG, rank=rank, world_size=3)
+        ranks = Ranks(rank, 3, lambda: store, timeout_s=60)
+        done = collect_records(units, studies, sae, phantom, tmp_path, CONFIG, ranks=ranks)
+        ranks.close()
+        return done
 
     with ThreadPoolExecutor(3) as pool:
         shared = list(pool.map(work, range(3)))[2]

@@ -116,7 +116,7 @@ def found(tmp_path_factory):
     """Figures of the default run, as a user gets them."""
     out = tmp_path_factory.mktemp("quickstart")
     done = subprocess.run(
-        [sys.executable, "-m", "sae_lens_maira.cli", "quickstart", "--out", str(out), "--json"],
+        [sys.executable, "-m", "sae_lens_maira", "quickstart", "--out", str(out), "--json"],
         capture_output=True,
         text=True,
         check=False,

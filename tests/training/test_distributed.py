@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_lens_maira.errors import BackendError, ConfigError
-from sae_lens_maira.training import FusedSAETrainer, ShardedBatches, distributed, latest_checkpoint
+from sae_lens_maira.errors import BackendError
+from sae_lens_maira.training import FusedSAETrainer, ShardedBatches, latest_checkpoint
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("torchrun_worker.py")
@@ -93,12 +93,6 @@ def test_kills_cost_no_more_than_the_steps_since_the_last_checkpoint(two_ranks, 
     torchrun(str(tmp_path))
     for name, tensor in weights(two_ranks / "saelens").items():
         assert torch.equal(weights(out)[name], tensor), name
-
-
-def test_outside_torchrun_is_said(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ConfigError, match="expects torchrun"), distributed():
-        pass
 
 
 def test_shards_are_all_rows_in_rank_order():

@@ -1,6 +1,5 @@
 """SAELens' runners use the fused trainer inside `fused_training()` and give the same SAE as without it."""
 
-import socket
 from typing import Any
 
 import pytest
@@ -16,13 +15,15 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.training import multi_sae_trainer, sae_trainer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.prefetch import PrefetchingIterator
+from torch._C._distributed_c10d import HashStore
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import BackendError
+from sae_lens_maira.kernels import ProcessGroupCommunicator
 from sae_lens_maira.training import (
     FusedLanguageModelSAETrainingRunner,
     FusedSAETrainer,
-    distributed,
     fused_training,
 )
 
@@ -122,15 +123,11 @@ def test_a_sae_lens_without_the_name_is_noticed(monkeypatch):
 
 
 @pytest.fixture
-def one_rank(monkeypatch):
+def one_rank():
     """A process group of this process alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, str(value))
-    with distributed(timeout_s=30) as comm:
-        yield comm
+    ranks = Ranks(0, 1, HashStore)
+    yield ProcessGroupCommunicator(ranks)
+    ranks.close()
 
 
 def test_a_runner_over_ranks_trains_on_shares(one_rank, model, tmp_path):

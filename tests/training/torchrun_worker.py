@@ -15,13 +15,13 @@ from typing import cast
 import torch
 from sae_lens.config import SAETrainerConfig
 
+from sae_lens_maira.distributed import distributed
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_maira.sae.config import LossConvention
 from sae_lens_maira.training import (
     FusedSAETrainer,
     ProcessGroupCommunicator,
     ShardedBatches,
-    distributed,
     latest_checkpoint,
     resume,
 )
@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("--kill-step", type=int, default=None)
     parser.add_argument("--kill-ranks", type=int, nargs="*", default=[])
     args = parser.parse_args()
-    with distributed(timeout_s=60) as comm:
+    with distributed(timeout_s=60) as ranks:
+        comm = ProcessGroupCommunicator(ranks)
         for kind in args.kind:
             kill_step = args.kill_step if comm.rank in args.kill_ranks else None
             losses = train(kind, args.out / kind, comm, kill_step)

@@ -1,0 +1,384 @@
+"""Ranks of one command: which process this is, meeting the others, and naming the rank that is missing.
+
+    torchrun           RANK, WORLD_SIZE                      address from MASTER_ADDR, MASTER_PORT
+    srun               SLURM_PROCID, SLURM_STEP_NUM_TASKS    address from the step's first node and the job number
+    --rank, --world    given by hand                         address from MASTER_ADDR, MASTER_PORT, if they are set
+
+A SLURM array is never split into ranks by itself. Ranks meet through torch.distributed's key-value store. Every rank
+writes a heartbeat there, so that a rank that works for hours is waited for, and one that died is reported within
+`timeout_s`. Tensors are exchanged by gloo on the CPU and by NCCL on GPUs.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sae_lens_maira.errors import ConfigError, MairaError, RankError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+TIMEOUT_S = 600.0
+_INTERVAL_S = 0.5
+_SILENT_AFTER_ERROR_S = 5.0
+"""After a failed exchange of tensors, a rank without a heartbeat for so long is named as the cause."""
+_generations = 0
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Position of a process.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        source: Where the numbers come from, in words; empty for a single process.
+        address: Host and port where the ranks meet; None if they cannot.
+        hosted: Whether another process (torchrun's agent) serves that address, instead of rank 0.
+    """
+
+    rank: int = 0
+    size: int = 1
+    source: str = ""
+    address: tuple[str, int] | None = None
+    hosted: bool = False
+
+
+def rank_info(
+    environment: Mapping[str, str] | None = None, rank: int | None = None, world: int | None = None
+) -> RankInfo:
+    """Position of this process.
+
+    Args:
+        environment: Environment variables; those of the process if not given.
+        rank: Replaces the rank of the environment; needs `world`.
+        world: Number of ranks.
+
+    Raises:
+        ConfigError: Only one of the two was given, or the rank does not exist.
+    """
+    env = os.environ if environment is None else environment
+    if (rank is None) != (world is None):
+        raise ConfigError("Only one of --rank and --world was given; expected both, or neither.")
+    source = ""
+    if rank is not None and world is not None:
+        source = "--rank and --world"
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        rank, world, source = int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun (RANK, WORLD_SIZE)"
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+        source = "a SLURM step (SLURM_PROCID, SLURM_STEP_NUM_TASKS)"
+    if rank is None or world is None:
+        return RankInfo()
+    if not 0 <= rank < world:
+        raise ConfigError(f"Rank {rank} of {world} does not exist; ranks count from 0.")
+    hosted = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
+    return RankInfo(rank, world, source, _address(env, source.startswith("a SLURM step")), hosted)
+
+
+def _address(env: Mapping[str, str], of_step: bool) -> tuple[str, int] | None:
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    if not of_step:
+        return None
+    nodes = re.match(
+        r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", env.get("SLURM_STEP_NODELIST", "")
+    )  # "gpu[03-05,09]-x" -> "gpu03-x"
+    if nodes is None or "SLURM_JOB_ID" not in env:
+        return None
+    job, step = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_STEP_ID", "0"))
+    return "".join(part or "" for part in nodes.groups()), 20_000 + (7 * job + step) % 20_000
+
+
+def local_rank(environment: Mapping[str, str] | None = None) -> int:
+    """Number of this process on its machine, by which a GPU is chosen."""
+    env = os.environ if environment is None else environment
+    local = env.get("LOCAL_RANK")
+    if local is None and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        local = env.get("SLURM_LOCALID")
+    return int(local or 0)
+
+
+class Ranks:
+    """The processes that run the same command, seen from one of them.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        timeout_s: A rank without a heartbeat for so many seconds counts as dead.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        connect: "Callable[[], Store] | None" = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """Connect and start the heartbeat.
+
+        Args:
+            rank: Number of this process.
+            size: Number of processes.
+            connect: Function that returns a connection to the store where ranks meet; None if they cannot meet.
+            timeout_s: See the class.
+        """
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self._group = False
+        self._meetings: dict[str, int] = {}
+        self._ended = threading.Event()
+        self._store: Store | None = None
+        if connect is not None:
+            self._store = connect()
+            self._heard = {r: ("", time.monotonic()) for r in range(size)}
+            self._pulse = threading.Thread(
+                target=self._beat, args=(connect(),), daemon=True, name="heartbeat"
+            )
+            self._pulse.start()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the ranks can meet; a single process can."""
+        return self.size == 1 or self._store is not None
+
+    def barrier(self, name: str) -> None:
+        """Wait until every rank has come to the barrier of this name.
+
+        Without an address to meet at it returns at once.
+
+        Args:
+            name: What the ranks have done by then, for the message.
+
+        Raises:
+            RankError: A rank failed or died; the message names it.
+        """
+        if self._store is None:
+            return
+        turn = self._meetings[name] = self._meetings.get(name, 0) + 1
+        with self._reachable():
+            self._store.set(f"at/{name}/{turn}/{self.rank}", "")
+            missing = set(range(self.size)) - {self.rank}
+            while missing:
+                missing = {r for r in missing if not self._store.check([f"at/{name}/{turn}/{r}"])}
+                if missing and (lost := self._lost(missing, self.timeout_s)):
+                    raise RankError(f"{lost} The others waited for it ({name}). {_AGAIN}")
+                if missing:
+                    time.sleep(0.05)
+
+    def join_group(self, device: str = "cpu") -> None:
+        """Start torch.distributed's default group, for the exchange of tensors.
+
+        Args:
+            device: Device of the tensors; "cuda" or "cuda:1" uses NCCL, anything else gloo.
+
+        Raises:
+            ConfigError: The ranks have no address to meet at.
+            RankError: A rank did not come.
+        """
+        if self._store is None:
+            raise ConfigError(
+                f"{self.size} ranks that exchange tensors need an address to meet at, and there is none. Start them "
+                "with torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and free port of rank 0."
+            )
+        import torch
+        import torch.distributed as dist
+        from torch._C._distributed_c10d import PrefixStore
+
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.set_device(torch.device(device) if ":" in device else local_rank())
+        if not self._group:
+            with self._reachable():
+                dist.init_process_group(
+                    "nccl" if on_gpu else "gloo",
+                    store=PrefixStore("group", self._store),
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=timedelta(seconds=self.timeout_s),
+                )
+            self._group = True
+
+    def explain(self, error: BaseException) -> RankError:
+        """The error of a failed exchange of tensors, with the rank that caused it if one failed or died."""
+        others = set(range(self.size)) - {self.rank}
+        until = time.monotonic() + _SILENT_AFTER_ERROR_S + 2 * _INTERVAL_S
+        lost = None
+        with suppress(RankError), self._reachable():
+            while lost is None and time.monotonic() < until:
+                lost = self._lost(others, _SILENT_AFTER_ERROR_S)
+                time.sleep(0.05)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return RankError(f"{lost or 'The exchange between ranks failed.'} Seen as: {reason[:300]}. {_AGAIN}")
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave; after an error, the others learn of it and do not wait."""
+        import torch.distributed as dist
+
+        if self._store is not None:
+            if error is not None:
+                text = str(error).strip() or type(error).__name__
+                with suppress(RuntimeError):
+                    self._store.set(f"failed/{self.rank}", text[:500])
+            self._ended.set()
+            self._pulse.join(timeout=10 * _INTERVAL_S)
+            with suppress(RuntimeError):
+                self._store.set(f"left/{self.rank}", "")
+        if self._group:
+            self._group = False
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+    def linger(self, seconds: float = 5.0) -> None:
+        """Keep the store of this process up for a moment, so that the others read what is in it."""
+        until = time.monotonic() + seconds
+        with suppress(RuntimeError):
+            while self._store is not None and time.monotonic() < until:
+                if self._store.check([f"left/{r}" for r in range(self.size)]):
+                    return
+                time.sleep(0.05)
+
+    def _beat(self, store: "Store") -> None:
+        count = 0
+        with suppress(RuntimeError):  # the store is gone, which the main thread will find out
+            while not self._ended.is_set():
+                store.set(f"alive/{self.rank}", str(count))
+                count += 1
+                self._ended.wait(_INTERVAL_S)
+
+    def _lost(self, ranks: set[int], silent_s: float) -> str | None:
+        """A sentence about one of these ranks that failed, or gave no heartbeat for so long; None if all are alive."""
+        assert self._store is not None
+        for r in sorted(ranks):
+            if self._store.check([f"failed/{r}"]):
+                reason = self._store.get(f"failed/{r}").decode(errors="replace").rstrip(".")
+                return f"Rank {r} of {self.size} failed: {reason}."
+        now = time.monotonic()
+        for r in sorted(ranks):
+            beat = self._store.get(f"alive/{r}").decode() if self._store.check([f"alive/{r}"]) else ""
+            if beat != self._heard[r][0]:
+                self._heard[r] = beat, now
+            silence = now - self._heard[r][1]
+            if silence > silent_s:
+                never = "did not start within" if not beat else "has given no sign of life for"
+                return f"Rank {r} of {self.size} {never} {silence:.0f} s: its process ended or cannot be reached."
+        return None
+
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        """Turn a lost connection to the store into an error that says whose it is."""
+        try:
+            yield
+        except MairaError:
+            raise
+        except RuntimeError as error:
+            raise RankError(
+                f"The place where the {self.size} ranks meet cannot be reached any more; rank 0 of {self.size}, or "
+                f"torchrun on its machine, serves it and has probably ended ({str(error).splitlines()[0][:200]}). "
+                f"{_AGAIN}"
+            ) from error
+
+
+_AGAIN = "Look at the output of that rank, then start all ranks again; finished work is kept."
+
+
+@contextmanager
+def distributed(
+    rank: int | None = None, world: int | None = None, timeout_s: float = TIMEOUT_S
+) -> Iterator[Ranks]:
+    """Meet the other ranks, wait for all of them at the end, and tell them of an error.
+
+    Args:
+        rank: Replaces the rank of the environment; needs `world`.
+        world: Number of ranks.
+        timeout_s: A rank without a heartbeat for so many seconds counts as dead.
+
+    Raises:
+        ConfigError: See `rank_info`.
+        RankError: A rank did not come, failed or died; the message names it.
+    """
+    info = rank_info(rank=rank, world=world)
+    _announce(info)
+    connect = None
+    if info.address is not None and info.size > 1:
+        connect = _connector(info, timeout_s)
+    try:
+        ranks = Ranks(info.rank, info.size, connect, timeout_s)
+    except RuntimeError as error:
+        host, port = info.address or ("", 0)
+        raise RankError(
+            f"Rank {info.rank} of {info.size} could not reach rank 0 at {host}:{port} within {timeout_s:.0f} s "
+            f"({str(error).splitlines()[0][:200]}). Start all ranks at about the same time, and set MASTER_ADDR and "
+            "MASTER_PORT to a host and free port that all of them reach."
+        ) from error
+    failure: BaseException | None = None
+    try:
+        ranks.barrier("start")
+        yield ranks
+        ranks.barrier("end")
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        ranks.close(failure)
+        if info.rank == 0 and not info.hosted:
+            ranks.linger()
+
+
+def _connector(info: RankInfo, timeout_s: float) -> "Callable[[], Store]":
+    """Function that opens a connection; each use of `distributed` in a process has keys of its own."""
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    global _generations
+    _generations += 1
+    prefix = f"sae_lens_maira/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_generations}"
+    host, port = info.address or ("", 0)
+
+    def connect() -> "Store":
+        store = TCPStore(
+            host,
+            port,
+            info.size,
+            is_master=info.rank == 0 and not info.hosted,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        return PrefixStore(prefix, store)
+
+    return connect
+
+
+def _announce(info: RankInfo) -> None:
+    """Say once where the ranks come from, and what was not taken for a rank."""
+    if info.size > 1 and (info.rank == 0 or info.address is None):
+        apart = "" if info.address is not None else " The ranks have no address to meet at and work apart."
+        sys.stderr.write(f"Rank {info.rank} of {info.size}, from {info.source}.{apart}\n")
+    if not info.source and "SLURM_ARRAY_TASK_ID" in os.environ:
+        task, count = os.environ["SLURM_ARRAY_TASK_ID"], os.environ.get("SLURM_ARRAY_TASK_COUNT", "N")
+        sys.stderr.write(
+            f"This is task {task} of a SLURM array of {count}. A task is not taken for a rank: it does all of the "
+            "work. To share the work of harvest, number the array from 0 and pass --rank $SLURM_ARRAY_TASK_ID "
+            "--world $SLURM_ARRAY_TASK_COUNT.\n"
+        )
+    elif not info.source and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        sys.stderr.write(
+            f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but this process was not started by srun: it does all of "
+            "the work. Put srun in front of the command to share it.\n"
+        )
+
+
+__all__ = [
+    "TIMEOUT_S",
+    "RankInfo",
+    "Ranks",
+    "distributed",
+    "local_rank",
+    "rank_info",
+]
