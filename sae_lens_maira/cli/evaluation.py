@@ -96,7 +96,7 @@ def evaluate(
     spliced = evaluate_splice(
         maira.model,
         module,
-        _batches(maira, studies, batch_size),
+        splice_batches(maira, studies, batch_size),
         sae,
         baseline=baselines,
         positions={where: [int(role) for role in roles] for where, roles in POSITIONS.items()},
@@ -104,7 +104,8 @@ def evaluate(
     return EvaluationTables(table.to_frame(), spliced.to_frame(), hook_name, len(studies))
 
 
-def _batches(maira: Maira2, studies: Sequence[Study], batch_size: int) -> Iterator[SpliceBatch]:
+def splice_batches(maira: Maira2, studies: Sequence[Study], batch_size: int) -> Iterator[SpliceBatch]:
+    """Batches of studies, teacher-forced on their reports, whose report tokens are the targets."""
     for start in range(0, len(studies), batch_size):
         encoding = maira.processor.encode(
             studies[start : start + batch_size], report="teacher", padding_side="right"

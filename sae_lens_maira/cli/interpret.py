@@ -130,23 +130,34 @@ def report_scores(
     out: Path | None = None,
     untrained: Path | None = None,
     raw: Path | None = None,
+    frozen_decoder: Path | None = None,
+    frozen_encoder: Path | None = None,
     model_id: str = "maira-2",
     set_name: str | None = None,
     as_json: bool = False,
 ) -> None:
     """Table, histogram against controls and counts per category of a record set's interpretations.
 
+    Where the records have boxes of findings, it also scores where the best image latents fire: whether the strongest
+    patch touches the box (pointing), the share of activation inside (energy) and the IoU of the map, each next to the
+    latent's map from another study.
+
     Example: sae-lens-maira interpret report --records records --untrained records_untrained --out report
 
     Args:
         records: record set with interpretations.
-        out: folder for `scores.csv`, `scores.png` and `explanations.jsonl`; nothing is written if not given.
+        out: folder for `scores.csv`, `space.csv`, `scores.png` and `explanations.jsonl`; nothing is written if not
+            given.
         untrained: interpreted records of an untrained SAE, drawn in the same figure.
         raw: interpreted records of raw residual dimensions, drawn in the same figure.
+        frozen_decoder: interpreted records of an SAE trained with a frozen random decoder.
+        frozen_encoder: interpreted records of an SAE trained with a frozen random encoder.
         model_id: model's name on Neuronpedia, in `explanations.jsonl`.
         set_name: name of the source set there, lower case with single hyphens; the records' SAE name if not given.
         as_json: print JSON instead of text.
     """
+    import pandas as pd
+
     from sae_lens_maira.dashboards.target import Target
     from sae_lens_maira.interp.records import load
     from sae_lens_maira.interp.report import (
@@ -159,18 +170,34 @@ def report_scores(
         write_neuronpedia,
     )
     from sae_lens_maira.latents.recordset import RecordSet
+    from sae_lens_maira.latents.space import MEASURES as SPATIAL
+    from sae_lens_maira.latents.space import spatial_of_records
 
     opened = RecordSet.open(records)
     done = load(records)
-    controls = {"untrained SAE": untrained, "raw dimensions": raw}
+    controls = {
+        "frozen decoder": frozen_decoder,
+        "frozen encoder": frozen_encoder,
+        "untrained SAE": untrained,
+        "raw dimensions": raw,
+    }
     sets = {"explanations": done} | {
         name: load(folder) for name, folder in controls.items() if folder is not None
     }
     scores = table(done)
     means = {name: summary(table(each)) for name, each in sets.items()}
+    space = {
+        name: spatial_of_records(opened if folder is records else RecordSet.open(folder))
+        for name, folder in {"trained": records, **controls}.items()
+        if folder is not None
+    }
+    space = {name: frame for name, frame in space.items() if len(frame)}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         scores.to_csv(out / "scores.csv", index=False)
+        if space:
+            joined = pd.concat([frame.assign(set=name) for name, frame in space.items()])
+            joined.to_csv(out / "space.csv", index=False)
         write_figure(sets, out / "scores.png")
         source = opened.meta.sae if set_name is None else Target(set_name=set_name).source(opened.meta.layer)
         write_neuronpedia(neuronpedia_rows(done, opened.meta, model_id, source), out / "explanations.jsonl")
@@ -181,11 +208,18 @@ def report_scores(
             "scores": {
                 name: json.loads(mean.to_json(None, orient="records") or "[]") for name, mean in means.items()
             },
+            "space": {
+                name: json.loads(frame.to_json(None, orient="records")) for name, frame in space.items()
+            },
         }
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
     for name, mean in means.items():
         sys.stdout.write(f"{name}\n{mean.to_string(index=False, float_format='%.3f')}\n\n")
+    for name, frame in space.items():
+        columns = ["finding", "latent", "f1", "n", "fired", *SPATIAL, *(f"elsewhere_{m}" for m in SPATIAL)]
+        text = frame[columns].to_string(index=False, float_format="%.2f")
+        sys.stdout.write(f"Where image latents fire, {name}\n{text}\n\n")
     sys.stdout.write(f"Categories: {categories(done)}\nStatuses: {statuses(done)}\n\n")
     best = scores.sort_values("balanced_accuracy", ascending=False, na_position="last").head(40)
     shown = best[["latent", "method", "judge", "balanced_accuracy", "control", "category", "explanation"]]
@@ -237,6 +271,8 @@ def findings(
     records: list[Path],
     untrained: list[Path] | None = None,
     raw: list[Path] | None = None,
+    frozen_decoder: list[Path] | None = None,
+    frozen_encoder: list[Path] | None = None,
     out: Path | None = None,
     seed: int = 0,
     as_json: bool = False,
@@ -252,15 +288,23 @@ def findings(
         records: interpreted record sets.
         untrained: interpreted record sets of untrained SAEs, chosen from in the same way.
         raw: interpreted record sets of raw residual dimensions.
+        frozen_decoder: interpreted record sets of SAEs trained with a frozen random decoder.
+        frozen_encoder: interpreted record sets of SAEs trained with a frozen random encoder.
         out: folder for `best_latents.csv` and `best_latents.png`; nothing is written if not given.
         seed: random seed of the split by patient, the one that `interpret run` had.
         as_json: print JSON instead of text.
     """
     import pandas as pd
 
-    from sae_lens_maira.interp.best import best_latents, best_table, write_best_figure
+    from sae_lens_maira.interp.best import best_latents, best_table, paired_detection, write_best_figure
 
-    named = {"trained": records, "untrained SAE": untrained, "raw dimensions": raw}
+    named = {
+        "trained": records,
+        "frozen decoder": frozen_decoder,
+        "frozen encoder": frozen_encoder,
+        "untrained SAE": untrained,
+        "raw dimensions": raw,
+    }
     sets = {
         name: best_latents({folder.name: folder for folder in folders}, seed)
         for name, folders in named.items()
@@ -285,6 +329,14 @@ def findings(
             f"{text}\n\n"
         )
     trained = tables["trained"]
+    for name, table in tables.items():
+        pair = paired_detection(trained, table) if name != "trained" else None
+        if pair is not None:
+            mean, low, high, n = pair
+            sys.stdout.write(
+                f"detection, trained minus {name}: {mean:+.3f} ({low:+.3f} to {high:+.3f}, {n} findings named by "
+                "both)\n"
+            )
     for finding, explanation in zip(trained["finding"], trained["explanation"], strict=True):
         sys.stdout.write(f"{finding}: {explanation}\n")
 

@@ -22,7 +22,7 @@ from sae_lens_maira.interp.examples import Example, split_examples, train_patien
 from sae_lens_maira.interp.offline import EXPLAINER, name_and_side, named_findings
 from sae_lens_maira.interp.records import Interpretation, Score, load
 from sae_lens_maira.latents.recordset import RecordSet
-from sae_lens_maira.stats import wilson_arrays
+from sae_lens_maira.stats import bootstrap_mean, wilson_arrays
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,26 @@ def best_table(best: Sequence[Best]) -> pd.DataFrame:
             for b in best
         ]
     )
+
+
+def paired_detection(table: pd.DataFrame, control: pd.DataFrame) -> tuple[float, float, float, int] | None:
+    """Mean difference of detection over the findings that both name, its 95 % bootstrap interval, and their number.
+
+    Args:
+        table: `best_table` of the SAE.
+        control: `best_table` of a control.
+
+    Returns:
+        None where fewer than two findings are named by both.
+    """
+    own, other = (
+        frame.loc[frame["named"]].set_index("finding")["detection"].dropna() for frame in (table, control)
+    )
+    difference = (own - other).dropna().to_numpy(dtype=float)
+    if len(difference) < 2:
+        return None
+    interval = bootstrap_mean(difference)
+    return float(difference.mean()), float(interval.low), float(interval.high), len(difference)
 
 
 def write_best_figure(sets: Mapping[str, Sequence[Best]], path: Path | str) -> None:

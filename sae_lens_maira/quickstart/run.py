@@ -44,8 +44,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     torch.manual_seed(config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
     maira = load_phantom()
-    # The phantom was trained on seed 0; these studies come from another seed.
-    studies = generate_studies(config.studies, seed=20_000 + config.seed)
+    studies = studies_of(config)
     halves = split_by_patient([study.patient_id for study in studies], config.seed)
     truth = np.stack([truth_labels(study) for study in studies])
     # One SAE a kind of position: patches have four times the norm of report tokens in the phantom, and one SAE for
@@ -120,6 +119,11 @@ def _text_saes(
         )
         for seed in range(first, first + config.text_seeds)
     ]
+
+
+def studies_of(config: QuickstartConfig) -> list[Study]:
+    """The studies of a run; the phantom was trained on seed 0, these come from another seed."""
+    return generate_studies(config.studies, seed=20_000 + config.seed)
 
 
 def dead_after(steps: int) -> int:

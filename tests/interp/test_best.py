@@ -4,7 +4,7 @@ import pytest
 
 from sae_lens_maira.cli import main
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.interp.best import agreement, best_latents, best_table
+from sae_lens_maira.interp.best import agreement, best_latents, best_table, paired_detection
 from sae_lens_maira.interp.examples import split_examples, train_patients
 from sae_lens_maira.interp.run import interpret_offline
 
@@ -29,9 +29,16 @@ def test_each_finding_gets_its_latent_from_the_set_that_holds_it(hand_made, tmp_
     assert not best["pneumothorax_left"].named
     table = best_table(list(best.values()))
     assert table["control"].notna().sum() >= 4
-    words = ["--records", f"[{text.folder}, {image.folder}]", "--raw", f"[{text.folder}]"]
+    worse = table.assign(detection=table["detection"] - [0.1, 0.2, 0.3, 0.4, 0.5, 0.6][: len(table)])
+    mean, low, high, n = paired_detection(table, worse) or (0, 0, 0, 0)
+    assert n == table["named"].sum()
+    assert mean == pytest.approx((table["detection"] - worse["detection"])[table["named"]].mean())
+    assert 0 < low <= mean <= high
+    words = ["--records", f"[{text.folder}, {image.folder}]", "--frozen-decoder", f"[{text.folder}]"]
     assert main(["interpret", "findings", *words, "--out", str(tmp_path / "best")]) == 0
-    assert "4 of 6 findings named" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4 of 6 findings named" in printed
+    assert "trained minus frozen decoder: +0.000 (+0.000 to +0.000, 2 findings" in printed
     assert (tmp_path / "best" / "best_latents.png").stat().st_size > 10_000
 
 

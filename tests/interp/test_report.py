@@ -1,6 +1,7 @@
 """The commands, run as a user would, and what they write: figure, table, Neuronpedia rows, counts."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -12,6 +13,9 @@ from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.records import load
 from sae_lens_maira.interp.report import categories, summary, table, write_figure
 from sae_lens_maira.interp.run import interpret_offline
+from sae_lens_maira.latents.records import FindingAgreement
+from sae_lens_maira.latents.space import spatial_of_records
+from sae_lens_maira.latents.writing import write_records
 
 KEYS = ("pleural_effusion_left", "pneumothorax_right", "pacemaker", "nodule")
 
@@ -79,3 +83,28 @@ def test_run_and_report_print_json_alone(hand_made, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["statuses"] == told["statuses"]
     rows = [json.loads(line) for line in (tmp_path / "explanations.jsonl").read_text().splitlines()]
     assert {(row["modelId"], row["layer"]) for row in rows} == {("phantom", f"{records.meta.layer}-res-1k")}
+
+
+def test_report_scores_where_image_latents_fire(hand_made, tmp_path, capsys):
+    """The nodule's latent fires at patch 54 of 8 by 8: inside the box of every nodule, so all measures are 1."""
+    plain = hand_made(("nodule", "pacemaker"), kind="image", name="plain")
+    studies = [
+        replace(s, boxes=(("nodule", 0.75, 0.75, 0.875, 0.875),)) if "nodule" in s.findings else s
+        for s in plain.studies.values()
+    ]
+    agreed = FindingAgreement("nodule", "image", 1.0, 0.9, 1.0, 1.0, 1.0, 60, 240)
+    records = [replace(r, agreement=(agreed,)) if r.latent == 0 else r for r in plain]
+    opened = write_records(
+        tmp_path / "boxed", plain.meta, studies, [plain.texts[s.study] for s in studies], records
+    )
+    (row,) = spatial_of_records(opened).to_dict("records")
+    assert (row["finding"], row["latent"]) == ("nodule", 0)
+    assert row["pointing"] == row["energy"] == row["iou"] == row["fired"] == 1
+    assert row["elsewhere_pointing"] == 1  # every nodule is at the same place here
+    assert spatial_of_records(plain).empty
+    interpret_offline(opened)
+    report(opened.folder, tmp_path / "out", frozen_decoder=opened.folder, as_json=True)
+    space = json.loads(capsys.readouterr().out)["space"]
+    assert set(space) == {"trained", "frozen decoder"}
+    assert space["trained"][0]["pointing"] == 1
+    assert len(pd.read_csv(tmp_path / "out" / "space.csv")) == 2

@@ -1,0 +1,338 @@
+"""Which measures tell a trained SAE from its controls? One table over the SAEs of a quickstart run.
+
+Trained, frozen decoder, frozen encoder, untrained and raw dimensions are scored alike: explained variance, loss
+recovered, F1 of firing, pointing, energy and IoU of the best image latents, and the steering effect. Latents, SAEs and
+strengths are chosen on one half of the patients and reported on the other. Differences to the trained SAE are paired
+over studies. Detection of explanations needs a judge and is not measured here.
+
+    sae-lens-maira quickstart --out quickstart_out
+    python recipes/controls_table.py --config recipes/controls_table.yaml
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.cli.evaluation import POSITIONS, splice_batches
+from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.hooks import PointTable
+from sae_lens_maira.io import atomic_write
+from sae_lens_maira.latents import (
+    Agreement,
+    Halves,
+    best_dictionary,
+    best_units,
+    paired_difference,
+    split_by_patient,
+    study_firing,
+)
+from sae_lens_maira.latents.space import MEASURES, by_study, covered, spatial_scores
+from sae_lens_maira.maira2 import Maira2, TokenRole
+from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, truth_labels
+from sae_lens_maira.quickstart import QuickstartConfig
+from sae_lens_maira.quickstart.run import hook_names, stored_rows, studies_of, text_folder
+from sae_lens_maira.quickstart.sae import TrainedSAE
+from sae_lens_maira.quickstart.steer import steer_finding
+from sae_lens_maira.sae import evaluate_splice, load_matryoshka, make_control
+from sae_lens_maira.stats import bootstrap
+from sae_lens_maira.steering.maps import frontal_rows
+from sae_lens_maira.studies import Study
+
+KINDS = ("trained", "frozen_decoder", "frozen_encoder", "untrained", "raw")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the table.
+
+    Attributes:
+        quickstart: Folder of a finished quickstart run.
+        out: Folder of the tables; made if missing.
+        studies: Studies of that run.
+        seed: Random seed of that run.
+        splice_studies: Studies for loss recovered.
+        steer_studies: Studies without the finding to steer.
+        finding: Finding to steer.
+    """
+
+    quickstart: Path = Path("quickstart_out")
+    out: Path = Path("runs/controls_table")
+    studies: int = 1200
+    seed: int = 0
+    splice_studies: int = 40
+    steer_studies: int = 30
+    finding: str = "cardiomegaly"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One SAE or control at one kind of position, the best of its draws on the choosing half."""
+
+    sae: TrainedSAE
+    agreement: Agreement
+
+
+def run(settings: Settings) -> Path:
+    """Score everything and write `controls.csv`, `space.csv` and `controls.md`.
+
+    Args:
+        settings: The settings.
+
+    Returns:
+        Path of `controls.md`.
+
+    Raises:
+        ConfigError: the quickstart folder lacks an SAE.
+    """
+    config = QuickstartConfig(
+        out=settings.quickstart, studies=settings.studies, seed=settings.seed, finding=settings.finding
+    )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    maira, studies = load_phantom(), studies_of(config)
+    halves = split_by_patient([study.patient_id for study in studies], config.seed)
+    truth = np.stack([truth_labels(study) for study in studies])
+    rows = {place: stored_rows(maira, studies, hook, config) for place, hook in hook_names(config).items()}
+    rows["image"] = rows["image"].where(rows["image"].is_image)
+    rows["text"] = rows["text"].where(rows["text"].role == TokenRole.REPORT)
+    reporting = [studies[i] for i in np.flatnonzero(halves.report)]
+    table: list[dict[str, Any]] = []
+    space: list[pd.DataFrame] = []
+    for place in ("text", "image"):
+        scored = score_all(config, place, rows[place], truth, halves)
+        held_out = rows[place].where(halves.report[rows[place].study])
+        maps = (
+            {k: latent_maps(s, rows[place], studies, halves) for k, s in scored.items()}
+            if place == "image"
+            else {}
+        )
+        for kind, one in tqdm(scored.items(), desc=place, unit="SAE"):
+            line: dict[str, Any] = {"place": place, "kind": kind, "n": one.agreement.n}
+            line["explained variance"] = one.sae.explained_variance(held_out.values)
+            line["loss recovered"] = recovered(maira, one.sae, reporting[: settings.splice_studies], place)
+            gain = paired_difference(scored["trained"].agreement, one.agreement)
+            line |= _cells("F1 of firing", float(one.agreement.f1.mean()), gain.mean, gain.low, gain.high)
+            if place == "image":
+                line |= compare(maps["trained"], maps[kind])
+                steered = steer_finding(
+                    maira, studies, rows["image"], truth, halves, one.sae, settings.finding, settings.steer_studies,
+                    config.seed, progress=False,
+                )  # fmt: skip
+                plain, latents, _, random = steered.rows
+                line |= {
+                    "steering": latents.on_target,
+                    "steering low": latents.low,
+                    "steering high": latents.high,
+                }
+                line |= {"steering off-target": latents.off_target, "steering strength": latents.strength}
+                line |= {
+                    "unsteered": plain.on_target,
+                    "random direction": random.on_target,
+                    "steered n": latents.n,
+                }
+            table.append(line)
+        space += [per_finding(kind, one) for kind, one in maps.items()]
+    frame = pd.DataFrame(table)
+    atomic_write(settings.out / "controls.csv", frame.to_csv(index=False))
+    atomic_write(settings.out / "space.csv", pd.concat(space).to_csv(index=False))
+    target = settings.out / "controls.md"
+    atomic_write(target, markdown(frame, pd.concat(space)))
+    return target
+
+
+def score_all(
+    config: QuickstartConfig, place: str, rows: ActivationRows, truth: np.ndarray, halves: Halves
+) -> dict[str, Scored]:
+    """Every kind's best draw at one kind of position, by F1 on the choosing half."""
+
+    def best(name: str, saes: Sequence[TrainedSAE]) -> tuple[Scored, float]:
+        fired = [study_firing(sae.encode, rows, len(truth)) for sae in saes]
+        scores = [best_units(name, fires, truth, FINDING_KEYS, halves) for fires, _ in fired]
+        taken = best_dictionary(scores)
+        return Scored(saes[taken], scores[taken]), fired[taken][1]
+
+    learned = rows.where(halves.choose[rows.study]).values
+    found: dict[str, Scored] = {}
+    l0 = 0.0
+    for kind in KINDS:
+        if kind in ("untrained", "raw"):
+            whitened = kind == "untrained" and place == "text"
+            n = config.text_seeds if kind == "untrained" and place == "text" else 1
+            own = "untrained_whitened" if whitened else kind
+            controls = [
+                make_control(own, found["trained"].sae.inference, learned, config.seed + i, l0=l0)
+                for i in range(n)
+            ]
+            saes = [
+                TrainedSAE(c, c.level_widths, rows.hook_name, i, whitened) for i, c in enumerate(controls)
+            ]
+        else:
+            saes = [_opened(folder, rows.hook_name) for folder in folders(config, place, kind)]
+        found[kind], sparsity = best(kind, saes)
+        l0 = sparsity if kind == "trained" else l0
+    return found
+
+
+def folders(config: QuickstartConfig, place: str, kind: str) -> list[Path]:
+    """Folders of the SAEs of one kind in a quickstart run."""
+    control: Any = None if kind == "trained" else kind
+    if place == "image":
+        return [config.out / ("sae_image" if control is None else f"sae_image_{control}")]
+    first = config.seed * config.text_seeds
+    return [text_folder(config, seed, control) for seed in range(first, first + config.text_seeds)]
+
+
+def _opened(folder: Path, hook_name: str) -> TrainedSAE:
+    if not (folder / "cfg.json").is_file():
+        raise ConfigError(
+            f"{folder} holds no SAE. Run `sae-lens-maira quickstart --out FOLDER` first, and give that folder with the "
+            "same --studies and --seed."
+        )
+    sae = load_matryoshka(folder)
+    return TrainedSAE(sae, sae.level_widths, hook_name, 0, False)
+
+
+def recovered(maira: Maira2, sae: TrainedSAE, studies: Sequence[Study], place: str) -> float:
+    """Loss recovered over report tokens where reconstructions replace the positions of one kind."""
+    module = maira.model.get_submodule(PointTable(maira.model.config).resolve(sae.hook_name).module)
+    roles = [TokenRole.REPORT] if place == "text" else POSITIONS["image"]
+    found = evaluate_splice(
+        maira.model,
+        module,
+        splice_batches(maira, studies, 20),
+        sae.inference,
+        positions={place: [int(role) for role in roles]},
+        levels=[-1],
+    )
+    return found.records[0].loss_recovered
+
+
+def latent_maps(
+    one: Scored, rows: ActivationRows, studies: Sequence[Study], halves: Halves
+) -> dict[str, np.ndarray]:
+    """Per finding: (n, 6) spatial scores of its best latent and of the control map, in the reporting half, and ids.
+
+    Columns are pointing, energy, IoU, and the same with the latent's map from another study; the last column is the
+    number of the study.
+    """
+    frontal, grid = frontal_rows(rows)
+    patch = frontal.patch_row.astype(np.int64) * grid[1] + frontal.patch_col
+    units = one.agreement.unit
+    acts = np.concatenate([one.sae.encode(p)[:, units].numpy() for p in frontal.values.split(8192)])
+    found: dict[str, np.ndarray] = {}
+    for column, finding in enumerate(FINDING_KEYS):
+        boxes = {
+            i: [f.box for f in study.truth or () if f.present and f.key == finding and f.box is not None]
+            for i, study in enumerate(studies)
+        }
+        chosen = np.array([i for i, own in boxes.items() if own], dtype=np.int64)
+        if not len(chosen):
+            continue  # a finding without a place
+        maps = by_study(acts[:, column], frontal.study, patch, len(studies), grid[0] * grid[1])[chosen]
+        cover = np.stack([covered(boxes[i], grid) for i in chosen])
+        scores = spatial_scores(maps, cover, halves.choose[chosen])
+        reported = chosen[~halves.choose[chosen]]
+        found[finding] = np.column_stack([scores.values, scores.elsewhere, reported])
+    return found
+
+
+def per_finding(kind: str, maps: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Mean spatial scores per finding."""
+    columns = [*MEASURES, *(f"elsewhere {m}" for m in MEASURES)]
+    frame = pd.DataFrame({f: values[:, :6].mean(0) for f, values in maps.items()}, index=columns).T
+    frame["n"] = [len(values) for values in maps.values()]
+    return frame.rename_axis("finding").reset_index().assign(kind=kind)
+
+
+def compare(trained: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean over findings of each spatial score, its own control, and trained minus other paired over studies."""
+    ids = sorted({int(i) for values in trained.values() for i in values[:, 6]})
+    at = {i: row for row, i in enumerate(ids)}
+    cells: dict[str, float] = {}
+    for column, measure in enumerate(MEASURES):
+        sums = np.zeros((2, len(trained), len(ids)))
+        count = np.zeros((len(trained), len(ids)))
+        for f, finding in enumerate(trained):
+            rows = [at[int(i)] for i in trained[finding][:, 6]]
+            sums[0, f, rows], sums[1, f, rows] = trained[finding][:, column], other[finding][:, column]
+            count[f, rows] = 1
+
+        def difference(weights: np.ndarray, sums: np.ndarray = sums, count: np.ndarray = count) -> np.ndarray:
+            return ((weights @ (sums[0] - sums[1]).T) / np.maximum(weights @ count.T, 1)).mean(1)
+
+        own = float(np.mean([values[:, column].mean() for values in other.values()]))
+        interval = bootstrap(difference, len(ids))
+        gain = float(difference(np.ones((1, len(ids))))[0])
+        cells |= _cells(measure, own, gain, float(interval.low), float(interval.high))
+        cells[f"{measure} elsewhere"] = float(np.mean([v[:, 3 + column].mean() for v in other.values()]))
+    return cells
+
+
+def _cells(name: str, value: float, gain: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name} trained minus": gain, f"{name} low": low, f"{name} high": high}
+
+
+def markdown(frame: pd.DataFrame, space: pd.DataFrame) -> str:
+    """The tables as Markdown: one line per measure, one column per SAE."""
+    lines = ["# Measures of an SAE and its controls", ""]
+    for place, part in frame.groupby("place", sort=False):
+        rows = part.set_index("kind")
+        lines += [f"## {place} positions, {int(rows['n'].iloc[0])} studies of the reporting half", ""]
+        lines += ["| measure | " + " | ".join(k.replace("_", " ") for k in rows.index) + " |"]
+        lines += ["|---|" + "---|" * len(rows)]
+        for name in ("explained variance", "loss recovered"):
+            lines.append(f"| {name} | " + " | ".join(f"{v:.3f}" for v in rows[name]) + " |")
+        for name in ("F1 of firing", *(MEASURES if place == "image" else ())):
+            cells = [
+                f"{r[name]:.3f}"
+                if kind == "trained"
+                else f"{r[name]:.3f} ({r[f'{name} trained minus']:+.3f}, {r[f'{name} low']:+.3f} to "
+                f"{r[f'{name} high']:+.3f})"
+                for kind, r in rows.iterrows()
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            if name in MEASURES:
+                lines.append(
+                    f"| {name}, map of another study | "
+                    + " | ".join(f"{v:.3f}" for v in rows[f"{name} elsewhere"])
+                    + " |"
+                )
+        if place == "image":
+            steered = [
+                f"{r['steering']:.0%} ({r['steering low']:.0%} to {r['steering high']:.0%}), others changed "
+                f"{r['steering off-target']:.1%}"
+                for _, r in rows.iterrows()
+            ]
+            lines.append("| reports that state the finding when steered | " + " | ".join(steered) + " |")
+            lines.append(
+                "| same, random direction | "
+                + " | ".join(f"{v:.0%}" for v in rows["random direction"])
+                + " |"
+            )
+        lines += ["| detection by a judge | " + " | ".join(["not measured"] * len(rows)) + " |", ""]
+    wide = space.pivot(index="finding", columns="kind", values=[*MEASURES])
+    lines += [
+        "## Image latents in space, by finding",
+        "",
+        "Pointing / energy / IoU of each finding's best latent; findings that are never boxed are left out.",
+        "",
+    ]
+    lines += ["| finding | studies | " + " | ".join(k.replace("_", " ") for k in KINDS) + " |"]
+    lines += ["|---|---|" + "---|" * len(KINDS)]
+    counts = space[space["kind"] == "trained"].set_index("finding")["n"]
+    for finding in counts.index:
+        cells = [" / ".join(f"{wide.loc[finding, (m, kind)]:.2f}" for m in MEASURES) for kind in KINDS]
+        lines.append(f"| {finding.replace('_', ' ')} | {counts[finding]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    from sae_lens_maira.cli.recipe import run_recipe
+
+    sys.exit(run_recipe(Settings, run, __doc__))
