@@ -110,6 +110,11 @@ def f1_of_firing(fires: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return f1(fired.T @ known, fired.sum(0)[:, None], known.sum(0)[None])
 
 
+def explained_by_sums(residual: float, variance: float) -> float:
+    """Explained variance from the sum of squared errors and that of squared distances to the mean; NaN without any."""
+    return 1 - residual / variance if variance > 0 else math.nan
+
+
 class ExplainedVariance:
     """Explained variance and squared error, streamed over rows in float64.
 
@@ -148,8 +153,7 @@ class ExplainedVariance:
     @property
     def value(self) -> float:
         """1 - residual / variance; NaN where the rows do not vary."""
-        variance = self.variance
-        return 1 - self.residual / variance if variance > 0 else math.nan
+        return explained_by_sums(self.residual, self.variance)
 
 
 @torch.no_grad()

@@ -209,7 +209,8 @@ def report_scores(
                 name: json.loads(mean.to_json(None, orient="records") or "[]") for name, mean in means.items()
             },
             "space": {
-                name: json.loads(frame.to_json(None, orient="records")) for name, frame in space.items()
+                name: json.loads(frame.to_json(None, orient="records") or "[]")
+                for name, frame in space.items()
             },
         }
         sys.stdout.write(json.dumps(found, indent=2) + "\n")

@@ -7,17 +7,16 @@ from sae_lens_maira.sae.config import MatryoshkaSAEConfig, MatryoshkaTrainingSAE
 from sae_lens_maira.sae.controls import CONTROLS, control_kind, make_control
 from sae_lens_maira.sae.evaluation import ReconstructionRecord, SAEEvaluation, evaluate_sae
 from sae_lens_maira.sae.export import export_dictionary_learning
-from sae_lens_maira.sae.identity import fingerprint
-from sae_lens_maira.sae.inference import MatryoshkaSAE, load_matryoshka, open_sae
+from sae_lens_maira.sae.inference import MatryoshkaSAE, fingerprint, load_matryoshka, open_sae
 from sae_lens_maira.sae.levels import level_widths_of
 from sae_lens_maira.sae.locate import Location, locate_sae
 from sae_lens_maira.sae.match import LatentMatch, match_latents
-from sae_lens_maira.sae.pretrained import (
+from sae_lens_maira.sae.registry import (
     maira2_sae_disk_loader,
     maira2_sae_loader,
+    register,
     register_release,
 )
-from sae_lens_maira.sae.registry import register
 from sae_lens_maira.sae.release import ReleaseRequest, convert_release, load_release, resolve_sae
 from sae_lens_maira.sae.splice import SpliceBatch, SpliceEvaluation, SpliceRecord, evaluate_splice
 from sae_lens_maira.sae.training import MatryoshkaTrainingSAE

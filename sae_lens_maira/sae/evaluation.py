@@ -1,11 +1,11 @@
-"""How well an SAE describes activation rows: per level, per token role, beside an untrained SAE.
+"""Judge an SAE on activation rows: explained variance, L0 and dead latents per level and token role, with a control.
 
     EV = 1 - sum_rows |x - x_i|^2 / sum_rows |x - mean|^2            aggregate
     EV per token = mean_rows (1 - |x - x_i|^2 / |x - mean|^2)        every row counts the same
     L0 = latents that fire per row, dead = latents that fire on no row
 
 x_i is the reconstruction from level i; the mean is that of the rows counted, so a role's EV says nothing about
-telling roles apart. This module knows nothing about models; rows and roles are arrays.
+telling roles apart. Rows and roles are arrays.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from sae_lens_maira.sae.controls import control_kind, make_control
 from sae_lens_maira.sae.inference import load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
 from sae_lens_maira.sae.losses import nested_reconstructions
+from sae_lens_maira.stats import explained_by_sums
 
 _SAMPLE_ROWS = 4096
 Rows = Tensor | np.ndarray | Iterable[Any]
@@ -248,14 +249,13 @@ class _Sums:
         self.fired |= fired.any(0)
 
     def record(self, sae: str, level: int, width: int, role: str) -> ReconstructionRecord:
-        explained = 1 - float(self.error[level]) / self.variance if self.variance > 0 else math.nan
         return ReconstructionRecord(
             sae=sae,
             level=level,
             width=width,
             role=role,
             rows=self.rows,
-            explained_variance=explained,
+            explained_variance=explained_by_sums(float(self.error[level]), self.variance),
             explained_variance_per_token=float(self.per_token[level]) / self.rows
             if self.variance > 0
             else math.nan,

@@ -9,6 +9,7 @@ opens the folder of any SAELens SAE after checking it.
 """
 
 import copy
+import hashlib
 import json
 import operator
 from bisect import bisect_right
@@ -261,6 +262,20 @@ def open_sae(folder: str | Path, device: str = "cpu", dtype: str | None = None) 
             f"{type(error).__name__}: {reason}. The configuration and the weights do not fit together, or another "
             "version wrote them; copy the folder again."
         ) from error
+
+
+def fingerprint(sae: SAE[Any]) -> str:
+    """SHA-256 (hex) over the names, shapes and float32 values of an SAE's parameters and buffers, in order of name.
+
+    It does not depend on file format or device. Interventions and latent records carry it, so that they are never
+    applied to another SAE.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(sae.state_dict().items()):
+        tensor = value.detach().cpu().to(torch.float32).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -20,12 +20,14 @@ from typing_extensions import override
 
 from sae_lens_maira.sae.config import MatryoshkaTrainingSAEConfig
 from sae_lens_maira.sae.losses import (
+    geometric_median,
     nested_reconstructions,
     per_level_aux_loss,
     squared_error,
+    unit_rows,
     variance_normalised_aux_loss,
+    with_tangent_gradient,
 )
-from sae_lens_maira.sae.unit_decoder import geometric_median, unit_rows, with_tangent_gradient
 
 SOFT_COSINE = 0.8
 """Least cosine of a softly frozen decoder's rows with their first directions, as in arXiv 2602.14111."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, load_matryoshka
-from sae_lens_maira.sae.unit_decoder import geometric_median, unit_rows, with_tangent_gradient
+from sae_lens_maira.sae.losses import geometric_median, unit_rows, with_tangent_gradient
 
 pytestmark = pytest.mark.compat
 
