@@ -62,3 +62,17 @@ def test_image_evidence_is_compared_with_probability(tmp_path):
     table = (tmp_path / "image_evidence.md").read_text()
     assert table.count("| clean |") == table.count("| planted errors |") == 3
     assert {"true", "evidence"} <= set(pd.read_csv(tmp_path / "clean.csv"))
+
+
+@pytest.mark.slow
+def test_change_words_are_counted_with_the_prior_swapped(tmp_path):
+    """Both arms count change words; a study keeps its findings, so both arms hold the same studies."""
+    recipe = ROOT / "recipes" / "counterfactual_prior"
+    words = ["--config", str(recipe.with_suffix(".yaml")), "--studies", "6", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, str(recipe.with_suffix(".py")), *words], check=True, timeout=300)
+    counted = pd.read_csv(tmp_path / "words.csv")
+    assert set(counted["arm"]) == {"own prior", "swapped prior"}
+    assert counted["word"].isin(["new", "larger", "smaller", "unchanged"]).all()
+    own = counted[counted["arm"] == "own prior"]
+    assert own["follows"].mean() > 0.5
+    assert "change words that follow it" in (tmp_path / "counterfactual_prior.md").read_text()
