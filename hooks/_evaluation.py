@@ -70,7 +70,7 @@ class Maira2Evaluator:
             batch = encoding.to(self.model.W_E.device)
             wanted = role_mask(batch, self.target_roles)[:, 1:]
             positions = None if self.roles is None else role_mask(batch, self.roles)
-            clean = self.model(batch)[:, :-1][wanted].log_softmax(-1)
+            clean = self._logits(batch, name, None, wanted)
             labels = batch.input_ids[:, 1:][wanted]
             replace = self._replacement(sae, activation_scaler, positions, moments)
             with_sae = self._logits(batch, name, replace, wanted)
@@ -99,7 +99,13 @@ class Maira2Evaluator:
         return result | {"maira2/ce_loss_score": score, **moments.metrics()}
 
     def _logits(self, batch: Maira2Encoding, name: str, hook: Any, wanted: torch.Tensor) -> torch.Tensor:
-        return self.model.run_with_hooks(batch, fwd_hooks=[(name, hook)])[:, :-1][wanted].log_softmax(-1)
+        """(targets, d_vocab) log-probabilities; logits of positions that predict no target are not computed."""
+        kept = wanted.any(0).nonzero()[:, 0]
+        if not len(kept):
+            kept = kept.new_zeros(1)
+        hooks = [] if hook is None else [(name, hook)]
+        logits = self.model.run_with_hooks(batch, fwd_hooks=hooks, logits_to_keep=kept)
+        return logits[wanted[:, kept]].float().log_softmax(-1)
 
     def _replacement(
         self, sae: Any, scaler: Any, positions: torch.Tensor | None, moments: "_Moments"

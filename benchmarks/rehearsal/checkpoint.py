@@ -1,7 +1,7 @@
 """Write a random MAIRA-2 checkpoint of any depth and image size in the published layout.
 
-    write_checkpoint(folder, layers=2)                     full width: 1.7 GB in bfloat16
-    write_checkpoint(folder, layers=32, dtype="float32")   the published size: 27.5 GB in six shards
+    write_checkpoint(folder, Size(layers=2))               full width: 1.6 GB in bfloat16
+    write_checkpoint(folder, Size(), dtype="float32")      the published size: 27.5 GB in six shards
 
 Tensor names and shapes are the published ones; the numbers are random, so reports are noise and only time and memory
 mean anything. One tensor is in memory at a time. The tokenizer has 32,000 entries and the 207 added tokens: the
@@ -99,9 +99,7 @@ def tensors(size: Size, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...],
     yield "language_model.lm_head.weight", (vocabulary, d), noise
 
 
-def write_checkpoint(
-    folder: Path, size: Size = Size(layers=2), dtype: str = "bfloat16", seed: int = 0
-) -> int:
+def write_checkpoint(folder: Path, size: Size, dtype: str = "bfloat16", seed: int = 0) -> int:
     """Write weights, configuration, processor and tokenizer.
 
     Args:

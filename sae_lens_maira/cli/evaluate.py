@@ -1,4 +1,4 @@
-"""The command `evaluate`: tables that judge an SAE, made by `evaluation`."""
+"""The command `evaluate`: tables of an SAE's quality, computed by `evaluation`."""
 
 import json
 import sys
@@ -14,10 +14,12 @@ def evaluate(
     root: Path | None = None,
     split: str | None = None,
     hook: str | None = None,
+    batch_size: int = 8,
     device: str = "auto",
+    workers: int = 1,
     as_json: bool = False,
 ) -> None:
-    """Judge an SAE: explained variance, L0, dead latents and loss recovered, per level and role.
+    """Evaluate an SAE: explained variance, L0, dead latents and loss recovered, per level and role.
 
     Example: sae-lens-maira evaluate --sae quickstart_out/sae_text --studies 100
 
@@ -26,11 +28,13 @@ def evaluate(
         model: the model it was trained on: "phantom", a folder or a hub id.
         studies: phantom studies to read, or the first so many of a table.
         study_seed: of the phantom studies; the phantom itself was trained on 0.
-        table: Parquet or CSV with one study a row, see studies import.
+        table: Parquet or CSV with one study per row, see studies import.
         root: folder that the table's relative image paths are below; the table's own if not given.
         split: read only the table's studies of this split, for example test.
         hook: hook point, if the SAE does not name its own.
-        device: auto, cpu, cuda, ...
+        batch_size: studies per forward pass while rows are read; 1 or 2 at MAIRA-2's size on a small GPU.
+        device: auto, cpu, cuda, ...; the SAE goes to the same one.
+        workers: threads that read and encode images ahead of the model.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.cli.evaluation import evaluate as run
@@ -50,7 +54,7 @@ def evaluate(
             raise StudyError(
                 f"{table} has no study in the split {split}; `studies show` counts studies by split."
             )
-    tables = run(maira, dictionary, chosen)
+    tables = run(maira, dictionary, chosen, batch_size=batch_size, workers=workers)
     if as_json:
         rows, splice = (frame.to_dict("records") for frame in (tables.rows, tables.splice))
         sys.stdout.write(json.dumps({"rows": rows, "splice": splice}) + "\n")

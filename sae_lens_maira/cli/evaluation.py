@@ -1,29 +1,35 @@
-"""Judge an SAE on a MAIRA-2: reconstruction and spliced cross-entropy, per level and role, beside an untrained one.
+"""Evaluate an SAE on a MAIRA-2: reconstruction and spliced cross-entropy, per level and role, next to an untrained one.
 
     explained variance, L0, dead latents     of rows at the SAE's hook point, per token role
     loss recovered                           (CE_ablated - CE_spliced) / (CE_ablated - CE_clean) over report tokens
 
 The studies are teacher-forced on their reports. Reconstructions replace the positions the SAE was trained on, text
-and image patches apart. It composes the model, activations and SAE rooms and computes nothing itself.
+and image patches apart. Rows are streamed from the model, and the part of the model below the hook point runs once per
+study however many reconstructions are spliced in.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from sae_lens import SAE
+from tqdm.auto import tqdm
 
-from sae_lens_maira.activations import RowSettings, read_rows
+from sae_lens_maira.activations import RowReader, RowSettings
 from sae_lens_maira.errors import SAEError
-from sae_lens_maira.hooks import PointTable
+from sae_lens_maira.hooks import HookedMaira2
+from sae_lens_maira.hooks._upper import UpperRun
 from sae_lens_maira.maira2 import Maira2, TokenRole, resolve_roles
-from sae_lens_maira.sae import SpliceBatch, evaluate_sae, evaluate_splice, load_matryoshka, make_control
+from sae_lens_maira.sae import SpliceBatch, evaluate_sae, load_matryoshka
+from sae_lens_maira.sae.controls import UntrainedControls
+from sae_lens_maira.sae.evaluation import summarise_rows
+from sae_lens_maira.sae.splice import ROWS_AT_ONCE, evaluate_runs
 from sae_lens_maira.studies import Study
 
-# BOS and boilerplate are no SAE's business: the first has a norm of its own, the second never varies.
+# Left out are BOS, whose norm is unlike all others, and the boilerplate of the prompt, which never varies.
 KEPT = tuple(role for role in TokenRole if role not in (TokenRole.PAD, TokenRole.BOS, TokenRole.TEMPLATE))
 POSITIONS = {"text": resolve_roles("paper"), "image": resolve_roles("image_only")}
 
@@ -43,20 +49,25 @@ def evaluate(
     sae: SAE | Path | str,
     studies: Sequence[Study],
     hook_name: str | None = None,
-    batch_size: int = 16,
+    batch_size: int = 8,
     image_rate: float = 1.0,
     progress: bool = True,
+    workers: int = 1,
 ) -> EvaluationTables:
     """Evaluate an SAE on held-out studies.
+
+    Activations are read from the model twice, and a third time for the cross-entropies: nothing grows with the number
+    of studies. Everything runs on the model's device.
 
     Args:
         maira: the model it was trained on.
         sae: an SAE, or the folder of one.
         studies: held-out studies with reports.
         hook_name: `blocks.{i}.hook_resid_post`; taken from the SAE if not given.
-        batch_size: studies a forward pass.
+        batch_size: studies per forward pass while rows are read; cross-entropies are measured study by study.
         image_rate: share of image patches used for the reconstruction table.
         progress: show a bar.
+        workers: threads that encode studies ahead of the model.
 
     Returns:
         The tables.
@@ -65,47 +76,70 @@ def evaluate(
         SAEError: the SAE names no hook point and none was given, or its width is not the model's.
         HookError: the model has no such hook point.
     """
-    if not isinstance(sae, SAE):
-        sae = load_matryoshka(sae)
+    device = maira.model.device
+    sae = sae.to(device) if isinstance(sae, SAE) else load_matryoshka(sae, device=str(device))
     hook_name = hook_name or sae.cfg.metadata.hook_name
     if not hook_name:
         raise SAEError(
             "The SAE's metadata name no hook point, and none was given; pass hook_name, for example "
             "blocks.15.hook_resid_post."
         )
-    module = maira.model.get_submodule(PointTable(maira.model.config).resolve(hook_name).module)
-    width = maira.model.config.get_text_config().hidden_size
+    hooked = HookedMaira2(maira)
+    settings = RowSettings(roles=KEPT, rates={"image": image_rate}, batch_size=batch_size)
+    reader = RowReader(hooked, studies, [hook_name], settings, workers)
+    width = reader.hooks[hook_name]
     if sae.cfg.d_in != width:
         raise SAEError(
-            f"The SAE reads {sae.cfg.d_in} dimensions and the model's residual stream has {width}; it belongs to "
+            f"The SAE reads {sae.cfg.d_in} dimensions and the model has {width} at {hook_name}; it belongs to "
             "another model. Give the SAE of this one."
         )
-    rows = read_rows(
-        maira,
-        studies,
-        hook_name,
-        RowSettings(roles=KEPT, rates={"image": image_rate}, batch_size=batch_size),
-        progress=progress,
-    )
+    rows = _Rows(reader, hook_name, len(studies))
     names = {int(role): role.name.lower() for role in TokenRole}
-    table = evaluate_sae(sae, rows.values, rows.role, role_names=names)
-    baselines = {}
-    for where, roles in POSITIONS.items():
-        here = np.isin(rows.role, [int(role) for role in roles])
-        baselines[where] = make_control("untrained", sae, rows.where(here).values)
-    spliced = evaluate_splice(
-        maira.model,
-        module,
-        splice_batches(maira, studies, batch_size),
-        sae,
-        baseline=baselines,
-        positions={where: [int(role) for role in roles] for where, roles in POSITIONS.items()},
-    )
+    with tqdm(
+        total=3 * len(studies), desc=f"evaluate at {hook_name}", unit="study", disable=not progress
+    ) as bar:
+        rows.bar = bar
+        summary = summarise_rows(rows, width)
+        table = evaluate_sae(sae, rows, role_names=names, summary=summary)
+        positions = {where: [int(role) for role in roles] for where, roles in POSITIONS.items()}
+        controls = UntrainedControls(sae)
+        baselines = {where: controls.fit(summary.sample(roles)) for where, roles in positions.items()}
+        runs = _runs(hooked, maira, studies, hook_name, bar)
+        spliced = evaluate_runs(runs, sae, baseline=baselines, positions=positions)
     return EvaluationTables(table.to_frame(), spliced.to_frame(), hook_name, len(studies))
 
 
+class _Rows:
+    """Rows and roles of the studies, read from the model each time that they are iterated over."""
+
+    bar: Any = None
+
+    def __init__(self, reader: RowReader, hook_name: str, n: int) -> None:
+        self._reader, self._hook_name, self._n = reader, hook_name, n
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for part in self._reader.batches(range(self._n)):
+            roles = torch.from_numpy(part.index["role"].to_numpy(copy=True))
+            for start in range(0, len(roles), ROWS_AT_ONCE):
+                chunk = slice(start, start + ROWS_AT_ONCE)
+                yield part.values[self._hook_name][chunk], roles[chunk]
+            self.bar.update(part.studies)
+
+
+def _runs(
+    hooked: HookedMaira2, maira: Maira2, studies: Sequence[Study], hook_name: str, bar: Any
+) -> Iterator[UpperRun]:
+    for study in studies:
+        encoding = maira.processor.encode([study], report="teacher", padding_side="right").to(
+            maira.model.device, maira.model.dtype
+        )
+        labels = torch.where(encoding.roles == TokenRole.REPORT, encoding.input_ids, -100)
+        yield UpperRun(hooked, encoding, labels, hook_name)
+        bar.update(1)
+
+
 def splice_batches(maira: Maira2, studies: Sequence[Study], batch_size: int) -> Iterator[SpliceBatch]:
-    """Batches of studies, teacher-forced on their reports, whose report tokens are the targets."""
+    """Batches of studies, teacher-forced on their reports, whose report tokens are the targets; for whole forwards."""
     for start in range(0, len(studies), batch_size):
         encoding = maira.processor.encode(
             studies[start : start + batch_size], report="teacher", padding_side="right"

@@ -13,6 +13,7 @@ control is an SAELens SAE, so that records, explanations, scores and steering tr
 metadata name it under "control".
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from sae_lens_maira.errors import SAEError
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig
 from sae_lens_maira.sae.inference import MatryoshkaSAE, matryoshka_from_state_dict
 from sae_lens_maira.sae.levels import CONTROL_KEY, level_widths_of
+from sae_lens_maira.sae.losses import decode_levels
 from sae_lens_maira.sae.whitening import symmetric_whitening
 
 Control = Literal["untrained", "untrained_whitened", "raw", "frozen_decoder", "frozen_encoder"]
@@ -34,6 +36,9 @@ CONTROLS: tuple[Control, ...] = (
     "frozen_decoder",
     "frozen_encoder",
 )
+
+MOST_PREACTIVATIONS = 2**25
+"""Pre-activations that a threshold is set on at most: 134 MB in float32."""
 
 
 @torch.no_grad()
@@ -75,24 +80,9 @@ def make_control(
             f"Rows of shape {tuple(rows.shape)} were given; (n, {d_in}) with n of {fewest} or more was expected."
         )
     device = sae.W_dec.device
-    sample = rows[:: -(-len(rows) // max_rows)].to(device, torch.float32)
-    if l0 is None:
-        l0 = float((sae.encode(sample.to(sae.W_dec.dtype)) != 0).sum(-1).float().mean())
-    mean = rows.float().mean(0).to(device)
     encoder, decoder, widths = _directions(kind, sae, rows, seed)
-    encoder, decoder = encoder.to(mean), decoder.to(mean)
-    centred = sample - mean
-    pre = centred @ encoder
-    n_active = round(l0 * len(sample))
-    if not 0 <= n_active < pre.numel():
-        raise SAEError(
-            f"{l0} active latents per row cannot be set among {pre.shape[1]} latents of the control {kind!r}."
-        )
-    threshold = pre.flatten().topk(n_active + 1).values[-1].clamp(min=0)
-    gain = torch.ones(())
-    if kind != "raw":
-        raw = (pre * (pre > threshold)) @ decoder
-        gain = (centred * raw).sum() / raw.pow(2).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    encoder, decoder = (part.to(device, torch.float32) for part in (encoder, decoder))
+    mean, threshold, gain, l0 = _calibrate(kind, sae, rows, encoder, decoder, l0, max_rows)
     facts = {"kind": kind, "seed": seed, "l0": l0, "gain": float(gain)}
     config = MatryoshkaSAEConfig(
         d_in=d_in,
@@ -116,6 +106,89 @@ def make_control(
             "b_dec": mean,
         },
     )
+
+
+def _calibrate(
+    kind: str,
+    sae: SAE[Any],
+    rows: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    l0: float | None,
+    max_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Mean (d_in,), threshold, gain and active latents per row of a control with these directions."""
+    max_rows = max(1, min(max_rows, MOST_PREACTIVATIONS // encoder.shape[1]))
+    sample = rows[:: -(-len(rows) // max_rows)].to(encoder)
+    if l0 is None:
+        l0 = float((sae.encode(sample.to(sae.W_dec.dtype)) != 0).sum(-1).float().mean())
+    mean = rows.float().mean(0).to(encoder.device)
+    centred = sample - mean
+    pre = centred @ encoder
+    n_active = round(l0 * len(sample))
+    if not 0 <= n_active < pre.numel():
+        raise SAEError(
+            f"{l0} active latents per row cannot be set among {pre.shape[1]} latents of the control {kind!r}."
+        )
+    threshold = pre.flatten().topk(n_active + 1).values[-1].clamp(min=0)
+    gain = torch.ones((), device=encoder.device)
+    if kind != "raw":
+        raw = (pre * (pre > threshold)) @ decoder
+        gain = (centred * raw).sum() / raw.pow(2).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return mean, threshold, gain, l0
+
+
+class UntrainedControls:
+    """Untrained SAEs of several sets of rows that share one matrix of directions.
+
+    Each has the same encoder and decoder, and the mean, threshold and gain of its own rows: at d_in 4,096 and d_sae
+    16,384 a second one costs a vector, where `make_control` would make another 0.5 GB of weights.
+
+    Args:
+        sae: The SAE to compare with.
+        seed: Random seed of the directions, as for `make_control`.
+    """
+
+    def __init__(self, sae: SAE[Any], seed: int = 0) -> None:
+        self._sae = sae
+        encoder, _, self.widths = _directions("untrained", sae, torch.empty(0, sae.cfg.d_in), seed)
+        self._units = encoder.T.contiguous().to(sae.W_dec.device, torch.float32)
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor) -> "UntrainedControl":
+        """The control for rows (n, d_in), which may be a sample of those that it will be compared on."""
+        units = self._units
+        mean, threshold, gain, _ = _calibrate("untrained", self._sae, rows, units.T, units, None, 4096)
+        return UntrainedControl(units, tuple(self.widths), mean, threshold, gain)
+
+
+@dataclass(frozen=True)
+class UntrainedControl:
+    """One of `UntrainedControls`: the same numbers as `make_control("untrained", ...)`, without weights of its own.
+
+    Attributes:
+        units: (d_sae, d_in) random unit directions, shared.
+        widths: Cumulative level widths.
+        mean: (d_in,) of the rows.
+        threshold: Smallest pre-activation that counts, a scalar.
+        gain: Factor of the reconstruction, a scalar.
+    """
+
+    units: Tensor
+    widths: tuple[int, ...]
+    mean: Tensor
+    threshold: Tensor
+    gain: Tensor
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(n, d_sae) activations of rows (n, d_in)."""
+        pre = (x - self.mean) @ self.units.T
+        return pre.masked_fill_(pre <= self.threshold, 0)
+
+    def reconstructions(self, acts: Tensor) -> list[Tensor]:
+        """(n, d_in) reconstruction per level."""
+        parts = decode_levels(acts, self.units, torch.zeros_like(self.mean), self.widths)
+        return [self.gain * part + self.mean for part in parts]
 
 
 def control_kind(sae: SAE[Any]) -> str | None:

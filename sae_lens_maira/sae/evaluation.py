@@ -10,7 +10,7 @@ telling roles apart. Rows and roles are arrays.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,13 +24,13 @@ from sae_lens.saes.standard_sae import StandardSAE
 from torch import Tensor
 
 from sae_lens_maira.errors import SAEError
-from sae_lens_maira.sae.controls import control_kind, make_control
+from sae_lens_maira.sae.controls import UntrainedControl, UntrainedControls, control_kind
 from sae_lens_maira.sae.inference import load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
-from sae_lens_maira.sae.losses import nested_reconstructions
+from sae_lens_maira.sae.losses import decode_levels
 from sae_lens_maira.stats import explained_by_sums
 
-_SAMPLE_ROWS = 4096
+_SAMPLE_ROWS, _NO_ROLE = 4096, -(2**31)
 Rows = Tensor | np.ndarray | Iterable[Any]
 ALL = "all"
 
@@ -86,6 +86,7 @@ def evaluate_sae(
     baseline: SAE[Any] | Literal["untrained"] | None = "untrained",
     batch_rows: int = 2048,
     seed: int = 0,
+    summary: "RowSummary | None" = None,
 ) -> SAEEvaluation:
     """Explained variance, L0 and dead latents per level and per token role.
 
@@ -98,7 +99,8 @@ def evaluate_sae(
         baseline: an SAE to stand beside, None, or "untrained" for that control of each role's own rows, which
             then starts from that role's mean and sparsity.
         batch_rows: rows encoded at once.
-        seed: of the untrained SAE.
+        seed: Random seed of the untrained SAE.
+        summary: Means and samples of the rows, if they are known: the rows are then read once.
 
     Raises:
         SAEError: the rows do not fit the SAE, or can be read once only.
@@ -107,17 +109,20 @@ def evaluate_sae(
         sae = load_matryoshka(sae)
     batches = _Batches(rows, roles, batch_rows)
     names = role_names or {}
-    means, samples = _first_pass(batches, sae.cfg.d_in, names)
-    records = _second_pass("trained", sae, batches, means, names)
+    summary = summary or summarise_rows(batches, sae.cfg.d_in)
+    groups = [ALL, *(names.get(role, str(role)) for role in summary.roles)]
+    subjects = [_Subject.of("trained", sae, groups)]
     if isinstance(baseline, SAE):
-        records += _second_pass(beside_label(baseline), baseline, batches, means, names)
+        subjects.append(_Subject.of(beside_label(baseline), baseline, groups))
     elif baseline is not None:
         # One per role: rows of one role lie far from the mean of all, and an SAE that cannot know that is too
         # easy to beat.
-        for group, mean in means.items():
-            other = make_control("untrained", sae, samples[group], seed)
-            records += _second_pass(beside_label(other), other, batches, {group: mean}, names)
-    return SAEEvaluation(tuple(records))
+        family = UntrainedControls(sae, seed)
+        for group, chosen in zip(groups, [None, *([role] for role in summary.roles)], strict=True):
+            control = family.fit(summary.sample(chosen))
+            subjects.append(_Subject.untrained(sae, control, group))
+    means = {names.get(role, str(role)): summary.mean([role]) for role in summary.roles}
+    return SAEEvaluation(tuple(_score(subjects, batches, means | {ALL: summary.mean()}, names)))
 
 
 def beside_label(baseline: SAE[Any]) -> str:
@@ -163,13 +168,57 @@ def _groups(roles: Tensor | None, names: Mapping[int, str], n: int) -> Iterator[
             yield names.get(role, str(role)), roles.cpu() == role
 
 
-def _first_pass(
-    batches: _Batches, d_in: int, names: Mapping[int, str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean of each role's rows, and a sample of them from many batches."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    samples: dict[str, list[Tensor]] = {}
+class RowSummary:
+    """Mean and an even sample of rows per role, from one pass over them.
+
+    Attributes:
+        roles: The roles that occurred, in order; empty for rows without roles.
+    """
+
+    def __init__(
+        self, sums: dict[int, Tensor], counts: dict[int, int], samples: dict[int, list[Tensor]]
+    ) -> None:
+        self._sums, self._counts, self._samples = sums, counts, samples
+        self.roles = [role for role in sorted(counts) if role != _NO_ROLE]
+
+    def mean(self, roles: Collection[int] | None = None) -> Tensor:
+        """(d_in,) float64 mean of the rows of some roles; None means all rows."""
+        chosen = [role for role in self._counts if roles is None or role in roles]
+        return torch.stack([self._sums[role] for role in chosen]).sum(0) / sum(
+            self._counts[r] for r in chosen
+        )
+
+    def sample(self, roles: Collection[int] | None = None) -> Tensor:
+        """At most 4,096 rows (n, d_in) float32 of some roles, each role in proportion to its rows.
+
+        Raises:
+            SAEError: no row has one of the roles.
+        """
+        chosen = [role for role in self._counts if roles is None or role in roles]
+        if not chosen:
+            raise SAEError(f"No row has one of the roles {sorted(roles or ())}; there are {self.roles}.")
+        total = sum(self._counts[role] for role in chosen)
+        parts = []
+        for role in chosen:
+            rows = torch.cat(self._samples[role])
+            wanted = min(len(rows), max(1, round(_SAMPLE_ROWS * self._counts[role] / total)))
+            parts.append(rows[torch.linspace(0, len(rows) - 1, wanted).round().long()])
+        return torch.cat(parts)
+
+
+def summarise_rows(batches: Iterable[tuple[Tensor, Tensor | None]], d_in: int) -> RowSummary:
+    """Read rows once for their means and a sample.
+
+    Args:
+        batches: Pairs of rows (n, d_in) and roles (n,), or None for rows without roles.
+        d_in: Expected width.
+
+    Raises:
+        SAEError: rows of another width, numbers that are not finite, or no rows.
+    """
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, int] = {}
+    samples: dict[int, list[Tensor]] = {}
     for x, roles in batches:
         if x.ndim != 2 or x.shape[1] != d_in:
             raise SAEError(
@@ -180,43 +229,86 @@ def _first_pass(
             raise SAEError(
                 "The rows hold NaN or infinite numbers. Check the model's dtype at this hook point."
             )
-        for group, mask in _groups(roles, names, len(x)):
-            part = x.cpu()[mask].double()
-            sums[group] = sums.get(group, 0) + part.sum(0)
-            counts[group] = counts.get(group, 0) + len(part)
-            if sum(map(len, samples.setdefault(group, []))) < _SAMPLE_ROWS:
+        numbers = torch.full((len(x),), _NO_ROLE) if roles is None else roles.cpu()
+        for role in numbers.unique().tolist():
+            part = x.cpu()[numbers == role]
+            sums[role] = sums.get(role, 0) + part.double().sum(0)
+            counts[role] = counts.get(role, 0) + len(part)
+            if sum(map(len, samples.setdefault(role, []))) < _SAMPLE_ROWS:
                 evenly = torch.linspace(0, len(part) - 1, min(len(part), 512)).round().long()
-                samples[group].append(part[evenly].float())
+                samples[role].append(part[evenly].float())
     if not counts:
         raise SAEError("No rows were given. Evaluation needs at least one.")
-    means = {group: sums[group] / counts[group] for group in sums}
-    return means, {group: torch.cat(parts) for group, parts in samples.items()}
+    return RowSummary(sums, counts, samples)
+
+
+@dataclass
+class _Subject:
+    """An SAE or a control, and the groups of rows that it is scored on."""
+
+    label: str
+    groups: list[str]
+    widths: Sequence[int]
+    device: torch.device
+    encode: Callable[[Tensor], Tensor]
+    reconstruct: Callable[[Tensor, Tensor], list[Tensor]]
+
+    @classmethod
+    def of(cls, label: str, sae: SAE[Any], groups: list[str]) -> "_Subject":
+        widths = level_widths_of(sae)
+        return cls(
+            label,
+            groups,
+            widths,
+            sae.W_dec.device,
+            lambda x: sae.encode(x),
+            lambda x, acts: level_reconstructions(sae, x, acts, widths),
+        )
+
+    @classmethod
+    def untrained(cls, sae: SAE[Any], control: UntrainedControl, group: str) -> "_Subject":
+        return cls(
+            "untrained",
+            [group],
+            control.widths,
+            sae.W_dec.device,
+            control.encode,
+            lambda _, acts: control.reconstructions(acts),
+        )
 
 
 @torch.no_grad()
-def _second_pass(
-    label: str, sae: SAE[Any], batches: _Batches, means: dict[str, Tensor], names: Mapping[int, str]
+def _score(
+    subjects: Sequence[_Subject],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    means: dict[str, Tensor],
+    names: Mapping[int, str],
 ) -> list[ReconstructionRecord]:
-    widths = level_widths_of(sae)
-    sums = {group: _Sums(len(widths), sae.cfg.d_sae) for group in means}
-    for x, roles in batches:
-        groups = [(group, mask) for group, mask in _groups(roles, names, len(x)) if group in means]
-        wanted = torch.stack([mask for _, mask in groups]).any(0) if groups else torch.zeros(len(x)).bool()
-        x = x.cpu()[wanted].to(sae.device, torch.float32)
-        acts = sae.encode(x)
-        fired = (acts != 0).cpu()
-        errors = torch.stack(
-            [(r.float() - x).pow(2).sum(-1) for r in level_reconstructions(sae, x, acts, widths)]
-        )
-        l0 = torch.stack([fired[:, :width].sum(-1) for width in widths])
-        for group, mask in groups:
-            mask = mask[wanted]
-            variance = (x.cpu()[mask].double() - means[group]).pow(2).sum(-1)
-            sums[group].add(errors.cpu()[:, mask].double(), variance, l0[:, mask], fired[mask])
+    """One pass over the rows for all SAEs; no more than a batch of them is held."""
+    sums = [{group: _Sums(subject.widths) for group in subject.groups} for subject in subjects]
+    for rows, roles in batches:
+        masks = dict(_groups(roles, names, len(rows)))
+        variance = {g: (rows.cpu()[m].double() - means[g]).pow(2).sum(-1) for g, m in masks.items()}
+        for subject, mine in zip(subjects, sums, strict=True):
+            groups = [group for group in subject.groups if group in masks]
+            if not groups:
+                continue
+            wanted = torch.stack([masks[group] for group in groups]).any(0)
+            x = rows[wanted.to(rows.device)].to(subject.device, torch.float32)
+            acts = subject.encode(x)
+            errors = torch.stack([(r.float() - x).pow(2).sum(-1) for r in subject.reconstruct(x, acts)])
+            fired = acts != 0
+            l0 = torch.stack([fired[:, :width].sum(-1) for width in subject.widths])
+            errors, l0 = errors.cpu().double(), l0.cpu()
+            for group in groups:
+                mask = masks[group][wanted]
+                active = fired[mask.to(fired.device)].any(0).cpu()
+                mine[group].add(errors[:, mask], variance[group], l0[:, mask], active)
     return [
-        sums[group].record(label, level, width, group)
-        for group in means
-        for level, width in enumerate(widths)
+        mine[group].record(subject.label, level, width, group)
+        for subject, mine in zip(subjects, sums, strict=True)
+        for group in subject.groups
+        for level, width in enumerate(subject.widths)
     ]
 
 
@@ -224,7 +316,7 @@ def level_reconstructions(sae: SAE[Any], x: Tensor, acts: Tensor, widths: Sequen
     """Reconstruction (n, d_in) of rows from each prefix of latents of any SAELens SAE."""
     is_linear = isinstance(sae, (JumpReLUSAE, StandardSAE)) and sae.cfg.reshape_activations == "none"
     if is_linear and sae.cfg.normalize_activations == "none":
-        return nested_reconstructions(acts, sae.W_dec, sae.b_dec, widths)
+        return decode_levels(acts, sae.W_dec, sae.b_dec, widths)
     results = []
     for width in widths:
         # SAELens' decode consumes what encode remembered of the row's norm, so each level encodes again.
@@ -235,10 +327,12 @@ def level_reconstructions(sae: SAE[Any], x: Tensor, acts: Tensor, widths: Sequen
 
 
 class _Sums:
-    def __init__(self, n_levels: int, d_sae: int) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         self.rows, self.variance = 0, 0.0
-        self.error, self.per_token, self.l0 = (torch.zeros(n_levels, dtype=torch.float64) for _ in range(3))
-        self.fired = torch.zeros(d_sae, dtype=torch.bool)
+        self.error, self.per_token, self.l0 = (
+            torch.zeros(len(widths), dtype=torch.float64) for _ in range(3)
+        )
+        self.fired = torch.zeros(max(widths), dtype=torch.bool)
 
     def add(self, errors: Tensor, variance: Tensor, l0: Tensor, fired: Tensor) -> None:
         self.rows += len(variance)
@@ -246,7 +340,7 @@ class _Sums:
         self.error += errors.sum(1)
         self.per_token += torch.where(variance > 0, 1 - errors / variance, 0.0).sum(1)
         self.l0 += l0.double().sum(1)
-        self.fired |= fired.any(0)
+        self.fired |= fired[: len(self.fired)]
 
     def record(self, sae: str, level: int, width: int, role: str) -> ReconstructionRecord:
         return ReconstructionRecord(

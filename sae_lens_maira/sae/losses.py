@@ -45,6 +45,29 @@ def nested_reconstructions(
     return reconstructions
 
 
+def decode_levels(acts: Tensor, W_dec: Tensor, b_dec: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """`nested_reconstructions` without gradients; on a CPU only the active latents' decoder rows are read."""
+    if acts.device.type != "cpu" or acts.ndim != 2 or int(acts.count_nonzero()) * SPARSE > acts.numel():
+        return nested_reconstructions(acts, W_dec, b_dec, widths)
+    reconstructions: list[Tensor] = []
+    decoded, start = b_dec.expand(len(acts), -1), 0
+    for width in widths:
+        row, latent = acts[:, start:width].nonzero(as_tuple=True)
+        first = torch.searchsorted(row, torch.arange(len(acts)))
+        values = acts[row, start + latent]
+        part = torch.nn.functional.embedding_bag(
+            start + latent, W_dec, first, mode="sum", per_sample_weights=values
+        )
+        decoded = decoded + part
+        reconstructions.append(decoded)
+        start = width
+    return reconstructions
+
+
+SPARSE = 16
+"""Activations are decoded latent by latent if at most one in so many is active."""
+
+
 def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
     """Squared error summed over d_in, averaged over rows."""
     return torch.nn.functional.mse_loss(reconstruction, x, reduction="none").sum(dim=-1).mean()

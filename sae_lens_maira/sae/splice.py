@@ -4,14 +4,14 @@
 
 1 means that the model does not notice, 0 that the reconstruction is no better than zeros (or the mean) there.
 Positions are replaced and targets counted separately: replace image positions only, count report tokens only.
-The model is any torch module that returns `.logits`; this module knows nothing about MAIRA-2.
+`evaluate_splice` takes any causal model of transformers; `hooks` has a run that repeats MAIRA-2's upper layers only.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pandas as pd
 import torch
@@ -20,6 +20,7 @@ from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor, nn
 
 from sae_lens_maira.errors import HookError, SAEError
+from sae_lens_maira.sae.controls import UntrainedControl
 from sae_lens_maira.sae.evaluation import beside_label, level_reconstructions
 from sae_lens_maira.sae.inference import load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
@@ -69,7 +70,31 @@ class SpliceEvaluation:
         return pd.DataFrame([dataclasses.asdict(record) for record in self.records])
 
 
-@torch.no_grad()
+class SpliceRun(Protocol):
+    """One batch whose forward pass can be repeated with other values at the hook point.
+
+    Attributes:
+        values: (B, L, d_in) at the hook point, of the unchanged run.
+        labels: (B, L), as in `SpliceBatch`.
+        roles: (B, L) or None.
+        real: (B, L) bool, False at padding.
+    """
+
+    values: Tensor
+    labels: Tensor
+    roles: Tensor | None
+    real: Tensor
+
+    def logits(self, values: Tensor | None = None, first: int = 0) -> Tensor:
+        """(targets, vocabulary) logits that predict the targets, row by row.
+
+        Args:
+            values: (B, L, d_in) to put at the hook point; None leaves it alone.
+            first: First position that differs from the unchanged run.
+        """
+        ...
+
+
 def evaluate_splice(
     model: nn.Module,
     module: nn.Module,
@@ -84,7 +109,7 @@ def evaluate_splice(
     """Cross-entropy with reconstructions in place of a module's output, per level and set of positions.
 
     Args:
-        model: called with each batch's inputs; its result has `.logits` (B, L, vocabulary).
+        model: A causal model of transformers; logits are computed where a target is predicted, without a cache.
         module: the submodule whose output (B, L, d_in), or first output, the SAE reconstructs.
         batches: `SpliceBatch`es or tuples (model_inputs, labels, roles).
         sae: any SAELens SAE.
@@ -102,27 +127,69 @@ def evaluate_splice(
         HookError: the module did not run, or its output is not (B, L, d).
         SAEError: the SAE has another d_in, or no target or no position remains.
     """
+    runs = (
+        ModuleRun(model, module, entry if isinstance(entry, SpliceBatch) else SpliceBatch(*entry))
+        for entry in batches
+    )
+    with _in_eval_mode(model):
+        return evaluate_runs(
+            runs, sae, baseline=baseline, positions=positions, levels=levels, ablation=ablation
+        )
+
+
+@torch.no_grad()
+def evaluate_runs(
+    runs: Iterable[SpliceRun],
+    sae: SAE[Any],
+    *,
+    baseline: SAE[Any] | UntrainedControl | Mapping[str, SAE[Any] | UntrainedControl] | None = None,
+    positions: Mapping[str, Collection[int] | None] | None = None,
+    levels: Sequence[int] | None = None,
+    ablation: Literal["zero", "mean"] = "zero",
+) -> SpliceEvaluation:
+    """`evaluate_splice` of runs that know how to repeat themselves; an SAE encodes each position once.
+
+    Args:
+        runs: The batches; one is held at a time.
+        sae: As for `evaluate_splice`.
+        baseline: As for `evaluate_splice`; also controls that `UntrainedControls` made.
+        positions: As for `evaluate_splice`.
+        levels: As for `evaluate_splice`.
+        ablation: As for `evaluate_splice`.
+    """
     sae = load_matryoshka(sae) if isinstance(sae, TrainingSAE) else sae
     positions = positions or {"all": None}
-    variants = {
-        where: _variants(sae, baseline[where] if isinstance(baseline, Mapping) else baseline, levels)
+    subjects = {
+        where: _subjects(sae, baseline[where] if isinstance(baseline, Mapping) else baseline, levels)
         for where in positions
     }
     sums: dict[Any, float] = {}
     counts: dict[str, int] = {"targets": 0}
-    with _in_eval_mode(model):
-        for entry in batches:
-            batch = entry if isinstance(entry, SpliceBatch) else SpliceBatch(*entry)
-            counts["targets"] += int((batch.labels[:, 1:] != IGNORED_LABEL).sum())
-            _add(sums, "clean", _loss(model, batch))
-            for where, roles in positions.items():
-                mask = _mask(batch, where, roles)
-                counts[where] = counts.get(where, 0) + int(mask.sum())
-                with _replaced(module, mask, lambda rows: _ablated(rows, ablation)):
-                    _add(sums, ("ablated", where), _loss(model, batch))
-                for variant in variants[where]:
-                    with _replaced(module, mask, variant.reconstruct):
-                        _add(sums, (variant.name, variant.level, where), _loss(model, batch))
+    for run in runs:
+        wanted = run.labels[:, 1:] != IGNORED_LABEL
+        targets = run.labels[:, 1:][wanted]
+        counts["targets"] += len(targets)
+        if not len(targets):
+            continue
+        _add(sums, "clean", _loss(run.logits(), targets))
+        for where, roles in positions.items():
+            mask = _mask(run, where, roles)
+            counts[where] = counts.get(where, 0) + int(mask.sum())
+            if not bool(mask.any()):
+                for key in (
+                    ("ablated", where),
+                    *((s.name, level, where) for s in subjects[where] for level in s.levels),
+                ):
+                    _add(sums, key, _loss(run.logits(), targets))
+                continue
+            rows = run.values[mask]
+            ablated = (
+                torch.zeros_like(rows) if ablation == "zero" else rows.mean(0, keepdim=True).expand_as(rows)
+            )
+            _add(sums, ("ablated", where), _replaced_loss(run, mask, ablated, targets))
+            for subject in subjects[where]:
+                for level, new in zip(subject.levels, subject.reconstruct(rows), strict=True):
+                    _add(sums, (subject.name, level, where), _replaced_loss(run, mask, new, targets))
     empty = [where for where in positions if not counts.get(where)]
     if counts["targets"] == 0 or empty:
         raise SAEError(
@@ -130,47 +197,77 @@ def evaluate_splice(
             "ids at targets, and roles the numbers that positions= names."
         )
     return SpliceEvaluation(
-        tuple(_record(sums, counts, where, variant) for where in positions for variant in variants[where])
+        tuple(
+            _record(sums, counts, where, subject.name, level, subject.widths[level])
+            for where in positions
+            for subject in subjects[where]
+            for level in subject.levels
+        )
     )
 
 
+ROWS_AT_ONCE = 1024
+"""Positions that an SAE encodes at once."""
+
+
 @dataclass(frozen=True)
-class _Variant:
+class _Subject:
+    """An SAE or a control, and the levels that are spliced."""
+
     name: str
-    sae: SAE[Any]
-    level: int
-    width: int
+    sae: Any
+    widths: Sequence[int]
+    levels: list[int]
 
-    def reconstruct(self, rows: Tensor) -> Tensor:
-        if rows.shape[-1] != self.sae.cfg.d_in:
-            raise SAEError(
-                f"The module's output has {rows.shape[-1]} numbers per position, the SAE "
-                f"d_in={self.sae.cfg.d_in}. It was trained on another model or another hook point."
+    def reconstruct(self, rows: Tensor) -> list[Tensor]:
+        """One (n, d_in) tensor per level, in the dtype and on the device of the rows."""
+        parts: list[list[Tensor]] = [[] for _ in self.levels]
+        control = isinstance(self.sae, UntrainedControl)
+        place = self.sae.mean if control else self.sae.W_dec
+        for chunk in rows.split(ROWS_AT_ONCE):
+            if chunk.shape[-1] != place.shape[-1]:
+                raise SAEError(
+                    f"The module's output has {rows.shape[-1]} numbers per position, the SAE "
+                    f"d_in={place.shape[-1]}. It was trained on another model or another hook point."
+                )
+            x = chunk.to(place.device, place.dtype)
+            acts = self.sae.encode(x)
+            made = (
+                self.sae.reconstructions(acts)
+                if control
+                else level_reconstructions(self.sae, x, acts, self.widths)
             )
-        rows = rows.to(self.sae.device, self.sae.dtype)
-        return level_reconstructions(self.sae, rows, self.sae.encode(rows), [self.width])[0]
+            for part, level in zip(parts, self.levels, strict=True):
+                part.append(made[level].to(rows))
+        return [torch.cat(part) for part in parts]
 
 
-def _variants(sae: SAE[Any], baseline: SAE[Any] | None, levels: Sequence[int] | None) -> list[_Variant]:
-    named = [("trained", sae)] + ([] if baseline is None else [(beside_label(baseline), baseline)])
+def _subjects(
+    sae: SAE[Any], baseline: SAE[Any] | UntrainedControl | None, levels: Sequence[int] | None
+) -> list[_Subject]:
+    named: list[tuple[str, Any]] = [("trained", sae)]
+    if isinstance(baseline, UntrainedControl):
+        named.append(("untrained", baseline))
+    elif baseline is not None:
+        named.append((beside_label(baseline), baseline))
     result = []
     for name, one in named:
-        widths = level_widths_of(one)
+        widths = one.widths if isinstance(one, UntrainedControl) else level_widths_of(one)
         wanted = range(len(widths)) if levels is None else {level % len(widths) for level in levels}
-        result += [_Variant(name, one, level, widths[level]) for level in sorted(wanted)]
+        result.append(_Subject(name, one, widths, sorted(wanted)))
     return result
 
 
 def _record(
-    sums: Mapping[Any, float], counts: Mapping[str, int], where: str, variant: _Variant
+    sums: Mapping[Any, float], counts: Mapping[str, int], where: str, name: str, level: int, width: int
 ) -> SpliceRecord:
     targets = counts["targets"]
-    keys = ("clean", ("ablated", where), (variant.name, variant.level, where))
+    keys = ("clean", ("ablated", where), (name, level, where))
     clean, ablated, spliced = (sums[key] / targets for key in keys)
     return SpliceRecord(
-        sae=variant.name,
-        level=variant.level,
-        width=variant.width,
+        sae=name,
+        level=level,
+        width=width,
         positions=where,
         replaced=counts[where],
         targets=targets,
@@ -181,59 +278,77 @@ def _record(
     )
 
 
-def _loss(model: nn.Module, batch: SpliceBatch) -> float:
-    """Summed cross-entropy over the targets; logits are taken at the positions that predict one."""
-    logits = model(**batch.model_inputs).logits[:, :-1]
-    labels = batch.labels[:, 1:].to(logits.device)
-    wanted = labels != IGNORED_LABEL
-    return float(torch.nn.functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="sum"))
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    """Cross-entropy summed over the targets."""
+    return float(nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum"))
 
 
-def _mask(batch: SpliceBatch, where: str, roles: Collection[int] | None) -> Tensor:
-    attention = batch.model_inputs.get("attention_mask")
-    mask = torch.ones_like(batch.labels, dtype=torch.bool) if attention is None else attention.bool()
-    if roles is None:
-        return mask
-    if batch.roles is None:
-        raise SAEError(f"positions={where!r} names roles {sorted(roles)}, but the batch carries none.")
-    return mask & torch.isin(batch.roles, torch.tensor(sorted(roles), device=batch.roles.device)).to(
-        mask.device
-    )
+def _replaced_loss(run: SpliceRun, mask: Tensor, rows: Tensor, targets: Tensor) -> float:
+    """Loss with other rows at the masked positions."""
+    values = run.values.clone()
+    values[mask] = rows.to(values)
+    first = int(mask.any(0).nonzero()[0])
+    return _loss(run.logits(values, first), targets)
 
 
-def _ablated(rows: Tensor, ablation: str) -> Tensor:
-    return torch.zeros_like(rows) if ablation == "zero" else rows.mean(0, keepdim=True).expand_as(rows)
-
-
-@contextmanager
-def _replaced(module: nn.Module, mask: Tensor, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, the module's output at the masked positions is what `replace` makes of those rows."""
-    calls = 0
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        hidden = output[0] if isinstance(output, (tuple, list)) else output
-        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != mask.shape:
-            shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-            raise HookError(
-                f"The hooked {type(module).__name__} gave {shape}; a tensor of shape {(*mask.shape, 'd_in')} was "
-                "expected. Hook a module of the residual stream, such as a decoder layer."
-            )
-        changed = hidden.clone()
-        where = mask.to(hidden.device)
-        changed[where] = replace(hidden[where]).to(hidden.device, hidden.dtype)
-        return (changed, *output[1:]) if isinstance(output, (tuple, list)) else changed
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if calls == 0:
-        raise HookError(
-            f"The hooked {type(module).__name__} did not run. Pass a submodule of the model itself."
+def _mask(run: SpliceRun, where: str, roles: Collection[int] | None) -> Tensor:
+    mask = run.real
+    if roles is not None:
+        if run.roles is None:
+            raise SAEError(f"positions={where!r} names roles {sorted(roles)}, but the batch carries none.")
+        mask = mask & torch.isin(run.roles, torch.tensor(sorted(roles), device=run.roles.device)).to(
+            mask.device
         )
+    return mask.to(run.values.device)
+
+
+class ModuleRun:
+    """A batch through a causal model of transformers, with a torch hook on one of its modules."""
+
+    def __init__(self, model: nn.Module, module: nn.Module, batch: SpliceBatch) -> None:
+        self._model, self._module, self._inputs = model, module, batch.model_inputs
+        self.labels, self.roles = batch.labels, batch.roles
+        mask = batch.model_inputs.get("attention_mask")
+        self.real = torch.ones_like(batch.labels, dtype=torch.bool) if mask is None else mask.bool()
+        self._predicting = torch.nn.functional.pad(batch.labels[:, 1:] != IGNORED_LABEL, (0, 1))
+        self._clean: Tensor | None = self._run(None)
+
+    def logits(self, values: Tensor | None = None, first: int = 0) -> Tensor:
+        """See `SpliceRun`; the whole model runs."""
+        return self._run(values) if values is not None or self._clean is None else self._clean
+
+    def _run(self, values: Tensor | None) -> Tensor:
+        calls = 0
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            hidden = output[0] if isinstance(output, (tuple, list)) else output
+            shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            if not isinstance(hidden, Tensor) or hidden.ndim != 3 or shape[:2] != tuple(self.labels.shape):
+                raise HookError(
+                    f"The hooked {type(self._module).__name__} gave {shape}; a tensor of shape "
+                    f"{(*self.labels.shape, 'd_in')} was expected. Hook a module of the residual stream, such as a "
+                    "decoder layer."
+                )
+            if values is None:
+                self.values = hidden
+                return None
+            return (values, *output[1:]) if isinstance(output, (tuple, list)) else values
+
+        # Positions that predict a target in any row: logits of all others would be thrown away.
+        kept = self._predicting.any(0).nonzero()[:, 0]
+        kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=kept.device)
+        handle = self._module.register_forward_hook(hook)
+        try:
+            logits = self._model(**self._inputs, use_cache=False, logits_to_keep=kept).logits
+        finally:
+            handle.remove()
+        if calls == 0:
+            raise HookError(
+                f"The hooked {type(self._module).__name__} did not run. Pass a submodule of the model itself."
+            )
+        return logits[self._predicting[:, kept].to(logits.device)]
 
 
 @contextmanager

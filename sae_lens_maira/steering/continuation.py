@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sae_lens_maira.hooks._upper import only_blocks
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
 from sae_lens_maira.steering.engine import Engine
 from sae_lens_maira.steering.run import edit_output
@@ -147,7 +148,7 @@ class Continuation:
             layers=[PreallocatedLayer(self._length + capacity) for _ in range(len(lm.layers))]
         )
         below = upper.block + 1
-        with _only(lm, below):
+        with only_blocks(lm, below):
             # The entries of the lower blocks are still empty, so the library builds the mask of a first pass.
             last = self._pass(inputs_embeds=hidden)[:, -1]
         self._first = upper.model.lm_head(last)
@@ -253,7 +254,7 @@ def read_prompts(maira: Maira2, studies: Sequence[Any], upper: UpperModel) -> li
 
     handle = maira.model.get_submodule(upper.module).register_forward_hook(store, prepend=True)
     try:
-        with _only(upper.language_model, 0, below):
+        with only_blocks(upper.language_model, 0, below):
             maira.model(
                 **encoding.model_inputs(),
                 position_ids=position_ids_of(encoding.attention_mask),
@@ -318,14 +319,3 @@ def left_padded(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
 def position_ids_of(mask: torch.Tensor) -> torch.Tensor:
     """(B, n) place of every real token in its row, 0 at padding: the position ids that `generate` uses."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-@contextmanager
-def _only(lm: Any, first: int, stop: int | None = None) -> Iterator[None]:
-    """Reduce the language model to its blocks `first` to `stop` while the block runs."""
-    layers = lm.layers
-    lm.layers = nn.ModuleList(list(layers)[first:stop])
-    try:
-        yield
-    finally:
-        lm.layers = layers

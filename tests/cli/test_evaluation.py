@@ -1,14 +1,16 @@
-"""`evaluate` on the phantom: tables per level and role, the untrained SAE beside, and refusals."""
+"""`evaluate` on the phantom: tables per level and role, next to an untrained SAE, and refusals."""
 
 import pytest
 import torch
 
 from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.cli import main
-from sae_lens_maira.cli.evaluation import evaluate
+from sae_lens_maira.cli.evaluation import POSITIONS, evaluate
 from sae_lens_maira.errors import HookError, SAEError
+from sae_lens_maira.hooks import PointTable
+from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.phantom import generate_studies
-from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
+from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig, SpliceBatch, evaluate_splice
 
 HOOK = "blocks.3.hook_resid_post"
 
@@ -74,3 +76,43 @@ def test_the_command_reads_a_table(perfect, tmp_path, capsys):
     assert f"at {HOOK}, 2 studies" in capsys.readouterr().out
     assert main([*words, "train"]) == 2
     assert "no study in the split train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "hook", ["blocks.0.hook_resid_post", HOOK, "blocks.7.hook_resid_post", "blocks.3.hook_mlp_out"]
+)
+def test_repeating_the_upper_layers_gives_the_figures_of_whole_forwards(phantom, studies, hook):
+    """Against whole forwards with a torch hook and no shared keys: the same cross-entropies, levels and positions."""
+    one = studies[:3]
+    width = phantom.model.config.text_config.hidden_size
+    torch.manual_seed(0)
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(d_in=width, d_sae=64, matryoshka_widths=[16, 64]))
+    torch.nn.init.normal_(sae.W_enc, std=0.3)
+    torch.nn.init.normal_(sae.W_dec, std=0.3)
+    sae.cfg.metadata.hook_name = hook
+    found = evaluate(phantom, sae, one, progress=False).splice
+    point = PointTable(phantom.model.config).resolve(hook)
+    batches = []
+    for study in one:
+        encoding = phantom.processor.encode([study], report="teacher", padding_side="right")
+        labels = torch.where(encoding.roles == TokenRole.REPORT, encoding.input_ids, -100)
+        batches.append(SpliceBatch(encoding.model_inputs(), labels, encoding.roles))
+    positions = {where: [int(role) for role in roles] for where, roles in POSITIONS.items()}
+    module = phantom.model.get_submodule(point.module)
+    expected = evaluate_splice(phantom.model, module, batches, sae, positions=positions).to_frame()
+    mine = found[found.sae == "trained"].reset_index(drop=True)
+    assert list(mine.positions) == list(expected.positions) == ["text", "text", "image", "image"]
+    for column in ("ce_clean", "ce_ablated", "ce_spliced"):
+        assert mine[column].to_numpy() == pytest.approx(expected[column].to_numpy(), rel=2e-4)
+    assert (mine.replaced == expected.replaced).all()
+
+
+def test_batch_size_changes_rounding_only(phantom, studies, perfect):
+    small, large = (
+        evaluate(phantom, perfect, studies, batch_size=size, progress=False).rows for size in (1, 6)
+    )
+    trained = [frame[frame.sae == "trained"] for frame in (small, large)]
+    for column in ("rows", "l0", "explained_variance", "mse"):
+        assert trained[0][column].to_numpy() == pytest.approx(
+            trained[1][column].to_numpy(), rel=1e-3, abs=1e-4
+        )
