@@ -46,7 +46,7 @@ class UpperCache(DynamicCache):
         """Number of stored positions."""
         return super().get_seq_length(max(layer_idx, self._first), *args)
 
-    def get_mask_sizes(self, query: Any, layer_idx: int = 0) -> Any:
+    def get_mask_sizes(self, query: Any, layer_idx: int = 0) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Number of positions that a query sees, and the offset of the first."""
         return super().get_mask_sizes(query, max(layer_idx, self._first))
 

@@ -71,19 +71,27 @@ class SpliceEvaluation:
 
 
 class SpliceRun(Protocol):
-    """One batch whose forward pass can be repeated with other values at the hook point.
+    """One batch whose forward pass can be repeated with other values at the hook point."""
 
-    Attributes:
-        values: (B, L, d_in) at the hook point, of the unchanged run.
-        labels: (B, L), as in `SpliceBatch`.
-        roles: (B, L) or None.
-        real: (B, L) bool, False at padding.
-    """
+    @property
+    def values(self) -> Tensor:
+        """(B, L, d_in) at the hook point, of the unchanged run."""
+        ...
 
-    values: Tensor
-    labels: Tensor
-    roles: Tensor | None
-    real: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """(B, L), as in `SpliceBatch`."""
+        ...
+
+    @property
+    def roles(self) -> Tensor | None:
+        """(B, L), or None where positions are not told apart."""
+        ...
+
+    @property
+    def real(self) -> Tensor:
+        """(B, L) bool, False at padding."""
+        ...
 
     def logits(self, values: Tensor | None = None, first: int = 0) -> Tensor:
         """(targets, vocabulary) logits that predict the targets, row by row.
@@ -304,6 +312,8 @@ def _mask(run: SpliceRun, where: str, roles: Collection[int] | None) -> Tensor:
 
 class ModuleRun:
     """A batch through a causal model of transformers, with a torch hook on one of its modules."""
+
+    values: Tensor
 
     def __init__(self, model: nn.Module, module: nn.Module, batch: SpliceBatch) -> None:
         self._model, self._module, self._inputs = model, module, batch.model_inputs
