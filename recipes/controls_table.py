@@ -57,6 +57,7 @@ class Settings:
         out: Folder of the tables; made if missing.
         studies: Studies of that run.
         seed: Random seed of that run.
+        text_seeds: Text SAEs of that run.
         splice_studies: Studies for loss recovered.
         steer_studies: Studies without the finding to steer.
         finding: Finding to steer.
@@ -66,6 +67,7 @@ class Settings:
     out: Path = Path("runs/controls_table")
     studies: int = 1200
     seed: int = 0
+    text_seeds: int = 3
     splice_studies: int = 40
     steer_studies: int = 30
     finding: str = "cardiomegaly"
@@ -92,7 +94,11 @@ def run(settings: Settings) -> Path:
         ConfigError: the quickstart folder lacks an SAE.
     """
     config = QuickstartConfig(
-        out=settings.quickstart, studies=settings.studies, seed=settings.seed, finding=settings.finding
+        out=settings.quickstart,
+        studies=settings.studies,
+        seed=settings.seed,
+        text_seeds=settings.text_seeds,
+        finding=settings.finding,
     )
     settings.out.mkdir(parents=True, exist_ok=True)
     maira, studies = load_phantom(), studies_of(config)
@@ -158,6 +164,9 @@ def score_all(
         return Scored(saes[taken], scores[taken]), fired[taken][1]
 
     learned = rows.where(halves.choose[rows.study]).values
+    first = config.seed * (
+        config.text_seeds if place == "text" else 1
+    )  # as the quickstart numbers its controls
     found: dict[str, Scored] = {}
     l0 = 0.0
     for kind in KINDS:
@@ -166,8 +175,7 @@ def score_all(
             n = config.text_seeds if kind == "untrained" and place == "text" else 1
             own = "untrained_whitened" if whitened else kind
             controls = [
-                make_control(own, found["trained"].sae.inference, learned, config.seed + i, l0=l0)
-                for i in range(n)
+                make_control(own, found["trained"].sae.inference, learned, first + i, l0=l0) for i in range(n)
             ]
             saes = [
                 TrainedSAE(c, c.level_widths, rows.hook_name, i, whitened) for i, c in enumerate(controls)
@@ -232,12 +240,13 @@ def latent_maps(
             for i, study in enumerate(studies)
         }
         chosen = np.array([i for i, own in boxes.items() if own], dtype=np.int64)
-        if not len(chosen):
-            continue  # a finding without a place
+        mine = halves.choose[chosen]
+        if not mine.any() or (~mine).sum() < 2:
+            continue  # a finding without a place, or too few studies with one
         maps = by_study(acts[:, column], frontal.study, patch, len(studies), grid[0] * grid[1])[chosen]
         cover = np.stack([covered(boxes[i], grid) for i in chosen])
-        scores = spatial_scores(maps, cover, halves.choose[chosen])
-        reported = chosen[~halves.choose[chosen]]
+        scores = spatial_scores(maps, cover, mine)
+        reported = chosen[~mine]
         found[finding] = np.column_stack([scores.values, scores.elsewhere, reported])
     return found
 
@@ -306,7 +315,7 @@ def markdown(frame: pd.DataFrame, space: pd.DataFrame) -> str:
         if place == "image":
             steered = [
                 f"{r['steering']:.0%} ({r['steering low']:.0%} to {r['steering high']:.0%}), others changed "
-                f"{r['steering off-target']:.1%}"
+                f"{r['steering off-target']:.1%}, norm {r['steering norm']:.2f}"
                 for _, r in rows.iterrows()
             ]
             lines.append("| reports that state the finding when steered | " + " | ".join(steered) + " |")

@@ -1,19 +1,25 @@
 """The main job as a user runs it: one command, a folder to read, and the figures that the phantom promises."""
 
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from sae_lens_maira.activations import RowSettings, read_rows
+from sae_lens_maira.cli.recipe import run_recipe
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
 from sae_lens_maira.quickstart.run import stored_rows, text_folder
 from sae_lens_maira.quickstart.sae import level_widths
 from sae_lens_maira.stats import wilson
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "controls_table.py"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,37 @@ def test_small_run_writes_everything(tmp_path):
     assert copied == (text_folder(config, taken.seed) / "sae_weights.safetensors").read_bytes()
     assert f"| {taken.seed} | yes |" in report
     assert len(result.image.draws) == 1
+    check_controls_table(config, result, tmp_path / "table")
+
+
+def check_controls_table(config, result, out):
+    """The recipe scores the run's SAEs: its F1 are the run's, every control has every measure."""
+    recipe = runpy.run_path(str(RECIPE), run_name="recipe")
+    few = ["--splice_studies=4", "--steer_studies=4", "--text_seeds=2", "--seed=3", "--studies=60"]
+    arguments = [
+        "--config",
+        str(RECIPE.with_suffix(".yaml")),
+        "--quickstart",
+        str(config.out),
+        "--out",
+        str(out),
+    ]
+    assert run_recipe(recipe["Settings"], recipe["run"], None, [*arguments, *few]) == 0
+    table = pd.read_csv(out / "controls.csv").set_index(["place", "kind"])
+    for place in (result.text, result.image):
+        rows = table.loc[place.place]
+        assert list(rows.index) == ["trained", "frozen_decoder", "frozen_encoder", "untrained", "raw"]
+        assert rows.loc["trained", "F1 of firing"] == pytest.approx(place.trained.f1.mean())
+        assert rows.loc["trained", "explained variance"] == pytest.approx(place.explained_variance)
+        for kind in ("frozen_decoder", "frozen_encoder", "untrained", "raw"):
+            gain = place.gains[kind]
+            assert rows.loc[kind, "F1 of firing trained minus"] == pytest.approx(gain.mean)
+            assert rows.loc[kind, "F1 of firing low"] == pytest.approx(gain.low)
+        assert rows["loss recovered"].notna().all()
+    image = table.loc["image"]
+    assert image[["pointing", "energy", "iou", "steering"]].notna().all().all()
+    assert (image.loc["trained", [f"{m} trained minus" for m in ("pointing", "energy", "iou")]] == 0).all()
+    assert "not measured" in (out / "controls.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
