@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from sae_lens_maira.dashboards.html import _write_call, write_page
+from sae_lens_maira.interp.records import Interpretation, Score
 from sae_lens_maira.latents.records import (
     Context,
     FindingAgreement,
@@ -195,6 +197,8 @@ def test_search_keys_heatmap_hostile_text_and_silence_on_the_network(page: Path,
     assert HOSTILE in browser.find_element(By.CSS_SELECTOR, "#latent .context .text").text
     assert browser.title == "Latent 7"
     assert browser.execute_script("return document.querySelector('.context img').naturalWidth") == 112
+    pair = "return [...document.querySelectorAll('.context .pair')[0].children].map((f) => f.clientWidth)"
+    assert browser.execute_script(pair) == [320, 320]
     near = browser.find_element(By.XPATH, "//h2[text()='Neighbours']/..").text
     assert "refines #8" in near
     assert "refined by #6" in near
@@ -224,6 +228,42 @@ def test_search_keys_heatmap_hostile_text_and_silence_on_the_network(page: Path,
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     assert len(urls) > 5
     assert all(url.startswith(("file:", "data:", "chrome:")) for url in urls), urls
+
+
+def test_the_index_opens_with_the_best_scores_and_explains_its_columns(tmp_path: Path, browser: Any) -> None:
+    """Sorted by score, dead latents hidden, empty columns left out, a help line per column, licences in sight."""
+    records = [dataclasses.replace(_record(i), status="dead" if i == 2 else "alive") for i in range(5)]
+    studies = [StudyInfo("s0", "p0", "credentialed", findings=(), labelled_by="truth", boxes=(), images=())]
+    meta = RecordsMeta("m", "blocks.3.hook_resid_post", 3, "s", "trained", 64, 5, (5,), 9, 9, 4, (), 0, {})
+    named = [
+        Interpretation(
+            latent, f"{'a long name of an opacity ' * 3}{latent}", "e", "acts_top20", None,
+            (Score("detection", "j", 20, 20, 0, 10, 0, 9, 1, score, 0.5, 1.0),), (), None, "ok", 20, 20, "1",
+        )
+        for latent, score in ((1, 0.7), (3, 0.9), (4, 0.8))
+    ]  # fmt: skip
+    source = write_records(tmp_path / "records", meta, studies, [TEXT], records)
+    page = write_page(source, named, tmp_path / "out", allow_credentialed=True)
+    browser.get(page.as_uri())
+    _until(browser, "page.ready > 0")
+    assert browser.find_element(By.ID, "count").text == "4 of 5 latents, 1 dead hidden"
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('.row')].map((r) => r.dataset.latent)"
+    )
+    assert rows == ["3", "4", "1", "0"]
+    heads = browser.execute_script("return page.heads.map((head) => head[1])")
+    assert "Category" not in heads
+    browser.find_element(By.CSS_SELECTOR, ".help summary").click()
+    help_lines = [e.text for e in browser.find_elements(By.CSS_SELECTOR, "#help dd")]
+    assert len(help_lines) == len(heads)
+    assert all(line.endswith(".") for line in help_lines)
+    cut = "const n = document.querySelector('.row .name'); return n.scrollHeight > n.clientHeight + 1"
+    assert not browser.execute_script(cut)
+    assert "Credentialed data" in browser.find_element(By.ID, "banners").text
+    browser.execute_script("location.hash = '#/latent/3'")
+    _shown(browser, 3)
+    note = browser.find_element(By.CSS_SELECTOR, ".context .licence").text
+    assert note == "Credentialed study: its text and images stay on this machine."
 
 
 def test_sixteen_thousand_latents_are_interactive_within_a_second(page: Path, browser: Any) -> None:

@@ -2,14 +2,23 @@
 // Everything that comes from data reaches the page through textContent.
 "use strict";
 
-const page = { about: null, columns: null, tables: null, rows: [], at: 0, sort: "latent", down: false, started: 0, ready: 0 };
+const page = { about: null, columns: null, tables: null, rows: [], at: 0, heads: [], sort: "score", down: true, started: 0, ready: 0 };
 const PRINTED = 200; // rows of the index on paper
 const $ = (id) => document.getElementById(id);
 
+// Key, title, kind of cell, width, one line of help.
 const HEADS = [
-  ["latent", "Latent", "number"], ["name", "Name", "name"], ["category", "Category", "word"], ["level", "Level", "number"],
-  ["text", "Text density", "number"], ["image", "Image density", "number"], ["max", "Max", "number"],
-  ["finding", "Best finding", "finding"], ["f1", "F1", "number"], ["score", "Score", "number"], ["control", "Control", "number"],
+  ["latent", "Latent", "number", "4.5em", "Number of the latent in the SAE."],
+  ["name", "Name", "name", "minmax(12em, 1fr)", "Explanation with the best score; without one, an arrow and the output tokens that the latent raises most."],
+  ["category", "Category", "word", "7em", "Category that the explainer gave, such as pathology or device."],
+  ["level", "Level", "number", "3.6em", "Level of the Matryoshka SAE: 0 is the coarsest."],
+  ["text", "Text density", "number", "6.5em", "Share of the text positions read at which the latent fires."],
+  ["image", "Image density", "number", "7.2em", "Share of the image positions read at which the latent fires."],
+  ["max", "Max", "number", "4.2em", "Largest activation in the studies read."],
+  ["finding", "Best finding", "finding", "13em", "Finding with the highest F1, and the positions at which it was measured."],
+  ["f1", "F1", "number", "3.6em", "Agreement between firing in a study and the best finding; 1 is perfect."],
+  ["score", "Score", "number", "4.2em", "Balanced accuracy of the explanation on examples it was not made from; 0.5 is chance."],
+  ["control", "Control", "number", "4.8em", "The same score with the explanation of another latent: what the examples alone give away."],
 ];
 
 function element(tag, options = {}, ...children) {
@@ -45,6 +54,14 @@ function saeIndex(data) {
     if (!page.refinedBy.has(latent)) page.refinedBy.set(latent, []);
     page.refinedBy.get(latent).push([columns.latent[i], value]);
   }));
+  // Columns without a value say nothing and would take room from the names.
+  const known = (value) => value !== null && value !== "" && value !== -1;
+  page.heads = HEADS.filter(([key]) => key === "name" || columns[key].some(known));
+  page.places = new Set(columns.at.filter(Boolean)).size;
+  const sorts = ["score", "f1", "latent"].find((key) => columns[key].some(known));
+  Object.assign(page, { sort: sorts, down: sorts !== "latent" });
+  document.documentElement.style.setProperty("--grid", page.heads.map((head) => head[3]).join(" "));
+  $("help").replaceChildren(...page.heads.flatMap(([, title, , , help]) => [element("dt", { text: title }), element("dd", { text: help })]));
   fillFilters();
   drawBanners();
   drawHead();
@@ -53,13 +70,15 @@ function saeIndex(data) {
   page.ready = performance.now();
 }
 
+function shareable(licence) { return licence === "public" || licence === "synthetic"; }
+
 function drawBanners() {
   const { about } = page;
   $("origin").textContent = `${about.model} · ${about.hook} · ${about.d_sae.toLocaleString("en")} latents · ${about.control} SAE · ${about.studies.toLocaleString("en")} studies`;
   const banner = (className, text) => $("banners").append(element("p", { className, role: "note", text }));
   if (about.phantom) banner("banner phantom", "Test bench: synthetic radiographs and a small trained phantom of the model. Nothing here says anything about medicine.");
   if (about.control !== "trained") banner("banner control", `A control, not a result: these latents are those of ${about.control === "raw" ? "raw residual dimensions" : "an " + about.control + " SAE"}.`);
-  if (about.licences.includes("credentialed")) banner("banner credentialed", "Credentialed data: this folder holds text of studies under a data use agreement. Keep it where they are kept." + (about.images ? " It also holds their images." : " Images are left out."));
+  if (!shareable(about.licence)) banner("banner credentialed", `${about.licence === "credentialed" ? "Credentialed data" : `Data of an unknown licence (${about.licence})`}: this folder contains text of studies under a data use agreement${about.images ? " and their images" : "; images are left out"}. Keep it where the studies are kept.`);
 }
 
 function fillFilters() {
@@ -74,9 +93,9 @@ function fillFilters() {
 }
 
 function drawHead() {
-  $("head").replaceChildren(...HEADS.map(([key, title, kind]) => element("span", {
+  $("head").replaceChildren(...page.heads.map(([key, title, kind, , help]) => element("span", {
     role: "columnheader", className: kind, "aria-sort": page.sort !== key ? "none" : page.down ? "descending" : "ascending",
-  }, element("button", { type: "button", "data-sort": key, "aria-label": `Sort by ${title}`, text: title + (page.sort !== key ? "" : page.down ? " ↓" : " ↑"), on: { click: () => {
+  }, element("button", { type: "button", "data-sort": key, "aria-label": `Sort by ${title}`, title: help, text: title + (page.sort !== key ? "" : page.down ? " ↓" : " ↑"), on: { click: () => {
     page.down = page.sort === key ? !page.down : !["latent", "name", "category", "level", "finding"].includes(key);
     page.sort = key;
     drawHead();
@@ -90,25 +109,26 @@ function refresh() {
   const asked = (id) => ($(id).value === "" ? null : Number($(id).value));
   const terms = $("query").value.toLowerCase().split(/\s+/).filter(Boolean);
   const [finding, category, level, low, high, score] = ["finding", "category", "level", "low", "high", "score"].map(asked);
-  const kind = $("kind").value, alive = $("alive").checked;
+  const kind = $("kind").value, hidden = $("dead").checked;
+  let dead = 0;
   const rows = [];
   for (let i = 0; i < columns.latent.length; i++) {
     if (finding !== null && columns.finding[i] !== finding) continue;
     if (category !== null && columns.category[i] !== category) continue;
     if (level !== null && columns.level[i] !== level) continue;
-    if (alive && tables.status[columns.status[i]] !== "alive") continue;
     const density = kind ? columns[kind][i] ?? 0 : Math.max(columns.text[i] ?? 0, columns.image[i] ?? 0);
     if (kind && density === 0) continue;
     if (low !== null && density < low) continue;
     if (high !== null && density > high) continue;
     if (score !== null && (columns.score[i] === null || columns.score[i] < score)) continue;
     if (!terms.every((term) => columns.haystack[i].includes(term))) continue;
+    if (hidden && tables.status[columns.status[i]] === "dead") { dead++; continue; }
     rows.push(i);
   }
   page.rows = sortRows(rows);
   page.at = 0;
   $("scroll").scrollTop = 0;
-  $("count").textContent = `${rows.length.toLocaleString("en")} of ${columns.latent.length.toLocaleString("en")} latents`;
+  $("count").textContent = `${rows.length.toLocaleString("en")} of ${columns.latent.length.toLocaleString("en")} latents${dead ? `, ${dead.toLocaleString("en")} dead hidden` : ""}`;
   $("table").setAttribute("aria-rowcount", rows.length + 1);
   drawRows();
 }
@@ -126,7 +146,7 @@ function sortRows(rows) {
   }).map(([, i]) => i);
 }
 
-function rowHeight() { return Math.round(2.25 * parseFloat(getComputedStyle(document.documentElement).fontSize)); }
+function rowHeight() { return Math.round(2.6 * parseFloat(getComputedStyle(document.documentElement).fontSize)); }
 
 function drawRows() {
   const { columns, tables, rows } = page, height = rowHeight(), scroll = $("scroll");
@@ -140,12 +160,17 @@ function drawRows() {
     const cell = (kind, text, title) => element("span", { role: "gridcell", className: kind, text, ...(title ? { title } : {}) });
     const name = columns.name[i] || (status === "dead" ? "dead" : columns.words[i] ? `↑ ${columns.words[i]}` : "");
     const finding = tables.finding[columns.finding[i]];
+    const cells = {
+      latent: () => element("span", { role: "gridcell", className: "number" }, element("a", { href: `#/latent/${latent}`, tabindex: "-1", text: latent })),
+      name: () => cell("name", name, name),
+      category: () => cell("word", tables.category[columns.category[i]] || ""),
+      level: () => cell("number", columns.level[i]),
+      finding: () => cell("finding", finding ? words(finding) + (page.places > 1 ? ` (${columns.at[i] === "i" ? "image" : "text"})` : "") : "", finding && words(finding)),
+      score: () => cell("number strong", number(columns.score[i])),
+      control: () => cell("number faint", number(columns.control[i])),
+    };
     const row = element("div", { role: "row", className: `row ${status}${n === page.at ? " here" : ""}${columns.name[i] ? "" : " unnamed"}`, "aria-rowindex": n + 2, "aria-selected": String(n === page.at), "data-latent": latent, on: { click: () => { page.at = n; open(latent); } } },
-      element("span", { role: "gridcell", className: "number" }, element("a", { href: `#/latent/${latent}`, tabindex: "-1", text: latent })),
-      cell("name", name, name), cell("word", tables.category[columns.category[i]] || ""), cell("number", columns.level[i]),
-      cell("number", number(columns.text[i])), cell("number", number(columns.image[i])), cell("number", number(columns.max[i])),
-      cell("finding", finding ? `${words(finding)} (${columns.at[i] === "i" ? "image" : "text"})` : ""),
-      cell("number", number(columns.f1[i])), cell("number strong", number(columns.score[i])), cell("number faint", number(columns.control[i])));
+      ...page.heads.map(([key]) => (cells[key] || (() => cell("number", number(columns[key][i]))))()));
     row.style.top = `${n * height}px`;
     row.style.height = `${height}px`;
     drawn.push(row);

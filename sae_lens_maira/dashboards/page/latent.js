@@ -140,7 +140,9 @@ function drawContext(context, data, scale) {
   return element("figure", { className: "context" },
     element("figcaption", {}, element("strong", { text: number(context.value) }), ` ${hit} · study ${context.study}`,
       ...study.findings.map((finding) => element("span", { className: "chip", text: words(finding) })),
-      study.labelled_by === "rule_labels" ? element("span", { className: "faint", text: " labels by rule" }) : null),
+      study.labelled_by === "rule_labels" ? element("span", { className: "faint", text: " labels by rule" }) : null,
+      study.licence && shareable(study.licence) ? element("span", { className: "faint", text: ` ${study.licence} study` }) : null),
+    shareable(study.licence) ? null : element("p", { className: "licence", role: "note", text: `${study.licence === "credentialed" ? "Credentialed study" : "Study of an unknown licence"}: its text and images stay on this machine.` }),
     context.heat.length ? element("div", { className: "films" }, ...context.heat.map((heat) => film(data, heat, { scale: scale.image || heat.max, image: study.images[heat.view], boxes: heat.view === "frontal" ? study.boxes : [], patch: context.patch && context.patch[0] === heat.view ? context.patch : null }, heat.max > 0 ? `max ${number(heat.max)}` : read ? "silent" : "patches not read"))) : null,
     drawText(context, scale.text || context.value));
 }
@@ -187,11 +189,14 @@ function film(data, heat, { scale, image, boxes = [], patch = null, map = false 
     paint.lineWidth = 2;
     paint.strokeRect(patch[2] * cell - 1, patch[1] * cell - 1, cell + 2, cell + 2);
   }
-  const frame = element("div", { className: image ? "frame" : "frame bare" }, image ? element("img", { src: image, alt: `${heat.view} radiograph`, loading: "lazy" }) : null, canvas,
+  const radiograph = () => element("img", { src: image, alt: `${heat.view} radiograph`, loading: "lazy" });
+  const frame = element("div", { className: image ? "frame" : "frame bare" }, image ? radiograph() : null, canvas,
     ...boxes.map(([finding, left, top, right, bottom]) => {
       const box = element("div", { className: finding === best ? "box best" : "box", role: "img", "aria-label": `Box of ${words(finding)}` }, element("span", { text: words(finding) }));
       Object.assign(box.style, { left: `${100 * left}%`, top: `${100 * top}%`, width: `${100 * (right - left)}%`, height: `${100 * (bottom - top)}%` });
       return box;
     }));
-  return element("div", { className: "film" }, frame, element("p", { className: "faint", text: `${heat.view} · ${caption}` }));
+  // Where the latent fires: the radiograph alone, and next to it the one with the map.
+  const pair = image && heat.max > 0 ? element("div", { className: "pair" }, element("div", { className: "frame" }, radiograph()), frame) : frame;
+  return element("div", { className: heat.max > 0 ? "film" : "film quiet" }, pair, element("p", { className: "faint", text: `${heat.view} · ${caption}` }));
 }
