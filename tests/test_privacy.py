@@ -20,6 +20,7 @@ from sae_lens_maira.cli import main
 from sae_lens_maira.errors import PrivacyError
 from sae_lens_maira.io import sha256_of
 from sae_lens_maira.latents import records as r
+from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.latents.writing import write_records
 
 SECRET = "Zzyzxomegaly"
@@ -277,3 +278,20 @@ def test_files_are_private_unless_their_folder_is_shared(tmp_path, mode, expecte
         os.umask(before)
     assert stat.S_IMODE((shared / "file").stat().st_mode) == expected
     assert stat.S_IMODE((shared / "later").stat().st_mode) == 0o644
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_records_are_readable_by_their_owner_only_and_drafts_of_killed_processes_go(folder):
+    """A record set contains text of reports; what a killed `latents` left of it is replaced by the next write."""
+    left = folder / ".written"
+    left.mkdir()
+    (left / "texts.jsonl").write_text(SECRET)
+    kept = RecordSet.open(folder)
+    texts = [kept.texts[name] for name in kept.studies]
+    write_records(folder, kept.meta, kept.studies.values(), texts, list(kept.stream()))
+    assert not left.exists()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir() if path.is_file()}
+    assert {
+        name for name, mode in modes.items() if mode & 0o077 and name.endswith(("jsonl", "parquet"))
+    } == set()
+    assert not [path.name for path in folder.iterdir() if "partial" in path.name]

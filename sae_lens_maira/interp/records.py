@@ -16,6 +16,7 @@ from pathlib import Path
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.serialization import from_plain, to_plain
+from sae_lens_maira.privacy import private_files
 
 FILE = "interpretations.jsonl"
 
@@ -156,5 +157,6 @@ def save(folder: Path | str, done: Iterable[Interpretation]) -> list[Interpretat
         json.dumps(to_plain(one), allow_nan=False, ensure_ascii=False) + "\n"
         for one in (*kept, *better.values())
     ]
-    atomic_write(Path(folder) / FILE, "".join(lines))
+    with private_files(folder):
+        atomic_write(Path(folder) / FILE, "".join(lines))
     return list(better.values())

@@ -16,6 +16,7 @@ import pandas as pd
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, explanation_type
+from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.records import RecordsMeta
 
 CATEGORIES = ("device", "pathology", "longitudinal change", "textual", "other")
@@ -182,7 +183,7 @@ def neuronpedia_rows(
 def write_neuronpedia(rows: Sequence[Mapping[str, Any]], path: Path | str) -> None:
     """Rows as JSON lines."""
     text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
-    Path(path).write_text(text, encoding="utf-8")
+    atomic_write(path, text)
 
 
 def _brief(score: Any) -> dict[str, Any]:

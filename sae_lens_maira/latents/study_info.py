@@ -16,7 +16,7 @@ from PIL import Image
 from sae_lens_maira.latents.records import StudyInfo
 from sae_lens_maira.maira2.images import ImageSource, box_to_crop, read_grey, stretch_contrast
 from sae_lens_maira.maira2.prompts import VIEWS
-from sae_lens_maira.privacy import is_shareable
+from sae_lens_maira.privacy import is_shareable, private_files
 from sae_lens_maira.studies import Study
 
 
@@ -116,6 +116,7 @@ def save_images(study: Study, name: str, folder: Path, side: int) -> tuple[tuple
             continue
         square, _ = centre_crop(image, (), side)
         path = f"images/{stem}-{view}.png"
-        square.save(folder / path)
+        with private_files(folder):
+            square.save(folder / path)
         saved.append((view, path))
     return tuple(saved)

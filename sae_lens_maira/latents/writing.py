@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -18,11 +16,12 @@ from typing import Any
 import pandas as pd
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.io import sha256_of
+from sae_lens_maira.io import atomic_folder, sha256_of
 from sae_lens_maira.latents.maps import MapSums, write_maps
 from sae_lens_maira.latents.records import MODALITIES, LatentRecord, RecordsMeta, StudyInfo, StudyText
 from sae_lens_maira.latents.recordset import FORMAT, META, STUDIES, TABLE, RecordSet, maps_name
 from sae_lens_maira.latents.serialization import TEXTS, record_to_plain, text_line
+from sae_lens_maira.privacy import private_files
 
 LATENTS_PER_FILE = 256
 
@@ -38,7 +37,8 @@ def write_records(
     """Write a record set; nothing of it can be seen half-written.
 
     Files are completed in a hidden folder and moved into place, the old `meta.json` first removed and the new one
-    moved last. Other files of the folder (images, interpretations) stay.
+    moved last. Other files of the folder (images, interpretations) stay. What a killed process left is replaced. Files
+    contain text of reports: only their owner can read them, unless the folder is shared.
 
     Args:
         folder: Created if missing.
@@ -54,22 +54,21 @@ def write_records(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
+    staged = folder / ".written"
+    with private_files(folder), atomic_folder(staged, "replace") as scratch:
         _write_once(scratch / STUDIES, ((entry.study, _line(entry)) for entry in studies))
         sizes: dict[str, tuple[int, int]] = {}
         _write_once(scratch / TEXTS, _text_lines(texts, sizes))
         _write_lines(scratch, records, sizes, map_sums).to_parquet(scratch / TABLE, index=False)
         files = {path.name: sha256_of(path) for path in sorted(scratch.iterdir())}
         (scratch / META).write_bytes(_line({"format": FORMAT} | vars(meta) | {"files": files}))
-        (folder / META).unlink(missing_ok=True)
-        for pattern in ("records-*.jsonl", "maps-*.npz"):
-            for old in folder.glob(pattern):
-                old.unlink()
-        for path in sorted(scratch.iterdir(), key=lambda path: path.name == META):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    (folder / META).unlink(missing_ok=True)
+    for pattern in ("records-*.jsonl", "maps-*.npz"):
+        for old in folder.glob(pattern):
+            old.unlink()
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == META):
+        os.replace(path, folder / path.name)
+    staged.rmdir()
     return RecordSet.open(folder)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents import Halves
 from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.quickstart.figures import draw_agreement, draw_heatmaps, draw_steering
@@ -28,15 +29,16 @@ def write_report(
         (folder / name).mkdir(parents=True, exist_ok=True)
     places = (result.text, result.image)
     for place in places:
-        agreement_frame(place).to_csv(folder / "tables" / f"agreement_{place.place}.csv")
+        table = folder / "tables" / f"agreement_{place.place}.csv"
+        atomic_write(table, agreement_frame(place).to_csv())
     draw_agreement(places, folder / "figures" / "agreement.png")
     for column, finding in enumerate(FINDING_KEYS):
         latent = int(result.image.trained.unit[column])
         file = folder / "figures" / f"latent_{finding}.png"
         draw_heatmaps(finding, latent, result.image.sae, rows, studies, halves.report, file)
     draw_steering(result.steering, folder / "figures" / "steering.png")
-    (folder / "results.json").write_text(json.dumps(summary(result), indent=2) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(result), encoding="utf-8")
+    atomic_write(folder / "results.json", json.dumps(summary(result), indent=2) + "\n")
+    atomic_write(folder / "report.md", _markdown(result))
 
 
 def agreement_frame(place: PlaceResult) -> pd.DataFrame:

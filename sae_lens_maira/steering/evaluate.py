@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_file
 from sae_lens_maira.maira2 import Maira2
+from sae_lens_maira.privacy import private_files
 from sae_lens_maira.stats import bootstrap_mean, wilson
 from sae_lens_maira.steering.interventions import Intervention
 from sae_lens_maira.steering.prompts import Job, SharedPrompts, Written
@@ -70,7 +71,7 @@ class SteeringTables:
     def save(self, folder: Path) -> None:
         """Write `studies.parquet`, `dose_response.png` and, last, `summary.parquet`, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / "studies.parquet") as file:
+        with private_files(folder), atomic_file(folder / "studies.parquet") as file:
             self.studies.to_parquet(file)
         with atomic_file(folder / "dose_response.png") as file:
             dose_response(self).savefig(file, dpi=130, format="png")

@@ -22,7 +22,7 @@ import pandas as pd
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.study_info import centre_crop
-from sae_lens_maira.privacy import is_shareable
+from sae_lens_maira.privacy import is_shareable, private_files
 from sae_lens_maira.studies import Study
 from sae_lens_maira.studies.words import Piece, compare_words
 
@@ -117,16 +117,17 @@ def write_page(
     ]
     style = files("sae_lens_maira.steering").joinpath("page.css").read_text(encoding="utf-8")
     page = folder / PAGE
-    atomic_write(
-        page,
+    text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
-        + "\n</body>\n</html>\n",
+        + "\n</body>\n</html>\n"
     )
+    with private_files(folder):
+        atomic_write(page, text)
     return page
 
 

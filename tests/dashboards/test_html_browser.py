@@ -237,7 +237,7 @@ def test_the_index_opens_with_the_best_scores_and_explains_its_columns(tmp_path:
     meta = RecordsMeta("m", "blocks.3.hook_resid_post", 3, "s", "trained", 64, 5, (5,), 9, 9, 4, (), 0, {})
     named = [
         Interpretation(
-            latent, f"{'a long name of an opacity ' * 3}{latent}", "e", "acts_top20", None,
+            latent, f"{'a long name of an opacity ' * 3}{latent}", "e", "acts_top20", "",
             (Score("detection", "j", 20, 20, 0, 10, 0, 9, 1, score, 0.5, 1.0),), (), None, "ok", 20, 20, "1",
         )
         for latent, score in ((1, 0.7), (3, 0.9), (4, 0.8))
