@@ -11,6 +11,7 @@
     ├── StoreError          an activation store is damaged or does not match its request
     │   └── DiskError       a disk is full, of whatever was being written
     ├── BackendError        a kernel backend cannot run what was asked
+    ├── LockError           another process works in the folder
     ├── RankError           a rank of a command that runs over several processes failed or died
     ├── RecordError         latent records or interpretations are incomplete or do not fit together
     ├── ServerError         a language-model or upload server refused or could not be understood
@@ -64,6 +65,10 @@ class DiskError(StoreError, OSError):
 
 class BackendError(MairaError, RuntimeError):
     """A kernel backend cannot run what was asked."""
+
+
+class LockError(MairaError, RuntimeError):
+    """Another process works in the folder."""
 
 
 class RankError(MairaError, RuntimeError):

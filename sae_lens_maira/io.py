@@ -1,4 +1,4 @@
-"""Atomic writes: temporary file or folder, then rename. Also JSON and hashes.
+"""Atomic writes: temporary file or folder, then rename. Also locks of work folders, JSON and hashes.
 
     draft       <name>.<host>-<process>.partial in the same folder; the draft of a running process is never touched
     success     one rename, which a file system does entirely or not at all
@@ -8,17 +8,20 @@ A killed process leaves at most its draft, which the next write to the same targ
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from sae_lens_maira.errors import DiskError, StoreError
+from sae_lens_maira.errors import DiskError, LockError, StoreError
 
 _HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
 # A quota and a limit on file sizes mean the same to a user as a full disk.
@@ -172,6 +175,76 @@ def _say_if_full(error: BaseException, path: Path) -> None:
         ) from error
 
 
+@contextmanager
+def locked(folder: Path | str, part: str = "") -> Iterator[None]:
+    """Hold the lock of a work folder, so that two processes never work in it at the same time.
+
+    The lock is a file next to the folder, held with `flock`: the system releases it when its process ends, however it
+    ends, so a lock that a killed process left is taken over.
+
+    Args:
+        folder: The folder; it need not exist.
+        part: Part of the folder that this process works in, such as "rank 3 of 16", where several processes share it.
+            Processes with different parts do not exclude each other.
+
+    Raises:
+        LockError: Another process holds the lock; the message gives its host, process id and age.
+    """
+    folder = Path(os.path.abspath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    suffix = f"-{part.replace(' ', '-')}" if part else ""
+    path = folder.with_name(f".{folder.name}{suffix}.lock")
+    handle = _lock(path, folder)
+    try:
+        if handle is not None:
+            owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps(owner).encode())
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _lock(path: Path, folder: Path) -> int | None:
+    """Open and lock the file; None, with a warning, where the file system has no locks."""
+    while True:
+        handle = -1
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                    return handle
+            os.close(handle)  # the owner removed the file between our open and our lock
+        except BlockingIOError:
+            text = os.pread(handle, 4096, 0)
+            os.close(handle)
+            raise LockError(_owned(folder, text)) from None
+        except OSError as error:
+            if handle >= 0:
+                os.close(handle)
+            sys.stderr.write(
+                f"warning: {folder} cannot be locked ({error.strerror}); do not start a second process that works "
+                "in it.\n"
+            )
+            return None
+
+
+def _owned(folder: Path, text: bytes) -> str:
+    owner = "another process"
+    with suppress(ValueError, KeyError, TypeError):
+        told = json.loads(text)
+        age = max(0, int(time.time() - told["started"]))
+        words = f"{age} s" if age < 120 else f"{age // 60} min" if age < 7200 else f"{age // 3600} h"
+        owner = f"process {told['pid']} on {told['host']}, started {words} ago,"
+    return (
+        f"{folder} is in use: {owner} works in it. Wait until it has ended, end it, or name another folder."
+    )
+
+
 def write_listed(path: Path, content: bytes) -> dict[str, Any]:
     """Write `content` so that `path` holds all of it or is as before.
 
@@ -218,6 +291,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "atomic_write",
+    "locked",
     "read_json",
     "sha256_of",
     "write_json",

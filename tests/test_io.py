@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lens_maira.errors import DiskError
-from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write
+from sae_lens_maira.errors import DiskError, LockError
+from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write, locked
 
 pytestmark = pytest.mark.compat
 
@@ -131,3 +131,27 @@ def test_an_owner_removes_what_it_left_when_it_was_killed(tmp_path):
     with atomic_folder(tmp_path / "folder", owner="0") as draft:
         (draft / "file").touch()
     assert names(tmp_path) == ["folder", "folder.10-17.partial"]
+
+
+def test_a_lock_excludes_others_until_its_process_ends(tmp_path):
+    """A second owner is refused with host, process and age; a killed owner's lock is taken over; nothing stays."""
+    folder = tmp_path / "work"
+    program = (
+        "import sys, time; from sae_lens_maira.io import locked\n"
+        f"with locked({str(folder)!r}):\n    print('held', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(LockError, match=rf"process {owner.pid} on .*, started \d+ s ago"), locked(folder):
+            pass
+        with locked(folder, "rank 1 of 2"), locked(folder, "rank 0 of 2"):
+            pass
+    finally:
+        owner.kill()
+        owner.communicate()
+    assert names(tmp_path) == [".work.lock"]  # the killed process left it
+    with locked(folder), pytest.raises(LockError), locked(folder):
+        pass
+    assert names(tmp_path) == []

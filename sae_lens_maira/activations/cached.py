@@ -42,7 +42,7 @@ def export_cached(
     """Write a store as SAELens' cached activations.
 
     Args:
-        store: complete, or as far as it goes.
+        store: A complete store.
         folder: new or empty.
         hook: hook point; the store's first if not given.
         context_size: rows a data set row, which SAELens must be told.
@@ -51,9 +51,10 @@ def export_cached(
         Data set rows written, and store rows left out because they do not fill one.
 
     Raises:
-        StoreError: the folder is not empty, no such hook point, damage, or too few rows.
+        StoreError: the store is incomplete, the folder is not empty, no such hook point, damage, or too few rows.
     """
     folder = Path(folder)
+    store.check()
     hook = hook or next(iter(store.spec.hooks))
     if hook not in store.spec.hooks:
         raise StoreError(
@@ -140,21 +141,22 @@ def import_cached(
     done = set(store.committed())
     for shard, values, index in _shards(data, name, context, width, role, store.spec):
         if shard not in done:
-            store.commit(shard, {name: values}, index)
+            order = np.random.default_rng([len(ids), shard]).permutation(len(index))
+            store.commit(shard, {name: values}, index, order)
     return ActivationStore(folder)
 
 
 def _whole_sequences(
     store: ActivationStore, hook: str, context: int, most: int
 ) -> Iterator[tuple[torch.Tensor, pd.DataFrame]]:
-    """Rows in the store's order, in pieces of whole sequences; what is left over is the last piece's end."""
+    """Rows in study order, in pieces of whole sequences; what is left over is the last piece's end."""
     held: list[tuple[torch.Tensor, pd.DataFrame]] = []
     rows = 0
     for shard, n in store.rows.items():
-        index = store.index(shard)
+        read, index = store.in_study_order(hook, shard)
         for start in range(0, n, context * most):
             stop = min(start + context * most, n)
-            held.append((store.read(hook, shard, start, stop), index.iloc[start:stop]))
+            held.append((read(start, stop), index.iloc[start:stop]))
             rows += stop - start
             if rows >= context * most:
                 values, table = torch.cat([v for v, _ in held]), pd.concat([t for _, t in held])

@@ -1,12 +1,12 @@
 """Shuffled batches from a store, endless, in bounded memory: a data provider in SAELens' sense.
 
-An epoch draws all segments of all shards in a new order, opens `buffer_rows` rows' worth of them at a time and
-permutes the rows of that buffer; each kept row comes exactly once an epoch, and a batch may reach over buffers and
-epochs. Where the next batch starts is the whole state: threads read the next buffer ahead and change nothing that
-comes out. SAELens' own mixing buffer drops the rows left at the end and cannot be resumed, so it is not used. It
-knows nothing about SAEs.
+An epoch takes all segments of all shards in a new random order, `buffer_rows` rows at a time, and permutes the rows of
+each such buffer; every kept row comes exactly once per epoch, and a batch may span buffers and epochs. The state is the
+position of the next batch: threads read the next buffer and prepare the next batches without changing what comes out.
+SAELens' own mixing buffer drops the rows left at the end of an epoch and cannot be resumed, so it is not used.
 """
 
+from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -38,6 +38,21 @@ class _Buffer(NamedTuple):
     kept: list[Future[np.ndarray]]
 
 
+class _Prepared(NamedTuple):
+    """A batch, the position (epoch, buffer, offset) after it, and the event of its copy to a GPU."""
+
+    batch: torch.Tensor
+    place: tuple[int, int, int]
+    ready: torch.cuda.Event | None
+
+
+def _effective(batch: int, counts: np.ndarray) -> float:
+    """Expected 1 / (sum of squared shares of studies) of a batch drawn from studies with so many rows each."""
+    total = max(counts.sum(), 1.0)
+    same = (counts * np.maximum(counts - 1, 0)).sum() / max(total * (total - 1), 1.0)
+    return 1 / (1 / batch + (1 - 1 / batch) * same)
+
+
 class StoreProvider:
     """`Iterator[Tensor (batch_size, d_in) float32]` over a store; deterministic by seed, resumable anywhere."""
 
@@ -54,6 +69,7 @@ class StoreProvider:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        ahead: int | None = None,
     ) -> None:
         """Look at the manifest; rows are read when a batch needs them.
 
@@ -64,13 +80,15 @@ class StoreProvider:
             seed: of the shuffle.
             roles: rows to use.
             rates: the mixture: share of a role's rows an epoch uses, drawn anew each epoch, e.g. `{"image": 0.1}`.
-            buffer_rows: rows that are mixed, rounded up to whole segments of 4,096; twice as many lie in memory.
+            buffer_rows: rows that are mixed, rounded up to whole segments of 1,024; memory holds twice as many.
             workers: threads that read and check segments, the next buffer's while this one is used.
             device: of the batches.
             rank: Number of this process, from 0.
             world_size: Number of processes that share the batches. Every process reads every world_size-th segment of
                 a buffer and yields those rows of each batch that are in them; all shares together are the batch of a
                 single process, in another order. Shares differ in size.
+            ahead: Batches that a thread prepares before they are asked for; 2 on a GPU, where they are copied from
+                pinned memory on a stream of their own, and 0 on a CPU, whose cores the training uses, if not given.
 
         Raises:
             StoreError: no such hook point, or no rows.
@@ -106,6 +124,12 @@ class StoreProvider:
         self._spare: list[torch.Tensor] = []
         self._rows = empty_rows(batch_size, width, dtype)
         self._batches = BatchMemory(batch_size, width, torch.float32)
+        self._depth = (2 if self._device.type == "cuda" else 0) if ahead is None else ahead
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._prepared: deque[Future[_Prepared]] = deque()
+        self._place = (0, 0, 0)
+        self._ring: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -113,16 +137,12 @@ class StoreProvider:
     @property
     def epoch(self) -> int:
         """Epochs finished."""
-        return self._epoch
+        return self._place[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts; numbers only."""
-        return {
-            "epoch": self._epoch,
-            "buffer": self._buffer,
-            "offset": self._offset,
-            "identity": self._identity(),
-        }
+        epoch, buffer, offset = self._place
+        return {"epoch": epoch, "buffer": buffer, "offset": offset, "identity": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -130,14 +150,69 @@ class StoreProvider:
         Raises:
             StoreError: it belongs to another store, shuffle or mixture.
         """
-        if state["identity"] != self._identity():
+        mine, theirs = self._identity(), state["identity"]
+        if not isinstance(theirs, dict):
+            theirs = {}
+        differ = [
+            f"{name} is {theirs.get(name)!r} there and {value!r} here"
+            for name, value in mine.items()
+            if theirs.get(name) != value
+        ]
+        if differ:
             raise StoreError(
-                "The state was taken from a provider with other rows, seed, batch size, buffer or mixture, so its "
-                "place means nothing here. Build the provider as it was, or start anew."
+                f"The state was taken from a provider of other batches: {'; '.join(differ)}. Use the same store and "
+                "settings to continue, or start again."
             )
-        self._epoch, self._buffer, self._offset = state["epoch"], state["buffer"], state["offset"]
+        for job in self._prepared:
+            job.cancel()
+        while self._prepared:
+            job = self._prepared.popleft()
+            if not job.cancelled():
+                job.result()
+        self._place = self._epoch, self._buffer, self._offset = (
+            state["epoch"],
+            state["buffer"],
+            state["offset"],
+        )
+
+    def mixing(self) -> tuple[float, float]:
+        """Effective number of studies per batch, 1 / (sum of squared shares): of the first buffer, and the ideal.
+
+        The ideal is that of rows drawn from the whole store, with equally many rows of every study.
+        """
+        chosen = np.random.default_rng([self._seed, 0]).permutation(len(self._segments))[: self._per_buffer]
+        rows: Counter[int] = Counter()
+        indices: dict[int, np.ndarray] = {}
+        for number in chosen.tolist():
+            shard, start = self._segments[number]
+            if shard not in indices:
+                columns = self._store.index(shard, ["study", "role"])
+                weight = self._table[columns["role"].to_numpy()]
+                indices[shard] = np.stack([columns["study"].to_numpy(), weight])
+            study, weight = indices[shard][:, start : start + SEGMENT]
+            names, inverse = np.unique(study, return_inverse=True)
+            for name, count in zip(names.tolist(), np.bincount(inverse, weight).tolist(), strict=True):
+                rows[int(name)] += count
+        counts = np.array([count for count in rows.values() if count > 0])
+        total = sum(n * self._rates.get(role, 0.0) for role, n in self._store.role_counts().items())
+        studies = self._store.spec.n_studies
+        return _effective(self._batch, counts), _effective(self._batch, np.full(studies, total / studies))
 
     def __next__(self) -> torch.Tensor:
+        if not self._depth:
+            batch, self._place, _ = self._make()
+            return batch
+        while len(self._prepared) <= self._depth:
+            self._prepared.append(self._maker.submit(self._make))
+        batch, self._place, ready = self._prepared.popleft().result()
+        if ready is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(ready)
+            batch.record_stream(stream)
+        return batch
+
+    def _make(self) -> "_Prepared":
+        """The next batch, the position after it, and the event of its copy to a GPU."""
         drawn = filled = 0
         while drawn < self._batch:
             self._load()
@@ -150,9 +225,25 @@ class StoreProvider:
             if self._offset >= len(self._order):
                 self._epoch, self._buffer = self._following(self._epoch, self._buffer)
                 self._offset = 0
-        if self._device.type != "cpu":
-            return self._rows[:filled].to(self._device).float()
-        return self._batches.empty()[:filled].copy_(self._rows[:filled])
+        place = self._epoch, self._buffer, self._offset
+        if self._stream is None:
+            return _Prepared(self._batches.empty()[:filled].copy_(self._rows[:filled]), place, None)
+        pinned, done = self._pinned()
+        pinned[:filled].copy_(self._rows[:filled])
+        with torch.cuda.stream(self._stream):
+            batch = pinned[:filled].to(self._device, non_blocking=True).float()
+            done.record(self._stream)
+        return _Prepared(batch, place, done)
+
+    def _pinned(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """A page-locked buffer that no copy reads any more, and the event that marks the end of its next copy."""
+        if len(self._ring) <= self._depth:
+            self._ring.append((torch.empty_like(self._rows).pin_memory(), torch.cuda.Event()))
+        else:
+            self._ring.rotate(-1)
+        pinned, done = self._ring[-1]
+        done.synchronize()
+        return pinned, done
 
     def _following(self, epoch: int, buffer: int) -> tuple[int, int]:
         """The buffer after this one."""
@@ -225,14 +316,14 @@ class StoreProvider:
         rows = sum(largest[-most:])
         return empty_rows(rows, self._rows.shape[1], self._rows.dtype)
 
-    def _identity(self) -> list[Any]:
-        rates = sorted((int(role), rate) for role, rate in self._rates.items())
-        return [
-            self._hook,
-            self._batch,
-            self._seed,
-            self._per_buffer,
-            len(self._store),
-            len(self._segments),
-            [list(pair) for pair in rates],
-        ]
+    def _identity(self) -> dict[str, Any]:
+        """What determines the batches, as JSON values."""
+        return {
+            "hook point": self._hook,
+            "batch size": self._batch,
+            "seed": self._seed,
+            "segments per buffer": self._per_buffer,
+            "store": self._store.fingerprint,
+            "rows": len(self._store),
+            "rates": {role.name.lower(): rate for role, rate in self._rates.items()},
+        }

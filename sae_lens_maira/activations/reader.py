@@ -122,6 +122,7 @@ class RowReader:
     """Reads rows of studies at hook points.
 
     Attributes:
+        settings: Which rows are kept.
         hooks: Hook name -> d_in.
         stop: Number of decoder layers that a forward runs; None is the whole model.
     """
@@ -158,7 +159,7 @@ class RowReader:
         )
         self._model, self._processor = maira.model, maira.processor
         self._studies, self._names = studies, list(hook_names)
-        self._settings, self._workers = settings, workers
+        self.settings, self._workers = settings, workers
         self._model_kwargs = model_kwargs or {}
         self._table = rate_table(settings.kept)
         points = self._hooked.points
@@ -188,6 +189,23 @@ class RowReader:
         for chosen, source, encoding in prefetch(self._encodings(numbers), self._workers):
             complete = self._generated(encoding) if SOURCES[source] == "generated" else encoding
             yield self.read(complete, chosen, [self._study_id(i) for i in chosen], source)
+
+    def rows_per_study(self, most: int = 8) -> float:
+        """Expected number of kept rows of a study: the largest of a few that are spread over the sequence.
+
+        Args:
+            most: Number of studies to encode; the model does not run. A generated report counts with its token limit.
+        """
+        numbers = sorted({i * len(self._studies) // most for i in range(most)})
+        largest = 0.0
+        for job in self._encodings(numbers):
+            _, source, encoding = job()
+            roles = encoding.roles.numpy()
+            kept = self._table[roles].sum(axis=1).max()
+            if SOURCES[source] == "generated":
+                kept += self._table[TokenRole.REPORT] * self.settings.max_new_tokens
+            largest = max(largest, float(kept) + 3 * self.settings.last_image)
+        return largest * len(self.settings.sources)
 
     def _study_id(self, number: int) -> str:
         """A study's id; its number if it has none, as plain objects with the fields of a study may not."""
@@ -239,7 +257,7 @@ class RowReader:
     def _encodings(self, numbers: Sequence[int]) -> Iterator[partial[tuple[list[int], int, Maira2Encoding]]]:
         """One encoding job per batch and source."""
         lengths = {i: study_length(self._studies[i]) for i in numbers}
-        if 0 in self._settings.sources:
+        if 0 in self.settings.sources:
             lacking = [i for i in numbers if not self._studies[i].report]
             if lacking:
                 raise StoreError(
@@ -247,9 +265,9 @@ class RowReader:
                     "Leave them out, or use reports='generated'."
                 )
         order = sorted(numbers, key=lambda i: (lengths[i], i))
-        for start in range(0, len(order), self._settings.batch_size):
-            chosen = order[start : start + self._settings.batch_size]
-            for source in self._settings.sources:
+        for start in range(0, len(order), self.settings.batch_size):
+            chosen = order[start : start + self.settings.batch_size]
+            for source in self.settings.sources:
                 yield partial(self._encode, chosen, source)
 
     def _encode(self, chosen: list[int], source: int) -> tuple[list[int], int, Maira2Encoding]:
@@ -259,7 +277,7 @@ class RowReader:
             "left" if SOURCES[source] == "generated" else "right"
         )  # the model writes after the last column
         processor: Any = self._processor
-        encoding = processor.encode(batch, task=self._settings.task, report=report, padding_side=side)
+        encoding = processor.encode(batch, task=self.settings.task, report=report, padding_side=side)
         return chosen, source, encoding
 
     @torch.no_grad()
@@ -272,7 +290,7 @@ class RowReader:
         prompt = prompts.to(model.device, model.dtype)
         output = model.generate(
             **prompt.model_inputs(),
-            max_new_tokens=self._settings.max_new_tokens,
+            max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,
             pad_token_id=prompt.pad_token_id,
             eos_token_id=prompt.eos_token_id,
@@ -290,7 +308,7 @@ class RowReader:
             names: Study ids.
             source: Number of the source.
         """
-        settings = self._settings
+        settings = self.settings
         roles = cpu.roles.numpy()
         limited = settings.max_norm is not None or settings.max_norm_ratio is not None
         norms = [

@@ -6,15 +6,16 @@
     shard-000012.parquet                 one index row per activation row
     shard-000012.json                    the shard's manifest entry, renamed into place last
 
-A shard holds `shard_studies` consecutive studies. One entry file a shard lets many ranks write one store without a
-lock. Segments of 4,096 rows carry an XXH3 checksum that every read compares. It knows nothing about models.
+A shard holds the rows of `shard_studies` consecutive studies, shuffled, so that a segment of 1,024 rows mixes them.
+One entry file per shard lets many ranks write one store. Every read compares the segment's XXH3 checksum.
 """
 
+import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save as to_safetensors
 
 from sae_lens_maira.activations.prefetch import empty_rows
 from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows
-from sae_lens_maira.activations.segments import checksums, read_rows
+from sae_lens_maira.activations.segments import SEGMENT, header, read_rows, write_rows
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import read_json, sha256_of, write_json, write_listed
 from sae_lens_maira.maira2 import TokenRole
@@ -47,6 +47,8 @@ class StoreSpec:
         settings: everything else that decides which rows come out.
         model, processor: fingerprints.
         versions: of the libraries; recorded, not compared.
+        source: What was asked for when the store was made ("model" and "checkpoint" of the model, "dtype" of its
+            weights), for commands that use the store without loading the model; recorded, not compared by `create`.
     """
 
     hooks: dict[str, int]
@@ -58,11 +60,41 @@ class StoreSpec:
     model: str
     processor: str
     versions: dict[str, str]
+    source: dict[str, str] = field(default_factory=dict)
 
     @property
     def n_shards(self) -> int:
         """Shards of a finished store."""
         return -(-self.n_studies // self.shard_studies)
+
+
+def differences(held: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two descriptions, each as "name is X in the store and Y here".
+
+    Args:
+        held: Description of a store, as of `dataclasses.asdict`; entries of `versions` and `source` are not compared.
+        asked: Description of what is wanted; entries that it lacks are not compared.
+        prefix: Name of the part that the two describe.
+    """
+    found = []
+    for name, wanted in asked.items():
+        has = held.get(name)
+        if name in ("versions", "source") and not prefix:
+            continue
+        if isinstance(wanted, dict) and isinstance(has, dict):
+            both = {key: wanted.get(key) for key in has.keys() | wanted.keys()}
+            found += differences(has, dict(sorted(both.items())), f"{prefix}{name}.")
+        elif has != wanted:
+            found.append(f"{prefix}{name} is {has!r} in the store and {wanted!r} here")
+    return found
+
+
+def other_studies(held: Sequence[str], asked: Sequence[str]) -> str:
+    """How the studies of a store differ from those that are given."""
+    if len(held) != len(asked):
+        return f"the store has {len(held):,} studies and {len(asked):,} are given here"
+    first = next(i for i, (a, b) in enumerate(zip(held, asked, strict=True)) if a != b)
+    return f"study {first} is {held[first]} in the store and {asked[first]} here"
 
 
 class ActivationStore:
@@ -103,19 +135,28 @@ class ActivationStore:
         if (folder / "store.json").exists():
             store = cls(folder)
             mine, theirs = json.loads(json.dumps(asdict(spec))), asdict(store.spec)
-            differ = [name for name in mine if name != "versions" and mine[name] != theirs[name]]
+            differ = differences(theirs, mine)
             if store.study_ids != list(study_ids):
-                differ.append("study ids")
+                differ.append(other_studies(store.study_ids, study_ids))
             if differ:
                 raise StoreError(
-                    f"{folder} holds another harvest: {', '.join(differ)} differ from what was asked. Use the same "
-                    "arguments to continue it, or another folder."
+                    f"{folder} holds another harvest: {'; '.join(differ)}. Use the same arguments to continue it, or "
+                    "another folder."
                 )
             return store
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "studies.json", list(study_ids))
         write_json(folder / "store.json", asdict(spec))
         return cls(folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over what the store holds: its description, its studies and the checksums of its rows."""
+        description = {k: v for k, v in asdict(self.spec).items() if k not in ("versions", "source")}
+        digest = hashlib.sha256(json.dumps([description, self.study_ids], sort_keys=True).encode())
+        for shard in self.rows:
+            digest.update(json.dumps(self._entries[shard]["xxh3"], sort_keys=True).encode())
+        return digest.hexdigest()[:16]
 
     # Manifest
 
@@ -129,18 +170,28 @@ class ActivationStore:
         return len(self.committed()) == self.spec.n_shards
 
     def entry(self, shard: int) -> dict[str, Any]:
-        """A shard's manifest entry: rows, files with sizes and SHA-256, XXH3 per segment.
+        """A shard's manifest entry: rows, files with their sizes, XXH3 per segment, fingerprints of studies.
 
         Raises:
             StoreError: the entry lacks one of these, as those of earlier versions do.
         """
         entry: dict[str, Any] = read_json(self._path(shard, "json"))
-        if lacking := [name for name in ("rows", "files", "xxh3") if name not in entry]:
+        if lacking := [name for name in ("rows", "files", "xxh3", "segment") if name not in entry]:
             raise StoreError(
                 f"The entry of shard {shard} in {self.folder} has no {', '.join(lacking)}; an earlier version wrote "
                 "it. Delete the folder, or this shard's .json, and harvest again."
             )
+        if entry["segment"] != SEGMENT:
+            raise StoreError(
+                f"Shard {shard} in {self.folder} has segments of {entry['segment']} rows; this version reads "
+                f"{SEGMENT}. Harvest into a new folder."
+            )
         return entry
+
+    def studies_of(self, shard: int) -> range:
+        """Numbers of a shard's studies."""
+        start = shard * self.spec.shard_studies
+        return range(start, min(start + self.spec.shard_studies, self.spec.n_studies))
 
     @cached_property
     def rows(self) -> dict[int, int]:
@@ -163,32 +214,47 @@ class ActivationStore:
 
     # Writing
 
-    def commit(self, shard: int, values: dict[str, torch.Tensor], index: pd.DataFrame) -> None:
-        """Write one shard: `values` (rows, d_in) a hook point, `index` with `COLUMNS` and as many rows.
+    def commit(
+        self,
+        shard: int,
+        values: dict[str, torch.Tensor],
+        index: pd.DataFrame,
+        order: np.ndarray | None = None,
+        inputs: Sequence[str] = (),
+    ) -> None:
+        """Write one shard.
+
+        Args:
+            shard: Number of the shard.
+            values: Hook name -> (rows, d_in), best in the store's dtype already.
+            index: As many rows, with `COLUMNS`.
+            order: (rows,) order in which the rows are written; as they are if not given.
+            inputs: Fingerprint of every study of the shard, of `harvest.study_fingerprint`.
 
         Raises:
-            StoreError: shapes do not fit, or the disk is full; the store is then as before.
+            StoreError: Shapes do not fit, or the disk is full; the store is then as before.
         """
         files, sums = [], {}
         # What a killed process left of this shard; a shard is written by one rank only.
         for left in self.folder.glob(f"shard-{shard:06d}.*.partial"):
             left.unlink(missing_ok=True)
         try:
+            places = None if order is None else torch.from_numpy(order)
             for hook, d_in in self.spec.hooks.items():
-                tensor = values[hook].to(DTYPES[self.spec.dtype]).contiguous()
+                tensor = values[hook].to(DTYPES[self.spec.dtype])
                 if tensor.shape != (len(index), d_in):
                     raise StoreError(
                         f"Shard {shard} at {hook} has shape {tuple(tensor.shape)}; expected ({len(index)}, {d_in})."
                     )
-                sums[hook] = checksums(tensor)
-                content = to_safetensors({"values": tensor}, metadata={"hook": hook})
-                files.append(write_listed(self._path(shard, f"{hook}.safetensors"), content))
+                file, sums[hook] = write_rows(self._path(shard, f"{hook}.safetensors"), hook, tensor, places)
+                files.append(file)
             table = io.BytesIO()
-            index[list(COLUMNS)].to_parquet(table, index=False)
+            (index if order is None else index.iloc[order])[list(COLUMNS)].to_parquet(table, index=False)
             files.append(write_listed(self._path(shard, "parquet"), table.getvalue()))
             found = index["role"].value_counts()
             counts = dict(zip(found.index.tolist(), found.tolist(), strict=True))
             entry = {"rows": len(index), "roles": counts, "files": files, "xxh3": sums}
+            entry |= {"segment": SEGMENT, "inputs": list(inputs)}
             write_json(self._path(shard, "json"), entry)
         except BaseException:
             if not self._path(shard, "json").exists():
@@ -198,28 +264,85 @@ class ActivationStore:
 
     # Reading
 
-    def validate(self) -> None:
-        """Read every file once and compare sizes and SHA-256.
+    def check(self) -> None:
+        """Compare the number of shards and the sizes of all files with the manifest, without reading them.
 
         Raises:
-            StoreError: names every damaged shard and what is wrong with it.
+            StoreError: Shards are missing, or files are missing or have another size.
         """
-        damage = []
+        self._raise(self._missing() + [fault for shard in self.committed() for fault in self._sizes(shard)])
+
+    def validate(self, complete: bool = True) -> None:
+        """Read every file once and compare it with the manifest.
+
+        Args:
+            complete: Missing shards are an error.
+
+        Raises:
+            StoreError: Names every shard that is missing, extra or damaged, and what is wrong with it.
+        """
+        damage = self._missing() if complete else []
         for shard in self.committed():
-            for file in self.entry(shard)["files"]:
-                path = self.folder / file["name"]
-                if not path.exists():
-                    damage.append(f"shard {shard}: {path.name} is missing")
-                elif path.stat().st_size != file["bytes"]:
-                    damage.append(
-                        f"shard {shard}: {path.name} has {path.stat().st_size} of {file['bytes']} bytes"
-                    )
-                elif sha256_of(path) != file["sha256"]:
-                    damage.append(f"shard {shard}: {path.name} has another checksum")
+            damage += self._sizes(shard) or self._contents(shard)
+        self._raise(damage)
+
+    def _missing(self) -> list[str]:
+        there = set(self.committed())
+        lacking = sorted(set(range(self.spec.n_shards)) - there)
+        extra = sorted(there - set(range(self.spec.n_shards)))
+        shown = ", ".join(map(str, lacking[:10])) + (" ..." if len(lacking) > 10 else "")
+        found = [f"{len(lacking)} of {self.spec.n_shards} shards are missing ({shown})"] if lacking else []
+        return found + [f"shard {shard} is beyond the {self.spec.n_shards} of this store" for shard in extra]
+
+    def _sizes(self, shard: int) -> list[str]:
+        faults = []
+        for file in self.entry(shard)["files"]:
+            path = self.folder / file["name"]
+            if not path.name.startswith(f"shard-{shard:06d}."):
+                faults.append(f"shard {shard}: its manifest entry is of {path.name}, another shard's file")
+            elif not path.exists():
+                faults.append(f"shard {shard}: {path.name} is missing")
+            elif path.stat().st_size != file["bytes"]:
+                faults.append(
+                    f"shard {shard}: {path.name} has {path.stat().st_size} of {file['bytes']} bytes"
+                )
+        return faults
+
+    def _contents(self, shard: int) -> list[str]:
+        entry = self.entry(shard)
+        faults = []
+        dtype = DTYPES[self.spec.dtype]
+        for hook, d_in in self.spec.hooks.items():
+            path = self._path(shard, f"{hook}.safetensors")
+            expected = header(hook, entry["rows"], d_in, dtype)
+            with path.open("rb") as file:
+                if file.read(len(expected)) != expected:
+                    faults.append(f"shard {shard}: the header of {path.name} has changed")
+                    continue
+            place = empty_rows(min(SEGMENT, entry["rows"]), d_in, dtype)
+            try:
+                for start in range(0, entry["rows"], SEGMENT):
+                    rows = place[: min(SEGMENT, entry["rows"] - start)]
+                    read_rows(path, entry["rows"], entry["xxh3"][hook], start, rows)
+            except StoreError as error:
+                faults.append(f"shard {shard}: {error}")
+        table = next(file for file in entry["files"] if file["name"].endswith(".parquet"))
+        if sha256_of(self.folder / table["name"]) != table["sha256"]:
+            faults.append(f"shard {shard}: {table['name']} has another checksum")
+        else:
+            counts = Counter(self.index(shard, ["role"])["role"].tolist())
+            if (
+                counts != {int(role): n for role, n in entry["roles"].items()}
+                or counts.total() != entry["rows"]
+            ):
+                faults.append(f"shard {shard}: the manifest counts other rows than {table['name']} has")
+        return faults
+
+    def _raise(self, damage: list[str]) -> None:
         if damage:
             raise StoreError(
-                f"{self.folder} is damaged. {'; '.join(damage)}. Delete the .json of each shard named here and harvest "
-                "again: only those are made anew."
+                f"{self.folder} is incomplete or damaged. {'; '.join(damage)}. Delete the .json of each damaged shard "
+                "and harvest again: only missing shards are written."
             )
 
     def index(self, shard: int, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -293,37 +416,58 @@ class ActivationStore:
             max_rows: a block ends before the study that would exceed this; one larger study is a block of its own.
             source: only "teacher" or only "generated" rows; all if not given.
             shards: numbers of the shards to read; all if not given.
-            studies: numbers of the studies to read; values of others are not read from disk. All if not given.
+            studies: numbers of the studies to read; all if not given.
 
         Yields:
             Rows whose `.study` is the number in `study_ids`.
         """
         for shard in self.committed() if shards is None else shards:
-            index = self.index(shard)
-            for start, stop in _spans(index["study"].to_numpy(), max_rows, studies):
+            values, index = self.in_study_order(hook, shard, studies)
+            for start, stop in _spans(index["study"].to_numpy(), max_rows):
                 part = index.iloc[start:stop]
-                values = self.read(hook, shard, start, stop).float()
                 columns = {name: part[name].to_numpy() for name in COLUMNS if name != "source"}
-                rows = ActivationRows(values=values, hook_name=hook, **columns)
+                rows = ActivationRows(values=values(start, stop).float(), hook_name=hook, **columns)
                 if source is not None:
                     rows = rows.where(part["source"].to_numpy() == SOURCES.index(source))
                 if len(rows):
                     yield rows
 
+    def in_study_order(
+        self, hook: str, shard: int, studies: np.ndarray | None = None
+    ) -> tuple[Callable[[int, int], torch.Tensor], pd.DataFrame]:
+        """A shard's rows by study, source and position.
 
-def _spans(study: np.ndarray, max_rows: int, studies: np.ndarray | None) -> Iterator[tuple[int, int]]:
+        Holds the rows in the store's dtype in memory, at most one shard.
+
+        Args:
+            hook: Hook point.
+            shard: Number of the shard.
+            studies: Numbers of the studies to read; segments without rows of them are not read. All if not given.
+
+        Returns:
+            Function (start, stop) -> (stop - start, d_in) rows in the store's dtype, and the index of all rows.
+        """
+        index = self.index(shard)
+        if studies is None:
+            values = self.read(hook, shard)
+        else:
+            wanted = np.flatnonzero(np.isin(index["study"].to_numpy(), studies))
+            values = empty_rows(len(wanted), self.spec.hooks[hook], DTYPES[self.spec.dtype])
+            for number in np.unique(wanted // SEGMENT).tolist():
+                first, last = np.searchsorted(wanted, [number * SEGMENT, (number + 1) * SEGMENT]).tolist()
+                rows = self.read(hook, shard, number * SEGMENT, (number + 1) * SEGMENT)
+                values[first:last] = rows[torch.from_numpy(wanted[first:last] - number * SEGMENT)]
+            index = index.iloc[wanted]
+        order = np.lexsort((index["position"], index["source"], index["study"]))
+        places = torch.from_numpy(order)
+        return lambda start, stop: values[places[start:stop]], index.iloc[order].reset_index(drop=True)
+
+
+def _spans(study: np.ndarray, max_rows: int) -> Iterator[tuple[int, int]]:
     """Ranges of adjacent rows of whole studies, each at most `max_rows` long or one study."""
-    if not len(study):
-        return
     edges = np.r_[0, np.flatnonzero(np.diff(study)) + 1, len(study)]
-    wanted = np.ones(len(edges) - 1, bool) if studies is None else np.isin(study[edges[:-1]], studies)
-    start = stop = 0
-    for first, end in np.stack([edges[:-1], edges[1:]], 1)[wanted].tolist():
-        if stop > start and (first != stop or end - start > max_rows):
-            yield start, stop
-            start = first
-        elif stop == start:
-            start = first
-        stop = end
-    if stop > start:
-        yield start, stop
+    start = 0
+    for edge, following in zip(edges[1:].tolist(), [*edges[2:].tolist(), None], strict=True):
+        if edge > start and (following is None or following - start > max_rows):
+            yield start, edge
+            start = edge

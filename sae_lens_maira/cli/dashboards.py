@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from sae_lens_maira.cli.parser import works_in
 
+
+@works_in("out")
 def html(
     records: Path,
     out: Path = Path("page"),
@@ -40,6 +43,7 @@ def html(
     sys.stdout.write(f"{text}\n")
 
 
+@works_in("out")
 def neuronpedia(
     records: Path,
     out: Path,
@@ -202,6 +206,7 @@ def upload(
     sys.stdout.write((json.dumps(asdict(plan)) if as_json else str(plan)) + "\n")
 
 
+@works_in("out")
 def saedashboard(
     sae: str,
     out: Path,

@@ -68,6 +68,8 @@ def harvest_store(options: HarvestOptions, ranks: Ranks) -> Any:
         rank=ranks.rank,
         world_size=ranks.size,
         shard_studies=options.shard_studies,
+        shard_bytes=options.shard_bytes,
+        source=options.source(),
         dtype=options.dtype,
         workers=options.workers,
     )

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.cli.numbers import numbers
+from sae_lens_maira.cli.parser import works_in
 from sae_lens_maira.errors import ConfigError
 
 
+@works_in("records")
 def run(
     records: Path,
     judge: str | None = None,

@@ -3,16 +3,21 @@
 A command takes them as a parameter `options`; on the command line and in a recipe each field is one option.
 """
 
+import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sae_lens_maira.distributed import TIMEOUT_S, Ranks, distributed
-from sae_lens_maira.interface import ModelDtype, device_of, named_model
+from sae_lens_maira.interface import ModelDtype, device_of, label, named_model
 
 if TYPE_CHECKING:
-    from sae_lens_maira.activations import RowSettings
+    from sae_lens_maira.activations import ActivationStore, RowSettings
+
+
+LAYOUT = ("batch_size", "seed")
+"""Settings of rows that train may differ in from its store: rounding, and which rows a rate below 1 happens to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,8 @@ class HarvestOptions:
         reports: text after the prompt: teacher (the study's own report), generated, both, or prompt (none).
         max_new_tokens: token limit of a generated report.
         task: prompt of the studies: findings, or grounded for findings with boxes.
-        shard_studies: studies per shard, which is what a kill can lose.
+        shard_studies: studies per shard, which is what a kill can lose; as many as fit --shard-bytes if not given.
+        shard_bytes: size of a shard in bytes, estimated; a process holds two of them in memory.
         batch_size: studies per forward pass.
         dtype: of the stored rows.
         model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
@@ -61,7 +67,8 @@ class HarvestOptions:
     reports: Literal["teacher", "generated", "both", "prompt"] = "teacher"
     max_new_tokens: int = 300
     task: Literal["findings", "grounded"] = "findings"
-    shard_studies: int = 256
+    shard_studies: int | None = None
+    shard_bytes: float = 1e9
     batch_size: int = 8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     model_dtype: ModelDtype = "auto"
@@ -90,15 +97,103 @@ class HarvestOptions:
         names = [field.name for field in fields(RowSettings) if field.init]
         return RowSettings(**{name: getattr(self, name) for name in names})
 
+    def source(self) -> dict[str, str]:
+        """Which checkpoint is read, and in which dtype, for a store's description."""
+        from sae_lens_maira.maira2.loading import checkpoint_fingerprint
+        from sae_lens_maira.phantom import phantom_path
+
+        shipped = self.model == "phantom"
+        dtype = ("float32" if shipped else "bfloat16") if self.model_dtype == "auto" else self.model_dtype
+        where = phantom_path() if shipped else self.model
+        return {"model": label(self.model), "checkpoint": checkpoint_fingerprint(where), "dtype": dtype}
+
+    def check_store(self, store: "ActivationStore") -> list[str]:
+        """Compare a complete store with what the options ask for, without loading the model.
+
+        Returns:
+            Sentences about differences that do not matter for training on the store.
+
+        Raises:
+            StoreError: The store holds something else; the message says what differs.
+        """
+        from sae_lens_maira.activations.harvest import check_inputs
+        from sae_lens_maira.activations.store import differences
+        from sae_lens_maira.errors import StoreError
+
+        spec = store.spec
+        settings = self.row_settings()
+        asked = {name: value for name, value in settings.recorded().items() if name not in LAYOUT}
+        notes = []
+        if "imported" in spec.settings:
+            notes.append(
+                "The store was imported: its roles, studies and model are not compared with the options."
+            )
+        else:
+            held = {"rates": spec.rates, "settings": spec.settings, "source": spec.source}
+            wanted: dict[str, Any] = {"rates": settings.rates_by_name, "settings": asked}
+            held["settings"] = {name: value for name, value in spec.settings.items() if name not in LAYOUT}
+            found = differences(held, json.loads(json.dumps(wanted)))
+            if spec.source:
+                source = {name: value for name, value in self.source().items() if name != "model"}
+                same = {name: spec.source.get(name) for name in source}
+                found += differences(same, source, "model ")
+            else:
+                notes.append(
+                    "The store does not record which checkpoint it was made with, so that is not compared."
+                )
+            found += self._other_studies(store)
+            if found:
+                raise StoreError(
+                    f"{store.folder} holds other rows than these options ask for: {'; '.join(found)}. Use the options "
+                    "of its harvest, or name another --store."
+                )
+            if self.table is not None:
+                check_inputs(store, self._studies_of_table(), store.committed())
+            if spec.settings.get("seed") != self.seed and any(rate < 1 for rate in spec.rates.values()):
+                notes.append(
+                    f"The store's rows were sampled with seed {spec.settings.get('seed')}; seed {self.seed} decides "
+                    "the order of the rows and the initial weights."
+                )
+        lacking = [name for name in self.hook_names if name not in spec.hooks]
+        if lacking:
+            raise StoreError(
+                f"{store.folder} has {', '.join(spec.hooks)}, not {', '.join(lacking)}; name one of these with "
+                "--hooks, or another --store."
+            )
+        if "imported" not in spec.settings and spec.dtype != self.dtype:
+            notes.append(f"The store's rows are {spec.dtype}; --dtype {self.dtype} has no effect on them.")
+        return notes
+
+    def _other_studies(self, store: "ActivationStore") -> list[str]:
+        from sae_lens_maira.activations.store import other_studies
+
+        if self.table is None:
+            ids = [f"phantom-{self.study_seed}-{number}" for number in range(self.studies)]
+        else:
+            ids = [study.study_id for study in self._studies_of_table()]
+        return [] if ids == store.study_ids else [other_studies(store.study_ids, ids)]
+
+    def _studies_of_table(self) -> Any:
+        from sae_lens_maira.errors import StudyError
+        from sae_lens_maira.studies import read_table
+
+        assert self.table is not None
+        table = read_table(self.table, self.root)
+        chosen = (table if self.split is None else table.where(split=self.split)).studies
+        if not len(chosen):
+            raise StudyError(
+                f"{self.table} has {len(table):,} studies, none of them in the split {self.split}. `studies show` "
+                "counts studies by split; name one of these."
+            )
+        return chosen
+
     def load(self) -> tuple[Any, Any, str]:
         """Model, studies and device that the options name.
 
         Raises:
             StudyError, CheckpointError: the table or the model cannot be read.
         """
-        from sae_lens_maira.errors import StudyError
         from sae_lens_maira.phantom import generate_studies
-        from sae_lens_maira.studies import read_table
 
         device = device_of(self.device)
         # A forward over given reports ends at the last hook point; writing reports takes the whole model.
@@ -107,11 +202,4 @@ class HarvestOptions:
         if self.table is None:
             side = maira.processor.recipe.crop
             return maira, generate_studies(self.studies, seed=self.study_seed, size=side), device
-        table = read_table(self.table, self.root)
-        chosen = (table if self.split is None else table.where(split=self.split)).studies
-        if not len(chosen):
-            raise StudyError(
-                f"{self.table} has {len(table):,} studies, none of them in the split {self.split}. `studies show` "
-                "counts studies by split; name one of these."
-            )
-        return maira, chosen, device
+        return maira, self._studies_of_table(), device

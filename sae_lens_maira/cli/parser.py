@@ -14,6 +14,7 @@ import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -21,6 +22,8 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader
+
+from sae_lens_maira.io import locked
 
 HELP_WIDTH = 110
 
@@ -44,6 +47,20 @@ def accepts_parts_of(other: str, *names: str) -> Callable[[Command], Command]:
     return mark
 
 
+def works_in(option: str) -> Callable[[Command], Command]:
+    """Hold the lock of the folder that an option names while the command runs.
+
+    Args:
+        option: name of the option.
+    """
+
+    def mark(function: Command) -> Command:
+        vars(function)["works_in"] = option
+        return function
+
+    return mark
+
+
 def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
     """Call a command with parsed values; fields of its `options` dataclass are collected into one.
 
@@ -57,7 +74,9 @@ def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
     shared = _shared_options(function)
     if shared is not None:
         values["options"] = shared(**{f.name: values.pop(f.name) for f in fields(shared) if f.name in values})
-    function(**values)
+    folder = values.get(vars(function).get("works_in", ""))
+    with nullcontext() if folder is None else locked(folder):
+        function(**values)
 
 
 def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
@@ -248,4 +267,4 @@ def _plain(message: str) -> str:
     return _hyphens(text).rstrip(".")
 
 
-__all__ = ["HELP_WIDTH", "accepts_parts_of", "command_parser", "run_command", "settings_parser"]
+__all__ = ["HELP_WIDTH", "accepts_parts_of", "command_parser", "run_command", "settings_parser", "works_in"]

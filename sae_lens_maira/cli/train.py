@@ -1,19 +1,27 @@
 """The command `train`: a Matryoshka SAE from a store, or straight from the model.
 
-A store that is not complete is harvested first; it is validated before the first step, and every read is checked
-again. A run that was killed continues from its newest checkpoint. It composes the activations, sae and training rooms
-and computes nothing itself.
+A store that is not complete is harvested first. A run that was stopped continues from its newest undamaged checkpoint
+if its settings are the same.
 """
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae_lens_maira.cli.options import HarvestOptions
 from sae_lens_maira.distributed import Ranks
+from sae_lens_maira.errors import ConfigError, MairaError
+from sae_lens_maira.io import locked
+
+if TYPE_CHECKING:
+    from sae_lens.config import SAETrainerConfig
+
+    from sae_lens_maira.sae import MatryoshkaTrainingSAEConfig
 
 
 def train(
@@ -24,6 +32,8 @@ def train(
     provider: dict[str, Any] | None = None,
     direct: bool = False,
     control: Literal["frozen_decoder", "soft_frozen_decoder", "frozen_encoder"] | None = None,
+    init: str | None = None,
+    resume: bool = True,
     as_json: bool = False,
 ) -> None:
     """Train a Matryoshka SAE on a store, harvesting it first where it is not complete; or straight from the model.
@@ -36,55 +46,65 @@ def train(
         options: what is read, and what is kept of it.
         out: folder of the SAE, which plain SAELens loads.
         sae: fields of MatryoshkaTrainingSAEConfig without d_in, for example "{d_sae: 1024, k: 16, ...}".
-        trainer: fields of SAELens' SAETrainerConfig; with checkpoint_path and n_checkpoints a killed run continues.
+        trainer: fields of SAELens' SAETrainerConfig; with checkpoint_path and n_checkpoints a stopped run continues,
+            with "logger: {wandb_project: NAME}" it is logged to Weights & Biases.
         provider: of a store: roles, rates, buffer_rows, workers; direct: buffer_rows, mix_fraction, group.
         direct: run the model while training and keep nothing on disk; the first hook point is trained on.
         control: train a control SAE instead, with a random decoder or encoder that stays fixed (soft: within a cosine
             of 0.8); everything else as given.
+        init: start from the weights of this SAE, a folder or a published release, instead of random ones; d_sae,
+            levels and k must be the same.
+        resume: continue from the newest checkpoint; false sets existing checkpoints aside and starts again.
         as_json: print JSON instead of text.
     """
     import torch
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
 
-    from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.interface import device_of, label
     from sae_lens_maira.kernels import ProcessGroupCommunicator
-    from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-    from sae_lens_maira.training import FusedSAETrainer, latest_checkpoint, resume
+    from sae_lens_maira.sae import MatryoshkaTrainingSAE
+    from sae_lens_maira.training import FusedSAETrainer
+    from sae_lens_maira.training.checkpoints import resume_latest, set_aside
+    from sae_lens_maira.training.initial import start_from
 
-    place = device_of(options.device)
-    with options.ranks() as ranks:
+    place = device_of(str(trainer.get("device") or options.device))
+    with options.ranks() as ranks, ExitStack() as held:
         comm = ProcessGroupCommunicator(ranks, place) if ranks.size > 1 else None
-        try:
-            steps = SAETrainerConfig(
-                **({"device": place, "logger": LoggingConfig(log_to_wandb=False)} | trainer)
-            )
-            made = _direct if direct else _stored
-            batches, width, rows, roles = made(
-                options, ranks, steps.train_batch_size_samples, place, provider or {}
-            )
-            torch.manual_seed(options.seed)
-            chosen: dict[str, Any] = {"control": control} | sae
-            config = MatryoshkaTrainingSAEConfig(d_in=width, device=place, **chosen)
-        except TypeError as error:
-            raise ConfigError(
-                f"The parts sae, trainer and provider do not fit their configurations: {error}. Use the field names of "
-                "MatryoshkaTrainingSAEConfig, of SAELens' SAETrainerConfig and of the provider."
-            ) from error
+        steps = _trainer_config(trainer, place)
+        if ranks.rank == 0:
+            held.enter_context(locked(out))
+            if steps.checkpoint_path is not None and Path(steps.checkpoint_path).absolute() != out.absolute():
+                held.enter_context(locked(steps.checkpoint_path))
+        made = _direct if direct else _stored
+        batches, width, rows, roles, data = made(
+            options, ranks, steps.train_batch_size_samples, place, provider or {}
+        )
+        torch.manual_seed(options.seed)
+        config = _sae_config({"control": control} | sae, width, place)
         config.metadata.hook_name = options.hook_names[0]
         config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else label(options.model)
         config.metadata.token_roles = roles
         if not direct:
             config.metadata.activation_store = os.path.relpath(str(options.store), out)
         dictionary = MatryoshkaTrainingSAE(config)
-        run = FusedSAETrainer(cfg=steps, sae=dictionary, data_provider=batches, comm=comm)
-        newest = latest_checkpoint(steps.checkpoint_path) if steps.checkpoint_path else None
-        ranks.barrier("checkpoint found")
-        if newest is not None:
-            if not ranks.rank:
-                sys.stderr.write(f"continuing from {newest}\n")
-            resume(run, newest)
-        run.fit()
+        settings = data | {"seed": options.seed, "init": init}
+        with _said_once("The settings of the trainer"):
+            run = FusedSAETrainer(
+                cfg=steps, sae=dictionary, data_provider=batches, comm=comm, run_settings=settings
+            )
+        if steps.checkpoint_path is not None and not resume and not ranks.rank:
+            aside = set_aside(steps.checkpoint_path)
+            if aside is not None:
+                sys.stderr.write(f"existing checkpoints are set aside in {aside}\n")
+        ranks.barrier("checkpoints listed")
+        newest = None
+        if steps.checkpoint_path is not None and resume:
+            newest = resume_latest(run, steps.checkpoint_path)
+        if newest is not None and not ranks.rank:
+            sys.stderr.write(f"continuing from {newest}\n")
+        if newest is None and init is not None:
+            start_from(run, init)
+        with _logged(steps, run.settings(), ranks.rank):
+            run.fit()
         if ranks.rank:
             return
         dictionary.save_inference_model(out)
@@ -96,41 +116,142 @@ def train(
     sys.stdout.write(f"{out}: trained at {options.hook_names[0]}, {batches.epoch} whole epochs {read}\n")
 
 
+@contextmanager
+def _said_once(what: str) -> Iterator[None]:
+    """Turn what SAELens raises or asserts about settings into one message."""
+    try:
+        yield
+    except MairaError:
+        raise
+    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+        reason = str(error).strip() or f"{type(error).__name__} in {_where(error)}"
+        raise ConfigError(
+            f"{what} are refused: {reason}. Use the field names and values of MatryoshkaTrainingSAEConfig (sae), of "
+            "SAELens' SAETrainerConfig (trainer) and of the provider (provider)."
+        ) from error
+
+
+def _where(error: BaseException) -> str:
+    """File, line and text of the statement that raised."""
+    import traceback
+
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}, line {last.lineno}: {last.line}"
+
+
+def _trainer_config(given: dict[str, Any], place: str) -> "SAETrainerConfig":
+    """SAELens' configuration; wandb is off unless a logger is given."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+
+    logger = given.get("logger")
+    with _said_once("The settings of the trainer"):
+        if isinstance(logger, dict):
+            logger = LoggingConfig(**logger)
+        elif logger is None:
+            logger = LoggingConfig(log_to_wandb=False)
+        elif not isinstance(logger, LoggingConfig):
+            raise ConfigError(
+                f"trainer.logger is {logger!r}; expected fields of SAELens' LoggingConfig, for example "
+                '"{wandb_project: NAME}".'
+            )
+        config = SAETrainerConfig(**(given | {"device": place, "logger": logger}))
+        for name in ("total_training_samples", "train_batch_size_samples"):
+            value = getattr(config, name)
+            if not isinstance(value, (int, float)) or value != int(value) or value < 1:
+                raise ConfigError(f"trainer.{name} is {value!r}; expected a whole number of at least 1.")
+        if not isinstance(config.lr, (int, float)) or not config.lr > 0:
+            raise ConfigError(f"trainer.lr is {config.lr!r}; expected a number above 0, such as 0.0003.")
+        return replace(
+            config,
+            total_training_samples=int(config.total_training_samples),
+            train_batch_size_samples=int(config.train_batch_size_samples),
+        )
+
+
+def _sae_config(given: dict[str, Any], width: int, place: str) -> "MatryoshkaTrainingSAEConfig":
+    from sae_lens_maira.sae import MatryoshkaTrainingSAEConfig
+
+    with _said_once("The settings of the SAE"):
+        return MatryoshkaTrainingSAEConfig(**({"d_in": width, "device": place} | given))
+
+
+@contextmanager
+def _logged(steps: "SAETrainerConfig", settings: dict[str, Any], rank: int) -> Iterator[None]:
+    """A Weights & Biases run around a training, as SAELens' runners start it; nothing where logging is off."""
+    log = steps.logger
+    if not log.log_to_wandb or rank:
+        yield
+        return
+    import wandb
+
+    try:
+        wandb.init(
+            project=log.wandb_project,
+            entity=log.wandb_entity,
+            name=log.run_name,
+            id=log.wandb_id,
+            resume="allow" if log.wandb_id else None,
+            config=settings,
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"Weights & Biases did not start: {error}. Log in with `wandb login`, set WANDB_MODE=offline, or leave "
+            "trainer.logger out."
+        ) from error
+    try:
+        yield
+    finally:
+        wandb.finish()
+
+
 def _stored(
     options: HarvestOptions, ranks: Ranks, batch: int, place: str, settings: dict[str, Any]
-) -> tuple[Any, int, int | None, str | list[str]]:
-    """A provider over the store, which is harvested first where it is not complete; d_in; its rows and their roles."""
+) -> tuple[Any, int, int | None, str | list[str], dict[str, Any]]:
+    """A provider over the store, harvested first if it is not complete; d_in; rows; their roles; its fingerprint."""
     from sae_lens_maira.activations import ActivationStore, StoreProvider
     from sae_lens_maira.cli.harvest import harvest_store
-    from sae_lens_maira.errors import ConfigError, StoreError
+    from sae_lens_maira.errors import StoreError
 
     store, hook = options.store, options.hook_names[0]
     if store is None:
         raise ConfigError(
             "No store was named; give --store FOLDER, or --direct true to keep nothing on disk."
         )
-    if not (store / "store.json").exists() or not ActivationStore(store).complete:
+    complete = (store / "store.json").exists() and ActivationStore(store).complete
+    ranks.barrier("store looked up")
+    if not complete:
         harvest_store(options, ranks)
-    activations = ActivationStore(store)
-    if not activations.complete:
-        raise StoreError(
-            f"{store} has {len(activations.committed())} of {activations.spec.n_shards} shards; the other ranks of "
-            "the harvest have not finished. Train when they have."
-        )
-    activations.validate()
+        activations = ActivationStore(store)
+        if not activations.complete:
+            raise StoreError(
+                f"{store} has {len(activations.committed())} of {activations.spec.n_shards} shards; the other ranks "
+                "of the harvest have not finished. Train when they have."
+            )
+    else:
+        activations = ActivationStore(store)
+        for note in options.check_store(activations):
+            if not ranks.rank:
+                sys.stderr.write(f"{note}\n")
+    activations.check()
     given = {"seed": options.seed, "device": place} | settings
-    batches = StoreProvider(activations, hook, batch, rank=ranks.rank, world_size=ranks.size, **given)
+    with _said_once("The settings of the provider"):
+        batches = StoreProvider(activations, hook, batch, rank=ranks.rank, world_size=ranks.size, **given)
+    if not ranks.rank:
+        found, ideal = batches.mixing()
+        sys.stderr.write(
+            f"A batch of {batch:,} rows has {found:,.0f} effective studies, {found / ideal:.0%} of the {ideal:,.0f} "
+            f"of rows from the whole store{'' if found > ideal / 2 else '; raise provider.buffer_rows to mix more'}.\n"
+        )
     spec = activations.spec
     roles = _role_names(spec.rates, bool(spec.settings.get("last_image")))
-    return batches, spec.hooks[hook], len(activations), roles
+    return batches, spec.hooks[hook], len(activations), roles, {"store": activations.fingerprint}
 
 
 def _direct(
     options: HarvestOptions, ranks: Ranks, batch: int, place: str, settings: dict[str, Any]
-) -> tuple[Any, int, int | None, str | list[str]]:
-    """A provider that runs the model; d_in; None for the rows, which nobody counted; their roles."""
+) -> tuple[Any, int, int | None, str | list[str], dict[str, Any]]:
+    """A provider that runs the model; d_in; None for the number of rows; their roles; what they come from."""
     from sae_lens_maira.activations import DirectProvider
-    from sae_lens_maira.errors import ConfigError
 
     if ranks.size > 1:
         raise ConfigError(
@@ -140,8 +261,14 @@ def _direct(
     maira, studies, _ = options.load()
     given = {"seed": options.seed, "device": place, "workers": options.workers} | settings
     rows = options.row_settings()
-    batches = DirectProvider(maira, studies, options.hook_names[0], batch, settings=rows, **given)
-    return batches, batches.d_in, None, _role_names(rows.rates_by_name, rows.last_image)
+    with _said_once("The settings of the provider"):
+        batches = DirectProvider(maira, studies, options.hook_names[0], batch, settings=rows, **given)
+    data = {
+        "rates": rows.rates_by_name,
+        "rows": rows.recorded(),
+        "checkpoint": options.source()["checkpoint"],
+    }
+    return batches, batches.d_in, None, _role_names(rows.rates_by_name, rows.last_image), data
 
 
 def _role_names(rates: Mapping[str, float], last_image: bool) -> str | list[str]:

@@ -5,6 +5,7 @@ tensor is an error, as are a missing shard, a folder without a processor and a m
 code is never run. It knows nothing about studies or prompts.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,6 +227,27 @@ def check_device(name: torch.device | str) -> None:
         raise ConfigError(f"The device was {str(name)!r}, and torch sees none here; use cpu or auto.")
     if device.index is not None and device.index >= count:
         raise ConfigError(f"The device was {str(name)!r}, and torch sees {count} here, counted from 0.")
+
+
+def checkpoint_fingerprint(path_or_id: str | Path, revision: str | None = None) -> str:
+    """Identify a checkpoint without loading it: "id@revision" of a hub repository, 16 hex digits of a folder.
+
+    Of a folder, the configuration and the size, header and first and last numbers of every file of weights are read.
+    """
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        pinned = PUBLISHED_REVISION if str(path_or_id) == PUBLISHED_ID else "main"
+        return f"{path_or_id}@{revision or pinned}"
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, size - (1 << 16)))
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
 
 
 def load_config(path_or_id: str | Path, revision: str | None = None, **hub: Any) -> Maira2Config:

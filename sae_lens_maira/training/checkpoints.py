@@ -1,44 +1,212 @@
-"""The newest checkpoint, how a run continues from it, and where its data provider stood.
+"""Checkpoints of a training run: written by one rank, checked when read, and bound to the run's settings.
 
-A folder is complete when it carries its final name, as `whole` leaves it: a killed process leaves no half. The files
-inside are SAELens', and one more where the data provider can say where its next batch starts. This module knows names
-and files, nothing about tensors.
+    sae_weights.safetensors, cfg.json, trainer_state.pt, ...    SAELens' files
+    data_provider.json                                          where the next batch starts
+    run.json                                                    settings of the run
+    checksums.json                                              XXH3-128 of every other file
+
+A checkpoint is written to a draft folder and renamed, so that a kill leaves the old one or the new one. Of several
+ranks the first writes; when one fails, whichever survivor comes first, since all hold the same state.
 """
 
 import json
 import re
+import shutil
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import xxhash
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
+from sae_lens.training.sae_trainer import SAETrainer
+from typing_extensions import override
 
-from sae_lens_maira.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from sae_lens_maira.training.trainer import FusedSAETrainer
+from sae_lens_maira.errors import CheckpointError, MairaError
+from sae_lens_maira.io import atomic_folder
+from sae_lens_maira.kernels import LocalCommunicator, ProcessGroupCommunicator
 
 PROVIDER_FILENAME = "data_provider.json"
+RUN_FILENAME = "run.json"
+SUMS_FILENAME = "checksums.json"
 _NAME = re.compile(r"(?:rescue_)?(\d+)")
 
+LONGER = "trainer.total_training_samples"
+"""May grow when a run continues; the learning-rate schedule is then that of the longer run."""
+FREE = frozenset(
+    {
+        "sae.device",
+        "sae.inference_architecture",
+        "sae.metadata",
+        "trainer.device",
+        "trainer.n_checkpoints",
+        "trainer.checkpoint_path",
+        "trainer.save_final_checkpoint",
+        "trainer.logger",
+    }
+)
+"""Settings that do not change the result; a continued run takes the new ones."""
 
-def latest_checkpoint(base: Path | str) -> Path | None:
-    """The complete checkpoint of an unfinished run with the most samples, `<samples>` or `rescue_<samples>`."""
+
+class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+    """Base of `FusedSAETrainer`: SAELens' trainer with atomic, checked checkpoints that know where the data were.
+
+    Attributes:
+        comm: The other ranks.
+        run_settings: Further settings that a continued run must share, such as the seed, as JSON values.
+    """
+
+    comm: ProcessGroupCommunicator | LocalCommunicator
+    run_settings: dict[str, Any]
+    _place: Any = None
+    """State of the data provider after the last complete step."""
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting of this run by name, as JSON values."""
+        parts = {"sae": self.sae.cfg.to_dict(), "trainer": asdict(self.cfg), "run": self.run_settings}
+        flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        return json.loads(json.dumps(flat, default=str))
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """Write SAELens' checkpoint atomically, on rank 0."""
+        if self.comm.rank > 0:
+            return
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+            return
+        with atomic_folder(Path(base) / checkpoint_name, "replace", owner="0") as draft:
+            super().save_checkpoint(draft.name, base, wandb_aliases)
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        # SAELens writes before it counts the step, so its own mid-run checkpoints are one step short of their weights.
+        self.n_training_steps += 1
+        super()._checkpoint_if_needed()
+        self.n_training_steps -= 1
+
+    def save_rescue(self) -> None:
+        """Write an emergency checkpoint, on any rank."""
+        if self.cfg.checkpoint_path is None:
+            return
+        name = f"rescue_{self.n_training_samples}"
+        place = Path(self.cfg.checkpoint_path) / name
+        with atomic_folder(place, "replace", owner=str(self.comm.rank)) as draft:
+            SAETrainer.save_checkpoint(self, draft.name, self.cfg.checkpoint_path)
+
+    @override
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        """Write SAELens' state, the data provider's, the settings, and the checksums of all files so far."""
+        super().save_trainer_state(checkpoint_path)
+        if self._place is not None:
+            (checkpoint_path / PROVIDER_FILENAME).write_text(json.dumps(self._place), encoding="utf-8")
+        (checkpoint_path / RUN_FILENAME).write_text(json.dumps(self.settings(), indent=1), encoding="utf-8")
+        sums = {file.name: _sum_of(file) for file in sorted(checkpoint_path.iterdir())}
+        (checkpoint_path / SUMS_FILENAME).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Read a checkpoint of this trainer or of SAELens'."""
+        fresh = self.lr_scheduler.state_dict() if self._is_longer(Path(checkpoint_path)) else None
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        super().load_trainer_state(checkpoint_path)
+        if fresh is not None:
+            self._reschedule(fresh, rates)
+        place = Path(checkpoint_path) / PROVIDER_FILENAME
+        if place.exists() and hasattr(self.data_provider, "load_state_dict"):
+            provider: Any = self.data_provider
+            provider.load_state_dict(json.loads(place.read_text(encoding="utf-8")))
+        self._place = provider_state(self.data_provider)
+        done = self.n_training_samples
+        self.checkpoint_thresholds = [at for at in self.checkpoint_thresholds if at >= done]
+
+    def _is_longer(self, checkpoint: Path) -> bool:
+        saved = _saved_settings(checkpoint)
+        return saved is not None and saved.get(LONGER, 0) != self.cfg.total_training_samples
+
+    def _reschedule(self, fresh: dict[str, Any], rates: list[float]) -> None:
+        """Bring a schedule of another length to the current step."""
+        self.lr_scheduler.load_state_dict(fresh)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for _ in range(self.n_training_steps):
+            self.lr_scheduler.step()
+
+
+def checkpoints(base: Path | str) -> list[Path]:
+    """Complete checkpoints of an unfinished run, `<samples>` or `rescue_<samples>`, most samples first."""
     found = []
     for folder in Path(base).glob("*"):
         name = _NAME.fullmatch(folder.name)
         files = [folder / SAE_WEIGHTS_FILENAME, folder / TRAINER_STATE_FILENAME]
         if name is not None and all(file.exists() for file in files):
             found.append((int(name.group(1)), folder))
-    return max(found)[1] if found else None
+    return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def resume(trainer: "FusedSAETrainer", checkpoint: Path | str) -> None:
-    """Loads weights, trainer state and, where the checkpoint has it, the data provider's place, all in place.
+def latest_checkpoint(base: Path | str) -> Path | None:
+    """The first of `checkpoints`, if there is one."""
+    return next(iter(checkpoints(base)), None)
+
+
+def set_aside(base: Path | str) -> Path | None:
+    """Move all checkpoints of a folder to a subfolder that is not searched; that folder, if there were any."""
+    old = checkpoints(base)
+    if not old:
+        return None
+    number = 1 + max(
+        (int(p.name[9:]) for p in Path(base).glob("replaced-*") if p.name[9:].isdigit()), default=0
+    )
+    place = Path(base) / f"replaced-{number}"
+    place.mkdir()
+    for folder in old:
+        shutil.move(folder, place / folder.name)
+    return place
+
+
+def resume_latest(trainer: SavingTrainer[Any, Any], base: Path | str) -> Path | None:
+    """Continue from the newest checkpoint that is undamaged; damaged ones are reported and passed over.
+
+    Returns:
+        The checkpoint; None if there is none.
+
+    Raises:
+        CheckpointError: All checkpoints are damaged, or the newest one belongs to a run with other settings.
+    """
+    found = checkpoints(base)
+    damage = []
+    for folder in found:
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            damage.append(str(error))
+            if trainer.comm.rank == 0:
+                sys.stderr.write(f"warning: {error} The checkpoint before it is used.\n")
+            continue
+        resume(trainer, folder)
+        return folder
+    if damage:
+        raise CheckpointError(
+            f"None of the {len(found)} checkpoints in {base} can be used. {damage[0]} Remove them, or pass --resume "
+            "false, to start again."
+        )
+    return None
+
+
+def resume(trainer: SavingTrainer[Any, Any], checkpoint: Path | str) -> None:
+    """Load weights, trainer state and, where the checkpoint has it, the data provider's place, all in place.
 
     A provider without `state_dict` and `load_state_dict` is the caller's to move on.
 
     Raises:
-        CheckpointError: the folder is not a training checkpoint.
+        CheckpointError: The folder is not a training checkpoint, is damaged, or belongs to a run with other settings.
     """
     checkpoint = Path(checkpoint)
     missing = [n for n in (SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME) if not (checkpoint / n).exists()]
@@ -47,23 +215,104 @@ def resume(trainer: "FusedSAETrainer", checkpoint: Path | str) -> None:
             f"{checkpoint} lacks {' and '.join(missing)}; expected a training checkpoint of SAELens or of "
             "this package. A saved SAE alone cannot be resumed."
         )
-    trainer.sae.load_weights_from_checkpoint(checkpoint)
-    trainer.load_trainer_state(checkpoint)
+    verify(checkpoint)
+    _check_settings(trainer, checkpoint)
+    try:
+        trainer.sae.load_weights_from_checkpoint(checkpoint)
+        trainer.load_trainer_state(checkpoint)
+    except MairaError:
+        raise
+    except (RuntimeError, KeyError, EOFError, OSError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({reason}). Remove it to continue from the one before, or start again with "
+            "another checkpoint folder."
+        ) from error
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every file with its checksum; a checkpoint without checksums, as SAELens writes, passes.
+
+    Raises:
+        CheckpointError: A file is missing or changed.
+    """
+    path = checkpoint / SUMS_FILENAME
+    if not path.exists():
+        return
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [n for n, s in sums.items() if not (checkpoint / n).exists() or _sum_of(checkpoint / n) != s]
+    except (ValueError, AttributeError, OSError):
+        wrong = [SUMS_FILENAME]
+    if wrong:
+        raise CheckpointError(
+            f"The checkpoint {checkpoint} is damaged: {', '.join(wrong)} is missing or not what was written."
+        )
+
+
+def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Settings of two runs that may not differ, each as "name is X in the checkpoint and Y here"."""
+    names = sorted(name for name in saved.keys() | asked.keys() if name not in {*FREE, LONGER})
+    return [
+        f"{name} is {saved.get(name)!r} in the checkpoint and {asked.get(name)!r} here"
+        for name in names
+        if saved.get(name) != asked.get(name)
+    ]
 
 
 def provider_state(provider: Any) -> Any:
-    """Where a data provider's next batch starts, if it can say."""
+    """State of a data provider's next batch, if it can be saved and loaded."""
     return provider.state_dict() if hasattr(provider, "load_state_dict") else None
 
 
-def save_provider_state(checkpoint: Path, state: Any) -> None:
-    """Write a state of `provider_state` into a checkpoint."""
-    if state is not None:
-        (checkpoint / PROVIDER_FILENAME).write_text(json.dumps(state), encoding="utf-8")
+def _check_settings(trainer: SavingTrainer[Any, Any], checkpoint: Path) -> None:
+    saved, asked = _saved_settings(checkpoint), trainer.settings()
+    first = trainer.comm.rank == 0
+    if saved is None:
+        if first:
+            sys.stderr.write(
+                f"warning: {checkpoint} does not record the settings of its run, so they are not compared.\n"
+            )
+        return
+    if differ := differences(saved, asked):
+        raise CheckpointError(
+            f"{checkpoint} is of a run with other settings: {'; '.join(differ)}. Use the settings of that run to "
+            "continue it, name another trainer.checkpoint_path, or pass --resume false to start again."
+        )
+    before, wanted = saved[LONGER], asked[LONGER]
+    name = _NAME.fullmatch(checkpoint.name)
+    done = int(name.group(1)) if name is not None else 0
+    if wanted < done:
+        raise CheckpointError(
+            f"{checkpoint} has {done:,} samples, and {LONGER} is {wanted:,} here. Ask for at least as many, name "
+            "another trainer.checkpoint_path, or pass --resume false to start again."
+        )
+    if wanted != before and first:
+        sys.stderr.write(
+            f"The run is continued to {wanted:,} samples instead of {before:,}; the learning rate follows the schedule "
+            "of the new length.\n"
+        )
 
 
-def load_provider_state(checkpoint: Path, provider: Any) -> None:
-    """Move a data provider to where it stood, if it can be moved and the checkpoint says where."""
-    file = checkpoint / PROVIDER_FILENAME
-    if file.exists() and hasattr(provider, "load_state_dict"):
-        provider.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
+def _saved_settings(checkpoint: Path) -> dict[str, Any] | None:
+    path = checkpoint / RUN_FILENAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _sum_of(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+__all__ = [
+    "SavingTrainer",
+    "checkpoints",
+    "latest_checkpoint",
+    "provider_state",
+    "resume",
+    "resume_latest",
+    "set_aside",
+]

@@ -12,7 +12,7 @@ from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.errors import SAEError
-from sae_lens_maira.kernels import ProcessGroupCommunicator
+from sae_lens_maira.kernels import Communicator, ProcessGroupCommunicator
 from sae_lens_maira.sae.whitening import Moments, pca_whitening
 
 
@@ -31,7 +31,7 @@ def not_finite_error(sae: TrainingSAE[Any], x: torch.Tensor, step: int) -> SAEEr
     )
 
 
-def agree_on_scaling(trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicator) -> None:
+def agree_on_scaling(trainer: SAETrainer[Any, Any], comm: Communicator) -> None:
     """Estimates scaling or whitening over the rows of all ranks, before SAELens would do so over this rank's."""
     kind, d_in, scaler = (
         trainer.sae.cfg.normalize_activations,
@@ -48,9 +48,7 @@ def agree_on_scaling(trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicat
         scaler.scaling_factor = d_in**0.5 * count / total
 
 
-def _whitening_of_all_ranks(
-    trainer: SAETrainer[Any, Any], comm: ProcessGroupCommunicator
-) -> ActivationWhitening:
+def _whitening_of_all_ranks(trainer: SAETrainer[Any, Any], comm: Communicator) -> ActivationWhitening:
     """Whitening by mean and covariance of `n_batches_for_norm_estimate` batches of every rank.
 
     Moments are summed over ranks in float64. Rank 0's matrices are sent to all, since an axis' sign is free.
@@ -62,6 +60,7 @@ def _whitening_of_all_ranks(
     for part in (moments.count, moments.total, moments.outer):
         comm.sum_(part)
     whitening = pca_whitening(moments)
-    for matrix in (whitening.mean, whitening.matrix, whitening.inverse_matrix):
-        comm.broadcast_(matrix)
+    if isinstance(comm, ProcessGroupCommunicator):
+        for matrix in (whitening.mean, whitening.matrix, whitening.inverse_matrix):
+            comm.broadcast_(matrix)
     return whitening

@@ -8,7 +8,9 @@ state dict shows it contiguous.
 """
 
 import warnings
+from collections import deque
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -38,15 +40,17 @@ from sae_lens_maira.kernels import (
 )
 from sae_lens_maira.kernels.dispatch import Backend, say_if_emulated
 from sae_lens_maira.kernels.problem import Candidates
+from sae_lens_maira.sae import MatryoshkaTrainingSAE
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
-from sae_lens_maira.training.checkpoints import provider_state
+from sae_lens_maira.training.checkpoints import SavingTrainer, provider_state
 from sae_lens_maira.training.inputs import agree_on_scaling, not_finite_error
 from sae_lens_maira.training.interruption import SafePoints
 from sae_lens_maira.training.optimizer import RowMajorAdam
-from sae_lens_maira.training.saving import SavingTrainer
 
 MAX_GRADIENT_NORM = 1.0
 """SAELens' fixed clipping norm."""
+LAST_BATCHES = 32
+"""Batches that give the threshold of a run that is too short to set it."""
 
 
 class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -76,6 +80,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         candidates: Candidates = "off",
         sole_writer: bool = False,
         comm: ProcessGroupCommunicator | None = None,
+        run_settings: dict[str, Any] | None = None,
     ) -> None:
         """Builds SAELens' trainer, then its optimiser and scheduler again over the fused Adam.
 
@@ -92,6 +97,8 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 kernel then leaves row norms and bfloat16 copies for the next step. Writes through `.data`, which
                 torch does not count, would go unnoticed. Triton only.
             comm: The other ranks.
+            run_settings: Further settings for the checkpoints, such as the seed: a run with others does not continue
+                from them.
 
         Raises:
             BackendError: the backend cannot run on the SAE's device.
@@ -99,6 +106,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """
         check_architecture(sae)
         self.comm = LocalCommunicator() if comm is None else comm
+        self.run_settings = run_settings or {}
         if self.comm.rank > 0 and cfg.logger.log_to_wandb:
             cfg = replace(cfg, logger=replace(cfg.logger, log_to_wandb=False))
         if cfg.lr_end is None:  # as SAELens' runner configurations do; its trainer asserts that somebody has
@@ -116,6 +124,8 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._reasons_said: set[str] = set()
         self._safe_points = SafePoints()
         self._tokens = 0
+        self._minima: deque[float] = deque(maxlen=LAST_BATCHES)
+        self._scale: float | None = None
         self._workspace = Workspace()
         self._buffers: Gradients | None = None
         assert cfg.lr_end is not None
@@ -160,6 +170,28 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 if group is not None:
                     self.save_rescue()
                 raise
+
+    @override
+    @torch.no_grad()
+    def set_final_sae_metadata(self) -> None:
+        """Also set a threshold that the run was too short to set, from its last batches."""
+        super().set_final_sae_metadata()
+        known = [value for value in self._minima if isfinite(value)]
+        if (
+            not isinstance(self.sae, MatryoshkaTrainingSAE)
+            or float(self.sae.topk_threshold) >= 0
+            or not known
+        ):
+            return
+        threshold = sum(known) / len(known) / (self._scale or 1.0)
+        self.sae.topk_threshold.fill_(threshold)
+        if self.comm.rank == 0:
+            warnings.warn(
+                f"The run ended after {self.n_training_steps} steps, before the threshold is first set (step "
+                f"{self.sae.cfg.threshold_start_step + 1}). It is set to {threshold:.4g}, the mean of the smallest "
+                f"kept activations of the last {len(known)} batches. Train longer, or lower threshold_start_step.",
+                stacklevel=2,
+            )
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
@@ -207,6 +239,9 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 raise not_finite_error(sae, x, self.n_training_steps)
         # Everything that can fail, ranks included, lies behind us: from here on state changes.
         plan.after(result, self.n_training_steps)
+        if plan.unit_decoder and float(plan.sae.topk_threshold) < 0:
+            self._minima.append(float(result.min_positive))
+            self._scale = self.activation_scaler.scaling_factor
         self._record_firing(result)
         self._update(sae, plan, result)
         acts = result.acts.to_coo()

@@ -30,10 +30,10 @@ def store(phantom, tmp_path_factory):
 
 
 def rows_of(store):
-    """All values and index rows."""
-    shards = store.committed()
-    index = pd.concat([store.index(s) for s in shards], ignore_index=True)
-    return torch.cat([store.read(HOOK, s) for s in shards]), index
+    """All values and index rows, in study order."""
+    parts = [store.in_study_order(HOOK, shard) for shard in store.committed()]
+    values = torch.cat([read(0, len(index)) for read, index in parts])
+    return values, pd.concat([index for _, index in parts], ignore_index=True)
 
 
 def config(folder, **more):
@@ -54,7 +54,7 @@ def config(folder, **more):
 
 
 def test_saelens_reads_the_export(phantom, store, tmp_path, monkeypatch):
-    """SAELens' ActivationsStore yields the store's rows and token ids in the store's order; the rest is counted."""
+    """SAELens' ActivationsStore yields the store's rows and token ids in study order; the rest is counted."""
     monkeypatch.setattr("sae_lens_maira.activations.cached.GATHERED", 64)
     count, left = export_cached(store, tmp_path / "cached", context_size=CONTEXT)
     values, index = rows_of(store)
@@ -69,18 +69,17 @@ def test_saelens_reads_the_export(phantom, store, tmp_path, monkeypatch):
 
 
 def test_export_and_import_give_the_store_back(store, tmp_path, monkeypatch):
-    """With rows one by one nothing is left out: values, index, shards and settings are the store's own."""
+    """With rows one by one nothing is left out: values, index, sizes of shards and settings are the store's own."""
     monkeypatch.setattr("sae_lens_maira.activations.cached.GATHERED", 100)
     assert export_cached(store, tmp_path / "cached", HOOK, context_size=1)[1] == 0
     back = import_cached(tmp_path / "cached", tmp_path / "back")
     assert back.complete
     assert back.spec == store.spec
     assert back.study_ids == store.study_ids
-    for shard in store.committed():
-        assert torch.equal(back.read(HOOK, shard), store.read(HOOK, shard))
-        pd.testing.assert_frame_equal(
-            back.index(shard), store.index(shard).reset_index(drop=True), check_dtype=False
-        )
+    (ours, index), (theirs, other) = rows_of(back), rows_of(store)
+    assert torch.equal(ours, theirs)
+    pd.testing.assert_frame_equal(index, other, check_dtype=False)
+    assert back.rows == store.rows
     back.validate()
 
 

@@ -68,7 +68,7 @@ def test_every_row_once_an_epoch(store):
 
 def test_threads_change_nothing(store):
     """One thread or four, buffers of one segment or of all: the same batches where the buffers are the same."""
-    for buffer_rows in (4096, 100_000):
+    for buffer_rows in (1024, 100_000):
         one = StoreProvider(store, HOOK, 67, seed=3, buffer_rows=buffer_rows, workers=1, rates={"image": 0.5})
         many = StoreProvider(
             store, HOOK, 67, seed=3, buffer_rows=buffer_rows, workers=4, rates={"image": 0.5}
@@ -101,12 +101,41 @@ def test_shares_of_ranks_are_the_batch_of_one_process(store, monkeypatch):
     alone = StoreProvider(store, HOOK, 67, buffer_rows=100_000, rank=1, world_size=3)
     next(alone)
     alone._pool.shutdown()
-    assert 0 < len(read) <= 4  # of 6 segments, two in this buffer and two in the next
+    assert 0 < len(read) <= 10  # of 15 segments, five in this buffer and five in the next
+
+
+def test_a_thread_that_works_ahead_changes_nothing(store):
+    """Batches and states are those without the thread; loading a state drops what was prepared."""
+    plain, ahead = (StoreProvider(store, HOOK, 67, seed=3, buffer_rows=5000, ahead=n) for n in (0, 3))
+    states, batches = [], []
+    for _ in range(150):
+        states.append(ahead.state_dict())
+        assert states[-1] == plain.state_dict()
+        batches.append(next(ahead))
+        assert torch.equal(batches[-1], next(plain))
+    ahead.load_state_dict(states[40])
+    assert torch.equal(next(ahead), batches[40])
+    assert ahead.state_dict() == states[41]
+    assert ahead.epoch == states[41]["epoch"]
+
+
+def test_mixing_counts_studies_per_batch(store):
+    """The expected effective number of studies is that of the batches that come out."""
+    provider = StoreProvider(store, HOOK, 512, buffer_rows=4096)
+    expected, ideal = provider.mixing()
+    edges = np.cumsum(ROWS)
+    measured = []
+    for _ in range(8):  # one buffer
+        study = np.searchsorted(edges, next(provider)[:, 0].numpy(), side="right")
+        share = np.bincount(study, minlength=len(ROWS)) / 512
+        measured.append(1 / (share**2).sum())
+    assert expected == pytest.approx(1 / np.mean(1 / np.array(measured)), rel=0.05)
+    assert ideal == pytest.approx(len(ROWS), rel=0.02)
 
 
 def test_batches_are_the_callers_own(store):
     """A batch keeps its rows when later ones are drawn, though buffers are used again."""
-    provider = StoreProvider(store, HOOK, 512, buffer_rows=4096)
+    provider = StoreProvider(store, HOOK, 512, buffer_rows=1024)
     first = next(provider)
     copy = first.clone()
     for _ in range(40):
@@ -116,7 +145,7 @@ def test_batches_are_the_callers_own(store):
 
 def test_a_state_from_elsewhere_drops_what_was_read_ahead(store):
     """Going back to the start of an epoch in the middle of another gives that epoch's first batches."""
-    provider = StoreProvider(store, HOOK, 67, buffer_rows=4096)
+    provider = StoreProvider(store, HOOK, 67, buffer_rows=1024)
     start = provider.state_dict()
     first = [next(provider) for _ in range(3)]
     for _ in range(150):
@@ -153,7 +182,7 @@ def test_state_continues_in_the_middle(store, taken):
 
 def test_state_of_another_provider_is_refused(store):
     state = StoreProvider(store, HOOK, 67, seed=3).state_dict()
-    with pytest.raises(StoreError, match="other rows"):
+    with pytest.raises(StoreError, match="other batches"):
         StoreProvider(store, HOOK, 67, seed=4).load_state_dict(state)
 
 

@@ -69,12 +69,8 @@ def trained(tmp_path_factory):
     assert main(["harvest", *names, "--hooks", HOOK, "--store", str(folder / "store")]) == 0
     sizes = "{total_training_samples: 2048, train_batch_size_samples: 512, lr: 0.001, lr_end: 0.0, lr_warm_up_steps: 1}"
     words = ["--sae", "{d_sae: 64, k: 4, matryoshka_widths: [16, 64]}", "--trainer", sizes]
-    assert (
-        main(
-            ["train", "--hooks", HOOK, "--store", str(folder / "store"), *words, "--out", str(folder / "sae")]
-        )
-        == 0
-    )
+    words += ["--hooks", HOOK, "--store", str(folder / "store"), "--out", str(folder / "sae")]
+    assert main(["train", *names, *words]) == 0
     return folder
 
 

@@ -141,5 +141,5 @@ def test_another_shuffle_is_refused(store, tmp_path):
     trainer(store, tmp_path / "whole").fit()
     checkpoint = latest_checkpoint(tmp_path / "whole")
     assert checkpoint is not None
-    with pytest.raises(StoreError, match="place means nothing"):
+    with pytest.raises(StoreError, match="seed is 5 there and 6 here"):
         resume(trainer(store, tmp_path / "other", seed=6), checkpoint)

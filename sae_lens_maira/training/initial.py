@@ -1,0 +1,101 @@
+"""Start a training from the weights of an existing SAE instead of random ones.
+
+    saved form      f = JumpReLU((x - b_dec) W_enc + b_enc, threshold),  x^ = f W_dec + b_dec,  |W_dec[j]| = 1
+    training form   the same weights; inputs are s x where activations are normalised, so biases and threshold take s
+
+The reconstruction is that of the given SAE at the first step, but BatchTopK selects k entries per row of a whole batch
+where the given SAE compares with its threshold.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_lens_maira.errors import SAEError
+from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
+from sae_lens_maira.sae.config import MatryoshkaTrainingSAEConfig
+from sae_lens_maira.sae.release import resolve_sae
+from sae_lens_maira.training.inputs import agree_on_scaling
+
+if TYPE_CHECKING:
+    from sae_lens_maira.training.trainer import FusedSAETrainer
+
+
+@torch.no_grad()
+def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE) -> None:
+    """Replace the weights of a trainer's SAE by those of another; call it before the first step.
+
+    With `normalize_activations="expected_average_only_in"` the scale is estimated here, from the first batches.
+
+    Args:
+        trainer: A trainer that has made no step.
+        source: A folder, what `load_release` takes, or an SAE in memory.
+
+    Raises:
+        SAEError: The SAE cannot be read, or its width, number of latents, levels or k are others.
+    """
+    given = source if isinstance(source, MatryoshkaSAE) else load_matryoshka(resolve_sae(source))
+    sae = trainer.sae
+    _check(given, sae.cfg)
+    weights = {name: value.detach().to(sae.W_dec) for name, value in given.state_dict().items()}
+    norms = weights["W_dec"].norm(dim=1)
+    if bool((norms == 0).any()):
+        raise SAEError(
+            f"{int((norms == 0).sum())} decoder rows of the SAE to start from are zero, so their directions are "
+            "unknown. Start from another SAE, or from random weights."
+        )
+    # Decoder rows of norm 1 make activations comparable in both conventions.
+    weights["W_enc"] = weights["W_enc"] * norms
+    weights["b_enc"], threshold = weights["b_enc"] * norms, weights["threshold"] * norms
+    weights["W_dec"] = weights["W_dec"] / norms[:, None]
+    if given.cfg.apply_b_dec_to_input != sae.cfg.apply_b_dec_to_input:
+        sign = 1 if sae.cfg.apply_b_dec_to_input else -1
+        weights["b_enc"] = weights["b_enc"] + sign * weights["b_dec"] @ weights["W_enc"]
+    scale = _scale(trainer)
+    for name in ("W_enc", "W_dec"):
+        getattr(sae, name).copy_(weights[name])
+    for name in ("b_enc", "b_dec"):
+        getattr(sae, name).copy_(weights[name] * scale)
+    known = threshold[threshold > 0]
+    if len(known):
+        sae.topk_threshold.fill_(float(known.mean()) * scale)
+
+
+def _scale(trainer: "FusedSAETrainer[Any, Any]") -> float:
+    """Factor that the trainer multiplies its inputs by."""
+    kind = trainer.sae.cfg.normalize_activations
+    if kind == "none":
+        return 1.0
+    if kind != "expected_average_only_in":
+        raise SAEError(
+            f"A training with normalize_activations={kind!r} cannot start from another SAE's weights. Use 'none' or "
+            "'expected_average_only_in'."
+        )
+    agree_on_scaling(trainer, trainer.comm)
+    factor = trainer.activation_scaler.scaling_factor
+    assert factor is not None
+    return factor
+
+
+def _check(given: MatryoshkaSAE, cfg: MatryoshkaTrainingSAEConfig) -> None:
+    wanted = {
+        "d_in": (given.cfg.d_in, cfg.d_in),
+        "d_sae": (given.cfg.d_sae, cfg.d_sae),
+        "levels": (list(given.cfg.level_widths()), list(cfg.level_widths())),
+        "k": (given.cfg.k, cfg.k),
+    }
+    differ = [
+        f"{name} is {has!r} there and {asked!r} here"
+        for name, (has, asked) in wanted.items()
+        if has != asked and has is not None
+    ]
+    if differ:
+        raise SAEError(
+            f"The SAE to start from does not fit the SAE to train: {'; '.join(differ)}. Use its values in the part "
+            "sae, or start from another SAE."
+        )
+    if cfg.control is not None:
+        raise SAEError(
+            f"control={cfg.control!r} keeps random weights, and a start from another SAE would replace them. Leave "
+            "one of the two out."
+        )
