@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.attribution.evidence import image_evidence
 from sae_lens_maira.hooks import HookedMaira2
-from sae_lens_maira.io import atomic_write
+from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
 from sae_lens_maira.phantom.flaws import Flaw, plant
 
@@ -71,7 +71,7 @@ def run(settings: Settings) -> Path:
                     if stated:
                         rows.append(row | {"layer": layer, "true": stated <= study.present_keys})
         frame = pd.DataFrame(rows)
-        atomic_write(settings.out / f"{name.replace(' ', '_')}.csv", frame.to_csv(index=False))
+        atomic_write(settings.out / f"{name.replace(' ', '_')}.csv", csv_of(frame))
         first = frame.query("layer == @settings.layers[0]")
         lines.append(_line(name, "log-probability per token", first, "score_per_token"))
         for layer, part in frame.groupby("layer"):

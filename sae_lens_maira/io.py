@@ -19,9 +19,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae_lens_maira.errors import DiskError, LockError, StoreError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
 # A quota and a limit on file sizes mean the same to a user as a full disk.
@@ -271,11 +274,36 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(
             f"{path} cannot be read as JSON ({error}). If this folder is an activation store, harvest into it again or "
             "restore the file from a copy."
         ) from error
+
+
+def csv_cell(cell: str) -> str:
+    """A CSV cell that a spreadsheet shows as text: a leading =, +, -, @, tab or return is quoted by an apostrophe."""
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # a bare return ends an unquoted row
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\n") and not _is_number(cell) else cell
+
+
+def csv_of(frame: "pd.DataFrame", index: bool = False) -> str:
+    """CSV of a table of results whose texts no spreadsheet runs as formulas (`csv_cell`)."""
+    safe = {
+        name: [csv_cell(cell) if isinstance(cell, str) else cell for cell in column]
+        if column.dtype == object or column.dtype == "string"
+        else column.array
+        for name, column in frame.items()
+    }
+    return type(frame)(safe, index=frame.index, columns=frame.columns).to_csv(index=index)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def sha256_of(path: Path) -> str:
@@ -291,6 +319,8 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "atomic_write",
+    "csv_cell",
+    "csv_of",
     "locked",
     "read_json",
     "sha256_of",

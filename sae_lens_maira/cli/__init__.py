@@ -17,6 +17,7 @@ import inspect
 import io
 import os
 import sys
+import traceback
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from jsonargparse import ArgumentParser
 
 from sae_lens_maira import __version__
 from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, run_command
+from sae_lens_maira.cli.terminal import visible_streams
 from sae_lens_maira.errors import MairaError
 
 PROGRAM = "sae-lens-maira"
@@ -122,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = build_parser(name).parse_args(words[len(name.split()) :])
     except SystemExit as stopped:  # After --help, or an error of the parser.
         return stopped.code if isinstance(stopped.code, int) else 0
-    with _printable():
+    with _printable(), visible_streams():
         return _run(name, options)
 
 
@@ -160,6 +162,14 @@ def _run(name: str, options: Any) -> int:
         place = f" at {error.filename}" if error.filename is not None else ""
         sys.stderr.write(
             f"{PROGRAM} {name}: {error.strerror}{place}. Give another path, or make room or rights there.\n"
+        )
+        return 2
+    except RecursionError as error:
+        if "json" not in "".join(traceback.format_exception(error)[-8:]):
+            raise
+        sys.stderr.write(
+            f"{PROGRAM} {name}: a JSON file that was given is nested too deeply to be read; expected a few levels. It "
+            "was not written by this program: give the right file.\n"
         )
         return 2
     except KeyboardInterrupt:

@@ -147,14 +147,14 @@ def locate(
         out: CSV file for the table.
         as_json: print JSON instead of a table.
     """
-    from sae_lens_maira.io import atomic_write
+    from sae_lens_maira.io import atomic_write, csv_of
     from sae_lens_maira.sae.locate import locate_sae
 
     dictionary: Any = load_sae_weights(sae, options.device)
     reader, n = options.reader(hooks)
     found = locate_sae(dictionary, _located(reader, n), seed=options.seed)
     if out is not None:
-        atomic_write(out, found.table.to_csv(index=False))
+        atomic_write(out, csv_of(found.table))
     sys.stdout.write((json.dumps(found.to_json()) if as_json else str(found)) + "\n")
 
 
@@ -172,10 +172,10 @@ def _write_match(found: "LatentMatch", folder: Path) -> None:
     """Write the pairs, the summary and a histogram of the scores."""
     from matplotlib.figure import Figure
 
-    from sae_lens_maira.io import atomic_write, write_json
+    from sae_lens_maira.io import atomic_write, csv_of, write_json
 
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "pairs.csv", found.pairs.to_csv(index=False))
+    atomic_write(folder / "pairs.csv", csv_of(found.pairs))
     write_json(folder / "summary.json", found.to_json())
     figure = Figure(figsize=(6, 3))
     axis = figure.subplots()

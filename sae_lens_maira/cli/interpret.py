@@ -171,6 +171,7 @@ def report_scores(
         write_figure,
         write_neuronpedia,
     )
+    from sae_lens_maira.io import atomic_write, csv_of
     from sae_lens_maira.latents.recordset import RecordSet
     from sae_lens_maira.latents.space import MEASURES as SPATIAL
     from sae_lens_maira.latents.space import spatial_of_records
@@ -196,10 +197,10 @@ def report_scores(
     space = {name: frame for name, frame in space.items() if len(frame)}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        scores.to_csv(out / "scores.csv", index=False)
+        atomic_write(out / "scores.csv", csv_of(scores))
         if space:
             joined = pd.concat([frame.assign(set=name) for name, frame in space.items()])
-            joined.to_csv(out / "space.csv", index=False)
+            atomic_write(out / "space.csv", csv_of(joined))
         write_figure(sets, out / "scores.png")
         source = opened.meta.sae if set_name is None else Target(set_name=set_name).source(opened.meta.layer)
         write_neuronpedia(neuronpedia_rows(done, opened.meta, model_id, source), out / "explanations.jsonl")
@@ -300,6 +301,7 @@ def findings(
     import pandas as pd
 
     from sae_lens_maira.interp.best import best_latents, best_table, paired_detection, write_best_figure
+    from sae_lens_maira.io import atomic_write, csv_of
 
     named = {
         "trained": records,
@@ -317,7 +319,7 @@ def findings(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         joined = pd.concat([table.assign(set=name) for name, table in tables.items()])
-        joined.to_csv(out / "best_latents.csv", index=False)
+        atomic_write(out / "best_latents.csv", csv_of(joined))
         write_best_figure(sets, out / "best_latents.png")
     if as_json:
         found = {name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()}

@@ -7,6 +7,7 @@ one fixed width, and one-line errors that name the command and suggest the close
 A parameter `options`, annotated with a dataclass, contributes one option per field (see `options.py`).
 """
 
+import contextlib
 import difflib
 import inspect
 import re
@@ -131,6 +132,10 @@ def _ignored(function: Callable[..., None]) -> tuple[str, tuple[str, ...]]:
     return vars(function).get("ignored_parts", ("", ()))
 
 
+# The C loader bounds the depth; the one in Python takes quadratic time over deep files.
+_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Help with the description's own lines, one width, and no line breaks at hyphens.
 
@@ -181,8 +186,12 @@ class _Parser(ArgumentParser):
                 self.texts.add(name)
 
     def parse_path(self, path: Any, *rest: Any, **settings: Any) -> Any:
-        """Parse a config file; one that is not text is an error of one line."""
+        """Parse a config file; one that is not text, or that holds aliases, is an error of one line."""
         try:
+            with contextlib.suppress(OSError, yaml.YAMLError):  # The base class reports these.
+                events = yaml.parse(Path(path).read_text(encoding="utf-8"), Loader=_YAML)
+                if any(isinstance(event, yaml.AliasEvent) for event in events):
+                    self.error(f"--config: {path} holds YAML aliases (*name); write each value out")
             return super().parse_path(path, *rest, **settings)
         except UnicodeDecodeError:
             self.error(f"--config: {path} is not text in UTF-8; expected a YAML file")

@@ -246,8 +246,10 @@ def validate_studies(
     if out is not None:
         import pandas as pd
 
+        from sae_lens_maira.io import atomic_write, csv_of
+
         out.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows, columns=["severity", "kind", "rows", "detail"]).to_csv(out, index=False)
+        atomic_write(out, csv_of(pd.DataFrame(rows, columns=["severity", "kind", "rows", "detail"])))
     if as_json:
         told = {"studies": report.studies, "images": report.images, "counts": counts, "issues": rows[:most]}
         sys.stdout.write(json.dumps(told) + "\n")

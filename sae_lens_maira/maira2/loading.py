@@ -124,6 +124,7 @@ def load_maira2(
                 dtype=dtype,
                 device_map=device_map,
                 output_loading_info=True,
+                trust_remote_code=False,
                 **hub,
                 **rest,
             )

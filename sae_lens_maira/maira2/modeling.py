@@ -55,9 +55,9 @@ class Maira2Model(LlavaModel):
 
     def __init__(self, config: Maira2Config) -> None:
         super(LlavaModel, self).__init__(config)  # LlavaModel's own parts do not fit: skip its __init__
-        self.vision_tower = AutoBackbone.from_config(config.vision_config)
+        self.vision_tower = AutoBackbone.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = Maira2Projector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_image_features(  # pyright: ignore[reportIncompatibleMethodOverride] - differs between versions

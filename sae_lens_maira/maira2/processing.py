@@ -83,7 +83,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
                 " Leave the keyword out."
             )
         source = str(pretrained_model_name_or_path)
-        loaded: Any = super().from_pretrained(source, **keywords)
+        loaded: Any = super().from_pretrained(source, **{**keywords, "trust_remote_code": False})
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         processor.tokenizer = tokenizer_as_filed(processor.tokenizer, source, **keywords)
         return loaded

@@ -35,7 +35,7 @@ def tokenizer_as_filed(tokenizer: Any, source: str, **hub: Any) -> Any:
     loaded = json.loads(tokenizer.backend_tokenizer.to_str())
     if all(filed.get(part) == loaded.get(part) for part in _PIPELINE):
         return tokenizer
-    return PreTrainedTokenizerFast.from_pretrained(source, **hub)
+    return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False, **hub)
 
 
 def write_portable_files(processor: Any, folder: Path) -> None:

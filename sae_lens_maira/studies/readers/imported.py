@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_lens_maira.io import atomic_file
+from sae_lens_maira.io import atomic_file, csv_cell
 from sae_lens_maira.studies.table import StudyTable
 
 
@@ -78,11 +78,6 @@ class Imported:
         with atomic_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(("study_id", "file", "reason"))
-            rows.writerows((as_text(entry.study_id), "", entry.reason.value) for entry in self.skipped)
-            rows.writerows(("", as_text(entry.file), entry.reason) for entry in self.unused)
+            rows.writerows((csv_cell(entry.study_id), "", entry.reason.value) for entry in self.skipped)
+            rows.writerows(("", csv_cell(entry.file), entry.reason) for entry in self.unused)
         return path
-
-
-def as_text(cell: str) -> str:
-    """A CSV cell that a spreadsheet shows as text: a leading =, +, -, @, tab or return is quoted by an apostrophe."""
-    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell

@@ -1,0 +1,129 @@
+"""Inputs made to harm: terminal escapes, formulas, absurdly deep or aliased files, custom code; one message each."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from sae_lens_maira.cli import main
+from sae_lens_maira.cli.terminal import visible
+from sae_lens_maira.io import csv_of
+
+ESCAPES = "s\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "a.png")
+    texts = {
+        "plain": "Clear lungs.",
+        ESCAPES: "Effusion \x1b[31m.",
+        "=1+1": "=cmd|' /C calc'!A0",
+        "i" * 220: "Clear lungs.",
+        "../../escape": "Heart normal.",
+    }
+    rows = [
+        {"study_id": name, "patient_id": name, "frontal": "a.png", "report": text, "licence": "public"}
+        for name, text in texts.items()
+    ]
+    path = tmp_path / "table.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_no_command_sends_control_characters_of_data_to_the_terminal(
+    hostile, capsys, tmp_path, as_json
+) -> None:
+    flag = ["--json"] if as_json else []
+    main(["studies", "validate", "--table", str(hostile), "--out", str(tmp_path / "v.csv"), *flag])
+    main(["studies", "show", "--table", str(hostile), *flag])
+    main(["studies", "show", "--table", str(hostile), "--study", ESCAPES])
+    main(["studies", "show", "--table", str(hostile), "--study", f"no such {ESCAPES}"])
+    told = "".join(capsys.readouterr())
+    assert "\\x1b[2J" in told or "\\u001b[2J" in told
+    assert not re.search(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", told)
+    found = pd.read_csv(tmp_path / "v.csv")
+    assert not found["detail"].str.match(r"[=+@\t\r-]").any()
+
+
+def test_progress_bars_and_text_pass_through() -> None:
+    assert (
+        visible("\r 3%|\u2588 | \x1b[A\n\tdone \u00e9\u4e2d") == "\r 3%|\u2588 | \x1b[A\n\tdone \u00e9\u4e2d"
+    )
+
+
+def test_no_cell_of_a_table_is_a_formula() -> None:
+    frame = pd.DataFrame(
+        {"text": ["=1+1", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "plain", "-0.5"], "n": range(-4, 4)}
+    )
+    read = pd.read_csv(pd.io.common.StringIO(csv_of(frame)))
+    assert [cell[:1] for cell in read["text"].astype(str)] == ["'"] * 6 + ["p", "-"]
+    assert read["n"].tolist() == list(range(-4, 4))
+
+
+def test_ids_that_are_long_or_leave_the_folder_name_no_file_outside(hostile, tmp_path) -> None:
+    """Ids become file names in one place, which keeps them in their folder and under the limit of file systems."""
+    from sae_lens_maira.studies import Licence, Study, table_of_studies
+
+    root = tmp_path / "deep" / "root"
+    root.mkdir(parents=True)
+    ids = ["../../escape", "/etc/passwd", "i" * 300, "\u00e9" * 200, "..", "a/b", "a\\b", "nul\0"]
+    before = set(tmp_path.rglob("*"))
+    made = [
+        Study(
+            study_id=name,
+            patient_id="p",
+            licence=Licence.PUBLIC,
+            frontal=Image.linear_gradient("L"),
+            report="Clear.",
+        )
+        for name in ids
+    ]
+    table = table_of_studies(made, root)
+    new = set(tmp_path.rglob("*")) - before
+    assert all(root in file.parents for file in new)
+    assert len({str(path) for path in table.frame["frontal"]}) == len(ids)
+    assert all((root / path).is_file() for path in table.frame["frontal"])
+
+
+def _config(kind: str) -> bytes:
+    aliases = "".join(f"k{n}: &k{n} [{','.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 9))
+    return {
+        "deep YAML": b"store: " + b"[" * 5000 + b"]" * 5000,
+        "deep JSON": b"[" * 200_000 + b"]" * 200_000,
+        "latin-1": "store: caf\u00e9".encode("latin-1"),
+        "utf-16": "store: x".encode("utf-16"),
+        "aliases": f"k0: &k0 [x]\n{aliases}".encode(),
+        "binary": bytes(range(256)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["deep YAML", "deep JSON", "latin-1", "utf-16", "aliases", "binary"])
+def test_a_config_that_cannot_be_read_is_one_message(tmp_path, capsys, kind) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(_config(kind))
+    assert main(["train", "--config", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "config" in told
+    assert len(told.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (["store", "show", "--store"], "manifest.json"),
+        (["interpret", "report", "--records"], "records.json"),
+        (["evaluate", "--table", "{table}", "--model", "phantom", "--sae"], "cfg.json"),
+    ],
+)
+def test_a_json_file_of_absurd_depth_is_one_message(tmp_path, capsys, hostile, command, file) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / file).write_text("[" * 200_000 + "]" * 200_000)
+    (folder / "sae_weights.safetensors").write_bytes(json.dumps({}).encode())
+    words = [word.format(table=hostile) for word in command]
+    assert main([*words, str(folder)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
