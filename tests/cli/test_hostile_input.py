@@ -1,5 +1,6 @@
 """Inputs made to harm: terminal escapes, formulas, absurdly deep or aliased files, custom code; one message each."""
 
+import io
 import json
 import re
 
@@ -59,7 +60,7 @@ def test_no_cell_of_a_table_is_a_formula() -> None:
     frame = pd.DataFrame(
         {"text": ["=1+1", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "plain", "-0.5"], "n": range(-4, 4)}
     )
-    read = pd.read_csv(pd.io.common.StringIO(csv_of(frame)))
+    read = pd.read_csv(io.StringIO(csv_of(frame)))
     assert [cell[:1] for cell in read["text"].astype(str)] == ["'"] * 6 + ["p", "-"]
     assert read["n"].tolist() == list(range(-4, 4))
 
