@@ -66,7 +66,7 @@ def run(
         as_json: print statuses, scores and costs as JSON; the estimate then goes to stderr.
     """
     from sae_lens_maira.interp.examples import Plan
-    from sae_lens_maira.interp.report import statuses, summary, table
+    from sae_lens_maira.interp.records import statuses, summary, table
     from sae_lens_maira.interp.run import estimate, interpret, interpret_offline
     from sae_lens_maira.latents.recordset import RecordSet
 
@@ -161,9 +161,9 @@ def report_scores(
     import pandas as pd
 
     from sae_lens_maira.dashboards.target import Target
-    from sae_lens_maira.interp.records import load
-    from sae_lens_maira.interp.report import (
+    from sae_lens_maira.interp.records import (
         categories,
+        load,
         neuronpedia_rows,
         statuses,
         summary,

@@ -1,4 +1,4 @@
-"""Prompts for a language model, and the schema of every answer.
+"""Prompts for a language model, the schema of every answer, and the question that explains a latent.
 
 `PROMPT_VERSION` is stored with each interpretation and changes with any word here. A prompt explains once what a
 latent is, shows examples, and asks for one JSON object.
@@ -6,10 +6,19 @@ latent is, shows examples, and asks for one JSON object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model
+
+from sae_lens_maira.interp.examples import Example, LatentTask, Plan, modality_of, scaled
+from sae_lens_maira.interp.offline import Explanation, category_of_text
+from sae_lens_maira.interp.windows import active_tokens, data_uri, outlined, place, window
+
+if TYPE_CHECKING:
+    from sae_lens_maira.interp.judge import Judge
 
 PROMPT_VERSION = "2026-11b"
 PICTURE_TOKENS = 1000
@@ -68,7 +77,7 @@ def verdicts_form(count: int) -> type[BaseModel]:
     return create_model("Verdicts", verdicts=(inside, ...))
 
 
-def explain(
+def ask_explanation(
     active: Sequence[tuple[str, str | None, int]],
     silent: Sequence[str],
     tokens: Sequence[str],
@@ -84,8 +93,8 @@ def explain(
             sees; they follow the text as image parts.
     """
     lines = ["Active in:"]
-    for text, place, strength in active:
-        where = f" (in the {place})" if place else ""
+    for text, place_words, strength in active:
+        where = f" (in the {place_words})" if place_words else ""
         lines.append(f"- strength {strength}{where}: {text}")
     lines += ["", "Silent in:", *(f"- {text}" for text in silent)]
     if tokens:
@@ -171,3 +180,75 @@ def _image(address: str) -> dict[str, Any]:
 
 def _numbered(texts: Sequence[str]) -> str:
     return "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
+
+
+def question(
+    examples: Sequence[Example],
+    tokens: Sequence[str],
+    seed: int = 0,
+    pictures: int = 0,
+    folder: Path | None = None,
+) -> Messages:
+    """The messages that ask for an explanation of these examples.
+
+    Args:
+        examples: examples sampled from the train half.
+        tokens: output tokens that the latent raises most.
+        seed: random seed for the windows of silent examples.
+        pictures: number of active examples of an image latent whose outlined images are shown.
+        folder: folder of the record set, which contains the images.
+    """
+    modality, rng = modality_of(examples), random.Random(seed)
+    firing = [e for e in examples if e.active]
+    active = [
+        (
+            window(e, modality, rng, active_tokens(e) if e.context.modality == "text" else ()),
+            place(e.context),
+            scaled(e.context.value, e.max),
+        )
+        for e in firing
+    ]
+    silent = [window(e, modality, rng) for e in examples if not e.active]
+    images: list[str] = []
+    if pictures and folder is not None and modality == "image":
+        shown: list[int] = []
+        for number, e in enumerate(firing):
+            image = outlined(e, folder) if len(shown) < pictures else None
+            if image is not None:
+                shown.append(number)
+                images.append(data_uri(image))
+        # Examples with an image come first, so that texts and images are in one order.
+        order = [*shown, *(n for n in range(len(firing)) if n not in shown)]
+        active = [active[n] for n in order]
+    return ask_explanation(active, silent, tokens, images)
+
+
+async def explain(
+    judge: Judge,
+    task: LatentTask,
+    keys: Sequence[str],
+    plan: Plan,
+    folder: Path,
+    licences: Iterable[str],
+) -> Explanation:
+    """Ask for an explanation.
+
+    Args:
+        judge: client of the language model.
+        task: the latent and its train examples.
+        keys: finding keys, for the category.
+        plan: seed, and the number of images to show.
+        folder: folder of the record set.
+        licences: licence classes of the record set.
+
+    Raises:
+        PrivacyError: credentialed text would leave the machine.
+        ServerError: the server does not answer.
+    """
+    asked = question(task.train, task.tokens, plan.seed, plan.pictures, folder)
+    reply = await judge.ask(asked, Sentence, licences, topic="explanation")
+    if reply.answer is None:
+        status = "over_budget" if reply.problem == "over budget" else "unusable"
+        return Explanation(None, "other", (reply.key,), status)
+    text = " ".join(reply.answer.explanation.split())
+    return Explanation(text, category_of_text(text, keys), (reply.key,))

@@ -145,8 +145,7 @@ def estimate(records: RecordSet, plan: Plan, server: Server) -> str:
     Raises:
         PrivacyError: credentialed text would leave the machine.
     """
-    from sae_lens_maira.interp.explain import question
-    from sae_lens_maira.interp.prompts import PICTURE_TOKENS, tokens_of
+    from sae_lens_maira.interp.prompts import PICTURE_TOKENS, question, tokens_of
     from sae_lens_maira.interp.score import IMAGES_PER_QUESTION
     from sae_lens_maira.privacy import check_destination
 
@@ -237,8 +236,7 @@ def interpret(
 
 
 async def _interpret(records: RecordSet, judge: Judge, plan: Plan) -> list[Interpretation]:
-    from sae_lens_maira.interp.explain import explain
-    from sae_lens_maira.interp.prompts import PROMPT_VERSION
+    from sae_lens_maira.interp.prompts import PROMPT_VERSION, explain
 
     tasks, keys = Tasks(records, plan, offline=False), records.meta.findings
     licences, at_once = _licences(records), 2 * judge.server.concurrency

@@ -16,8 +16,7 @@ from sae_lens_maira.interp.published import read_published
 from sae_lens_maira.interp.windows import COLOUR, outlined
 
 pytest.importorskip("httpx")
-from sae_lens_maira.interp.explain import question
-from sae_lens_maira.interp.prompts import PICTURE_TOKENS, tokens_of, with_text
+from sae_lens_maira.interp.prompts import PICTURE_TOKENS, question, tokens_of, with_text
 
 
 @pytest.fixture

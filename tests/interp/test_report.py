@@ -10,8 +10,7 @@ from PIL import Image
 from sae_lens_maira.cli.interpret import report_scores as report
 from sae_lens_maira.cli.interpret import run
 from sae_lens_maira.errors import ConfigError, RecordError
-from sae_lens_maira.interp.records import load
-from sae_lens_maira.interp.report import categories, summary, table, write_figure
+from sae_lens_maira.interp.records import categories, load, summary, table, write_figure
 from sae_lens_maira.interp.run import interpret_offline
 from sae_lens_maira.latents.records import FindingAgreement
 from sae_lens_maira.latents.space import spatial_of_records
