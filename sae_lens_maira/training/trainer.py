@@ -157,8 +157,9 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         group = self.comm if isinstance(self.comm, ProcessGroupCommunicator) else None
         with self._safe_points.installed():
             try:
-                if group is not None:
-                    agree_on_scaling(self, group)
+                # Also in a single process: its scale is then that of any number of ranks to the last bits.
+                if group is not None or self.sae.cfg.normalize_activations == "expected_average_only_in":
+                    agree_on_scaling(self, self.comm)
                 return self._plain(super().fit())
             except (KeyboardInterrupt, InterruptedException):
                 if group is None and self.cfg.checkpoint_path is not None:

@@ -62,7 +62,9 @@ def test_torchrun_trains_the_sae_of_one_process(convention, store, tmp_path):
     one, two = (load_file(tmp_path / name / "sae_weights.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            two[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_killed_rank_ends_the_other(store, tmp_path):
