@@ -83,6 +83,7 @@ def steer(
     from sae_lens_maira.errors import ConfigError, InterventionError
     from sae_lens_maira.interface import finding_reader, load_sae, named_model, phantom_studies, read_studies
     from sae_lens_maira.io import atomic_write
+    from sae_lens_maira.privacy import private_files
     from sae_lens_maira.steering import load_interventions, save_interventions
     from sae_lens_maira.steering.cohort import Cohort
     from sae_lens_maira.steering.evaluate import Method
@@ -130,10 +131,11 @@ def steer(
     tables, report = _evaluate(
         cohort, dictionary, methods, finding, steered, strengths, remove, units, max_new_tokens, seed
     )
-    tables.save(out)
     steered_studies = [cohort.study(number) for number in report]
     errors = _errors(tables, steered_studies, read, seed)
-    atomic_write(out / "errors.csv", errors.to_csv(index=False))
+    with private_files(out):
+        tables.save(out)
+        atomic_write(out / "errors.csv", errors.to_csv(index=False))
     if intervention is None:
         method = next(m for m in methods if m.name == tables.best)
         strength = float(tables.summary.set_index("method").loc[tables.best, "strength"])  # pyright: ignore[reportArgumentType]
@@ -145,12 +147,9 @@ def steer(
         f"Model {Path(model).name}, {hook_name}; findings by {cohort.source}, reports read by {read.source}."
         + (f" {cohort.left_out} studies left out: their reports cannot be read." if cohort.left_out else "")
     )
-    write_page(
-        out,
-        finding,
-        steered_studies,
-        PageOptions(credentialed=allow_credentialed, about=about),
-    )
+    options = PageOptions(credentialed=allow_credentialed, about=about)
+    with private_files(out):
+        write_page(out, finding, steered_studies, options)
     shown = ["method", "strength", "n", "on_target", "off_target", "kl", "perplexity", "repetition", "length"]
     if as_json:
         sys.stdout.write(f"{tables.summary.to_json(orient='records')}\n")

@@ -86,7 +86,8 @@ def write_page(
         for rows in parallel_map(write, batches_of(records, 64), workers):
             for row in rows:
                 columns.add(row)
-        index = {"about": about(records.meta, studies, with_images, licence)} | columns.to_plain()
+        origin = about(records.meta, studies, with_images, licence) | {"records": records.fingerprint}
+        index = {"about": origin} | columns.to_plain()
         _write_call(draft / "data" / "index.js", "saeIndex", index)
         source = files("sae_lens_maira.dashboards") / "page"
         for name in PAGE_FILES:

@@ -12,14 +12,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.io import atomic_write
+from sae_lens_maira.io import atomic_write, sha256_of
+from sae_lens_maira.latents.recordset import META, RecordSet
 from sae_lens_maira.latents.serialization import from_plain, to_plain
-from sae_lens_maira.privacy import private_files
+from sae_lens_maira.privacy import private_files, strictest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,6 +91,8 @@ class Interpretation:
         n_train, n_test: number of examples shown to the explainer and asked about; no patient is in both.
         prompt_version: version of the prompts.
         journal_keys: keys of the calls in the journal.
+        records: fingerprint of the record set that it was made from; `save` fills it in.
+        licence: strictest licence class of that record set's studies; `save` fills it in.
     """
 
     latent: int
@@ -105,6 +108,8 @@ class Interpretation:
     n_test: int
     prompt_version: str
     journal_keys: tuple[str, ...] = ()
+    records: str = ""
+    licence: str = ""
 
     @property
     def worth(self) -> tuple[bool, bool]:
@@ -127,12 +132,13 @@ def load(folder: Path | str) -> list[Interpretation]:
     """Interpretations of a record set, in the file's order; empty where none were made.
 
     Raises:
-        RecordError: a line is not an interpretation.
+        RecordError: a line is not an interpretation, or belongs to another record set than the folder holds.
     """
     path = Path(folder) / FILE
     if not path.exists():
         return []
     found: list[Interpretation] = []
+    fingerprint = _fingerprint(folder)
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -142,21 +148,36 @@ def load(folder: Path | str) -> list[Interpretation]:
                     f"{path}, line {number} is not an interpretation ({error}); remove the line or make the "
                     "interpretations again."
                 ) from None
+            if found[-1].records != fingerprint:
+                raise RecordError(
+                    f"{path}, line {number} belongs to the record set {found[-1].records[:12] or '(not named)'}, and the "
+                    f"folder holds {fingerprint[:12] or 'none'}. Move the file away and run `sae-lens-maira interpret run` "
+                    "again."
+                )
     return found
+
+
+def _fingerprint(folder: Path | str) -> str:
+    """Fingerprint of the record set in a folder, empty where there is none."""
+    meta = Path(folder) / META
+    return sha256_of(meta) if meta.is_file() else ""
 
 
 def save(folder: Path | str, done: Iterable[Interpretation]) -> list[Interpretation]:
     """Write interpretations in place of those by the same explainer of the same latents; all others stay.
 
-    A stored interpretation that has an explanation, or a usable score, is not replaced by one that has none.
+    A stored interpretation that has an explanation, or a usable score, is not replaced by one that has none. Each gets
+    the fingerprint of the record set and the strictest licence of its studies.
 
     Returns:
         The interpretations that the file now holds for these latents and explainers, in the order given.
     """
-    before = load(folder)
+    before, fingerprint = load(folder), _fingerprint(folder)
+    studies = RecordSet.open(folder).studies.values() if fingerprint else ()
+    licence = strictest(str(study.licence) for study in studies) if fingerprint else ""
     known = {(one.latent, one.explainer): one for one in before}
     better: dict[tuple[int, str], Interpretation] = {}
-    for one in done:
+    for one in (replace(given, records=fingerprint, licence=licence) for given in done):
         key = (one.latent, one.explainer)
         stored = known.get(key)
         better[key] = stored if stored is not None and stored.worth > one.worth else one

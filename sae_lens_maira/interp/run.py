@@ -29,6 +29,7 @@ from sae_lens_maira.interp.offline import (
     named_findings,
 )
 from sae_lens_maira.interp.records import Interpretation, Score, save
+from sae_lens_maira.privacy import strictest
 from sae_lens_maira.latents.recordset import RecordSet
 
 if TYPE_CHECKING:
@@ -230,7 +231,10 @@ def interpret(
                 raise nothing
             return done, judge.usage
 
+    origin = {"fingerprint": records.fingerprint, "licence": strictest(_licences(records))}
     with Journal(journal or records.folder / JOURNAL) as book:
+        if book.note("records") != origin:
+            book.set_note("records", origin)
         done, usage = run_async(go(book))
     return save(records.folder, done), usage
 

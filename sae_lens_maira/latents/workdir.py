@@ -19,6 +19,7 @@ from typing import Any
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.io import atomic_write
+from sae_lens_maira.privacy import private_files
 
 NAME = ".collecting"
 
@@ -53,7 +54,8 @@ class Workdir:
             )
         self.ranks, rank, world = ranks, ranks.rank, ranks.size
         self.folder, self.rank, self.world = out / NAME, rank, world
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with private_files(out):
+            self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "plan.json"
         plan = json.loads(json.dumps(plan | {"world": world}))
         if rank == 0 and not path.exists():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from sae_lens_maira.latents.serialization import TEXTS, record_to_plain, text_li
 from sae_lens_maira.privacy import private_files
 
 LATENTS_PER_FILE = 256
+DERIVED = ("interpretations.jsonl", "journal.jsonl")
+"""Files that are made from a record set and stored in its folder."""
 
 
 def write_records(
@@ -36,9 +40,10 @@ def write_records(
 ) -> RecordSet:
     """Write a record set; nothing of it can be seen half-written.
 
-    Files are completed in a hidden folder and moved into place, the old `meta.json` first removed and the new one
-    moved last. Other files of the folder (images, interpretations) stay. What a killed process left is replaced. Files
-    contain text of reports: only their owner can read them, unless the folder is shared.
+    Files are completed in a hidden folder and moved into place, `meta.json` last. What a killed process left is replaced.
+    Files contain text of reports: only their owner can read them, unless the folder is shared on purpose. A record set
+    that the folder holds already is set aside with its interpretations, journal and images, in `replaced-<fingerprint>`,
+    and a warning names that folder. If the new set turns out to be the same, its interpretations and journal stay.
 
     Args:
         folder: Created if missing.
@@ -53,23 +58,80 @@ def write_records(
             number is not finite.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with private_files(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = _set_aside(folder)
+        try:
+            _write(folder, meta, studies, texts, records, map_sums)
+        except BaseException:
+            _put_back(aside, folder)
+            raise
+    made = RecordSet.open(folder)
+    if aside is not None and aside.name == _aside_name(made.fingerprint):
+        _put_back(aside, folder, only=DERIVED)
+    elif aside is not None:
+        warnings.warn(
+            f"{folder} held another record set. It is in {aside} now, with the interpretations, journal and images that "
+            "belong to it.",
+            stacklevel=2,
+        )
+    return made
+
+
+def _write(
+    folder: Path,
+    meta: RecordsMeta,
+    studies: Iterable[StudyInfo],
+    texts: Iterable[StudyText],
+    records: Iterable[LatentRecord],
+    map_sums: MapSums | None,
+) -> None:
     staged = folder / ".written"
-    with private_files(folder), atomic_folder(staged, "replace") as scratch:
+    with atomic_folder(staged, "replace") as scratch:
         _write_once(scratch / STUDIES, ((entry.study, _line(entry)) for entry in studies))
         sizes: dict[str, tuple[int, int]] = {}
         _write_once(scratch / TEXTS, _text_lines(texts, sizes))
         _write_lines(scratch, records, sizes, map_sums).to_parquet(scratch / TABLE, index=False)
         files = {path.name: sha256_of(path) for path in sorted(scratch.iterdir())}
         (scratch / META).write_bytes(_line({"format": FORMAT} | vars(meta) | {"files": files}))
-    (folder / META).unlink(missing_ok=True)
-    for pattern in ("records-*.jsonl", "maps-*.npz"):
-        for old in folder.glob(pattern):
-            old.unlink()
     for path in sorted(staged.iterdir(), key=lambda path: path.name == META):
         os.replace(path, folder / path.name)
     staged.rmdir()
-    return RecordSet.open(folder)
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Move a record set, and what was made from it, into a folder of its own; None where there is nothing."""
+    patterns = (META, TABLE, STUDIES, TEXTS, *DERIVED, "images", "records-*.jsonl", "maps-*.npz")
+    there = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    if not there:
+        return None
+    complete = (folder / META).is_file()
+    aside = folder / (_aside_name(sha256_of(folder / META)) if complete else "replaced-incomplete")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder / f"{aside.name.partition('.')[0]}.{number}"
+    aside.mkdir()
+    for path in there:
+        path.replace(aside / path.name)
+    return aside
+
+
+def _put_back(aside: Path | None, folder: Path, only: Sequence[str] | None = None) -> None:
+    """Move files that were set aside back to where the folder lacks them, and drop the rest."""
+    if aside is None:
+        return
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == META):
+        target = folder / path.name
+        if only is None or (path.name in only and not target.exists()):
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    shutil.rmtree(aside)
+
+
+def _aside_name(fingerprint: str) -> str:
+    return f"replaced-{fingerprint[:12]}"
 
 
 def _write_once(path: Path, lines: Iterable[tuple[str, bytes]]) -> None:

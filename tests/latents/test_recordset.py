@@ -9,6 +9,8 @@ from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents import records as r
 from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.latents.writing import write_records
+from sae_lens_maira.interp.records import Interpretation, load, save
+from sae_lens_maira.privacy import strictest
 
 META = r.RecordsMeta(
     model="phantom",
@@ -101,9 +103,9 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_an_interrupted_rewrite_leaves_the_old_set(tmp_path):
-    """A source that fails half-way changes nothing and leaves no scratch; other files stay."""
+    """A source that fails half-way changes nothing and leaves no scratch."""
     write_records(tmp_path, META, STUDIES, [TEXT], [make_record(0)])
-    (tmp_path / "interpretations.jsonl").write_text("kept")
+    (tmp_path / "interpretations.jsonl").write_text("of the old set")
 
     def failing():
         yield make_record(1)
@@ -112,10 +114,45 @@ def test_an_interrupted_rewrite_leaves_the_old_set(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_records(tmp_path, META, STUDIES, [TEXT], failing())
     assert list(RecordSet.open(tmp_path).stream()) == [make_record(0)]
+    assert (tmp_path / "interpretations.jsonl").read_text() == "of the old set"
     assert not list(tmp_path.glob(".writing-*"))
-    write_records(tmp_path, META, STUDIES, [TEXT], [make_record(1)])
+    assert not list(tmp_path.glob("replaced-*"))
+
+
+def test_another_set_is_set_aside_with_what_was_made_from_it(tmp_path):
+    """Old sentences and images do not describe new latents; they stay with the old set, and a warning says where."""
+    old = write_records(tmp_path, META, STUDIES, [TEXT], [make_record(0)])
+    (tmp_path / "images").mkdir()
+    for name in ("interpretations.jsonl", "journal.jsonl", "images/a.png"):
+        (tmp_path / name).write_text("of the old set")
+    again = write_records(tmp_path, META, STUDIES, [TEXT], [make_record(0)])
+    assert again.fingerprint == old.fingerprint
+    assert (tmp_path / "interpretations.jsonl").read_text() == "of the old set"
+    (tmp_path / "images").mkdir()
+    with pytest.warns(UserWarning, match="held another record set"):
+        write_records(tmp_path, META, STUDIES, [TEXT], [make_record(1)])
     assert [record.latent for record in RecordSet.open(tmp_path)] == [1]
-    assert (tmp_path / "interpretations.jsonl").read_text() == "kept"
+    aside = tmp_path / f"replaced-{old.fingerprint[:12]}"
+    assert RecordSet.open(aside).fingerprint == old.fingerprint
+    assert (aside / "journal.jsonl").read_text() == "of the old set"
+    for name in ("interpretations.jsonl", "journal.jsonl", "images"):
+        assert not (tmp_path / name).exists(), name
+
+
+def test_interpretations_belong_to_their_record_set(tmp_path):
+    """Each names fingerprint and licence of its records; in the folder of another set they are refused."""
+    one = Interpretation(1, "A heart.", "a", "", "", (), (), None, "ok", 1, 1, "1")
+    ours = write_records(tmp_path / "a", META, STUDIES, [TEXT], [make_record(1)])
+    write_records(tmp_path / "b", META, STUDIES, [TEXT], [make_record(2)])
+    save(tmp_path / "a", [one])
+    (stored,) = load(tmp_path / "a")
+    licence = strictest(study.licence for study in ours.studies.values())
+    assert stored == replace(one, records=ours.fingerprint, licence=licence)
+    assert (tmp_path / "a" / "interpretations.jsonl").stat().st_mode & 0o077 == 0
+    assert ours._file("texts.jsonl").stat().st_mode & 0o077 == 0
+    (tmp_path / "b" / "interpretations.jsonl").write_bytes((tmp_path / "a" / "interpretations.jsonl").read_bytes())
+    with pytest.raises(RecordError, match="belongs to the record set"):
+        load(tmp_path / "b")
 
 
 def test_an_older_folder_is_refused(tmp_path):
