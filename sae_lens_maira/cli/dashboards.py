@@ -262,8 +262,8 @@ def saedashboard(
     from sae_lens_maira.dashboards.target import Target
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.interface import load_sae, named_model
+    from sae_lens_maira.latents.contexts import Pseudonyms
     from sae_lens_maira.latents.source import ModelSource
-    from sae_lens_maira.latents.study_info import Pseudonyms
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.studies import read_table
 

@@ -133,8 +133,8 @@ def steer(
     )
     steered_studies = [cohort.study(number) for number in report]
     errors = _errors(tables, steered_studies, read, seed)
+    tables.save(out)
     with private_files(out):
-        tables.save(out)
         atomic_write(out / "errors.csv", errors.to_csv(index=False))
     if intervention is None:
         method = next(m for m in methods if m.name == tables.best)
@@ -148,8 +148,7 @@ def steer(
         + (f" {cohort.left_out} studies left out: their reports cannot be read." if cohort.left_out else "")
     )
     options = PageOptions(credentialed=allow_credentialed, about=about)
-    with private_files(out):
-        write_page(out, finding, steered_studies, options)
+    write_page(out, finding, steered_studies, options)
     shown = ["method", "strength", "n", "on_target", "off_target", "kl", "perplexity", "repetition", "length"]
     if as_json:
         sys.stdout.write(f"{tables.summary.to_json(orient='records')}\n")

@@ -22,7 +22,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
 from sae_lens_maira.dashboards.sequences import clean
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.activations import spell
+from sae_lens_maira.latents.contexts import spell
 from sae_lens_maira.latents.records import VIEWS
 
 if TYPE_CHECKING:

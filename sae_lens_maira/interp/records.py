@@ -150,9 +150,9 @@ def load(folder: Path | str) -> list[Interpretation]:
                 ) from None
             if found[-1].records != fingerprint:
                 raise RecordError(
-                    f"{path}, line {number} belongs to the record set {found[-1].records[:12] or '(not named)'}, and the "
-                    f"folder holds {fingerprint[:12] or 'none'}. Move the file away and run `sae-lens-maira interpret run` "
-                    "again."
+                    f"{path}, line {number} belongs to the record set {found[-1].records[:12] or '(not named)'}, and "
+                    f"the folder holds {fingerprint[:12] or 'none'}. Move the file away and run `sae-lens-maira "
+                    "interpret run` again."
                 )
     return found
 

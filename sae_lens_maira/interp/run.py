@@ -29,8 +29,8 @@ from sae_lens_maira.interp.offline import (
     named_findings,
 )
 from sae_lens_maira.interp.records import Interpretation, Score, save
-from sae_lens_maira.privacy import strictest
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.privacy import strictest
 
 if TYPE_CHECKING:
     from sae_lens_maira.interp.judge import Judge, Server, Usage

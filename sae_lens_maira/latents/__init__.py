@@ -3,13 +3,15 @@
 from sae_lens_maira.latents.agreement import (
     Agreement,
     Difference,
+    Encoder,
     Halves,
+    MeanDifference,
     best_dictionary,
     best_units,
     paired_difference,
     split_by_patient,
+    study_firing,
 )
-from sae_lens_maira.latents.firing import Encoder, MeanDifference, study_firing
 from sae_lens_maira.latents.records import Context, LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.latents.writing import write_records

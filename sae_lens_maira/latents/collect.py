@@ -20,16 +20,26 @@ from sae_lens import SAE
 from sae_lens_maira.activations import layer_of
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.activations import make_context, read_activations
-from sae_lens_maira.latents.assembly import CollectConfig, RecordBuilder, level_of_latents
+from sae_lens_maira.latents.assembly import (
+    CollectConfig,
+    RecordBuilder,
+    Relations,
+    level_of_latents,
+    token_weights,
+)
+from sae_lens_maira.latents.contexts import (
+    Pseudonyms,
+    make_context,
+    read_activations,
+    save_images,
+    study_info,
+)
 from sae_lens_maira.latents.passes import ContextReader, Wanted, count, spool
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
-from sae_lens_maira.latents.relations import Relations, token_weights
 from sae_lens_maira.latents.serialization import TEXTS, StudyTexts
 from sae_lens_maira.latents.source import ActivationSource
 from sae_lens_maira.latents.statistics import LatentStatistics
-from sae_lens_maira.latents.study_info import Pseudonyms, save_images, study_info
 from sae_lens_maira.latents.workdir import Workdir, fingerprint_of_ids
 from sae_lens_maira.latents.writing import write_records
 from sae_lens_maira.maira2 import Maira2, OutputHead

@@ -24,11 +24,10 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.activations import ENTRY, ActivationFiles, places_of, study_text
+from sae_lens_maira.latents.contexts import ENTRY, ActivationFiles, Pseudonyms, places_of, study_text
 from sae_lens_maira.latents.serialization import TEXTS, text_line
 from sae_lens_maira.latents.source import ActivationSource, encode_sparse, rows_of_studies
 from sae_lens_maira.latents.statistics import LatentStatistics, active_entries, load_state, save_state
-from sae_lens_maira.latents.study_info import Pseudonyms
 from sae_lens_maira.latents.workdir import Workdir
 from sae_lens_maira.maira2 import Maira2Processor
 from sae_lens_maira.studies import Study

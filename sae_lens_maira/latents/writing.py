@@ -40,10 +40,12 @@ def write_records(
 ) -> RecordSet:
     """Write a record set; nothing of it can be seen half-written.
 
-    Files are completed in a hidden folder and moved into place, `meta.json` last. What a killed process left is replaced.
-    Files contain text of reports: only their owner can read them, unless the folder is shared on purpose. A record set
-    that the folder holds already is set aside with its interpretations, journal and images, in `replaced-<fingerprint>`,
-    and a warning names that folder. If the new set turns out to be the same, its interpretations and journal stay.
+    Files are completed in a hidden folder and moved into place, `meta.json` last. What a killed process left is
+    replaced. Files contain text of reports: only their owner can read them, unless the folder is shared on purpose.
+
+    A record set that the folder holds already is set aside with its interpretations, journal and images, in
+    `replaced-<fingerprint>`, and a warning names that folder. If the new set turns out to be the same, its
+    interpretations and journal stay.
 
     Args:
         folder: Created if missing.
@@ -71,8 +73,8 @@ def write_records(
         _put_back(aside, folder, only=DERIVED)
     elif aside is not None:
         warnings.warn(
-            f"{folder} held another record set. It is in {aside} now, with the interpretations, journal and images that "
-            "belong to it.",
+            f"{folder} held another record set. It is in {aside} now, with the interpretations, journal and images "
+            "that belong to it.",
             stacklevel=2,
         )
     return made

@@ -206,8 +206,8 @@ def test_killed_twice_and_resumed_without_asking_anything_again(hand_made, https
         assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        rows = [line for line in journal.read_text().split("\n") if line.endswith("}")]
-        answered.append({json.dumps(json.loads(row)["request"], sort_keys=True) for row in rows})
+        rows = [json.loads(line) for line in journal.read_text().split("\n") if line.endswith("}")]
+        answered.append({json.dumps(row["request"], sort_keys=True) for row in rows if "request" in row})
         seen.append("killed")
     last = subprocess.run(command, capture_output=True, text=True, check=True)
     first = seen.index("killed")
@@ -217,7 +217,10 @@ def test_killed_twice_and_resumed_without_asking_anything_again(hand_made, https
     assert not answered[1] & set(requests[second + 1 :])
     assert int(last.stdout.split()[0]) == len(seen) - second - 1
     rows = [json.loads(row) for row in journal.read_text().splitlines() if row.endswith("}")]
-    keys = Counter(row["key"] for row in rows)
+    assert [row["value"] for row in rows if row.get("note") == "records"] == [
+        {"fingerprint": records.fingerprint, "licence": "synthetic"}
+    ]
+    keys = Counter(row["key"] for row in rows if "key" in row)
     done = load(records.folder)
     assert {key for one in done for key in one.journal_keys} == set(keys)
     assert max(keys.values()) == 1

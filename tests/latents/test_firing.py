@@ -6,7 +6,7 @@ import torch
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.latents import MeanDifference, study_firing
-from sae_lens_maira.latents.firing import _best_threshold
+from sae_lens_maira.latents.agreement import _best_threshold
 
 
 def make_rows(values: torch.Tensor, study: np.ndarray) -> ActivationRows:

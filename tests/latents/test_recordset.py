@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.interp.records import Interpretation, load, save
 from sae_lens_maira.latents import records as r
 from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.latents.writing import write_records
-from sae_lens_maira.interp.records import Interpretation, load, save
 from sae_lens_maira.privacy import strictest
 
 META = r.RecordsMeta(
@@ -150,7 +150,9 @@ def test_interpretations_belong_to_their_record_set(tmp_path):
     assert stored == replace(one, records=ours.fingerprint, licence=licence)
     assert (tmp_path / "a" / "interpretations.jsonl").stat().st_mode & 0o077 == 0
     assert ours._file("texts.jsonl").stat().st_mode & 0o077 == 0
-    (tmp_path / "b" / "interpretations.jsonl").write_bytes((tmp_path / "a" / "interpretations.jsonl").read_bytes())
+    (tmp_path / "b" / "interpretations.jsonl").write_bytes(
+        (tmp_path / "a" / "interpretations.jsonl").read_bytes()
+    )
     with pytest.raises(RecordError, match="belongs to the record set"):
         load(tmp_path / "b")
 

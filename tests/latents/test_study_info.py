@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sae_lens_maira.latents.study_info import Pseudonyms, centre_crop, save_images, study_info
+from sae_lens_maira.latents.contexts import Pseudonyms, centre_crop, save_images, study_info
 from sae_lens_maira.studies import Finding, Licence, Study
 
 
