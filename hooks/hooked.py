@@ -6,6 +6,7 @@ same model, and as `override_model` of SAELens' runners. It takes a study, a lis
 tensors. It knows nothing about training or steering.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from sae_lens_maira.maira2 import (
     load_maira2,
     role_mask,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -101,6 +104,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
             dtype=self.W_E.dtype,
         )
         self._positions = Positions()
+        self._reported_length = False
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path = "microsoft/maira-2", **kwargs: Any) -> "HookedMaira2":
@@ -108,9 +112,16 @@ class HookedMaira2(LensMixin, SplicingPoints):
         return cls(load_maira2(path_or_id, **kwargs), model_name=str(path_or_id))
 
     def inputs(self, given: Any, **kwargs: Any) -> ModelInputs:
-        """The model's tensors for any accepted input; see `gather_inputs`."""
+        """The model's tensors for any accepted input; see `gather_inputs`. The first long prompt is reported."""
         pad: Any = self.model.config
-        return gather_inputs(given, self.processor, self.W_E.device, pad_token_id=pad.pad_token_id, **kwargs)
+        inputs = gather_inputs(
+            given, self.processor, self.W_E.device, pad_token_id=pad.pad_token_id, **kwargs
+        )
+        ids = inputs.tensors.get("input_ids")
+        if ids is not None and ids.shape[1] > self.cfg.n_ctx and not self._reported_length:
+            self._reported_length = True
+            logger.warning(long_prompt(ids.shape[1], pad.text_config))
+        return inputs
 
     def encode(
         self,
@@ -360,3 +371,20 @@ class HookedMaira2(LensMixin, SplicingPoints):
 
     def _bypass(self, site: str, exclude: bool | Sequence[int], roles: Any) -> Bypass:
         return self._positions.bypass(self.points.points[site], self.tokenizer, exclude, roles)
+
+
+def long_prompt(length: int, text_config: Any) -> str:
+    """Message for a prompt that has more positions than the configuration names.
+
+    Args:
+        length: Tokens of the longest row.
+        text_config: The decoder's configuration.
+    """
+    named = text_config.max_position_embeddings
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    factor = float(rope.get("factor", 1.0))
+    return (
+        f"The prompt has {length:,} tokens, and max_position_embeddings is {named:,}. Nothing is cut: rotary positions "
+        f"have no table, and this model divides them by {factor:g}, so the last one counts as {length / factor:,.0f}. "
+        "MAIRA-2 reaches such a length with three images; leave out the lateral or the prior image to stay below."
+    )

@@ -15,6 +15,7 @@ from sae_lens_maira.distributed import Ranks
 @accepts_parts_of("train", "sae", "trainer", "out", "provider", "direct")
 def harvest(
     options: HarvestOptions,
+    estimate: bool = False,
     as_json: bool = False,
 ) -> None:
     """Run studies through the model and keep activations on disk; killed at any time, the same command continues.
@@ -25,8 +26,13 @@ def harvest(
 
     Args:
         options: what is read, and what is kept of it.
+        estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print JSON instead of text.
     """
+    if estimate:
+        from sae_lens_maira.cli.estimate import of_harvest, write_estimate
+
+        return write_estimate(of_harvest(options), as_json)
     with options.ranks() as ranks:
         made = harvest_store(options, ranks)
     if ranks.rank and ranks.connected:

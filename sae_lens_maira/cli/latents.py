@@ -61,6 +61,7 @@ def latents(
     rank: int | None = None,
     world: int | None = None,
     rank_timeout: float = TIMEOUT_S,
+    estimate: bool = False,
     as_json: bool = False,
 ) -> None:
     """Record what every latent of an SAE fires on: contexts, findings, tokens, neighbours, maps.
@@ -102,6 +103,7 @@ def latents(
         rank: number of this process, instead of torchrun's or SLURM's; needs --world.
         world: number of processes that share the work.
         rank_timeout: seconds without a sign of life after which a rank counts as dead.
+        estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print counts as JSON instead of a table.
     """
     from sae_lens_maira.cli.numbers import numbers
@@ -117,6 +119,14 @@ def latents(
     hook_name = str(dictionary.cfg.metadata.hook_name)
     request = _Request(model, studies, study_seed, table, root, split, model_dtype, place)
     kept = roles if roles is not None else dictionary.cfg.metadata.get("token_roles")
+    if estimate:
+        from sae_lens_maira.cli.estimate import named_studies, of_latents, write_estimate
+
+        chosen = named_studies(model, table, root, split, studies or PHANTOM_STUDIES, study_seed)
+        stored = (store or _store_of(dictionary, Path(sae))) is not None
+        wanted_roles = DEFAULT_ROLES if kept is None else kept
+        cost = of_latents(dictionary, model, model_dtype, chosen, wanted_roles, stored, batch_size)
+        return write_estimate(cost, as_json)
     reader: Maira2 | OutputHead
     blocks: ActivationSource
     opened = _stored(request, dictionary, Path(sae), store, hook_name, kept)

@@ -44,6 +44,7 @@ def steer(
     model_dtype: ModelDtype = "auto",
     device: str = "auto",
     allow_credentialed: bool = False,
+    estimate: bool = False,
     as_json: bool = False,
 ) -> None:
     """Steer a finding into reports (or out of them) by latents, and show what else changes.
@@ -78,6 +79,7 @@ def steer(
         model_dtype: dtype of the model's weights; auto is float32 for the phantom and bfloat16 for others.
         device: auto, cpu, cuda, ...
         allow_credentialed: show images and text of credentialed studies on the page.
+        estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print the summary as JSON instead of a table.
     """
     from sae_lens_maira.errors import ConfigError, InterventionError
@@ -95,6 +97,12 @@ def steer(
             "Give one of them."
         )
     dictionary = load_sae(sae, hook_name=hook, records=records, device=device)
+    if estimate:
+        from sae_lens_maira.cli.estimate import named_studies, of_steer, write_estimate
+
+        asked = named_studies(model, table, root, split, studies, study_seed)[:studies]
+        cost = of_steer(dictionary, model, model_dtype, asked, steered, len(strengths), max_new_tokens)
+        return write_estimate(cost, as_json)
     maira = named_model(model, dtype=model_dtype, device=device)
     hook_name = str(dictionary.cfg.metadata.hook_name)
     if table is None:

@@ -34,6 +34,7 @@ def train(
     control: Literal["frozen_decoder", "soft_frozen_decoder", "frozen_encoder"] | None = None,
     init: str | None = None,
     resume: bool = True,
+    estimate: bool = False,
     as_json: bool = False,
 ) -> None:
     """Train a Matryoshka SAE on a store, harvesting it first where it is not complete; or straight from the model.
@@ -55,8 +56,13 @@ def train(
         init: start from the weights of this SAE, a folder or a published release, instead of random ones; d_sae,
             levels and k must be the same.
         resume: continue from the newest checkpoint; false sets existing checkpoints aside and starts again.
+        estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print JSON instead of text.
     """
+    if estimate:
+        from sae_lens_maira.cli.estimate import of_train, write_estimate
+
+        return write_estimate(of_train(options, sae, trainer), as_json)
     import torch
 
     from sae_lens_maira.interface import device_of, label

@@ -91,3 +91,20 @@ def test_the_cache_of_keys_leaves_values_alone(hooked: HookedMaira2, study: Any)
     for kept in seen.values():
         stacked = torch.stack(kept, dim=1)
         assert torch.allclose(stacked, forced[RESID][:, start : start + stacked.shape[1]], atol=2e-4)
+
+
+def test_a_prompt_above_the_named_positions_is_reported_once(
+    tiny: Any, encoding: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on with all its tokens; the message names the length and what the scaling makes of it."""
+    hooked = HookedMaira2(tiny)
+    length = encoding.input_ids.shape[1]
+    hooked.cfg.n_ctx = length
+    hooked(encoding, return_type=None)
+    assert "max_position_embeddings" not in caplog.text
+    hooked.cfg.n_ctx = length - 1
+    assert hooked(encoding).shape[1] == length
+    hooked(encoding, return_type=None)
+    assert caplog.text.count("max_position_embeddings") == 1
+    assert f"{length} tokens" in caplog.text
+    assert "divides them by" in caplog.text

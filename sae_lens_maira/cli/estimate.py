@@ -1,0 +1,157 @@
+"""What `--estimate` of harvest, train, latents and steer prints: memory, disk and time, before anything runs.
+
+The configuration, the tokenizer and the table are read; no weights are, and no image is opened.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sae_lens_maira.cli.options import HarvestOptions
+from sae_lens_maira.interface import PHANTOM, phantom_studies, read_studies
+from sae_lens_maira.maira2.loading import load_config, load_processor
+from sae_lens_maira.sizing import (
+    Cost,
+    ModelSize,
+    StudySizes,
+    harvest_cost,
+    latents_cost,
+    steer_cost,
+    train_cost,
+)
+
+METHODS = 4
+"""Methods and controls that `steer` compares, each with its reports; the number of reports is approximate."""
+
+
+def write_estimate(cost: Cost, as_json: bool) -> None:
+    """Print a cost as text or JSON."""
+    sys.stdout.write(json.dumps(cost.as_dict()) + "\n" if as_json else cost.text())
+
+
+def of_harvest(options: HarvestOptions) -> Cost:
+    """Cost of `harvest` on one process.
+
+    Args:
+        options: The options of the command.
+    """
+    size, studies = _sizes(options.model, options.model_dtype, _studies(options))
+    return harvest_cost(
+        size,
+        studies,
+        layers=_layers(size, options.hook_names),
+        hooks=len(options.hook_names),
+        roles=options.roles,
+        rates=options.rates,
+        batch_size=options.batch_size,
+        shard_studies=options.shard_studies,
+        row_bytes=4 if options.dtype == "float32" else 2,
+    )
+
+
+def of_train(options: HarvestOptions, sae: dict[str, Any], trainer: dict[str, Any]) -> Cost:
+    """Cost of `train`, the harvest not included.
+
+    Args:
+        options: The options of the command.
+        sae: Fields of the SAE's configuration; d_sae is read.
+        trainer: Fields of SAELens' trainer configuration; the batch and the number of samples are read.
+    """
+    size, studies = _sizes(options.model, options.model_dtype, _studies(options))
+    return train_cost(
+        size.width,
+        int(sae["d_sae"]),
+        int(trainer["total_training_samples"]),
+        int(trainer["train_batch_size_samples"]),
+        studies.rows(options.roles, options.rates),
+        4 if options.dtype == "float32" else 2,
+    )
+
+
+def of_latents(
+    sae: Any, model: str, dtype: str, studies: Any, roles: Any, stored: bool, batch_size: int
+) -> Cost:
+    """Cost of `latents`.
+
+    Args:
+        sae: The SAE, with its hook point.
+        model: Name of the model.
+        dtype: Dtype of the model's weights.
+        studies: The studies.
+        roles: Which tokens are read.
+        stored: Whether rows come from a store.
+        batch_size: Studies per forward.
+    """
+    size, counted = _sizes(model, dtype, studies)
+    hook = str(sae.cfg.metadata.hook_name)
+    return latents_cost(
+        size,
+        counted,
+        layers=_layers(size, [hook]),
+        d_sae=int(sae.cfg.d_sae),
+        roles=roles,
+        stored=stored,
+        batch_size=batch_size,
+    )
+
+
+def of_steer(
+    sae: Any, model: str, dtype: str, studies: Any, steered: int, strengths: int, max_new_tokens: int
+) -> Cost:
+    """Cost of `steer`: two halves, every strength on the first, the best of each method on the second.
+
+    Args:
+        sae: The SAE, with its hook point.
+        model: Name of the model.
+        dtype: Dtype of the model's weights.
+        studies: The studies.
+        steered: Studies of each half.
+        strengths: Strengths of the sweep.
+        max_new_tokens: Length of a report.
+    """
+    size, counted = _sizes(model, dtype, studies)
+    return steer_cost(
+        size,
+        counted,
+        layers=_layers(size, [str(sae.cfg.metadata.hook_name)]),
+        d_sae=int(sae.cfg.d_sae),
+        steered=2 * steered,
+        reports=steered * (strengths + 1) * METHODS,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def named_studies(
+    model: str, table: Path | None, root: Path | None, split: str | None, n: int, seed: int
+) -> Any:
+    """The studies of a table, or phantom studies of the model's image size."""
+    if table is not None:
+        return read_studies(table, root, split)
+    return phantom_studies(n, seed, size=load_processor(_folder(model)).recipe.crop)
+
+
+def _studies(options: HarvestOptions) -> Any:
+    return named_studies(
+        options.model, options.table, options.root, options.split, options.studies, options.study_seed
+    )
+
+
+def _sizes(model: str, dtype: str, studies: Any) -> tuple[ModelSize, StudySizes]:
+    config = load_config(_folder(model))
+    kind = ("float32" if model == PHANTOM else "bfloat16") if dtype == "auto" else dtype
+    processor = load_processor(_folder(model))
+    return ModelSize(config, 4 if kind == "float32" else 2), StudySizes.count(processor, config, studies)
+
+
+def _folder(model: str) -> str | Path:
+    from sae_lens_maira.phantom import phantom_path
+
+    return phantom_path() if model == PHANTOM else model
+
+
+def _layers(size: ModelSize, hooks: list[str]) -> int:
+    from sae_lens_maira.hooks import PointTable
+
+    stops = [PointTable(size.config).resolve(name).stop for name in hooks]
+    return size.layers if None in stops else max(stop or 0 for stop in stops)

@@ -1,0 +1,326 @@
+"""Estimate memory, disk and time of a command before it runs, from a model's configuration and a table's studies.
+
+    tokens      counted: every prompt is built and tokenized (or a sample of them), no image is opened
+    bytes       of tensors that the code allocates: weights, one layer's work, keys and values, rows, shards
+    FLOPs       2 per weight and token, plus attention; time = FLOPs / (0.4 x the GPU's dense bfloat16 peak)
+
+Bytes follow from shapes and were compared with measurements (docs/sizing.md). Times are arithmetic, not measurements:
+no GPU was available, and 0.4 of the peak is an assumption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sae_lens_maira.maira2 import Maira2Config, TokenRole, resolve_roles
+from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
+
+GPUS: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12}
+"""Dense bfloat16 peak by NVIDIA's data sheets, FLOPs per second."""
+EFFICIENCY = 0.4
+SAMPLE = 200
+"""Studies that are tokenized; the rest are taken to be like them."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one command needs.
+
+    Attributes:
+        command: Name of the command.
+        gpu: Peak bytes on the model's device.
+        host: Peak bytes of main memory beyond Python and its libraries (about 0.7 GB); None is not estimated.
+        disk: Bytes written; None is not estimated.
+        flops: Floating-point operations, or 0 where disk reads decide.
+        notes: Further facts, one line each.
+    """
+
+    command: str
+    gpu: float
+    host: float | None
+    disk: float | None
+    flops: float
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """Lines for a terminal."""
+        times = ", ".join(f"{name} {_time(self.flops / (EFFICIENCY * peak))}" for name, peak in GPUS.items())
+        lines = [
+            f"estimate of `{self.command}` (nothing was run)",
+            f"  device memory  {_gb(self.gpu)}",
+            f"  host memory    {_gb(self.host)}",
+            f"  disk           {_gb(self.disk)}",
+            f"  compute        {self.flops:.2g} FLOPs; on one GPU at {EFFICIENCY:.0%} of its peak: {times}",
+        ]
+        return "\n".join(lines + [f"  {note}" for note in self.notes]) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values: bytes, FLOPs and seconds by GPU."""
+        seconds = {name: self.flops / (EFFICIENCY * peak) for name, peak in GPUS.items()}
+        return {
+            "command": self.command,
+            "device_bytes": int(self.gpu),
+            "host_bytes": None if self.host is None else int(self.host),
+            "disk_bytes": None if self.disk is None else int(self.disk),
+            "flops": self.flops,
+            "seconds": seconds,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a model, from its configuration.
+
+    Attributes:
+        config: The configuration.
+        bytes_per_number: 2 for bfloat16 and float16, 4 for float32.
+    """
+
+    config: Maira2Config
+    bytes_per_number: int = 2
+
+    @property
+    def _text(self) -> Any:
+        return self.config.text_config
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return int(self._text.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return int(self._text.hidden_size)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Numbers in one decoder layer."""
+        d, heads = self.width, self._text.num_attention_heads
+        kv = d // heads * (self._text.num_key_value_heads or heads)
+        return 2 * d * d + 2 * d * kv + 3 * d * self._text.intermediate_size + 2 * d
+
+    @property
+    def image_parameters(self) -> int:
+        """Numbers in the vision tower and the projector."""
+        vision = self.config.vision_config
+        v, n = vision.hidden_size, vision.num_hidden_layers
+        ratio = int(vision.mlp_ratio)
+        tower = n * ((4 + 2 * ratio) * v * v + (11 + ratio) * v)
+        embeddings = v * (self.patches + 6 + 3 * vision.patch_size**2)
+        linears = self.config.projector_n_layers
+        projector = v * self.width + (linears - 1) * self.width**2 + linears * self.width
+        return tower + embeddings + projector
+
+    @property
+    def patches(self) -> int:
+        """Patches per image."""
+        return self.config.patches_per_side**2
+
+    def weights(self, layers: int | None = None) -> int:
+        """Bytes of the weights with the first decoder layers only; None is all."""
+        layers = self.layers if layers is None else layers
+        numbers = layers * self.layer_parameters + self.image_parameters + self.width
+        return (numbers + 2 * self._text.vocab_size * self.width) * self.bytes_per_number
+
+    def work(self, tokens: int) -> int:
+        """Bytes that one layer needs for a batch of so many positions: the stream, its copies and the MLP."""
+        return tokens * (6 * self.width + 3 * self._text.intermediate_size) * self.bytes_per_number
+
+    def cache(self, tokens: int) -> int:
+        """Bytes of the keys and values of all layers for so many positions."""
+        heads = self._text.num_attention_heads
+        kv = self.width // heads * (self._text.num_key_value_heads or heads)
+        return 2 * tokens * self.layers * kv * self.bytes_per_number
+
+    def flops(self, tokens: float, images: float, squares: float, layers: int, logits: float = 0) -> float:
+        """Operations of a forward.
+
+        Args:
+            tokens: Positions in all.
+            images: Images in all.
+            squares: Sum over studies of the squared number of positions.
+            layers: Decoder layers that run.
+            logits: Positions whose logits are computed.
+        """
+        vision = self.config.vision_config
+        tower = 2 * self.image_parameters * self.patches + 4 * vision.num_hidden_layers * (
+            self.patches**2 * vision.hidden_size
+        )
+        decoder = layers * (2 * self.layer_parameters * tokens + 2 * squares * self.width)
+        return images * tower + decoder + 2 * logits * self._text.vocab_size * self.width
+
+
+@dataclass(frozen=True)
+class StudySizes:
+    """Sizes of a table's studies.
+
+    Attributes:
+        studies: Number of studies in the table.
+        images: (n,) images of each counted study.
+        roles: (n, roles) tokens by role of each counted study, the report included.
+    """
+
+    studies: int
+    images: np.ndarray
+    roles: np.ndarray
+
+    @classmethod
+    def count(cls, processor: Any, config: Maira2Config, studies: Sequence[Any]) -> "StudySizes":
+        """Build and tokenize the prompts of an even sample of studies; images are not opened."""
+        chosen = np.linspace(0, len(studies) - 1, min(len(studies), SAMPLE)).round().astype(int)
+        images, roles = [], []
+        for number in chosen:
+            study = studies[int(number)]
+            prompt = processor.build_prompt(study)
+            rows = tokenize_prompts(
+                processor.tokenizer, [prompt], processor.image_token_id, config.patches_per_side
+            )
+            if study.report:
+                rows = append_reports(processor.tokenizer, rows, [study.report])
+            images.append(len(prompt.images))
+            roles.append(np.bincount(rows[0].roles, minlength=len(TokenRole)))
+        return cls(len(studies), np.array(images), np.array(roles))
+
+    @property
+    def scale(self) -> float:
+        """Studies in the table per counted study."""
+        return self.studies / len(self.images)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) positions of each counted study."""
+        return self.roles.sum(1)
+
+    def rows(self, roles: Any, rates: dict[str, float] | None = None) -> float:
+        """Rows of the whole table that a filter keeps."""
+        kept = dict.fromkeys(resolve_roles(roles), 1.0)
+        kept |= {TokenRole[name.upper()]: rate for name, rate in (rates or {}).items()}
+        return float(sum(self.roles[:, role].sum() * rate for role, rate in kept.items()) * self.scale)
+
+
+def harvest_cost(
+    size: ModelSize,
+    studies: StudySizes,
+    *,
+    layers: int,
+    hooks: int,
+    roles: Any,
+    rates: dict[str, float] | None,
+    batch_size: int,
+    shard_studies: int,
+    row_bytes: int = 2,
+) -> Cost:
+    """Cost of `harvest` on one process, of rows in bfloat16 (`row_bytes` 2) at some hook points."""
+    rows = studies.rows(roles, rates)
+    stored = rows * size.width * row_bytes * hooks
+    shard = stored * min(1.0, shard_studies / studies.studies)
+    longest = int(studies.lengths.max()) * batch_size
+    flops = _forward(size, studies, layers)
+    notes = (
+        f"{rows:,.0f} rows of {studies.studies:,} studies, {stored / studies.studies / 1e6:.2f} MB per study",
+        f"{layers} of {size.layers} decoder layers are loaded and run, {size.weights(layers) / 1e9:.1f} GB of weights",
+        f"a shard of {shard_studies} studies has {_gb(shard)}",
+    )
+    device = size.weights(layers) + size.work(longest) + longest * size.width * size.bytes_per_number * hooks
+    return Cost("harvest", device, 2 * shard, stored, flops, notes)
+
+
+def train_cost(d_in: int, d_sae: int, samples: int, batch: int, rows: float, row_bytes: int = 2) -> Cost:
+    """Cost of `train`: weights, gradients and two moments in float32, and one batch's pre-activations."""
+    weights = 2 * d_in * d_sae * 4
+    device = 4 * weights + batch * (4 * d_sae + 12 * d_in)
+    read = samples * d_in * row_bytes
+    notes = (
+        f"{samples:,} rows of {d_in:,} numbers are read, {_gb(read)}",
+        f"that is {samples / max(rows, 1):.1f} passes over the rows of the table",
+        f"at 2 GB per second the reading alone takes {_time(read / 2e9)}",
+    )
+    return Cost("train", device, None, weights, 2.0 * d_in * d_sae * samples, notes)
+
+
+def latents_cost(
+    size: ModelSize,
+    studies: StudySizes,
+    *,
+    layers: int,
+    d_sae: int,
+    roles: Any,
+    stored: bool,
+    batch_size: int = 4,
+) -> Cost:
+    """Cost of `latents`: two passes over the rows, from a store or through the model."""
+    rows = studies.rows(roles)
+    sae = 2 * size.width * d_sae * 4
+    encode = 4.0 * size.width * d_sae * rows
+    chunk = int(studies.lengths.max()) * batch_size
+    device = sae + 4096 * d_sae * 4
+    flops = encode
+    if not stored:
+        device += size.weights(layers) + size.work(chunk)
+        flops += 2 * _forward(size, studies, layers)
+    note = (
+        "rows come from the store; the model's tokenizer, final norm and head are read"
+        if stored
+        else f"the model runs twice over {studies.studies:,} studies; with --store it does not run"
+    )
+    return Cost("latents", device, None, None, flops, (f"{rows:,.0f} rows", note))
+
+
+def steer_cost(
+    size: ModelSize,
+    studies: StudySizes,
+    *,
+    layers: int,
+    d_sae: int,
+    steered: int,
+    reports: int,
+    max_new_tokens: int,
+) -> Cost:
+    """Cost of `steer`: prompts once up to the hook point, and the upper layers once per report.
+
+    Args:
+        size: The model.
+        studies: The table.
+        layers: Decoder layers up to the hook point.
+        d_sae: Latents of the SAE.
+        steered: Studies that are steered.
+        reports: Reports that are written.
+        max_new_tokens: Length of a report.
+    """
+    length = float(studies.lengths.mean())
+    longest = int(studies.lengths.max()) + max_new_tokens
+    squares = float((studies.lengths.astype(float) ** 2).mean())
+    images = float(studies.images.mean())
+    flops = steered * size.flops(length, images, squares, layers)
+    flops += reports * size.flops(length + max_new_tokens, 0, squares, size.layers - layers, max_new_tokens)
+    flops += reports * max_new_tokens * 2.0 * size.layer_parameters * layers
+    one = size.cache(longest) + size.work(longest)
+    device = size.weights() + 2 * size.width * d_sae * 4 + one
+    notes = (
+        f"about {reports:,} reports; one report of the longest study needs {_gb(one)} next to weights and SAE",
+        "memory above that is used for larger batches, up to half of what is free",
+        "decoding is bound by memory bandwidth at small batches: expect more time than the FLOPs say",
+    )
+    return Cost("steer", device, None, None, flops, notes)
+
+
+def _forward(size: ModelSize, studies: StudySizes, layers: int) -> float:
+    lengths = studies.lengths.astype(float)
+    return studies.scale * size.flops(lengths.sum(), studies.images.sum(), (lengths**2).sum(), layers)
+
+
+def _gb(number: float | None) -> str:
+    if number is None:
+        return "not estimated"
+    return f"{number / 1e9:,.2f} GB" if number < 1e12 else f"{number / 1e12:,.2f} TB"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

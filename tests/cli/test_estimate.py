@@ -1,0 +1,57 @@
+"""Estimates: counts are exact where they can be, and every command prints them before anything is loaded."""
+
+import json
+
+import pytest
+
+from sae_lens_maira.activations import RowSettings, read_rows
+from sae_lens_maira.cli import main
+from sae_lens_maira.maira2 import Maira2Config, TokenRole
+from sae_lens_maira.phantom import generate_studies
+from sae_lens_maira.sizing import ModelSize, StudySizes
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+def test_parameters_are_those_of_the_published_checkpoint_and_of_the_phantom(phantom):
+    assert ModelSize(Maira2Config(), 1).weights() == 6_880_185_600
+    counted = sum(p.numel() for p in phantom.model.parameters())
+    assert ModelSize(phantom.model.config, 1).weights() == counted
+
+
+def test_tokens_are_those_of_the_encoding(phantom):
+    studies = generate_studies(5, seed=99)
+    sizes = StudySizes.count(phantom.processor, phantom.model.config, studies)
+    for number, study in enumerate(studies):
+        roles = phantom.processor.encode([study], report="teacher").roles[0]
+        for role in TokenRole:
+            assert sizes.roles[number, role] == int((roles == role).sum()), role
+    rows = read_rows(phantom, studies, HOOK, RowSettings(roles="paper"), progress=False)
+    assert sizes.rows("paper") == len(rows)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["harvest", "--hooks", f"[{HOOK}]", "--studies", "20"],
+        ["train", "--config", "recipes/phantom.yaml", "--studies", "20"],
+        ["latents", "--sae", "phantom-image", "--out", "nothing", "--studies", "20"],
+        ["steer", "--sae", "phantom-image", "--finding", "cardiomegaly", "--studies", "20"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_print_an_estimate_and_run_nothing(words, capsys, monkeypatch):
+    def refused(*_args, **_keywords):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(
+        "sae_lens_maira.maira2.loading.Maira2ForConditionalGeneration.from_pretrained", refused
+    )
+    assert main([*words, "--estimate", "true", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"] == words[0]
+    assert found["device_bytes"] > 0
+    assert found["flops"] > 0
+    assert set(found["seconds"]) == {"A100", "H100", "H200", "L40S"}
+    assert main([*words, "--estimate", "true"]) == 0
+    assert "device memory" in capsys.readouterr().out
