@@ -211,19 +211,21 @@ def harvest_cost(
     roles: Any,
     rates: dict[str, float] | None,
     batch_size: int,
-    shard_studies: int,
+    shard_studies: int | None,
+    shard_bytes: float,
     row_bytes: int = 2,
 ) -> Cost:
     """Cost of `harvest` on one process, of rows in bfloat16 (`row_bytes` 2) at some hook points."""
     rows = studies.rows(roles, rates)
     stored = rows * size.width * row_bytes * hooks
-    shard = stored * min(1.0, shard_studies / studies.studies)
+    share = 1.0 if shard_studies is None else min(1.0, shard_studies / studies.studies)
+    shard = min(stored, shard_bytes) if shard_studies is None else stored * share
     longest = int(studies.lengths.max()) * batch_size
     flops = _forward(size, studies, layers)
     notes = (
         f"{rows:,.0f} rows of {studies.studies:,} studies, {stored / studies.studies / 1e6:.2f} MB per study",
         f"{layers} of {size.layers} decoder layers are loaded and run, {size.weights(layers) / 1e9:.1f} GB of weights",
-        f"a shard of {shard_studies} studies has {_gb(shard)}",
+        f"a shard has {_gb(shard)}, and a process holds two",
     )
     device = size.weights(layers) + size.work(longest) + longest * size.width * size.bytes_per_number * hooks
     return Cost("harvest", device, 2 * shard, stored, flops, notes)

@@ -46,6 +46,7 @@ def of_harvest(options: HarvestOptions) -> Cost:
         rates=options.rates,
         batch_size=options.batch_size,
         shard_studies=options.shard_studies,
+        shard_bytes=options.shard_bytes,
         row_bytes=4 if options.dtype == "float32" else 2,
     )
 
