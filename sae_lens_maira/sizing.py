@@ -4,7 +4,7 @@
     bytes       of tensors that the code allocates: weights, one layer's work, keys and values, rows, shards
     FLOPs       2 per weight and token, plus attention; time = FLOPs / (0.4 x the GPU's dense bfloat16 peak)
 
-Bytes follow from shapes and were compared with measurements (docs/sizing.md). Times are arithmetic, not measurements:
+Bytes follow from shapes; they were not compared with a run. Times are arithmetic, not measurements:
 no GPU was available, and 0.4 of the peak is an assumption.
 """
 
