@@ -163,6 +163,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the default run, on one core that others may share
 def test_trained_latents_beat_untrained_ones_at_text_positions(found):
     """The gain is at least 0.10 with its interval above zero, and the latents explain the rows."""
     text = found["agreement"]["text"]
