@@ -48,7 +48,8 @@ class StoreSpec:
         model, processor: fingerprints.
         versions: of the libraries; recorded, not compared.
         source: What was asked for when the store was made ("model" and "checkpoint" of the model, "dtype" of its
-            weights), for commands that use the store without loading the model; recorded, not compared by `create`.
+            weights, "studies": "table" or "phantom"), for commands that use the store without loading the model;
+            recorded, not compared by `create`.
     """
 
     hooks: dict[str, int]

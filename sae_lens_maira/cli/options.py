@@ -98,14 +98,16 @@ class HarvestOptions:
         return RowSettings(**{name: getattr(self, name) for name in names})
 
     def source(self) -> dict[str, str]:
-        """Which checkpoint is read, and in which dtype, for a store's description."""
+        """Which checkpoint is read, in which dtype, and where studies come from, for a store's description."""
         from sae_lens_maira.maira2.loading import checkpoint_fingerprint
         from sae_lens_maira.phantom import phantom_path
 
         shipped = self.model == "phantom"
         dtype = ("float32" if shipped else "bfloat16") if self.model_dtype == "auto" else self.model_dtype
         where = phantom_path() if shipped else self.model
-        return {"model": label(self.model), "checkpoint": checkpoint_fingerprint(where), "dtype": dtype}
+        studies = "phantom" if self.table is None else "table"
+        found = {"model": label(self.model), "checkpoint": checkpoint_fingerprint(where), "dtype": dtype}
+        return found | {"studies": studies}
 
     def check_store(self, store: "ActivationStore") -> list[str]:
         """Compare a complete store with what the options ask for, without loading the model.
@@ -134,14 +136,22 @@ class HarvestOptions:
             held["settings"] = {name: value for name, value in spec.settings.items() if name not in LAYOUT}
             found = differences(held, json.loads(json.dumps(wanted)))
             if spec.source:
-                source = {name: value for name, value in self.source().items() if name != "model"}
+                source = {
+                    name: value for name, value in self.source().items() if name in ("checkpoint", "dtype")
+                }
                 same = {name: spec.source.get(name) for name in source}
                 found += differences(same, source, "model ")
             else:
                 notes.append(
                     "The store does not record which checkpoint it was made with, so that is not compared."
                 )
-            found += self._other_studies(store)
+            of_table = spec.source.get("studies") == "table" or not store.study_ids[0].startswith("phantom-")
+            if self.table is None and of_table:
+                notes.append(
+                    f"No --table was given: the store's {spec.n_studies:,} studies are used without comparing them."
+                )
+            else:
+                found += self._other_studies(store)
             if found:
                 raise StoreError(
                     f"{store.folder} holds other rows than these options ask for: {'; '.join(found)}. Use the options "

@@ -129,6 +129,9 @@ def test_texts_and_images_changed_since_the_harvest_are_refused(tmp_path, capsys
     capsys.readouterr()
     assert main(["train", *words, *steps]) == 2
     assert "has other texts or images" in capsys.readouterr().err
+    untold = ["--hooks", HOOK, "--store", str(tmp_path / "store")]
+    assert main(["train", *untold, *steps]) == 0
+    assert "the store's 4 studies are used without comparing them" in capsys.readouterr().err
     (tmp_path / "store" / "shard-000001.json").unlink()
     assert main(["harvest", *words]) == 2
     assert "phantom-9-0 has other texts or images" in capsys.readouterr().err
