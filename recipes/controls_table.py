@@ -315,7 +315,7 @@ def markdown(frame: pd.DataFrame, space: pd.DataFrame) -> str:
         if place == "image":
             steered = [
                 f"{r['steering']:.0%} ({r['steering low']:.0%} to {r['steering high']:.0%}), others changed "
-                f"{r['steering off-target']:.1%}, norm {r['steering norm']:.2f}"
+                f"{r['steering off-target']:.1%}, strength {r['steering strength']:g}"
                 for _, r in rows.iterrows()
             ]
             lines.append("| reports that state the finding when steered | " + " | ".join(steered) + " |")

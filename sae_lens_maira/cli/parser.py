@@ -186,18 +186,17 @@ class _Parser(ArgumentParser):
                 self.texts.add(name)
 
     def parse_path(self, path: Any, *rest: Any, **settings: Any) -> Any:
-        """Parse a config file; one that is not text, or that holds aliases, is an error of one line."""
+        """Parse a config file; one that is not text is an error of one line."""
         try:
-            with contextlib.suppress(OSError, yaml.YAMLError):  # The base class reports these.
-                events = yaml.parse(Path(path).read_text(encoding="utf-8"), Loader=_YAML)
-                if any(isinstance(event, yaml.AliasEvent) for event in events):
-                    self.error(f"--config: {path} holds YAML aliases (*name); write each value out")
             return super().parse_path(path, *rest, **settings)
         except UnicodeDecodeError:
             self.error(f"--config: {path} is not text in UTF-8; expected a YAML file")
 
     def parse_string(self, content: str, path: Any = "", *rest: Any, **settings: Any) -> Any:
-        """Parse the text of a config file after `_spelled`."""
+        """Parse the text of a config file after `_spelled`; text with aliases is an error of one line."""
+        with contextlib.suppress(yaml.YAMLError):  # The base class reports it.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=_YAML)):
+                self.error(f"--config: {path or 'its text'} holds YAML aliases (*name); write each value out")
         try:
             values = get_loader("yaml")(content)
         except (ValueError, TypeError, yaml.YAMLError):

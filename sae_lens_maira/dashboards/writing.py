@@ -103,7 +103,13 @@ def parallel_map(
         return
     _work = work  # inherited by the children: a closure cannot be sent
     try:
-        with multiprocessing.get_context("fork").Pool(count, initializer=_own_signals) as pool:
+        # Blocked until a child has its own handlers, so that none runs the parent's.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            pool = multiprocessing.get_context("fork").Pool(count, initializer=_own_signals)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with pool:
             yield from pool.imap(_call, pieces)
             pool.close()
             pool.join()
@@ -115,6 +121,7 @@ def _own_signals() -> None:
     """A child must end on SIGTERM: SAELens' runner leaves a raising handler in the parent, and children inherit it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _call(piece: Any) -> Any:

@@ -133,13 +133,25 @@ def steering(
     run = Steering(maira, point, engine, encoding)
     with ExitStack() as stack:
         if isinstance(maira, HookedMaira2):
-            # Not the watched form: a block in which nothing ran gives the same message as with other backends.
-            stack.enter_context(maira.hooks([(point.name.__eq__, lambda value, hook: engine(value))]))
+            stack.enter_context(_hooked(maira, point.name, engine))
         elif not is_nnsight(maira):
             handle = edit_output(model.get_submodule(point.module), engine)
             stack.callback(handle.remove)
         yield run
     engine.require(require_effect)
+
+
+@contextmanager
+def _hooked(maira: HookedMaira2, name: str, engine: Engine) -> Iterator[None]:
+    """Hook an engine; a block in which nothing ran is left to `Engine.require`, as with the other backends."""
+    ended = False
+    try:
+        with maira.hooks([(name, lambda value, hook: engine(value))]):
+            yield
+            ended = True
+    except HookError:
+        if not ended:
+            raise
 
 
 def is_nnsight(maira: Any) -> TypeGuard["Maira2NNsight"]:

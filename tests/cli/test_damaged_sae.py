@@ -133,7 +133,8 @@ def test_every_command_that_takes_an_sae_is_covered():
         for name in COMMANDS
         if "sae" in inspect.signature(COMMANDS[name]).parameters and name not in ("train",)
     }
-    assert taking - {"quickstart"} == set(REQUIRED)
+    # The workbench loads as `attribute` does, and would serve for ever if it did not refuse.
+    assert taking - {"quickstart", "workbench"} == set(REQUIRED)
 
 
 @pytest.mark.parametrize("command", REQUIRED)
@@ -145,6 +146,9 @@ def test_one_message_and_code_2(damage, command, healthy, records, tmp_path, cap
     words = [word.format(out=tmp_path / "out", records=records) for word in REQUIRED[command]]
     code = main([*command.split(), "--sae", str(folder), *words])
     captured = capsys.readouterr()
+    if command == "locate" and damage.startswith("levels"):
+        assert code == 0, captured.err  # it does not use the metadata
+        return
     assert code == 2, captured.err
     assert captured.out == ""
     message = [line for line in captured.err.splitlines() if line.strip()]

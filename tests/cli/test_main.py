@@ -123,6 +123,7 @@ def test_one_seed_of_phantom_studies_everywhere():
     actions = {name: {a.dest: a for a in build_parser(name)._actions} for name in COMMANDS}
     found = {name: known["study_seed"].default for name, known in actions.items() if "study_seed" in known}
     held_out = {"attribute", "evaluate", "latents", "dashboards saedashboard", "measure-phantom", "workbench"}
+    held_out |= {"match", "locate"}
     assert {name for name, seed in found.items() if seed == 10_000} == held_out
     assert {name for name, seed in found.items() if seed == 0} == {"harvest", "train"}
     assert found["studies import"] is None  # of one source only; 0 there

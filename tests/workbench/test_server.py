@@ -150,6 +150,7 @@ def test_runs_queue_and_a_page_that_goes_frees_its_place(client, session, monkey
     spec = json.dumps({"spec": RunSpec(name, max_new_tokens=5).plain()})
     first, answer = client.open("/api/run", "POST", spec)
     assert json.loads(answer.readline())["event"] == "started"
+    assert json.loads(answer.readline())["event"] == "text"  # the slow one runs now
     monkeypatch.setattr(session, "write", write)
     second, waiting = client.open("/api/run", "POST", spec)
     assert json.loads(waiting.readline()) == {"event": "queued", "ahead": 1}
