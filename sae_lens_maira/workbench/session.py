@@ -67,6 +67,7 @@ class Session:
     allow_credentialed: bool = False
     _reports: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
     _uploads: list[str] = field(default_factory=list, repr=False)
+    _tokens: dict[int, str] | None = field(default=None, repr=False)
 
     @property
     def _processor(self) -> Any:
@@ -166,8 +167,21 @@ class Session:
         else:
             rows = [self._row(row) for row in self.records.table.to_dict("records")]
             rows.sort(key=lambda row: (row["status"] == "dead", -(row["f1"] or 0)))
+        if words:
+            tokens = self._raised_tokens()
+            rows = [row | {"tokens": tokens.get(row["latent"], "")} for row in rows]
         found = [row for row in rows if all(word in _searched(row) for word in words)]
         return [{key: value for key, value in row.items() if value is not None} for row in found[:SHOWN]]
+
+    def _raised_tokens(self) -> dict[int, str]:
+        """Latent -> the output tokens that it raises most, in lower case; read once, from the whole record set."""
+        if self._tokens is None:
+            stream = () if self.records is None else self.records.stream()
+            self._tokens = {
+                one.latent: " ".join(token.token.strip().lower() for token in one.top_tokens)
+                for one in stream
+            }
+        return self._tokens
 
     def _row(self, row: Mapping[Any, Any]) -> dict[str, Any]:
         best = max(("text", "image"), key=lambda kind: _finite(row.get(f"f1_{kind}")) or 0.0)
@@ -412,7 +426,14 @@ def _images(study: Study) -> tuple[Any, Any, Any]:
 
 
 def _searched(row: Mapping[str, Any]) -> str:
-    return f"{row['latent']} {row['name']} {row['finding']} {str(row['finding']).replace('_', ' ')}".lower()
+    parts = (
+        row["latent"],
+        row["name"],
+        row["finding"],
+        row["finding"].replace("_", " "),
+        row.get("tokens", ""),
+    )
+    return " ".join(map(str, parts)).lower()
 
 
 def _finite(value: Any) -> float | None:

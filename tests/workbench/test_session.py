@@ -123,10 +123,47 @@ def test_latents_are_found_by_number_name_and_finding(session, query, wanted):
     if wanted == "none":
         assert found == []
     elif wanted is None:
-        assert all("cardiomegaly" in f"{one['name']} {one['finding']}".lower() for one in found)
         assert found
+        assert all(
+            "cardiomegaly" in f"{one['name']} {one['finding']} {one['tokens']}".lower() for one in found
+        )
     else:
         assert wanted in [one["latent"] for one in found]
+
+
+def test_latents_are_found_by_the_tokens_that_they_raise(session):
+    """A raised token that is in no name or finding finds its latent."""
+    number, token = next(
+        (one.latent, one.top_tokens[0].token.strip().lower())
+        for one in session.records.stream()
+        if len(one.top_tokens[0].token.strip()) > 4
+        and one.top_tokens[0].token.strip().lower()
+        not in session.sae.latent_names.get(one.latent, "").lower()
+    )
+    assert number in [one["latent"] for one in session.search(f"{token} {number}")]
+
+
+def test_a_picture_or_dicom_that_unpacks_to_gigabytes_is_refused(session):
+    """40,000 x 40,000 pixels in a small file: refused by the header, before it is decoded."""
+    small = io.BytesIO()
+    Image.new("1", (40_000, 40_000)).save(small, "PNG")
+    assert len(small.getvalue()) < 1 << 20
+    with pytest.raises(ImageError):
+        session.upload(small.getvalue())
+    pydicom = pytest.importorskip("pydicom")
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    data.Rows = data.Columns = 20_000
+    data.BitsAllocated = data.BitsStored = 8
+    data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 7, 0, 1
+    data.PhotometricInterpretation = "MONOCHROME2"
+    data.PixelData = bytes(20_000 * 20_000)
+    bomb = io.BytesIO()
+    pydicom.dcmwrite(bomb, data, enforce_file_format=False)
+    assert len(bomb.getvalue()) < 4 << 20
+    with pytest.raises(ImageError):
+        session.upload(bomb.getvalue())
 
 
 @pytest.mark.parametrize("licence", ["credentialed", "unknown", None, "public", "synthetic"])

@@ -183,7 +183,7 @@ async function search() {
     const item = el("li");
     if (!row) { item.append(el("span", "No latent matches.", { class: "hint" })); return item; }
     const score = row.f1 === undefined ? "" : `${row.finding.replaceAll("_", " ")}, F1 ${row.f1.toFixed(2)}`;
-    const button = el("button", null, { type: "button", title: [row.name, score, row.status].filter(Boolean).join(" · ") });
+    const button = el("button", null, { type: "button", title: [row.name, score, row.tokens && `raises ${row.tokens}`, row.status].filter(Boolean).join(" · ") });
     button.append(el("span", `${row.latent}  ${row.name || score || "unnamed"}`, { class: "name" }));
     button.onclick = () => { remember(); addSlider(row.latent, row.name || score); showMap(row.latent); };
     item.append(button);
