@@ -19,7 +19,8 @@ from sae_lens import (
 )
 from safetensors.torch import load_file
 
-from sae_lens_maira.activations.reader import RowReader, RowSettings
+from sae_lens_maira.activations.reader import RowReader
+from sae_lens_maira.activations.sampling import RowSettings
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks._evaluation import Maira2Evaluator
 from sae_lens_maira.hooks._inputs import is_study

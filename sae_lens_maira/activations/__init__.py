@@ -4,10 +4,11 @@ from sae_lens_maira.activations.cached import export_cached, import_cached
 from sae_lens_maira.activations.direct import DirectProvider
 from sae_lens_maira.activations.harvest import harvest
 from sae_lens_maira.activations.provider import StoreProvider
-from sae_lens_maira.activations.reader import ActivationBatch, RowReader, RowSettings, layer_of, read_rows
+from sae_lens_maira.activations.reader import ActivationBatch, RowReader, layer_of, read_rows
 from sae_lens_maira.activations.rows import ActivationRows, RowProvider, joined
-from sae_lens_maira.activations.sampling import role_rates
-from sae_lens_maira.activations.store import ActivationStore, StoreSpec
+from sae_lens_maira.activations.sampling import RowSettings, role_rates
+from sae_lens_maira.activations.store import ActivationStore
+from sae_lens_maira.activations.store_spec import StoreSpec
 
 __all__ = [
     "ActivationBatch",

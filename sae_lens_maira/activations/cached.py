@@ -23,7 +23,8 @@ from datasets import Array2D, Dataset, Features, Sequence, Value, load_from_disk
 from datasets.features.features import Array2DExtensionType, numpy_to_pyarrow_listarray
 
 from sae_lens_maira.activations.rows import COLUMNS
-from sae_lens_maira.activations.store import ActivationStore, StoreSpec
+from sae_lens_maira.activations.store import ActivationStore
+from sae_lens_maira.activations.store_spec import StoreSpec
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import read_json, write_json
 from sae_lens_maira.maira2 import TokenRole

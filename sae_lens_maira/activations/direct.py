@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from sae_lens.training.mixing_buffer import mixing_buffer
 
-from sae_lens_maira.activations.reader import RowReader, RowSettings
+from sae_lens_maira.activations.reader import RowReader
+from sae_lens_maira.activations.sampling import RowSettings
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.studies import Study

@@ -20,8 +20,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from sae_lens_maira.activations.reader import RowReader, RowSettings
-from sae_lens_maira.activations.store import DTYPES, ActivationStore, StoreSpec
+from sae_lens_maira.activations.reader import RowReader
+from sae_lens_maira.activations.sampling import RowSettings
+from sae_lens_maira.activations.store import ActivationStore
+from sae_lens_maira.activations.store_spec import DTYPES, StoreSpec
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import locked
 from sae_lens_maira.maira2 import Maira2

@@ -17,7 +17,8 @@ import torch
 from sae_lens_maira.activations.prefetch import BatchMemory, empty_rows
 from sae_lens_maira.activations.sampling import RoleRates, rate_table, role_rates
 from sae_lens_maira.activations.segments import SEGMENT
-from sae_lens_maira.activations.store import DTYPES, ActivationStore
+from sae_lens_maira.activations.store import ActivationStore
+from sae_lens_maira.activations.store_spec import DTYPES
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
 

@@ -8,10 +8,10 @@ study gives depends on its id and the settings, never on the other studies of it
 rounding only. The forward stops after the last wanted layer, and studies are encoded in threads ahead of the model.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,87 +20,13 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations.prefetch import prefetch
 from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows
-from sae_lens_maira.activations.sampling import RoleRates, kept_positions, rate_table, role_rates
+from sae_lens_maira.activations.sampling import RowSettings, kept_positions, rate_table, within_norms
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.hooks._names import PointTable
 from sae_lens_maira.hooks.hooked import HookedMaira2
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
 from sae_lens_maira.maira2.encoding import last_image_positions
-from sae_lens_maira.maira2.roles import DEFAULT_ROLES, LAST_IMAGE_PRESET
 from sae_lens_maira.studies import Study
-
-Reports = Literal["teacher", "generated", "both", "prompt"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSettings:
-    """Settings that determine which activations are kept.
-
-    Attributes:
-        roles: A preset ("content", "paper", "paper_last_image", "text_only", "image_only", "generated_only", "all")
-            or a list of roles.
-        rates: Share to keep by role, for example `{"image": 0.05}`; adds the role if `roles` lacks it.
-        reports: Text after the prompt: "teacher" (the study's own report), "generated" (the model's), "both" of them
-            one after the other, or "prompt" (no report).
-        batch_size: Studies per forward. Padding changes rounding, so it is part of a store's description.
-        max_norm: Drop rows whose norm exceeds this at any of the hook points; None keeps all.
-        max_norm_ratio: Drop rows whose norm exceeds this multiple of the median norm at any of the hook points. The
-            median is taken per study, source, hook point and modality (image patches, or text) over the positions
-            whose role is kept, before `rates` thin them; it is the lower of the two middle values of an even number.
-        max_new_tokens: Token limit of a generated report.
-        task: Prompt of the study: "findings", or "grounded" for findings with boxes.
-        seed: Random seed of the sample that `rates` draw.
-    """
-
-    roles: str | Collection[TokenRole | str] = DEFAULT_ROLES
-    rates: RoleRates | None = None
-    reports: Reports = "teacher"
-    batch_size: int = 8
-    max_norm: float | None = None
-    max_norm_ratio: float | None = None
-    max_new_tokens: int = 300
-    task: Literal["findings", "grounded"] = "findings"
-    seed: int = 0
-    kept: dict[TokenRole, float] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.reports not in get_args(Reports):
-            raise StoreError(f"reports is {self.reports!r}; expected one of {', '.join(get_args(Reports))}.")
-        if self.batch_size < 1:
-            raise StoreError(f"batch_size is {self.batch_size}; expected at least 1 study per forward.")
-        for name in ("max_norm", "max_norm_ratio"):
-            limit = getattr(self, name)
-            if limit is not None and not limit > 0:
-                raise StoreError(f"{name} is {limit}; expected a positive number, or null to keep all rows.")
-        object.__setattr__(self, "kept", role_rates(self.roles, self.rates))
-
-    @property
-    def last_image(self) -> bool:
-        """Whether the last token of each image is kept whatever the sampler draws."""
-        return self.roles == LAST_IMAGE_PRESET
-
-    @property
-    def sources(self) -> tuple[int, ...]:
-        """Numbers of the sources in `SOURCES`."""
-        names = ("teacher", "generated") if self.reports == "both" else (self.reports,)
-        return tuple(SOURCES.index(name) for name in names)
-
-    @property
-    def rates_by_name(self) -> dict[str, float]:
-        """Share kept by role name."""
-        return {role.name.lower(): rate for role, rate in self.kept.items()}
-
-    def recorded(self) -> dict[str, Any]:
-        """Every setting but roles and rates as JSON values, for a store's description.
-
-        `max_new_tokens` is None where no report is generated, since it then changes nothing.
-        """
-        told = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("roles", "rates", "kept")
-        }
-        if SOURCES.index("generated") not in self.sources:
-            told["max_new_tokens"] = None
-        return told | {"last_image": self.last_image}
 
 
 @dataclass(frozen=True)
@@ -321,25 +247,9 @@ class RowReader:
             sampled = kept_positions(mine, self._table, settings.seed, name, source) | last[row, :length]
             candidates = (self._table[mine] > 0) | last[row, :length]
             for norm in norms:
-                sampled &= _small(norm[row, :length], candidates, mine == TokenRole.IMAGE, settings)
+                sampled &= within_norms(norm[row, :length], candidates, mine == TokenRole.IMAGE, settings)
             keep[row, :length] = sampled
         return keep
-
-
-def _small(
-    norm: torch.Tensor, candidates: np.ndarray, image: np.ndarray, settings: RowSettings
-) -> np.ndarray:
-    """(L,) True where a position's norm is within the settings' limits."""
-    small = np.ones(len(norm), dtype=bool)
-    if settings.max_norm is not None:
-        small &= (norm <= settings.max_norm).numpy()
-    if settings.max_norm_ratio is not None:
-        for modality in (image, ~image):
-            those = torch.from_numpy(candidates & modality)
-            if bool(those.any()):
-                limit = settings.max_norm_ratio * norm[those].median()
-                small &= (norm <= limit).numpy() | ~modality
-    return small
 
 
 def _padded_right(encoding: Maira2Encoding) -> Maira2Encoding:
@@ -417,13 +327,4 @@ def layer_of(config: Any, hook_name: str) -> int:
     return -1 if stop is None else int(stop) - 1
 
 
-__all__ = [
-    "ActivationBatch",
-    "ActivationRows",
-    "Reports",
-    "RowReader",
-    "RowSettings",
-    "layer_of",
-    "read_rows",
-    "study_length",
-]
+__all__ = ["ActivationBatch", "RowReader", "layer_of", "read_rows", "study_length"]

@@ -15,7 +15,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,76 +26,12 @@ import torch
 
 from sae_lens_maira.activations.prefetch import empty_rows
 from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows
-from sae_lens_maira.activations.segments import SEGMENT, header, read_rows, write_rows
+from sae_lens_maira.activations.segments import SEGMENT, read_rows, write_rows
+from sae_lens_maira.activations.store_checks import wrong_contents, wrong_shards, wrong_sizes
+from sae_lens_maira.activations.store_spec import DTYPES, StoreSpec, differences, other_studies
 from sae_lens_maira.errors import StoreError
-from sae_lens_maira.io import read_json, sha256_of, write_json, write_listed
+from sae_lens_maira.io import read_json, write_json, write_listed
 from sae_lens_maira.maira2 import TokenRole
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreSpec:
-    """What a store holds; two harvests may share a folder only if theirs are equal.
-
-    Attributes:
-        hooks: hook name -> d_in.
-        dtype: "bfloat16" or "float32".
-        shard_studies: studies a shard.
-        n_studies: studies in all.
-        rates: role name -> share of its rows that is kept.
-        settings: everything else that decides which rows come out.
-        model, processor: fingerprints.
-        versions: of the libraries; recorded, not compared.
-        source: What was asked for when the store was made ("model" and "checkpoint" of the model, "dtype" of its
-            weights, "studies": "table" or "phantom"), for commands that use the store without loading the model;
-            recorded, not compared by `create`.
-    """
-
-    hooks: dict[str, int]
-    dtype: str
-    shard_studies: int
-    n_studies: int
-    rates: dict[str, float]
-    settings: dict[str, Any]
-    model: str
-    processor: str
-    versions: dict[str, str]
-    source: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def n_shards(self) -> int:
-        """Shards of a finished store."""
-        return -(-self.n_studies // self.shard_studies)
-
-
-def differences(held: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two descriptions, each as "name is X in the store and Y here".
-
-    Args:
-        held: Description of a store, as of `dataclasses.asdict`; entries of `versions` and `source` are not compared.
-        asked: Description of what is wanted; entries that it lacks are not compared.
-        prefix: Name of the part that the two describe.
-    """
-    found = []
-    for name, wanted in asked.items():
-        has = held.get(name)
-        if name in ("versions", "source") and not prefix:
-            continue
-        if isinstance(wanted, dict) and isinstance(has, dict):
-            both = {key: wanted.get(key) for key in has.keys() | wanted.keys()}
-            found += differences(has, dict(sorted(both.items())), f"{prefix}{name}.")
-        elif has != wanted:
-            found.append(f"{prefix}{name} is {has!r} in the store and {wanted!r} here")
-    return found
-
-
-def other_studies(held: Sequence[str], asked: Sequence[str]) -> str:
-    """How the studies of a store differ from those that are given."""
-    if len(held) != len(asked):
-        return f"the store has {len(held):,} studies and {len(asked):,} are given here"
-    first = next(i for i, (a, b) in enumerate(zip(held, asked, strict=True)) if a != b)
-    return f"study {first} is {held[first]} in the store and {asked[first]} here"
 
 
 class ActivationStore:
@@ -176,7 +112,7 @@ class ActivationStore:
         Raises:
             StoreError: the entry lacks one of these, as those of earlier versions do.
         """
-        entry: dict[str, Any] = read_json(self._path(shard, "json"))
+        entry: dict[str, Any] = read_json(self.path_of(shard, "json"))
         if lacking := [name for name in ("rows", "files", "xxh3", "segment") if name not in entry]:
             raise StoreError(
                 f"The entry of shard {shard} in {self.folder} has no {', '.join(lacking)}; an earlier version wrote "
@@ -210,7 +146,8 @@ class ActivationStore:
             counts.update({TokenRole(int(role)): n for role, n in self._entries[shard]["roles"].items()})
         return dict(sorted(counts.items()))
 
-    def _path(self, shard: int, ending: str) -> Path:
+    def path_of(self, shard: int, ending: str) -> Path:
+        """File of a shard, by its ending."""
         return self.folder / f"shard-{shard:06d}.{ending}"
 
     # Writing
@@ -247,18 +184,20 @@ class ActivationStore:
                     raise StoreError(
                         f"Shard {shard} at {hook} has shape {tuple(tensor.shape)}; expected ({len(index)}, {d_in})."
                     )
-                file, sums[hook] = write_rows(self._path(shard, f"{hook}.safetensors"), hook, tensor, places)
+                file, sums[hook] = write_rows(
+                    self.path_of(shard, f"{hook}.safetensors"), hook, tensor, places
+                )
                 files.append(file)
             table = io.BytesIO()
             (index if order is None else index.iloc[order])[list(COLUMNS)].to_parquet(table, index=False)
-            files.append(write_listed(self._path(shard, "parquet"), table.getvalue()))
+            files.append(write_listed(self.path_of(shard, "parquet"), table.getvalue()))
             found = index["role"].value_counts()
             counts = dict(zip(found.index.tolist(), found.tolist(), strict=True))
             entry = {"rows": len(index), "roles": counts, "files": files, "xxh3": sums}
             entry |= {"segment": SEGMENT, "inputs": list(inputs)}
-            write_json(self._path(shard, "json"), entry)
+            write_json(self.path_of(shard, "json"), entry)
         except BaseException:
-            if not self._path(shard, "json").exists():
+            if not self.path_of(shard, "json").exists():
                 for file in files:
                     (self.folder / file["name"]).unlink(missing_ok=True)
             raise
@@ -271,7 +210,9 @@ class ActivationStore:
         Raises:
             StoreError: Shards are missing, or files are missing or have another size.
         """
-        self._raise(self._missing() + [fault for shard in self.committed() for fault in self._sizes(shard)])
+        self._raise(
+            [*wrong_shards(self), *(one for shard in self.committed() for one in wrong_sizes(self, shard))]
+        )
 
     def validate(self, complete: bool = True) -> None:
         """Read every file once and compare it with the manifest.
@@ -282,62 +223,10 @@ class ActivationStore:
         Raises:
             StoreError: Names every shard that is missing, extra or damaged, and what is wrong with it.
         """
-        damage = self._missing() if complete else []
+        damage = wrong_shards(self) if complete else []
         for shard in self.committed():
-            damage += self._sizes(shard) or self._contents(shard)
+            damage += wrong_sizes(self, shard) or wrong_contents(self, shard)
         self._raise(damage)
-
-    def _missing(self) -> list[str]:
-        there = set(self.committed())
-        lacking = sorted(set(range(self.spec.n_shards)) - there)
-        extra = sorted(there - set(range(self.spec.n_shards)))
-        shown = ", ".join(map(str, lacking[:10])) + (" ..." if len(lacking) > 10 else "")
-        found = [f"{len(lacking)} of {self.spec.n_shards} shards are missing ({shown})"] if lacking else []
-        return found + [f"shard {shard} is beyond the {self.spec.n_shards} of this store" for shard in extra]
-
-    def _sizes(self, shard: int) -> list[str]:
-        faults = []
-        for file in self.entry(shard)["files"]:
-            path = self.folder / file["name"]
-            if not path.name.startswith(f"shard-{shard:06d}."):
-                faults.append(f"shard {shard}: its manifest entry is of {path.name}, another shard's file")
-            elif not path.exists():
-                faults.append(f"shard {shard}: {path.name} is missing")
-            elif path.stat().st_size != file["bytes"]:
-                faults.append(
-                    f"shard {shard}: {path.name} has {path.stat().st_size} of {file['bytes']} bytes"
-                )
-        return faults
-
-    def _contents(self, shard: int) -> list[str]:
-        entry = self.entry(shard)
-        faults = []
-        dtype = DTYPES[self.spec.dtype]
-        for hook, d_in in self.spec.hooks.items():
-            path = self._path(shard, f"{hook}.safetensors")
-            expected = header(hook, entry["rows"], d_in, dtype)
-            with path.open("rb") as file:
-                if file.read(len(expected)) != expected:
-                    faults.append(f"shard {shard}: the header of {path.name} has changed")
-                    continue
-            place = empty_rows(min(SEGMENT, entry["rows"]), d_in, dtype)
-            try:
-                for start in range(0, entry["rows"], SEGMENT):
-                    rows = place[: min(SEGMENT, entry["rows"] - start)]
-                    read_rows(path, entry["rows"], entry["xxh3"][hook], start, rows)
-            except StoreError as error:
-                faults.append(f"shard {shard}: {error}")
-        table = next(file for file in entry["files"] if file["name"].endswith(".parquet"))
-        if sha256_of(self.folder / table["name"]) != table["sha256"]:
-            faults.append(f"shard {shard}: {table['name']} has another checksum")
-        else:
-            counts = Counter(self.index(shard, ["role"])["role"].tolist())
-            if (
-                counts != {int(role): n for role, n in entry["roles"].items()}
-                or counts.total() != entry["rows"]
-            ):
-                faults.append(f"shard {shard}: the manifest counts other rows than {table['name']} has")
-        return faults
 
     def _raise(self, damage: list[str]) -> None:
         if damage:
@@ -353,7 +242,7 @@ class ActivationStore:
             StoreError: the file is missing or damaged.
         """
         try:
-            return pd.read_parquet(self._path(shard, "parquet"), columns=list(columns) if columns else None)
+            return pd.read_parquet(self.path_of(shard, "parquet"), columns=list(columns) if columns else None)
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"The index of shard {shard} in {self.folder} cannot be read ({error}). Run validate, delete the "
@@ -381,13 +270,13 @@ class ActivationStore:
             StoreError: as in `read`.
         """
         entry = self._known(hook, shard)
-        path = self._path(shard, f"{hook}.safetensors")
+        path = self.path_of(shard, f"{hook}.safetensors")
         try:
             read_rows(path, entry["rows"], entry["xxh3"][hook], start, place)
         except StoreError as error:
             raise StoreError(
                 f"Shard {shard} in {self.folder} is damaged: {error}. Delete the shard's .json and harvest again; only "
-                "this shard is made anew."
+                "this shard is harvested again."
             ) from error
 
     def _known(self, hook: str, shard: int) -> dict[str, Any]:

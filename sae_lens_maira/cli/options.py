@@ -119,7 +119,7 @@ class HarvestOptions:
             StoreError: The store holds something else; the message says what differs.
         """
         from sae_lens_maira.activations.harvest import check_inputs
-        from sae_lens_maira.activations.store import differences
+        from sae_lens_maira.activations.store_spec import differences
         from sae_lens_maira.errors import StoreError
 
         spec = store.spec
@@ -175,7 +175,7 @@ class HarvestOptions:
         return notes
 
     def _other_studies(self, store: "ActivationStore") -> list[str]:
-        from sae_lens_maira.activations.store import other_studies
+        from sae_lens_maira.activations.store_spec import other_studies
 
         if self.table is None:
             ids = [f"phantom-{self.study_seed}-{number}" for number in range(self.studies)]
