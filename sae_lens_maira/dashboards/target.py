@@ -158,7 +158,7 @@ def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         size = (config["d_in"], config["d_sae"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not an SAE configuration ({error}). Give the folder that SAELens saved the SAE to."
         ) from None

@@ -316,9 +316,10 @@ def _parsed(kind: type[T], line: bytes, path: Path) -> T:
 def _plain(line: bytes, path: Path, kind: type) -> dict[str, Any]:
     try:
         plain = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(
-            f"{path} is cut off or damaged: a {kind.__name__} of {len(line)} bytes is no JSON. Write the records again."
+            f"{path} is cut off or damaged: a {kind.__name__} of {len(line)} bytes is not JSON "
+            f"({type(error).__name__}: {error}). Write the records again."
         ) from None
     if not isinstance(plain, dict):
         raise RecordError(

@@ -134,7 +134,7 @@ def read_config(weights: Path) -> dict[str, Any]:
             if path.is_file():
                 try:
                     config = json.loads(path.read_text(encoding="utf-8"))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise SAEError(f"{path} is not valid JSON: {error}. Download it again.") from error
                 if not isinstance(config, dict):
                     raise SAEError(f"{path} holds a {type(config).__name__}; a JSON object was expected.")

@@ -115,8 +115,8 @@ def test_a_config_that_cannot_be_read_is_one_message(tmp_path, capsys, kind) -> 
 @pytest.mark.parametrize(
     ("command", "file"),
     [
-        (["store", "show", "--store"], "manifest.json"),
-        (["interpret", "report", "--records"], "records.json"),
+        (["store", "show", "--store"], "store.json"),
+        (["interpret", "report", "--records"], "meta.json"),
         (["evaluate", "--table", "{table}", "--model", "phantom", "--sae"], "cfg.json"),
     ],
 )
@@ -127,4 +127,7 @@ def test_a_json_file_of_absurd_depth_is_one_message(tmp_path, capsys, hostile, c
     (folder / "sae_weights.safetensors").write_bytes(json.dumps({}).encode())
     words = [word.format(table=hostile) for word in command]
     assert main([*words, str(folder)]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert file in told
+    assert re.search("recursion|nested too deeply", told)
