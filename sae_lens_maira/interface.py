@@ -217,6 +217,7 @@ def load_sae_weights(name: str | Path, device: str = "auto") -> "MatryoshkaSAE":
 def _sae_of(name: str | Path, device: str, release: dict[str, Any]) -> "tuple[MatryoshkaSAE, Path | None]":
     """An SAE with its levels, and its folder unless SAELens knows it by name."""
     from sae_lens_maira.sae import open_sae, resolve_sae
+    from sae_lens_maira.sae.inference import warn_if_never_set
 
     place = device_of(device)
     if _is_saelens_name(str(name)):
@@ -224,9 +225,11 @@ def _sae_of(name: str | Path, device: str, release: dict[str, Any]) -> "tuple[Ma
 
         release_name, _, sae_id = str(name).partition("/")
         try:
-            return _with_levels(SAE.from_pretrained(release_name, sae_id, device=place)), None
+            pretrained: SAE[Any] = SAE.from_pretrained(release_name, sae_id, device=place)
         except ValueError as error:
             raise SAEError(f"SAELens could not load {name}: {error}") from error
+        warn_if_never_set(pretrained.state_dict(), name)
+        return _with_levels(pretrained), None
     folder = _shipped_sae(str(name)) if str(name) in PHANTOM_SAES else resolve_sae(name, **release)
     return _with_levels(open_sae(folder, device=place)), folder
 

@@ -12,7 +12,9 @@ import copy
 import hashlib
 import json
 import operator
+import warnings
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
@@ -248,6 +250,7 @@ def open_sae(folder: str | Path, device: str = "cpu", dtype: str | None = None) 
                 f"{weights}: {bad} of {value.numel()} numbers of {name} are NaN or infinite. A run that diverged "
                 "leaves such weights; use an earlier checkpoint."
             )
+    warn_if_never_set(state, folder)
     del state
     # Only configurations of SAEs under training have this field.
     kind = TrainingSAE if "decoder_init_norm" in config else SAE
@@ -276,6 +279,25 @@ def fingerprint(sae: SAE[Any]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def warn_if_never_set(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Warn of latents whose threshold is negative, which marks one that training has not set yet.
+
+    Args:
+        state: Weights of the SAE; `threshold` has (d_sae,) values, `topk_threshold` one for all latents.
+        source: Folder or name of the SAE, for the message.
+    """
+    d_sae = len(state["b_enc"]) if "b_enc" in state else 0
+    for name in ("threshold", "topk_threshold"):
+        if name not in state or not bool((state[name] < 0).any()):
+            continue
+        count = int((state[name] < 0).sum()) if state[name].numel() > 1 else d_sae
+        warnings.warn(
+            f"{source}: {count} of {d_sae} latents have a negative {name}. It was never set, so every positive "
+            "activation of them passes. Train longer, or lower threshold_start_step.",
+            stacklevel=3,
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -178,11 +178,16 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Also set a threshold that the run was too short to set, from its last batches."""
         super().set_final_sae_metadata()
         known = [value for value in self._minima if isfinite(value)]
-        if (
-            not isinstance(self.sae, MatryoshkaTrainingSAE)
-            or float(self.sae.topk_threshold) >= 0
-            or not known
-        ):
+        if not isinstance(self.sae, MatryoshkaTrainingSAE) or float(self.sae.topk_threshold) >= 0:
+            return
+        if not known:
+            if self.comm.rank == 0:
+                warnings.warn(
+                    f"The run ended after {self.n_training_steps} steps, and the threshold was never set: no smallest "
+                    "kept activation of its last batches is known. Every positive activation passes. Train longer, or "
+                    "lower threshold_start_step.",
+                    stacklevel=2,
+                )
             return
         threshold = sum(known) / len(known) / (self._scale or 1.0)
         self.sae.topk_threshold.fill_(threshold)

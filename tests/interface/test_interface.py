@@ -9,6 +9,7 @@ import torch
 from sae_lens import SAE
 
 import sae_lens_maira as sm
+from sae_lens_maira.cli import main
 from sae_lens_maira.errors import InterventionError, RecordError
 from sae_lens_maira.interactive import describe_sae
 from sae_lens_maira.latents import RecordSet
@@ -139,6 +140,25 @@ def test_steering_needs_p99(m: sm.InteractiveMaira2, study: sm.Study, sae: Matry
     bare = MatryoshkaSAE(sae.cfg)
     with pytest.raises(InterventionError, match="records"):
         m.steer(study, bare, {7: 2.0})
+
+
+def test_a_threshold_that_was_never_set_is_reported(tmp_path, monkeypatch, capsys):
+    """By a folder, by a name of SAELens, and on stderr of a command."""
+    made = MatryoshkaSAE(MatryoshkaSAEConfig(d_in=128, d_sae=64, matryoshka_widths=[16, 64], k=4))
+    with torch.no_grad():
+        made.threshold[:48] = -1
+    made.cfg.metadata.hook_name = HOOK
+    made.save_model(tmp_path / "unset")
+    with pytest.warns(
+        UserWarning, match="unset: 48 of 64 latents have a negative threshold. It was never set"
+    ):
+        sm.load_sae(tmp_path / "unset")
+    monkeypatch.setattr("sae_lens_maira.interface._is_saelens_name", lambda name: name == "release/id")
+    monkeypatch.setattr(SAE, "from_pretrained", lambda *_, **__: made)
+    with pytest.warns(UserWarning, match="release/id: 48 of 64 latents have a negative threshold"):
+        sm.load_sae("release/id")
+    with pytest.warns(UserWarning, match="negative threshold"):
+        assert main(["match", "--sae", str(tmp_path / "unset"), "--other", str(tmp_path / "unset")]) == 0
 
 
 def test_a_model_for_some_hooks_ends_behind_them():

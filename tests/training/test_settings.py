@@ -137,6 +137,15 @@ def test_a_run_too_short_to_set_its_threshold_sets_it_at_the_end(trainer):
     assert float(passing) < 4.5 * 2
 
 
+def test_a_threshold_that_no_batch_can_set_is_reported(trainer):
+    """With hooks on the SAE SAELens' own step runs, which records no smallest activations."""
+    short = trainer(9, sae_threshold_start_step=1000)
+    short.sae.hook_sae_input.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="the threshold was never set"):
+        sae = short.fit()
+    assert float(sae.topk_threshold) == -1
+
+
 def test_settings_are_json(trainer):
     settings = trainer().settings()
     assert json.loads(json.dumps(settings)) == settings
