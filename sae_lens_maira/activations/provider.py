@@ -136,6 +136,11 @@ class StoreProvider:
         return self
 
     @property
+    def rates(self) -> dict[str, float]:
+        """Share of each role's stored rows that an epoch uses, by role name."""
+        return {role.name.lower(): rate for role, rate in self._rates.items()}
+
+    @property
     def epoch(self) -> int:
         """Epochs finished."""
         return self._place[0]
@@ -326,5 +331,5 @@ class StoreProvider:
             "segments per buffer": self._per_buffer,
             "store": self._store.fingerprint,
             "rows": len(self._store),
-            "rates": {role.name.lower(): rate for role, rate in self._rates.items()},
+            "rates": self.rates,
         }

@@ -7,7 +7,7 @@ if its settings are the same.
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from sae_lens_maira.io import locked
 if TYPE_CHECKING:
     from sae_lens.config import SAETrainerConfig
 
+    from sae_lens_maira.activations import ActivationStore
     from sae_lens_maira.sae import MatryoshkaTrainingSAEConfig
 
 
@@ -249,7 +250,7 @@ def _stored(
             f"of rows from the whole store{'' if found > ideal / 2 else '; raise provider.buffer_rows to mix more'}.\n"
         )
     spec = activations.spec
-    roles = _role_names(spec.rates, bool(spec.settings.get("last_image")))
+    roles = _stored_roles(activations, settings.get("roles", "all"), batches.rates)
     return batches, spec.hooks[hook], len(activations), roles, {"store": activations.fingerprint}
 
 
@@ -275,6 +276,26 @@ def _direct(
         "checkpoint": options.source()["checkpoint"],
     }
     return batches, batches.d_in, None, _role_names(rows.rates_by_name, rows.last_image), data
+
+
+def _stored_roles(
+    store: "ActivationStore", asked: str | Collection[str], rates: Mapping[str, float]
+) -> str | list[str]:
+    """Roles of the rows that a provider takes from a store, as `_role_names`.
+
+    Args:
+        store: The store.
+        asked: The provider's roles.
+        rates: The provider's rates by role name.
+    """
+    # An imported store has no rates; its manifest counts its roles.
+    stored = {name for name, rate in store.spec.rates.items() if rate > 0}
+    stored = stored or {role.name.lower() for role in store.role_counts()}
+    if store.spec.settings.get("last_image"):
+        stored.add("image")
+    whole = asked == "all" and stored <= rates.keys()
+    used = {name: rate for name, rate in rates.items() if name in stored}
+    return _role_names(used, whole and bool(store.spec.settings.get("last_image")))
 
 
 def _role_names(rates: Mapping[str, float], last_image: bool) -> str | list[str]:

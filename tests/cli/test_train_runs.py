@@ -187,6 +187,38 @@ def test_a_run_is_logged_to_weights_and_biases(store, tmp_path, monkeypatch):
     assert b"overall_loss" in run.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("harvested", "provider", "named"),
+    [
+        ("content", {}, ["IMAGE", "INDICATION", "REPORT"]),
+        ("content", {"roles": ["report"]}, ["REPORT"]),
+        ("content", {"rates": {"image": 0}}, ["INDICATION", "REPORT"]),
+        ("paper_last_image", {}, "paper_last_image"),
+        ("paper_last_image", {"rates": {"report": 0.5}}, "paper_last_image"),
+        ("paper_last_image", {"roles": ["image", "report"]}, ["IMAGE", "REPORT"]),
+        ("paper_last_image", {"rates": {"image": 0}}, ["INDICATION", "REPORT"]),
+    ],
+)
+def test_the_metadata_name_the_roles_that_were_trained_on(harvested, provider, named, tmp_path):
+    """What the provider leaves out of a store is not named; `latents` reads the same roles."""
+    words = [
+        "--hooks",
+        HOOK,
+        "--studies",
+        "2",
+        "--roles",
+        harvested,
+        "--rates",
+        "{prior_report: 0, technique: 0, ",
+    ]
+    words[-1] += "comparison: 0, phrase: 0}"
+    words += ["--store", str(tmp_path / "store"), "--out", str(tmp_path / "sae"), "--device", "cpu"]
+    steps = STEPS | {"total_training_samples": 64, "train_batch_size_samples": 64}
+    parts = ["--sae", SAE_PART, "--trainer", json.dumps(steps), "--provider", json.dumps(provider)]
+    assert main(["train", *words, *parts]) == 0
+    assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.token_roles == named
+
+
 def test_training_starts_from_an_existing_sae(store, tmp_path, capsys):
     """--init: before the first step the reconstruction is the given SAE's; another width, k or level is refused."""
     assert train(store, tmp_path / "first") == 0
