@@ -65,6 +65,19 @@ def differences(held: dict[str, Any], asked: dict[str, Any], prefix: str = "") -
     return found
 
 
+def other_model(held: dict[str, str], asked: dict[str, str]) -> list[str]:
+    """How the checkpoint, or the dtype of its weights, differs from that of a store, as `differences` says it.
+
+    Args:
+        held: `StoreSpec.source` of the store.
+        asked: The same of the model that is named now.
+    """
+    names = ("checkpoint", "dtype")
+    return differences(
+        {name: held.get(name) for name in names}, {name: asked[name] for name in names}, "model "
+    )
+
+
 def other_studies(held: Sequence[str], asked: Sequence[str]) -> str:
     """How the studies of a store differ from those that are given."""
     if len(held) != len(asked):
@@ -73,4 +86,4 @@ def other_studies(held: Sequence[str], asked: Sequence[str]) -> str:
     return f"study {first} is {held[first]} in the store and {asked[first]} here"
 
 
-__all__ = ["DTYPES", "StoreSpec", "differences", "other_studies"]
+__all__ = ["DTYPES", "StoreSpec", "differences", "other_model", "other_studies"]

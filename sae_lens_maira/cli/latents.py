@@ -24,6 +24,7 @@ from sae_lens_maira.interface import (
 )
 
 if TYPE_CHECKING:
+    from sae_lens_maira.activations import ActivationStore
     from sae_lens_maira.latents.source import ActivationSource, StoreSource
     from sae_lens_maira.maira2 import Maira2, OutputHead
     from sae_lens_maira.studies import Study
@@ -200,6 +201,7 @@ def _stored(
     A store that was named must fit. The one that the SAE was trained on is used if it holds exactly the studies that
     were asked for; which of the two was decided goes to stderr.
     """
+    from sae_lens_maira.activations.harvest import check_inputs
     from sae_lens_maira.errors import ConfigError, RecordError, StoreError
     from sae_lens_maira.latents.source import StoreSource
 
@@ -209,6 +211,11 @@ def _stored(
     try:
         blocks = StoreSource(folder, hook_name, roles)
         _check_studies(request, folder, blocks.study_ids, exactly=store is None)
+        _check_model(request, blocks.store)
+        head = output_head(request.model, dtype=request.dtype, device=request.device)
+        chosen = _studies_of_store(request, head, blocks.study_ids)
+        if request.table is not None:
+            check_inputs(blocks.store, chosen, blocks.store.committed())
     except (ConfigError, RecordError, StoreError) as error:
         if store is not None:
             raise
@@ -216,8 +223,7 @@ def _stored(
         return None
     if store is None:
         sys.stderr.write(f"Activations are read from {folder}, which the SAE was trained on.\n")
-    head = output_head(request.model, dtype=request.dtype, device=request.device)
-    return head, _studies_of_store(request, head, blocks.study_ids), blocks
+    return head, chosen, blocks
 
 
 def _store_of(dictionary: Any, sae: Path) -> Path | None:
@@ -254,6 +260,24 @@ def _check_studies(request: _Request, store: Path, ids: list[str], exactly: bool
         raise ConfigError(
             f"{where} has {len(there)} studies and {store} holds {len(ids)} of them; give --store to read only those, "
             "or the --split that was harvested."
+        )
+
+
+def _check_model(request: _Request, store: "ActivationStore") -> None:
+    """Raise StoreError where a store was harvested with another checkpoint or dtype than the model that is named."""
+    from sae_lens_maira.activations.store_spec import other_model
+    from sae_lens_maira.cli.options import model_source
+    from sae_lens_maira.errors import StoreError
+
+    if not store.spec.source:
+        sys.stderr.write(
+            f"{store.folder} does not record which checkpoint it was made with, so that is not compared.\n"
+        )
+        return
+    if differ := other_model(store.spec.source, model_source(request.model, request.dtype)):
+        raise StoreError(
+            f"{store.folder} was harvested with another model: {'; '.join(differ)}. Give the --model and "
+            "--model-dtype of its harvest, or another --store."
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sae_lens_maira.distributed import TIMEOUT_S, Ranks, distributed
-from sae_lens_maira.interface import ModelDtype, device_of, label, named_model
+from sae_lens_maira.interface import ModelDtype, device_of, label, named_model, read_studies
 
 if TYPE_CHECKING:
     from sae_lens_maira.activations import ActivationStore, RowSettings
@@ -99,18 +99,17 @@ class HarvestOptions:
 
     def source(self) -> dict[str, str]:
         """Which checkpoint is read, in which dtype, and where studies come from, for a store's description."""
-        from sae_lens_maira.maira2.loading import checkpoint_fingerprint
-        from sae_lens_maira.phantom import phantom_path
+        return model_source(self.model, self.model_dtype) | {
+            "studies": "phantom" if self.table is None else "table"
+        }
 
-        shipped = self.model == "phantom"
-        dtype = ("float32" if shipped else "bfloat16") if self.model_dtype == "auto" else self.model_dtype
-        where = phantom_path() if shipped else self.model
-        studies = "phantom" if self.table is None else "table"
-        found = {"model": label(self.model), "checkpoint": checkpoint_fingerprint(where), "dtype": dtype}
-        return found | {"studies": studies}
-
-    def check_store(self, store: "ActivationStore") -> list[str]:
+    def check_store(self, store: "ActivationStore", inputs: bool = True) -> list[str]:
         """Compare a complete store with what the options ask for, without loading the model.
+
+        Args:
+            store: The store.
+            inputs: Also compare texts and images of a table's studies, which reads the ends of every image file. Of
+                several ranks one is enough.
 
         Returns:
             Sentences about differences that do not matter for training on the store.
@@ -119,7 +118,7 @@ class HarvestOptions:
             StoreError: The store holds something else; the message says what differs.
         """
         from sae_lens_maira.activations.harvest import check_inputs
-        from sae_lens_maira.activations.store_spec import differences
+        from sae_lens_maira.activations.store_spec import differences, other_model, other_studies
         from sae_lens_maira.errors import StoreError
 
         spec = store.spec
@@ -136,29 +135,30 @@ class HarvestOptions:
             held["settings"] = {name: value for name, value in spec.settings.items() if name not in LAYOUT}
             found = differences(held, json.loads(json.dumps(wanted)))
             if spec.source:
-                source = {
-                    name: value for name, value in self.source().items() if name in ("checkpoint", "dtype")
-                }
-                same = {name: spec.source.get(name) for name in source}
-                found += differences(same, source, "model ")
+                found += other_model(spec.source, self.source())
             else:
                 notes.append(
                     "The store does not record which checkpoint it was made with, so that is not compared."
                 )
             of_table = spec.source.get("studies") == "table" or not store.study_ids[0].startswith("phantom-")
-            if self.table is None and of_table:
+            studies = None if self.table is None else read_studies(self.table, self.root, self.split)
+            if studies is None and of_table:
                 notes.append(
                     f"No --table was given: the store's {spec.n_studies:,} studies are used without comparing them."
                 )
             else:
-                found += self._other_studies(store)
+                if studies is None:
+                    ids = [f"phantom-{self.study_seed}-{number}" for number in range(self.studies)]
+                else:
+                    ids = [study.study_id for study in studies]
+                found += [] if ids == store.study_ids else [other_studies(store.study_ids, ids)]
             if found:
                 raise StoreError(
                     f"{store.folder} holds other rows than these options ask for: {'; '.join(found)}. Use the options "
                     "of its harvest, or name another --store."
                 )
-            if self.table is not None:
-                check_inputs(store, self._studies_of_table(), store.committed())
+            if studies is not None and inputs:
+                check_inputs(store, studies, store.committed())
             if spec.settings.get("seed") != self.seed and any(rate < 1 for rate in spec.rates.values()):
                 notes.append(
                     f"The store's rows were sampled with seed {spec.settings.get('seed')}; seed {self.seed} decides "
@@ -173,29 +173,6 @@ class HarvestOptions:
         if "imported" not in spec.settings and spec.dtype != self.dtype:
             notes.append(f"The store's rows are {spec.dtype}; --dtype {self.dtype} has no effect on them.")
         return notes
-
-    def _other_studies(self, store: "ActivationStore") -> list[str]:
-        from sae_lens_maira.activations.store_spec import other_studies
-
-        if self.table is None:
-            ids = [f"phantom-{self.study_seed}-{number}" for number in range(self.studies)]
-        else:
-            ids = [study.study_id for study in self._studies_of_table()]
-        return [] if ids == store.study_ids else [other_studies(store.study_ids, ids)]
-
-    def _studies_of_table(self) -> Any:
-        from sae_lens_maira.errors import StudyError
-        from sae_lens_maira.studies import read_table
-
-        assert self.table is not None
-        table = read_table(self.table, self.root)
-        chosen = (table if self.split is None else table.where(split=self.split)).studies
-        if not len(chosen):
-            raise StudyError(
-                f"{self.table} has {len(table):,} studies, none of them in the split {self.split}. `studies show` "
-                "counts studies by split; name one of these."
-            )
-        return chosen
 
     def load(self) -> tuple[Any, Any, str]:
         """Model, studies and device that the options name.
@@ -212,4 +189,20 @@ class HarvestOptions:
         if self.table is None:
             side = maira.processor.recipe.crop
             return maira, generate_studies(self.studies, seed=self.study_seed, size=side), device
-        return maira, self._studies_of_table(), device
+        return maira, read_studies(self.table, self.root, self.split), device
+
+
+def model_source(model: str, dtype: ModelDtype) -> dict[str, str]:
+    """Name and fingerprint of a checkpoint and the dtype that it is loaded in, as `StoreSpec.source` records them.
+
+    Args:
+        model: "phantom", a folder or a hub id.
+        dtype: Of the weights; "auto" is float32 for the phantom and bfloat16 for others.
+    """
+    from sae_lens_maira.maira2.loading import checkpoint_fingerprint
+    from sae_lens_maira.phantom import phantom_path
+
+    shipped = model == "phantom"
+    kind = ("float32" if shipped else "bfloat16") if dtype == "auto" else dtype
+    where = phantom_path() if shipped else model
+    return {"model": label(model), "checkpoint": checkpoint_fingerprint(where), "dtype": kind}

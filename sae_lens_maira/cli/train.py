@@ -236,9 +236,10 @@ def _stored(
             )
     else:
         activations = ActivationStore(store)
-        for note in options.check_store(activations):
+        for note in options.check_store(activations, inputs=not ranks.rank):
             if not ranks.rank:
                 sys.stderr.write(f"{note}\n")
+        ranks.barrier("store compared")
     activations.check()
     given = {"seed": options.seed, "device": place} | settings
     with _said_once("The settings of the provider"):

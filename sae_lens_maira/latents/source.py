@@ -157,7 +157,12 @@ class StoreSource:
                     "the last ones is not recorded. Name other roles, or harvest with these."
                 )
             self._roles.append(int(TokenRole.IMAGE))
-        self.about = {"hook point": hook_name, "roles": self._roles, "store": spec.model}
+        self.about = {"hook point": hook_name, "roles": self._roles, "store": self._store.fingerprint}
+
+    @property
+    def store(self) -> ActivationStore:
+        """The store that is read."""
+        return self._store
 
     @property
     def study_ids(self) -> list[str]:

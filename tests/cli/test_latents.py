@@ -101,6 +101,30 @@ def test_other_studies_are_read_by_the_model_and_that_is_reported(trained, capsy
     assert "the table and the split that were harvested" in capsys.readouterr().err
 
 
+def test_a_store_of_other_texts_or_another_model_is_refused(trained, capsys):
+    """A report that was edited after the harvest, and a model in another dtype; without --store the model reads."""
+    table = read_table(trained / "studies.parquet")
+    table.frame.loc[3, "report"] = "Edited after the harvest."
+    table.frame.to_parquet(trained / "edited.parquet")
+    edited = [
+        "--table",
+        str(trained / "edited.parquet"),
+        "--split",
+        "train",
+        "--out",
+        str(trained / "edited"),
+    ]
+    store = ["--store", str(trained / "store")]
+    words = ["latents", "--sae", str(trained / "sae"), "--top", "1", "--zero", "1", "--latents", "0-3"]
+    assert main([*words, *edited, *store]) == 2
+    assert f"Study {table.frame.loc[3, 'study_id']} has other texts or images" in capsys.readouterr().err
+    assert main([*words, *edited]) == 0
+    assert "The model reads the studies" in capsys.readouterr().err
+    same = ["--split", "train", "--model-dtype", "bfloat16", "--out", str(trained / "other")]
+    assert collect(trained, *same, *store) == 2
+    assert "model dtype is 'float32' in the store and 'bfloat16' here" in capsys.readouterr().err
+
+
 def test_the_output_head_is_the_models_own():
     """Both tensors, the vocabulary and the layer are those of the loaded model."""
     maira = load_phantom()

@@ -129,6 +129,10 @@ def test_texts_and_images_changed_since_the_harvest_are_refused(tmp_path, capsys
     capsys.readouterr()
     assert main(["train", *words, *steps]) == 2
     assert "has other texts or images" in capsys.readouterr().err
+    asked = HarvestOptions(hooks=HOOK, table=table, shard_studies=2)
+    assert (
+        asked.check_store(ActivationStore(tmp_path / "store"), inputs=False) == []
+    )  # ranks other than the first
     untold = ["--hooks", HOOK, "--store", str(tmp_path / "store")]
     assert main(["train", *untold, *steps]) == 0
     assert "the store's 4 studies are used without comparing them" in capsys.readouterr().err
