@@ -177,9 +177,9 @@ def load_sae(
         **release: for a release, arguments of `load_release`: `expansion`, `folder`, `level_widths`, ...
 
     Returns:
-        The SAE, without gradients. `sae.p99` is `(d_sae,)` or None, `sae.latent_names` maps a latent to its name, and
-        `sae.records` is the `RecordSet` or None. A JumpReLU SAE without levels has one; SAEs of other architectures are
-        returned as SAELens' own classes.
+        The SAE, without gradients. `sae.p99` is `(d_sae,)` or None, `sae.latent_names` maps a latent to its name,
+        `sae.records` is the `RecordSet` or None, and `sae.source` is the name it was loaded by. A JumpReLU SAE without
+        levels has one; SAEs of other architectures are returned as SAELens' own classes.
 
     Raises:
         SAEError: no such SAE, it cannot be used, or it names no hook point.
@@ -198,7 +198,9 @@ def load_sae(
         records = folder / "records"
     # Records are compared with the weights as they were saved, before a change of precision.
     described = describe_sae(sae, hook_name, p99, None if records is None else Path(records))
-    return described.to(dtype=getattr(torch, dtype))
+    loaded: Any = described.to(dtype=getattr(torch, dtype))
+    loaded.source = str(name)
+    return loaded
 
 
 def load_sae_weights(name: str | Path, device: str = "auto") -> "MatryoshkaSAE":

@@ -105,7 +105,12 @@ def page_data(page: StudyPage, about: str = "") -> dict[str, Any]:
         "about": about,
         "banner": f"Licence of this study: {licence}. {CAUTION}",
         "images": [
-            {"view": name, "png": _png(image), "rows": rows, "cols": cols}
+            {
+                "view": name,
+                "png": "data:image/png;base64," + base64.b64encode(radiograph_png(image)).decode(),
+                "rows": rows,
+                "cols": cols,
+            }
             for name, image, (rows, cols) in _images(study, found)
         ],
         "sentences": [
@@ -202,11 +207,12 @@ def _images(study: Study, found: ReportAttribution) -> list[tuple[str, Any, tupl
     return shown
 
 
-def _png(image: Any) -> str:
+def radiograph_png(image: Any) -> bytes:
+    """The centre square of an image, which is what the model sees, as a grey PNG of at most 518 pixels."""
     square, _ = centre_crop(image, (), FILM_SIDE)
     buffer = io.BytesIO()
     square.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def _pieces(before: str, after: str) -> list[tuple[str, bool]]:
@@ -228,4 +234,4 @@ def _index(names: Sequence[str], pages: Sequence[StudyPage], about: str) -> str:
     )
 
 
-__all__ = ["StudyPage", "page_data", "page_html", "sentence_data", "write_pages"]
+__all__ = ["StudyPage", "page_data", "page_html", "radiograph_png", "sentence_data", "write_pages"]

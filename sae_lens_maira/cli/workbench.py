@@ -1,6 +1,7 @@
 """The command `workbench`: a local page to steer and question reports by hand."""
 
 import sys
+import threading
 import webbrowser
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,14 @@ def open_workbench(
     from sae_lens_maira.errors import WorkbenchError
 
     try:
-        from sae_lens_maira.workbench.run import by_id, serve
+        from sae_lens_maira.workbench.run import new_session, serve
     except ModuleNotFoundError as error:
         raise WorkbenchError(
             f"The workbench needs {error.name}. Install it: pip install 'sae-lens-maira[workbench]'"
         ) from error
     from sae_lens_maira.interface import load, load_sae, phantom_studies, read_studies
-    from sae_lens_maira.workbench.session import Session, open_records
-    from sae_lens_maira.workbench.spec import quoted
+    from sae_lens_maira.workbench.catalogue import open_records
+    from sae_lens_maira.workbench.export import Opening, quoted
 
     hooked: Any = load(model, device=device)
     dictionary: Any = load_sae(sae, records=records, device=device)
@@ -57,26 +58,34 @@ def open_workbench(
         found: Any = phantom_studies(studies, study_seed, size=side)
         source = f"sm.phantom_studies({studies}, {study_seed}, size={side})"
     else:
-        found = read_studies(table, root, split)[:studies]
-        extra = "".join(f", {quoted(one)}" if one is not None else ", None" for one in (root, split))
-        source = f"sm.read_studies({quoted(table)}{extra})"
-    opened = f"{quoted(sae)}{'' if records is None else f', records={quoted(records)}'}"
-    session = Session(
-        hooked,
-        dictionary,
-        by_id(list(found)),
-        {"model": quoted(model), "sae": opened, "studies": source},
-        open_records(dictionary, records),
-        allow_credentialed,
+        every = read_studies(table, root, split)
+        found = every[:studies]
+        if len(every) > len(found):
+            sys.stderr.write(f"{len(found)} of {len(every):,} studies; --studies {len(every)} shows all.\n")
+        rest = (None if root is None else _whole(root), split)
+        parts = [quoted(_whole(table)), *("None" if one is None else quoted(one) for one in rest)]
+        source = f"sm.read_studies({', '.join(parts)})"
+    where = f", device={quoted(hooked.W_E.device)}"
+    held = "" if records is None else f", records={quoted(_whole(records))}"
+    opening = Opening(
+        f"sm.load({quoted(_whole(model))}{where})", f"sm.load_sae({quoted(_whole(sae))}{held}{where})", source
+    )
+    session = new_session(
+        hooked, dictionary, list(found), opening, open_records(dictionary, records), allow_credentialed
     )
 
     def started(url: str) -> None:
         sys.stdout.write(f"Workbench at {url}\nOnly this machine can open it. Stop it with Ctrl-C.\n")
         sys.stdout.flush()
-        if open_browser:
-            webbrowser.open(url)
+        if open_browser:  # In a thread: a browser in the terminal would keep the server from starting.
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
     serve(session, port, started)
+
+
+def _whole(name: str | Path) -> str:
+    """A path that exists, from the root; any other name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
 
 __all__ = ["open_workbench"]

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -15,12 +15,16 @@ import uvicorn
 
 from sae_lens_maira.errors import WorkbenchError
 from sae_lens_maira.hooks import HookedMaira2
+from sae_lens_maira.latents import RecordSet
 from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.studies import Study
+from sae_lens_maira.workbench.catalogue import Catalogue, open_records
+from sae_lens_maira.workbench.export import Opening
 from sae_lens_maira.workbench.server import make_app, new_token
-from sae_lens_maira.workbench.session import Session, open_records
+from sae_lens_maira.workbench.session import Session
+from sae_lens_maira.workbench.shelf import Shelf
 
-NOTEBOOK_FRAMES = ("http://localhost:*", "http://127.0.0.1:*", "https:", "vscode-webview:")
+NOTEBOOK_FRAMES = ("http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
 START_SECONDS = 20
 
 
@@ -39,7 +43,8 @@ class RunningWorkbench:
         token = new_token()
         self._socket = _bound(port)
         self.port = self._socket.getsockname()[1]
-        app = make_app(session, token, tuple(allowed_hosts), NOTEBOOK_FRAMES)
+        frames = (*NOTEBOOK_FRAMES, *(f"https://{host}" for host in allowed_hosts))
+        app = make_app(session, token, tuple(allowed_hosts), frames)
         self._server = _server(app)
         self._query = f"?token={token}"
         self.url = f"http://127.0.0.1:{self.port}/{self._query}"
@@ -91,7 +96,6 @@ def workbench(
     port: int = 0,
     allowed_hosts: Sequence[str] = (),
     allow_credentialed: bool = False,
-    opening: Mapping[str, str] | None = None,
     height: int = 900,
 ) -> RunningWorkbench:
     """Steer and question reports by hand, in a page that this process serves to this machine.
@@ -101,9 +105,8 @@ def workbench(
         sae: The SAE, from `sae_lens_maira.load_sae`.
         studies: One study, or several to choose from.
         port: Port on 127.0.0.1; 0 takes a free one.
-        allowed_hosts: Host names of a proxy that forwards to this machine.
+        allowed_hosts: Host names of a proxy that forwards to this machine, such as that of a JupyterHub.
         allow_credentialed: Let exported sessions hold texts of studies that are not public or synthetic.
-        opening: Python expressions for "model", "sae" and "studies" in the exported code.
         height: Height of the panel in a notebook, pixels.
 
     Returns:
@@ -113,12 +116,27 @@ def workbench(
         WorkbenchError: The port is taken, or two studies have one id.
     """
     chosen = [studies] if isinstance(studies, Study) else list(studies)
-    session = Session(m, sae, by_id(chosen), opening or OPENING, open_records(sae, None), allow_credentialed)
+    session = new_session(m, sae, chosen, Opening.of(m, sae), open_records(sae, None), allow_credentialed)
     return RunningWorkbench(session, port, allowed_hosts, height)
 
 
-OPENING = {"model": "MODEL", "sae": "SAE", "studies": "STUDIES"}
-"""Names that the exported code leaves for the reader to fill in."""
+def new_session(
+    m: HookedMaira2,
+    sae: MatryoshkaSAE,
+    studies: Sequence[Study],
+    opening: Opening,
+    records: RecordSet | None,
+    allow_credentialed: bool,
+) -> Session:
+    """Put the parts of a workbench together.
+
+    Raises:
+        WorkbenchError: There is no study, or two have one id.
+    """
+    processor: Any = m.processor
+    side = processor.recipe.crop // processor.patch_size
+    shelf = Shelf(by_id(studies), (side, side))
+    return Session(m, shelf, Catalogue(sae, records), opening, allow_credentialed)
 
 
 def serve(session: Session, port: int, started: Any) -> None:
@@ -134,6 +152,7 @@ def serve(session: Session, port: int, started: Any) -> None:
     """
     token = new_token()
     bound = _bound(port)
+    bound.listen(128)  # The browser may ask before the server runs.
     started(f"http://127.0.0.1:{bound.getsockname()[1]}/?token={token}")
     _server(make_app(session, token)).run([bound])
 
@@ -156,7 +175,8 @@ def by_id(studies: Sequence[Study]) -> dict[str, Study]:
 
 def _bound(port: int) -> socket.socket:
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(("127.0.0.1", port))
     except OSError as error:
@@ -174,4 +194,4 @@ def _server(app: Any) -> uvicorn.Server:
     )
 
 
-__all__ = ["OPENING", "RunningWorkbench", "by_id", "serve", "workbench"]
+__all__ = ["RunningWorkbench", "by_id", "new_session", "serve", "workbench"]

@@ -2,21 +2,21 @@
 
     GET  /                         the page                 POST /api/run       write a report, streamed
     GET  /static/NAME              its script and style     POST /api/explain   attribute a sentence
-    GET  /api/overview, /api/study, /api/film, /api/latents, /api/latent
+    GET  /api/overview, /api/study, /api/image, /api/latents, /api/latent
     POST /api/upload               a film, kept in memory   POST /api/export    files that reproduce a run
 
 Every request needs the token, a known Host, and if it names an Origin, its own. Streams are lines of JSON. Nothing is
 cached by the browser, and the page may load from nowhere else.
 """
 
+import asyncio
 import hmac
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -58,6 +58,12 @@ def make_app(
         frames: Origins that may show the page inside theirs, such as "http://localhost:8888"; none if empty.
     """
     jobs = JobQueue()
+    decoding = asyncio.Semaphore(1)  # An upload is held several times while it is decoded.
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        jobs.close()
 
     async def page(request: Request) -> Response:
         html = (_FOLDER / "index.html").read_text(encoding="utf-8")
@@ -75,25 +81,26 @@ def make_app(
 
     async def study(request: Request) -> Response:
         name = request.query_params.get("id", "")
-        return await query(lambda: session.about(name) | {"grids": session.grids(name)})
+        return await query(lambda: session.shelf.about(name) | {"grids": session.shelf.grids(name)})
 
-    async def film(request: Request) -> Response:
+    async def image(request: Request) -> Response:
         wanted = request.query_params
-        png = await run_in_threadpool(session.film, wanted.get("id", ""), wanted.get("view", "frontal"))
+        png = await run_in_threadpool(
+            session.shelf.image, wanted.get("id", ""), wanted.get("view", "frontal")
+        )
         return Response(png, media_type="image/png")
 
     async def latents(request: Request) -> Response:
-        return await query(lambda: session.search(request.query_params.get("q", "")[:200]))
+        return await query(lambda: session.catalogue.search(request.query_params.get("q", "")[:200]))
 
     async def latent(request: Request) -> Response:
         number, view = _integer(request.query_params.get("id")), request.query_params.get("view", "frontal")
-        return await query(lambda: session.latent(number, view))
+        return await query(lambda: session.catalogue.latent(number, view))
 
     async def upload(request: Request) -> Response:
-        content = await _body(request, MAX_UPLOAD)
-        name = await run_in_threadpool(
-            session.upload, content, request.query_params.get("indication", "")[:2000]
-        )
+        indication = request.query_params.get("indication", "")[:2000]
+        async with decoding:
+            name = await run_in_threadpool(session.shelf.add, await _body(request, MAX_UPLOAD), indication)
         return JSONResponse({"id": name})
 
     async def run(request: Request) -> Response:
@@ -108,7 +115,7 @@ def make_app(
             raise HTTPException(
                 400, "A request to explain needs the report's text and the number of a sentence."
             )
-        return _stream(lambda emit, stopped: session.explain(spec, text, number))
+        return _stream(lambda emit, stopped: session.explain(spec, text, number, stopped))
 
     async def export(request: Request) -> Response:
         plain = await _json(request)
@@ -119,23 +126,25 @@ def make_app(
 
     def _stream(work: Work) -> Response:
         async def lines() -> AsyncIterator[bytes]:
-            async with aclosing(jobs.events(work)) as events:
-                async for event in events:
-                    yield json.dumps(event, allow_nan=False, default=float).encode() + b"\n"
+            async with aclosing(jobs.lines(work)) as found:
+                async for line in found:
+                    yield line
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
     def failed(request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 400
-        text = error.detail if isinstance(error, HTTPException) else str(error)
-        return JSONResponse({"error": text}, status)
+        if isinstance(error, HTTPException):
+            return JSONResponse({"error": error.detail}, error.status_code)
+        if isinstance(error, MairaError):
+            return JSONResponse({"error": str(error)}, 400)
+        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
 
     get = {
         "/": page,
         "/static/{name}": static,
         "/api/overview": overview,
         "/api/study": study,
-        "/api/film": film,
+        "/api/image": image,
         "/api/latents": latents,
         "/api/latent": latent,
     }
@@ -145,9 +154,9 @@ def make_app(
             *(Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
         ],
-        exception_handlers={HTTPException: failed, MairaError: failed},
+        exception_handlers={HTTPException: failed, MairaError: failed, Exception: failed},
+        lifespan=lifespan,
     )
-    app.state.jobs = jobs
     return Guard(app, token, (*LOOPBACK, *allowed_hosts), frames)
 
 
@@ -185,16 +194,24 @@ class Guard:
             await PlainTextResponse(problem, 403)(scope, receive, guarded)
 
     def _problem(self, request: Request) -> str | None:
-        host = request.headers.get("host", "")
+        host = request.headers.get("host", "").lower()
         if _hostname(host) not in self._hosts:
-            return f"The host {host[:100]!r} is not this workbench. Open the address that was printed."
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return (
+                f"The host {host[:100]!r} is not this workbench. Open the address that was printed; behind a proxy, "
+                "start it with allowed_hosts."
+            )
+        origins = [origin.lower() for origin in request.headers.getlist("origin")]
+        if any(origin not in self._own(host) for origin in origins):
             return "The request comes from another page. Open the address that was printed."
         given = request.headers.get("x-token") or request.query_params.get("token", "")
         if not hmac.compare_digest(given.encode(), self._token.encode()):
             return "The token is missing or wrong. Open the address that was printed, with its token."
         return None
+
+    def _own(self, host: str) -> set[str]:
+        """Origins of the page itself; a proxy's browser sees the proxy's name."""
+        names = {host, *(name for name in self._hosts if name not in LOOPBACK)}
+        return {f"{scheme}://{name}" for scheme in ("http", "https") for name in names}
 
 
 def new_token() -> str:
@@ -236,7 +253,7 @@ async def _json(request: Request) -> Mapping[str, Any]:
 
 
 def _integer(text: str | None) -> int:
-    if text is None or not text.isdecimal() or len(text) > 9:
+    if text is None or not (text.isascii() and text.isdecimal()) or len(text) > 9:
         raise HTTPException(400, f"The number {text!r} is not a whole number.")
     return int(text)
 

@@ -1,10 +1,5 @@
-"""What one run of the workbench asks for, and the interventions and code that it stands for.
+"""What one run of the workbench asks for, checked, and the interventions that it means."""
 
-A `RunSpec` comes from the page as JSON, is checked here, and can be exported as an intervention file and as a few lines
-of Python that write the same report.
-"""
-
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -65,7 +60,7 @@ class RunSpec:
                 f"The parts to leave out are {without!r}; expected some of {', '.join(PARTS)}."
             )
         place, view = plain.get("place", "everywhere"), plain.get("view", "frontal")
-        if place not in PLACES or view not in VIEWS:
+        if place not in PLACES or view not in tuple(VIEWS):
             raise WorkbenchError(f"There is no place {place!r} in a view {view!r}.")
         tokens, seed = plain.get("max_new_tokens"), plain.get("control_seed")
         if tokens is not None and not (_whole(tokens) and 1 <= tokens <= MAX_TOKENS):
@@ -76,7 +71,9 @@ class RunSpec:
         if place == "painted" and not grid:
             raise WorkbenchError("Nothing is painted. Paint patches on the image, or choose another place.")
         sliders = _sliders(plain.get("sliders", ()))
-        return cls(plain["study"], tuple(map(str, without)), sliders, place, view, grid, seed, tokens)
+        return cls(
+            plain["study"], tuple(dict.fromkeys(map(str, without))), sliders, place, view, grid, seed, tokens
+        )
 
     def interventions(self, maps: Mapping[int, torch.Tensor]) -> list[Intervention]:
         """What is done to the stream; empty if no slider is set.
@@ -114,46 +111,12 @@ class RunSpec:
         return asdict(self)
 
 
-def python_code(spec: RunSpec, opening: Mapping[str, str], steered: bool) -> str:
-    """Lines of Python that write the report of a run.
-
-    Args:
-        spec: The run.
-        opening: Python expressions for "model", "sae" and "study".
-        steered: Whether an intervention file `intervention.json` belongs to the run.
-    """
-    budget = "" if spec.max_new_tokens is None else f", max_new_tokens={spec.max_new_tokens}"
-    lines = ["import sae_lens_maira as sm"]
-    if spec.without:
-        lines.append("from sae_lens_maira.attribution.counterfactual import counterfactual")
-    if steered:
-        lines.append("from sae_lens_maira.steering import load_interventions")
-    lines += [
-        f"m, sae = sm.load({opening['model']}), sm.load_sae({opening['sae']})",
-        f"study = {opening['study']}",
-    ]
-    if spec.without:
-        lines.append(f"study = counterfactual(study, {', '.join(f'{part}=None' for part in spec.without)})")
-    if not steered:
-        return "\n".join([*lines, f'print(m.generate(study, return_type="reports"{budget})[0].text)']) + "\n"
-    lines.append('saved = load_interventions("intervention.json", sae)')
-    control = "" if spec.control_seed is None else f", control_seed={spec.control_seed}"
-    p99 = "p99=saved.units(sae.cfg.d_sae)"
-    lines.append(f"print(m.steer(study, sae, saved.interventions, {p99}{budget}{control}).after)")
-    return "\n".join(lines) + "\n"
-
-
-def quoted(value: Any) -> str:
-    """A Python string literal."""
-    return json.dumps(str(value))
-
-
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e6 < value < 1e6
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _sliders(plain: Any) -> tuple[tuple[int, float], ...]:
@@ -184,4 +147,4 @@ def _grid(plain: Any) -> tuple[tuple[float, ...], ...]:
     return tuple(rows) if any(any(row) for row in rows) else ()
 
 
-__all__ = ["PARTS", "PLACES", "RunSpec", "python_code", "quoted"]
+__all__ = ["PARTS", "PLACES", "RunSpec"]

@@ -1,24 +1,28 @@
 """A workbench over the phantom and its shipped image SAE."""
 
-from pathlib import Path
-
 import pytest
 
-import sae_lens_maira
 from sae_lens_maira.interface import load, load_sae, phantom_studies
-from sae_lens_maira.latents import RecordSet
+from sae_lens_maira.workbench.catalogue import open_records
+from sae_lens_maira.workbench.export import Opening
+from sae_lens_maira.workbench.run import new_session
 from sae_lens_maira.workbench.session import Session
 
-RECORDS = Path(sae_lens_maira.__file__).parent / "phantom" / "saes" / "image" / "records"
-OPENING = {"model": '"phantom"', "sae": '"phantom-image"', "studies": "sm.phantom_studies(6, 10000)"}
+OPENING = Opening('sm.load("phantom")', 'sm.load_sae("phantom-image")', "sm.phantom_studies(6, 10000)")
 
 
 @pytest.fixture(scope="package")
 def parts():
-    return load("phantom"), load_sae("phantom-image"), phantom_studies(6, 10_000), RecordSet.open(RECORDS)
+    return load("phantom"), load_sae("phantom-image"), phantom_studies(6, 10_000)
 
 
 @pytest.fixture
 def session(parts) -> Session:
-    model, sae, studies, records = parts
-    return Session(model, sae, {study.study_id: study for study in studies}, OPENING, records)
+    model, sae, studies = parts
+    return new_session(model, sae, studies, OPENING, open_records(sae, None), False)
+
+
+@pytest.fixture
+def first(session) -> str:
+    """Id of the first study."""
+    return next(iter(session.shelf))

@@ -1,14 +1,18 @@
 """The workbench in a real browser: an experiment from opening the page to the exported files."""
 
-import dataclasses
+import contextlib
+import io
 import json
 import os
+import runpy
 import shutil
+import threading
 from typing import Any
 
 import pytest
 
 from sae_lens_maira.workbench.run import RunningWorkbench
+from sae_lens_maira.workbench.session import Cancelled
 
 selenium = pytest.importorskip("selenium")
 pytestmark = [
@@ -58,18 +62,13 @@ def driver(request, tmp_path_factory):
 
 @pytest.fixture
 def page(session, driver):
-    """A workbench whose first study and first latents carry hostile text."""
-    name, study = next(iter(session.studies.items()))
-    session.studies = {
-        name: dataclasses.replace(study, indication=HOSTILE),
-        **dict(list(session.studies.items())[1:]),
-    }
-    names = dict(session.sae.latent_names)
-    session.sae.latent_names = {latent: f"{text} {HOSTILE}" for latent, text in names.items()}
+    """A workbench whose latents carry hostile text."""
+    names = dict(session.catalogue.sae.latent_names)
+    session.catalogue.sae.latent_names = {latent: f"{text} {HOSTILE}" for latent, text in names.items()}
     running = RunningWorkbench(session)
     driver.get(running.url)
     yield driver, running
-    session.sae.latent_names = names
+    session.catalogue.sae.latent_names = names
     running.close()
 
 
@@ -86,7 +85,7 @@ def problem(driver):
     return driver.execute_script("return document.getElementById('problem').textContent")
 
 
-def test_an_experiment_from_opening_to_export(page, session, tmp_path, monkeypatch):
+def test_an_experiment_from_opening_to_export(page, tmp_path):
     """Generate, ask why, add a latent, paint, steer, control, undo, cancel, export; the exported code agrees."""
     driver, running = page
 
@@ -144,11 +143,10 @@ def test_an_experiment_from_opening_to_export(page, session, tmp_path, monkeypat
     files = wait(driver, "workbench.exported")
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    printed: list[str] = []
-    code = files["run.py"].replace("sm.phantom_studies(6, 10000)", "STUDIES")
-    exec(code, {"print": printed.append, "STUDIES": list(session.studies.values())})
-    assert printed == [shown["after"]["text"]]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        runpy.run_path(str(tmp_path / "run.py"))
+    assert output.getvalue().removesuffix("\n") == shown["after"]["text"]
 
     find("#control").click()
     idle(driver)
@@ -159,9 +157,13 @@ def test_an_experiment_from_opening_to_export(page, session, tmp_path, monkeypat
         driver.save_screenshot(f"{SCREENSHOTS}/workbench_{driver.scheme}.png")
 
     strengths = driver.execute_script("return workbench.sliders.length")
+    names = driver.execute_script("return workbench.sliders.map(one => one.name)")
+    assert "Cardiomegaly" in names[1]
     driver.find_elements(By.CSS_SELECTOR, ".slider button")[0].click()
     find("#undo").click()
     wait(driver, f"workbench.sliders.length === {strengths}")
+    assert driver.execute_script("return workbench.sliders.map(one => one.name)") == names
+    assert driver.execute_script("return workbench.masks.frontal.filter(Boolean).length") > painted
     driver.find_elements(By.CSS_SELECTOR, "#history button")[0].click()
     wait(driver, "workbench.sliders.length === 0 && workbench.shown.after === null")
 
@@ -198,15 +200,58 @@ def test_a_session_opens_again_and_errors_are_shown(page, tmp_path):
     }
     spec |= {"control_seed": None, "max_new_tokens": None}
     path = tmp_path / "session.json"
-    path.write_text(
-        json.dumps({"format": "workbench-1", "spec": spec, "history": [{"spec": spec}]}), encoding="utf-8"
-    )
+    run = {"spec": spec, "before": "Text before.", "after": "Text after."}
+    path.write_text(json.dumps({"format": "workbench-1", "spec": spec, "history": [run]}), encoding="utf-8")
     driver.find_element(By.ID, "session").send_keys(str(path))
     wait(driver, f"workbench.about.id === '{other}' && workbench.sliders.length === 1")
     assert driver.execute_script("return workbench.masks.frontal.indexOf(1)") == 10
+    driver.find_elements(By.CSS_SELECTOR, "#history button")[0].click()
+    wait(driver, "document.getElementById('after').textContent === 'Text after.'")
     wrong = tmp_path / "wrong.json"
     wrong.write_text("{}", encoding="utf-8")
     driver.find_element(By.ID, "session").send_keys(str(wrong))
     wait(driver, "document.getElementById('problem').textContent.includes('not a session')")
     driver.find_element(By.ID, "file").send_keys(str(wrong))
     wait(driver, "document.getElementById('problem').textContent.includes('dropped file')")
+
+
+def test_another_study_ends_the_run_and_hostile_reports_are_text(page, session, monkeypatch):
+    """A report never appears over another study's image; a script that a model writes is shown, not run."""
+    driver, _running = page
+    wait(driver, "globalThis.workbench && workbench.about")
+    begun, stopped = threading.Event(), threading.Event()
+
+    def slow(spec, emit, is_stopped):
+        begun.set()
+        while not is_stopped():
+            emit({"event": "text", "side": "before", "text": "REPORT OF THE FIRST"})
+            stopped.wait(0.02)
+        stopped.set()
+        raise Cancelled
+
+    write = session.write
+    monkeypatch.setattr(session, "write", slow)
+    driver.find_element(By.ID, "run").click()
+    assert begun.wait(20)
+    wait(driver, "document.getElementById('before').textContent.includes('FIRST')")
+    other = driver.execute_script("return workbench.studies[1].id")
+    driver.execute_script(f"const s = document.getElementById('study'); s.value = '{other}'; s.onchange();")
+    assert stopped.wait(20)
+    idle(driver)
+    wait(driver, f"workbench.about.id === '{other}' && document.getElementById('before').textContent === ''")
+
+    def hostile(spec, emit, is_stopped):
+        result = write(spec, emit, is_stopped)
+        result["before"] |= {"text": HOSTILE, "sentences": [[0, len(HOSTILE)]], "labels": [HOSTILE]}
+        emit({"event": "text", "side": "before", "text": HOSTILE})
+        return result
+
+    monkeypatch.setattr(session, "write", hostile)
+    driver.find_element(By.ID, "run").click()
+    idle(driver)
+    assert problem(driver) == ""
+    assert driver.execute_script("return document.getElementById('before').textContent") == HOSTILE
+    assert driver.title == "Workbench"
+    assert driver.find_elements(By.CSS_SELECTOR, "main img") == driver.find_elements(
+        By.CSS_SELECTOR, "#image"
+    )

@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import sys
 import threading
 import time
+import types
 from urllib.parse import urlsplit
 
 import pytest
@@ -61,7 +63,7 @@ PATHS = (
     "/",
     "/static/workbench.js",
     "/api/overview",
-    "/api/film?id=x",
+    "/api/image?id=x",
     "/api/run",
     "/api/upload",
     "/nowhere",
@@ -80,11 +82,15 @@ def test_requests_without_token_or_from_elsewhere_are_refused(client, path):
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
         {"Origin": f"http://127.0.0.1:{client.port + 1}"},
+        {"Origin": f"ftp://127.0.0.1:{client.port}"},
+        {"Origin": "http://[evil"},
+        {"Host": f"127.0.0.1.:{client.port}"},
     ]
     for attack in attacks:
         for method in ("GET", "POST", "PUT"):
-            status, _, content = client.get(path, method=method, **attack)
-            assert status in (400, 403), (attack, method, status)
+            status, headers, content = client.get(path, method=method, **attack)
+            assert status == 403, (attack, method, status)
+            assert headers["cache-control"] == "no-store"
             assert client.token.encode() not in content
 
 
@@ -122,7 +128,7 @@ def test_bodies_are_bounded_and_checked(client, monkeypatch):
 
 def test_a_run_streams_and_ends_with_the_result(client, session):
     """Text grows event by event; a model error is an event with its cause."""
-    name = next(iter(session.studies))
+    name = next(iter(session.shelf))
     found = client.events("/api/run", {"spec": RunSpec(name).plain()})
     texts = [event["text"] for event in found if event["event"] == "text"]
     assert found[-1]["event"] == "result"
@@ -146,7 +152,7 @@ def test_runs_queue_and_a_page_that_goes_frees_its_place(client, session, monkey
 
     write = session.write
     monkeypatch.setattr(session, "write", slow)
-    name = next(iter(session.studies))
+    name = next(iter(session.shelf))
     spec = json.dumps({"spec": RunSpec(name, max_new_tokens=5).plain()})
     first, answer = client.open("/api/run", "POST", spec)
     assert json.loads(answer.readline())["event"] == "started"
@@ -167,7 +173,7 @@ def test_a_full_queue_is_said(client, session, monkeypatch):
     """One more than the queue takes gets a message instead of waiting."""
     release = threading.Event()
     monkeypatch.setattr(session, "write", lambda *_: release.wait(30))
-    spec = json.dumps({"spec": RunSpec(next(iter(session.studies))).plain()})
+    spec = json.dumps({"spec": RunSpec(next(iter(session.shelf))).plain()})
     held = [client.open("/api/run", "POST", spec) for _ in range(MAX_WAITING)]
     for _, answer in held:
         answer.readline()
@@ -181,7 +187,7 @@ def test_a_full_queue_is_said(client, session, monkeypatch):
 
 def test_a_notebook_shows_the_page_in_a_frame(parts):
     """`sm.workbench(...)` serves in a thread; its HTML is a frame of the address, and close ends it."""
-    model, sae, studies, _ = parts
+    model, sae, studies = parts
     found = sm.workbench(model, sae, studies[0])
     try:
         assert found.url.split("?")[0] in found._repr_html_()
@@ -190,3 +196,40 @@ def test_a_notebook_shows_the_page_in_a_frame(parts):
         found.close()
     with pytest.raises(OSError, match=r"refused|reset"):
         Client(found).get("/api/overview")
+
+
+def test_proxies_of_notebooks_get_an_address_of_their_own(parts, monkeypatch):
+    """JupyterHub's proxy path, Colab's own frame, and the host of a proxy that was allowed."""
+    model, sae, studies = parts
+    found = sm.workbench(model, sae, studies[0], allowed_hosts=["hub.example"])
+    try:
+        monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/a/")
+        assert f"'/user/a/proxy/{found.port}/?token=" in found._repr_html_()
+        asked = []
+        colab = types.SimpleNamespace(
+            serve_kernel_port_as_iframe=lambda port, **kw: asked.append((port, kw["path"]))
+        )
+        monkeypatch.setitem(sys.modules, "google.colab.output", colab)
+        found._ipython_display_()
+        assert asked == [(found.port, "/?" + urlsplit(found.url).query)]
+        client = Client(found)
+        status, headers, _ = client.get("/api/overview", Host="hub.example", Origin="https://hub.example")
+        assert status == 200
+        assert "https://hub.example" in headers["content-security-policy"]
+        assert client.get("/api/overview", Host="hub.example", Origin="https://other.example")[0] == 403
+    finally:
+        found.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("workbench")]
+
+
+def test_numbers_that_json_lacks_and_errors_of_the_server_are_sent_as_such(client, session, monkeypatch):
+    """An infinite perplexity is null, not a broken stream; an error that nobody foresaw is a 500 with its cause."""
+    spec = {"spec": RunSpec(next(iter(session.shelf))).plain()}
+    monkeypatch.setattr(
+        session, "write", lambda *_: {"perplexity": float("inf"), "maps": [float("nan"), 1.0]}
+    )
+    assert client.events("/api/run", spec)[-1]["result"] == {"perplexity": None, "maps": [None, 1.0]}
+    monkeypatch.setattr(session, "overview", lambda: 1 / 0)
+    status, headers, content = client.get("/api/overview")
+    assert (status, headers["cache-control"]) == (500, "no-store")
+    assert "ZeroDivisionError" in json.loads(content)["error"]

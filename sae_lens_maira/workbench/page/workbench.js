@@ -9,8 +9,10 @@ const el = (tag, text, attributes = {}) => {
 };
 const state = {
   studies: [], about: null, grids: {}, view: "frontal", sliders: [], masks: {}, without: [], painting: null,
-  history: [], shown: null, overlay: null, running: null, seed: 1, cursor: [0, 0], undo: [],
+  history: [], shown: null, overlay: null, running: null, seed: 1, cursor: [0, 0], undo: [], names: {}, choosing: 0,
 };
+const PARTS = ["prior_image", "prior_report", "lateral", "indication"];
+const number = (value, digits) => (value === null || value === undefined ? "not finite" : value.toFixed(digits));
 
 // ---------------------------------------------------------------- talking to the server
 async function call(path, options = {}) {
@@ -73,7 +75,10 @@ const progress = (event) => {
 
 // ---------------------------------------------------------------- study and image
 async function choose(id) {
+  const mine = ++state.choosing;
+  if (state.running && state.about && state.about.id !== id) state.running.abort();  // its report is of another study
   const about = await getJSON(`api/study?${query({ id })}`);
+  if (mine !== state.choosing) return;
   state.about = about; state.grids = about.grids; state.view = "frontal"; state.masks = {}; state.overlay = null; state.without = []; state.shown = null;
   $("study").value = id;
   const uploaded = about.upload ? " It is kept in memory and treated as credentialed." : "";
@@ -85,10 +90,10 @@ async function choose(id) {
   }));
   const names = { prior_image: "prior image", prior_report: "prior report", lateral: "lateral image", indication: "indication" };
   const has = { prior_image: about.views.includes("prior"), prior_report: !!about.prior_report, lateral: about.views.includes("lateral"), indication: !!about.indication };
-  $("parts").replaceChildren(...Object.keys(names).map((part) => {
+  $("parts").replaceChildren(...PARTS.map((part) => {
     const label = el("label"), box = el("input", null, { type: "checkbox" });
     box.disabled = !has[part];
-    box.onchange = () => { state.without = box.checked ? [...state.without, part] : state.without.filter((p) => p !== part); };
+    box.onchange = () => { remember(); state.without = box.checked ? [...state.without, part] : state.without.filter((p) => p !== part); };
     label.append(box, names[part]);
     return label;
   }));
@@ -101,7 +106,7 @@ async function drawFilm() {
   const id = state.about.id, view = state.view, key = `${id}\n${view}`;
   if (!pictures.has(key)) {
     if (pictures.size > 12) { for (const url of pictures.values()) URL.revokeObjectURL(url); pictures.clear(); }
-    pictures.set(key, URL.createObjectURL(await (await call(`api/film?${query({ id, view })}`)).blob()));
+    pictures.set(key, URL.createObjectURL(await (await call(`api/image?${query({ id, view })}`)).blob()));
   }
   if (state.about.id !== id || state.view !== view) return;
   $("image").src = pictures.get(key);
@@ -191,6 +196,7 @@ async function search() {
   }));
 }
 function addSlider(latent, name, strength = 1) {
+  state.names[latent] = name;
   if (!state.sliders.some((one) => one.latent === latent)) state.sliders.push({ latent, name, strength });
   drawSliders();
 }
@@ -210,7 +216,8 @@ function drawSliders() {
   }));
 }
 async function showMap(latent) {
-  const found = await getJSON(`api/latent?${query({ id: latent, view: state.view })}`);
+  let found;
+  try { found = await getJSON(`api/latent?${query({ id: latent, view: state.view })}`); } catch (error) { problem(error.message); return; }
   if (!found.map) return;
   const [rows, cols] = shape();
   if (found.map.rows !== rows || found.map.cols !== cols) return;
@@ -233,8 +240,8 @@ const run = (wanted) => exclusively(async (signal) => {
   const result = await stream("api/run", { spec: wanted }, signal, progress);
   result.seconds = (performance.now() - began) / 1000;
   state.history.push(result);
-  show(result);
   drawHistory();
+  if (state.about.id === wanted.study) show(result);
 });
 function reportInto(node, side, pieces, marked) {
   node.replaceChildren();
@@ -249,7 +256,7 @@ function reportInto(node, side, pieces, marked) {
     const button = el("button", null, { type: "button", "aria-label": `Sentence ${number + 1}: ${side.text.slice(from, to)}` });
     for (const [a, b, changed] of marks) {
       const text = side.text.slice(Math.max(a, from), Math.min(b, to));
-      if (a < to && b > from && text) button.append(changed ? el("span", text, { class: marked }) : text);
+      if (a < to && b > from && text) button.append(changed ? el(marked === "gone" ? "del" : "ins", text, { class: marked }) : text);
     }
     button.onclick = () => explain(side, number);
     node.append(button);
@@ -265,17 +272,16 @@ function show(result) {
   $("afterhead").textContent = result.spec.control_seed === null ? "Steered report" : "Report under a random direction of equal norm";
   if (after) reportInto($("after"), after, result.pieces[1], "new");
   else $("after").textContent = "";
-  const number = (side) => (side && side.perplexity !== null ? side.perplexity.toFixed(2) : "");
   const labels = [...new Set([...before.labels, ...(after ? after.labels : [])])].sort();
   const table = el("table"), head = el("tr");
   for (const text of ["", "before", ...(after ? ["after"] : [])]) head.append(el("th", text, { scope: "col" }));
   table.append(head);
   const row = (name, ...cells) => { const line = el("tr"); line.append(el("th", name, { scope: "row" }), ...cells.slice(0, after ? 2 : 1).map((c) => el("td", c))); table.append(line); };
-  row("perplexity under the unsteered model", number(before), number(after));
+  row("perplexity under the unsteered model", number(before.perplexity, 2), after && number(after.perplexity, 2));
   for (const label of labels) row(label.replaceAll("_", " "), before.labels.includes(label) ? "present" : "–", after && after.labels.includes(label) ? "present" : "–");
   $("facts").replaceChildren(el("h2", "Findings read from the reports"), table);
-  if (after && after.effect) $("facts").append(el("p", `${after.effect.changed} positions changed, by ${(100 * after.effect.ratio).toFixed(1)} % of their norm on average. Findings by ${before.reader}.`, { class: "hint" }));
-  $("facts").append(el("p", `${result.seconds.toFixed(2)} s`, { class: "hint", id: "seconds" }));
+  if (after && after.effect) $("facts").append(el("p", `${after.effect.changed} positions changed, by ${number(100 * after.effect.ratio, 1)} % of their norm on average. Findings by ${before.reader}.`, { class: "hint" }));
+  if (result.seconds) $("facts").append(el("p", `${result.seconds.toFixed(2)} s`, { class: "hint", id: "seconds" }));
 }
 function drawHistory() {
   $("history").replaceChildren(...state.history.map((result, i) => {
@@ -290,29 +296,39 @@ function drawHistory() {
 async function restore(result) {
   problem(null);
   try { await apply(result.spec); } catch (error) { problem(error.message); return; }
-  if (result.before) show(result);
+  if (result.before && result.before.sentences) show(result);
+  else showTexts(result);
 }
-async function apply(s) {
+// Texts of an opened session: without labels and numbers, which a new run gives.
+function showTexts(result) {
+  state.shown = null;
+  $("facts").replaceChildren(); $("why").replaceChildren();
+  $("before").textContent = result.before ? result.before.text : "";
+  $("after").textContent = result.after ? result.after.text : "";
+  $("afterhead").hidden = !result.after;
+}
+async function apply(s, masks) {
   if (!state.about || s.study !== state.about.id) await choose(s.study);
-  const names = Object.fromEntries(state.sliders.map((one) => [one.latent, one.name]));
-  state.sliders = s.sliders.map(([latent, strength]) => ({ latent, strength, name: names[latent] || "" }));
+  state.sliders = s.sliders.map(([latent, strength]) => ({ latent, strength, name: state.names[latent] || "" }));
   state.without = [...s.without]; state.view = s.view; state.overlay = null;
-  [...$("parts").querySelectorAll("input")].forEach((box, i) => { box.checked = state.without.includes(["prior_image", "prior_report", "lateral", "indication"][i]); });
-  state.masks[s.view] = s.grid.length ? s.grid.flat() : undefined;
+  [...$("parts").querySelectorAll("input")].forEach((box, i) => { box.checked = state.without.includes(PARTS[i]); });
+  state.masks = masks || (s.grid.length ? { [s.view]: s.grid.flat() } : {});
   $("place").value = s.place;
   drawSliders();
   await drawFilm();
 }
-const remember = () => { if (state.about) { state.undo.push(structuredClone(spec(false))); if (state.undo.length > 50) state.undo.shift(); } };
-$("undo").onclick = () => { const last = state.undo.pop(); if (last) apply(last).catch((error) => problem(error.message)); };
+const remember = () => { if (state.about) { state.undo.push(structuredClone({ spec: spec(false), masks: state.masks })); if (state.undo.length > 50) state.undo.shift(); } };
+$("undo").onclick = () => { const last = state.undo.pop(); if (last) apply(last.spec, last.masks).catch((error) => problem(error.message)); };
+$("place").onpointerdown = $("place").onkeydown = () => remember();
 $("run").onclick = () => run(spec(false));
 $("control").onclick = () => run(spec(true));
 $("cancel").onclick = () => state.running && state.running.abort();
 
 // ---------------------------------------------------------------- attribution
-const explain = (side, number) => exclusively(async (signal) => {
+const explain = (side, which) => exclusively(async (signal) => {
   const shown = state.shown, wanted = { ...shown.spec, sliders: [], place: "everywhere", grid: [], control_seed: null };
-  const found = await stream("api/explain", { spec: wanted, text: side.text, sentence: number }, signal, progress);
+  const found = await stream("api/explain", { spec: wanted, text: side.text, sentence: which }, signal, progress);
+  if (state.about.id !== wanted.study) return;
   const views = found.map || {};
   state.overlay = { views, label: `Attribution of: ${found.text}` };
   if (!views[state.view]) { const first = Object.keys(views)[0]; if (first) { state.view = first; await drawFilm(); } }
@@ -324,14 +340,14 @@ const explain = (side, number) => exclusively(async (signal) => {
     const line = el("tr"), cell = el("td"), add = el("button", "Add", { type: "button", "aria-label": `Add latent ${one.latent}` });
     add.onclick = () => { remember(); addSlider(one.latent, one.name, -1); };
     cell.append(add);
-    line.append(el("td", String(one.latent)), el("td", one.name || ""), el("td", `${(100 * one.share).toFixed(1)} %`, { class: "n" }), cell);
+    line.append(el("td", String(one.latent)), el("td", one.name || ""), el("td", `${number(100 * one.share, 1)} %`, { class: "n" }), cell);
     table.append(line);
   }
   const nodes = [el("h2", "Why this sentence?"), el("p", found.text), table];
   if (side !== shown.before) nodes.push(el("p", "Attribution of this text under the unsteered model.", { class: "hint" }));
   if (found.check) {
     const c = found.check, good = !c.problems.length;
-    nodes.push(el("p", good ? `Check passed: without the ${c.n} strongest entries the sentence loses ${c.drop.toFixed(2)} nats, without ${c.n} random ones of equal norm ${c.random.toFixed(2)}.` : `Do not rely on this attribution: ${c.problems.join("; ")}.`, { class: good ? "ok" : "bad" }));
+    nodes.push(el("p", good ? `Check passed: without the ${c.n} strongest entries the sentence loses ${number(c.drop, 2)} nats, without ${c.n} random ones of equal norm ${number(c.random, 2)}.` : `Do not rely on this attribution: ${c.problems.join("; ")}.`, { class: good ? "ok" : "bad" }));
   }
   $("why").replaceChildren(...nodes);
 });
@@ -340,7 +356,7 @@ const explain = (side, number) => exclusively(async (signal) => {
 async function add(file) {
   problem(null);
   try {
-    const { id } = await (await call("api/upload", { method: "POST", body: file })).json();
+    const { id } = await (await call(`api/upload?${query({ indication: $("indication").value })}`, { method: "POST", body: file })).json();
     await refresh(id);
   } catch (error) { problem(error.message); }
 }
@@ -360,7 +376,8 @@ $("export").onclick = async () => {
     const answer = await (await call("api/export", { method: "POST", body: JSON.stringify({ spec: wanted, history }) })).json();
     for (const [name, text] of Object.entries(answer.files)) save(name, text);
     state.exported = answer.files;
-    status(answer.texts_left_out ? `Exported without the texts of ${answer.texts_left_out} runs, whose studies are not public.` : "Exported.");
+    const missing = (answer.files["run.py"].match(/^# Fill in: .*$/gm) || []).map((line) => line.slice(2)).join(" ");
+    status(missing ? `Exported. ${missing}` : answer.texts_left_out ? `Exported without the texts of ${answer.texts_left_out} runs, whose studies are not public.` : "Exported.");
   } catch (error) { problem(error.message); }
 };
 $("session").onchange = async () => {
@@ -368,7 +385,8 @@ $("session").onchange = async () => {
   try {
     const session = JSON.parse(await $("session").files[0].text());
     if (session.format !== "workbench-1") throw new Error("This file is not a session of the workbench.");
-    state.history = session.history.map((entry) => ({ spec: entry.spec }));
+    const text = (value) => (value ? { text: String(value) } : null);
+    state.history = session.history.map((entry) => ({ spec: entry.spec, before: text(entry.before), after: text(entry.after) }));
     drawHistory();
     await apply(session.spec);
   } catch (error) { problem(error.message); }
@@ -383,6 +401,7 @@ async function refresh(chosen) {
   await choose(chosen || overview.studies[0].id);
 }
 $("study").onchange = () => choose($("study").value).catch((error) => problem(error.message));
-$("search").oninput = search;
-globalThis.workbench = state;  // for tests
+let typing;
+$("search").oninput = () => { clearTimeout(typing); typing = setTimeout(search, 150); };
+globalThis.workbench = state;  // to be looked at in the browser's console
 try { await refresh(); await search(); } catch (error) { problem(error.message); }
