@@ -25,14 +25,18 @@ WORTH_KEEPING = 4
 
 
 @contextmanager
-def only_blocks(language_model: Any, first: int, stop: int | None = None) -> Iterator[None]:
-    """Reduce a decoder to its blocks `first` to `stop` (exclusive) while the block runs."""
-    layers = language_model.layers
+def only_blocks(
+    language_model: Any, first: int, stop: int | None = None, norm: bool = True
+) -> Iterator[None]:
+    """Reduce a decoder to its blocks `first` to `stop` (exclusive), and without `norm` leave out the final norm."""
+    layers, final = language_model.layers, language_model.norm
     language_model.layers = nn.ModuleList(list(layers)[first:stop])
+    if not norm:
+        language_model.norm = nn.Identity()
     try:
         yield
     finally:
-        language_model.layers = layers
+        language_model.layers, language_model.norm = layers, final
 
 
 class UpperCache(DynamicCache):

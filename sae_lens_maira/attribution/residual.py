@@ -15,6 +15,7 @@ from torch import nn
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks import HookedMaira2
+from sae_lens_maira.hooks._upper import only_blocks
 from sae_lens_maira.maira2 import Maira2Encoding
 
 BUDGET_BYTES = 1 << 30
@@ -85,7 +86,8 @@ class ResidualRun:
             (B, T) float32 log P(token at position | everything before it), in nats. Differentiable in `hidden`.
         """
         place = torch.as_tensor(positions, device=hidden.device)
-        with _only_blocks(self.model.model.language_model, self._first_block) as upper:
+        upper = self.model.model.language_model
+        with only_blocks(upper, self._first_block):
             last = upper(inputs_embeds=hidden, use_cache=False).last_hidden_state
         logits = self.model.lm_head(last[:, place - 1]).float()
         targets = self.encoding.input_ids[0, place].expand(len(hidden), -1)
@@ -174,11 +176,16 @@ class ResidualRun:
             HookError: The block is not above this run's hook point.
         """
         point = self._points.resolve(hook_name)
-        if not point.name.endswith("hook_resid_post") or (point.index or 0) < self._first_block:
+        if (
+            not point.name.endswith("hook_resid_post")
+            or point.index is None
+            or point.index < self._first_block
+        ):
             raise HookError(
                 f"{hook_name!r} is not the output of a block above {self.hook_name}, so it does not depend on it alone."
             )
-        with _only_blocks(self.model.model.language_model, self._first_block, point.index) as upper:
+        upper = self.model.model.language_model
+        with only_blocks(upper, self._first_block, point.index + 1, norm=False):
             return upper(inputs_embeds=hidden, use_cache=False).last_hidden_state
 
     @torch.no_grad()
@@ -201,20 +208,6 @@ class ResidualRun:
     def edited(self, delta: torch.Tensor) -> torch.Tensor:
         """(L, d_model) the stream with an edit added in float32."""
         return (self.hidden.float() + delta).to(self.hidden.dtype)
-
-
-@contextmanager
-def _only_blocks(language_model: Any, first: int, last: int | None = None) -> Iterator[Any]:
-    """The decoder with only its blocks from `first` on; up to `last` and without the final norm, if that is given."""
-    layers, norm = language_model.layers, language_model.norm
-    stop = None if last is None else last + 1
-    language_model.layers = nn.ModuleList(list(layers)[first:stop])
-    if last is not None:
-        language_model.norm = nn.Identity()
-    try:
-        yield language_model
-    finally:
-        language_model.layers, language_model.norm = layers, norm
 
 
 @contextmanager
