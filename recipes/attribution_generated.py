@@ -187,10 +187,9 @@ def random_report(
     prompt = processor.encode([study])
     held = ResidualRun(hooked, prompt, hook)
     entries, _ = active_entries(sae, held.hidden, (held.encoding.view[0] >= 0).nonzero()[:, 0])
-    chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))[: len(removal)]
-    delta = -entries.delta(chosen)
-    delta = delta * (removal.delta.norm() / delta.norm().clamp(min=1e-12))
-    return generate_with_delta(hooked, prompt, hook, delta).text
+    generator = torch.Generator().manual_seed(seed)
+    delta = entries.random_delta(len(removal), removal.delta.norm(), generator)
+    return generate_with_delta(hooked, prompt, hook, -delta).text
 
 
 def write_table(settings: Settings) -> None:

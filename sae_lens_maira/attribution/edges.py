@@ -18,13 +18,11 @@ from sae_lens import SAE
 
 from sae_lens_maira.attribution.attribute import Attribution, attribute, hook_point_of
 from sae_lens_maira.attribution.entries import Entries, active_entries
+from sae_lens_maira.attribution.faithfulness import TIMES_RANDOM
 from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun, frozen_weights
-from sae_lens_maira.errors import SAEError
+from sae_lens_maira.errors import ConfigError, SAEError
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.maira2 import role_mask
-
-TIMES_RANDOM = 2.0
-"""An edge is kept if its effect is at least this many times that of random entries of equal norm."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,14 @@ def sentence_graph(
         seed: Seed of the random controls.
 
     Raises:
-        SAEError: No image latent is active.
+        ConfigError: No random control is wanted, so that no edge could be checked.
+        SAEError: No image latent is active, or the random controls write nothing.
         HookError: The text SAE is not at a later block.
     """
+    if draws < 1:
+        raise ConfigError(
+            f"draws is {draws}; expected at least 1, because every edge is compared with random entries."
+        )
     text_hook = hook_point_of(text_sae)
     answer = attribute(
         hooked, study, text_sae, sentence, report, text_hook, text_roles,
@@ -181,7 +184,7 @@ def sentence_graph(
         for k, (target, _, _) in enumerate(targets):
             guess = float(predicted[k, source] / amounts[k].clamp(min=1e-9))
             real, random = float(share[i, 0, k]), float(share[i, 1:, k].abs().max())
-            kept = abs(real) >= max(least_share, TIMES_RANDOM * random) and real * guess > 0
+            kept = is_kept(guess, real, random, least_share)
             edges.append(Edge(source, target, guess, real, random, kept))
     image = _nodes(run, item, entries, sources, deltas, draws, image_names or {})
     upper = ResidualRun(hooked, answer.encoding, text_hook, budget_bytes)
@@ -205,6 +208,11 @@ def sentence_graph(
         tuple(text),
         tuple(edges),
     )
+
+
+def is_kept(predicted: float, measured: float, random: float, least_share: float = 0.05) -> bool:
+    """Whether an edge's effect is large enough, has the predicted sign and exceeds the random one."""
+    return abs(measured) >= max(least_share, TIMES_RANDOM * random) and measured * predicted > 0
 
 
 Target = tuple[int, torch.Tensor, float]
@@ -253,17 +261,12 @@ def _activations(
 def _with_controls(
     entries: Entries, group: torch.Tensor, draws: int, generator: torch.Generator
 ) -> list[torch.Tensor]:
-    """The edit that ablates a group of entries, and edits that ablate as many random others, of equal norm."""
+    """The edit that ablates a group of entries, and edits that ablate as many random ones, of equal norm."""
     removed = entries.delta(group)
-    others = torch.ones(len(entries), dtype=torch.bool)
-    others[group.cpu()] = False
-    pool = others.nonzero()[:, 0]
-    found = [-removed]
-    for _ in range(draws):
-        chosen = pool[torch.randperm(len(pool), generator=generator)[: len(group)]].to(group.device)
-        other = entries.delta(chosen)
-        found.append(-other * (removed.norm() / other.norm().clamp(min=1e-12)))
-    return found
+    return [
+        -removed,
+        *(-entries.random_delta(len(group), removed.norm(), generator) for _ in range(draws)),
+    ]
 
 
 def _nodes(
@@ -281,7 +284,7 @@ def _nodes(
     made = []
     for number, (latent, drop) in enumerate(zip(latents, drops, strict=True)):
         mine = (entries.latent == latent).nonzero()[:, 0] if groups is None else groups[number]
-        random = float(drop[1:].mean()) if draws else 0.0
+        random = float(drop[1:].mean())
         total = float(entries.activation[mine].sum())
         made.append(Node(latent, names.get(latent, ""), len(mine), total, float(drop[0]), random))
     return made

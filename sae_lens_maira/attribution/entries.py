@@ -45,6 +45,33 @@ class Entries:
             total.index_add_(0, self.position[part], rows)
         return total
 
+    def random_delta(self, n: int, norm: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """What n random entries write, scaled to a norm: the control of removing n entries of that norm.
+
+        They are drawn without replacement from all entries, those that were removed included, so that a group that
+        holds every entry is compared with itself.
+
+        Args:
+            n: Number of entries.
+            norm: Norm of the result.
+            generator: Where the draw comes from, on the CPU.
+
+        Returns:
+            (L, d_model) float32.
+
+        Raises:
+            SAEError: The drawn entries write nothing, so that nothing of that norm can be made of them.
+        """
+        chosen = torch.randperm(len(self), generator=generator)[:n].to(self.position.device)
+        other = self.delta(chosen)
+        size = other.norm()
+        if not bool(size > 0) and bool(norm > 0):
+            raise SAEError(
+                f"{len(chosen)} random entries of {len(self)} write nothing into the stream, so they cannot be the "
+                f"control of an edit of norm {float(norm):.3g}. Use an SAE whose decoder rows are not zero."
+            )
+        return other * (norm / size.clamp(min=1e-12))
+
     def dot(self, gradient: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
         """(E,) a_j(p) W_dec[j] . gradient[p], the first-order effect of every entry.
 

@@ -20,7 +20,7 @@ CURVE = (1, 2, 4, 8, 16, 32, 64, 128)
 COMPLETE_WITHIN = 0.2
 """Largest relative error of the sum of attributions that still counts as complete."""
 TIMES_RANDOM = 2.0
-"""An attribution passes if its drop is at least this many times the mean drop of random entries."""
+"""An attribution passes if its drop is at least this many times the mean drop of random entries; an edge likewise."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,7 @@ def check_faithfulness(
     norm = removed.norm()
     generator = torch.Generator().manual_seed(seed)
     deltas = [-removed]
-    for _ in range(draws):
-        chosen = torch.randperm(len(entries), generator=generator)[:n].to(order.device)
-        other = entries.delta(chosen)
-        deltas.append(-other * (norm / other.norm().clamp(min=1e-12)))
+    deltas += [-entries.random_delta(n, norm, generator) for _ in range(draws)]
     written = entries.activation * entries.decoder.float().norm(dim=1)[entries.latent]
     deltas.append(-entries.delta(written.topk(n).indices))
     deltas.append(_gradient_step(gradient, entries.position.unique(), norm))

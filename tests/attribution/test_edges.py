@@ -1,18 +1,20 @@
 """Edges between two SAEs: predicted by the gradient, measured by ablation, and drawn without letting text act."""
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 import torch
 
-from sae_lens_maira.attribution.attribute import encode_with_report
-from sae_lens_maira.attribution.edges import Edge, Node, SentenceGraph, sentence_graph
-from sae_lens_maira.attribution.entries import active_entries
+from sae_lens_maira.attribution.attribute import attribute, encode_with_report
+from sae_lens_maira.attribution.edges import Edge, Node, SentenceGraph, is_kept, sentence_graph
+from sae_lens_maira.attribution.entries import Entries, active_entries
 from sae_lens_maira.attribution.residual import ResidualRun
-from sae_lens_maira.errors import HookError
+from sae_lens_maira.errors import ConfigError, HookError, SAEError
 from sae_lens_maira.interface import load_sae
 
 pytestmark = pytest.mark.compat
+LEAST = 0.01
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +24,10 @@ def text_sae():
 
 @pytest.fixture(scope="module")
 def graph(hooked, study, text_sae):
+    """With a low least share, so that some of the few edges are kept and some are not."""
+    image_sae = load_sae("phantom-image")
     return sentence_graph(
-        hooked, study, load_sae("phantom-image"), text_sae, 0, "teacher", n_image=4, n_text=3
+        hooked, study, image_sae, text_sae, 0, "teacher", n_image=4, n_text=3, least_share=LEAST
     )
 
 
@@ -51,22 +55,53 @@ def test_an_edge_is_what_ablating_its_source_takes(hooked, study, text_sae, grap
         with hooked.hooks(fwd_hooks=[(graph.image_hook, lambda value, hook, e=edit: value + e)]):
             _, cache = hooked.run_with_cache(run.encoding, names_filter=[graph.text_hook])
         acts.append(text_sae.encode(cache[graph.text_hook][0]))
+    item = attribute(
+        hooked, study, text_sae, 0, "teacher", graph.text_hook, "generated_only", check=False
+    ).sentences[0]
+    assert graph.text
     for node in graph.text:
-        # The target's positions: those where it is active, as many as the node says, if it is active nowhere else.
-        places = acts[0][:, node.latent] > 0
-        if int(places.sum()) != node.positions:
-            continue
+        # The target's positions: those at which the sentence's attribution to it is positive.
+        places = item.position[(item.latent == node.latent) & (item.value > 0)]
+        assert len(places) == node.positions
         before, after = (float(a[places, node.latent].sum()) for a in acts)
         assert node.activation == pytest.approx(before, rel=1e-3)
         (edge,) = (e for e in graph.edges if (e.source, e.target) == (source, node.latent))
         assert edge.measured == pytest.approx(1 - after / before, abs=1e-3)
 
 
-def test_kept_edges_passed_their_check(graph):
+@pytest.mark.parametrize(
+    ("predicted", "measured", "random", "kept"),
+    [
+        (0.10, 0.20, 0.09, True),
+        (-0.10, -0.20, 0.09, True),
+        (0.10, 0.20, 0.11, False),  # less than twice the random effect
+        (0.10, 0.04, 0.00, False),  # less than the least share
+        (-0.10, 0.20, 0.00, False),  # against the prediction
+        (0.00, 0.20, 0.00, False),  # not predicted
+    ],
+)
+def test_an_edge_is_kept_by_hand(predicted, measured, random, kept):
+    assert is_kept(predicted, measured, random) is kept
+
+
+def test_every_edge_is_measured_and_some_are_not_kept(graph):
+    """Edges are marked by the rule; of this sentence's some pass and some do not."""
     assert len(graph.edges) == len(graph.image) * len(graph.text)
-    for edge in graph.edges:
-        passed = abs(edge.measured) >= max(0.05, 2 * edge.random) and edge.measured * edge.predicted > 0
-        assert edge.kept == passed
+    assert all(e.kept == is_kept(e.predicted, e.measured, e.random, LEAST) for e in graph.edges)
+    assert {edge.kept for edge in graph.edges} == {True, False}
+
+
+def test_random_entries_have_the_norm_and_no_edge_passes_without_a_control(hooked, study, text_sae):
+    """Random entries have the norm; a group of all is its own control; entries that write nothing are refused."""
+    entries = Entries(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), torch.ones(3), torch.eye(2), 4)
+    generator = torch.Generator().manual_seed(0)
+    whole = entries.delta(torch.arange(3))
+    assert entries.random_delta(2, torch.tensor(5.0), generator).norm() == pytest.approx(5.0)
+    torch.testing.assert_close(entries.random_delta(3, whole.norm(), generator), whole)
+    with pytest.raises(SAEError, match="write nothing"):
+        replace(entries, decoder=torch.zeros(2, 2)).random_delta(2, torch.tensor(5.0), generator)
+    with pytest.raises(ConfigError, match="at least 1"):
+        sentence_graph(hooked, study, text_sae, text_sae, draws=0)
 
 
 def test_the_drawing_is_a_document_of_text_and_lines():
