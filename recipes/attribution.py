@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from sae_lens_maira.attribution import attribute
 from sae_lens_maira.attribution.attribute import ReportAttribution, encode_with_report
@@ -28,7 +27,8 @@ from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
-from sae_lens_maira.stats import bootstrap, bootstrap_mean
+from sae_lens_maira.recipes._shared import box_patches, continue_rows, mean_line, sae_of, sae_settings
+from sae_lens_maira.stats import bootstrap
 from sae_lens_maira.studies import Finding, Study
 
 SAVED_EVERY = 20
@@ -90,41 +90,17 @@ def run(settings: Settings) -> Path:
 
 def _arm(hooked: HookedMaira2, maira: Maira2, settings: Settings, layer: int, seed: int, arm: str) -> None:
     """Measure the statements of one arm that its file lacks."""
+
+    def rows(done: int) -> Iterator[dict[str, Any]]:
+        sae = sae_of(maira, settings, arm, layer, seed)
+        for study, finding, number in islice(given_statements(hooked, seed, settings.statements), done, None):
+            where = {"layer": layer, "seed": seed, "arm": arm}
+            yield where | measured(hooked, sae, study, finding, number, settings, arm)
+
     file = settings.out / f"given-{layer}-{seed}-{arm}.csv"
-    rows: list[dict[str, Any]] = pd.read_csv(file).to_dict("records") if file.exists() else []  # pyright: ignore[reportAssignmentType]
-    if len(rows) >= settings.statements:
-        return
-    sae = sae_of(maira, settings, arm, layer, seed)
-    waiting = islice(given_statements(hooked, seed, settings.statements), len(rows), None)
-    left = settings.statements - len(rows)
-    for study, finding, number in tqdm(waiting, total=left, desc=f"layer {layer} seed {seed} {arm}"):
-        row = {"layer": layer, "seed": seed, "arm": arm}
-        rows.append(row | measured(hooked, sae, study, finding, number, settings, arm))
-        if len(rows) % SAVED_EVERY == 0:
-            atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
-    atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
-
-
-def sae_of(maira: Maira2, settings: Any, arm: str, layer: int, seed: int) -> Any:
-    """The SAE of an arm: read from its folder, or trained into it."""
-    from sae_lens_maira.activations import RowSettings, read_rows
-    from sae_lens_maira.quickstart.sae import train_sae
-    from sae_lens_maira.sae import load_matryoshka, make_control
-
-    folder = settings.saes / f"{arm}_{layer}_{seed}"
-    if (folder / "cfg.json").is_file():
-        return load_matryoshka(folder)
-    studies = generate_studies(settings.train_studies if arm != "untrained" else 100, 91_000 + 7_000 * seed)
-    hook = f"blocks.{layer}.hook_resid_post"
-    rows = read_rows(maira, studies, hook, RowSettings(roles="image_only", batch_size=16))
-    if arm == "untrained":
-        return make_control(
-            "untrained", sae_of(maira, settings, "trained", layer, seed), rows.values, seed=seed
-        )
-    control: Any = arm if arm.startswith("frozen") else None
-    return train_sae(
-        rows, settings.d_sae, settings.k, settings.steps, seed, folder, control=control
-    ).inference
+    depends = sae_settings(settings, arm) | {"candidates": settings.candidates, "n_check": settings.n_check}
+    label = f"layer {layer} seed {seed} {arm}"
+    continue_rows(file, depends, settings.statements, rows, label, SAVED_EVERY)
 
 
 def given_statements(hooked: HookedMaira2, seed: int, limit: int) -> Iterator[tuple[Study, Finding, int]]:
@@ -185,15 +161,6 @@ def measured(
     return row
 
 
-def box_patches(finding: Finding, shape: tuple[int, int]) -> np.ndarray:
-    """(rows, columns) patches whose centre lies within half a patch of the finding's box."""
-    rows, cols = shape
-    y, x = (np.arange(rows) + 0.5) / rows, (np.arange(cols) + 0.5) / cols
-    x0, y0, x1, y1 = finding.box or (0, 0, 0, 0)
-    half = 0.5 / cols
-    return ((y >= y0 - half) & (y <= y1 + half))[:, None] & ((x >= x0 - half) & (x <= x1 + half))[None]
-
-
 def best_latent_map(answer: ReportAttribution, sae: Any) -> np.ndarray:
     """Activations, over the frontal patches, of the latent with the largest share."""
     item = answer.sentences[0]
@@ -226,13 +193,15 @@ def write_tables(folder: Path) -> None:
             f"| {where} | correlation of predicted and real drop | {correlation:.3f} | | {len(rows)} |"
         )
         many = (rows["drop"] >= 10 * rows["random"].clip(lower=0)).to_numpy(float)
-        lines.append(_line(where, "drop at least 10 times that of random entries", many))
+        lines.append(mean_line(f"{where} | drop at least 10 times that of random entries", many))
         for name in rows.select_dtypes(["number", "bool"]):
             if name not in ("seed", "layer") and rows[name].notna().any():
-                lines.append(_line(where, str(name), rows[name].dropna().to_numpy(float)))
+                lines.append(mean_line(f"{where} | {name}", rows[name].dropna().to_numpy(float)))
         for finding, part in rows.groupby("finding"):
             lines.append(
-                _line(where, f"point attribution, {finding}", part["point attribution"].to_numpy(float))
+                mean_line(
+                    f"{where} | point attribution, {finding}", part["point attribution"].to_numpy(float)
+                )
             )
     for layer, rows in given.groupby("layer"):
         for control in sorted(set(rows["arm"]) - {"trained"}):
@@ -257,11 +226,6 @@ def _paired(one: pd.DataFrame, other: pd.DataFrame) -> str:
     found = bootstrap(lambda w: (w @ drop_a) / (w @ step_a) - (w @ drop_b) / (w @ step_b), len(both))
     value = drop_a.sum() / step_a.sum() - drop_b.sum() / step_b.sum()
     return f"{value:.3f} | {found.low:.3f} to {found.high:.3f} | {len(both)}"
-
-
-def _line(where: str, name: str, values: np.ndarray) -> str:
-    found = bootstrap_mean(values)
-    return f"| {where} | {name} | {values.mean():.3f} | {found.low:.3f} to {found.high:.3f} | {len(values)} |"
 
 
 if __name__ == "__main__":

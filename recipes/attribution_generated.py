@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from sae_lens_maira.attribution import attribute
 from sae_lens_maira.attribution.entries import active_entries
@@ -29,8 +28,7 @@ from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
 from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
-from sae_lens_maira.recipes.attribution import box_patches, sae_of
-from sae_lens_maira.stats import bootstrap_mean
+from sae_lens_maira.recipes._shared import box_patches, continue_rows, mean_line, sae_of, sae_settings
 from sae_lens_maira.studies import Finding, Study
 
 SAVED_EVERY = 10
@@ -103,7 +101,9 @@ def run(settings: Settings) -> Path:
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     clean = load_phantom()
-    flawed = plant(clean, generate_studies(240, 71_000), settings.flaw)
+    flawed = (
+        plant(clean, generate_studies(240, 71_000), settings.flaw) if "flawed" in settings.arms else clean
+    )
     for seed in settings.seeds:
         for arm in settings.arms:
             _arm(flawed if arm == "flawed" else clean, settings, seed, arm)
@@ -113,19 +113,18 @@ def run(settings: Settings) -> Path:
 
 def _arm(maira: Maira2, settings: Settings, seed: int, arm: str) -> None:
     """Measure the statements of one arm that its file lacks."""
+
+    def rows(done: int) -> Iterator[dict[str, Any]]:
+        sae = sae_of(maira, settings, arm, settings.layer, seed)
+        hooked = HookedMaira2(maira)
+        flaw = settings.flaw if arm == "flawed" else None
+        for one in islice(statements(hooked, seed, flaw), done, settings.statements):
+            yield {"arm": arm, "seed": seed} | measured(hooked, sae, one, settings)
+
     file = settings.out / f"generated-{arm}-{seed}.csv"
-    rows: list[dict[str, Any]] = pd.read_csv(file).to_dict("records") if file.exists() else []  # pyright: ignore[reportAssignmentType]
-    if len(rows) >= settings.statements:
-        return
-    sae = sae_of(maira, settings, arm, settings.layer, seed)
-    hooked = HookedMaira2(maira)
-    flaw = settings.flaw if arm == "flawed" else None
-    waiting = islice(statements(hooked, seed, flaw), len(rows), settings.statements)
-    for one in tqdm(waiting, total=settings.statements - len(rows), desc=f"{arm} seed {seed}"):
-        rows.append({"arm": arm, "seed": seed} | measured(hooked, sae, one, settings))
-        if len(rows) % SAVED_EVERY == 0:
-            atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
-    atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
+    depends = sae_settings(settings, arm)
+    depends |= {name: getattr(settings, name) for name in ("layer", "step", "max_rounds", "protect")}
+    continue_rows(file, depends, settings.statements, rows, f"{arm} seed {seed}", SAVED_EVERY)
 
 
 def statements(hooked: HookedMaira2, seed: int, flaw: Flaw | None) -> Iterator[Statement]:
@@ -206,12 +205,8 @@ def write_table(settings: Settings) -> None:
         for name in rows.select_dtypes(["number", "bool"]):
             if name in ("seed", "true"):
                 continue
-            values = rows[name].to_numpy(float)
-            interval = bootstrap_mean(values)
-            lines.append(
-                f"| {arm} | {'true' if true else 'false'} | {name} | {values.mean():.3f} | "
-                f"{interval.low:.3f} to {interval.high:.3f} | {len(values)} |"
-            )
+            kind = "true" if true else "false"
+            lines.append(mean_line(f"{arm} | {kind} | {name}", rows[name].to_numpy(float)))
     own = found[found["arm"] == "trained"]
     gone = [
         f"{key} {rows['gone attributed'].mean():.2f} (n {len(rows)})" for key, rows in own.groupby("finding")

@@ -25,7 +25,8 @@ from sae_lens_maira.io import atomic_write
 from sae_lens_maira.maira2 import role_mask
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
-from sae_lens_maira.stats import bootstrap_mean
+from sae_lens_maira.recipes._shared import mean_line
+from sae_lens_maira.stats import f1_of_firing
 from sae_lens_maira.studies import Study
 
 BEFORE = frozenset({"unchanged", "larger", "smaller"})
@@ -94,13 +95,13 @@ def run(settings: Settings) -> Path:
         "|---|---|---|---|",
     ]
     for arm, rows in table.groupby("arm", sort=False):
-        lines.append(_line(f"{arm}: change words that follow it", rows["follows"].to_numpy(float)))
+        lines.append(mean_line(f"{arm}: change words that follow it", rows["follows"].to_numpy(float)))
     flipped = table.query("arm == 'swapped prior' and flips")
     lines.append(
-        _line("swapped prior, only where old and new prior disagree", flipped["follows"].to_numpy(float))
+        mean_line("swapped prior, only where old and new prior disagree", flipped["follows"].to_numpy(float))
     )
     chosen = flips(np.stack(fires), np.array(news), np.array(stated), settings.latents)
-    lines += [_line(name, values) for name, values in chosen.items()]
+    lines += [mean_line(name, values) for name, values in chosen.items()]
     atomic_write(settings.out / "counterfactual_prior.md", "\n".join(lines) + "\n")
     return settings.out
 
@@ -139,9 +140,7 @@ def flips(fires: np.ndarray, news: np.ndarray, stated: np.ndarray, n: int) -> di
     score = flat[told].mean(0) - flat[~told].mean(0)
     change = np.argsort(-score)[:n]
     findings = stated[:half].reshape(-1, stated.shape[2])
-    f1 = 2 * (flat.T.astype(float) @ findings) / (flat.sum(0)[:, None] + findings.sum(0)[None]).clip(min=1)
-    free = np.setdiff1d(np.argsort(-f1.max(1)), change, assume_unique=True)
-    ranked = [int(j) for j in np.argsort(-f1.max(1)) if j in set(free.tolist())][:n]
+    ranked = [int(j) for j in np.argsort(-f1_of_firing(flat, findings).max(1)) if j not in change][:n]
     turned = news[half:, 0] != news[half:, 1]
     later = fires[half:]
     moved = later[:, 0] != later[:, 1]
@@ -154,11 +153,6 @@ def flips(fires: np.ndarray, news: np.ndarray, stated: np.ndarray, n: int) -> di
         "latents of findings that change there": moved[turned][:, ranked].mean(1),
         "latents of change that change where the statement does not": moved[~turned][:, change].mean(1),
     }
-
-
-def _line(name: str, values: np.ndarray) -> str:
-    found = bootstrap_mean(values)
-    return f"| {name} | {values.mean():.3f} | {found.low:.3f} to {found.high:.3f} | {len(values)} |"
 
 
 if __name__ == "__main__":

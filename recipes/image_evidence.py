@@ -20,6 +20,7 @@ from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
 from sae_lens_maira.phantom.flaws import Flaw, plant
+from sae_lens_maira.stats import bootstrap
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,10 @@ def auc(scores: np.ndarray, true: np.ndarray) -> float:
 
 def _line(name: str, label: str, rows: pd.DataFrame, column: str) -> str:
     scores, true = rows[column].to_numpy(float), rows["true"].to_numpy(bool)
-    rng = np.random.default_rng(0)
-    draws = [auc(scores[i], true[i]) for i in rng.integers(0, len(true), (500, len(true)))]
-    low, high = np.nanquantile(draws, [0.025, 0.975])
+    drawn = bootstrap(
+        lambda weights: np.array([auc(scores.repeat(w), true.repeat(w)) for w in weights]), len(true), 500
+    )
+    low, high = np.nanquantile(drawn.samples, [0.025, 0.975])  # a resample of one kind only has no AUC
     found = auc(scores, true)
     return f"| {name} | {label} | {found:.3f} | {low:.3f} to {high:.3f} | {int(true.sum())} | {int((~true).sum())} |"
 

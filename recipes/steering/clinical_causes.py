@@ -27,7 +27,7 @@ from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.phantom import generate_studies, load_phantom, phantom_reader
 from sae_lens_maira.phantom.flaws import Flaw, plant
-from sae_lens_maira.recipes.attribution import sae_of
+from sae_lens_maira.recipes._shared import sae_of
 from sae_lens_maira.steering.correction import f1_change, label_counts, micro_f1
 from sae_lens_maira.studies import Study, known_findings
 

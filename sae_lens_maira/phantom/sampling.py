@@ -120,9 +120,6 @@ def _zone_height(rng: np.random.Generator, zone: int) -> float:
     return float(rng.uniform(*((0.255, 0.315), (0.41, 0.47), (0.555, 0.605))[zone]))
 
 
-ZONES = ("upper", "mid", "lower")
-
-
 def zone_of(lesion: Lesion) -> str:
     """The zone word of a focal lung lesion, from its height."""
     return zone_at(lesion.v)

@@ -28,7 +28,6 @@ OBSERVATIONS = (
 _HEART = (
     r"(?:heart|cardiac silhouette|cardiac size|cardiac contours?|cardiac shadow|cardiopericardial silhouette)"
 )
-_LARGE = r"(?:enlarged|enlargement|large|prominent|increased in size|top normal to enlarged)"
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "enlarged_cardiomediastinum": (

@@ -1,11 +1,14 @@
 """The recipe that checks attribution on the phantom, at a size of seconds."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from sae_lens_maira.cli.recipe import run_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +79,27 @@ def test_change_words_are_counted_with_the_prior_swapped(tmp_path):
     own = counted[counted["arm"] == "own prior"]
     assert own["follows"].mean() > 0.5
     assert "change words that follow it" in (tmp_path / "counterfactual_prior.md").read_text()
+
+
+@pytest.mark.slow
+def test_statements_of_generated_reports_are_removed(tmp_path, capsys):
+    """A row per statement, next to random entries; rows of other settings are refused."""
+    script = ROOT / "recipes" / "attribution_generated"
+    recipe = runpy.run_path(str(script.with_suffix(".py")), run_name="recipe")
+    small = ["--seeds=[5]", '--arms=["trained"]', "--statements=1", "--max_rounds=1", "--step=8"]
+    small += ["--train_studies=20", "--d_sae=64", "--steps=50"]
+    folders = ["--out", str(tmp_path), "--saes", str(tmp_path / "saes")]
+    arguments = ["--config", str(script.with_suffix(".yaml")), *small, *folders]
+
+    def ran(*more: str) -> int:
+        return run_recipe(recipe["Settings"], recipe["run"], None, [*arguments, *more])
+
+    file = tmp_path / "generated-trained-5.csv"
+    assert ran() == 0
+    rows = pd.read_csv(file)
+    assert rows["true"].tolist() == [True]
+    assert rows["rounds"].eq(1).all()
+    assert rows["entries"].between(1, 8).all()
+    assert "| trained | true | gone attributed |" in (tmp_path / "generated.md").read_text()
+    assert ran("--protect=0.5") == 2
+    assert "protect 0.3 there, 0.5 now" in capsys.readouterr().err

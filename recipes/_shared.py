@@ -1,0 +1,158 @@
+"""What recipes share: SAEs and tables that are continued only with the settings they were made with.
+
+    folder of an SAE, or table.csv   +   .json of the same name: the settings that it depends on
+
+A run of other settings is an error that names them, so that no figure comes from an SAE or a row of another run.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.io import atomic_write
+from sae_lens_maira.maira2 import Maira2
+from sae_lens_maira.phantom import generate_studies
+from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka, make_control
+from sae_lens_maira.stats import bootstrap_mean
+from sae_lens_maira.studies import Finding
+
+OF_AN_SAE = ("train_studies", "d_sae", "k", "steps")
+"""Settings that an SAE depends on, besides its arm, layer and seed."""
+
+
+def require_settings(made: Path, settings: Mapping[str, Any], exists: bool) -> None:
+    """Write the settings of a result next to it, or compare them with those of the result that is there.
+
+    Args:
+        made: The result, a folder or a file; its settings are in `<name>.json`.
+        settings: Everything that the result depends on, JSON values.
+        exists: Whether the result, or a part of it, is there.
+
+    Raises:
+        ConfigError: The result was made with other settings, or its settings are not known.
+    """
+    file = made.with_name(f"{made.name.removesuffix('.csv')}.json")
+    ours = json.loads(json.dumps(settings))
+    if not exists:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps(ours, indent=1, sort_keys=True))
+        return
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{made} is there, but its settings cannot be read ({error}). Delete it, or name another folder."
+        ) from error
+    differ = [
+        f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} now"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"{made} was made with other settings: {'; '.join(differ)}. Pass those to continue it, or name another "
+            "folder."
+        )
+
+
+def sae_settings(settings: Any, arm: str) -> dict[str, Any]:
+    """What the SAE of an arm depends on; the flaw only where the phantom is flawed."""
+    found = {name: getattr(settings, name) for name in OF_AN_SAE}
+    return found | {"flaw": asdict(settings.flaw) if arm == "flawed" else None}
+
+
+def sae_of(maira: Maira2, settings: Any, arm: str, layer: int, seed: int) -> MatryoshkaSAE:
+    """The SAE of an arm: read from its folder, or trained into it.
+
+    Args:
+        maira: The phantom whose patches it is trained on.
+        settings: With `saes`, the folder of SAEs, and what `OF_AN_SAE` names; with `flaw` for the arm "flawed".
+        arm: "trained", "flawed", "untrained", or the kind of a frozen control.
+        layer: Decoder block whose output it reads.
+        seed: Seed of its studies and its weights.
+
+    Raises:
+        ConfigError: The folder has an SAE of other settings.
+    """
+    from sae_lens_maira.activations import RowSettings, read_rows
+    from sae_lens_maira.quickstart.sae import train_sae
+
+    def rows(n: int) -> Any:
+        studies = generate_studies(n, 91_000 + 7_000 * seed)
+        hook = f"blocks.{layer}.hook_resid_post"
+        return read_rows(maira, studies, hook, RowSettings(roles="image_only", batch_size=16))
+
+    if arm == "untrained":
+        trained = sae_of(maira, settings, "trained", layer, seed)
+        return make_control("untrained", trained, rows(100).values, seed=seed)
+    folder = settings.saes / f"{arm}_{layer}_{seed}"
+    exists = (folder / "cfg.json").is_file()
+    require_settings(folder, sae_settings(settings, arm), exists)
+    if exists:
+        return load_matryoshka(folder)
+    control: Any = arm if arm.startswith("frozen") else None
+    return train_sae(
+        rows(settings.train_studies),
+        settings.d_sae,
+        settings.k,
+        settings.steps,
+        seed,
+        folder,
+        control=control,
+    ).inference
+
+
+def continue_rows(
+    file: Path,
+    settings: Mapping[str, Any],
+    n: int,
+    made: Callable[[int], Iterator[dict[str, Any]]],
+    label: str,
+    saved_every: int,
+) -> None:
+    """Bring a CSV to n rows; a run that was killed goes on behind the last row that was saved.
+
+    Args:
+        file: The CSV.
+        settings: Everything that a row depends on.
+        n: Rows wanted; fewer where `made` ends before.
+        made: The rows from a number on.
+        label: Text of the progress bar.
+        saved_every: Rows after which the file is written.
+
+    Raises:
+        ConfigError: The file has rows of other settings.
+    """
+    require_settings(file, settings, file.exists())
+    rows: list[dict[str, Any]] = pd.read_csv(file).to_dict("records") if file.exists() else []  # pyright: ignore[reportAssignmentType]
+    if len(rows) >= n:
+        return
+    for row in tqdm(made(len(rows)), total=n - len(rows), desc=label):
+        rows.append(row)
+        if len(rows) % saved_every == 0:
+            atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
+    atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
+
+
+def mean_line(label: str, values: np.ndarray) -> str:
+    """A line of a Markdown table: label, mean, 95 % bootstrap interval and n."""
+    found = bootstrap_mean(values)
+    return f"| {label} | {values.mean():.3f} | {found.low:.3f} to {found.high:.3f} | {len(values)} |"
+
+
+def box_patches(finding: Finding, shape: tuple[int, int]) -> np.ndarray:
+    """(rows, columns) patches that touch the finding's box: their centre lies at most half a patch outside."""
+    x0, y0, x1, y1 = finding.box or (0, 0, 0, 0)
+
+    def inside(n: int, low: float, high: float) -> np.ndarray:
+        centre = (np.arange(n) + 0.5) / n
+        return (centre >= low - 0.5 / n) & (centre <= high + 0.5 / n)
+
+    return inside(shape[0], y0, y1)[:, None] & inside(shape[1], x0, x1)[None]
