@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from sae_lens_maira.cli.parser import works_in
 
+
+@works_in("out")
 def attribute(
     sae: str = "phantom-image",
     model: str = "phantom",

@@ -153,6 +153,7 @@ def check(folder: Path, most: int = 50, as_json: bool = False) -> None:
         )
 
 
+@works_in("records")
 def upload(
     records: Path,
     set_name: str,

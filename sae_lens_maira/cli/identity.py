@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_lens_maira.cli.parser import works_in
 from sae_lens_maira.interface import ModelDtype, load_sae, load_sae_weights, named_model
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class ReadOptions:
         return {"image": self.image_rate} if read and self.roles != "paper_last_image" else None
 
 
+@works_in("out")
 def match(
     sae: str,
     other: str,

@@ -127,6 +127,7 @@ def run(
         sys.stdout.write(summary(scores).to_string(index=False, float_format="%.3f") + "\n")
 
 
+@works_in("out")
 def report_scores(
     records: Path,
     out: Path | None = None,
@@ -230,6 +231,7 @@ def report_scores(
     sys.stdout.write(shown.to_string(index=False, float_format="%.2f", max_colwidth=80) + "\n")
 
 
+@works_in("records")
 def published(
     records: Path,
     file: Path,
@@ -271,6 +273,7 @@ def published(
     )
 
 
+@works_in("out")
 def findings(
     records: list[Path],
     untrained: list[Path] | None = None,

@@ -49,7 +49,7 @@ def accepts_parts_of(other: str, *names: str) -> Callable[[Command], Command]:
 
 
 def works_in(option: str) -> Callable[[Command], Command]:
-    """Hold the lock of the folder that an option names while the command runs.
+    """Hold the lock of the folder that an option names while the command runs; an estimate needs none.
 
     Args:
         option: name of the option.
@@ -76,7 +76,7 @@ def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
     if shared is not None:
         values["options"] = shared(**{f.name: values.pop(f.name) for f in fields(shared) if f.name in values})
     folder = values.get(vars(function).get("works_in", ""))
-    with nullcontext() if folder is None else locked(folder):
+    with nullcontext() if folder is None or values.get("estimate") else locked(folder):
         function(**values)
 
 

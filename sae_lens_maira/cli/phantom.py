@@ -4,7 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+from sae_lens_maira.cli.parser import works_in
 
+
+@works_in("out")
 def quickstart(
     out: Path = Path("quickstart_out"),
     studies: int = 1200,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae_lens_maira.cli.parser import works_in
 from sae_lens_maira.interface import ModelDtype
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from sae_lens_maira.studies import FindingReader, Study
 
 
+@works_in("out")
 def steer(
     sae: str,
     finding: str | None = None,

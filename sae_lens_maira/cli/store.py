@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from sae_lens_maira.cli.parser import works_in
+
 
 def show(store: Path, as_json: bool = False) -> None:
     """Say what a store holds: hook points, rows by role, size, settings, and how far its harvest is.
@@ -69,6 +71,7 @@ def validate(store: Path, as_json: bool = False) -> None:
     sys.stdout.write(f"{store}: {len(opened.rows)} of {opened.spec.n_shards} shards, all whole\n")
 
 
+@works_in("out")
 def export(
     store: Path, out: Path, hook: str | None = None, context_size: int = 128, as_json: bool = False
 ) -> None:
@@ -104,6 +107,7 @@ def export(
     )
 
 
+@works_in("store")
 def bring(
     cached: Path,
     store: Path,

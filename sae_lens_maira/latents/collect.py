@@ -9,6 +9,7 @@ passes, a killed one continues from the work folder, and the records are the sam
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sae_lens import SAE
 from sae_lens_maira.activations import layer_of
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import locked
 from sae_lens_maira.latents.assembly import (
     CollectConfig,
     RecordBuilder,
@@ -83,9 +85,28 @@ def collect_records(
         RecordError: Rows do not fit the studies or the SAE, the two passes differ, or the folder holds an unfinished
             collection of something else.
         RankError: Another rank failed or died.
+        LockError: Another process collects into the folder.
     """
     ranks = ranks or Ranks()
-    config, out = config or CollectConfig(), Path(out)
+    # The ranks are one owner of the folder, which the first of them locks.
+    with nullcontext() if ranks.rank else locked(out):
+        return _collect(
+            source, studies, sae, maira, Path(out), config or CollectConfig(), labels, findings, ranks
+        )
+
+
+def _collect(
+    source: ActivationSource,
+    studies: Sequence[Study],
+    sae: SAE[Any],
+    maira: Maira2 | OutputHead,
+    out: Path,
+    config: CollectConfig,
+    labels: Labels | None,
+    findings: Sequence[str] | None,
+    ranks: Ranks,
+) -> RecordSet:
+    """`collect_records`, with the folder locked."""
     head = maira if isinstance(maira, OutputHead) else OutputHead.of(maira)
     d_sae, side = int(sae.cfg.d_sae), head.processor.patches_per_side
     latents = list(range(d_sae)) if config.latents is None else sorted(set(config.latents))

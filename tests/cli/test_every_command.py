@@ -15,6 +15,7 @@ import yaml
 from sae_lens_maira.cli import COMMANDS, build_parser, main
 from sae_lens_maira.cli.numbers import MOST, numbers
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.io import locked
 
 NO_CONFIG = {
     "binary": b"\x89PNG\r\n\x1a\n\x00\x00\xdf\xff",
@@ -110,6 +111,28 @@ def test_a_list_of_latents_that_is_none_is_refused_first(name, given, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert f"--latents {given!r} " in err
+
+
+# Commands with --out, --store or --records that hold no lock for all of their run, and why.
+READERS = {"store show", "store validate", "workbench"}
+ONE_FILE = {"studies import", "studies validate", "locate"}  # written at the end, atomically
+BY_RANK = {"harvest", "train", "latents"}  # each locks for its ranks together, which their own tests show
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if {"out", "store", "records"} & {*options_of(n)}])
+def test_a_command_locks_the_folder_that_it_writes(name, tmp_path, capsys):
+    """Refused before anything is read while another process works there."""
+    option = vars(COMMANDS[name]).get("works_in")
+    assert (option is None) == (name in READERS | ONE_FILE | BY_RANK)
+    if option is None:
+        return
+    values = {key: str(tmp_path / "x") for key, a in options_of(name).items() if a.required}
+    values[option] = str(tmp_path / "folder")
+    kinds = hints_of(name)
+    listed = {key: f"[{v}]" if get_origin(kinds[key]) is list else v for key, v in values.items()}
+    with locked(tmp_path / "folder"):
+        assert main([*name.split(), *(word for key, v in listed.items() for word in (f"--{key}", v))]) == 2
+    assert f"{tmp_path / 'folder'} is in use" in capsys.readouterr().err
 
 
 def test_numbers_and_ranges():

@@ -8,6 +8,7 @@ from sae_lens_maira.cli import main
 from sae_lens_maira.cli.latents import _stand_in
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.interface import output_head
+from sae_lens_maira.io import locked
 from sae_lens_maira.latents import RecordSet
 from sae_lens_maira.latents.source import ModelSource
 from sae_lens_maira.maira2 import Maira2ForConditionalGeneration, OutputHead
@@ -123,6 +124,12 @@ def test_a_store_of_other_texts_or_another_model_is_refused(trained, capsys):
     same = ["--split", "train", "--model-dtype", "bfloat16", "--out", str(trained / "other")]
     assert collect(trained, *same, *store) == 2
     assert "model dtype is 'float32' in the store and 'bfloat16' here" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_collects_into_is_refused(trained, capsys):
+    with locked(trained / "busy"):
+        assert collect(trained, "--split", "train", "--out", str(trained / "busy")) == 2
+    assert "busy is in use" in capsys.readouterr().err
 
 
 def test_the_output_head_is_the_models_own():
