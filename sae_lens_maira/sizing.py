@@ -8,13 +8,15 @@ Bytes follow from shapes; they were not compared with a run. Times are arithmeti
 no GPU was available, and 0.4 of the peak is an assumption.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sae_lens_maira.maira2 import Maira2Config, TokenRole, resolve_roles
+from sae_lens_maira.activations.sampling import role_rates
+from sae_lens_maira.maira2 import Maira2Config, TokenRole
+from sae_lens_maira.maira2.roles import LAST_IMAGE_PRESET
 from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
 
 GPUS: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12}
@@ -195,11 +197,30 @@ class StudySizes:
         """(n,) positions of each counted study."""
         return self.roles.sum(1)
 
-    def rows(self, roles: Any, rates: dict[str, float] | None = None) -> float:
-        """Rows of the whole table that a filter keeps."""
-        kept = dict.fromkeys(resolve_roles(roles), 1.0)
-        kept |= {TokenRole[name.upper()]: rate for name, rate in (rates or {}).items()}
-        return float(sum(self.roles[:, role].sum() * rate for role, rate in kept.items()) * self.scale)
+    def sources(self, reports: str, max_new_tokens: int) -> dict[str, "StudySizes"]:
+        """The studies once per source of rows, with the text after the prompt that the source has.
+
+        Args:
+            reports: As in `RowSettings`: "teacher", "generated", "both" or "prompt".
+            max_new_tokens: Length that a generated report is taken to have.
+        """
+        names = ("teacher", "generated") if reports == "both" else (reports,)
+        lengths = {"generated": max_new_tokens, "prompt": 0}
+        found = {}
+        for name in names:
+            roles = self.roles.copy()
+            if name in lengths:
+                roles[:, TokenRole.REPORT] = lengths[name]
+            found[name] = replace(self, roles=roles)
+        return found
+
+    def rows(self, roles: Any, rates: Mapping[str, float] | None = None) -> float:
+        """Expected rows of the whole table that a filter keeps."""
+        kept = role_rates(roles, rates)
+        counted = sum(self.roles[:, role].sum() * rate for role, rate in kept.items())
+        if roles == LAST_IMAGE_PRESET:  # the last token of each image, whatever the sampler draws
+            counted += self.images.sum() * (1 - kept.get(TokenRole.IMAGE, 0.0))
+        return float(counted * self.scale)
 
 
 def harvest_cost(
@@ -214,20 +235,39 @@ def harvest_cost(
     shard_studies: int | None,
     shard_bytes: float,
     row_bytes: int = 2,
+    reports: str = "teacher",
+    max_new_tokens: int = 300,
 ) -> Cost:
-    """Cost of `harvest` on one process, of rows in bfloat16 (`row_bytes` 2) at some hook points."""
-    rows = studies.rows(roles, rates)
+    """Cost of `harvest` on one process, of rows in bfloat16 (`row_bytes` 2) at some hook points.
+
+    Generated reports take the whole model, and are taken to be as long as their limit.
+    """
+    sources = studies.sources(reports, max_new_tokens)
+    written = sources.get("generated")
+    loaded = layers if written is None else size.layers
+    rows = sum(source.rows(roles, rates) for source in sources.values())
     stored = rows * size.width * row_bytes * hooks
     share = 1.0 if shard_studies is None else min(1.0, shard_studies / studies.studies)
     shard = min(stored, shard_bytes) if shard_studies is None else stored * share
-    longest = int(studies.lengths.max()) * batch_size
-    flops = _forward(size, studies, layers)
-    notes = (
+    longest = max(int(source.lengths.max()) for source in sources.values()) * batch_size
+    flops = sum(_forward(size, source, layers) for source in sources.values())
+    cache = 0
+    if written is not None:
+        logits = written.studies * max_new_tokens
+        flops += (
+            _forward(size, written, size.layers)
+            + 2.0 * logits * size.config.text_config.vocab_size * size.width
+        )
+        cache = size.cache(int(written.lengths.max()) * batch_size)
+    notes: tuple[str, ...] = (
         f"{rows:,.0f} rows of {studies.studies:,} studies, {stored / studies.studies / 1e6:.2f} MB per study",
-        f"{layers} of {size.layers} decoder layers are loaded and run, {size.weights(layers) / 1e9:.1f} GB of weights",
+        f"{loaded} of {size.layers} decoder layers are loaded and run, {size.weights(loaded) / 1e9:.1f} GB of weights",
         f"a shard has {_gb(shard)}, and a process holds two",
     )
-    device = size.weights(layers) + size.work(longest) + longest * size.width * size.bytes_per_number * hooks
+    if written is not None:
+        notes += (f"a generated report is taken to have {max_new_tokens} tokens, its limit",)
+    device = size.weights(loaded) + size.work(longest) + cache
+    device += longest * size.width * size.bytes_per_number * hooks
     return Cost("harvest", device, 2 * shard, stored, flops, notes)
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "stats": {"errors"},
     "maira2": set(),
     "studies": set(),
-    "sizing": {"maira2"},
+    "sizing": {"maira2", "activations"},
     "phantom": {"maira2", "studies"},
     "hooks": {"maira2"},
     "kernels": set(),

@@ -48,6 +48,8 @@ def of_harvest(options: HarvestOptions) -> Cost:
         shard_studies=options.shard_studies,
         shard_bytes=options.shard_bytes,
         row_bytes=4 if options.dtype == "float32" else 2,
+        reports=options.reports,
+        max_new_tokens=options.max_new_tokens,
     )
 
 
@@ -60,12 +62,13 @@ def of_train(options: HarvestOptions, sae: dict[str, Any], trainer: dict[str, An
         trainer: Fields of SAELens' trainer configuration; the batch and the number of samples are read.
     """
     size, studies = _sizes(options.model, options.model_dtype, _studies(options))
+    sources = studies.sources(options.reports, options.max_new_tokens)
     return train_cost(
         size.width,
         int(sae["d_sae"]),
         int(trainer["total_training_samples"]),
         int(trainer["train_batch_size_samples"]),
-        studies.rows(options.roles, options.rates),
+        sum(source.rows(options.roles, options.rates) for source in sources.values()),
         4 if options.dtype == "float32" else 2,
     )
 

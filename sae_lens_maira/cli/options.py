@@ -183,8 +183,8 @@ class HarvestOptions:
         from sae_lens_maira.phantom import generate_studies
 
         device = device_of(self.device)
-        # A forward over given reports ends at the last hook point; writing reports takes the whole model.
-        hooks = self.hook_names if self.reports == "teacher" else None
+        # A forward over given text ends at the last hook point; writing reports takes the whole model.
+        hooks = self.hook_names if self.reports in ("teacher", "prompt") else None
         maira = named_model(self.model, dtype=self.model_dtype, device=device, hooks=hooks)
         if self.table is None:
             side = maira.processor.recipe.crop

@@ -6,6 +6,7 @@ import pytest
 
 from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.cli import main
+from sae_lens_maira.cli.options import HarvestOptions
 from sae_lens_maira.maira2 import Maira2Config, TokenRole
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.sizing import ModelSize, StudySizes
@@ -26,8 +27,33 @@ def test_tokens_are_those_of_the_encoding(phantom):
         roles = phantom.processor.encode([study], report="teacher").roles[0]
         for role in TokenRole:
             assert sizes.roles[number, role] == int((roles == role).sum()), role
-    rows = read_rows(phantom, studies, HOOK, RowSettings(roles="paper"), progress=False)
-    assert sizes.rows("paper") == len(rows)
+    for roles in ("paper", "paper_last_image"):
+        rows = read_rows(phantom, studies, HOOK, RowSettings(roles=roles), progress=False)
+        assert sizes.rows(roles) == len(rows)
+    prompts = RowSettings(roles="all", rates={"image": 0}, reports="prompt")
+    rows = read_rows(phantom, studies, HOOK, prompts, progress=False)
+    (source,) = sizes.sources("prompt", 300).values()
+    assert source.rows("all", {"image": 0}) == len(rows)
+    half = sizes.rows("paper_last_image", {"image": 0.5}) - sizes.rows("paper")
+    assert half == sizes.images.sum() + (sizes.roles[:, TokenRole.IMAGE].sum() - sizes.images.sum()) / 2
+
+
+def test_generated_reports_take_the_whole_model_and_their_limit(phantom, capsys):
+    """Of both sources the rows are those of each; a prompt alone needs the layers up to the hook point."""
+    words = ["harvest", "--hooks", f"[{HOOK}]", "--studies", "20", "--estimate", "true", "--json"]
+    found = {}
+    for reports in ("teacher", "generated", "both", "prompt"):
+        assert main([*words, "--reports", reports, "--max-new-tokens", "50"]) == 0
+        found[reports] = json.loads(capsys.readouterr().out)
+    row = 2 * 128
+    rows = {name: cost["disk_bytes"] // row for name, cost in found.items()}
+    assert rows["generated"] == rows["prompt"] + 20 * 50
+    assert rows["both"] == rows["teacher"] + rows["generated"]
+    layers = {name: cost["notes"][1].split()[0] for name, cost in found.items()}
+    assert layers == {"teacher": "4", "generated": "8", "both": "8", "prompt": "4"}
+    assert found["both"]["flops"] == pytest.approx(found["teacher"]["flops"] + found["generated"]["flops"])
+    options = HarvestOptions(hooks=HOOK, studies=1, reports="prompt", device="cpu")
+    assert len(options.load()[0].model.model.language_model.layers) == 4
 
 
 @pytest.mark.parametrize(
