@@ -23,7 +23,7 @@ from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.cli.evaluation import POSITIONS, splice_batches
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.hooks import PointTable
-from sae_lens_maira.io import atomic_write
+from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.latents import (
     Agreement,
     Halves,
@@ -145,8 +145,8 @@ def run(settings: Settings) -> Path:
             table.append(line)
         space += [per_finding(kind, one) for kind, one in maps.items()]
     frame = pd.DataFrame(table)
-    atomic_write(settings.out / "controls.csv", frame.to_csv(index=False))
-    atomic_write(settings.out / "space.csv", pd.concat(space).to_csv(index=False))
+    atomic_write(settings.out / "controls.csv", csv_of(frame))
+    atomic_write(settings.out / "space.csv", csv_of(pd.concat(space)))
     target = settings.out / "controls.md"
     atomic_write(target, markdown(frame, pd.concat(space)))
     return target

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sae_lens_maira.attribution.counterfactual import counterfactual
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.interface import load_sae
-from sae_lens_maira.io import atomic_write
+from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.maira2 import role_mask
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
@@ -87,7 +87,7 @@ def run(settings: Settings) -> Path:
         news.append([side[1] for side in sides])
         stated.append([side[2] for side in sides])
     table = pd.DataFrame(words)
-    atomic_write(settings.out / "words.csv", table.to_csv(index=False))
+    atomic_write(settings.out / "words.csv", csv_of(table))
     lines = [
         "# Prior swapped",
         "",

@@ -18,6 +18,7 @@ import torch
 
 from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.interp.records import load
+from sae_lens_maira.io import save_figure
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom, read_report, truth_labels
 from sae_lens_maira.sae import load_matryoshka
 from sae_lens_maira.steering import Add, steering
@@ -99,7 +100,7 @@ def main(folder: Path, out: Path) -> None:
         axes[2].text(0, place - 0.08, body, fontsize=8.5, va="top")
         place -= 0.16 + 0.07 * (body.count("\n") + 1)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sae_lens_maira.errors import DiskError, LockError, StoreError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 _HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
 # A quota and a limit on file sizes mean the same to a user as a full disk.
@@ -248,6 +249,21 @@ def _owned(folder: Path, text: bytes) -> str:
     )
 
 
+def save_figure(figure: "Figure", path: Path | str, **settings: Any) -> None:
+    """Write a matplotlib figure by `atomic_file`, in the format of the path's suffix.
+
+    Args:
+        figure: The figure.
+        path: The file; its folder exists.
+        **settings: Further arguments of `Figure.savefig`, such as `dpi`.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    with atomic_file(path) as draft:
+        figure.savefig(draft, format=Path(path).suffix.removeprefix(".") or "png", **settings)
+
+
 def write_listed(path: Path, content: bytes) -> dict[str, Any]:
     """Write `content` so that `path` holds all of it or is as before.
 
@@ -323,6 +339,7 @@ __all__ = [
     "csv_of",
     "locked",
     "read_json",
+    "save_figure",
     "sha256_of",
     "write_json",
     "write_listed",

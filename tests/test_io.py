@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sae_lens_maira.errors import DiskError, LockError
-from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write, locked
+from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write, locked, save_figure
 
 pytestmark = pytest.mark.compat
 
@@ -29,6 +29,31 @@ def small_files():
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, before)
+
+
+def test_tables_and_figures_are_written_in_one_way():
+    """`csv_of` and `save_figure`: no formulas in a spreadsheet, no half figure after a kill."""
+    root = Path(__file__).parents[1]
+    files = [path for name in ("sae_lens_maira", "hooks", "recipes") for path in (root / name).rglob("*.py")]
+    assert len(files) > 100
+    others = [
+        str(path) for path in files if any(call in path.read_text() for call in (".savefig(", ".to_csv("))
+    ]
+    assert others == [str(root / "sae_lens_maira" / "io.py")]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_figure_is_replaced_in_one_piece(tmp_path, suffix):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / f"figure.{suffix}"
+    save_figure(Figure(figsize=(1, 1)), path, dpi=20)
+    before = path.read_bytes()
+    assert before[:4] == {"png": b"\x89PNG", "svg": b"<?xm"}[suffix]
+    with pytest.raises(TypeError):
+        save_figure(Figure(figsize=(1, 1)), path, metadata=3)
+    assert path.read_bytes() == before
+    assert names(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("sync", [True, False])

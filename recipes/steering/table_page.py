@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from sae_lens_maira.io import atomic_write, save_figure
 from sae_lens_maira.stats import wilson
 from sae_lens_maira.steering import methods as names
 
@@ -58,8 +59,8 @@ def write_tables(out: Path) -> None:
         if mine.empty:
             continue
         pages += [f"## {title}\n", by_method(mine), "", by_finding(mine), "", best_line(mine, part), ""]
-        figure(mine, title).savefig(out / f"{part}.png", dpi=90)
-    (out / "table.md").write_text("\n".join(pages), encoding="utf-8")
+        save_figure(figure(mine, title), out / f"{part}.png", dpi=90)
+    atomic_write(out / "table.md", "\n".join(pages))
 
 
 def by_method(table: pd.DataFrame) -> str:

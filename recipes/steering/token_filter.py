@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.recipe import run_recipe
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.io import atomic_write, save_figure
 from sae_lens_maira.latents import study_firing
 from sae_lens_maira.maira2 import TokenRole, resolve_roles
 from sae_lens_maira.quickstart.sae import train_sae
@@ -159,8 +160,8 @@ def write_filter_tables(out: Path) -> None:
         return
     table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     table.to_parquet(out / "table.parquet")
-    (out / "table.md").write_text(filter_page(table), encoding="utf-8")
-    filter_figure(table).savefig(out / "token_filter.png", dpi=90)
+    atomic_write(out / "table.md", filter_page(table))
+    save_figure(filter_figure(table), out / "token_filter.png", dpi=90)
 
 
 def filter_page(table: pd.DataFrame) -> str:

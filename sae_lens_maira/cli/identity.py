@@ -156,6 +156,7 @@ def locate(
     reader, n = options.reader(hooks)
     found = locate_sae(dictionary, _located(reader, n), seed=options.seed)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(out, csv_of(found.table))
     sys.stdout.write((json.dumps(found.to_json()) if as_json else str(found)) + "\n")
 
@@ -174,7 +175,7 @@ def _write_match(found: "LatentMatch", folder: Path) -> None:
     """Write the pairs, the summary and a histogram of the scores."""
     from matplotlib.figure import Figure
 
-    from sae_lens_maira.io import atomic_write, csv_of, write_json
+    from sae_lens_maira.io import atomic_write, csv_of, save_figure, write_json
 
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "pairs.csv", csv_of(found.pairs))
@@ -190,4 +191,4 @@ def _write_match(found: "LatentMatch", folder: Path) -> None:
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(folder / "scores.png", dpi=110)
+    save_figure(figure, folder / "scores.png", dpi=110)

@@ -86,7 +86,7 @@ def steer(
     """
     from sae_lens_maira.errors import ConfigError, InterventionError
     from sae_lens_maira.interface import finding_reader, load_sae, named_model, phantom_studies, read_studies
-    from sae_lens_maira.io import atomic_write
+    from sae_lens_maira.io import atomic_write, csv_of
     from sae_lens_maira.privacy import private_files
     from sae_lens_maira.steering import load_interventions, save_interventions
     from sae_lens_maira.steering.cohort import Cohort
@@ -145,7 +145,7 @@ def steer(
     errors = _errors(tables, steered_studies, read, seed)
     tables.save(out)
     with private_files(out):
-        atomic_write(out / "errors.csv", errors.to_csv(index=False))
+        atomic_write(out / "errors.csv", csv_of(errors))
     if intervention is None:
         method = next(m for m in methods if m.name == tables.best)
         strength = float(tables.summary.set_index("method").loc[tables.best, "strength"])  # pyright: ignore[reportArgumentType]

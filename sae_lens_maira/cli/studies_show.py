@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_lens_maira.io import save_figure
+
 if TYPE_CHECKING:
     from sae_lens_maira.studies import Study, StudyTable
 
@@ -212,5 +214,5 @@ def _film(axis: Any, image: Any, title: str) -> None:
 
 def _save(canvas: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(file, dpi=110)
+    save_figure(canvas, file, dpi=110)
     sys.stderr.write(f"drew {file}\n")

@@ -73,6 +73,7 @@ def train(
     from sae_lens_maira.training.checkpoints import resume_latest, set_aside
     from sae_lens_maira.training.initial import start_from
 
+    sae = _with_control(sae, control)
     place = device_of(str(trainer.get("device") or options.device))
     with options.ranks() as ranks, ExitStack() as held:
         comm = ProcessGroupCommunicator(ranks, place) if ranks.size > 1 else None
@@ -86,7 +87,7 @@ def train(
             options, ranks, steps.train_batch_size_samples, place, provider or {}
         )
         torch.manual_seed(options.seed)
-        config = _sae_config({"control": control} | sae, width, place)
+        config = _sae_config(sae, width, place)
         config.metadata.hook_name = options.hook_names[0]
         config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else label(options.model)
         config.metadata.token_roles = roles
@@ -173,6 +174,19 @@ def _trainer_config(given: dict[str, Any], place: str) -> "SAETrainerConfig":
             total_training_samples=int(config.total_training_samples),
             train_batch_size_samples=int(config.train_batch_size_samples),
         )
+
+
+def _with_control(sae: dict[str, Any], control: str | None) -> dict[str, Any]:
+    """The SAE's fields with the control of --control, unless they name another.
+
+    Raises:
+        ConfigError: Both name a control, and not the same; null in the fields is one as well.
+    """
+    if control is not None and sae.get("control", control) != control:
+        raise ConfigError(
+            f"--control is {control!r} and sae.control is {sae['control']!r}. Give one of the two, or the same in both."
+        )
+    return sae if control is None else sae | {"control": control}
 
 
 def _sae_config(given: dict[str, Any], width: int, place: str) -> "MatryoshkaTrainingSAEConfig":

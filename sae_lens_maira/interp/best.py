@@ -21,6 +21,7 @@ from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.examples import Example, split_examples, train_patients
 from sae_lens_maira.interp.offline import EXPLAINER, name_and_side, named_findings
 from sae_lens_maira.interp.records import Interpretation, Score, load
+from sae_lens_maira.io import save_figure
 from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.stats import bootstrap_mean, wilson_arrays
 
@@ -211,7 +212,7 @@ def write_best_figure(sets: Mapping[str, Sequence[Best]], path: Path | str) -> N
     axes.set(xlabel="balanced accuracy of detection on unseen patients", xlim=(0, 1.02))
     axes.invert_yaxis()
     axes.legend(fontsize=7, loc="lower left")
-    figure.savefig(Path(path), dpi=150, metadata={"Software": None})
+    save_figure(figure, path, dpi=150, metadata={"Software": None})
 
 
 def _interpretations(records: RecordSet, explainer: str) -> dict[int, Interpretation]:

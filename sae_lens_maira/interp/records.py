@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.io import atomic_write, sha256_of
+from sae_lens_maira.io import atomic_write, save_figure, sha256_of
 from sae_lens_maira.latents.recordset import META, RecordSet
 from sae_lens_maira.latents.serialization import from_plain, to_plain
 from sae_lens_maira.privacy import private_files, strictest
@@ -314,7 +314,7 @@ def write_figure(sets: Mapping[str, Sequence[Interpretation]], path: Path | str)
             xlim=(0, 1),
         )
         axes.legend(fontsize=7, loc="upper left")
-    figure.savefig(Path(path), dpi=150, metadata={"Software": None})
+    save_figure(figure, path, dpi=150, metadata={"Software": None})
 
 
 def _of(scores: pd.DataFrame, method: str, judge: str) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.io import save_figure
 from sae_lens_maira.latents import Agreement
 from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.quickstart.results import PlaceResult
@@ -150,4 +151,4 @@ def draw_steering(result: SteeringResult, file: Path) -> None:
 def _save(figure: Figure, file: Path, top: float = 1.0) -> None:
     # A Figure without pyplot: a notebook's own backend and open figures stay as they are.
     figure.tight_layout(rect=(0, 0, 1, top))
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file, dpi=110)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.io import atomic_write
+from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.latents import Halves
 from sae_lens_maira.phantom import FINDING_KEYS
 from sae_lens_maira.quickstart.figures import draw_agreement, draw_heatmaps, draw_steering
@@ -30,7 +30,7 @@ def write_report(
     places = (result.text, result.image)
     for place in places:
         table = folder / "tables" / f"agreement_{place.place}.csv"
-        atomic_write(table, agreement_frame(place).to_csv())
+        atomic_write(table, csv_of(agreement_frame(place), index=True))
     draw_agreement(places, folder / "figures" / "agreement.png")
     for column, finding in enumerate(FINDING_KEYS):
         latent = int(result.image.trained.unit[column])

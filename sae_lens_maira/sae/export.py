@@ -13,6 +13,7 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_maira.errors import SAEError
+from sae_lens_maira.io import atomic_file, atomic_write
 from sae_lens_maira.sae.inference import load_matryoshka
 from sae_lens_maira.sae.levels import sizes_from_widths
 
@@ -94,11 +95,13 @@ def export_dictionary_learning(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "ae.pt")
+    # An open file, since torch writes the name of a path into the archive.
+    with atomic_file(folder / "ae.pt") as draft, draft.open("wb") as file:
+        torch.save(state, file)
     # SAELens' own reader of such folders wants a buffer with a context length.
     buffer = {"d_submodule": source.cfg.d_in, "ctx_len": metadata.context_size}
     config = {"trainer": trainer, "buffer": buffer}
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    atomic_write(folder / "config.json", json.dumps(config, indent=2))
     return folder
 
 

@@ -25,7 +25,7 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.io import atomic_file
+from sae_lens_maira.io import atomic_file, save_figure
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.privacy import private_files
 from sae_lens_maira.stats import bootstrap_mean, wilson
@@ -73,8 +73,7 @@ class SteeringTables:
         folder.mkdir(parents=True, exist_ok=True)
         with private_files(folder), atomic_file(folder / "studies.parquet") as file:
             self.studies.to_parquet(file)
-        with atomic_file(folder / "dose_response.png") as file:
-            dose_response(self).savefig(file, dpi=130, format="png")
+        save_figure(dose_response(self), folder / "dose_response.png", dpi=130)
         with atomic_file(folder / "summary.parquet") as file:
             self.summary.to_parquet(file)
 

@@ -6,6 +6,8 @@ This module reads the dictionary that `benchmark.measure` makes; it times nothin
 from pathlib import Path
 from typing import Any
 
+from sae_lens_maira.io import save_figure
+
 LABELS = {
     "saelens": "SAELens, default",
     "saelens_fused_adam": "SAELens, fused Adam",
@@ -94,5 +96,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
         panel.set_xticks([], minor=True)
         panel.legend(fontsize="small")
     figure.suptitle(report["device"], fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
     plt.close(figure)

@@ -182,15 +182,16 @@ def resume_latest(trainer: SavingTrainer[Any, Any], base: Path | str) -> Path | 
     """
     found = checkpoints(base)
     damage = []
-    for folder in found:
+    for number, folder in enumerate(found, 1):
         try:
             verify(folder)
         except CheckpointError as error:
             damage.append(str(error))
             if trainer.comm.rank == 0:
-                sys.stderr.write(f"warning: {error} The checkpoint before it is used.\n")
+                following = " The checkpoint before it is tried." if number < len(found) else ""
+                sys.stderr.write(f"warning: {error}{following}\n")
             continue
-        resume(trainer, folder)
+        _load(trainer, folder)
         return folder
     if damage:
         raise CheckpointError(
@@ -216,6 +217,11 @@ def resume(trainer: SavingTrainer[Any, Any], checkpoint: Path | str) -> None:
             "this package. A saved SAE alone cannot be resumed."
         )
     verify(checkpoint)
+    _load(trainer, checkpoint)
+
+
+def _load(trainer: SavingTrainer[Any, Any], checkpoint: Path) -> None:
+    """`resume` from a checkpoint whose files were verified."""
     _check_settings(trainer, checkpoint)
     try:
         trainer.sae.load_weights_from_checkpoint(checkpoint)

@@ -13,6 +13,7 @@ from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
 
 HOOK = "blocks.3.hook_resid_post"
 # Arguments beyond --sae that each command requires. A command with --sae and without a row here fails the test below.
+# Key: the command, and the option that names the damaged SAE where that is not --sae.
 REQUIRED = {
     "evaluate": [],
     "match": ["--other", "phantom-image"],
@@ -20,6 +21,8 @@ REQUIRED = {
     "latents": ["--out", "{out}"],
     "attribute": ["--out", "{out}"],
     "steer": ["--out", "{out}", "--finding", "cardiomegaly"],
+    "match --other": ["--sae", "phantom-image"],
+    "attribute --text-sae": ["--sae", "phantom-image", "--out", "{out}"],
     "dashboards saedashboard": ["--out", "{out}", "--set-name", "res-1k"],
     "dashboards neuronpedia": ["--out", "{out}", "--set-name", "res-1k", "--records", "{records}"],
 }
@@ -134,7 +137,7 @@ def test_every_command_that_takes_an_sae_is_covered():
         if "sae" in inspect.signature(COMMANDS[name]).parameters and name not in ("train",)
     }
     # The workbench loads as `attribute` does, and would serve for ever if it did not refuse.
-    assert taking - {"quickstart", "workbench"} == set(REQUIRED)
+    assert taking - {"quickstart", "workbench"} == {name.partition(" --")[0] for name in REQUIRED}
 
 
 @pytest.mark.parametrize("command", REQUIRED)
@@ -144,7 +147,8 @@ def test_one_message_and_code_2(damage, command, healthy, records, tmp_path, cap
     shutil.copytree(healthy, folder)
     DAMAGES[damage](folder)
     words = [word.format(out=tmp_path / "out", records=records) for word in REQUIRED[command]]
-    code = main([*command.split(), "--sae", str(folder), *words])
+    command, _, option = command.partition(" --")
+    code = main([*command.split(), f"--{option or 'sae'}", str(folder), *words])
     captured = capsys.readouterr()
     if command == "locate" and damage.startswith("levels"):
         assert code == 0, captured.err  # it does not use the metadata
@@ -156,6 +160,47 @@ def test_one_message_and_code_2(damage, command, healthy, records, tmp_path, cap
     assert message[0].startswith(f"sae-lens-maira {command}: ")
     assert str(folder) in message[0] or damage.startswith("levels")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Rows of two phantom studies at the hook point of the SAE."""
+    folder = tmp_path_factory.mktemp("rows") / "store"
+    words = ["--hooks", HOOK, "--studies", "2", "--rates", "{image: 0.2}", "--store", str(folder)]
+    assert main(["harvest", *words]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("damage", [None, *DAMAGES])
+def test_a_training_from_a_damaged_sae_is_refused(damage, healthy, store, tmp_path, capsys):
+    """`train --init`: one message that names the folder, and no SAE is written."""
+    folder, out = tmp_path / "sae", tmp_path / "out"
+    shutil.copytree(healthy, folder)
+    DAMAGES.get(damage, lambda _: None)(folder)
+    steps = {"total_training_samples": 64, "train_batch_size_samples": 64, "lr": 0.001}
+    words = [
+        "--hooks",
+        HOOK,
+        "--studies",
+        "2",
+        "--rates",
+        "{image: 0.2}",
+        "--store",
+        str(store),
+        "--out",
+        str(out),
+    ]
+    words += ["--sae", "{d_sae: 256, k: 4, matryoshka_widths: [64, 256]}", "--trainer", json.dumps(steps)]
+    code = main(["train", *words, "--init", str(folder)])
+    told = capsys.readouterr().err.splitlines()
+    if damage is None:
+        assert code == 0
+        return
+    assert code == 2
+    message = [line for line in told if line.startswith("sae-lens-maira train: ")]
+    assert len(message) == 1, told
+    assert str(folder) in message[0] or damage.startswith(("levels", "another width"))
+    assert not out.exists()
 
 
 def test_records_of_another_sae_are_refused(healthy, tmp_path):

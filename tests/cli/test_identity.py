@@ -22,13 +22,15 @@ def test_an_sae_without_metadata_is_located(name, layer, kind, tmp_path, capsys)
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {"metadata": {}}))
     rate = [] if kind == "image" else ["--image-rate", "0.02"]
-    assert main(["locate", "--sae", str(tmp_path), "--out", str(tmp_path / "t.csv"), *rate, *FEW]) == 0
+    assert (
+        main(["locate", "--sae", str(tmp_path), "--out", str(tmp_path / "new" / "t.csv"), *rate, *FEW]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["hook_name"], found["kind"]) == (f"blocks.{layer}.hook_resid_post", kind)
     assert found["decided"]
     assert found["low"] > 0
     assert found["hidden_states"] == layer + 1
-    table = pd.read_csv(tmp_path / "t.csv")
+    table = pd.read_csv(tmp_path / "new" / "t.csv")
     scores = table[table["kind"] == kind].set_index("hook_name")["explained_variance"]
     # The other reading of "layer n": hidden_states[n] is the output of block n - 1, blocks.n + 1 the one after.
     for other in (layer - 1, layer + 1):

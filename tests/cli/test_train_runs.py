@@ -11,7 +11,7 @@ from sae_lens import SAE
 from sae_lens_maira.activations import ActivationStore
 from sae_lens_maira.cli import main
 from sae_lens_maira.cli.options import HarvestOptions
-from sae_lens_maira.errors import StoreError
+from sae_lens_maira.errors import StoreError, StudyError
 from sae_lens_maira.io import locked
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.sae import load_matryoshka
@@ -70,7 +70,7 @@ OPTIONS = {
     "max_norm": (5.0, "settings.max_norm is None"),
     "max_norm_ratio": (5.0, "settings.max_norm_ratio is None"),
     "seed": (1, "note: sampled with seed 0"),
-    "device": ("cpu", None),
+    "device": ("meta", None),
     "workers": (1, None),
     "rank": (None, None),
     "world": (None, None),
@@ -104,6 +104,20 @@ def test_a_complete_store_is_used_only_if_it_holds_what_is_asked(name, store, ph
         with pytest.raises(StoreError) as error:
             other.check_store(opened)
         assert told in str(error.value)
+
+
+def test_a_split_of_the_table_is_other_studies(tmp_path):
+    """--split chooses studies of the table, so a store of all of them is refused; without a table it has no effect."""
+    frame = table_of_studies(generate_studies(2, seed=9), tmp_path).frame.assign(split=["train", "test"])
+    table = StudyTable.from_frame(frame, tmp_path).save(tmp_path / "studies.parquet")
+    asked = HarvestOptions(hooks=HOOK, table=table, store=tmp_path / "store", device="cpu")
+    assert main(["harvest", "--hooks", HOOK, "--table", str(table), "--store", str(asked.store)]) == 0
+    opened = ActivationStore(tmp_path / "store")
+    assert asked.check_store(opened) == []
+    with pytest.raises(StoreError, match="the store has 2 studies and 1 are given here"):
+        replace(asked, split="train").check_store(opened)
+    with pytest.raises(StudyError, match="none of them in the split validate"):
+        replace(asked, split="validate").check_store(opened)
 
 
 def test_texts_and_images_changed_since_the_harvest_are_refused(tmp_path, capsys):
@@ -167,6 +181,15 @@ def test_wrong_settings_are_one_message(more, told, store, tmp_path, capsys):
 def test_wrong_settings_of_the_sae_are_one_message(sae, store, tmp_path, capsys):
     assert train(store, tmp_path / "sae", sae=sae) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [None, "frozen_encoder"])
+def test_two_different_controls_are_refused(given, store, tmp_path, capsys):
+    """A recipe's `control: null` does not take --control back in silence; without --control it is a plain training."""
+    sae = json.dumps({"d_sae": 64, "k": 4, "matryoshka_widths": [16, 64], "control": given})
+    assert train(store, tmp_path / "sae", "--control", "frozen_decoder", sae=sae) == 2
+    assert f"--control is 'frozen_decoder' and sae.control is {given!r}" in capsys.readouterr().err
+    assert not (tmp_path / "sae").exists()
 
 
 def test_a_rerun_with_other_settings_is_refused_or_starts_again(store, tmp_path, capsys):

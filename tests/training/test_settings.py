@@ -10,6 +10,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens_maira.errors import CheckpointError
 from sae_lens_maira.sae import MatryoshkaTrainingSAEConfig
 from sae_lens_maira.training import FusedSAETrainer, latest_checkpoint
+from sae_lens_maira.training import checkpoints as checkpoints_module
 from sae_lens_maira.training.checkpoints import (
     FREE,
     LONGER,
@@ -112,8 +113,21 @@ def test_a_damaged_checkpoint_is_passed_over(trainer, damage, name, tmp_path, ca
         assert name in capsys.readouterr().err
     for folder in checkpoints(tmp_path):
         (folder / SUMS_FILENAME).write_text("{")
+    capsys.readouterr()
     with pytest.raises(CheckpointError, match=r"None of the .* checkpoints"):
         resume_latest(trainer(), tmp_path)
+    told = capsys.readouterr().err.splitlines()
+    tried = ["The checkpoint before it is tried." in line for line in told]
+    assert tried == [True] * (len(told) - 1) + [False]  # there is none before the oldest
+
+
+def test_a_checkpoint_is_read_once_to_be_verified(trainer, tmp_path, monkeypatch):
+    trainer().fit()
+    read = []
+    summed = checkpoints_module._sum_of
+    monkeypatch.setattr(checkpoints_module, "_sum_of", lambda path: read.append(path.name) or summed(path))
+    assert resume_latest(trainer(), tmp_path) is not None
+    assert len(read) == len(set(read)) > 3
 
 
 def test_starting_again_sets_checkpoints_aside(trainer, tmp_path):
