@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.io import atomic_write
+from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka, make_control
@@ -137,8 +137,8 @@ def continue_rows(
     for row in tqdm(made(len(rows)), total=n - len(rows), desc=label):
         rows.append(row)
         if len(rows) % saved_every == 0:
-            atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
-    atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
+            atomic_write(file, csv_of(pd.DataFrame(rows)))
+    atomic_write(file, csv_of(pd.DataFrame(rows)))
 
 
 def mean_line(label: str, values: np.ndarray) -> str:
