@@ -97,12 +97,38 @@ class BridgedMaira2(SAETransformerBridge):
         bridged = [*(norm for block in blocks for norm in (block.ln1, block.ln2)), self.ln_final]
         return [norm.original_component for norm in bridged]
 
+    def clear_contexts(self) -> None:
+        """Clear the stored `ctx` on every registered hook point, also while an SAE is attached at one of them."""
+        for point in self._registered():
+            point.clear_context()
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Any = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """As TransformerBridge's, also while SAEs are attached; their hooks are removed and they stay."""
+        if not self._acts_to_saes:
+            super().reset_hooks(clear_contexts, direction, including_permanent, level)
+            return
+        # TransformerBridge would ask SAELens' wrapper for methods of a hook point.
+        if clear_contexts:
+            self.clear_contexts()
+        self.remove_all_hook_fns(direction, including_permanent, level)
+
+    def _registered(self) -> Iterator[HookPoint]:
+        """Registered hook points; where an SAE is attached, those inside it."""
+        registered: Any = self._hook_registry.values()
+        for entry in registered:
+            yield from (point for point in entry.modules() if isinstance(point, HookPoint))
+
     def remove_all_hook_fns(
         self, direction: Any = "both", including_permanent: bool = False, level: int | None = None
     ) -> None:
         """As TransformerBridge's, and hooks that were added inside an SAE that has been taken out."""
-        super().remove_all_hook_fns(direction, including_permanent=including_permanent, level=level)
-        for point in self._left:
+        for point in (*self._registered(), *self._left):
             point.remove_hooks(direction, including_permanent=including_permanent, level=level)
 
     @property

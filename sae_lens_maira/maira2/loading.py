@@ -263,6 +263,8 @@ def load_config(path_or_id: str | Path, revision: str | None = None, **hub: Any)
         CheckpointError: it cannot be read, or is not MAIRA-2's.
     """
     source = str(path_or_id)
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise CheckpointError(f"There is no folder {source}. Give the folder of a checkpoint, or a hub id.")
     if not Path(source).is_dir():
         hub["revision"] = published_revision(source, revision)
     try:

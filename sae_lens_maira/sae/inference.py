@@ -244,6 +244,11 @@ def open_sae(folder: str | Path, device: str = "cpu", dtype: str | None = None) 
                 "two files belong to different SAEs; copy both from one folder."
             )
     for name, value in state.items():
+        if not value.is_floating_point():
+            raise SAEError(
+                f"{weights}: {name} holds {value.dtype}, and floating-point numbers were expected. Copy the weights of "
+                "the SAE, without a conversion to integers."
+            )
         if not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             raise SAEError(

@@ -91,6 +91,9 @@ DAMAGES = {
         metadata={"hook_name": HOOK, "matryoshka": {"level_widths": [64, 999]}}
     ),
     "levels are words": edit_config(metadata={"hook_name": HOOK, "matryoshka": {"level_widths": ["a", "b"]}}),
+    "weights are integers": edit_weights(
+        lambda state: state.update({name: value.int() for name, value in state.items()})
+    ),
     "a tensor is missing": edit_weights(lambda state: state.pop("b_enc")),
     "a tensor is short": edit_weights(lambda state: state.update(b_enc=state["b_enc"][:7].clone())),
     "a tensor is of another kind": edit_weights(lambda state: state.update(gate=torch.ones(3))),

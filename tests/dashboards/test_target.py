@@ -12,7 +12,7 @@ from sae_lens.analysis import neuronpedia_integration
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
 from sae_lens_maira.cli import main
-from sae_lens_maira.dashboards.target import save_metadata, set_metadata
+from sae_lens_maira.dashboards.target import Target, save_metadata, set_metadata
 from sae_lens_maira.errors import ConfigError
 
 SITE = neuronpedia_integration.NEURONPEDIA_DOMAIN
@@ -95,3 +95,12 @@ def test_the_recipe_runs_as_its_first_line_says(make_set, tmp_path, capsys):
     name = yaml.safe_load(RECIPE.read_text())["set_name"]
     assert (said["neuronpedia_id"], said["issues"]) == (f"maira-2/15-{name}", 0)
     assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.neuronpedia_id == said["neuronpedia_id"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://localhost:99999", "http://localhost:port", "localhost:8000", "ftp://x"]
+)
+def test_addresses_that_are_none_are_refused(url):
+    """Also those that the standard library cannot take apart."""
+    with pytest.raises(ConfigError, match="address|url|scheme"):
+        Target(model_id="maira-2", set_name="res-1k", url=url)

@@ -49,6 +49,17 @@ def test_reset_hooks_reaches_an_sae_that_has_left(host: Any, encoding: Any) -> N
     assert len(own.fwd_hooks) == 1, "a permanent hook is the caller's"
 
 
+def test_reset_hooks_while_an_sae_is_attached(host: Any, encoding: Any) -> None:
+    """Hooks inside the attached SAE are removed too, and the SAE stays where it is."""
+    sae = make_sae()
+    with torch.no_grad(), host.saes(sae):
+        expected = host(encoding)
+        host.add_hook(ACTS, zero)
+        assert not torch.equal(host(encoding), expected)
+        host.reset_hooks()
+        assert torch.equal(host(encoding), expected)
+
+
 def test_left_padded_ids_without_a_mask_give_the_encoding_s_logits(
     host: Any, prompt: Any, encoding: Any
 ) -> None:

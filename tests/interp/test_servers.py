@@ -1,5 +1,6 @@
 """A fake server with 57 behaviours, asked by the command: understood, or exit 2 with the server's own words."""
 
+import asyncio
 import gzip
 import json
 import time
@@ -163,6 +164,21 @@ def test_an_odd_server_is_understood(httpserver, records, capsys, name):
         first = len(httpserver.bodies)
         assert run(httpserver, records, USABLE[name], "--seed", "1") == 0
         assert len(httpserver.bodies) < first
+
+
+def test_a_server_is_asked_from_within_a_running_event_loop(httpserver, records):
+    """As in a notebook: the command and `interpret` give what they give outside."""
+    plain = next(iter(USABLE))
+    assert run(httpserver, records, USABLE[plain]) == 0
+    outside = [one.scores[0].balanced_accuracy for one in load(records.folder) if one.explainer == "odd"]
+
+    async def host() -> int:
+        return run(httpserver, records, USABLE[plain], "--seed", "1")
+
+    assert asyncio.run(host()) == 0
+    assert len(httpserver.bodies) > 0
+    inside = [one.scores[0].balanced_accuracy for one in load(records.folder) if one.explainer == "odd"]
+    assert inside == outside
 
 
 def slowly() -> Iterator[bytes]:

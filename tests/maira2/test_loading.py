@@ -255,8 +255,9 @@ def test_a_checkpoint_of_another_model_type_is_refused(copy: Path) -> None:
 def test_a_folder_or_id_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No configuration"):
         load_maira2(tmp_path)
-    with pytest.raises(CheckpointError, match="No configuration"):
-        load_maira2(tmp_path / "absent", local_files_only=True)
+    for absent in (tmp_path / "absent", "./absent", "~/absent/of/all"):
+        with pytest.raises(CheckpointError, match="There is no folder"):
+            load_maira2(absent, local_files_only=True)
 
 
 def test_remote_code_and_unknown_keywords_are_refused(saved: Path) -> None:
