@@ -102,5 +102,5 @@ def test_the_recipe_runs_as_its_first_line_says(make_set, tmp_path, capsys):
 )
 def test_addresses_that_are_none_are_refused(url):
     """Also those that the standard library cannot take apart."""
-    with pytest.raises(ConfigError, match="address|url|scheme"):
+    with pytest.raises(ConfigError, match=r"address|url|scheme"):
         Target(model_id="maira-2", set_name="res-1k", url=url)
