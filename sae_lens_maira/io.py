@@ -189,16 +189,28 @@ def locked(folder: Path | str, part: str = "") -> Iterator[None]:
     Args:
         folder: The folder; it need not exist.
         part: Part of the folder that this process works in, such as "rank 3 of 16", where several processes share it.
-            Processes with different parts do not exclude each other.
+            Processes with different parts do not exclude each other. A part excludes processes with the same part and
+            processes that lock the whole folder.
 
     Raises:
         LockError: Another process holds the lock; the message gives its host, process id and age.
     """
     folder = Path(os.path.abspath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    suffix = f"-{part.replace(' ', '-')}" if part else ""
-    path = folder.with_name(f".{folder.name}{suffix}.lock")
-    handle = _lock(path, folder)
+    whole = folder.with_name(f".{folder.name}.lock")
+    if not part:
+        with _held(whole, folder):
+            yield
+        return
+    own = folder.with_name(f".{folder.name}-{part.replace(' ', '-')}.lock")
+    with _held(whole, folder, shared=True), _held(own, folder):
+        yield
+
+
+@contextmanager
+def _held(path: Path, folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold one lock file; the last process that holds it removes it."""
+    handle = _lock(path, folder, shared)
     try:
         if handle is not None:
             owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
@@ -208,17 +220,18 @@ def locked(folder: Path | str, part: str = "") -> Iterator[None]:
     finally:
         if handle is not None:
             with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while others share it
                 path.unlink(missing_ok=True)
             os.close(handle)
 
 
-def _lock(path: Path, folder: Path) -> int | None:
+def _lock(path: Path, folder: Path, shared: bool) -> int | None:
     """Open and lock the file; None, with a warning, where the file system has no locks."""
     while True:
         handle = -1
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(handle).st_ino:
                     return handle

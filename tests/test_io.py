@@ -171,12 +171,28 @@ def test_a_lock_excludes_others_until_its_process_ends(tmp_path):
         assert owner.stdout.readline() == "held\n"
         with pytest.raises(LockError, match=rf"process {owner.pid} on .*, started \d+ s ago"), locked(folder):
             pass
-        with locked(folder, "rank 1 of 2"), locked(folder, "rank 0 of 2"):
+        with pytest.raises(LockError, match="in use"), locked(folder, "rank 0 of 2"):
             pass
     finally:
         owner.kill()
         owner.communicate()
     assert names(tmp_path) == [".work.lock"]  # the killed process left it
     with locked(folder), pytest.raises(LockError), locked(folder):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_parts_of_a_folder_exclude_the_whole_and_themselves(tmp_path):
+    """Ranks share a folder; no other process works in it meanwhile, and no lock file is left."""
+    folder = tmp_path / "work"
+    with locked(folder, "rank 0 of 2"):
+        with locked(folder, "rank 1 of 2"), pytest.raises(LockError), locked(folder):
+            pass
+        with pytest.raises(LockError), locked(folder, "rank 0 of 2"):
+            pass
+        with pytest.raises(LockError, match=f"process {os.getpid()} "), locked(folder):
+            pass
+    assert names(tmp_path) == []
+    with locked(folder), pytest.raises(LockError), locked(folder, "rank 0 of 2"):
         pass
     assert names(tmp_path) == []

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from sae_lens.training.mixing_buffer import mixing_buffer
 
+from sae_lens_maira.activations.provider import require_same_batches
 from sae_lens_maira.activations.reader import RowReader
 from sae_lens_maira.activations.sampling import RowSettings
 from sae_lens_maira.errors import StoreError
@@ -98,11 +99,7 @@ class DirectProvider:
         Raises:
             StoreError: it belongs to other studies or settings.
         """
-        if state["identity"] != self._identity():
-            raise StoreError(
-                "The state was taken from a provider of other studies, seed, hook point or sizes, so its place means "
-                "nothing here. Build the provider as it was, or start anew."
-            )
+        require_same_batches(state, self._identity())
         self._next_group = state["group"]
         self._restart()
 
@@ -136,5 +133,12 @@ class DirectProvider:
             if len(rows):
                 yield rows
 
-    def _identity(self) -> list[Any]:
-        return [self._hook, self._n, self._group, self._seed, *self._shape]
+    def _identity(self) -> dict[str, Any]:
+        """What determines the batches, as JSON values."""
+        names = dict(zip(("buffer_rows", "batch_size", "mix_fraction"), self._shape, strict=True))
+        return {
+            "hook point": self._hook,
+            "studies": self._n,
+            "group": self._group,
+            "seed": self._seed,
+        } | names

@@ -54,6 +54,27 @@ def _effective(batch: int, counts: np.ndarray) -> float:
     return 1 / (1 / batch + (1 - 1 / batch) * same)
 
 
+def require_same_batches(state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise StoreError unless a provider's state was taken from one that yields the same batches.
+
+    Args:
+        state: What `state_dict` returned.
+        identity: What determines the batches of the provider that is to continue, by name.
+    """
+    theirs = state.get("identity")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    differ = [
+        f"{name} is {theirs.get(name)!r} there and {value!r} here"
+        for name, value in identity.items()
+        if theirs.get(name) != value
+    ]
+    if differ:
+        raise StoreError(
+            f"The state was taken from a provider of other batches: {'; '.join(differ)}. Use the same studies or store "
+            "and the same settings to continue it, or start again (`train --resume false`)."
+        )
+
+
 class StoreProvider:
     """`Iterator[Tensor (batch_size, d_in) float32]` over a store; deterministic by seed, resumable anywhere."""
 
@@ -156,19 +177,7 @@ class StoreProvider:
         Raises:
             StoreError: it belongs to another store, shuffle or mixture.
         """
-        mine, theirs = self._identity(), state["identity"]
-        if not isinstance(theirs, dict):
-            theirs = {}
-        differ = [
-            f"{name} is {theirs.get(name)!r} there and {value!r} here"
-            for name, value in mine.items()
-            if theirs.get(name) != value
-        ]
-        if differ:
-            raise StoreError(
-                f"The state was taken from a provider of other batches: {'; '.join(differ)}. Use the same store and "
-                "settings to continue, or start again."
-            )
+        require_same_batches(state, self._identity())
         for job in self._prepared:
             job.cancel()
         while self._prepared:
@@ -326,9 +335,9 @@ class StoreProvider:
         """What determines the batches, as JSON values."""
         return {
             "hook point": self._hook,
-            "batch size": self._batch,
+            "batch_size": self._batch,
             "seed": self._seed,
-            "segments per buffer": self._per_buffer,
+            "buffer_rows": self._per_buffer * SEGMENT,
             "store": self._store.fingerprint,
             "rows": len(self._store),
             "rates": self.rates,

@@ -173,9 +173,6 @@ class ActivationStore:
             StoreError: Shapes do not fit, or the disk is full; the store is then as before.
         """
         files, sums = [], {}
-        # What a killed process left of this shard; a shard is written by one rank only.
-        for left in self.folder.glob(f"shard-{shard:06d}.*.partial"):
-            left.unlink(missing_ok=True)
         try:
             places = None if order is None else torch.from_numpy(order)
             for hook, d_in in self.spec.hooks.items():

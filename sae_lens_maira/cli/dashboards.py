@@ -164,7 +164,7 @@ def upload(
     model_id: str = "maira-2",
     layers: int = 32,
     url: str | None = None,
-    max_features: int = 128,
+    max_features: int = 12,
     max_bytes: int = 4_000_000,
     as_json: bool = False,
 ) -> None:
@@ -182,7 +182,7 @@ def upload(
         model_id: Name of the model on Neuronpedia.
         layers: Number of decoder layers of the model.
         url: Address of a page that shows more.
-        max_features: Latents per request, at most 128.
+        max_features: Latents per request, at most 128; the server has 5 s to store a request.
         max_bytes: Size limit of a request in bytes.
         as_json: Print JSON instead of text.
     """

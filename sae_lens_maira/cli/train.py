@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae_lens_maira.cli.fields import checked_fields
 from sae_lens_maira.cli.options import HarvestOptions
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import ConfigError, MairaError
@@ -71,7 +71,7 @@ def train(
     from sae_lens_maira.sae import MatryoshkaTrainingSAE
     from sae_lens_maira.training import FusedSAETrainer
     from sae_lens_maira.training.checkpoints import resume_latest, set_aside
-    from sae_lens_maira.training.initial import start_from
+    from sae_lens_maira.training.initial import initial_sae, start_from
 
     sae = _with_control(sae, control)
     place = device_of(str(trainer.get("device") or options.device))
@@ -94,6 +94,7 @@ def train(
         if not direct:
             config.metadata.activation_store = os.path.relpath(str(options.store), out)
         dictionary = MatryoshkaTrainingSAE(config)
+        initial = None if init is None else initial_sae(init, config)
         settings = data | {"seed": options.seed, "init": init}
         with _said_once("The settings of the trainer"):
             run = FusedSAETrainer(
@@ -109,8 +110,9 @@ def train(
             newest = resume_latest(run, steps.checkpoint_path)
         if newest is not None and not ranks.rank:
             sys.stderr.write(f"continuing from {newest}\n")
-        if newest is None and init is not None:
-            start_from(run, init)
+        if newest is None and initial is not None:
+            start_from(run, initial)
+        del initial
         with _logged(steps, run.settings(), ranks.rank):
             run.fit()
         if ranks.rank:
@@ -154,7 +156,7 @@ def _trainer_config(given: dict[str, Any], place: str) -> "SAETrainerConfig":
     logger = given.get("logger")
     with _said_once("The settings of the trainer"):
         if isinstance(logger, dict):
-            logger = LoggingConfig(**logger)
+            logger = LoggingConfig(**checked_fields("trainer.logger", logger, LoggingConfig))
         elif logger is None:
             logger = LoggingConfig(log_to_wandb=False)
         elif not isinstance(logger, LoggingConfig):
@@ -162,18 +164,16 @@ def _trainer_config(given: dict[str, Any], place: str) -> "SAETrainerConfig":
                 f"trainer.logger is {logger!r}; expected fields of SAELens' LoggingConfig, for example "
                 '"{wandb_project: NAME}".'
             )
-        config = SAETrainerConfig(**(given | {"device": place, "logger": logger}))
+        settings = checked_fields("trainer", given | {"device": place, "logger": logger}, SAETrainerConfig)
+        config = SAETrainerConfig(**settings)
         for name in ("total_training_samples", "train_batch_size_samples"):
-            value = getattr(config, name)
-            if not isinstance(value, (int, float)) or value != int(value) or value < 1:
-                raise ConfigError(f"trainer.{name} is {value!r}; expected a whole number of at least 1.")
-        if not isinstance(config.lr, (int, float)) or not config.lr > 0:
+            if getattr(config, name) < 1:
+                raise ConfigError(
+                    f"trainer.{name} is {getattr(config, name)!r}; expected a whole number of at least 1."
+                )
+        if not config.lr > 0:
             raise ConfigError(f"trainer.lr is {config.lr!r}; expected a number above 0, such as 0.0003.")
-        return replace(
-            config,
-            total_training_samples=int(config.total_training_samples),
-            train_batch_size_samples=int(config.train_batch_size_samples),
-        )
+        return config
 
 
 def _with_control(sae: dict[str, Any], control: str | None) -> dict[str, Any]:
@@ -190,10 +190,17 @@ def _with_control(sae: dict[str, Any], control: str | None) -> dict[str, Any]:
 
 
 def _sae_config(given: dict[str, Any], width: int, place: str) -> "MatryoshkaTrainingSAEConfig":
+    from sae_lens.saes.sae import SAEMetadata
+
     from sae_lens_maira.sae import MatryoshkaTrainingSAEConfig
 
     with _said_once("The settings of the SAE"):
-        return MatryoshkaTrainingSAEConfig(**({"d_in": width, "device": place} | given))
+        settings = checked_fields(
+            "sae", {"d_in": width, "device": place} | given, MatryoshkaTrainingSAEConfig
+        )
+        if isinstance(settings.get("metadata"), dict):
+            settings["metadata"] = SAEMetadata(**settings["metadata"])
+        return MatryoshkaTrainingSAEConfig(**settings)
 
 
 @contextmanager
@@ -257,6 +264,7 @@ def _stored(
     activations.check()
     given = {"seed": options.seed, "device": place} | settings
     with _said_once("The settings of the provider"):
+        given = checked_fields("provider", given, StoreProvider)
         batches = StoreProvider(activations, hook, batch, rank=ranks.rank, world_size=ranks.size, **given)
     if not ranks.rank:
         found, ideal = batches.mixing()
@@ -284,6 +292,7 @@ def _direct(
     given = {"seed": options.seed, "device": place, "workers": options.workers} | settings
     rows = options.row_settings()
     with _said_once("The settings of the provider"):
+        given = checked_fields("provider", given, DirectProvider)
         batches = DirectProvider(maira, studies, options.hook_names[0], batch, settings=rows, **given)
     data = {
         "rates": rows.rates_by_name,

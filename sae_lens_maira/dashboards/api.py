@@ -21,6 +21,8 @@ from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.privacy import SHAREABLE
 
 MAX_FEATURES = 128
+USUAL_FEATURES = 12
+"""Features per request if not given: the server stores a request in one transaction of 5 s, which 128 can exceed."""
 MAX_LOGITS = 20
 MAX_EXPLANATION = 512
 MAX_BYTES = 4_000_000

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.dashboards.api import MAX_BYTES, MAX_FEATURES, payloads
+from sae_lens_maira.dashboards.api import MAX_BYTES, USUAL_FEATURES, payloads
 from sae_lens_maira.dashboards.explanations import Interpretations
 from sae_lens_maira.dashboards.schema import Line
 from sae_lens_maira.dashboards.server import KEY, Journal, Site, safe_address
@@ -79,7 +79,7 @@ def upload(
     new_model: bool = False,
     key: str | None = None,
     base_url: str | None = None,
-    max_features: int = MAX_FEATURES,
+    max_features: int = USUAL_FEATURES,
     max_bytes: int = MAX_BYTES,
     timeout: float = 120.0,
 ) -> Plan:

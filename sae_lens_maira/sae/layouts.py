@@ -224,7 +224,9 @@ def _assemble(
         raise SAEError(
             f"{path} names no groups and no class, neither in its state dict nor in a configuration next to it, so its "
             "encoder's formula is unknown: JumpReLU and TopK SAEs of the same library have the same tensors. Pass "
-            f"dict_class=, one of {', '.join(_READABLE_CLASSES)}, with level_widths=[{d_sae}] for one level."
+            f"dict_class= to load_release, one of {', '.join(_READABLE_CLASSES)}, with level_widths=[{d_sae}] for one "
+            f'level; for a command write {path.parent / "config.json"} with {{"dict_class": "BatchTopKSAE", '
+            f'"level_widths": [{d_sae}]}}.'
         )
     k = _plain(state["k"]) if "k" in state else config_value(config, "k", "top_k")
     return RawSAE(

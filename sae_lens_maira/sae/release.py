@@ -237,11 +237,18 @@ def _config_of(raw: RawSAE, weights: Path, request: ReleaseRequest) -> Matryoshk
     d_in, d_sae = raw.W_enc.shape
     widths = raw.level_widths
     if request.level_widths is not None:
-        widths = check_widths(request.level_widths, d_sae, "level_widths")
+        given = check_widths(request.level_widths, d_sae, "level_widths")
+        if widths is not None and widths != given:
+            raise SAEError(
+                f"{weights} has levels of widths {list(widths)}, and level_widths={list(given)} was given. Leave "
+                "level_widths out, or give those of the file."
+            )
+        widths = given
     if widths is None:
         raise SAEError(
             f"{weights} names no groups, neither in its state dict nor in a configuration next to it. Pass "
-            f"level_widths=[...] if you know them, or level_widths=[{d_sae}] to load it as one level."
+            f"level_widths=[...] to load_release if you know them, or level_widths=[{d_sae}] to load it as one level; "
+            f'for a command write {weights.parent / "config.json"} with {{"level_widths": [{d_sae}]}}.'
         )
     hook_name, source = (
         (request.hook_name, "given") if request.hook_name else hook_of(raw.facts, str(weights))

@@ -20,6 +20,9 @@ from sae_lens_maira.training.inputs import agree_on_scaling
 if TYPE_CHECKING:
     from sae_lens_maira.training.trainer import FusedSAETrainer
 
+SCALED = ("none", "expected_average_only_in")
+"""Values of `normalize_activations` under which the weights of another SAE keep their meaning."""
+
 
 @torch.no_grad()
 def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE) -> None:
@@ -32,18 +35,12 @@ def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE
         source: A folder, what `load_release` takes, or an SAE in memory.
 
     Raises:
-        SAEError: The SAE cannot be read, or its width, number of latents, levels or k are others.
+        SAEError: As `initial_sae`.
     """
-    given = source if isinstance(source, MatryoshkaSAE) else load_matryoshka(resolve_sae(source))
     sae = trainer.sae
-    _check(given, sae.cfg)
+    given = initial_sae(source, sae.cfg)
     weights = {name: value.detach().to(sae.W_dec) for name, value in given.state_dict().items()}
     norms = weights["W_dec"].norm(dim=1)
-    if bool((norms == 0).any()):
-        raise SAEError(
-            f"{int((norms == 0).sum())} decoder rows of the SAE to start from are zero, so their directions are "
-            "unknown. Start from another SAE, or from random weights."
-        )
     # Decoder rows of norm 1 make activations comparable in both conventions.
     weights["W_enc"] = weights["W_enc"] * norms
     weights["b_enc"], threshold = weights["b_enc"] * norms, weights["threshold"] * norms
@@ -61,16 +58,36 @@ def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE
         sae.topk_threshold.fill_(float(known.mean()) * scale)
 
 
+def initial_sae(source: str | MatryoshkaSAE, cfg: MatryoshkaTrainingSAEConfig) -> MatryoshkaSAE:
+    """Read an SAE to start from, and check that a training SAE of this configuration can take its weights.
+
+    Args:
+        source: A folder, what `load_release` takes, or an SAE in memory.
+        cfg: Configuration of the SAE to train.
+
+    Raises:
+        SAEError: The SAE cannot be read, its width, number of latents, levels or k are others, or a decoder row is 0.
+    """
+    given = source if isinstance(source, MatryoshkaSAE) else load_matryoshka(resolve_sae(source))
+    _check(given, cfg)
+    if cfg.normalize_activations not in SCALED:
+        raise SAEError(
+            f"A training with normalize_activations={cfg.normalize_activations!r} cannot start from another SAE's "
+            f"weights. Use {' or '.join(map(repr, SCALED))}."
+        )
+    zeros = int((given.W_dec.detach().norm(dim=1) == 0).sum())
+    if zeros:
+        raise SAEError(
+            f"{zeros} decoder rows of the SAE to start from are zero, so their directions are unknown. Start from "
+            "another SAE, or from random weights."
+        )
+    return given
+
+
 def _scale(trainer: "FusedSAETrainer[Any, Any]") -> float:
     """Factor that the trainer multiplies its inputs by."""
-    kind = trainer.sae.cfg.normalize_activations
-    if kind == "none":
+    if trainer.sae.cfg.normalize_activations == "none":
         return 1.0
-    if kind != "expected_average_only_in":
-        raise SAEError(
-            f"A training with normalize_activations={kind!r} cannot start from another SAE's weights. Use 'none' or "
-            "'expected_average_only_in'."
-        )
     agree_on_scaling(trainer, trainer.comm)
     factor = trainer.activation_scaler.scaling_factor
     assert factor is not None

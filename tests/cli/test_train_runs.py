@@ -3,18 +3,21 @@
 import json
 import os
 from dataclasses import fields, replace
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.config import LoggingConfig, SAETrainerConfig
 
-from sae_lens_maira.activations import ActivationStore
+from sae_lens_maira.activations import ActivationStore, StoreProvider
 from sae_lens_maira.cli import main
+from sae_lens_maira.cli.fields import checked_fields
 from sae_lens_maira.cli.options import HarvestOptions
-from sae_lens_maira.errors import StoreError, StudyError
+from sae_lens_maira.errors import ConfigError, StoreError, StudyError
 from sae_lens_maira.io import locked
 from sae_lens_maira.phantom import generate_studies
-from sae_lens_maira.sae import load_matryoshka
+from sae_lens_maira.sae import MatryoshkaTrainingSAEConfig, load_matryoshka
 from sae_lens_maira.studies import StudyTable, table_of_studies
 
 HOOK = "blocks.1.hook_resid_post"
@@ -177,6 +180,43 @@ def test_wrong_settings_are_one_message(more, told, store, tmp_path, capsys):
     assert "Traceback" not in error
 
 
+PARTS = {
+    "trainer": SAETrainerConfig,
+    "trainer.logger": LoggingConfig,
+    "sae": MatryoshkaTrainingSAEConfig,
+    "provider": StoreProvider,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_value_of_another_type_names_its_field(part):
+    """Every field of every part of a recipe, with values that no field of another type takes."""
+    hints = get_type_hints(PARTS[part].__init__)
+    checked = 0
+    for name, hint in hints.items():
+        if name in ("return", "logger"):
+            continue
+        inner = {str(one) for one in (get_args(hint) or (hint,))}
+        wrong = {"two", (1.5, "x"), -0.5} if "str" not in str(hint) and "Literal" not in str(hint) else {-0.5}
+        for value in wrong - ({-0.5} if {str(float)} & inner and get_origin(hint) is not list else set()):
+            given = list(value) if isinstance(value, tuple) else value
+            with pytest.raises(ConfigError, match=rf"^{part}\.{name} is .*; expected "):
+                checked_fields(part, {name: given}, PARTS[part])
+            checked += 1
+    assert checked > len(hints)
+    assert checked_fields("trainer", {"lr_warm_up_steps": 1e2}, SAETrainerConfig) == {"lr_warm_up_steps": 100}
+
+
+def test_wrong_types_end_before_a_model_is_loaded(store, tmp_path, capsys):
+    assert train(store, tmp_path / "sae", adam_beta1="two") == 2
+    assert "trainer.adam_beta1 is 'two'; expected a number." in capsys.readouterr().err
+    assert train(store, tmp_path / "sae", sae=SAE_PART.replace("k: 4", "k: four")) == 2
+    assert "sae.k is 'four'; expected a number." in capsys.readouterr().err
+    assert train(store, tmp_path / "sae", "--provider", "{buffer_rows: few}") == 2
+    assert "provider.buffer_rows is 'few'; expected a whole number." in capsys.readouterr().err
+    assert not (tmp_path / "sae").exists()
+
+
 @pytest.mark.parametrize("sae", ["{d_sae: 64}", "{d_sae: 64, k: 4, matryoshka_widths: [16, 64], width: 3}"])
 def test_wrong_settings_of_the_sae_are_one_message(sae, store, tmp_path, capsys):
     assert train(store, tmp_path / "sae", sae=sae) == 2
@@ -272,7 +312,23 @@ def test_training_starts_from_an_existing_sae(store, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "d_sae is 64 there and 96 here" in error
     assert "k is 4" in error
-    assert train(store, tmp_path / "none", "--init", str(tmp_path / "nowhere")) == 2
+    places = {"checkpoint_path": str(tmp_path / "checkpoints"), "n_checkpoints": 1}
+    assert train(store, tmp_path / "fifth", **places) == 0
+    before = sorted((tmp_path / "checkpoints").iterdir())
+    again = ["--resume", "false", "--init", str(tmp_path / "nowhere")]
+    assert train(store, tmp_path / "fifth", *again, **places) == 2
+    assert sorted((tmp_path / "checkpoints").iterdir()) == before, (
+        "checkpoints were moved for an SAE that is not there"
+    )
+
+
+def test_a_rerun_with_another_buffer_names_the_option(store, tmp_path, capsys):
+    places = {"checkpoint_path": str(tmp_path / "checkpoints"), "n_checkpoints": 1}
+    assert train(store, tmp_path / "sae", "--provider", "{buffer_rows: 1024}", **places) == 0
+    assert train(store, tmp_path / "sae", "--provider", "{buffer_rows: 2048}", **places) == 2
+    error = capsys.readouterr().err
+    assert "buffer_rows is 1024 there and 2048 here" in error
+    assert "--resume false" in error
 
 
 def test_a_folder_in_use_is_refused(store, tmp_path, capsys):

@@ -3,7 +3,9 @@
 import fnmatch
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,6 +299,19 @@ def test_a_bare_state_dict_needs_its_class(hub, published):
     torch.testing.assert_close(jump.encode(rows), uncentred * (uncentred > state["threshold"]))
     with pytest.raises(SAEError, match="AutoEncoderTopK"):
         load_release(hub.source, level_widths=[24], dict_class="AutoEncoderTopK")
+    with pytest.raises(SAEError) as told:
+        load_release(hub.source)
+    path, content = re.findall(r"write (.*?config\.json) with ({.*})", str(told.value))[0]
+    Path(path).write_text(content)
+    assert load_release(hub.source).level_widths == (24,)
+
+
+def test_levels_that_contradict_the_file_are_refused(hub, published):
+    published.write_pt(hub.source, published.state_of())
+    with pytest.raises(SAEError, match="Leave level_widths out"):
+        load_release(hub.source, level_widths=[7, 24])
+    own = load_release(hub.source).level_widths
+    assert load_release(hub.source, level_widths=list(own)).level_widths == own
 
 
 @pytest.mark.parametrize(
