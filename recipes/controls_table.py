@@ -20,8 +20,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
-from sae_lens_maira.cli.evaluation import POSITIONS, splice_batches
 from sae_lens_maira.errors import ConfigError
+from sae_lens_maira.evaluation import POSITIONS, splice_batches
 from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.latents import (
@@ -342,6 +342,6 @@ def markdown(frame: pd.DataFrame, space: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    from sae_lens_maira.cli.recipe import run_recipe
+    from sae_lens_maira.cli.parser import run_recipe
 
     sys.exit(run_recipe(Settings, run, __doc__))

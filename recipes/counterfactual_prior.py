@@ -156,6 +156,6 @@ def flips(fires: np.ndarray, news: np.ndarray, stated: np.ndarray, n: int) -> di
 
 
 if __name__ == "__main__":
-    from sae_lens_maira.cli.recipe import run_recipe
+    from sae_lens_maira.cli.parser import run_recipe
 
     sys.exit(run_recipe(Settings, run, __doc__))

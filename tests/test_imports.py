@@ -33,6 +33,7 @@ ALLOWED = {
     "dashboards": {"latents", "interp"},
     "attribution": {"hooks", "sae", "studies", "maira2", "latents"},
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
+    "evaluation": {"hooks", "sae", "studies", "maira2", "activations"},
 }
 # Packages that compose others. Only these may import the phantom; none imports one that is further down.
 LIBRARY = set(ALLOWED) - {"phantom"}

@@ -213,6 +213,6 @@ def report_run(settings: Settings) -> Path:
 
 
 if __name__ == "__main__":
-    from sae_lens_maira.cli.recipe import run_recipe
+    from sae_lens_maira.cli.parser import run_recipe
 
     sys.exit(run_recipe(Settings, report_run, __doc__))

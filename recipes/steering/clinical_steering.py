@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
-from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.interface import finding_reader, named_model, phantom_studies, read_studies
 from sae_lens_maira.io import atomic_write

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
-from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError, InterventionError
 from sae_lens_maira.latents import study_firing
 from sae_lens_maira.quickstart.sae import train_sae

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
-from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.io import atomic_write, save_figure
 from sae_lens_maira.latents import study_firing

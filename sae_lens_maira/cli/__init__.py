@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-maira COMMAND --help` says what each command does.
+"""The command line: `sae-lens-maira COMMAND --help` describes each command.
 
 A command is one function of a module of this package; `_TABLE` lists them all and `parser.py` makes options and help
 from the function's arguments and docstring. Heavy modules are imported when their command runs.
@@ -7,7 +7,12 @@ from the function's arguments and docstring. Heavy modules are imported when the
     stderr   progress and errors                        exit 2     one paragraph: an error that the user can fix
                                                         exit 1     a traceback: a bug in this package
                                                         exit 130   interrupted; 141: nobody reads stdout any more
+
+stdout and stderr print control characters as escapes: a study id or a report may hold terminal sequences that move the
+cursor, rename the window or hide what a message says.
 """
+
+from __future__ import annotations
 
 import contextlib
 import difflib
@@ -16,6 +21,7 @@ import importlib
 import inspect
 import io
 import os
+import re
 import sys
 import traceback
 from collections import UserDict
@@ -26,7 +32,6 @@ from jsonargparse import ArgumentParser
 
 from sae_lens_maira import __version__
 from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, run_command
-from sae_lens_maira.cli.terminal import visible_streams
 from sae_lens_maira.errors import MairaError
 
 PROGRAM = "sae-lens-maira"
@@ -41,15 +46,15 @@ _TABLE: dict[str, str] = {
     "studies import": "studies:import_studies",
     "studies show": "studies_show:show",
     "studies validate": "studies:validate_studies",
-    "harvest": "harvest:harvest",
+    "harvest": "store:harvest",
     "store show": "store:show",
     "store validate": "store:validate",
     "store export": "store:export",
     "store import": "store:bring",
     "train": "train:train",
     "evaluate": "evaluate:evaluate",
-    "match": "identity:match",
-    "locate": "identity:locate",
+    "match": "evaluate:match",
+    "locate": "evaluate:locate",
     "latents": "latents:latents",
     "interpret run": "interpret:run",
     "interpret report": "interpret:report_scores",
@@ -223,6 +228,43 @@ def _bench(words: list[str]) -> int:
     from sae_lens_maira.training.benchmark import main as step
 
     return step(words[1:])
+
+
+_CONTROL = re.compile(r"\x1b\[A|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text with control characters as escapes."""
+    return _CONTROL.sub(
+        lambda found: found[0] if found[0] == "\x1b[A" else found[0].encode("unicode_escape").decode(), text
+    )
+
+
+class _VisibleStream:
+    """A text stream whose `write` goes through `visible`; everything else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def visible_streams() -> Iterator[None]:
+    """Within the block, stdout and stderr print control characters as escapes."""
+    out: Any = _VisibleStream(sys.stdout)
+    err: Any = _VisibleStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 __all__ = ["COMMANDS", "build_parser", "help_of", "main"]

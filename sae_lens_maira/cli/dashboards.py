@@ -80,13 +80,13 @@ def neuronpedia(
         allow_credentialed: Write data of credentialed studies too, in a marked folder that stays on this machine.
         as_json: Print JSON instead of text.
     """
-    from sae_lens_maira.dashboards.api import write_payloads
-    from sae_lens_maira.dashboards.explanations import read_interpretations
     from sae_lens_maira.dashboards.export import write_export
     from sae_lens_maira.dashboards.saedashboard import write_saedashboard
     from sae_lens_maira.dashboards.sequences import Window
     from sae_lens_maira.dashboards.target import Target, save_metadata
+    from sae_lens_maira.dashboards.upload import write_payloads
     from sae_lens_maira.dashboards.validate import validate
+    from sae_lens_maira.dashboards.writing import read_interpretations
     from sae_lens_maira.latents.recordset import RecordSet
     from sae_lens_maira.sae import open_sae
 
@@ -188,9 +188,9 @@ def upload(
     """
     from dataclasses import asdict
 
-    from sae_lens_maira.dashboards.explanations import read_interpretations
     from sae_lens_maira.dashboards.target import Target
     from sae_lens_maira.dashboards.upload import upload as run
+    from sae_lens_maira.dashboards.writing import read_interpretations
     from sae_lens_maira.latents.recordset import RecordSet
 
     plan = run(
@@ -257,7 +257,7 @@ def saedashboard(
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.activations import layer_of
-    from sae_lens_maira.cli.numbers import numbers
+    from sae_lens_maira.cli.options import numbers
     from sae_lens_maira.dashboards.adapter import AdapterConfig, run_saedashboard
     from sae_lens_maira.dashboards.prompts import Readout
     from sae_lens_maira.dashboards.target import Target

@@ -1,8 +1,19 @@
-"""The command `evaluate`: tables of an SAE's quality, computed by `evaluation`."""
+"""The commands `evaluate`, `match`, `locate`: quality of an SAE, latents shared by two, and where one was trained."""
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_lens_maira.cli.parser import works_in
+from sae_lens_maira.interface import ModelDtype, load_sae, load_sae_weights, named_model
+
+if TYPE_CHECKING:
+    from sae_lens_maira.activations import RowReader
+    from sae_lens_maira.sae.locate import LocateBatch
+    from sae_lens_maira.sae.match import LatentMatch
 
 
 def evaluate(
@@ -37,8 +48,8 @@ def evaluate(
         workers: threads that read and encode images ahead of the model.
         as_json: print JSON instead of text.
     """
-    from sae_lens_maira.cli.evaluation import evaluate as run
     from sae_lens_maira.errors import StudyError
+    from sae_lens_maira.evaluation import evaluate as run
     from sae_lens_maira.interface import load_sae, named_model
     from sae_lens_maira.phantom import generate_studies
     from sae_lens_maira.studies import read_table
@@ -62,3 +73,181 @@ def evaluate(
     for name, frame in (("reconstruction", tables.rows), ("spliced into the model", tables.splice)):
         sys.stdout.write(f"{name} at {tables.hook_name}, {tables.n_studies} studies\n")
         sys.stdout.write(frame.to_string(index=False, float_format=lambda x: f"{x:.4g}") + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Which rows are read.
+
+    Attributes:
+        model: "phantom", a folder or a hub id.
+        studies: phantom studies to read, or the first so many of a table.
+        study_seed: of the phantom studies; the phantom itself was trained on 0.
+        table: Parquet or CSV with one study per row, see studies import.
+        root: folder that the table's relative image paths are below; the table's own if not given.
+        split: read only the table's studies of this split, for example test.
+        roles: tokens to read: content, image_only, text_only, paper, all, or a list of roles.
+        image_rate: share of image patches to read.
+        model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
+        batch_size: studies per forward pass.
+        seed: random seed of the sample of patches and of the references.
+        device: auto, cpu, cuda, ...
+    """
+
+    model: str = "phantom"
+    studies: int = 100
+    study_seed: int = 10_000
+    table: Path | None = None
+    root: Path | None = None
+    split: str | None = None
+    roles: str | list[str] = "content"
+    image_rate: float = 0.25
+    model_dtype: ModelDtype = "auto"
+    batch_size: int = 8
+    seed: int = 0
+    device: str = "auto"
+
+    def reader(self, hook_names: list[str] | None) -> "tuple[RowReader, int]":
+        """A reader of the rows and the number of studies; None reads the output of every block."""
+        from sae_lens_maira.activations import RowReader, RowSettings
+        from sae_lens_maira.errors import StudyError
+        from sae_lens_maira.interface import phantom_studies, read_studies
+
+        if not 0 < self.image_rate <= 1 or self.studies < 2:
+            raise StudyError(
+                f"--studies was {self.studies} and --image-rate {self.image_rate:g}; give two or more studies and a "
+                "share above 0 and at most 1."
+            )
+        maira = named_model(self.model, dtype=self.model_dtype, device=self.device, hooks=hook_names)
+        if hook_names is None:
+            n = maira.model.config.get_text_config().num_hidden_layers
+            hook_names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(n))]
+        if self.table is None:
+            chosen: Any = phantom_studies(self.studies, self.study_seed, size=maira.processor.recipe.crop)
+        else:
+            chosen = read_studies(self.table, self.root, self.split)[: self.studies]
+        settings = RowSettings(
+            roles=self.roles, batch_size=self.batch_size, seed=self.seed, rates=self._rates()
+        )
+        return RowReader(maira, chosen, hook_names, settings), len(chosen)
+
+    def _rates(self) -> "dict[Any, float] | None":
+        """The image rate, where image patches are read at all."""
+        from sae_lens_maira.activations import RowSettings
+        from sae_lens_maira.maira2 import TokenRole
+
+        read = TokenRole.IMAGE in RowSettings(roles=self.roles).kept
+        return {"image": self.image_rate} if read and self.roles != "paper_last_image" else None
+
+
+@works_in("out")
+def match(
+    sae: str,
+    other: str,
+    options: ReadOptions,
+    hook: str | None = None,
+    other_hook: str | None = None,
+    out: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Find the latents of one SAE in another: other seed, level, release, layer or kind of token.
+
+    Both SAEs read the same positions, each at its own hook point. Latents are paired one to one by the correlation of
+    their activations and the cosine of their decoders. The same is done for a shuffled and for an untrained SAE; a pair
+    counts as found if it scores above 99 % of the pairs of both.
+
+    Example: sae-lens-maira match --sae phantom-image --other phantom-text --studies 20
+
+    Args:
+        sae: folder of the SAE whose latents are looked for, or a release.
+        other: folder of the SAE that is searched, or a release.
+        options: which rows are read.
+        hook: hook point of --sae, if the SAE does not name its own.
+        other_hook: hook point of --other, if the SAE does not name its own.
+        out: folder for pairs.csv, summary.json and scores.png; made if missing.
+        as_json: print the summary as JSON instead of a table.
+    """
+    import torch
+
+    from sae_lens_maira.sae.match import match_latents
+
+    first: Any = load_sae(sae, hook_name=hook, device=options.device)
+    second: Any = load_sae(other, hook_name=other_hook, device=options.device)
+    names = [str(one.cfg.metadata.hook_name) for one in (first, second)]
+    reader, n = options.reader(list(dict.fromkeys(names)))
+    parts = list(reader.batches(range(n)))
+    rows = {name: torch.cat([part.values[name] for part in parts]) for name in dict.fromkeys(names)}
+    found = match_latents(first, second, rows[names[0]], rows[names[1]], seed=options.seed)
+    if out is not None:
+        _write_match(found, out)
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_json()) + "\n")
+        return
+    sys.stdout.write(f"{sae} at {names[0]} in {other} at {names[1]}\n{found}\n")
+
+
+def locate(
+    sae: str,
+    options: ReadOptions,
+    hooks: list[str] | None = None,
+    out: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Find the hook point at which an SAE was trained, by explained variance over all layers.
+
+    The SAE's own metadata are not used. The margin to the next best hook point has an interval over studies; where it
+    includes 0, the place is not decided. A layer number of unknown counting ("layer 15" as blocks.15 or as
+    hidden_states[15]) is told apart in this way.
+
+    Example: sae-lens-maira locate --sae phantom-text --studies 20
+
+    Args:
+        sae: folder of the SAE, or a release.
+        options: which rows are read.
+        hooks: hook points to compare; the input of the first block and the output of every block if not given.
+        out: CSV file for the table.
+        as_json: print JSON instead of a table.
+    """
+    from sae_lens_maira.io import atomic_write, csv_of
+    from sae_lens_maira.sae.locate import locate_sae
+
+    dictionary: Any = load_sae_weights(sae, options.device)
+    reader, n = options.reader(hooks)
+    found = locate_sae(dictionary, _located(reader, n), seed=options.seed)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(out, csv_of(found.table))
+    sys.stdout.write((json.dumps(found.to_json()) if as_json else str(found)) + "\n")
+
+
+def _located(reader: "RowReader", n: int) -> "Iterator[LocateBatch]":
+    import numpy as np
+
+    from sae_lens_maira.maira2 import TokenRole
+
+    for batch in reader.batches(range(n)):
+        image = batch.index["role"].to_numpy() == TokenRole.IMAGE
+        yield batch.values, batch.index["study"].to_numpy(), np.where(image, "image", "text")
+
+
+def _write_match(found: "LatentMatch", folder: Path) -> None:
+    """Write the pairs, the summary and a histogram of the scores."""
+    from matplotlib.figure import Figure
+
+    from sae_lens_maira.io import atomic_write, csv_of, save_figure, write_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "pairs.csv", csv_of(found.pairs))
+    write_json(folder / "summary.json", found.to_json())
+    figure = Figure(figsize=(6, 3))
+    axis = figure.subplots()
+    scores = {"matched": found.pairs["score"].dropna(), **found.references}
+    colours = ["#0072B2", "#999999", "#D55E00"]
+    axis.hist([*scores.values()], bins=30, label=[*scores], color=colours, histtype="step")
+    axis.axvline(found.summary.threshold, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("score of a pair: mean of activation correlation and decoder cosine")
+    axis.set_ylabel("pairs")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    save_figure(figure, folder / "scores.png", dpi=110)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.cli.numbers import numbers
+from sae_lens_maira.cli.options import numbers
 from sae_lens_maira.cli.parser import works_in
 from sae_lens_maira.errors import ConfigError
 

@@ -107,7 +107,7 @@ def latents(
         estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print counts as JSON instead of a table.
     """
-    from sae_lens_maira.cli.numbers import numbers
+    from sae_lens_maira.cli.options import numbers
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
     from sae_lens_maira.latents.source import ModelSource
     from sae_lens_maira.maira2 import DEFAULT_ROLES

@@ -4,7 +4,9 @@ jsonargparse reads types, defaults and `--config` files. This module adds hyphen
 files (underscores are accepted too), numbers where a config file gives one for a text option (`latents: 1`), help of
 one fixed width, and one-line errors that name the command and suggest the closest option.
 
-A parameter `options`, annotated with a dataclass, contributes one option per field (see `options.py`).
+A parameter `options`, annotated with a dataclass, contributes one option per field (see `options.py`). A recipe is a
+script with a YAML file of the same name, whose options are the fields of one dataclass; it ends by calling
+`run_recipe`.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader
 
+from sae_lens_maira.errors import MairaError
 from sae_lens_maira.io import locked
 
 HELP_WIDTH = 110
@@ -275,4 +278,51 @@ def _plain(message: str) -> str:
     return _hyphens(text).rstrip(".")
 
 
-__all__ = ["HELP_WIDTH", "accepts_parts_of", "command_parser", "run_command", "settings_parser", "works_in"]
+Settings = TypeVar("Settings")
+
+
+def run_recipe(
+    settings: type[Settings],
+    run: Callable[[Settings], Path],
+    about: str | None,
+    arguments: list[str] | None = None,
+) -> int:
+    """Read the settings, run (or continue), and print the path of the result.
+
+    An error that the user can fix is printed, and the exit code is 2.
+
+    Args:
+        settings: A dataclass; its fields are the options.
+        run: Function that runs the recipe and returns the path of its result.
+        about: Docstring of the script, for the help.
+        arguments: Command-line arguments; those of the process if not given.
+
+    Returns:
+        The exit code.
+    """
+    program = Path(sys.argv[0]).name if arguments is None else settings.__name__
+    parser = settings_parser(program, settings, about or "")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0 = torch's choice)")
+    options = parser.instantiate(parser.parse_args(arguments))
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    chosen = {name: value for name, value in vars(options).items() if name not in ("config", "threads")}
+    try:
+        sys.stdout.write(f"{run(settings(**chosen))}\n")
+    except MairaError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+__all__ = [
+    "HELP_WIDTH",
+    "accepts_parts_of",
+    "command_parser",
+    "run_command",
+    "run_recipe",
+    "settings_parser",
+    "works_in",
+]

@@ -237,7 +237,7 @@ def _stored(
 ) -> tuple[Any, int, int | None, str | list[str], dict[str, Any]]:
     """A provider over the store, harvested first if it is not complete; d_in; rows; their roles; its fingerprint."""
     from sae_lens_maira.activations import ActivationStore, StoreProvider
-    from sae_lens_maira.cli.harvest import harvest_store
+    from sae_lens_maira.cli.store import harvest_store
     from sae_lens_maira.errors import StoreError
 
     store, hook = options.store, options.hook_names[0]

@@ -16,11 +16,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.dashboards.explanations import Interpretations, note, usable
 from sae_lens_maira.dashboards.saedashboard import statistics
 from sae_lens_maira.dashboards.sequences import Sequence, Window, finite, sequences
 from sae_lens_maira.dashboards.target import Target
-from sae_lens_maira.dashboards.writing import batches_of, json_line, licence_of, new_folder, parallel_map
+from sae_lens_maira.dashboards.writing import (
+    Interpretations,
+    batches_of,
+    json_line,
+    licence_of,
+    new_folder,
+    note,
+    parallel_map,
+    usable,
+)
 from sae_lens_maira.interp.records import Interpretation, explanation_type
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta
 from sae_lens_maira.latents.recordset import RecordSet

@@ -18,9 +18,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.dashboards.explanations import best_named, by_latent, control_of, leading_score
 from sae_lens_maira.dashboards.html_latent import ImageFolder, latent_page, readable, rounded
-from sae_lens_maira.dashboards.writing import batches_of, licence_of, parallel_map
+from sae_lens_maira.dashboards.writing import (
+    batches_of,
+    best_named,
+    by_latent,
+    control_of,
+    leading_score,
+    licence_of,
+    parallel_map,
+)
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, load
 from sae_lens_maira.io import atomic_folder

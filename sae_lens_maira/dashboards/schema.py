@@ -25,6 +25,8 @@ from sae_lens_maira.interp.records import EXPLANATION_TYPES
 
 ZERO_CONTEXTS = 5
 """Sequences without activation that Neuronpedia's scorers need per latent."""
+MAX_FEATURES, MAX_LOGITS, MAX_EXPLANATION = 128, 20, 512
+"""Limits of the upload API: features per request, tokens per logit list, characters per explanation."""
 
 _TABLES = dict.fromkeys(
     ("neuron_alignment_indices", "correlated_neurons_indices", "correlated_features_indices"), "int[]"

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.dashboards import schema
-from sae_lens_maira.dashboards.api import MAX_EXPLANATION, MAX_FEATURES, MAX_LOGITS
 from sae_lens_maira.dashboards.schema import (
+    MAX_EXPLANATION,
+    MAX_FEATURES,
+    MAX_LOGITS,
     Issue,
     Line,
     creator_issues,

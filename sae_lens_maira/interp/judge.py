@@ -24,10 +24,9 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import BaseModel
 
 from sae_lens_maira.errors import ConfigError, ServerError
-from sae_lens_maira.interp.journal import Journal, key_of
 from sae_lens_maira.interp.prompts import Messages, tokens_of
 from sae_lens_maira.interp.protocol import Completion, Dialect, Problem, adapted, read_answer
-from sae_lens_maira.interp.transport import Transport
+from sae_lens_maira.interp.transport import Journal, Transport, key_of
 from sae_lens_maira.privacy import check_destination, is_loopback, mask
 
 Answer = TypeVar("Answer", bound=BaseModel)

@@ -211,8 +211,8 @@ def interpret(
         ServerError: the server does not answer, or no answer was usable; nothing was written but the journal.
         RecordError: no latent has enough active and silent studies, or images were asked for and none are kept.
     """
-    from sae_lens_maira.interp.journal import Journal
     from sae_lens_maira.interp.judge import Judge
+    from sae_lens_maira.interp.transport import Journal
 
     plan = plan or Plan()
     looks = sorted(m for m in plan.methods if m.startswith("image"))

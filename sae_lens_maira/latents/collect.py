@@ -36,13 +36,12 @@ from sae_lens_maira.latents.contexts import (
     save_images,
     study_info,
 )
-from sae_lens_maira.latents.passes import ContextReader, Wanted, count, spool
+from sae_lens_maira.latents.passes import ContextReader, Wanted, Workdir, count, fingerprint_of_ids, spool
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.latents.serialization import TEXTS, StudyTexts
 from sae_lens_maira.latents.source import ActivationSource
 from sae_lens_maira.latents.statistics import LatentStatistics
-from sae_lens_maira.latents.workdir import Workdir, fingerprint_of_ids
 from sae_lens_maira.latents.writing import write_records
 from sae_lens_maira.maira2 import Maira2, OutputHead
 from sae_lens_maira.privacy import is_shareable

@@ -15,16 +15,15 @@ from sae_lens_maira.maira2.loading import (
     Maira2,
     load_maira2,
     load_processor,
+    register,
     save_processor,
 )
 from sae_lens_maira.maira2.modeling import Maira2ForConditionalGeneration, Maira2Model
 from sae_lens_maira.maira2.output_head import OutputHead, load_output_head
 from sae_lens_maira.maira2.processing import Maira2Processor
 from sae_lens_maira.maira2.prompts import StudyLike, build_prompt
-from sae_lens_maira.maira2.registration import register
 from sae_lens_maira.maira2.reports import GroundedFinding, ParsedReport, format_grounded, parse_report
-from sae_lens_maira.maira2.roles import DEFAULT_ROLES, ROLE_PRESETS, TokenRole, resolve_roles
-from sae_lens_maira.maira2.tokens import ADDED_TOKENS
+from sae_lens_maira.maira2.roles import ADDED_TOKENS, DEFAULT_ROLES, ROLE_PRESETS, TokenRole, resolve_roles
 
 __all__ = [
     "ADDED_TOKENS",

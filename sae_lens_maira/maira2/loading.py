@@ -1,8 +1,10 @@
-"""Load a MAIRA-2 checkpoint, published or ours, and refuse one that does not fit to the last tensor.
+"""Load a MAIRA-2 checkpoint, published or saved by this package; refuse one that does not fit to the last tensor.
 
-transformers fills missing tensors with random numbers and only warns; here a missing, unexpected or misshapen
-tensor is an error, as are a missing shard, a folder without a processor and a model of another type. Remote
-code is never run. It knows nothing about studies or prompts.
+transformers fills missing tensors with random numbers and only warns; here a missing, unexpected or misshapen tensor is
+an error, as are a missing shard, a folder without a processor and a model of another type. Remote code is never run.
+
+`register` adds this package's classes to transformers' Auto classes (`AutoModelForCausalLM` is the one that SAELens
+uses) for model type `maira2`, and tells transformers 5 the published names of the weights.
 """
 
 import hashlib
@@ -13,12 +15,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from sae_lens_maira.errors import CheckpointError, ConfigError
 from sae_lens_maira.maira2.configuration import Maira2Config, check_keywords
-from sae_lens_maira.maira2.modeling import Maira2ForConditionalGeneration
+from sae_lens_maira.maira2.modeling import Maira2ForConditionalGeneration, Maira2Model
 from sae_lens_maira.maira2.processing import Maira2Processor
-from sae_lens_maira.maira2.registration import register
+from sae_lens_maira.maira2.versions import register_key_renames
+
+
+def register() -> None:
+    """Register the classes; calling it again changes nothing."""
+    AutoConfig.register(Maira2Config.model_type, Maira2Config, exist_ok=True)
+    AutoModel.register(Maira2Config, Maira2Model, exist_ok=True)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        auto_class.register(Maira2Config, Maira2ForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(Maira2Config, Maira2Processor, exist_ok=True)
+    register_key_renames(Maira2Config.model_type)
+
 
 PUBLISHED_ID = "microsoft/maira-2"
 PUBLISHED_REVISION = "795a2b1cd4a310624b4e3d14b5a23e41fd273deb"

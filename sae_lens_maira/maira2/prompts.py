@@ -10,8 +10,7 @@ This module knows nothing about tokenizers or pixels.
 from typing import Any, NamedTuple, Protocol
 
 from sae_lens_maira.errors import ConfigError, PromptError
-from sae_lens_maira.maira2.roles import TokenRole
-from sae_lens_maira.maira2.tokens import IMAGE_TOKEN
+from sae_lens_maira.maira2.roles import IMAGE_TOKEN, TokenRole
 
 TASKS = ("findings", "grounded", "phrase")
 VIEWS = ("frontal", "lateral", "prior")

@@ -1,12 +1,17 @@
-"""What every position of an encoding is: its role, and named filters over roles.
+"""The role of every position, named filters over roles, and the tokens that MAIRA-2 adds to Vicuna's vocabulary.
 
     PAD · BOS · TEMPLATE · IMAGE · INDICATION · TECHNIQUE · COMPARISON · PRIOR_REPORT · PHRASE
     SEPARATOR · REPORT
 
-Roles partition a sequence: every position has exactly one. TEMPLATE is boilerplate prose, SEPARATOR the turn
-markers and section labels (`USER:`, `INDICATION:`, ...), a section's role covers its text or its `N/A`, and
-REPORT covers generated or teacher-forced text with its closing `</s>`. Roles are assigned where the prompt is
-built (`prompts.py`, `tokenization.py`); this module only names them and knows nothing about tokenizers.
+Every position has exactly one role. TEMPLATE is boilerplate prose, SEPARATOR the turn markers and
+section labels (`USER:`, `INDICATION:`, ...), a section's role covers its text or its `N/A`, and REPORT covers generated
+or teacher-forced text with its closing `</s>`. `prompts.py` and `tokenization.py` assign them.
+
+    <obj> </obj> <x0>..<x99> <y0>..<y99> <box> </box> <image> <prev_im> <lat_image>
+
+The 207 added tokens have the ids 32000 to 32206 in the published tokenizer; a smaller tokenizer keeps the order after
+its own vocabulary. They are not "special" tokens: `skip_special_tokens=True` keeps them in decoded text, which is how
+boxes survive decoding.
 """
 
 from collections.abc import Iterable
@@ -90,3 +95,24 @@ def _role(role: TokenRole | str) -> TokenRole:
         raise ConfigError(
             f"{role!r} is neither a preset of token roles nor a role; known are {names}. Use one of these."
         ) from None
+
+
+OBJECT_START, OBJECT_END = "<obj>", "</obj>"
+BOX_START, BOX_END = "<box>", "</box>"
+IMAGE_TOKEN, PRIOR_IMAGE_TOKEN, LATERAL_IMAGE_TOKEN = "<image>", "<prev_im>", "<lat_image>"
+COORDINATE_BINS = 100
+
+ADDED_TOKENS: tuple[str, ...] = (
+    OBJECT_START,
+    OBJECT_END,
+    *(f"<x{i}>" for i in range(COORDINATE_BINS)),
+    *(f"<y{i}>" for i in range(COORDINATE_BINS)),
+    BOX_START,
+    BOX_END,
+    IMAGE_TOKEN,
+    PRIOR_IMAGE_TOKEN,
+    LATERAL_IMAGE_TOKEN,
+)
+
+GROUNDING_TOKENS = frozenset(ADDED_TOKENS[: 2 + 2 * COORDINATE_BINS + 2])
+"""The tokens that may stand in a grounded report: everything but the three image tokens."""

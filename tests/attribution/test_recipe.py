@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.cli.parser import run_recipe
 
 ROOT = Path(__file__).parents[2]
 

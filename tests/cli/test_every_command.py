@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from sae_lens_maira.cli import COMMANDS, build_parser, main
-from sae_lens_maira.cli.numbers import MOST, numbers
+from sae_lens_maira.cli.options import MOST, numbers
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.io import locked
 

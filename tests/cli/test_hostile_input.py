@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sae_lens_maira.cli import main
-from sae_lens_maira.cli.terminal import visible
+from sae_lens_maira.cli import main, visible
 from sae_lens_maira.io import csv_of
 
 ESCAPES = "s\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"

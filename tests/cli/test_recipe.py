@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.recipes.steering.clinical_steering import Clinical
 from sae_lens_maira.recipes.steering.steering_table import SteeringRun
 from sae_lens_maira.recipes.steering.token_filter import FilterRun

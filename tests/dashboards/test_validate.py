@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from sae_lens_maira.dashboards.api import write_payloads
 from sae_lens_maira.dashboards.export import write_export
 from sae_lens_maira.dashboards.saedashboard import write_saedashboard
+from sae_lens_maira.dashboards.upload import write_payloads
 from sae_lens_maira.dashboards.validate import validate
 from sae_lens_maira.errors import RecordError
 

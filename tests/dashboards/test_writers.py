@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from sae_lens_maira.activations import RowSettings, read_rows
-from sae_lens_maira.dashboards.api import payloads, write_payloads
 from sae_lens_maira.dashboards.export import write_export
 from sae_lens_maira.dashboards.saedashboard import feature, write_saedashboard
 from sae_lens_maira.dashboards.sequences import Window, bars, sequences
 from sae_lens_maira.dashboards.target import PUBLIC_CREATOR, Target
+from sae_lens_maira.dashboards.upload import payloads, write_payloads
 from sae_lens_maira.dashboards.validate import validate
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.records import Interpretation, Score

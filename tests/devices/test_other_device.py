@@ -8,7 +8,7 @@ import torch
 
 from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.attribution import attribute
-from sae_lens_maira.cli.evaluation import evaluate
+from sae_lens_maira.evaluation import evaluate
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.phantom import generate_studies, load_phantom
 from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig

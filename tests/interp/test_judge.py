@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from werkzeug import Request, Response
 
 from sae_lens_maira.errors import PrivacyError, RecordError, ServerError
-from sae_lens_maira.interp.journal import Journal, key_of
 from sae_lens_maira.interp.judge import Judge, Server
+from sae_lens_maira.interp.transport import Journal, key_of
 from sae_lens_maira.privacy import check_destination, is_loopback
 
 

@@ -12,9 +12,9 @@ pytest.importorskip("httpx")
 from werkzeug import Request, Response
 
 from sae_lens_maira.cli import main
-from sae_lens_maira.interp.journal import Journal
 from sae_lens_maira.interp.records import FILE, load
 from sae_lens_maira.interp.run import JOURNAL, interpret_offline
+from sae_lens_maira.interp.transport import Journal
 
 KEY = "sk-secret-4711"
 

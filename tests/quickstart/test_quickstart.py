@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sae_lens_maira.activations import RowSettings, read_rows
-from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart

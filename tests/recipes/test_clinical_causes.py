@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_maira.cli.recipe import run_recipe
+from sae_lens_maira.cli.parser import run_recipe
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "steering" / "clinical_causes.py"
 SMALL = [

@@ -6,8 +6,8 @@ import torch
 
 from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.cli import main
-from sae_lens_maira.cli.evaluation import POSITIONS, evaluate
 from sae_lens_maira.errors import HookError, SAEError
+from sae_lens_maira.evaluation import POSITIONS, evaluate
 from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.phantom import generate_studies
