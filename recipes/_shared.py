@@ -82,7 +82,7 @@ def sae_of(maira: Maira2, settings: Any, arm: str, layer: int, seed: int) -> Mat
         ConfigError: The folder has an SAE of other settings.
     """
     from sae_lens_maira.activations import RowSettings, read_rows
-    from sae_lens_maira.quickstart.sae import train_sae
+    from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
 
     def rows(n: int) -> Any:
         studies = generate_studies(n, 91_000 + 7_000 * seed)
@@ -98,15 +98,8 @@ def sae_of(maira: Maira2, settings: Any, arm: str, layer: int, seed: int) -> Mat
     if exists:
         return load_matryoshka(folder)
     control: Any = arm if arm.startswith("frozen") else None
-    return train_sae(
-        rows(settings.train_studies),
-        settings.d_sae,
-        settings.k,
-        settings.steps,
-        seed,
-        folder,
-        control=control,
-    ).inference
+    plan = TrainingPlan(folder, settings.d_sae, settings.k, settings.steps, seed, control=control)
+    return train_sae(rows(settings.train_studies), plan).inference
 
 
 def continue_rows(

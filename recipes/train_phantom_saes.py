@@ -21,7 +21,7 @@ from sae_lens_maira.interp.run import interpret_offline
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.source import ModelSource
 from sae_lens_maira.phantom import FINDING_KEYS
-from sae_lens_maira.quickstart.sae import Normalization, train_sae
+from sae_lens_maira.quickstart.sae import Normalization, TrainingPlan, train_sae
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +63,17 @@ def train(name: str, settings: PhantomSAE, studies: int, record_studies: int, se
     rows = read_rows(maira, learn, hook_name, RowSettings(roles=settings.roles))
     folder = out / name
     shutil.rmtree(folder, ignore_errors=True)
-    trained = train_sae(
-        rows,
+    plan = TrainingPlan(
+        folder,
         settings.d_sae,
         settings.k,
         settings.steps,
         seed,
-        folder,
         lr=settings.lr,
         dead_after=settings.steps // 6,
         normalize=settings.normalize,
     )
+    trained = train_sae(rows, plan)
     shown = phantom_studies(record_studies, 30_000 + seed)
     records = collect_records(
         ModelSource(maira, shown, hook_name, settings.roles, 32),

@@ -26,7 +26,7 @@ from sae_lens_maira.latents import split_by_patient
 from sae_lens_maira.maira2 import Maira2, generate_reports
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.phantom.flaws import Flaw, plant
-from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
 from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.steering import Intervention, steering
@@ -165,7 +165,7 @@ def run(config: Clinical) -> dict[str, Any]:
         hook = str(config.image_sae().cfg.metadata.hook_name)
     rows = image_rows(flawed, choose, hook)
     if config.sae is None and not (out / "sae" / "cfg.json").exists():
-        train_sae(rows, config.d_sae, config.k, config.steps, config.seed, out / "sae")
+        train_sae(rows, TrainingPlan(out / "sae", config.d_sae, config.k, config.steps, config.seed))
     sae = load_matryoshka(out / "sae") if config.sae is None else config.image_sae()
     decoder = sae.W_dec.detach().float().cpu()
     encode = encoder_of(sae)

@@ -18,7 +18,7 @@ from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError, InterventionError
 from sae_lens_maira.latents import study_firing
-from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
 from sae_lens_maira.recipes.steering.candidates import choose_map
 from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.recipes.steering.table_page import write_tables
@@ -149,14 +149,8 @@ def prepare(settings: SteeringRun, cohort: Cohort) -> MethodFactory:
         mine = {"image": rows.is_image, "text": ~rows.is_image}
         for place in places:
             if not (folders[place] / "cfg.json").exists():
-                train_sae(
-                    rows.where(mine[place]),
-                    settings.d_sae,
-                    settings.k,
-                    settings.steps,
-                    settings.seed,
-                    folders[place],
-                )
+                plan = TrainingPlan(folders[place], settings.d_sae, settings.k, settings.steps, settings.seed)
+                train_sae(rows.where(mine[place]), plan)
         sae = load_matryoshka(folders["image"])
         collect_statistics(
             [rows.where(mine["image"])],

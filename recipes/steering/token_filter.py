@@ -22,7 +22,7 @@ from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.io import atomic_write, save_figure
 from sae_lens_maira.latents import study_firing
 from sae_lens_maira.maira2 import TokenRole, resolve_roles
-from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
 from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.sae import load_matryoshka
 from sae_lens_maira.stats import explained_variance, f1_of_firing, p99
@@ -109,7 +109,7 @@ def one_sae(
     learned_from = rows.where(chosen)
     folder = settings.out / f"sae_{preset}_{seed}"
     if not (folder / "cfg.json").exists():
-        train_sae(learned_from, settings.d_sae, settings.k, settings.steps, seed, folder)
+        train_sae(learned_from, TrainingPlan(folder, settings.d_sae, settings.k, settings.steps, seed))
     sae = load_matryoshka(folder)
     encode = encoder_of(sae)
     image, text = rows.where(rows.is_image), rows.where((rows.role == TokenRole.REPORT) & taught[rows.study])

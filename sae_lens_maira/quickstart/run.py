@@ -1,10 +1,10 @@
-"""The one path through the house, at the size of the phantom.
+"""Run the whole path on the phantom.
 
-    studies -> store of activation rows -> Matryoshka SAEs -> best latent per finding -> steering -> a folder to read
+    studies -> store of activations -> Matryoshka SAEs -> best latent per finding -> steering -> report and pages
 
-Every score stands beside its controls: an untrained SAE as sparse and made likewise, the raw residual dimensions under
-the same sparsity, a supervised difference of means, and for steering a random direction of equal norm. Units and
-strengths are chosen on one half of the patients and reported on the other. It composes rooms and owns no science.
+Every score is reported with its controls: SAEs with a frozen random decoder or encoder, an untrained SAE of the same
+sparsity, the raw residual dimensions at that sparsity, a supervised difference of means, and for steering a random
+direction of equal norm. Units and strengths are chosen on one half of the patients and reported on the other.
 """
 
 import shutil
@@ -16,14 +16,14 @@ import torch
 
 from sae_lens_maira.activations import ActivationRows, RowSettings, harvest, joined
 from sae_lens_maira.io import atomic_folder
-from sae_lens_maira.latents import Halves, split_by_patient
+from sae_lens_maira.latents import split_by_patient
 from sae_lens_maira.maira2 import Maira2, TokenRole
 from sae_lens_maira.phantom import generate_studies, load_phantom, truth_labels
 from sae_lens_maira.quickstart.agree import agreement
 from sae_lens_maira.quickstart.page import write_pages
 from sae_lens_maira.quickstart.report import write_report
 from sae_lens_maira.quickstart.results import QuickstartConfig, QuickstartResult
-from sae_lens_maira.quickstart.sae import TrainedSAE, train_sae
+from sae_lens_maira.quickstart.sae import TrainedSAE, TrainingPlan, train_saes
 from sae_lens_maira.quickstart.steer import steer_finding
 from sae_lens_maira.sae.config import Frozen
 from sae_lens_maira.studies import Study
@@ -33,13 +33,13 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     """Run the whole job and write `config.out`.
 
     Args:
-        config: the settings.
+        config: Settings.
 
     Returns:
-        The results; `report.md` in the folder says the same in words and pictures.
+        The results, which `report.md` in the folder shows with figures.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: A setting is out of range.
     """
     torch.manual_seed(config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -47,35 +47,42 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     studies = studies_of(config)
     halves = split_by_patient([study.patient_id for study in studies], config.seed)
     truth = np.stack([truth_labels(study) for study in studies])
-    # One SAE a kind of position: patches have four times the norm of report tokens in the phantom, and one SAE for
-    # both would spend itself on them. Either stands at its own layer: docs/log.md says why.
+    # One SAE per kind of position: patches have four times the norm of report tokens in the phantom, so one SAE for
+    # both would mostly learn patches. Each is trained at its own layer (reasons in docs/log.md).
     rows = stored_rows(maira, studies, hook_names(config)["image"], config)
     rows = rows.where(rows.is_image)
     spoken = stored_rows(maira, studies, hook_names(config)["text"], config)
     spoken = spoken.where(spoken.role == TokenRole.REPORT)
-    saes = _text_saes(spoken, halves, config)
-    frozen = {kind: _text_saes(spoken, halves, config, kind) for kind in config.frozen}
-    text = agreement("text", spoken, truth, halves, saes, saes[0].seed, frozen)
+    # SAEs of an earlier run into this folder could not be distinguished from those of this one.
+    for kind in (None, *config.frozen):
+        shutil.rmtree(text_folder(config, 0, kind).parent, ignore_errors=True)
+    plans = {"text": text_plans(config), "image": image_plans(config)}
+    learned = {
+        "text": spoken.where(halves.choose[spoken.study]),
+        "image": rows.where(halves.choose[rows.study]),
+    }
+    jobs = [(learned[place], plan) for place in plans for plan in plans[place]]
+    trained = iter(train_saes(jobs, progress=config.progress))
+    saes = {place: {plan: next(trained) for plan in plans[place]} for place in plans}
+
+    def of_kind(place: str, kind: Frozen | None) -> list[TrainedSAE]:
+        return [sae for plan, sae in saes[place].items() if plan.control == kind]
+
+    scores = {
+        place: agreement(
+            place,
+            mine,
+            truth,
+            halves,
+            of_kind(place, None),
+            of_kind(place, None)[0].seed,
+            {kind: of_kind(place, kind) for kind in config.frozen},
+        )
+        for place, mine in (("text", spoken), ("image", rows))
+    }
+    text, image = scores["text"], scores["image"]
     with atomic_folder(config.out / "sae_text", "replace") as draft:
         shutil.copytree(text_folder(config, text.sae.seed), draft, dirs_exist_ok=True)
-    learned = rows.where(halves.choose[rows.study])
-    kinds = (None, *config.frozen)
-    trained, *controls = (
-        train_sae(
-            learned,
-            config.d_sae,
-            config.k,
-            config.steps,
-            config.seed,
-            config.out / ("sae_image" if kind is None else f"sae_image_{kind}"),
-            lr=2e-3,
-            dead_after=dead_after(config.steps),
-            control=kind,
-        )
-        for kind in kinds
-    )
-    frozen = {kind: [sae] for kind, sae in zip(config.frozen, controls, strict=True)}
-    image = agreement("image", rows, truth, halves, [trained], config.seed, frozen)
     steering = steer_finding(
         maira,
         studies,
@@ -94,30 +101,42 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     return result
 
 
-def _text_saes(
-    spoken: ActivationRows, halves: Halves, config: QuickstartConfig, control: Frozen | None = None
-) -> list[TrainedSAE]:
-    """Train SAEs of report tokens, or frozen controls, that differ in initial weights and in the order of rows."""
-    learned = spoken.where(halves.choose[spoken.study])
-    # SAEs of an earlier run into this folder could not be told from those of this one.
-    shutil.rmtree(text_folder(config, 0, control).parent, ignore_errors=True)
+def text_plans(config: QuickstartConfig) -> list[TrainingPlan]:
+    """Plans of the SAEs of report tokens, one per initial weights, and of their frozen controls."""
     first = config.seed * config.text_seeds  # runs of different seeds share no initial weights
-    # Whitened, since what a token is takes most of the variance of report tokens and what the study has little:
-    # without it more latents die. The whitening ends up in the weights.
+    # Whitened, since the word explains most of the variance of report tokens and the study little: without it
+    # more latents die. The whitening ends up in the weights.
     return [
-        train_sae(
-            learned,
+        TrainingPlan(
+            text_folder(config, seed, kind),
             config.d_sae,
             config.text_k,
             config.text_steps,
             seed,
-            text_folder(config, seed, control),
             lr=3e-3,
             dead_after=dead_after(config.text_steps),
             normalize="covariance_whitening",
-            control=control,
+            control=kind,
         )
+        for kind in (None, *config.frozen)
         for seed in range(first, first + config.text_seeds)
+    ]
+
+
+def image_plans(config: QuickstartConfig) -> list[TrainingPlan]:
+    """Plans of the SAE of image patches and of its frozen controls."""
+    return [
+        TrainingPlan(
+            config.out / ("sae_image" if kind is None else f"sae_image_{kind}"),
+            config.d_sae,
+            config.k,
+            config.steps,
+            config.seed,
+            lr=2e-3,
+            dead_after=dead_after(config.steps),
+            control=kind,
+        )
+        for kind in (None, *config.frozen)
     ]
 
 
@@ -127,7 +146,7 @@ def studies_of(config: QuickstartConfig) -> list[Study]:
 
 
 def dead_after(steps: int) -> int:
-    """Steps of rest after which a latent counts as dead: a sixth of so short a run, or it would never come back."""
+    """Steps without activation after which a latent counts as dead: a sixth of the run, so that it can recover."""
     return max(1, steps // 6)
 
 

@@ -1,15 +1,22 @@
-"""Train the quickstart's SAEs with SAELens' trainer in its fused form, and read them back as users will.
+"""Train the quickstart's SAEs with the fused trainer of SAELens, and load them from their folders.
 
-The training object is thrown away after it was saved: every figure of the quickstart comes from the SAE that lies in
-the folder. This module knows nothing about findings.
+Every figure of the quickstart comes from the saved SAE, not from the object that was trained. `train_saes` trains
+several SAEs in as many processes as there are cores; each uses one thread, so that the weights do not depend on the
+number of cores.
 """
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from joblib import Parallel, delayed
 from sae_lens.config import LoggingConfig, SAETrainerConfig
+from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, RowProvider
 from sae_lens_maira.sae import (
@@ -31,11 +38,11 @@ class TrainedSAE:
     """A trained SAE and its Matryoshka levels.
 
     Attributes:
-        inference: the SAE, read back from the folder that plain SAELens loads too.
-        widths: cumulative level widths.
-        hook_name: where it was trained.
-        seed: of its initial weights.
-        whitened: whether it was trained on whitened rows; the whitening is part of its weights.
+        inference: The SAE, loaded from its folder, which plain SAELens loads too.
+        widths: Cumulative level widths.
+        hook_name: Hook point at which it was trained.
+        seed: Random seed of its initial weights.
+        whitened: Whether it was trained on whitened rows; the whitening is part of its weights.
     """
 
     inference: MatryoshkaSAE
@@ -64,65 +71,118 @@ def level_widths(d_sae: int) -> tuple[int, ...]:
     return (d_sae // 16, 3 * d_sae // 16, d_sae // 2, d_sae)
 
 
-def train_sae(
-    rows: ActivationRows,
-    d_sae: int,
-    k: float,
-    steps: int,
-    seed: int,
-    folder: Path,
-    lr: float = 1e-3,
-    dead_after: int = 1000,
-    normalize: Normalization = "expected_average_only_in",
-    control: Frozen | None = None,
-) -> TrainedSAE:
-    """Train a Matryoshka BatchTopK SAE on rows and save it to `folder`.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How one SAE is trained.
 
-    Args:
-        rows: the training rows.
-        d_sae: latents.
-        k: mean active latents per row.
-        steps: steps of 1,024 rows.
-        seed: of the initial weights and of the shuffle.
-        folder: where the inference SAE is saved; plain SAELens loads it from there.
-        lr: learning rate; it falls to 0 over the last fifth of the steps.
-        dead_after: steps without firing after which a latent counts as dead and helps with the residual.
+    Attributes:
+        folder: Folder of the inference SAE; plain SAELens loads it from there.
+        d_sae: Number of latents.
+        k: Mean number of active latents per row.
+        steps: Training steps of 1,024 rows.
+        seed: Random seed of the initial weights and of the shuffle.
+        lr: Learning rate; it falls to 0 over the last fifth of the steps.
+        dead_after: Steps without activation after which a latent counts as dead and is trained on the residual.
         normalize: SAELens' `normalize_activations`, of the two kinds that it folds into the weights.
             "covariance_whitening" gives every direction of the rows the same variance, so that rare ones get latents.
-        control: train a control instead, whose decoder or encoder stays random.
+        control: Train a control instead, whose decoder or encoder stays random.
     """
-    torch.manual_seed(seed)
-    widths = level_widths(d_sae)
-    config = MatryoshkaTrainingSAEConfig(
-        d_in=rows.values.shape[1],
-        d_sae=d_sae,
-        k=k,
-        matryoshka_widths=list(widths),
-        normalize_activations=normalize,
-        device="cpu",
-        control=control,
-    )
-    config.metadata.hook_name = rows.hook_name
-    config.metadata.model_name = "maira2-phantom"
-    sae = MatryoshkaTrainingSAE(config)
-    trainer = FusedSAETrainer(
-        cfg=SAETrainerConfig(
-            total_training_samples=steps * BATCH,
-            train_batch_size_samples=BATCH,
+
+    folder: Path
+    d_sae: int
+    k: float
+    steps: int
+    seed: int
+    lr: float = 1e-3
+    dead_after: int = 1000
+    normalize: Normalization = "expected_average_only_in"
+    control: Frozen | None = None
+
+
+def train_saes(
+    jobs: Sequence[tuple[ActivationRows, TrainingPlan]], workers: int | None = None, progress: bool = True
+) -> list[TrainedSAE]:
+    """Train SAEs in parallel processes.
+
+    Args:
+        jobs: Rows and the plan of each SAE.
+        workers: Number of processes; by default one per core, and one for jobs of less than 1,000 steps in all, for
+            which starting processes would take longer than training.
+        progress: Show a progress bar over the SAEs.
+
+    Returns:
+        The SAEs, in the order of `jobs`, each loaded from its folder.
+    """
+    if workers is None:
+        small = sum(plan.steps for _, plan in jobs) < 1000
+        workers = 1 if small else min(os.cpu_count() or 1, len(jobs))
+    arrays = {id(rows): rows.values.numpy() for rows, _ in jobs}  # shared by the processes
+    # The processes read this at their start: their progress bars would overwrite each other.
+    quiet = "TQDM_DISABLE" in os.environ
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        run = Parallel(n_jobs=workers, batch_size=1, pre_dispatch="all", return_as="generator")
+        done = run(delayed(_train)(arrays[id(rows)], rows.hook_name, plan) for rows, plan in jobs)
+        for _ in tqdm(done, "training SAEs", len(jobs), unit="SAE", disable=not progress):
+            pass
+    finally:
+        if not quiet:
+            del os.environ["TQDM_DISABLE"]
+    return [_load(rows.hook_name, plan) for rows, plan in jobs]
+
+
+def train_sae(rows: ActivationRows, plan: TrainingPlan) -> TrainedSAE:
+    """Train one Matryoshka BatchTopK SAE on rows, in this process, and load it from its folder."""
+    return train_saes([(rows, plan)], workers=1, progress=False)[0]
+
+
+def _load(hook_name: str, plan: TrainingPlan) -> TrainedSAE:
+    whitened = plan.normalize == "covariance_whitening"
+    return TrainedSAE(load_matryoshka(plan.folder), level_widths(plan.d_sae), hook_name, plan.seed, whitened)
+
+
+def _train(values: np.ndarray, hook_name: str, plan: TrainingPlan) -> None:
+    """Train on values (n, d_in) and save the inference SAE."""
+    with _one_thread():
+        torch.manual_seed(plan.seed)
+        config = MatryoshkaTrainingSAEConfig(
+            d_in=values.shape[1],
+            d_sae=plan.d_sae,
+            k=plan.k,
+            matryoshka_widths=list(level_widths(plan.d_sae)),
+            normalize_activations=plan.normalize,
             device="cpu",
-            lr=lr,
-            lr_end=0.0,
-            lr_scheduler_name="constant",
-            lr_warm_up_steps=min(100, steps // 10),
-            lr_decay_steps=steps // 5,
-            dead_feature_window=dead_after,
-            logger=LoggingConfig(log_to_wandb=False),
-        ),
-        sae=sae,
-        data_provider=RowProvider(rows.values, BATCH, seed),
-        evaluator=None,
-    )
-    trainer.fit()
-    sae.save_inference_model(folder)
-    whitened = normalize == "covariance_whitening"
-    return TrainedSAE(load_matryoshka(folder), widths, rows.hook_name, seed, whitened)
+            control=plan.control,
+        )
+        config.metadata.hook_name = hook_name
+        config.metadata.model_name = "maira2-phantom"
+        sae = MatryoshkaTrainingSAE(config)
+        trainer = FusedSAETrainer(
+            cfg=SAETrainerConfig(
+                total_training_samples=plan.steps * BATCH,
+                train_batch_size_samples=BATCH,
+                device="cpu",
+                lr=plan.lr,
+                lr_end=0.0,
+                lr_scheduler_name="constant",
+                lr_warm_up_steps=min(100, plan.steps // 10),
+                lr_decay_steps=plan.steps // 5,
+                dead_feature_window=plan.dead_after,
+                logger=LoggingConfig(log_to_wandb=False),
+            ),
+            sae=sae,
+            data_provider=RowProvider(torch.tensor(values), BATCH, plan.seed),
+            evaluator=None,
+        )
+        trainer.fit()
+        sae.save_inference_model(plan.folder)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ import pytest
 from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.cli import main
 from sae_lens_maira.phantom import generate_studies
-from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
 from sae_lens_maira.studies import table_of_studies
 
 HOOK = "blocks.3.hook_resid_post"
@@ -23,7 +23,7 @@ def sae(phantom, tmp_path_factory):
     rows = read_rows(
         phantom, generate_studies(60, seed=5), HOOK, RowSettings(roles="image_only"), progress=False
     )
-    train_sae(rows, 256, 16, 300, 0, folder)
+    train_sae(rows, TrainingPlan(folder, 256, 16, 300, 0))
     return folder
 
 

@@ -14,7 +14,7 @@ from sae_lens_maira.interp.run import interpret_offline
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.source import ModelSource
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies
-from sae_lens_maira.quickstart.sae import train_sae
+from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 HOOK = "blocks.3.hook_resid_post"
@@ -32,7 +32,7 @@ def best(phantom, tmp_path_factory) -> list[Best]:
         RowSettings(roles=PLACE, batch_size=16),
         progress=False,
     )
-    sae = train_sae(rows, 512, 8, 800, 0, folder / "sae", dead_after=200).inference
+    sae = train_sae(rows, TrainingPlan(folder / "sae", 512, 8, 800, 0, dead_after=200)).inference
     unseen = generate_studies(300, seed=42_000)
     config = CollectConfig(model="phantom", top=40, per_interval=12, zero=60, keep_images=False, seed=1)
     records = collect_records(

@@ -6,17 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from sae_lens_maira.activations import RowSettings, read_rows
+from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.phantom import FINDING_KEYS, generate_studies, load_phantom
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
 from sae_lens_maira.quickstart.run import stored_rows, text_folder
-from sae_lens_maira.quickstart.sae import level_widths
+from sae_lens_maira.quickstart.sae import TrainingPlan, level_widths, train_saes
 from sae_lens_maira.stats import wilson
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "controls_table.py"
@@ -46,6 +47,21 @@ def test_wilson_interval_by_hand():
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
     low, high = wilson(10, 10)
     assert (1 - high, 1 - low) == pytest.approx(wilson(0, 10), abs=1e-9)
+
+
+@pytest.mark.slow
+def test_workers_do_not_change_the_weights(tmp_path):
+    """SAEs trained in two processes equal those trained in this one, bit by bit."""
+    values = torch.randn(2_000, 16, generator=torch.Generator().manual_seed(0))
+    column = np.zeros(2_000, dtype=np.int64)
+    rows = ActivationRows(values, *[column] * 7, "blocks.3.hook_resid_post")
+    weights = {}
+    for workers in (1, 2):
+        plans = [TrainingPlan(tmp_path / f"{workers}_{seed}", 64, 4, 20, seed) for seed in (0, 1)]
+        trained = train_saes([(rows, plan) for plan in plans], workers, progress=False)
+        weights[workers] = [sae.inference.W_dec.detach() for sae in trained]
+    assert all(torch.equal(a, b) for a, b in zip(weights[1], weights[2], strict=True))
+    assert not torch.equal(*weights[1])
 
 
 @pytest.mark.slow
