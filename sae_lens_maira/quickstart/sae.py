@@ -121,7 +121,7 @@ def train_saes(
     quiet = "TQDM_DISABLE" in os.environ
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        run = Parallel(n_jobs=workers, batch_size=1, pre_dispatch="all", return_as="generator")
+        run = Parallel(n_jobs=workers, pre_dispatch="all", return_as="generator")
         done = run(delayed(_train)(arrays[id(rows)], rows.hook_name, plan) for rows, plan in jobs)
         for _ in tqdm(done, "training SAEs", len(jobs), unit="SAE", disable=not progress):
             pass

@@ -53,8 +53,8 @@ def test_wilson_interval_by_hand():
 def test_workers_do_not_change_the_weights(tmp_path):
     """SAEs trained in two processes equal those trained in this one, bit by bit."""
     values = torch.randn(2_000, 16, generator=torch.Generator().manual_seed(0))
-    column = np.zeros(2_000, dtype=np.int64)
-    rows = ActivationRows(values, *[column] * 7, "blocks.3.hook_resid_post")
+    zeros = np.zeros(2_000, dtype=np.int64)
+    rows = ActivationRows(values, zeros, zeros, zeros, zeros, zeros, zeros, zeros, "blocks.3.hook_resid_post")
     weights = {}
     for workers in (1, 2):
         plans = [TrainingPlan(tmp_path / f"{workers}_{seed}", 64, 4, 20, seed) for seed in (0, 1)]
