@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from sae_lens_maira.studies import phrases
+from sae_lens_maira.studies import cues, phrases
 from sae_lens_maira.studies.phrases import OBSERVATIONS
 
 
@@ -45,25 +45,28 @@ _REACH = 300
 _LONG_WORD = re.compile(r"[^\W_]{65,}")
 
 _RANK = {RuleStatus.PRESENT: 2, RuleStatus.UNCERTAIN: 1, RuleStatus.ABSENT: 0, RuleStatus.UNKNOWN: -1}
+_VALUE = rf"(?:{cues.VALUE_ABSENT}|{cues.VALUE_PRESENT}|{cues.VALUE_UNCERTAIN})"
+_ITEM = r"(?:\(?\d+[.)]|[-*\u2022\u2013\u2014]+)"
 _SENTENCE = re.compile(
-    r"(?<!\bvs)\.(?=\s|$)|[;!](?=\s|$)|(?<=\w)\?(?=\s|$)|\n[ \t]*\n"
-    rf"|(?<=[a-zA-Z])(?!(?i:{phrases.VALUE_ABSENT}|{phrases.VALUE_UNCERTAIN})):(?=\s)"
-    r"|\n[ \t]*(?=(?:\d+[.)]|[-*\u2022\u2013])\s)"
+    rf"(?!(?i:{_VALUE}))(?:(?<!\bvs)\.(?=\s|$)|[;!](?=\s|$)|(?<=[\w)])\?+(?=[\s)]|$)"
+    r"|(?<=[a-zA-Z])(?<!heart)(?<!size)(?<!silhouette)(?<!mediastinum)(?<!contour)(?<!contours):(?=\s)"
+    rf"|\s(?=[-*\u2022\u2013\u2014]+\s))|\n[ \t]*\n|\n[ \t]*(?={_ITEM}\s)",
+    re.IGNORECASE,
 )
 _SHORT_LINE = re.compile(r"^[^\n]{1,50}\n(?=[ \t]*[A-Z][a-z])", re.MULTILINE)
-_BULLET = re.compile(r"^\s*(?:\d+[.)]|[-*\u2022\u2013])\s+")
+_BULLET = re.compile(rf"^\s*{_ITEM}\s+")
 _HEADER = re.compile(
-    r"(?:^|\n|(?<=\. ))[ \t]*([A-Z][A-Z ()/,&-]{2,60}?|(?i:findings?|impressions?|"
-    + phrases.SILENT_SECTIONS
-    + r"))[ \t]*:",
+    r"(?:^|\n|(?<=[.?!;] ))[ \t]*([A-Z][A-Z ()/,&-]{2,60}?|(?i:findings?|impressions?|"
+    + cues.SILENT_SECTIONS
+    + r"))(?:[ \t]*:|[ \t]+[-\u2013\u2014](?=\s))",
     re.MULTILINE,
 )
-_SILENT = re.compile(rf"(?:{phrases.SILENT_SECTIONS})", re.IGNORECASE)
+_SILENT = re.compile(rf"(?:{cues.SILENT_SECTIONS})", re.IGNORECASE)
 
 
 @cache
 def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    body = "|".join(f"(?:{pattern})" for pattern in patterns).replace(" ", r"[\s-]+")
+    body = "|".join(f"(?:{pattern})" for pattern in patterns).replace(" ", r"[\s:-]+")
     return re.compile(rf"(?<!\w)(?:{body})(?![\w])")
 
 
@@ -113,26 +116,71 @@ def _last(patterns: tuple[str, ...], text: str) -> re.Match[str] | None:
     return matches[-1] if matches else None
 
 
-def _cut_by_size(between: str, after: str) -> bool:
-    """Whether a comma or "and" behind the negation opens a positive statement: "no edema, small effusion"."""
-    cut = re.search(rf"(?:,\s+(?:and\s+)?|\band\s+)(?:an?\s+)?{phrases.SIZE_WORDS}\b", between)
+_VERB = r"(?:is|are|was|were|has|have|persists?|remains?|appears?)\b"
+# A clause with a verb of its own, up to a comma, or to an "and" in front of another such clause.
+_OWN_VERB = re.compile(
+    rf"\b{_VERB}[^,]*?(?=,|\band\s+(?!{_VERB}|now\b|not\b)[\w-][^,]*?\b{_VERB})"
+    r"|\bin (?:\w+ )?(?:place|position)\b(?=[\s,]+(?:and|with)\b)"
+)
+_HAS_VERB = re.compile(rf"(?:\s+[\w-]+){{0,2}}?\s+{_VERB}(?!\s+(?:[\w-]+\s+)?{cues.SHOWN}\b)")
+_TASK = re.compile(rf"\b{cues.TASK}(?:\s+(?!{cues.RESULT}\b)[\w-]+){{0,7}}\s+$")
+_LIMITED = re.compile(rf"\b{cues.LIMITED}\b")
+_RESULT = re.compile(rf"\b(?:shows?|demonstrat\w+|reveal\w*|{_VERB})")
+_DENIED = re.compile(r"\b(?:not|non|neither|nor|no|without)\b|n't\b")
+_QUESTION_BEFORE = re.compile(r"\?\s*(?:[a-z]+\s+){0,2}$")
+_ALTERNATIVE = re.compile(r"(?:\s+[\w-]+){0,2}?\s+or\b")
+
+
+def _cut(between: str, after: str) -> bool:
+    """Whether a comma or "and" behind a negation opens a positive statement: "no edema, small effusion"."""
+    cut = re.search(rf"(?:,\s+(?:and\s+)?|\band\s+)(?:an?\s+)?{cues.SIZE_WORDS}\b", between)
+    if cut is None and _HAS_VERB.match(after):
+        cut = re.search(r"(?:,|\band\b)(?:\s+[\w-]+){0,3}\s*$", between)
     return cut is not None and not re.search(r"\b(?:or|nor)\b", between[cut.end() :] + after)
 
 
-_OWN_VERB = re.compile(
-    r"\b(?:is|are|was|were|has|have|persists?|remains?)\b[^,]*(?=,)"
-)  # a clause that ends at a comma
-_TASK = re.compile(
-    rf"\b{phrases.TASK}(?:\s+(?:to|for|of|in|the|a|an|any|small|detect\w*|its))*\s+(?:\w+\s+){{0,2}}$"
-)
-_LIMITED = re.compile(rf"\b{phrases.LIMITED}\b")
-_DENIED = re.compile(r"\b(?:not|neither|nor|no|without)\b|n't\b")
-_QUESTION_BEFORE = re.compile(r"\?\s*(?:[a-z]+\s+){0,2}$")
+def _governs(between: str) -> bool:
+    """Whether a cue reaches back over `between`: a list, without another clause or an explanation."""
+    listed = "," not in between or re.search(r"\b(?:and|or)\b|/", between) is not None
+    return listed and not re.search(cues.EXPLAINS, between)
 
 
-def _status(sentence: str, start: int, end: int, asked: bool, device: bool) -> RuleStatus | None:
-    """Status of the mention at [start, end) of a lower-case sentence; None where it states nothing."""
-    stops = _compiled(phrases.TERMINATION)
+def _reaches_back(patterns: tuple[str, ...], after: str, start: int = 0) -> bool:
+    return any(_governs(after[start : cue.start()]) for cue in _compiled(patterns).finditer(after))
+
+
+def _is_removed(before: str, near: str, after: str) -> bool:
+    """Whether the device between `before` and `after` is no longer in place."""
+    cue = _last(cues.REMOVED_BEFORE, before)
+    if cue is None:
+        return _compiled(cues.REMOVED_AFTER).search(near) is not None
+    between = before[cue.end() :]
+    return not re.search(cues.PLACED, between) and not (
+        re.search(r",|\band\b", between) and _HAS_VERB.match(after)
+    )
+
+
+def _states_nothing(sentence: str, before: str, after: str, start: int, end: int) -> bool:
+    """Whether the mention belongs to the history or to a clause about the technique."""
+    known = _last(cues.NO_STATEMENT_BEFORE, before)
+    if known and not _RESULT.search(before[known.end() :]):
+        return True
+    if _compiled(cues.MISSED_BEFORE).search(before):
+        return True
+    if _reaches_back(cues.NO_STATEMENT_AFTER, after) or re.match(cues.SEEN_ELSEWHERE, after):
+        return True
+    around = sentence[max(start - _REACH, 0) : end + _REACH]
+    return _TASK.search(before) is not None and _LIMITED.search(around) is not None
+
+
+def _status(
+    sentence: str, start: int, end: int, carried: RuleStatus | None, device: bool
+) -> RuleStatus | None:
+    """Status of the mention at [start, end) of a lower-case sentence; None where it states nothing.
+
+    `carried` is the status that a question mark or the line in front of a list gives to its mentions.
+    """
+    stops = _compiled(cues.TERMINATION)
     before = sentence[max(start - _REACH, 0) : start]
     before = before[max(_last_end(stops, before), 0) :]
     stop = stops.search(sentence, end, end + _REACH)
@@ -140,38 +188,43 @@ def _status(sentence: str, start: int, end: int, asked: bool, device: bool) -> R
     own = _OWN_VERB.search(after)
     after = after[: own.end()] if own else after
     near = re.split("[,;]", after, maxsplit=1)[0]
-    if _last(phrases.NO_STATEMENT_BEFORE, before):
-        return None
-    if _TASK.search(before) and _LIMITED.search(sentence, max(start - _REACH, 0), end + _REACH):
+    if re.match(cues.VALUE_ABSENT, after):
+        return RuleStatus.ABSENT
+    if re.match(cues.VALUE_PRESENT, after):
+        return RuleStatus.PRESENT
+    if _states_nothing(sentence, before, after, start, end):
         return None
     if _DENIED.search(sentence[start:end]):
         return RuleStatus.ABSENT
-    if asked or _QUESTION_BEFORE.search(before) or re.match(r"\s*\(\?\)", after):
+    if carried is not None:
+        return carried
+    if _QUESTION_BEFORE.search(before) or re.match(rf"\s*\(\?\)|{cues.VALUE_UNCERTAIN}", after):
         return RuleStatus.UNCERTAIN
-    if re.match(phrases.VALUE_ABSENT, after):
+    if device and _is_removed(before, near, after):
         return RuleStatus.ABSENT
-    if re.match(phrases.VALUE_UNCERTAIN, after):
+    if _compiled(cues.UNLIKELY_AFTER).search(near):
+        return RuleStatus.ABSENT
+    if _compiled(cues.LESS_LIKELY_AFTER).search(near) or _reaches_back(cues.UNCERTAIN_AFTER, after):
         return RuleStatus.UNCERTAIN
-    if device and (_last(phrases.REMOVED_BEFORE, before) or _compiled(phrases.REMOVED_AFTER).search(near)):
+    if _reaches_back(cues.NEGATION_AFTER, after) and not _last(cues.PART_BEFORE, before):
         return RuleStatus.ABSENT
-    if _compiled(phrases.UNLIKELY_AFTER).search(near):
-        return RuleStatus.ABSENT
-    if _compiled(phrases.LESS_LIKELY_AFTER).search(near) or _compiled(phrases.UNCERTAIN_AFTER).search(after):
-        return RuleStatus.UNCERTAIN
-    if _compiled(phrases.NEGATION_AFTER).search(after):
-        return RuleStatus.ABSENT
-    negation = _last(phrases.NEGATION_BEFORE, before)
-    doubt = _last(phrases.UNCERTAIN_BEFORE, before)
-    if negation and not _cut_by_size(before[negation.end() :], sentence[end:]):
+    negation = _last(cues.NEGATION_BEFORE, before)
+    doubt = _last(cues.UNCERTAIN_BEFORE, before)
+    if negation and not _cut(before[negation.end() :], sentence[end:]):
+        if _compiled(cues.RESIDUE_AFTER).search(after) and re.match("resol|clear", negation[0]):
+            return RuleStatus.PRESENT
         # "cannot exclude" holds both cues; a doubt behind or around the negation wins.
         return RuleStatus.UNCERTAIN if doubt and doubt.end() > negation.start() else RuleStatus.ABSENT
+    cause = re.search(cues.CAUSES, sentence[:start])
+    if cause and (re.search(r"\bor\b", cause[0]) or _ALTERNATIVE.match(after)):
+        return RuleStatus.UNCERTAIN
     if doubt and len(before) - doubt.end() <= 70:
         return RuleStatus.UNCERTAIN
     return RuleStatus.PRESENT
 
 
-def _mentions(sentence: str, asked: bool) -> Iterator[tuple[str, int, int, RuleStatus | None]]:
-    masked = _mask(sentence, _compiled(phrases.PSEUDO_NEGATION))
+def _mentions(sentence: str, carried: RuleStatus | None) -> Iterator[tuple[str, int, int, RuleStatus | None]]:
+    masked = _mask(sentence, _compiled(cues.PSEUDO_NEGATION))
     for observation in OBSERVATIONS:
         denied: list[tuple[int, int]] = []
         if observation in phrases.ABSENT_PHRASES:
@@ -183,14 +236,23 @@ def _mentions(sentence: str, asked: bool) -> Iterator[tuple[str, int, int, RuleS
         for found in _compiled(phrases.PHRASES[observation]).finditer(masked):
             if not any(a < found.end() and found.start() < b for a, b in denied):
                 device = observation == "support_devices"
-                yield observation, *found.span(), _status(masked, *found.span(), asked, device)
+                yield observation, *found.span(), _status(masked, *found.span(), carried, device)
+
+
+def _of_list(sentence: str) -> RuleStatus | None:
+    """Status that a sentence gives to the list behind it: "negative for:" denies, "differential includes:" doubts."""
+    body = sentence.rstrip(": ")
+    if negation := _last(cues.NEGATION_BEFORE, body):
+        return RuleStatus.ABSENT if negation.end() == len(body) else None
+    doubt = _last(cues.UNCERTAIN_BEFORE, re.sub(r"(?<=differential)(?:\s+\w+){1,3}$", "", body))
+    return RuleStatus.UNCERTAIN if doubt and doubt.end() == len(doubt.string) else None
 
 
 def is_english(text: str) -> bool:
     """Whether a text has fewer function words of other languages, and words in other letters, than English ones."""
     words = re.findall(r"[^\W\d_]+", text.lower())
-    foreign = sum(word in phrases.FOREIGN or not word.isascii() for word in words)
-    return foreign == 0 or foreign < sum(word in phrases.ENGLISH for word in words)
+    foreign = sum(word in cues.FOREIGN or not word.isascii() for word in words)
+    return foreign == 0 or foreign < sum(word in cues.ENGLISH for word in words)
 
 
 def rule_labels(text: str) -> dict[str, RuleLabel]:
@@ -213,13 +275,19 @@ def rule_labels(text: str) -> dict[str, RuleLabel]:
     stated = _LONG_WORD.sub(lambda word: " " * len(word[0]), text.replace("\u2019", "'"))
     stated = _blank_silent(stated)
     labels: dict[str, RuleLabel] = {}
+    heading: RuleStatus | None = None
     for offset, sentence, asked in _sentences(stated):
-        for observation, start, end, status in _mentions(sentence.lower(), asked):
+        lower = sentence.lower()
+        if lower.strip() and not _BULLET.match(lower):
+            heading = None
+        carried = heading or (RuleStatus.UNCERTAIN if asked else None)
+        for observation, start, end, status in _mentions(lower, carried):
             old = labels.get(observation)
             if status is not None and (old is None or _RANK[status] > _RANK[old.status]):
                 evidence = " ".join(_BULLET.sub("", sentence).split())
                 labels[observation] = RuleLabel(status, (offset + start, offset + end), evidence)
-    found = _compiled(phrases.NORMAL_PHRASES).search(stated.lower())
+        heading = heading or _of_list(lower)
+    found = _compiled(cues.NORMAL_PHRASES).search(_mask(stated.lower(), _compiled(cues.PSEUDO_NEGATION)))
     if not labels and found is None:
         return unknown
     troubled = [
