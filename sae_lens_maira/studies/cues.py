@@ -136,7 +136,14 @@ UNCERTAIN_AFTER = (
     r"(?:versus|vs)",
     r"(?:is|are|remains?) (?:a|in the) (?:\w+ )?(?:consideration|differential|possibility|concern)",
 )
+DOUBTED = r"\b(?:may|might|could|possibl[ey]|questionabl[ey])\b"
+"""Inside a mention: "the heart may be enlarged"."""
 LESS_LIKELY_AFTER = (r"less (?:\w+ )?(?:likely|probable|favou?red)", r"not (?:as |so )likely")
+EARLIER = (
+    r"\s*(?:previously|before|earlier|yesterday"
+    r"|(?:on|in|at) (?:the )?(?:prior|previous|earlier|last|preceding|old|comparison)|last \w+)\b"
+)
+"""Directly behind "was not seen": the finding was not there before, and is now."""
 UNLIKELY_AFTER = (
     r"unlikely",
     r"not (?:\w+ )?(?:likely|favou?red|suspected|probable|expected)",
@@ -176,10 +183,12 @@ _NO = (
     r"(?:none|no(?=\s*(?:[.,;)\n]|$))|absent|negative|neg|nil|not (?:present|seen|identified|visuali[sz]ed|evident)"
     r"|resolved|cleared|excluded|ruled out)\b"
 )
-VALUE_ABSENT = rf"(?:{_ANSWER}{_NO}|[,;.]\s+(?:and |but )?none (?:is |are |was |were )?{SHOWN}\b)"
-VALUE_PRESENT = rf"{_ANSWER}(?:yes|present|positive|pos)\b"
+_JOINED = r"(?:\s*(?:/|\band\b|\bor\b)\s*[\w-]+(?: [\w-]+){0,3}){0,2}"
+"""More findings in front of a value that they share: "edema/effusion: none"."""
+VALUE_ABSENT = rf"(?:{_JOINED}{_ANSWER}{_NO}|[,;.]\s+(?:and |but )?none (?:is |are |was |were )?{SHOWN}\b)"
+VALUE_PRESENT = rf"{_JOINED}{_ANSWER}(?:yes|present|positive|pos)\b"
 VALUE_UNCERTAIN = (
-    rf"{_ANSWER}(?:possibl[ey]|questionable|equivocal|\?|uncertain|maybe|indeterminate"
+    rf"{_JOINED}{_ANSWER}(?:possibl[ey]|questionable|equivocal|\?|uncertain|maybe|indeterminate"
     r"|cannot (?:be )?exclude\w*)"
 )
 """What a list writes behind the name of a finding."""
@@ -208,6 +217,8 @@ SEEN_ELSEWHERE = (
 )
 """Directly behind a mention: it was seen on another image."""
 MISSED_BEFORE = (
+    r"(?:needed|required|necessary|recommended|helpful|useful|advised|suggested|preferred|superior)(?: \w+){0,3}"
+    r" (?:detect\w*|diagnos\w+|identif\w+|recogni\w+|exclusion)(?: [\w-]+){0,4}\s*$",
     r"(?:(?:may|might|can|could|will|often|commonly|radiographs?|films?|views?)"
     r" (?:be )?(?:miss|overlook)(?:ed)?|misses)(?: [\w-]+){0,7}\s*$",
     r"(?:better|best|more|well|less|in|not|poorly) ?(?:suited|sensitive|able)(?: [\w-]+){0,6}\s*$",
@@ -247,7 +258,7 @@ TERMINATION = (
     r"secondary to",
     r"and there (?:is|are)",
     r"(?<!no\s)there (?:is|are|has|remains|'s)",
-    r"with (?:\w+ )?(?:small|moderate|large|mild|stable|unchanged|persistent|associated)",
+    r"with (?!no\b)(?:\w+ )?(?:small|moderate|large|mild|stable|unchanged|persistent|associated)",
 )
 EXPLAINS = (
     r"\b(?:reflect\w*|represent\w*|suggest\w*|consistent|compatible|concerning|suspicious|worrisome|likely|probably|due"

@@ -145,8 +145,12 @@ def _governs(between: str) -> bool:
     return listed and not re.search(cues.EXPLAINS, between)
 
 
-def _reaches_back(patterns: tuple[str, ...], after: str, start: int = 0) -> bool:
-    return any(_governs(after[start : cue.start()]) for cue in _compiled(patterns).finditer(after))
+def _reaches_back(patterns: tuple[str, ...], after: str, behind: str = "(?!)") -> bool:
+    """Whether one of the cues in `after` governs the mention and is not followed by `behind`."""
+    return any(
+        _governs(after[: cue.start()]) and not re.match(behind, after[cue.end() :])
+        for cue in _compiled(patterns).finditer(after)
+    )
 
 
 def _is_removed(before: str, near: str, after: str) -> bool:
@@ -196,6 +200,8 @@ def _status(
         return None
     if _DENIED.search(sentence[start:end]):
         return RuleStatus.ABSENT
+    if re.search(cues.DOUBTED, sentence[start:end]):
+        return RuleStatus.UNCERTAIN
     if carried is not None:
         return carried
     if _QUESTION_BEFORE.search(before) or re.match(rf"\s*\(\?\)|{cues.VALUE_UNCERTAIN}", after):
@@ -206,7 +212,7 @@ def _status(
         return RuleStatus.ABSENT
     if _compiled(cues.LESS_LIKELY_AFTER).search(near) or _reaches_back(cues.UNCERTAIN_AFTER, after):
         return RuleStatus.UNCERTAIN
-    if _reaches_back(cues.NEGATION_AFTER, after) and not _last(cues.PART_BEFORE, before):
+    if _reaches_back(cues.NEGATION_AFTER, after, cues.EARLIER) and not _last(cues.PART_BEFORE, before):
         return RuleStatus.ABSENT
     negation = _last(cues.NEGATION_BEFORE, before)
     doubt = _last(cues.UNCERTAIN_BEFORE, before)

@@ -37,7 +37,8 @@ _LARGE = (
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "enlarged_cardiomediastinum": (
-        rf"(?:widened|widening of the|enlarged|enlargement of(?: the)?|wide) (?:{_WORD}{{0,2}}|(?:heart|cardiac) and )(?:cardio)?mediastin\w+",
+        r"(?:widened|widening of the|enlarged|enlargement of(?: the)?|wide)"
+        rf" (?:{_WORD}{{0,2}}|(?:heart|cardiac) and )(?:cardio)?mediastin\w+",
         rf"(?:cardio)?mediastin\w+ (?:{_WORD}|(?:n?either|nor|with|and) ){{0,6}}?(?:{_LARGE}|prominent)",
     ),
     "cardiomegaly": (
@@ -107,7 +108,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "fracture": (r"(?:micro)?fractures?", r"fractured"),
     "support_devices": (
-        r"(?:et|ng|og|endotracheal|nasogastric|orogastric|enteric|nasoenteric|feeding|dobb?hoff|tracheostomy|chest) tubes?",
+        r"(?:et|ng|og|endotracheal|nasogastric|orogastric|enteric|nasoenteric|feeding|dobb?hoff|chest) tubes?",
         r"dobb?hoff",
         r"(?:ett|ngt|ogt|cvc|iabp)",
         r"swan ganz",
@@ -131,6 +132,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
 ABSENT_PHRASES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (
         rf"{_HEART}(?: size)? (?:(?!enlarged|above|greater|more)\w+ ){{0,5}}?(?:normal|unremarkable)",
+        rf"{_HEART}(?: size)? {_WORD}{{0,5}}?(?:top normal|upper limits? of normal)",
         r"(?:normal|unremarkable) (?:heart|cardiac) (?:size|silhouette)",
         rf"{_HEART}(?: size)?,? (?:[\w']+ ){{0,4}}(?:normal,? )?(?:[\w']+ )?(?:not|non) (?:\w+ )?{_LARGE}",
     ),
