@@ -18,7 +18,7 @@ NORMAL_PHRASES = (
 
 _GONE = r"(?:resol(?:ution|v\w+)|clear(?:ing|ance|ed)|disappear\w*)"
 _PARTLY = (
-    r"(?:near(?:ly)?|almost|incomplete(?:ly)?|partial(?:ly)?|mostly|largely|substantial(?:ly)?|significant(?:ly)?|some"
+    r"(?:near(?:ly)?|almost|incomplete(?:ly)?|partial(?:ly)?|partly|mostly|largely|substantial(?:ly)?|significant(?:ly)?|some"
     r"|continu\w+|ongoing|further|progressive|gradual(?:ly)?|slow(?:ly)?|early|moderate|interval partial"
     r"|not(?: yet| been| fully| completely| entirely)*)"
 )
@@ -29,6 +29,7 @@ PSEUDO_NEGATION = (
     r"(?:do|does|did|has|have) not (?:significantly )?"
     r"(?:changed?|increased?|decreased?|improved?|progress\w*|worsen\w*)",
     r"without (?:\w+ ){0,2}change",
+    rf"without (?:yet )?(?:complete|full|total|entire) {_GONE}",
     r"not only",
     r"(?:no|without|beyond|little) doubt",
     r"not necessarily",
@@ -69,6 +70,9 @@ NEGATION_BEFORE = (
     r"(?:do|does|did|could|can|would) not (?:\w+ )?(?:\w+)",
     r"(?:do|does|did|could|ca|wo|would)n't (?:\w+ )?(?:\w+)",
     r"fail(?:s|ed)? to \w+",
+    r"(?:cannot|can't|unable to) (?:\w+ )?(?:see|identify|find|detect|appreciate|demonstrate|recogni[sz]e)",
+    r"(?:it is|it's|this is|these are) not",
+    r"(?:nowhere|not (?:an?|due|from|related))",
     r"(?:not|\w+n't) (?:see|seen|identify|demonstrate|show|have|appear|reveal|detect|any)",
     r"(?:is|are|was|were)n't",
     r"unlikely (?:to|due|related|that|for|given)",
@@ -85,6 +89,7 @@ NEGATION_BEFORE = (
     r"low (?:clinical )?(?:likelihood|probability|suspicion|concern|chance) (?:of|for)",
 )
 NEGATION_AFTER = (
+    rf"nowhere (?:to be )?{SHOWN}",
     rf"(?:(?:is|are|was|were) (?:not|no longer)|(?:is|are|was|were)n't) (?:\w+ ){{0,2}}{SHOWN}",
     rf"(?:could|can) ?(?:not|n't) be (?:\w+ )?{SHOWN}",
     rf"(?:couldn't|can't) be (?:\w+ )?{SHOWN}",
@@ -93,9 +98,9 @@ NEGATION_AFTER = (
     r"(?:has|have|had) (?:\w+ ){0,2}(?:resolved|cleared|disappeared|gone|vanished)",
     r"(?:has|have|had|did) not (?:\w+ )?(?:developed?|recur\w*|appear\w*|occur\w*|formed?|re-?accumulated?)",
     r"(?:has|have|had|did)n't (?:\w+ )?(?:developed?|recur\w*|appear\w*|occur\w*|formed?|re-?accumulated?)",
-    r"(?:is|are) (?:\w+ )?(?:absent|resolved|excluded|ruled out|gone)",
+    r"(?:is|are|was|were|has been|have been) (?:\w+ )?(?:absent|resolved|excluded|ruled out|gone)",
     rf"not (?:\w+ )?{SHOWN}",
-    r"(?:resolved|cleared)(?=\s*(?:[.,;]|$))",
+    r"(?:resolved|cleared)(?=\s*(?:[.,;]|$)| (?:since|after|following|in|completely|entirely|by|now)\b)",
 )
 # Read as present, since they state more than even odds: "likely", "probably", "suggesting", "suspicious for",
 # "concerning for", "worrisome for", "suspected". Uncertain: what is named as one possibility, or not excluded.
@@ -107,6 +112,8 @@ UNCERTAIN_BEFORE = (
     rf"to (?:\w+ ){{0,3}}{_EXCLUDE}",
     r"(?:to|can|could|would|and) (?:\w+ ){0,2}(?:ensure|confirm|document|verify|establish) (?:\w+ ){0,3}"
     r"(?:absence|lack|presence) of",
+    r"(?:hard|difficult|impossible|unable) to (?:tell|distinguish|differentiate|separate)",
+    r"(?:indistinguishable|cannot be (?:distinguished|differentiated|separated)) from",
     r"either",
     r"whether",
     r"(?:versus|vs\.?)",
@@ -149,13 +156,13 @@ UNLIKELY_AFTER = (
     r"not (?:\w+ )?(?:likely|favou?red|suspected|probable|expected)",
     r"not (?:thought|felt) to be present",
     r"(?:improbable|implausible|doubtful|doubted)",
-    r"(?:is|are|remains?) (?:\w+ )?(?:low|remote)(?=\s*(?:[.,;]|$))",
 )
 """Read behind a mention and before the next comma."""
 LIKELIHOOD_BEFORE = (
     r"(?:likelihood|probability|possibility|suspicion|chance|risk) (?:of|for) (?:\w+ ){0,3}",
 )
-"""What `UNLIKELY_AFTER` needs in front of a mention for "is low"."""
+LOW_AFTER = (r"(?:is|are|remains?|seems?|appears?) (?:\w+ )?(?:low|remote|small|slim|minimal)",)
+"""A mention between the two is unlikely: "the likelihood of edema is low"."""
 PART_BEFORE = (r"(?:most|much|majority|bulk|some|part|portion|component|half) of (?:\w+ ){0,4}",)
 """In front of a mention that "has cleared": a part of it has not."""
 RESIDUE_AFTER = (
@@ -180,8 +187,8 @@ PLACED = r"\b(?:placement|insertion|replac\w+|exchang\w+|placed|inserted)\b"
 _ANSWER = r"\s*(?::|=|\?+|\(|\t|\||\s[-\u2013\u2014](?=\s))\s*"
 """Separators between the name of a finding and its value in a list."""
 _NO = (
-    r"(?:none|no(?=\s*(?:[.,;)\n]|$))|absent|negative|neg|nil|not (?:present|seen|identified|visuali[sz]ed|evident)"
-    r"|resolved|cleared|excluded|ruled out)\b"
+    r"(?:none|no(?: evidence)?(?=\s*(?:[.,;)\n]|$))|absent|negative|neg|nil"
+    r"|not (?:present|seen|identified|visuali[sz]ed|evident)|resolved|cleared|excluded|ruled out|removed|gone)\b"
 )
 _JOINED = r"(?:\s*(?:/|\band\b|\bor\b)\s*[\w-]+(?: [\w-]+){0,3}){0,2}"
 """More findings in front of a value that they share: "edema/effusion: none"."""
@@ -211,6 +218,7 @@ NO_STATEMENT_AFTER = (
     r"(?:seen|evaluated|assessed|shown|depicted|appreciated) (?:with|on|by|using|in)",
     r"(?:go|goes|remain|be) (?:undetected|unnoticed|unrecogni[sz]ed)",
     r"(?:in the past|years? ago|last year)",
+    r"(?:cannot|can not|could not|can't|couldn't) be (?:\w+ )?(?:evaluated|assessed|judged|determined|commented)",
 )
 SEEN_ELSEWHERE = (
     r"\s+(?:seen )?on (?:the |an )?(?:prior|previous|outside) (?:ct|study|imaging|mri|exam)\s*(?:[.;]|$)"

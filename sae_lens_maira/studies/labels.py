@@ -1,10 +1,10 @@
-"""Rule labels of a report: phrase table plus a scope pass, present / uncertain / absent with the evidence.
+"""Label the 14 usual observations of a report by rules: present, uncertain or absent, with the evidence.
 
-A mention is governed by the cues of its own clause: text is cut into sentences, a cue before a mention reaches
-forward and a cue behind it reaches back, both up to a terminating word; pseudo-negations ("no change", "not resolved")
-are masked first. Of several mentions present beats uncertain beats absent, and an observation without a mention has no
-entry. History and clauses about the technique ("evaluation for edema is limited") state nothing. A text that cannot be
-read is unknown, and belongs in no score. The labels are called rule labels; they are not a diagnosis.
+Text is cut into sentences and list items. A cue in front of a mention reaches forward, a cue behind it reaches back,
+both within the clause (`phrases` lists the mentions, `cues` the cues). Pseudo-negations ("no change", "not resolved")
+are masked first. Of several mentions, present wins over uncertain, and uncertain over absent. History and clauses about
+the technique ("evaluation for edema is limited") state nothing. A text that cannot be read is unknown, and is left out
+of scores. Rule labels repeat what a report says; they are not a diagnosis.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sae_lens_maira.studies.phrases import OBSERVATIONS
 
 
 class RuleStatus(str, enum.Enum):
-    """What a report says of an observation it mentions."""
+    """What a report states about an observation."""
 
     PRESENT = "present"
     UNCERTAIN = "uncertain"
@@ -208,7 +208,9 @@ def _status(
         return RuleStatus.UNCERTAIN
     if device and _is_removed(before, near, after):
         return RuleStatus.ABSENT
-    if _compiled(cues.UNLIKELY_AFTER).search(near):
+    if _compiled(cues.UNLIKELY_AFTER).search(near) or (
+        _last(cues.LIKELIHOOD_BEFORE, before) and _compiled(cues.LOW_AFTER).search(near)
+    ):
         return RuleStatus.ABSENT
     if _compiled(cues.LESS_LIKELY_AFTER).search(near) or _reaches_back(cues.UNCERTAIN_AFTER, after):
         return RuleStatus.UNCERTAIN
@@ -245,13 +247,14 @@ def _mentions(sentence: str, carried: RuleStatus | None) -> Iterator[tuple[str, 
                 yield observation, *found.span(), _status(masked, *found.span(), carried, device)
 
 
-def _of_list(sentence: str) -> RuleStatus | None:
-    """Status that a sentence gives to the list behind it: "negative for:" denies, "differential includes:" doubts."""
-    body = sentence.rstrip(": ")
-    if negation := _last(cues.NEGATION_BEFORE, body):
-        return RuleStatus.ABSENT if negation.end() == len(body) else None
+def _of_list(sentence: str, colon: bool) -> RuleStatus | None:
+    """Status that a line gives to the list behind it: "negative for:" denies, "differential includes:" doubts."""
+    body = sentence.strip()
+    negation = _last(cues.NEGATION_BEFORE, body)
+    if negation and negation.end() == len(body) and (colon or negation.start() == 0):
+        return RuleStatus.ABSENT
     doubt = _last(cues.UNCERTAIN_BEFORE, re.sub(r"(?<=differential)(?:\s+\w+){1,3}$", "", body))
-    return RuleStatus.UNCERTAIN if doubt and doubt.end() == len(doubt.string) else None
+    return RuleStatus.UNCERTAIN if colon and doubt and doubt.end() == len(doubt.string) else None
 
 
 def is_english(text: str) -> bool:
@@ -292,7 +295,8 @@ def rule_labels(text: str) -> dict[str, RuleLabel]:
             if status is not None and (old is None or _RANK[status] > _RANK[old.status]):
                 evidence = " ".join(_BULLET.sub("", sentence).split())
                 labels[observation] = RuleLabel(status, (offset + start, offset + end), evidence)
-        heading = heading or _of_list(lower)
+        colon = stated[offset + len(sentence) : offset + len(sentence) + 1] == ":"
+        heading = heading or _of_list(lower, colon)
     found = _compiled(cues.NORMAL_PHRASES).search(_mask(stated.lower(), _compiled(cues.PSEUDO_NEGATION)))
     if not labels and found is None:
         return unknown

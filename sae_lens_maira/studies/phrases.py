@@ -31,7 +31,7 @@ _HEART = (
 _WORD = r"(?:(?!and\b|or\b|nor\b|but\b|with\b|without\b|no\b(?! longer))[\w']+ )"
 """A word that does not begin another part of the sentence."""
 _LARGE = (
-    r"(?:enlarged|enlargement|widened|widening|wide|wider|broad|broadened|dilated"
+    r"(?:enlarged|enlargement|widened|widening|wide|wider|larger|broad|broadened|dilated"
     r"|increased(?! since)|above normal|(?:more|greater) than (?:half|normal))"
 )
 
@@ -46,6 +46,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         rf"{_HEART}(?: size)? (?:(?!normal){_WORD}){{0,6}}?{_LARGE}",
         rf"(?:enlarged|enlargement of the|enlargement of) {_WORD}{{0,2}}?{_HEART}",
         r"cardiac enlargement",
+        rf"{_HEART} and mediastin\w+ {_WORD}{{0,4}}?{_LARGE}",
         r"(?:enlarged|enlargement of the) (?:heart|cardiac) and mediastin\w+",
         rf"{_HEART} (?:is|isn't|remains|appears|does not appear|doesn't appear) (?:\w+ )?"
         r"(?:large|prominent|big|globular)",
