@@ -35,6 +35,7 @@ def steer(
     hook: str | None = None,
     records: Path | None = None,
     intervention: Path | None = None,
+    controls: str | None = None,
     reader: Literal["auto", "phantom", "rules"] = "auto",
     views: Literal["frontal", "all"] = "frontal",
     steered: int = 32,
@@ -70,6 +71,9 @@ def steer(
         hook: hook point, if the SAE does not name its own.
         records: latent records of the SAE; latents, p99 and maps come from them, and no activations are read.
         intervention: saved interventions to apply instead of choosing latents.
+        controls: control SAEs whose latents are steered at equal norm, separated by commas: untrained,
+            untrained_whitened, raw, or folders of frozen controls (train --control). By default untrained; none with
+            --records or --intervention.
         reader: reads findings from reports: the phantom's language, rule labels, or whichever fits the studies.
         views: frontal steers studies with one image and no prior, all steers any study with a frontal image.
         steered: studies of each half that are steered.
@@ -97,6 +101,11 @@ def steer(
         raise ConfigError(
             "--records and --intervention were both given; records choose latents, a saved intervention has its own. "
             "Give one of them."
+        )
+    if controls and (records is not None or intervention is not None):
+        raise ConfigError(
+            f"--controls {controls} were given with --{'records' if records else 'intervention'}; controls "
+            "choose latents from activations. Leave out one of the two."
         )
     dictionary = load_sae(sae, hook_name=hook, records=records, device=device)
     if estimate:
@@ -137,7 +146,11 @@ def steer(
     elif records is not None:
         methods = _recorded(records, dictionary, finding, n_latents, strengths, seed, remove)
     else:
-        methods, units = _collected(maira, dictionary, cohort, finding, n_latents, strengths, seed, remove)
+        names = [name.strip() for name in (controls or "untrained").split(",") if name.strip()]
+        others = _control_saes(names, dictionary, hook_name, device)
+        methods, units = _collected(
+            maira, dictionary, others, cohort, finding, n_latents, strengths, seed, remove
+        )
     tables, report = _evaluate(
         cohort, dictionary, methods, finding, steered, strengths, remove, units, max_new_tokens, seed
     )
@@ -206,6 +219,7 @@ def _recorded(
 def _collected(
     maira: "Maira2",
     dictionary: "MatryoshkaSAE",
+    others: "dict[str, MatryoshkaSAE | None]",
     cohort: "Cohort",
     finding: str,
     n_latents: int,
@@ -213,26 +227,78 @@ def _collected(
     seed: int,
     remove: bool,
 ) -> "tuple[list[Method], Any]":
-    """Methods from activations of the choosing half, and the p99 of all latents."""
+    """Methods from activations of the choosing half, with control SAEs, and the p99 of all latents."""
+    from itertools import chain
+
     import numpy as np
 
+    from sae_lens_maira.sae import make_control
     from sae_lens_maira.steering.methods import MethodFactory
-    from sae_lens_maira.steering.statistics import collect_statistics, encoder_of, image_rows
+    from sae_lens_maira.steering.statistics import collect_of_several, encoder_of, image_rows
 
     learn = [
         int(i) for i in np.flatnonzero(cohort.halves.choose) if cohort.studies[int(i)].frontal is not None
     ]
-    statistics = collect_statistics(
-        image_rows(maira, cohort.studies, learn, cohort.hook_name),
-        encoder_of(dictionary),
+    blocks = image_rows(maira, cohort.studies, learn, cohort.hook_name)
+    first = next(blocks, None)
+    blocks = blocks if first is None else chain([first], blocks)
+    controls = {
+        name: make_control(name, dictionary, first.values, seed) if sae is None else sae
+        for name, sae in others.items()
+        if first is not None
+    }
+    statistics, *theirs = collect_of_several(
+        blocks,
+        [encoder_of(one) for one in (dictionary, *controls.values())],
         cohort.studies,
         cohort.known,
         cohort.reader,
         (finding,),
         maira,
     )
-    factory = MethodFactory(dictionary, statistics, n_latents, seed=seed, strengths=strengths)
-    return factory.removal(finding) if remove else factory.insertion(finding), statistics.p99
+    factory, *factories = (
+        MethodFactory(sae, own, n_latents, seed=seed, strengths=strengths)
+        for sae, own in zip((dictionary, *controls.values()), (statistics, *theirs), strict=True)
+    )
+    methods = factory.removal(finding) if remove else factory.insertion(finding)
+    named = dict(zip(controls, factories, strict=True))
+    return [*methods, *factory.on_controls(finding, named, remove)], statistics.p99
+
+
+def _control_saes(
+    controls: Sequence[str], dictionary: "MatryoshkaSAE", hook_name: str, device: str
+) -> "dict[str, MatryoshkaSAE | None]":
+    """Control SAEs by name; None for one that is made from activations.
+
+    Raises:
+        ConfigError: A folder holds an SAE of another hook point or width.
+    """
+    from sae_lens_maira.errors import ConfigError
+    from sae_lens_maira.interface import load_sae
+    from sae_lens_maira.sae import CONTROLS, control_kind
+
+    found: dict[str, MatryoshkaSAE | None] = {}
+    for control in controls:
+        if control in CONTROLS and not control.startswith("frozen"):
+            found[control] = None
+            continue
+        if control in CONTROLS:
+            raise ConfigError(
+                f"The control {control!r} is trained, not made from activations. Train it with `sae-lens-maira train "
+                f"--control {control}`, and give its folder."
+            )
+        sae = load_sae(control, device=device)
+        own = str(sae.cfg.metadata.hook_name)
+        if own != hook_name or sae.cfg.d_in != dictionary.cfg.d_in:
+            raise ConfigError(
+                f"The control {control} is an SAE of {own} with d_in {sae.cfg.d_in}; the steered SAE is of "
+                f"{hook_name} with d_in {dictionary.cfg.d_in}. Give a control of the same hook point."
+            )
+        kind = control_kind(sae) or Path(control).name
+        if kind in found:
+            raise ConfigError(f"Two controls are called {kind!r}; give one of them.")
+        found[kind] = sae
+    return found
 
 
 def _evaluate(

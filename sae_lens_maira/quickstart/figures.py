@@ -116,7 +116,7 @@ def draw_heatmaps(
 
 def draw_steering(result: SteeringResult, file: Path) -> None:
     """On-target and off-target effect of every intervention on held-out negative studies."""
-    figure = Figure(figsize=(8, 2.8))
+    figure = Figure(figsize=(8, 0.8 + 0.5 * len(result.rows)))
     axis = figure.subplots()
     where = np.arange(len(result.rows))
     on = np.array([row.on_target for row in result.rows])

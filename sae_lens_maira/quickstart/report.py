@@ -229,8 +229,9 @@ def _steering(steering: SteeringResult) -> str:
     return f"""## Steering from the image positions
 
 `{steering.finding}` into held-out studies that do not have it: a map of the latents
-{", ".join(map(str, steering.latents))} added at the frontal film's patches during the prefill. The strength was chosen
-on other studies ({sweep}). Intervals are 95 % (Wilson; of changes the paired bootstrap). Errors are false findings,
+{", ".join(map(str, steering.latents))} added at the frontal image's patches during the prefill. The strength was chosen
+on other studies ({sweep}). Maps of control SAEs are scaled to the same norm and have a sweep of their own.
+Intervals are 95 % (Wilson; of changes the paired bootstrap). Errors are false findings,
 omissions, wrong sides, places and changes against the truth, in findings other than the steered one.
 
 ![steering](figures/steering.png)

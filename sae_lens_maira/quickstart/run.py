@@ -25,6 +25,7 @@ from sae_lens_maira.quickstart.report import write_report
 from sae_lens_maira.quickstart.results import QuickstartConfig, QuickstartResult
 from sae_lens_maira.quickstart.sae import TrainedSAE, TrainingPlan, train_saes
 from sae_lens_maira.quickstart.steer import steer_finding
+from sae_lens_maira.sae import make_control
 from sae_lens_maira.sae.config import Frozen
 from sae_lens_maira.studies import Study
 
@@ -83,6 +84,11 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
     text, image = scores["text"], scores["image"]
     with atomic_folder(config.out / "sae_text", "replace") as draft:
         shutil.copytree(text_folder(config, text.sae.seed), draft, dirs_exist_ok=True)
+    controls = {kind: of_kind("image", kind)[0].inference for kind in config.frozen}
+    if config.frozen:
+        controls["untrained"] = make_control(
+            "untrained", image.sae.inference, learned["image"].values, config.seed, l0=image.l0
+        )
     steering = steer_finding(
         maira,
         studies,
@@ -94,6 +100,7 @@ def run_quickstart(config: QuickstartConfig) -> QuickstartResult:
         n_studies=config.steer_studies,
         seed=config.seed,
         progress=config.progress,
+        controls=controls,
     )
     result = QuickstartResult(config, text, image, steering, config.out)
     write_report(result, studies, rows, halves)

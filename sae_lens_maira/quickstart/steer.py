@@ -2,14 +2,17 @@
 
 The map (which latents, how strong at which patch) is learned on the first half of the patients, the strength is chosen
 on a few negative studies of that half, and the effect is counted on negative studies of the second half. Controls are
-the difference-of-means map and a random direction of equal norm at every patch.
+the difference-of-means map, a random direction of equal norm at every patch, and maps of control SAEs (untrained, or
+with frozen weights), which are learned by the same rule, scaled to the same norm and swept over the same strengths.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
@@ -20,9 +23,10 @@ from sae_lens_maira.phantom import FINDING_KEYS, phantom_reader, read_report
 from sae_lens_maira.quickstart.sae import TrainedSAE
 from sae_lens_maira.stats import wilson
 from sae_lens_maira.steering import Intervention, difference_map, map_directions, mean_patch_maps
-from sae_lens_maira.steering.maps import frontal_rows, random_direction
+from sae_lens_maira.steering.maps import LatentMap, frontal_rows, random_direction
 from sae_lens_maira.steering.prompts import Job, SharedPrompts
 from sae_lens_maira.steering.report_errors import error_changes
+from sae_lens_maira.steering.statistics import encoder_of
 from sae_lens_maira.studies import Study
 
 STRENGTHS = (1.0, 1.5, 2.0, 3.0)
@@ -90,6 +94,7 @@ def steer_finding(
     n_studies: int,
     seed: int,
     progress: bool,
+    controls: Mapping[str, SAE[Any]] | None = None,
 ) -> SteeringResult:
     """Steer `finding` into negative studies.
 
@@ -104,6 +109,7 @@ def steer_finding(
         n_studies: Negative studies of the second half to steer; a third as many of the first choose the strength.
         seed: Random seed of the random direction.
         progress: Show a progress bar.
+        controls: Control SAEs by name.
 
     Raises:
         InterventionError: There are no negative studies to steer.
@@ -117,39 +123,70 @@ def steer_finding(
     present_mean, absent_mean = mean_patch_maps(image_rows, lambda values: values, *learn)
     means, shape = present_mean - absent_mean, frontal_rows(image_rows)[1]
     added = latents.delta(trained.decoder)
+    norm_added = added.norm()
+    others: list[tuple[str, SAE[Any], LatentMap]] = []
+    for name, sae in (controls or {}).items():
+        decoder = sae.W_dec.detach()
+        theirs = difference_map(image_rows, encoder_of(sae), decoder, *learn)
+        scale = norm_added / theirs.delta(decoder).norm().clamp(min=1e-12)
+        others.append((name, sae, replace(theirs, grids=theirs.grids * scale)))
     maps: list[tuple[str, torch.Tensor, Callable[[float], Sequence[Intervention]]]] = [
         (f"{len(latents.latents)} latents", added, latents.interventions),
         ("difference of means", means, lambda s: map_directions(means, shape, s)),
         (f"random direction {seed}", added, lambda s: [random_direction(added, shape, s, seed)]),
     ]
     norm = float(image_rows.values[:: max(1, len(image_rows) // 10_000)].norm(dim=1).mean())
+
+    def relative_norm(delta: torch.Tensor, strength: float) -> float:
+        return strength * float(delta.norm(dim=1).mean()) / norm
+
     prompts = SharedPrompts(maira, image_rows.hook_name, [studies[i] for i in (*tuning, *held_out)])
     tuned, reported = range(len(tuning)), range(len(tuning), len(prompts))
 
-    def write(which: range, interventions: Sequence[Intervention]) -> list[str]:
-        job = Job(which, interventions)
-        return prompts.write_all([job], trained.inference, max_new_tokens=MAX_NEW_TOKENS)[0].texts
+    runs = (1 + len(others)) * (len(STRENGTHS) + 1) + 3
+    with tqdm(total=runs, desc=f"steering {finding}", unit="run", disable=not progress) as bar:
 
-    with tqdm(total=len(STRENGTHS) + 4, desc=f"steering {finding}", unit="run", disable=not progress) as bar:
-        sweep = []
-        for strength in STRENGTHS:
-            texts = write(tuned, latents.interventions(strength))
-            sweep.append((strength, float(np.mean([finding in read_report(text).present for text in texts]))))
+        def write(which: range, interventions: Sequence[Intervention], sae: SAE[Any]) -> list[str]:
+            texts = prompts.write_all([Job(which, interventions)], sae, max_new_tokens=MAX_NEW_TOKENS)[
+                0
+            ].texts
             bar.update()
-        # The weakest strength that does nearly what the best one does: more strength costs more elsewhere.
-        best = max(share for _, share in sweep)
-        chosen = next(strength for strength, share in sweep if share >= best - 0.02)
-        plain, steered = write(reported, ()), [studies[i] for i in held_out]
-        bar.update()
+            return texts
+
+        def strength_of(added: LatentMap, sae: SAE[Any]) -> tuple[float, list[tuple[float, float]]]:
+            """The weakest strength within 2 points of the best on the choosing half, and the sweep."""
+            sweep = []
+            for strength in STRENGTHS:
+                texts = write(tuned, added.interventions(strength), sae)
+                share = float(np.mean([finding in read_report(text).present for text in texts]))
+                sweep.append((strength, share))
+            best = max(share for _, share in sweep)
+            return next(strength for strength, share in sweep if share >= best - 0.02), sweep
+
+        chosen, sweep = strength_of(latents, trained.inference)
+        plain, steered = write(reported, (), trained.inference), [studies[i] for i in held_out]
         after = plain
         rows = [_row("no intervention", 0.0, plain, plain, finding, 0.0, steered)]
         for label, delta, make in maps:
-            texts = write(reported, make(chosen))
-            relative = chosen * float(delta.norm(dim=1).mean()) / norm
-            rows.append(_row(label, chosen, texts, plain, finding, relative, steered))
+            texts = write(reported, make(chosen), trained.inference)
+            rows.append(_row(label, chosen, texts, plain, finding, relative_norm(delta, chosen), steered))
             if make == latents.interventions:
                 after = texts
-            bar.update()
+        for name, sae, other in others:
+            own, _ = strength_of(other, sae)
+            texts = write(reported, other.interventions(own), sae)
+            label = f"{len(other.latents)} latents, {name.replace('_', ' ')}"
+            rows.append(
+                _row(
+                    label,
+                    own,
+                    texts,
+                    plain,
+                    finding,
+                    relative_norm(other.delta(sae.W_dec.detach()), own),
+                    steered,
+                )
+            )
     changed = [i for i, text in enumerate(after) if finding in read_report(text).present]
     example = changed[0] if changed else 0
     return SteeringResult(

@@ -7,7 +7,8 @@
     repetition   share of 4-grams seen before in the report;   length   words, relative to the unsteered report
 
 The strength of each method is chosen on one half of the studies (largest on - off) and reported on the other, with
-Wilson intervals for shares of studies and bootstrap intervals for means. A control takes the strength of its method.
+Wilson intervals for shares of studies and bootstrap intervals for means. A control takes the strength of its method,
+unless it has strengths of its own: then its strength is chosen like that of a method.
 Findings in a report are read by a function that the caller gives.
 """
 
@@ -85,7 +86,7 @@ class Method:
     Attributes:
         name: Name in tables.
         make: Interventions of a strength.
-        control_of: Method whose strength a control takes; None chooses its own.
+        control_of: Method that this is a control of; it takes the strength of that method unless it has `strengths`.
         strengths: A sweep of its own; a single strength is used as it is.
         sae: An SAE of its own, where it is not the common one.
         p99: (d_sae,) units of that SAE.
@@ -161,7 +162,7 @@ def evaluate_steering(
     runs: list[tuple[int, float, str]] = []
     for i, method in enumerate(methods):
         swept = method.strengths or tuple(strengths)
-        if method.control_of is None and len(swept) > 1:
+        if (method.control_of is None or method.strengths is not None) and len(swept) > 1:
             runs += [(i, strength, "choose") for strength in swept]
     frames: list[pd.DataFrame] = []
     sweeps = {m.name: m.strengths or tuple(strengths) for m in methods}
@@ -193,7 +194,7 @@ def evaluate_steering(
         run(runs)
         for method in methods:
             swept = [f for f in frames if f.method.iloc[0] == method.name]
-            if method.control_of is not None:
+            if method.control_of is not None and method.strengths is None:
                 chosen[method.name] = chosen[method.control_of]
             elif method.name not in chosen:
                 gains = [float((f.on_target - f.off_target).mean()) for f in swept]

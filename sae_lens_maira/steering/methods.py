@@ -7,7 +7,8 @@ Latents are chosen by map difference, by output effect or by agreement, with the
 compared with one text latent everywhere, the supervised difference of means, and random controls.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -184,6 +185,47 @@ class MethodFactory:
             ),
             self._random_direction(latents, difference, SUBTRACT),
         ]
+
+    def on_controls(
+        self, finding: str, controls: Mapping[str, "MethodFactory"], remove: bool = False
+    ) -> list[Method]:
+        """The finding's map from control SAEs, added or subtracted at the norm of this SAE's own map.
+
+        The latents of each control are chosen by the same rule, and its strength from the same sweep. Equal norm is
+        over all patches together; a control without any latent that differs is left out with a warning.
+
+        Args:
+            finding: Name of the finding.
+            controls: Factory of each control SAE, by name.
+            remove: Subtract the map.
+        """
+        size, methods = self._delta(finding).norm(), []
+        for name, other in controls.items():
+            theirs = other._delta(finding).norm()
+            if not float(theirs) > 0:
+                warnings.warn(
+                    f"No latent of the control {name!r} differs between studies with and without {finding!r}; "
+                    "it is left out of the table.",
+                    stacklevel=2,
+                )
+                continue
+            grids = other.difference(finding) * (size / theirs) * (-1 if remove else 1)
+            methods.append(
+                Method(
+                    f"{MAPS}, {name}",
+                    other._maps(other.chosen(finding, MAPS), grids),
+                    control_of=SUBTRACT if remove else MAPS,
+                    strengths=self.strengths,
+                    sae=other.sae,
+                    p99=other.statistics.p99,
+                )
+            )
+        return methods
+
+    def _delta(self, finding: str) -> torch.Tensor:
+        """(P, d_model) change of the stream by the map of the finding's latents, at strength 1."""
+        latents = self.chosen(finding, MAPS)
+        return self.difference(finding)[:, latents] @ self.decoder[latents]
 
     def moving(self, finding: str, other: str) -> list[Method]:
         """Methods that move a finding to the other side: its own map out, another one in."""

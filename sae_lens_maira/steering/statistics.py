@@ -139,11 +139,25 @@ def collect_statistics(
     maira: Maira2 | None = None,
     n_gradients: int = 8,
 ) -> SteeringStatistics:
-    """Collect statistics from activations at image patches.
+    """Collect statistics of one SAE; see `collect_of_several`."""
+    return collect_of_several(blocks, [encode], studies, known, reader, findings, maira, n_gradients)[0]
+
+
+def collect_of_several(
+    blocks: Iterable[ActivationRows],
+    encoders: Sequence[Encoder],
+    studies: Sequence[Study],
+    known: np.ndarray,
+    reader: FindingReader,
+    findings: Sequence[str] | None = None,
+    maira: Maira2 | None = None,
+    n_gradients: int = 8,
+) -> list[SteeringStatistics]:
+    """Collect statistics of several SAEs from the same activations at image patches, which are read once.
 
     Args:
         blocks: Rows of the studies to learn from; a study is in one block, with all its frontal patches.
-        encode: The SAE's encoder.
+        encoders: Encoder of each SAE.
         studies: All studies.
         known: (n_studies, F) findings of the studies, in the order of the reader's names.
         reader: Reader of findings in reports.
@@ -158,33 +172,23 @@ def collect_statistics(
     columns = [reader.index(finding) for finding in findings]
     truth = known[:, columns]
     groups = np.concatenate([truth, ~truth], axis=1).T
-    latents = stream = counts = None
-    shape, hook_name = (0, 0), ""
+    latents: list[_LatentSums] = []
+    stream, shape, hook_name = PatchMeans(groups, (0, 0)), (0, 0), ""
     seen: list[np.ndarray] = []
-    fires = torch.zeros(0)
-    active = rows_seen = 0
     for rows in blocks:
         frontal, grid = frontal_rows(rows)
-        if latents is None or stream is None or counts is None:
-            shape, hook_name = grid, rows.hook_name
-            latents, stream = PatchMeans(groups, shape), PatchMeans(groups, shape)
-            width = encode(frontal.values[:1]).shape[1]
-            counts, fires, active = Quantiles(width), torch.zeros(len(studies), width, dtype=torch.bool), 0
+        if not seen:
+            shape, hook_name, stream = grid, rows.hook_name, PatchMeans(groups, grid)
+            latents = [_LatentSums(encode, groups, grid, len(studies), frontal) for encode in encoders]
         if grid != shape:
             raise InterventionError(
                 f"Frontal images have {grid} and {shape} rows and columns of patches; use images of one size."
             )
         seen.append(np.unique(frontal.study))
         stream.add(frontal, lambda values: values)
-        latents.add(frontal, encode)
-        for part in torch.arange(len(frontal)).split(ROWS_AT_ONCE):
-            acts = encode(frontal.values[part])
-            row, latent = (acts > 0).nonzero(as_tuple=True)
-            counts.add(latent, acts[row, latent])
-            fires[torch.from_numpy(frontal.study)[part][row], latent] = True
-            active = active + (acts > 0).sum(0)
-            rows_seen += len(part)
-    if latents is None or stream is None or counts is None:
+        for sums in latents:
+            sums.add(frontal)
+    if not seen:
         raise InterventionError("There are no studies to learn from; read studies with frontal images.")
     numbers = np.concatenate(seen)
     positives = truth[numbers].sum(0)
@@ -194,7 +198,6 @@ def collect_statistics(
             f"Of {len(numbers)} studies to learn from, none or all have {', '.join(wrong)}; a finding must be present "
             "in some and absent from others. Read more studies."
         )
-    present, absent = latents.means().chunk(2)
     with_it, without = stream.means().chunk(2)
     gradient = torch.zeros_like(with_it)
     if maira is not None:
@@ -207,18 +210,49 @@ def collect_statistics(
                 targets = [sentences[k % len(sentences)] for k in range(len(lacking))]
                 own = [sentences_of(s.report or "")[0] for s in lacking]
                 gradient[column] = report_gradient(maira, hook_name, lacking, targets, own)
-    return SteeringStatistics(
-        findings,
-        present,
-        absent,
-        with_it - without,
-        gradient,
-        _boxes([studies[int(i)] for i in numbers], findings, shape),
-        counts.value(),
-        torch.as_tensor(active).float() / max(1, rows_seen),
-        torch.from_numpy(f1_of_firing(fires[torch.from_numpy(numbers)].numpy(), truth[numbers])),
-        shape,
-    )
+    boxes = _boxes([studies[int(i)] for i in numbers], findings, shape)
+    return [
+        SteeringStatistics(
+            findings,
+            *sums.means.means().chunk(2),
+            with_it - without,
+            gradient,
+            boxes,
+            sums.quantiles.value(),
+            sums.active.float() / max(1, sums.rows),
+            torch.from_numpy(f1_of_firing(sums.fires[torch.from_numpy(numbers)].numpy(), truth[numbers])),
+            shape,
+        )
+        for sums in latents
+    ]
+
+
+class _LatentSums:
+    """Sums over rows for the latents of one SAE."""
+
+    def __init__(
+        self,
+        encode: Encoder,
+        groups: np.ndarray,
+        shape: tuple[int, int],
+        n_studies: int,
+        first: ActivationRows,
+    ) -> None:
+        width = encode(first.values[:1]).shape[1]
+        self.encode, self.means, self.quantiles = encode, PatchMeans(groups, shape), Quantiles(width)
+        self.fires = torch.zeros(n_studies, width, dtype=torch.bool)
+        self.active, self.rows = torch.zeros(width, dtype=torch.int64), 0
+
+    def add(self, frontal: ActivationRows) -> None:
+        self.means.add(frontal, self.encode)
+        study = torch.from_numpy(frontal.study)
+        for part in torch.arange(len(frontal)).split(ROWS_AT_ONCE):
+            acts = self.encode(frontal.values[part])
+            row, latent = (acts > 0).nonzero(as_tuple=True)
+            self.quantiles.add(latent, acts[row, latent])
+            self.fires[study[part][row], latent] = True
+            self.active += (acts > 0).sum(0)
+            self.rows += len(part)
 
 
 def sentences_of(text: str) -> list[str]:

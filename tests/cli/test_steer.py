@@ -75,6 +75,25 @@ def test_a_folder_and_a_table_give_the_same_summary(sae, elsewhere, on_phantom, 
     assert errors.before.notna().all()
 
 
+def test_maps_of_control_saes_are_in_the_table_at_equal_norm(phantom, sae, tmp_path, capsys):
+    """A frozen control and an untrained SAE have rows, strengths of their own, and a map of the SAE's own norm."""
+    frozen = tmp_path / "frozen"
+    rows = read_rows(
+        phantom, generate_studies(30, seed=5), HOOK, RowSettings(roles="image_only"), progress=False
+    )
+    train_sae(rows, TrainingPlan(frozen, 256, 16, 60, 0, control="frozen_decoder"))
+    words = ["--controls", f"untrained,{frozen}", "--strengths", "[1.0]", "--out", tmp_path / "out"]
+    code, _, err = run(capsys, "--sae", sae, *FINDING, *SIZE, *words)
+    assert code == 0, err
+    summary = pd.read_parquet(tmp_path / "out" / "summary.parquet").set_index("method")
+    kinds = [f"latents by map difference, {kind}" for kind in ("untrained", "frozen_decoder")]
+    assert set(summary.loc[kinds].control_of) == {"latents by map difference"}
+    assert summary.loc[kinds].on_target.notna().all()
+    code, _, err = run(capsys, "--sae", sae, *FINDING, *SIZE, "--controls", "frozen_decoder")
+    assert code == 2
+    assert "train --control frozen_decoder" in " ".join(err.split())
+
+
 def test_the_saved_intervention_writes_the_same_reports(sae, elsewhere, on_phantom, tmp_path, capsys):
     """`--intervention` with the file of a run writes the reports that the run reported for its best method."""
     file = on_phantom / "intervention.json"

@@ -114,6 +114,12 @@ def test_small_run_writes_everything(tmp_path):
     assert copied == (text_folder(config, taken.seed) / "sae_weights.safetensors").read_bytes()
     assert f"| {taken.seed} | yes |" in report
     assert len(result.image.draws) == 1
+    labels = [row.label for row in result.steering.rows]
+    assert [label.split(", ")[1] for label in labels if ", " in label] == [
+        "frozen decoder",
+        "frozen encoder",
+        "untrained",
+    ]
     check_controls_table(config, result, tmp_path / "table")
 
 
