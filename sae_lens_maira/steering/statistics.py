@@ -211,20 +211,25 @@ def collect_of_several(
                 own = [sentences_of(s.report or "")[0] for s in lacking]
                 gradient[column] = report_gradient(maira, hook_name, lacking, targets, own)
     boxes = _boxes([studies[int(i)] for i in numbers], findings, shape)
-    return [
-        SteeringStatistics(
-            findings,
-            *sums.means.means().chunk(2),
-            with_it - without,
-            gradient,
-            boxes,
-            sums.quantiles.value(),
-            sums.active.float() / max(1, sums.rows),
-            torch.from_numpy(f1_of_firing(sums.fires[torch.from_numpy(numbers)].numpy(), truth[numbers])),
-            shape,
+    made = []
+    for sums in latents:
+        present, absent = sums.means.means().chunk(2)
+        fires = sums.fires[torch.from_numpy(numbers)].numpy()
+        made.append(
+            SteeringStatistics(
+                findings,
+                present,
+                absent,
+                with_it - without,
+                gradient,
+                boxes,
+                sums.quantiles.value(),
+                sums.active.float() / max(1, sums.rows),
+                torch.from_numpy(f1_of_firing(fires, truth[numbers])),
+                shape,
+            )
         )
-        for sums in latents
-    ]
+    return made
 
 
 class _LatentSums:
