@@ -1,9 +1,8 @@
 """README and docs: every command block runs, every command that is named exists, links lead somewhere.
 
-Blocks of a page run in order, bash and python, in one folder. Comments that a reader does not see: above a block
-`<!-- test: a => b; c => d -->` makes it small, `<!-- not run: reason -->` leaves it out and says which test does its
-work; `<!-- given: copy = original; ... -->` anywhere puts into the folder what the page takes for granted: outputs of
-the tutorial, a small MIMIC-CXR tree, a release in the published layout, a radiograph.
+Blocks of a page run in order, bash and python, in one folder. `docs_blocks.yaml` holds what a reader does not need:
+what makes a block small, why a block is not run and which test does its work, and the files that a page takes for
+granted (outputs of the tutorial, a small MIMIC-CXR tree, a release in the published layout, a radiograph).
 """
 
 import ast
@@ -19,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sae_lens_maira.cli import COMMANDS, build_parser, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-BLOCK = re.compile(
-    r"(?:^<!--\s*(?P<note>(?:test|not run):.*?)-->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```", re.M | re.S
-)
-GIVEN = re.compile(r"^<!--\s*given:(.*?)-->", re.M | re.S)
+BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```", re.M | re.S)
+MARKS = yaml.safe_load((ROOT / "tests" / "docs_blocks.yaml").read_text(encoding="utf-8"))
 OWN_TEST = {"hooks.md"}  # tests/hooks/test_docs.py runs every line of it
 
 
@@ -42,16 +40,28 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
+    marks = MARKS.get(page.name, {}).get("blocks", {})
     found = []
-    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        text, note = match["text"], " ".join((match["note"] or "").split())
-        word, _, said = note.partition(": ")
-        for change in said.split("; ") if word == "test" else []:
-            old, new = change.split(" => ")
-            assert old in text, f"{page.name}: the block has no {old!r} to make small"
+    for number, match in enumerate(BLOCK.finditer(page.read_text(encoding="utf-8")), 1):
+        text, mark = match["text"], marks.get(number, {})
+        if mark:
+            first = text.splitlines()[0]
+            assert mark["first"] == first, (
+                f"{page.name}: block {number} begins {first!r}, not {mark['first']!r}"
+            )
+        for old, new in mark.get("replace", {}).items():
+            assert old in text, f"{page.name}: block {number} has no {old!r} to make small"
             text = text.replace(old, new)
-        found.append(Block(match["kind"], text, said if word == "not run" else None))
+        found.append(Block(match["kind"], text, mark.get("not_run")))
     return found
+
+
+def test_every_mark_belongs_to_a_block() -> None:
+    """A mark of a page or block that is gone would be silently unused."""
+    assert set(MARKS) <= {page.name for page in PAGES}
+    for page in PAGES:
+        marks = MARKS.get(page.name, {}).get("blocks", {})
+        assert all(1 <= number <= len(blocks(page)) for number in marks), page.name
 
 
 def to_run(page: Path) -> list[Block]:
@@ -187,12 +197,10 @@ def copy_given(page: Path, material: Path, folder: Path) -> None:
     """The recipes and benchmarks, and the page's `given`, into the folder that its blocks run in."""
     for name in ("recipes", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name)
-    for pairs in GIVEN.findall(page.read_text(encoding="utf-8")):
-        for pair in pairs.split(";"):
-            copy, original = (name.strip() for name in pair.split("="))
-            target = folder / copy
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if (material / original).is_dir() else shutil.copy)(material / original, target)
+    for copy, original in MARKS.get(page.name, {}).get("given", {}).items():
+        target = folder / copy
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (material / original).is_dir() else shutil.copy)(material / original, target)
 
 
 @pytest.mark.slow
