@@ -34,6 +34,10 @@ def train(
     direct: bool = False,
     control: Literal["frozen_decoder", "soft_frozen_decoder", "frozen_encoder"] | None = None,
     init: str | None = None,
+    backend: Literal["auto", "triton", "sparse", "reference"] = "auto",
+    candidates: Literal["auto", "off", "bf16", "tf32"] = "off",
+    autocast: bool = False,
+    sole_writer: bool = True,
     resume: bool = True,
     estimate: bool = False,
     as_json: bool = False,
@@ -56,6 +60,12 @@ def train(
             of 0.8); everything else as given.
         init: start from the weights of this SAE, a folder or a published release, instead of random ones; d_sae,
             levels and k must be the same.
+        backend: implementation of the step: triton on CUDA, sparse elsewhere (auto), or the dense reference.
+        candidates: search the largest activations with a low-precision product first and score only those in float32;
+            the result stays exact. auto: wherever that is faster.
+        autocast: round the operands of products to bfloat16, as trainer.autocast does. Faster, not exact.
+        sole_writer: reuse norms and bfloat16 copies that the triton optimizer made; false if other code changes the
+            weights during the training.
         resume: continue from the newest checkpoint; false sets existing checkpoints aside and starts again.
         estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print JSON instead of text.
@@ -67,7 +77,7 @@ def train(
     import torch
 
     from sae_lens_maira.interface import device_of, label
-    from sae_lens_maira.kernels import ProcessGroupCommunicator
+    from sae_lens_maira.kernels import ProcessGroupCommunicator, resolve_backend
     from sae_lens_maira.sae import MatryoshkaTrainingSAE
     from sae_lens_maira.training import FusedSAETrainer
     from sae_lens_maira.training.checkpoints import resume_latest, set_aside
@@ -77,7 +87,7 @@ def train(
     place = device_of(str(trainer.get("device") or options.device))
     with options.ranks() as ranks, ExitStack() as held:
         comm = ProcessGroupCommunicator(ranks, place) if ranks.size > 1 else None
-        steps = _trainer_config(trainer, place)
+        steps = _trainer_config({"autocast": autocast} | trainer, place)
         if ranks.rank == 0:
             held.enter_context(locked(out))
             if steps.checkpoint_path is not None and Path(steps.checkpoint_path).absolute() != out.absolute():
@@ -98,7 +108,14 @@ def train(
         settings = data | {"seed": options.seed, "init": init}
         with _said_once("The settings of the trainer"):
             run = FusedSAETrainer(
-                cfg=steps, sae=dictionary, data_provider=batches, comm=comm, run_settings=settings
+                cfg=steps,
+                sae=dictionary,
+                data_provider=batches,
+                backend=backend,
+                candidates=candidates,
+                sole_writer=sole_writer and resolve_backend(backend, place) == "triton",
+                comm=comm,
+                run_settings=settings,
             )
         if steps.checkpoint_path is not None and not resume and not ranks.rank:
             aside = set_aside(steps.checkpoint_path)

@@ -6,14 +6,14 @@ One function, `fused_step`, gives the losses and every parameter's gradient of o
 
 Three backends give the same numbers: `reference` (dense PyTorch, the specification), `sparse` (PyTorch
 operators that touch the selected entries only, on any device) and `triton` (CUDA). `resolve_backend` says
-which one runs. Importing this package imports no triton. It knows nothing about SAELens, optimisers or data.
+which one runs. Importing this package imports no triton.
 """
 
 from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator, ProcessGroupCommunicator
 from sae_lens_maira.kernels.dispatch import BACKENDS, Backend, fused_step, resolve_backend
 from sae_lens_maira.kernels.problem import AuxSpec, Gradients, SparseActs, StepResult, StepSpec, Weights
 from sae_lens_maira.kernels.reference import reference_step
-from sae_lens_maira.kernels.step import Workspace
+from sae_lens_maira.kernels.workspace import Workspace
 
 __all__ = [
     "BACKENDS",

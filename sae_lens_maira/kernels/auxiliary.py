@@ -4,21 +4,33 @@
 
 Unlike the main path this is not sparse: thousands of dead latents fire per token. With all `nd` dead latents
 gathered, each product costs nd / d_sae of a dense one, and with nd <= k_aux nothing has to be ranked at all.
-Norms cancel here as well. It knows nothing about how latents were found dead.
+Norms cancel here as well. Under autocast the four products round their operands to bfloat16, as SAELens' do.
 """
+
+from typing import Protocol
 
 import torch
 
 from sae_lens_maira.kernels.comm import Communicator
-from sae_lens_maira.kernels.problem import AuxSpec, StepSpec
-from sae_lens_maira.kernels.scores import BoundedScores, DenseScores
+from sae_lens_maira.kernels.problem import StepSpec
 from sae_lens_maira.kernels.sparse import LatentGradients
+
+
+class Columns(Protocol):
+    """Scores of which single columns can be read."""
+
+    norms: torch.Tensor | None
+
+    def columns(self, latents: torch.Tensor) -> torch.Tensor:
+        """H (rows, latents) of some latents."""
+        ...
 
 
 def add_aux_loss(
     spec: StepSpec,
     dead: torch.Tensor,
-    scores: DenseScores | BoundedScores,
+    n_dead: list[int],
+    scores: Columns,
     xc: torch.Tensor,
     W_dec: torch.Tensor,
     errors: list[torch.Tensor],
@@ -31,6 +43,7 @@ def add_aux_loss(
     Args:
         spec: The step.
         dead: (d_sae,) boolean.
+        n_dead: Dead latents: below each level's width for kind "matryoshka", else in all.
         scores: Source of h for the dead columns.
         xc: (B, d_in) centred input.
         W_dec: (d_sae, d_in).
@@ -41,22 +54,23 @@ def add_aux_loss(
         grads: Gradients to add to.
     """
     total = torch.zeros((), dtype=torch.float64, device=xc.device)
-    latents = dead.nonzero().squeeze(1)
+    # A stable sort puts the dead latents first, in order, without asking the device how many there are.
+    latents = dead.to(torch.uint8).sort(descending=True, stable=True).indices[: n_dead[-1]]
     if spec.aux.kind == "matryoshka":
-        spans = list(zip((0, *spec.widths), spec.widths, errors, strict=False))
+        spans = list(zip((0, *n_dead), n_dead, errors, strict=False))
     else:
-        spans = [(0, spec.widths[-1], errors[-1])]
-    for start, stop, error in spans:
-        inside = latents[(latents >= start) & (latents < stop)]
-        if len(inside):
-            total += _add_span(spec.aux, inside, scores, xc, W_dec, error, tokens, comm, grads)
+        spans = [(0, n_dead[-1], errors[-1])]
+    for first, last, error in spans:
+        if first < last:
+            inside = latents[first:last]
+            total += _add_span(spec, inside, scores, xc, W_dec, error, tokens, comm, grads)
     return total
 
 
 def _add_span(
-    aux: AuxSpec,
+    spec: StepSpec,
     latents: torch.Tensor,
-    scores: DenseScores | BoundedScores,
+    scores: Columns,
     xc: torch.Tensor,
     W_dec: torch.Tensor,
     error: torch.Tensor,
@@ -64,6 +78,7 @@ def _add_span(
     comm: Communicator,
     grads: LatentGradients,
 ) -> torch.Tensor:
+    aux = spec.aux
     k_aux = aux.k_aux if aux.k_aux is not None else xc.shape[1] // 2
     z = scores.columns(latents)
     alive = None
@@ -77,24 +92,31 @@ def _add_span(
         alive = chosen if alive is None else alive & chosen
         z = z * chosen
     rows = W_dec[latents]
-    off = torch.addmm(error, z, rows)  # z W_dec - residual, since residual = -error
+    product = _half_product if spec.autocast else torch.mm
+    # z W_dec - residual, since residual = -error.
+    off = error + product(z, rows) if spec.autocast else torch.addmm(error, z, rows)
     squared = torch.linalg.vector_norm(off, dim=1).double().square_().sum()
     if aux.kind == "dictionary_learning":
         scale = aux.coefficient / _spread(error, tokens, comm)
-        if not bool(torch.isfinite(scale)):  # a constant residual: that library's nan_to_num gives 0
-            return torch.zeros_like(squared)
+        scale = torch.where(torch.isfinite(scale), scale, 0.0)  # a constant residual: that library gives 0
+        gradient = off.mul_((2 * scale / tokens).to(off.dtype))
     else:
-        scale = torch.tensor(aux.coefficient * min(len(latents) / k_aux, 1.0), dtype=torch.float64)
-    gradient = off.mul_(float(2 * scale / tokens))
-    dz = gradient @ rows.T
+        scale = aux.coefficient * min(len(latents) / k_aux, 1.0)
+        gradient = off.mul_(2 * scale / tokens)
+    dz = product(gradient, rows.T)
     if alive is not None:
         dz *= alive
     if grads.W_dec.numel():  # empty where the matrix is frozen
-        grads.W_dec.index_add_(0, latents, z.T @ gradient)
+        grads.W_dec.index_add_(0, latents, product(z.T, gradient))
     if grads.W_enc_t.numel():
-        grads.W_enc_t.index_add_(0, latents, dz.T @ xc)
+        grads.W_enc_t.index_add_(0, latents, product(dz.T, xc))
     grads.b_enc.index_add_(0, latents, dz.sum(dim=0))
-    return squared * scale.to(squared.device) / tokens
+    return squared * scale / tokens
+
+
+def _half_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product with operands rounded to bfloat16, as autocast computes it; the result in the left one's type."""
+    return (left.to(torch.bfloat16) @ right.to(torch.bfloat16)).to(left.dtype)
 
 
 def _spread(error: torch.Tensor, tokens: int, comm: Communicator) -> torch.Tensor:

@@ -1,24 +1,37 @@
-"""One door to the backends: which one runs is asked for, decided and reported explicitly.
+"""Choose and run a backend of the fused step.
 
 `auto` means triton on a CUDA device where triton is installed, and sparse everywhere else. Any other name
-runs that backend or fails with the reason; nothing switches silently. It knows nothing about what the
-backends do.
+runs that backend or fails with the reason; nothing switches silently. With TRITON_INTERPRET=1 triton's interpreter
+runs the kernels on a CPU, for tests.
 """
 
 import importlib.util
 import logging
+import os
 from typing import Literal, get_args
 
 import torch
 
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator
-from sae_lens_maira.kernels.problem import DeadMask, Gradients, StepResult, StepSpec, Weights
+from sae_lens_maira.kernels.problem import (
+    AskedCandidates,
+    Candidates,
+    DeadMask,
+    Gradients,
+    StepResult,
+    StepSpec,
+    Weights,
+)
 from sae_lens_maira.kernels.reference import reference_step
-from sae_lens_maira.kernels.step import SPARSE, Workspace, run_stages
+from sae_lens_maira.kernels.step import SPARSE, run_stages
+from sae_lens_maira.kernels.workspace import Workspace
 
 Backend = Literal["auto", "triton", "sparse", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+WIDE_ENOUGH = 512
+"""d_in from which candidates pay on a CPU."""
 
 logger = logging.getLogger(__name__)
 _said: list[str] = []
@@ -40,7 +53,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
                 "backend='triton' was asked for, but the triton package is not installed. "
                 "Install sae-lens-maira[triton], or use backend='sparse'."
             )
-        if kind != "cuda":
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendError(
                 f"backend='triton' was asked for on a {kind} device; its kernels run on CUDA. "
                 "Move the SAE to a GPU, or use backend='sparse'."
@@ -53,10 +66,30 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
     raise BackendError(f"Backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
 
 
+def resolve_candidates(
+    candidates: AskedCandidates, device: torch.device | str, d_in: int, autocast: bool, dtype: torch.dtype
+) -> Candidates:
+    """The candidates that `candidates` means: "auto" takes the fastest exact way, by the device and the width.
+
+    That is TF32 on CUDA, and bfloat16 on a CPU with AVX-512 where rows are wide enough to pay for it. Autocast rounds
+    anyway, and bounds exist for float32 only: "auto" is "off" there.
+    """
+    if candidates != "auto":
+        return candidates
+    if autocast or dtype != torch.float32:
+        return "off"
+    if torch.device(device).type == "cuda":
+        return "tf32"
+    return "bf16" if _has_wide_bf16() and d_in >= WIDE_ENOUGH else "off"
+
+
+def _has_wide_bf16() -> bool:
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
 def say_if_emulated(candidates: str, device: torch.device | str) -> None:
-    """Log, once a process, that bfloat16 candidates cost time here: on a CPU without AVX-512 they are emulated."""
-    wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-    if candidates == "bf16" and torch.device(device).type == "cpu" and not wide and not _said:
+    """Log, once per process, that bfloat16 candidates cost time here: on a CPU without AVX-512 they are emulated."""
+    if candidates == "bf16" and torch.device(device).type == "cpu" and not _has_wide_bf16() and not _said:
         _said.append(candidates)
         logger.warning(
             "candidates='bf16' was asked for on a CPU without AVX-512, where bfloat16 products are emulated: the step "

@@ -1,10 +1,11 @@
-"""Two orders of the same kept entries, as the passes over tokens and over latents want to read them.
+"""Two orders of the same kept entries, as the passes over tokens and over latents read them.
 
 By token: entries of (row, level) are contiguous, since flat indices ascend and levels are ranges of columns.
 Bag number row * L + level, bag boundaries `offsets` (B L + 1,). By latent: a stable sort by column, with
-boundaries `pointers` (d_sae + 1,). It knows positions only, no values.
+boundaries `pointers` (d_sae + 1,). Nothing here waits for a device.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,17 +18,27 @@ class Layout(NamedTuple):
     """(nnz,) row of each entry."""
     cols: torch.Tensor
     """(nnz,) latent of each entry."""
-    bags: torch.Tensor
-    """(nnz,) row * levels + level."""
     offsets: torch.Tensor
     """(B levels + 1,) first entry of each bag."""
     by_latent: torch.Tensor
     """(nnz,) entries sorted by latent, rows ascending within a latent."""
+    latents: torch.Tensor
+    """(nnz,) int32 latent of each of these, ascending."""
     pointers: torch.Tensor
     """(d_sae + 1,) first place of each latent in `by_latent`."""
     batch: int
-    levels: int
-    d_sae: int
+    widths: tuple[int, ...]
+    """Cumulative level widths."""
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.widths)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.widths[-1]
 
     @property
     def fired(self) -> torch.Tensor:
@@ -35,28 +46,33 @@ class Layout(NamedTuple):
         return self.pointers.diff()
 
 
-def build_layout(index: torch.Tensor, batch: int, d_sae: int, widths: tuple[int, ...]) -> Layout:
-    """Layout of ascending flat indices into a (batch, d_sae) matrix."""
-    levels = len(widths)
+def build_layout(index: torch.Tensor, batch: int, widths: tuple[int, ...]) -> Layout:
+    """Layout of ascending flat indices into a (batch, widths[-1]) matrix."""
+    d_sae, levels = widths[-1], len(widths)
     rows = torch.div(index, d_sae, rounding_mode="floor")
     cols = index - rows * d_sae
-    edges = torch.tensor(widths, device=index.device)
-    bags = rows * levels + torch.bucketize(cols, edges, right=True)
-    by_latent = torch.sort(cols.to(torch.int32), stable=True).indices
-    return Layout(
-        rows=rows,
-        cols=cols,
-        bags=bags,
-        offsets=_boundaries(bags, batch * levels),
-        by_latent=by_latent,
-        pointers=_boundaries(cols, d_sae),
-        batch=batch,
-        levels=levels,
-        d_sae=d_sae,
-    )
+    bags = bags_of(rows, cols, widths)
+    offsets = torch.searchsorted(bags, constants(range(batch * levels + 1), torch.int64, index.device))
+    return Layout(rows, cols, offsets, *sort_by_latent(cols.to(torch.int32), d_sae), batch, widths)
 
 
-def _boundaries(groups: torch.Tensor, number: int) -> torch.Tensor:
-    """First position of each of `number` groups when entries are sorted by group, plus the end."""
-    counts = torch.bincount(groups, minlength=number)
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+def bags_of(rows: torch.Tensor, cols: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+    """(nnz,) row * levels + level of each entry."""
+    edges = constants(widths, torch.int64, rows.device)
+    return rows * len(widths) + torch.bucketize(cols, edges, right=True)
+
+
+def sort_by_latent(cols: torch.Tensor, d_sae: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stable order (nnz,) of int32 columns, the sorted columns, and the first place of each latent (d_sae + 1,)."""
+    latents, order = torch.sort(cols, stable=True)
+    return order, latents, torch.searchsorted(latents, constants(range(d_sae + 1), torch.int32, cols.device))
+
+
+@lru_cache(maxsize=64)
+def constants(
+    values: tuple[float, ...] | range, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """A tensor of fixed numbers on a device, made once: a copy from the host would make the host wait."""
+    if isinstance(values, range):
+        return torch.arange(values.start, values.stop, values.step, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -20,6 +20,7 @@ from sae_lens_maira.errors import ConfigError
 
 AuxKind = Literal["none", "topk", "matryoshka", "dictionary_learning"]
 Candidates = Literal["off", "bf16", "tf32"]
+AskedCandidates = Literal["auto", "off", "bf16", "tf32"]
 DeadMask = torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None
 """A mask (d_sae,), or a function from this batch's fire counts (d_sae,) to one, or no dead latents at all."""
 
@@ -90,6 +91,11 @@ class StepSpec:
         """One weight per level."""
         return self.level_weights if self.level_weights is not None else (1.0,) * len(self.widths)
 
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.widths)
+
     def count(self, tokens: int) -> int:
         """Entries kept in a batch of so many tokens; the same floored product as SAELens'."""
         return int(self.k * tokens)
@@ -143,6 +149,7 @@ class StepResult:
         sae_out: (rows of this rank, d_in) reconstruction of the last level.
         acts: Kept entries of this rank's rows.
         gradients: Gradients of `loss`, summed over ranks.
+        squares: (2,) sums of squares of W_dec's and W_enc's gradients, where the backend has them; else None.
         fired: (d_sae,) tokens each latent fired on.
         min_positive: Smallest kept activation, 0-d; inf if nothing fired.
         tokens: Rows of the whole batch.
@@ -155,6 +162,7 @@ class StepResult:
     sae_out: torch.Tensor
     acts: SparseActs
     gradients: Gradients
+    squares: torch.Tensor | None = None
     fired: torch.Tensor
     min_positive: torch.Tensor
     tokens: int

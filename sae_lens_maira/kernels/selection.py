@@ -7,14 +7,18 @@
 
 Ties go to the lowest flat index (rank by rank). Counts and digit histograms are summed over ranks, so that
 the result is that of one process with all rows; a rank sends 256 integers per digit and never its scores.
-Where the scores come from is the business of `scores`; nothing here knows what they mean.
+Scores are made by `scores`; the GPU has a selection of its own, `triton_select`.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 
+from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels.comm import Communicator
+from sae_lens_maira.kernels.layout import Layout, build_layout
+from sae_lens_maira.kernels.workspace import Workspace
 
 SAFETY = 0.95
 """Last step's threshold times this is the first lower bound; too high only costs a second compaction."""
@@ -22,8 +26,8 @@ SAMPLED_ROWS = 16
 SAMPLE_SLACK = 1.15
 
 
-class Scores(Protocol):
-    """Scores h (rows, d_sae) of one rank in some form; `above` is exact, the rest may be estimates."""
+class Sampled(Protocol):
+    """Scores h (rows, d_sae) of one rank of which a part can be looked at."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -33,6 +37,10 @@ class Scores(Protocol):
     def sample(self, rows: int) -> torch.Tensor:
         """H * norm of about so many evenly spaced rows, flattened."""
         ...
+
+
+class Scores(Sampled, Protocol):
+    """Scores in some form; `above` is exact, the rest may be estimates."""
 
     def above(self, lo: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Flat indices (ascending), h and h * norm of a set that contains every entry with h * norm > lo > 0.
@@ -52,6 +60,45 @@ class Selection(NamedTuple):
     """The n-th largest entry; 0 if fewer than n are positive."""
 
 
+class Selected(NamedTuple):
+    """Kept entries of this rank, laid out for the passes; the result of a backend's selection."""
+
+    layout: Layout
+    h: torch.Tensor
+    values: torch.Tensor
+    threshold: torch.Tensor | float | None
+    """The n-th largest entry; None if fewer than n are positive and none is known from an earlier step."""
+    smallest: torch.Tensor
+    """Smallest kept entry of this rank, 0-d; inf if there is none."""
+    check: torch.Tensor | None = None
+    """Numbers on the device of which the first says whether this is the selection; None where it is known to be."""
+
+
+def select_and_lay_out(
+    scores: Scores, n: int, tokens: int, comm: Communicator, workspace: Workspace, widths: tuple[int, ...]
+) -> Iterator[Selected]:
+    """The one right selection of `select`, laid out."""
+    known = workspace.threshold
+    found = select(scores, n, tokens, comm, None if known is None else float(known))
+    layout = build_layout(found.flat, scores.shape[0], widths)
+    smallest = found.values.min() if len(found.values) else found.values.new_full((), torch.inf)
+    yield Selected(layout, found.h, found.values, found.threshold or known, smallest)
+
+
+def refuse_broken(number: int) -> None:
+    """Raise if scores were larger than their low-precision upper bound.
+
+    Raises:
+        BackendError: The low-precision product of this machine is not what the proof assumes.
+    """
+    if number:
+        raise BackendError(
+            f"{number} scores are larger than their low-precision upper bounds, so exact selection by candidates is "
+            "not safe with this machine's matrix product. Expected the product to accumulate in float32. "
+            "Set candidates='off'."
+        )
+
+
 def select(scores: Scores, n: int, tokens: int, comm: Communicator, hint: float | None) -> Selection:
     """The n largest positive entries over all ranks.
 
@@ -62,7 +109,7 @@ def select(scores: Scores, n: int, tokens: int, comm: Communicator, hint: float 
         comm: Reductions over ranks.
         hint: Threshold of an earlier step. It changes the cost only, never the result.
     """
-    for lo in _bounds(scores, n, tokens, comm, hint):
+    for lo in lower_bounds(scores, n, tokens, comm, hint):
         index, h, values = scores.above(lo)
         total = sum(comm.counts(len(index)))
         if total < n and lo > 0:
@@ -79,7 +126,10 @@ def select(scores: Scores, n: int, tokens: int, comm: Communicator, hint: float 
     raise AssertionError("the last bound is 0, where every positive entry is a candidate")
 
 
-def _bounds(scores: Scores, n: int, tokens: int, comm: Communicator, hint: float | None):
+def lower_bounds(
+    scores: Sampled, n: int, tokens: int, comm: Communicator, hint: float | None
+) -> Iterator[float]:
+    """Lower bounds of the n-th largest entry, likely first, 0 last; arguments as `select`."""
     if n == 0:
         yield float(torch.finfo(torch.float32).max)
         yield 0.0

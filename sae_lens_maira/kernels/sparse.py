@@ -4,8 +4,7 @@
     latent_backward:   dh = S_{level} . W_dec[col],   dW_dec[j] = sum h S,   dW_enc_t[j] = sum dh xc
 
 All levels cost one gather, since a level only adds to the one before, and the gradient of a latent needs only
-the suffix sum S of its level. Norms do not appear: their gradients cancel exactly (h n times 1/n). It knows
-nothing about how entries were selected.
+the suffix sum S of its level. Norms do not appear: their gradients cancel exactly (h n times 1/n).
 """
 
 import warnings
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import embedding_bag
 
-from sae_lens_maira.kernels.layout import Layout
+from sae_lens_maira.kernels.layout import Layout, bags_of
 
 
 class Decoded(NamedTuple):
@@ -32,6 +31,8 @@ class LatentGradients(NamedTuple):
     W_dec: torch.Tensor
     W_enc_t: torch.Tensor
     b_enc: torch.Tensor
+    squares: torch.Tensor | None = None
+    """(2,) sums of squares of dW_dec and dW_enc, from backends that get them on the way."""
 
 
 def prefix_decode(
@@ -88,7 +89,8 @@ def latent_backward(
     """
     d_in = xc.shape[1]
     gradient = suffix.reshape(layout.batch * layout.levels, d_in)
-    dh = sampled_product(layout.bags, layout.cols, gradient, W_dec.T, layout.offsets)
+    bags = bags_of(layout.rows, layout.cols, layout.widths)
+    dh = sampled_product(bags, layout.cols, gradient, W_dec.T, layout.offsets)
     nothing = W_dec.new_empty(0)
     W_dec_grad, W_enc_grad = out if out is not None else (nothing, nothing)
     order, pointers = layout.by_latent, layout.pointers
@@ -96,7 +98,7 @@ def latent_backward(
         W_dec_grad = nothing
     else:
         W_dec_grad = W_dec_grad if out is not None else torch.empty_like(W_dec)
-        _bags_into(W_dec_grad, layout.bags[order], gradient, pointers, h[order])
+        _bags_into(W_dec_grad, bags[order], gradient, pointers, h[order])
     if "W_enc" in frozen:
         W_enc_grad = nothing
     else:

@@ -4,11 +4,14 @@
     p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 A program updates one row, so the row's norm costs nothing, and a bfloat16 copy for autocast costs its write. The
-clip scale is read on the device: nothing waits for it. It knows nothing about which parameter it updates.
+clip scale, the learning rate and the number of the step are read on the device: nothing waits for them. Where
+gradient and moments are all zero, as for a latent that never fired, nothing changes and nothing is written.
 """
 
 # pyright: reportCallIssue=false
 # triton's own types know neither launch options (num_warps) nor that a jitted function is launched, not called.
+
+import math
 
 import torch
 import triton
@@ -20,6 +23,15 @@ WARPS = 4
 
 
 @triton.jit
+def next_step_kernel(settings, step, lr, log_beta1, log_beta2):
+    number = tl.load(step) + 1
+    tl.store(step, number)
+    exact = number.to(tl.float64)
+    tl.store(settings, (tl.load(lr).to(tl.float64) / (1.0 - tl.exp(exact * log_beta1))).to(tl.float32))
+    tl.store(settings + 1, tl.sqrt(1.0 - tl.exp(exact * log_beta2)).to(tl.float32))
+
+
+@triton.jit
 def adam_rows_kernel(
     parameter,
     gradient,
@@ -28,17 +40,19 @@ def adam_rows_kernel(
     norms,
     shadow,
     scale,
-    step_size,
+    settings,
     beta1,
     beta2,
-    root_correction2,
     eps,
     width,
     SHADOW: tl.constexpr,
+    FRESH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     divisor = tl.load(scale)
+    step_size = tl.load(settings)
+    root_correction2 = tl.load(settings + 1)
     total = 0.0
     for start in range(0, width, BLOCK):
         place = start + tl.arange(0, BLOCK)
@@ -48,16 +62,28 @@ def adam_rows_kernel(
         m = tl.load(mean + at, mask=inside, other=0.0)
         v = tl.load(square + at, mask=inside, other=0.0)
         p = tl.load(parameter + at, mask=inside, other=0.0)
+        # NaN must be written, so silence is tested, not activity.
+        silent = tl.sum(((g == 0) & (m == 0) & (v == 0)).to(tl.int32), 0) == BLOCK
+        write = inside & (silent == 0)
         m += (1 - beta1) * (g - m)
         v = beta2 * v + (1 - beta2) * g * g
         p -= step_size * m / (tl.sqrt(v) / root_correction2 + eps)
-        tl.store(mean + at, m, mask=inside)
-        tl.store(square + at, v, mask=inside)
-        tl.store(parameter + at, p, mask=inside)
+        tl.store(mean + at, m, mask=write)
+        tl.store(square + at, v, mask=write)
+        tl.store(parameter + at, p, mask=write)
         if SHADOW:
-            tl.store(shadow + at, p.to(shadow.dtype.element_ty), mask=inside)
+            if FRESH:
+                write = inside
+            tl.store(shadow + at, p.to(shadow.dtype.element_ty), mask=write)
         total += tl.sum(p * p, 0)
     tl.store(norms + row, tl.sqrt(total))
+
+
+def next_step(step: torch.Tensor, lr: torch.Tensor, betas: tuple[float, float]) -> torch.Tensor:
+    """Count a step (0-d float32) up; (2,) step size and root of the second correction, for `adam_rows`."""
+    settings = torch.empty(2, dtype=torch.float32, device=step.device)
+    next_step_kernel[(1,)](settings, step, lr, math.log(betas[0]), math.log(betas[1]), num_warps=1)
+    return settings
 
 
 def adam_rows(
@@ -66,13 +92,13 @@ def adam_rows(
     mean: torch.Tensor,
     square: torch.Tensor,
     scale: torch.Tensor,
-    step: int,
-    lr: float,
+    settings: torch.Tensor,
     betas: tuple[float, float],
     eps: float,
     shadow: torch.Tensor | None = None,
+    fresh: bool = False,
 ) -> torch.Tensor:
-    """Updates contiguous float32 (rows, width) tensors in place; row norms (rows,) of the new parameter.
+    """Update contiguous float32 (rows, width) tensors in place; row norms (rows,) of the new parameter.
 
     Args:
         parameter: Weights.
@@ -80,11 +106,11 @@ def adam_rows(
         mean: First moment.
         square: Second moment.
         scale: 0-d; the gradient is divided by it.
-        step: Number of this update, from 1.
-        lr: Learning rate.
+        settings: From `next_step`.
         betas: Decay of the moments.
         eps: Added to the denominator.
         shadow: (rows, width) copy in another type to refresh, or None.
+        fresh: Whether the copy holds nothing yet, so that rows that do not change are copied too.
     """
     rows, width = parameter.shape
     norms = torch.empty(rows, dtype=parameter.dtype, device=parameter.device)
@@ -96,13 +122,13 @@ def adam_rows(
         norms,
         parameter if shadow is None else shadow,
         scale,
-        lr / (1 - betas[0] ** step),
+        settings,
         betas[0],
         betas[1],
-        (1 - betas[1] ** step) ** 0.5,
         eps,
         width,
         SHADOW=shadow is not None,
+        FRESH=fresh,
         BLOCK=min(BLOCK, triton.next_power_of_2(width)),
         num_warps=WARPS,
     )

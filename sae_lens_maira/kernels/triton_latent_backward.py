@@ -1,43 +1,34 @@
 """The backward pass over latents on the GPU: dW_dec, dW_enc and db_enc of a latent by one program, in one walk.
 
-    t = S_bag . W_dec[j],    dW_dec[j] += h S_bag,    dW_enc_t[j] += t xc_row,    db_enc[j] += t
+    t = S_row . W_dec[j],    dW_dec[j] += h S_row,    dW_enc_t[j] += t xc_row,    db_enc[j] += t
 
-A program holds whole rows of d_in in registers, so S and xc are read once for all of these. A latent that fires
-on every token would keep one program busy long after the rest: its entries are cut into segments of at most
-`SEGMENT`, whose partial sums a second kernel adds in order. No atomics: the same bits every time.
+A program holds whole rows of d_in in registers, so S and xc are read once for all of these. S is stored level by
+level: latents of one level read (batch, d_in) of it, which stays in the L2 cache. A latent that fires on every token
+would keep one program busy long after the rest: entries beyond its first `SEGMENT` are summed by other programs, and
+a second kernel adds these pieces in order. The number of programs depends on sizes only, so nothing is read back, and
+there are no atomics: the same bits every time. Sums of squares of both gradients come out on the way.
 """
 
 # pyright: reportCallIssue=false
 # triton's own types know neither launch options (num_warps) nor that a jitted function is launched, not called.
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from sae_lens_maira.errors import BackendError
-from sae_lens_maira.kernels.layout import Layout
+from sae_lens_maira.kernels.layout import Layout, constants
 from sae_lens_maira.kernels.sparse import LatentGradients
 
-SEGMENT = 256
-"""Entries per program. At k = 64, d_sae / batch = 4 a latent has 16 on average; a hot one gives at most
-batch / 256 segments, and partial sums take at most 2 nnz / 256 rows of memory."""
+SEGMENT = 64
+"""Entries per program. At k = 64, d_sae / batch = 4 a latent has 16 on average; a hot one gives at most batch / 64
+pieces, and partial sums take at most 2 nnz / 64 rows of memory."""
 LARGEST_WIDTH = 16384
-"""Rows are held in registers whole: 16 elements of 5 vectors per thread, 8 warps at d_in = 4096."""
-
-
-class Segments(NamedTuple):
-    """Stretches of the latent-sorted entries, one program each; `slot` is the place of a partial sum or -1."""
-
-    latent: torch.Tensor
-    first: torch.Tensor
-    last: torch.Tensor
-    slot: torch.Tensor
-    hot: torch.Tensor
-    """Latents cut into several segments."""
-    hot_first: torch.Tensor
-    hot_number: torch.Tensor
+"""Rows are held in registers whole: 8 elements of 5 vectors per thread, 16 warps at d_in = 4096."""
+STAGES = 2
+"""Entries whose rows are on their way while another is added."""
+ADDED_AT_ONCE = 1024
+"""Columns per program of the kernel that adds pieces."""
 
 
 @triton.jit
@@ -45,95 +36,126 @@ def latent_backward_kernel(
     dW_dec,
     dW_enc,
     db_enc,
+    squares,
     partial,
     partial_b,
     latents,
-    firsts,
-    lasts,
-    slots,
+    pointers,
     rows,
-    bags,
     coefficients,
     suffix,
     xc,
     W_dec,
+    widths,
+    pieces,
+    batch,
+    d_sae,
+    slots,
     d_in,
+    LEVELS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    segment = tl.program_id(0)
-    latent = tl.load(latents + segment).to(tl.int64)
-    first = tl.load(firsts + segment)
-    last = tl.load(lasts + segment)
-    slot = tl.load(slots + segment).to(tl.int64)
+    # Programs below `pieces` take the later pieces of latents with more than SEGMENT entries, the others a latent each.
+    program = tl.program_id(0)
+    extra = program < pieces
+    latent = (program - pieces).to(tl.int64)
+    if extra:
+        latent = tl.load(latents + program * SEGMENT).to(tl.int64)
+    known = latent < d_sae  # unused places of the layout have the latent d_sae
+    begin = tl.load(pointers + latent, mask=known, other=0)
+    end = tl.load(pointers + latent + 1, mask=known, other=0)
+    # Each multiple of SEGMENT inside a latent's entries gives one piece; there are never fewer of them than pieces.
+    nth = tl.where(extra, program - begin // SEGMENT, 0)
+    first = begin + nth * SEGMENT
+    last = tl.minimum(first + SEGMENT, end)
+    active = known & ((nth > 0) == extra) & ((first < end) | (nth == 0))
+    last = tl.where(active, last, first)
+    level = 0
+    for edge in tl.static_range(LEVELS - 1):
+        level += (latent >= tl.load(widths + edge)).to(tl.int32)
     place = tl.arange(0, BLOCK)
     inside = place < d_in
     compute = db_enc.dtype.element_ty
-    weight = tl.load(W_dec + latent * d_in + place, mask=inside, other=0.0).to(compute)
+    weight = tl.load(W_dec + latent * d_in + place, mask=inside & active, other=0.0).to(compute)
     decoder = tl.zeros([BLOCK], dtype=compute)
     encoder = tl.zeros([BLOCK], dtype=compute)
     bias = tl.sum(decoder, 0)
-    for entry in range(first, last):
-        row = tl.load(rows + entry).to(tl.int64)
-        bag = tl.load(bags + entry).to(tl.int64)
+    gradients = suffix + level.to(tl.int64) * batch * d_in + place
+    for entry in tl.range(first, last, num_stages=STAGES):
+        at = tl.load(rows + entry).to(tl.int64) * d_in
         coefficient = tl.load(coefficients + entry)
-        gradient = tl.load(suffix + bag * d_in + place, mask=inside, other=0.0).to(compute)
-        token = tl.load(xc + row * d_in + place, mask=inside, other=0.0).to(compute)
+        gradient = tl.load(gradients + at, mask=inside, other=0.0).to(compute)
+        token = tl.load(xc + at + place, mask=inside, other=0.0).to(compute)
         through = tl.sum(gradient * weight, 0)
         decoder += coefficient * gradient
         encoder += through * token
         bias += through
-    if slot < 0:
+    if extra:
+        if active:
+            slot = program.to(tl.int64)
+            tl.store(partial + 2 * slot * d_in + place, decoder, mask=inside)
+            tl.store(partial + (2 * slot + 1) * d_in + place, encoder, mask=inside)
+            tl.store(partial_b + slot, bias)
+    else:
         tl.store(dW_dec + latent * d_in + place, decoder, mask=inside)
         tl.store(dW_enc + latent * d_in + place, encoder, mask=inside)
         tl.store(db_enc + latent, bias)
-    else:
-        tl.store(partial + (2 * slot) * d_in + place, decoder, mask=inside)
-        tl.store(partial + (2 * slot + 1) * d_in + place, encoder, mask=inside)
-        tl.store(partial_b + slot, bias)
+        whole = end - begin <= SEGMENT
+        tl.store(squares + latent, tl.where(whole, tl.sum(decoder * decoder, 0), 0.0))
+        tl.store(squares + slots + latent, tl.where(whole, tl.sum(encoder * encoder, 0), 0.0))
 
 
 @triton.jit
-def add_segments_kernel(
-    dW_dec, dW_enc, db_enc, partial, partial_b, hot, hot_first, hot_number, d_in, BLOCK: tl.constexpr
+def add_pieces_kernel(
+    dW_dec,
+    dW_enc,
+    db_enc,
+    squares,
+    partial,
+    partial_b,
+    latents,
+    pointers,
+    d_sae,
+    slots,
+    d_in,
+    SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    which = tl.program_id(0)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    piece = tl.program_id(0)
+    stretch = tl.program_id(1)
+    latent = tl.load(latents + piece * SEGMENT).to(tl.int64)
+    known = latent < d_sae
+    begin = tl.load(pointers + latent, mask=known, other=0)
+    end = tl.load(pointers + latent + 1, mask=known, other=0)
+    place = stretch * BLOCK + tl.arange(0, BLOCK)
     inside = place < d_in
-    latent = tl.load(hot + which).to(tl.int64)
-    first = tl.load(hot_first + which).to(tl.int64)
-    number = tl.load(hot_number + which)
-    compute = db_enc.dtype.element_ty
-    decoder = tl.zeros([BLOCK], dtype=compute)
-    encoder = tl.zeros([BLOCK], dtype=compute)
-    bias = tl.sum(decoder, 0)
-    for step in range(0, number):
-        slot = first + step
-        decoder += tl.load(partial + (2 * slot) * d_in + place, mask=inside, other=0.0)
-        encoder += tl.load(partial + (2 * slot + 1) * d_in + place, mask=inside, other=0.0)
-        bias += tl.load(partial_b + slot)
-    tl.store(dW_dec + latent * d_in + place, decoder, mask=inside)
-    tl.store(dW_enc + latent * d_in + place, encoder, mask=inside)
-    tl.store(db_enc + latent, bias, mask=tl.program_id(1) == 0)
-
-
-def cut(pointers: torch.Tensor, longest: int = SEGMENT) -> Segments:
-    """Cuts latent-sorted entries with boundaries (d_sae + 1,) into segments; a silent latent gets an empty one."""
-    counts = pointers.diff()
-    pieces = ((counts + longest - 1) // longest).clamp(min=1)
-    number = int(pieces.sum())
-    latent = torch.repeat_interleave(pieces, output_size=number)
-    begins = pieces.cumsum(0) - pieces
-    nth = torch.arange(number, device=pointers.device) - begins[latent]
-    first = pointers[latent] + nth * longest
-    last = torch.minimum(first + longest, pointers[latent + 1])
-    split = (pieces > 1)[latent]
-    slot = torch.where(split, split.cumsum(0) - 1, torch.full_like(latent, -1))
-    hot = (pieces > 1).nonzero().squeeze(1)
-    return Segments(latent, first, last, slot, hot, slot[begins[hot]], pieces[hot])
+    number = (end - begin + SEGMENT - 1) // SEGMENT - 1
+    mine = known & (piece - begin // SEGMENT == 1) & (number > 0)
+    slot = d_sae + piece * tl.num_programs(1) + stretch
+    decoder_square = tl.sum(tl.zeros([BLOCK], dtype=squares.dtype.element_ty), 0)
+    encoder_square = decoder_square
+    if mine:
+        decoder = tl.load(dW_dec + latent * d_in + place, mask=inside, other=0.0)
+        encoder = tl.load(dW_enc + latent * d_in + place, mask=inside, other=0.0)
+        bias = tl.load(db_enc + latent)
+        for step in range(0, number):
+            at = (piece + step).to(tl.int64)
+            decoder += tl.load(partial + 2 * at * d_in + place, mask=inside, other=0.0)
+            encoder += tl.load(partial + (2 * at + 1) * d_in + place, mask=inside, other=0.0)
+            bias += tl.load(partial_b + at)
+        tl.store(dW_dec + latent * d_in + place, decoder, mask=inside)
+        tl.store(dW_enc + latent * d_in + place, encoder, mask=inside)
+        tl.store(db_enc + latent, bias, mask=stretch == 0)
+        decoder_square += tl.sum(decoder * decoder, 0)
+        encoder_square += tl.sum(encoder * encoder, 0)
+    tl.store(squares + slot, decoder_square)
+    tl.store(squares + slots + slot, encoder_square)
 
 
 def width_and_warps(d_in: int) -> tuple[int, int]:
-    """Row width in registers and warps for 16 elements per thread.
+    """Row width in registers and warps for 8 elements per thread: at d_in = 4096, half of all warps fit at once.
 
     Raises:
         BackendError: d_in is too wide for one program.
@@ -144,7 +166,7 @@ def width_and_warps(d_in: int) -> tuple[int, int]:
             f"d_in is {d_in}; the triton backend holds rows of at most {LARGEST_WIDTH} in registers. "
             "Use backend='sparse'."
         )
-    return block, min(16, max(1, block // 512))
+    return block, min(16, max(1, block // 256))
 
 
 def latent_backward(
@@ -155,60 +177,74 @@ def latent_backward(
     W_dec: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     frozen: frozenset[str] = frozenset(),
-    longest: int = SEGMENT,
+    segment: int = SEGMENT,
 ) -> LatentGradients:
     """Same contract as `sparse.latent_backward`; suffix, xc and W_dec may be bfloat16.
 
     One walk makes both gradients, so that of a frozen matrix is computed here too, and dropped.
     """
-    d_in = xc.shape[1]
+    d_in, d_sae = xc.shape[1], layout.d_sae
     block, warps = width_and_warps(d_in)
+    device, dtype = h.device, h.dtype
     if out is None or frozen:
-        shape = (layout.d_sae, d_in)
         out = (
-            torch.empty(shape, dtype=h.dtype, device=h.device),
-            torch.empty(shape, dtype=h.dtype, device=h.device),
+            torch.empty(d_sae, d_in, dtype=dtype, device=device),
+            torch.empty(d_sae, d_in, dtype=dtype, device=device),
         )
-    b_enc = torch.empty(layout.d_sae, dtype=h.dtype, device=h.device)
-    segments = cut(layout.pointers, longest)
-    slots = int(segments.hot_number.sum())
-    partial = torch.empty(max(1, 2 * slots), d_in, dtype=h.dtype, device=h.device)
-    partial_b = torch.empty(max(1, slots), dtype=h.dtype, device=h.device)
+    b_enc = torch.empty(d_sae, dtype=dtype, device=device)
     order = layout.by_latent
-    latent_backward_kernel[(len(segments.latent),)](
+    latents, rows, coefficients = layout.latents, layout.rows[order], h[order]
+    pieces = triton.cdiv(len(order), segment)
+    stretch = min(block, ADDED_AT_ONCE)
+    slots = d_sae + pieces * triton.cdiv(d_in, stretch)
+    squares = torch.empty(2, slots, dtype=dtype, device=device)
+    partial = torch.empty(2 * pieces, d_in, dtype=dtype, device=device)
+    partial_b = torch.empty(pieces, dtype=dtype, device=device)
+    latent_backward_kernel[(pieces + d_sae,)](
         *out,
         b_enc,
+        squares,
         partial,
         partial_b,
-        segments.latent,
-        segments.first,
-        segments.last,
-        segments.slot,
-        layout.rows[order],
-        layout.bags[order],
-        h[order],
-        suffix,
+        latents,
+        layout.pointers,
+        rows,
+        coefficients,
+        suffix.transpose(0, 1).contiguous(),
         xc,
         W_dec,
+        constants(layout.widths, torch.int32, device),
+        pieces,
+        layout.batch,
+        d_sae,
+        slots,
         d_in,
+        LEVELS=layout.levels,
+        SEGMENT=segment,
+        STAGES=STAGES,
         BLOCK=block,
         num_warps=warps,
     )
-    if len(segments.hot):
-        stretch = min(block, 1024)
-        add_segments_kernel[(len(segments.hot), triton.cdiv(d_in, stretch))](
+    if pieces:
+        add_pieces_kernel[(pieces, triton.cdiv(d_in, stretch))](
             *out,
             b_enc,
+            squares,
             partial,
             partial_b,
-            segments.hot,
-            segments.hot_first,
-            segments.hot_number,
+            latents,
+            layout.pointers,
+            d_sae,
+            slots,
             d_in,
+            SEGMENT=segment,
             BLOCK=stretch,
             num_warps=4,
         )
     nothing = h.new_empty(0)
     return LatentGradients(
-        nothing if "W_dec" in frozen else out[0], nothing if "W_enc" in frozen else out[1], b_enc
+        nothing if "W_dec" in frozen else out[0],
+        nothing if "W_enc" in frozen else out[1],
+        b_enc,
+        None if frozen else squares.sum(dim=1),
     )

@@ -3,8 +3,9 @@
     e_l = b_dec - x + sum_{entries of levels <= l} h W_dec[col],     S_m = sum_{l >= m} s_l e_l
 
 One program holds one stretch of d_in of one token in registers and walks the token's entries level by level. The
-stretch is the slow grid axis, so that a quarter of W_dec at a time is what the L2 cache has to hold. Squares are
-written per program and summed on the host side in float64: no atomics, the same bits every time.
+stretch is the slow grid axis, so that a quarter of W_dec at a time is what the L2 cache has to hold. Errors stay in
+registers until S, which is stored level by level, is written once. Squares are written per program and summed
+afterwards in float64: no atomics, the same bits every time.
 """
 
 # pyright: reportCallIssue=false
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sae_lens_maira.kernels.layout import Layout
+from sae_lens_maira.kernels.layout import Layout, constants
 from sae_lens_maira.kernels.sparse import Decoded
 
 LARGEST_BLOCK = 1024
@@ -46,6 +47,7 @@ def prefix_decode_kernel(
     error = tl.load(b_dec + place, mask=inside, other=0.0) - tl.load(
         x + row * d_in + place, mask=inside, other=0.0
     )
+    kept = ()
     for level in tl.static_range(LEVELS):  # pyright: ignore[reportGeneralTypeIssues]
         bag = row * LEVELS + level
         first = tl.load(offsets + bag)
@@ -55,20 +57,17 @@ def prefix_decode_kernel(
             coefficient = tl.load(coefficients + entry)
             weight = tl.load(W_dec + col * d_in + place, mask=inside, other=0.0)
             error += coefficient * weight.to(error.dtype)
-        tl.store(suffix + bag * d_in + place, error, mask=inside)
         if KEEP:
             tl.store(errors + (level * batch + row) * d_in + place, error, mask=inside)
         tl.store(squares + (level * batch + row) * tl.num_programs(1) + stretch, tl.sum(error * error, 0))
+        kept = kept + (error,)  # noqa: RUF005 - triton compiles no starred tuples
     if not KEEP:
         tl.store(errors + row * d_in + place, error, mask=inside)
-    # Below, each thread reads what it wrote above; the barrier covers layouts that differ between the two.
-    tl.debug_barrier()
     running = tl.zeros([BLOCK], dtype=error.dtype)
     for back in tl.static_range(LEVELS):
-        bag = row * LEVELS + (LEVELS - 1 - back)
-        scale = tl.load(scales + (LEVELS - 1 - back))
-        running += scale * tl.load(suffix + bag * d_in + place, mask=inside, other=0.0).to(error.dtype)
-        tl.store(suffix + bag * d_in + place, running, mask=inside)
+        level = LEVELS - 1 - back
+        running += tl.load(scales + level) * kept[LEVELS - 1 - back]
+        tl.store(suffix + (level * batch + row) * d_in + place, running, mask=inside)
 
 
 def block_and_warps(d_in: int) -> tuple[int, int]:
@@ -90,9 +89,9 @@ def prefix_decode(
     batch, levels, d_in = layout.batch, layout.levels, x.shape[1]
     block, warps = block_and_warps(d_in)
     stretches = int(triton.cdiv(d_in, block))
-    suffix = torch.empty(batch, levels, d_in, dtype=W_dec.dtype, device=x.device)
+    suffix = torch.empty(levels, batch, d_in, dtype=W_dec.dtype, device=x.device)
     errors = torch.empty(levels if keep_errors else 1, batch, d_in, dtype=x.dtype, device=x.device)
-    squares = torch.zeros(levels, batch, stretches, dtype=x.dtype, device=x.device)
+    squares = torch.empty(levels, batch, stretches, dtype=x.dtype, device=x.device)
     if batch > 0:
         prefix_decode_kernel[(batch, stretches)](
             suffix,
@@ -104,7 +103,7 @@ def prefix_decode(
             W_dec,
             b_dec,
             x,
-            torch.tensor(scales, dtype=x.dtype, device=x.device),
+            constants(scales, x.dtype, x.device),
             batch,
             d_in,
             LEVELS=levels,
@@ -112,4 +111,6 @@ def prefix_decode(
             BLOCK=block,
             num_warps=warps,
         )
-    return Decoded(suffix, squares.sum(dim=(1, 2), dtype=torch.float64), list(errors.unbind(0)))
+    return Decoded(
+        suffix.transpose(0, 1), squares.sum(dim=(1, 2), dtype=torch.float64), list(errors.unbind(0))
+    )

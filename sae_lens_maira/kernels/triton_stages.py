@@ -1,11 +1,11 @@
-"""The triton backend as one object: which kernel stands for which stage.
+"""The triton backend as one object: which kernel runs in which stage.
 
-Importing this module imports triton; `dispatch` does so only when the backend runs. It knows nothing else.
+Importing this module imports triton; `dispatch` does so only when the backend runs.
 """
 
 from sae_lens_maira.kernels.step import Stages
 from sae_lens_maira.kernels.triton_latent_backward import latent_backward
 from sae_lens_maira.kernels.triton_prefix_decode import prefix_decode
-from sae_lens_maira.kernels.triton_select import TritonScores
+from sae_lens_maira.kernels.triton_scores import encode, select
 
-TRITON = Stages("triton", TritonScores, prefix_decode, latent_backward, bf16_operands=True)
+TRITON = Stages("triton", encode, select, prefix_decode, latent_backward, bf16_operands=True)

@@ -25,7 +25,7 @@ PER_ROW_NORMALISATION = ("layer_norm", "constant_norm_rescale")
 
 
 class StepPlan:
-    """How one step of one SAE object runs. Cheap to make; made anew for every step, since users edit SAEs."""
+    """How one step of one SAE object runs. Cheap; made for every step, since users edit SAEs."""
 
     def __init__(self, sae: TrainingSAE[Any], autocast: bool = False, candidates: Candidates = "off") -> None:
         cfg = sae.cfg
@@ -68,13 +68,10 @@ class StepPlan:
     def dead(self, mask: torch.Tensor | None, tokens: int) -> DeadMask:
         """Dead latents by the class's rule: the trainer's mask, or tokens since a latent fired, this batch included."""
         if not self.unit_decoder:
-            return mask if mask is not None and bool(mask.any()) else None
-        sae = self.sae
-        silent: torch.Tensor = sae.tokens_since_fired
-        limit: int = sae.cfg.dead_after_tokens
-        if int(silent.max()) + tokens < limit:
-            return None
-        return lambda fired: torch.where(fired > 0, torch.zeros_like(silent), silent + tokens) >= limit
+            return mask
+        silent: torch.Tensor = self.sae.tokens_since_fired
+        limit: int = self.sae.cfg.dead_after_tokens
+        return lambda fired: torch.where(fired > 0, 0, silent + tokens) >= limit
 
     def adjust_(self, W_dec_gradient: torch.Tensor) -> None:
         """Removes the part of each row's gradient along the row, where the class holds rows at norm 1."""
@@ -101,14 +98,14 @@ class StepPlan:
         sae, rate = self.sae, self.sae.cfg.topk_threshold_lr
         threshold = sae.topk_threshold
         lowest = result.min_positive.to(threshold.dtype)
-        fired_at_all = torch.isfinite(lowest)
+        fired_at_all = lowest < torch.inf
         if self.unit_decoder:
             sae.tokens_since_fired += result.tokens
-            sae.tokens_since_fired[result.fired > 0] = 0
+            sae.tokens_since_fired.masked_fill_(result.fired > 0, 0)
             if n_training_steps <= sae.cfg.threshold_start_step:
                 return
             lowest = torch.where(fired_at_all, lowest, torch.zeros_like(lowest))
-            rate = 1.0 if threshold < 0 else rate
+            rate = torch.where(threshold < 0, 1.0, rate)
             sae.topk_threshold = (1 - rate) * threshold + rate * lowest
         else:
             sae.topk_threshold = torch.where(fired_at_all, (1 - rate) * threshold + rate * lowest, threshold)

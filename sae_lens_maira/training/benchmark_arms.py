@@ -1,7 +1,7 @@
-"""The contestants of the step benchmark: one problem size, and every way to train on it.
+"""What the step benchmark compares: one problem size, and every way to train on it.
 
-SAELens' trainer as it comes, SAELens tuned by what torch offers, and ours. All arms start from equal weights and use
-equal settings. This module builds them; it times nothing.
+SAELens' trainer with its defaults, SAELens tuned by what torch offers, and ours. All arms start from equal weights, use
+equal settings and see the same batches, a new one in every step.
 """
 
 from collections.abc import Callable
@@ -32,6 +32,8 @@ class Shape:
     widths: tuple[int, ...]
     device: str
     autocast: bool
+    zipf: bool = False
+    """Whether a few latents fire on most tokens and most hardly ever, as in trained SAEs."""
 
     def sae(self) -> MatryoshkaBatchTopKTrainingSAE:
         """A fresh SAE with unequal decoder norms and non-zero biases, the same every time."""
@@ -48,11 +50,14 @@ class Shape:
             sae.W_dec.mul_(0.5 + torch.rand(self.d_sae, 1, device=self.device))
             sae.b_enc.normal_(0, 0.02)
             sae.b_dec.normal_(0, 0.02)
+            if self.zipf:
+                rank = 1 + torch.randperm(self.d_sae, device=self.device).float()
+                sae.b_enc.add_(2.5 - 0.75 * rank.log())
         return sae
 
-    def rows(self) -> torch.Tensor:
-        """A batch."""
-        generator = torch.Generator().manual_seed(1)
+    def rows(self, number: int = 0) -> torch.Tensor:
+        """One of the batches."""
+        generator = torch.Generator().manual_seed(1 + number)
         return torch.randn(self.batch, self.d_in, generator=generator).to(self.device)
 
 
@@ -123,6 +128,10 @@ def _ours_candidates(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any
     )
 
 
+def _ours_sole_writer(shape: Shape, cfg: SAETrainerConfig) -> SAETrainer[Any, Any]:
+    return FusedSAETrainer(cfg, shape.sae(), iter(()), sole_writer=True)
+
+
 def arms_for(shape: Shape) -> dict[str, Arm]:
     """What is compared on this device; "saelens" and "fused" are always there."""
     arms = {"saelens": Arm(shape, _saelens), "saelens_fused_adam": Arm(shape, _saelens_fused_adam)}
@@ -135,4 +144,5 @@ def arms_for(shape: Shape) -> dict[str, Arm]:
         arms["fused_candidates"] = Arm(shape, _ours_candidates)
         if shape.device == "cuda":
             arms["fused_autocast"] = Arm(shape, _ours, autocast=True)
+            arms["fused_autocast_sole_writer"] = Arm(shape, _ours_sole_writer, autocast=True)
     return arms

@@ -16,6 +16,7 @@ LABELS = {
     "saelens_autocast_compiled": "SAELens, fused Adam, autocast, compiled",
     "fused": "this package",
     "fused_autocast": "this package, autocast",
+    "fused_autocast_sole_writer": "this package, autocast, sole writer",
     "fused_candidates": "this package, low-precision candidates (exact)",
 }
 
@@ -25,7 +26,8 @@ def table(report: dict[str, Any]) -> str:
     shape = report["shape"]
     lines = [
         f"d_in {shape['d_in']}, d_sae {shape['d_sae']}, batch {shape['batch']}, k {shape['k']:g}, {shape['dtype']}, "
-        f"on {report['device']}, backend {report['backend']}, {report['rounds']} rounds",
+        f"on {report['device']}, backend {report['backend']}, {report['rounds']} rounds, "
+        f"{'Zipf' if shape['zipf'] else 'uniform'} firing, a new batch per step",
         f"{'':48s}{'p20':>10s}{'p50':>10s}{'p80':>10s}{'ratio':>8s}",
     ]
     for setting, arms in report["milliseconds"].items():

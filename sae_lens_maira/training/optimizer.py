@@ -4,18 +4,19 @@
 
 torch's fused Adam walks raw memory: with a gradient or moment in another order than its parameter it silently updates
 wrong entries, and a transposed parameter costs it copies. Here gradients and moments follow their parameter, and the
-update sees each matrix as it lies in memory. State dicts are written contiguous and without the fused flag, as
-SAELens' own Adam would, so either can read the other's. It knows nothing about SAEs.
+update sees each matrix as it is stored. State dicts are written contiguous and without the fused flag, as SAELens'
+own Adam would, so either can read the other's. On a GPU the learning rate, the number of the step and the clip scale
+stay on the device, so that the host never waits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.optim.adam import adam
 from typing_extensions import override
 
-from sae_lens_maira.kernels.step import Refreshed
+from sae_lens_maira.kernels.workspace import Refreshed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -24,9 +25,8 @@ class RowMajorAdam(torch.optim.Adam):
     """torch's fused Adam, safe and fast for transposed parameters; `clip_` folds a norm limit into the next step.
 
     Attributes:
-        use_triton: Whether float32 matrices are updated by this package's kernel, which also leaves row norms and
-            bfloat16 copies behind.
-        keep_bf16: Whether that kernel writes bfloat16 copies.
+        use_triton: Whether float32 matrices are updated by this package's kernel, which also leaves row norms behind.
+        keep_bf16: Whether that kernel writes bfloat16 copies too.
         refreshed: What the kernel left behind, by parameter.
     """
 
@@ -36,20 +36,41 @@ class RowMajorAdam(torch.optim.Adam):
         self.use_triton = False
         self.keep_bf16 = False
         self.refreshed: dict[torch.nn.Parameter, Refreshed] = {}
+        self._rates: dict[torch.device, tuple[float, torch.Tensor]] = {}
         self.register_state_dict_post_hook(_as_plain_adam)
         self.register_load_state_dict_post_hook(_as_fused)
 
     @torch.no_grad()
-    def clip_(self, max_norm: float) -> torch.Tensor:
-        """Limits the next step's gradient norm over all parameters; the norm before it, 0-d.
+    def clip_(
+        self,
+        max_norm: float,
+        known: Sequence[torch.nn.Parameter] = (),
+        squares: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Limit the next step's gradient norm over all parameters; the norm before it, 0-d.
 
         The division happens inside the update instead of in a pass of its own.
+
+        Args:
+            max_norm: Largest norm.
+            known: Parameters whose gradients need not be read, since `squares` has their sums of squares.
+            squares: (len(known),)
         """
+        skipped = set(known) if squares is not None else set()
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = [torch.linalg.vector_norm(_in_memory_order(gradient)) for gradient in gradients]
-        total = torch.linalg.vector_norm(torch.stack(norms))
-        scale = ((total + 1e-6) / max_norm).clamp(min=1.0)
-        if total.device.type == "cpu" and float(scale) == 1.0:
+        norms = torch.stack(
+            [
+                torch.linalg.vector_norm(_in_memory_order(p.grad))
+                for group in self.param_groups
+                for p in group["params"]
+                if p.grad is not None and p not in skipped
+            ]
+            + ([] if squares is None else list(squares.sqrt().unbind()))
+        )
+        total = torch.linalg.vector_norm(norms)
+        scale = total + 1e-6
+        scale = (scale if max_norm == 1 else scale / max_norm).clamp(min=1.0)
+        if not self.use_triton and total.device.type == "cpu" and float(scale) == 1.0:
             return total
         if total.dtype == torch.float32:
             self.grad_scale = scale
@@ -105,13 +126,16 @@ class RowMajorAdam(torch.optim.Adam):
         )
 
     def _step_by_kernel(self, p: torch.nn.Parameter, group: dict[str, Any]) -> None:
-        from sae_lens_maira.kernels.triton_adam import adam_rows  # triton is imported only when it runs
+        from sae_lens_maira.kernels.triton_adam import (
+            adam_rows,
+            next_step,
+        )  # triton is imported only when it runs
 
         state, known = self.state[p], self.refreshed.get(p)
         assert p.grad is not None
-        state["step"] = state["step"].cpu() + 1  # the kernel takes its corrections as numbers
         rows = _in_memory_order(p.detach())
-        shadow = known.shadow if known is not None else None
+        shadow = known.shadow if known is not None and self.keep_bf16 else None
+        fresh = shadow is None or known is None or not known.is_of(p)
         if shadow is None and self.keep_bf16:
             shadow = torch.empty_like(rows, dtype=torch.bfloat16)
         norms = adam_rows(
@@ -119,17 +143,27 @@ class RowMajorAdam(torch.optim.Adam):
             _in_memory_order(p.grad),
             *(_in_memory_order(state[name]) for name in MOMENTS),
             scale=self.grad_scale if self.grad_scale is not None else rows.new_ones(()),
-            step=int(state["step"]),
-            lr=float(group["lr"]),
+            settings=next_step(state["step"], self._rate(group["lr"], p.device), group["betas"]),
             betas=group["betas"],
             eps=group["eps"],
             shadow=shadow,
+            fresh=fresh,
         )
         self.refreshed[p] = Refreshed(norms, shadow, p.data_ptr(), p._version)
 
+    def _rate(self, lr: float, device: torch.device) -> torch.Tensor:
+        """The learning rate on the device, 0-d; filling it queues a launch and waits for nothing."""
+        known, tensor = self._rates.get(device, (None, None))
+        if tensor is None:
+            tensor = torch.empty((), dtype=torch.float32, device=device)
+        if known != lr:
+            tensor.fill_(lr)
+            self._rates[device] = (lr, tensor)
+        return tensor
+
 
 def _ordered_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if it lies in memory as the parameter does, else a copy that does."""
+    """The tensor itself if it is stored in the parameter's order, else a copy that is."""
     return (
         tensor
         if tensor.stride() == parameter.stride()

@@ -1,10 +1,10 @@
-"""The seam that lets SAELens' runners use the fused trainer: one line for an existing user.
+"""Make SAELens' runners use the fused trainer, with one line.
 
     with fused_training():
         LanguageModelSAETrainingRunner(cfg).run()
 
-SAELens names its trainer inside the runners, with no argument to replace it. Within the context that name stands for
-the fused trainer in every module that uses it, and is put back on the way out. It knows nothing about steps.
+SAELens names its trainer inside the runners, with no argument to replace it. Within the context that name means the
+fused trainer in every module that uses it; afterwards it is SAELens' again.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from typing_extensions import override
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import ProcessGroupCommunicator
 from sae_lens_maira.kernels.dispatch import Backend
-from sae_lens_maira.kernels.problem import Candidates
+from sae_lens_maira.kernels.problem import AskedCandidates
 from sae_lens_maira.training.trainer import FusedSAETrainer
 
 USERS_OF_THE_TRAINER = (
@@ -50,7 +50,10 @@ class ShardedBatches:
 
 @contextmanager
 def fused_training(
-    backend: Backend = "auto", candidates: Candidates = "off", comm: ProcessGroupCommunicator | None = None
+    backend: Backend = "auto",
+    candidates: AskedCandidates = "off",
+    comm: ProcessGroupCommunicator | None = None,
+    sole_writer: bool = False,
 ) -> Iterator[None]:
     """Inside, every SAELens runner builds a `FusedSAETrainer` with these arguments. Not for threads that race.
 
@@ -64,7 +67,13 @@ def fused_training(
         if comm is not None:
             data_provider = _share_of(data_provider, comm)
         return FusedSAETrainer(
-            *args, data_provider=data_provider, backend=backend, candidates=candidates, comm=comm, **kwargs
+            *args,
+            data_provider=data_provider,
+            backend=backend,
+            candidates=candidates,
+            sole_writer=sole_writer,
+            comm=comm,
+            **kwargs,
         )
 
     modules = [importlib.import_module(name) for name in USERS_OF_THE_TRAINER]

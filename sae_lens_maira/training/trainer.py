@@ -38,8 +38,8 @@ from sae_lens_maira.kernels import (
     fused_step,
     resolve_backend,
 )
-from sae_lens_maira.kernels.dispatch import Backend, say_if_emulated
-from sae_lens_maira.kernels.problem import Candidates
+from sae_lens_maira.kernels.dispatch import Backend, resolve_candidates, say_if_emulated
+from sae_lens_maira.kernels.problem import AskedCandidates, Candidates
 from sae_lens_maira.sae import MatryoshkaTrainingSAE
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
 from sae_lens_maira.training.checkpoints import SavingTrainer, provider_state
@@ -77,7 +77,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         save_checkpoint_fn: SaveCheckpointFn | None = None,
         *,
         backend: Backend = "auto",
-        candidates: Candidates = "off",
+        candidates: AskedCandidates = "off",
         sole_writer: bool = False,
         comm: ProcessGroupCommunicator | None = None,
         run_settings: dict[str, Any] | None = None,
@@ -91,11 +91,12 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             evaluator: As in SAELens.
             save_checkpoint_fn: As in SAELens.
             backend: Which kernels run.
-            candidates: "bf16" or "tf32" find candidates in low precision first; the result stays exact. A CPU without
-                AVX-512 has no bfloat16 product: "bf16" is then four times slower than "off", which is said once.
-            sole_writer: Promises that nothing but this trainer writes to the weights between steps. Adam's triton
-                kernel then leaves row norms and bfloat16 copies for the next step. Writes through `.data`, which
-                torch does not count, would go unnoticed. Triton only.
+            candidates: "bf16" or "tf32" find candidates in low precision first; the result stays exact. "auto" does so
+                where it is faster. A CPU without AVX-512 has no bfloat16 product: "bf16" is then four times slower
+                than "off", which is said once.
+            sole_writer: Promises that nothing but this trainer writes to the weights between steps. The next step then
+                uses the row norms and bfloat16 copies that Adam's triton kernel made. Writes that torch counts are
+                noticed, those through `.data` would not be. Triton only.
             comm: The other ranks.
             run_settings: Further settings for the checkpoints, such as the seed: a run with others does not continue
                 from them.
@@ -115,16 +116,18 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.backend: Backend = resolve_backend(backend, cfg.device)
         if sole_writer and self.backend != "triton":
             raise BackendError(
-                f"sole_writer was set, but the backend is {self.backend}. Only triton's Adam leaves norms and copies "
-                "behind; leave sole_writer out."
+                f"sole_writer was set, but the backend is {self.backend}. Only triton's Adam makes norms and copies "
+                "for the next step; leave sole_writer out."
             )
-        self.candidates: Candidates = candidates
-        say_if_emulated(candidates, cfg.device)
+        self.candidates: Candidates = resolve_candidates(
+            candidates, cfg.device, sae.cfg.d_in, cfg.autocast, sae.dtype
+        )
+        say_if_emulated(self.candidates, cfg.device)
         self.dense_reason: str | None = None
         self._reasons_said: set[str] = set()
         self._safe_points = SafePoints()
         self._tokens = 0
-        self._minima: deque[float] = deque(maxlen=LAST_BATCHES)
+        self._minima: deque[torch.Tensor] = deque(maxlen=LAST_BATCHES)
         self._scale: float | None = None
         self._workspace = Workspace()
         self._buffers: Gradients | None = None
@@ -140,8 +143,9 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             lr_end=cfg.lr_end,
             num_cycles=cfg.n_restart_cycles,
         )
-        self.optimizer.use_triton = sole_writer
-        self.optimizer.keep_bf16 = cfg.autocast
+        self._sole_writer = sole_writer
+        self.optimizer.use_triton = self.backend == "triton"
+        self.optimizer.keep_bf16 = cfg.autocast and sole_writer
         sae.register_state_dict_post_hook(_contiguous_W_enc)
         if isinstance(self.comm, ProcessGroupCommunicator):
             for tensor in (*sae.parameters(), *sae.buffers()):
@@ -177,7 +181,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def set_final_sae_metadata(self) -> None:
         """Also set a threshold that the run was too short to set, from its last batches."""
         super().set_final_sae_metadata()
-        known = [value for value in self._minima if isfinite(value)]
+        known = [value for value in map(float, self._minima) if isfinite(value)]
         if not isinstance(self.sae, MatryoshkaTrainingSAE) or float(self.sae.topk_threshold) >= 0:
             return
         if not known:
@@ -241,12 +245,12 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 comm=self.comm,
                 out=self._gradient_buffers(sae),
             )
-            if not bool(torch.isfinite(result.loss)):
+            if not isfinite(float(result.loss)):
                 raise not_finite_error(sae, x, self.n_training_steps)
         # Everything that can fail, ranks included, lies behind us: from here on state changes.
         plan.after(result, self.n_training_steps)
-        if plan.unit_decoder and float(plan.sae.topk_threshold) < 0:
-            self._minima.append(float(result.min_positive))
+        if plan.unit_decoder and self.n_training_steps <= plan.sae.cfg.threshold_start_step:
+            self._minima.append(result.min_positive)
             self._scale = self.activation_scaler.scaling_factor
         self._record_firing(result)
         self._update(sae, plan, result)
@@ -302,9 +306,10 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             (sae.b_dec, gradients.b_dec),
         ):
             parameter.grad = gradient if parameter.requires_grad else None  # pyright: ignore[reportArgumentType]
-        self.optimizer.clip_(MAX_GRADIENT_NORM)
+        squares = None if plan.unit_decoder else result.squares
+        self.optimizer.clip_(MAX_GRADIENT_NORM, (sae.W_dec, sae.W_enc), squares)
         self.optimizer.step()
-        for name in ("W_enc", "W_dec"):
+        for name in ("W_enc", "W_dec") if self._sole_writer else ():
             if (refreshed := self.optimizer.refreshed.get(getattr(sae, name))) is not None:
                 self._workspace.refreshed[name] = refreshed
         self.optimizer.zero_grad()

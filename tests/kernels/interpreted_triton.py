@@ -10,9 +10,10 @@ import torch
 from sae_lens_maira.kernels import AuxSpec, LocalCommunicator, StepSpec, Workspace, reference_step
 from sae_lens_maira.kernels.layout import build_layout
 from sae_lens_maira.kernels.step import run_stages
-from sae_lens_maira.kernels.triton_adam import adam_rows
-from sae_lens_maira.kernels.triton_latent_backward import cut, latent_backward
-from sae_lens_maira.kernels.triton_select import compact_above
+from sae_lens_maira.kernels.triton_adam import adam_rows, next_step
+from sae_lens_maira.kernels.triton_candidates import Table
+from sae_lens_maira.kernels.triton_latent_backward import latent_backward
+from sae_lens_maira.kernels.triton_select import select_rows
 from sae_lens_maira.kernels.triton_stages import TRITON
 from sae_lens_maira.kernels.triton_stats import record_firing_
 from sae_lens_maira.training import RowMajorAdam
@@ -58,22 +59,22 @@ def test_a_d_in_of_several_stretches(make_weights, assert_equal_steps):
     assert_equal_steps(triton_step(weights, x, spec), reference_step(weights, x, spec), 1e-13)
 
 
-@pytest.mark.parametrize("longest", [1, 3, 8, 1000])
-def test_hot_latents_are_cut_and_added_up(longest, make_weights, relative):
+@pytest.mark.parametrize("segment", [1, 3, 8, 1000])
+def test_hot_latents_are_cut_and_added_up(segment, make_weights, relative):
     """One latent in every row, another in half of them, silent ones between."""
     d_in, d_sae, batch, widths = 20, 12, 17, (5, 12)
     kept = torch.zeros(batch, d_sae, dtype=torch.bool)
     kept[:, 3] = True
     kept[::2, 9] = True
     kept[4, 0] = True
-    layout = build_layout(kept.view(-1).nonzero().squeeze(1), batch, d_sae, widths)
+    layout = build_layout(kept.view(-1).nonzero().squeeze(1), batch, widths)
     h = torch.rand(int(kept.sum()), dtype=torch.float64)
     suffix, xc = (
         torch.randn(batch, 2, d_in, dtype=torch.float64),
         torch.randn(batch, d_in, dtype=torch.float64),
     )
     W_dec = make_weights(d_in, d_sae).W_dec
-    ours = latent_backward(layout, h, suffix, xc, W_dec, longest=longest)
+    ours = latent_backward(layout, h, suffix, xc, W_dec, segment=segment)
 
     level = (torch.arange(d_sae) >= 5).long()
     through = torch.where(kept, (suffix[:, level] * W_dec).sum(-1), 0.0)
@@ -82,16 +83,76 @@ def test_hot_latents_are_cut_and_added_up(longest, make_weights, relative):
     assert relative(ours.W_dec, torch.einsum("bj,bjd->jd", coefficients, suffix[:, level])) < 1e-13
     assert relative(ours.W_enc_t, through.T @ xc) < 1e-13
     assert relative(ours.b_enc, through.sum(0)) < 1e-13
-    pieces = cut(layout.pointers, longest)
-    assert int((pieces.last - pieces.first).max()) <= longest
-    assert int((pieces.last - pieces.first).sum()) == len(h)
+    squares = torch.stack((ours.W_dec.square().sum(), ours.W_enc_t.square().sum()))
+    torch.testing.assert_close(ours.squares, squares, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
-def test_compaction_survives_a_full_buffer(density):
-    scores = torch.rand(9, 700)
-    bounds = torch.full((700,), 1.0 - density)
-    assert torch.equal(compact_above(scores, bounds), (scores > bounds).view(-1).nonzero().squeeze(1))
+def sorted_selection(values, n):
+    """Flat indices of the n largest positive entries, ascending; ties to the lowest index."""
+    order = values.flatten().sort(descending=True, stable=True).indices[:n]
+    return order[values.flatten()[order] > 0].sort().values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("n", [1, 60, 200])
+def test_selection_and_layout_equal_a_sort(dtype, tied, n):
+    """Same entries, same order, same boundaries, with as many ties at the threshold as integers give."""
+    torch.manual_seed(n)
+    widths, rows = (7, 30, 85), 10
+    h = torch.randn(rows, 85, dtype=dtype)
+    norms = None if tied else torch.rand(85, dtype=dtype) + 0.5
+    h = (h * 2).round() if tied else h
+    values = h if norms is None else h * norms
+    bound = values.flatten().topk(min(values.numel(), 2 * n)).values[-1].clamp(min=0) * 0.9
+    kept = select_rows(Table(h, None, norms), n, widths, LocalCommunicator(), bound, 1.0, 850)
+    right, candidates, number, broken = kept.check.tolist()
+    assert (right, candidates, number, broken) == (1, int((values > bound).sum()), n, 0)
+    flat = sorted_selection(values, n)
+    expected = build_layout(flat, rows, widths)
+    for name in ("rows", "cols", "offsets", "by_latent", "latents", "pointers"):
+        assert torch.equal(getattr(kept.layout, name), getattr(expected, name)), name
+    assert torch.equal(kept.values, values.flatten()[flat])
+    assert torch.equal(kept.h, h.flatten()[flat])
+    assert kept.threshold == kept.values.min()
+
+
+@pytest.mark.parametrize(("bound", "room"), [(1.5, 2000), (0.1, 300)])
+def test_a_bound_that_is_too_high_or_a_buffer_that_is_too_small_is_noticed(bound, room):
+    h = torch.randn(20, 90)
+    kept = select_rows(Table(h), 180, (90,), LocalCommunicator(), torch.tensor(bound), 1.0, room)
+    assert kept.check[0] == 0
+    assert kept.check[1] == (h > bound).sum()
+    assert kept.layout.offsets.max() <= 180
+    assert kept.layout.pointers.max() <= 180
+
+
+@pytest.mark.parametrize("hint", [1e-6, 1.2, 1e9])
+@pytest.mark.parametrize("candidates", ["off", "bf16"])
+def test_a_wrong_threshold_hint_changes_nothing(hint, candidates, make_weights, assert_equal_steps):
+    """Also the next step, which starts from the threshold that this one left on the device."""
+    dtype = torch.float32 if candidates == "bf16" else torch.float64
+    weights = make_weights(20, 64, dtype)
+    x = torch.randn(6, 20, dtype=dtype)
+    spec = StepSpec(k=4, widths=(16, 64), candidates=candidates, aux=AuxSpec(kind="topk"))
+    dead = torch.rand(64) < 0.3
+    workspace = Workspace()
+    workspace.threshold = hint
+    expected = reference_step(weights, x, StepSpec(k=4, widths=(16, 64), aux=AuxSpec(kind="topk")), dead)
+    for _ in range(2):
+        ours = run_stages(TRITON, weights, x, spec, dead, workspace, LocalCommunicator())
+        assert_equal_steps(ours, expected, 1e-6 if candidates == "bf16" else 1e-13)
+
+
+def test_autocast_reads_the_product_and_the_bias_apart(make_weights, relative):
+    """The interpreter truncates casts to bfloat16, so equality is to bfloat16's accuracy."""
+    weights = make_weights(40, 64, torch.float32)
+    x = torch.randn(12, 40)
+    spec = StepSpec(k=4, widths=(16, 64), autocast=True, aux=AuxSpec(kind="topk"))
+    ours = triton_step(weights, x, spec, torch.rand(64) < 0.3)
+    assert ours.acts.values.shape == (48,)
+    expected = reference_step(weights, x, StepSpec(k=4, widths=(16, 64)))
+    assert relative(ours.level_losses, expected.level_losses) < 3e-2
 
 
 @pytest.mark.parametrize("width", [7, 64, 1030])
@@ -100,12 +161,16 @@ def test_adam_equals_clip_and_torch_adam(width):
     plain = torch.nn.Parameter(torch.randn(5, width))
     ours, mean, square = plain.detach().clone(), torch.zeros(5, width), torch.zeros(5, width)
     reference = torch.optim.Adam([plain], lr=0.1, betas=(0.8, 0.99))
+    number = torch.zeros(())
     for step in (1, 2, 3):
         gradient = torch.randn(5, width)
+        gradient[2] = 0  # a row that never has a gradient does not change
         plain.grad = gradient.clone()
         scale = ((torch.nn.utils.clip_grad_norm_([plain], 1.0) + 1e-6) / 1.0).clamp(min=1.0)
         reference.step()
-        norms = adam_rows(ours, gradient, mean, square, scale, step, 0.1, (0.8, 0.99), 1e-8)
+        settings = next_step(number, torch.tensor(0.1), (0.8, 0.99))
+        norms = adam_rows(ours, gradient, mean, square, scale, settings, (0.8, 0.99), 1e-8)
+        assert number == step
         torch.testing.assert_close(ours, plain.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norms, ours.norm(dim=1))
 

@@ -1,7 +1,8 @@
 """The triton kernels without a GPU: right in the interpreter, and compiled for sm_80 and sm_90 without spills.
 
-Both need a process of their own, since triton decides at import whether it interprets. Speed and bfloat16 accuracy
-stand unmeasured here; the tests marked gpu measure accuracy where there is one.
+Both need a process of their own, since triton decides at import whether it interprets. Speed is not measured here, nor
+accuracy in bfloat16; the tests marked gpu measure accuracy where there is a GPU. Launches and host syncs of a step are
+counted in the interpreter.
 """
 
 import importlib.util
@@ -27,16 +28,25 @@ needs_triton = pytest.mark.skipif(
 @pytest.mark.slow
 def test_kernels_are_right_in_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *map(str, sorted(HERE.glob("interpreted_*.py"))),
+        ],
         capture_output=True,
         text=True,
         check=False,
+        timeout=900,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stdout[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed.group(1)) == 26
+    assert int(passed.group(1)) == 48
 
 
 @needs_triton
@@ -49,16 +59,20 @@ def test_kernels_compile_without_spills_and_with_wide_loads(capability):
         capture_output=True,
         text=True,
         check=False,
+        timeout=600,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout)
-    assert len(report) == 8
+    assert len(report) == 19
     for name, figures in report.items():
         assert figures["stack"] == 0, (name, figures)
         assert figures["local"] == 0, (name, figures)
-        assert figures["wide_loads"] >= 2, (name, figures)
-        assert figures["registers"] <= 128, (name, figures)
+        assert figures["occupancy"] >= 37, (name, figures)
+    for name in ("prefix_decode_fp32", "prefix_decode_bf16", "adam_rows", "add_pieces", "round_rows_fp32"):
+        assert report[name]["wide_loads"] >= 2, (name, report[name])
+    for name in ("latent_backward_fp32", "latent_backward_bf16", "exact_scores_fp32"):
+        assert report[name]["copies"] > 0, (name, report[name])  # rows are copied while others are added
 
 
 @needs_triton

@@ -1,0 +1,58 @@
+"""What lives from step to step: buffers, the last threshold, and what the optimizer left for the next step."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Refreshed(NamedTuple):
+    """What an optimizer computed from a weight (d_sae, d_in) while it had it in hand."""
+
+    norms: torch.Tensor
+    """(d_sae,) row norms."""
+    shadow: torch.Tensor | None
+    """(d_sae, d_in) bfloat16 copy."""
+    pointer: int
+    version: int
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether the weight is still the tensor that this came from, unchanged as far as torch counts changes."""
+        return weight.data_ptr() == self.pointer and weight._version == self.version
+
+
+class Workspace:
+    """Buffers reused by the next step, and the last threshold. Losing it costs time, never exactness.
+
+    Attributes:
+        threshold: The last selection's threshold; a 0-d tensor where reading it would make the host wait.
+        refreshed: Norms and copies by the name of the weight.
+    """
+
+    def __init__(self) -> None:
+        self.threshold: torch.Tensor | float | None = None
+        self.refreshed: dict[str, Refreshed] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def norms(self, W_dec: torch.Tensor) -> torch.Tensor:
+        """(d_sae,) row norms, from the optimizer's pass if it left them."""
+        known = self.refreshed.get("W_dec")
+        return (
+            known.norms
+            if known is not None and known.is_of(W_dec)
+            else torch.linalg.vector_norm(W_dec, dim=1)
+        )
+
+    def bf16(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A bfloat16 copy of a (d_sae, d_in) weight, from the optimizer's pass if it left one."""
+        known = self.refreshed.get(name)
+        if known is not None and known.shadow is not None and known.is_of(weight):
+            return known.shadow
+        return weight.to(torch.bfloat16)
+
+    def buffer(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor of this shape, the same storage as last time if it fits."""
+        found = self._buffers.get(name)
+        if found is None or found.shape != shape or found.dtype != like.dtype or found.device != like.device:
+            found = torch.empty(shape, dtype=like.dtype, device=like.device)
+            self._buffers[name] = found
+        return found
