@@ -144,6 +144,7 @@ def relicense(folder: Path, name: str) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
     meta = json.loads((folder / "meta.json").read_text())
     meta["files"][path.name] = sha256_of(path)
+    del meta["checksum"]
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -25,6 +25,7 @@ from datasets.features.features import Array2DExtensionType, numpy_to_pyarrow_li
 from sae_lens_maira.activations.rows import COLUMNS
 from sae_lens_maira.activations.store import ActivationStore
 from sae_lens_maira.activations.store_spec import StoreSpec
+from sae_lens_maira.checksums import damaged_files, write_sums
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import read_json, write_json
 from sae_lens_maira.maira2 import TokenRole
@@ -95,6 +96,7 @@ def export_cached(
             f"space ({len(store) * width * 4 / 1e9:,.1f} GB are needed) and export again."
         ) from error
     write_json(folder / ORIGIN, {"spec": asdict(store.spec), "study_ids": store.study_ids, "hook": hook})
+    write_sums(folder)
     return count, left
 
 
@@ -123,6 +125,10 @@ def import_cached(
         StoreError: no data set of this kind, or the folder holds something else.
     """
     cached = Path(cached)
+    if damaged := damaged_files(cached):
+        raise StoreError(
+            f"{cached} is damaged: {', '.join(damaged)} is missing or not what `store export` wrote. Export again."
+        )
     try:
         data: Any = load_from_disk(str(cached))
         hooks = [name for name, kind in data.features.items() if isinstance(kind, Array2D)]

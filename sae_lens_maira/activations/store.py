@@ -29,9 +29,15 @@ from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows
 from sae_lens_maira.activations.segments import SEGMENT, read_rows, write_rows
 from sae_lens_maira.activations.store_checks import wrong_contents, wrong_shards, wrong_sizes
 from sae_lens_maira.activations.store_spec import DTYPES, StoreSpec, differences, other_studies
+from sae_lens_maira.checksums import take_checksum, with_checksum
 from sae_lens_maira.errors import StoreError
-from sae_lens_maira.io import read_json, write_json, write_listed
+from sae_lens_maira.io import read_json, sha256_of, write_json, write_listed
 from sae_lens_maira.maira2 import TokenRole
+
+_CHANGED = (
+    "has another content than when it was written: it is damaged. Restore it from a copy, or remove it and harvest "
+    "again; complete shards are kept."
+)
 
 
 class ActivationStore:
@@ -45,14 +51,22 @@ class ActivationStore:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        path = self.folder / "store.json"
+        content = read_json(path)
         try:
-            self.spec = StoreSpec(**read_json(self.folder / "store.json"))
-        except TypeError as error:
+            intact = take_checksum(content)
+            ids_sum = content.pop("studies_sha256", None)
+            self.spec = StoreSpec(**content)
+        except (TypeError, AttributeError) as error:
             raise StoreError(
-                f"{self.folder}/store.json does not describe a store of this version ({error}). "
-                "Harvest into a new folder."
+                f"{path} does not describe a store of this version ({error}). Harvest into a new folder."
             ) from error
-        self.study_ids: list[str] = read_json(self.folder / "studies.json")
+        if not intact:
+            raise StoreError(f"{path} {_CHANGED}")
+        ids = self.folder / "studies.json"
+        self.study_ids: list[str] = read_json(ids)
+        if ids_sum is not None and sha256_of(ids) != ids_sum:
+            raise StoreError(f"{ids} {_CHANGED}")
 
     @classmethod
     def create(cls, folder: Path | str, spec: StoreSpec, study_ids: Sequence[str]) -> "ActivationStore":
@@ -82,8 +96,8 @@ class ActivationStore:
                 )
             return store
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "studies.json", list(study_ids))
-        write_json(folder / "store.json", asdict(spec))
+        ids = write_json(folder / "studies.json", list(study_ids))
+        write_json(folder / "store.json", with_checksum(asdict(spec) | {"studies_sha256": ids["sha256"]}))
         return cls(folder)
 
     @cached_property
@@ -112,12 +126,16 @@ class ActivationStore:
         Raises:
             StoreError: the entry lacks one of these, as those of earlier versions do.
         """
-        entry: dict[str, Any] = read_json(self.path_of(shard, "json"))
+        path = self.path_of(shard, "json")
+        entry: dict[str, Any] = read_json(path)
+        intact = isinstance(entry, dict) and take_checksum(entry)
         if lacking := [name for name in ("rows", "files", "xxh3", "segment") if name not in entry]:
             raise StoreError(
                 f"The entry of shard {shard} in {self.folder} has no {', '.join(lacking)}; an earlier version wrote "
                 "it. Delete the folder, or this shard's .json, and harvest again."
             )
+        if not intact:
+            raise StoreError(f"{path} {_CHANGED}")
         if entry["segment"] != SEGMENT:
             raise StoreError(
                 f"Shard {shard} in {self.folder} has segments of {entry['segment']} rows; this version reads "
@@ -192,7 +210,7 @@ class ActivationStore:
             counts = dict(zip(found.index.tolist(), found.tolist(), strict=True))
             entry = {"rows": len(index), "roles": counts, "files": files, "xxh3": sums}
             entry |= {"segment": SEGMENT, "inputs": list(inputs)}
-            write_json(self.path_of(shard, "json"), entry)
+            write_json(self.path_of(shard, "json"), with_checksum(entry))
         except BaseException:
             if not self.path_of(shard, "json").exists():
                 for file in files:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from sae_lens_maira.checksums import take_checksum, with_checksum
 from sae_lens_maira.dashboards.writing import json_line
 from sae_lens_maira.errors import ConfigError, RecordError, ServerError
 from sae_lens_maira.privacy import mask
@@ -189,11 +190,13 @@ class Journal:
         self._cut: int | None = None
         if not path.exists():
             return
-        whole = path.read_text(encoding="utf-8")
+        whole = path.read_text(encoding="utf-8", errors="replace")  # replaced letters change the checksum
         lines = whole[: whole.rfind("\n") + 1].splitlines()  # a line that was cut off was never acted on
         for number, text in enumerate(lines, 1):
             try:
                 entry = json.loads(text)
+                if not take_checksum(entry):
+                    raise ValueError("its content has changed")
                 if number == 1 and entry["upload"] != upload:
                     raise RecordError(
                         f"{path} is the journal of an upload to {entry['upload']}, this one goes to {upload}. Give "
@@ -201,7 +204,7 @@ class Journal:
                     )
                 self.features |= {int(index): digest for index, digest in entry.get("features", {}).items()}
                 self.steps |= entry.get("steps", {})
-            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise RecordError(
                     f"{path}, line {number} is damaged ({error}), so what was sent is not known. Restore the file, or "
                     "upload under another source set."
@@ -244,7 +247,7 @@ class Journal:
 
     def _write(self, entry: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json_line(entry) + "\n")
+            file.write(json_line(with_checksum(entry)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

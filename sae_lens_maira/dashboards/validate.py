@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sae_lens_maira.checksums import SUMS, damaged_files
 from sae_lens_maira.dashboards import schema
 from sae_lens_maira.dashboards.schema import (
     MAX_EXPLANATION,
@@ -51,11 +52,11 @@ def validate(folder: Path | str) -> tuple[str, list[Issue]]:
     """
     folder = Path(folder)
     if any(folder.glob("batch-*.json")):
-        return "saedashboard", _ordered(_saedashboard(folder))
+        return "saedashboard", _ordered(folder, _saedashboard(folder))
     if (folder / "source.jsonl").exists() or (folder / "features").is_dir():
-        return "export", _ordered(_export(folder))
+        return "export", _ordered(folder, _export(folder))
     if any(folder.glob("payloads*.jsonl")):
-        return "api", _ordered(_api(folder))
+        return "api", _ordered(folder, _api(folder))
     raise RecordError(
         f"{folder} contains no dashboards: expected batch-0.json, source.jsonl with a folder features, or "
         "payloads.jsonl. Give the folder that `dashboards neuronpedia` wrote."
@@ -285,5 +286,8 @@ def _sae_dashboard_issues(place: Line) -> Iterator[Issue]:
         yield place.issue("sae-dashboard reads the batch and writes a different one; a field is missing")
 
 
-def _ordered(issues: Iterator[Issue]) -> list[Issue]:
-    return sorted(issues, key=lambda one: (one.file, one.line))
+def _ordered(folder: Path, issues: Iterator[Issue]) -> list[Issue]:
+    """The issues of a folder's contents and of its checksums, by file and line."""
+    text = f"the file is missing or not what was written; if it was changed on purpose, remove {SUMS}"
+    changed = (Issue(name, 0, text) for name in damaged_files(folder))
+    return sorted([*changed, *issues], key=lambda one: (one.file, one.line))

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sae_lens_maira.checksums import write_sums
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, Score, load
 from sae_lens_maira.io import atomic_folder
@@ -150,6 +151,7 @@ def new_folder(out: Path | str, licence: str) -> Iterator[Path]:
     with private_files(out), atomic_folder(out) as folder:
         yield folder
         mark_folder(folder, licence, "dashboards")
+        write_sums(folder)
 
 
 def batches_of(records: RecordSet, size: int) -> list[tuple[int, list[int]]]:

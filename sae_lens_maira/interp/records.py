@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_lens_maira.checksums import EDITED, take_checksum, with_checksum
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_write, save_figure, sha256_of
 from sae_lens_maira.latents.recordset import META, RecordSet
@@ -139,10 +140,15 @@ def load(folder: Path | str) -> list[Interpretation]:
         return []
     found: list[Interpretation] = []
     fingerprint = _fingerprint(folder)
+    number, total = 0, None
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_lines(lines, path), 1):
             try:
-                found.append(from_plain(Interpretation, json.loads(line)))
+                plain = json.loads(line)
+                if not take_checksum(plain):
+                    raise ValueError(f"its content has changed. {EDITED}")
+                total = plain.pop("lines", total)
+                found.append(from_plain(Interpretation, plain))
             except (RecordError, ValueError, AttributeError, RecursionError) as error:
                 raise RecordError(
                     f"{path}, line {number} is not an interpretation ({error}); remove the line or make the "
@@ -154,7 +160,22 @@ def load(folder: Path | str) -> list[Interpretation]:
                     f"the folder holds {fingerprint[:12] or 'none'}. Move the file away and run `sae-lens-maira "
                     "interpret run` again."
                 )
+    if total not in (None, number):
+        raise RecordError(
+            f"{path} has {number} of the {total} lines that were written. Restore it from a copy, or make the "
+            "interpretations again."
+        )
     return found
+
+
+def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise RecordError(
+            f"{path} is not text in UTF-8 ({error}); it is damaged. Restore it from a copy, or make the "
+            "interpretations again."
+        ) from None
 
 
 def _fingerprint(folder: Path | str) -> str:
@@ -182,10 +203,9 @@ def save(folder: Path | str, done: Iterable[Interpretation]) -> list[Interpretat
         stored = known.get(key)
         better[key] = stored if stored is not None and stored.worth > one.worth else one
     kept = [one for one in before if (one.latent, one.explainer) not in better]
-    lines = [
-        json.dumps(to_plain(one), allow_nan=False, ensure_ascii=False) + "\n"
-        for one in (*kept, *better.values())
-    ]
+    every = [*kept, *better.values()]
+    rows = (with_checksum(to_plain(one) | {"lines": len(every)}) for one in every)
+    lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
     with private_files(folder):
         atomic_write(Path(folder) / FILE, "".join(lines))
     return list(better.values())

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sae_lens_maira.checksums import take_checksum, with_checksum
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.interp.protocol import Completion, Problem, plain_words, read_response
 from sae_lens_maira.privacy import is_loopback
@@ -42,7 +43,7 @@ class Journal:
 
     Attributes:
         path: path of the file.
-        torn: lines that could not be read (0 or 1 per kill).
+        torn: lines that could not be read (0 or 1 per kill) or have changed; what they held is asked again.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -74,9 +75,10 @@ class Journal:
     def _take(self, line: bytes, offset: int, number: int) -> None:
         try:
             row = json.loads(line) if line.strip() else {"note": "", "value": None}
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError):
+            if not isinstance(row, dict) or not take_checksum(row):
+                raise ValueError("not an object, or not what was written")
+            key = bytes.fromhex(row.get("key", ""))
+        except (ValueError, TypeError, RecursionError):
             self.torn += 1
             # Every kill may tear one line; a file of nothing but unreadable lines is something else.
             if not self._places and not self._notes and self.torn > 1:
@@ -88,7 +90,7 @@ class Journal:
         if "note" in row:
             self._notes[row["note"]] = row.get("value")
         elif "key" in row and row.get("usable", not row.get("error")):
-            self._places[bytes.fromhex(row["key"])] = offset
+            self._places[key] = offset
 
     def __len__(self) -> int:
         return len(self._places)
@@ -122,7 +124,7 @@ class Journal:
 
     def _write(self, row: dict[str, Any]) -> int:
         # ASCII only: an answer may hold lone surrogates, which UTF-8 has no bytes for.
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        line = json.dumps(with_checksum(row), allow_nan=False).encode() + b"\n"
         offset = self._file.seek(0, os.SEEK_END)
         self._file.write(line)
         self._file.flush()

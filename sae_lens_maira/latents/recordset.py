@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 import pyarrow as pa
 
+from sae_lens_maira.checksums import take_checksum
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import sha256_of
 from sae_lens_maira.latents.maps import MapFile
@@ -79,11 +80,16 @@ class RecordSet:
             )
         content = path.read_bytes()
         plain = _plain(content, path, RecordsMeta)
+        intact = take_checksum(plain)
         found = plain.pop("format", 1)
         if found != FORMAT:
             raise RecordError(
                 f"{folder} holds latent records of format {found}; this version reads format {FORMAT}. Run "
                 "`sae-lens-maira latents` again."
+            )
+        if not intact:
+            raise RecordError(
+                f"{path} has another content than when it was written. Write the records again."
             )
         files = plain.pop("files", None)
         if not isinstance(files, dict) or TABLE not in files:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from sae_lens_maira.checksums import with_checksum
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_folder, sha256_of
 from sae_lens_maira.latents.maps import MapSums, write_maps
@@ -95,7 +96,8 @@ def _write(
         _write_once(scratch / TEXTS, _text_lines(texts, sizes))
         _write_lines(scratch, records, sizes, map_sums).to_parquet(scratch / TABLE, index=False)
         files = {path.name: sha256_of(path) for path in sorted(scratch.iterdir())}
-        (scratch / META).write_bytes(_line({"format": FORMAT} | vars(meta) | {"files": files}))
+        content = {"format": FORMAT} | vars(meta) | {"files": files}
+        (scratch / META).write_bytes(_line(with_checksum(content)))
     for path in sorted(staged.iterdir(), key=lambda path: path.name == META):
         os.replace(path, folder / path.name)
     staged.rmdir()

@@ -27,11 +27,14 @@ from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_maira.checksums import SUMS, damaged_files, files_with_sums
 from sae_lens_maira.errors import MairaError, SAEError
-from sae_lens_maira.io import atomic_write
 from sae_lens_maira.sae.config import MatryoshkaSAEConfig
 from sae_lens_maira.sae.layouts import read_state
 from sae_lens_maira.sae.levels import METADATA_KEY, remember_text_context, widths_from_metadata
+
+WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "topk_threshold")
+"""Tensors that hold floating-point numbers; a checkpoint of a training also has counts."""
 
 
 class MatryoshkaSAE(JumpReLUSAE):
@@ -159,11 +162,14 @@ class MatryoshkaSAE(JumpReLUSAE):
         Returns:
             Paths of the weights and of the configuration.
         """
-        weights_path, config_path = super().save_model(path)
-        plain = {name: value for name, value in self.cfg.to_dict().items() if name not in _own_field_names()}
-        plain["architecture"] = JumpReLUSAEConfig.architecture()
-        atomic_write(config_path, json.dumps(plain))
-        return weights_path, config_path
+        with files_with_sums(path) as draft:
+            _, config_path = super().save_model(draft)
+            plain = {
+                name: value for name, value in self.cfg.to_dict().items() if name not in _own_field_names()
+            }
+            plain["architecture"] = JumpReLUSAEConfig.architecture()
+            config_path.write_text(json.dumps(plain), encoding="utf-8")
+        return Path(path) / SAE_WEIGHTS_FILENAME, Path(path) / SAE_CFG_FILENAME
 
 
 def load_matryoshka(
@@ -222,6 +228,11 @@ def open_sae(folder: str | Path, device: str = "cpu", dtype: str | None = None) 
     """
     folder = Path(folder)
     config = _read_config(folder)
+    if damaged := damaged_files(folder):
+        raise SAEError(
+            f"{folder} is damaged: {', '.join(damaged)} is missing or not what was written with it. Copy the folder "
+            f"again. If the files were replaced on purpose, remove {SUMS}."
+        )
     weights = folder / SAE_WEIGHTS_FILENAME
     state = read_state(weights)
     for name in ("d_in", "d_sae"):
@@ -244,7 +255,7 @@ def open_sae(folder: str | Path, device: str = "cpu", dtype: str | None = None) 
                 "two files belong to different SAEs; copy both from one folder."
             )
     for name, value in state.items():
-        if not value.is_floating_point():
+        if name in WEIGHTS and not value.is_floating_point():
             raise SAEError(
                 f"{weights}: {name} holds {value.dtype}, and floating-point numbers were expected. Copy the weights of "
                 "the SAE, without a conversion to integers."

@@ -10,6 +10,7 @@ class knows nothing about files of other libraries, models or fused kernels; it 
 the latter.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_maira.checksums import files_with_sums
 from sae_lens_maira.sae.config import MatryoshkaTrainingSAEConfig
 from sae_lens_maira.sae.losses import (
     geometric_median,
@@ -231,6 +233,17 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         state_dict["topk_threshold"] = state_dict["topk_threshold"].to(torch.float64)
         if "tokens_since_fired" in state_dict:
             state_dict["tokens_since_fired"] = state_dict["tokens_since_fired"].to(torch.long)
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save the SAE for inference as SAELens does, with checksums.
+
+        Returns:
+            Paths of the weights and of the configuration.
+        """
+        with files_with_sums(path) as draft:
+            weights, config = super().save_inference_model(draft)
+        return Path(path) / weights.name, Path(path) / config.name
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

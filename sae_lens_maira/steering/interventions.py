@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from sae_lens import SAE
 
+from sae_lens_maira.checksums import EDITED, take_checksum, with_checksum
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.maira2 import TokenRole
@@ -288,7 +289,7 @@ def save_interventions(
         "p99": {} if p99 is None else {str(j): float(p99[j]) for j in sorted(named)},
         "interventions": [_to_json(item) for item in items],
     }
-    atomic_write(Path(path), json.dumps(content, indent=1) + "\n")
+    atomic_write(Path(path), json.dumps(with_checksum(content), indent=1) + "\n")
 
 
 def load_interventions(path: Path | str, sae: SAE[Any] | None = None) -> SavedInterventions:
@@ -303,6 +304,10 @@ def load_interventions(path: Path | str, sae: SAE[Any] | None = None) -> SavedIn
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not take_checksum(content):
+            raise InterventionError(
+                f"{path} has another content than when it was saved. Save it again from its source. {EDITED}."
+            )
         if content["format"] != FORMAT:
             raise InterventionError(
                 f"{path} has the format {content['format']!r}; expected {FORMAT!r}. Save the interventions again."

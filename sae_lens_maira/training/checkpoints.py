@@ -17,19 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from sae_lens_maira.checksums import damaged_files, write_sums
 from sae_lens_maira.errors import CheckpointError, MairaError
 from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.kernels import LocalCommunicator, ProcessGroupCommunicator
 
 PROVIDER_FILENAME = "data_provider.json"
 RUN_FILENAME = "run.json"
-SUMS_FILENAME = "checksums.json"
 _NAME = re.compile(r"(?:rescue_)?(\d+)")
 
 LONGER = "trainer.total_training_samples"
@@ -108,8 +107,7 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if self._place is not None:
             (checkpoint_path / PROVIDER_FILENAME).write_text(json.dumps(self._place), encoding="utf-8")
         (checkpoint_path / RUN_FILENAME).write_text(json.dumps(self.settings(), indent=1), encoding="utf-8")
-        sums = {file.name: _sum_of(file) for file in sorted(checkpoint_path.iterdir())}
-        (checkpoint_path / SUMS_FILENAME).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        write_sums(checkpoint_path)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
@@ -141,12 +139,11 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
 
 def checkpoints(base: Path | str) -> list[Path]:
-    """Complete checkpoints of an unfinished run, `<samples>` or `rescue_<samples>`, most samples first."""
+    """Checkpoints of an unfinished run, `<samples>` or `rescue_<samples>`, most samples first; some may be damaged."""
     found = []
     for folder in Path(base).glob("*"):
         name = _NAME.fullmatch(folder.name)
-        files = [folder / SAE_WEIGHTS_FILENAME, folder / TRAINER_STATE_FILENAME]
-        if name is not None and all(file.exists() for file in files):
+        if name is not None and folder.is_dir() and any(folder.iterdir()):
             found.append((int(name.group(1)), folder))
     return [folder for _, folder in sorted(found, reverse=True)]
 
@@ -222,13 +219,13 @@ def resume(trainer: SavingTrainer[Any, Any], checkpoint: Path | str) -> None:
 
 def _load(trainer: SavingTrainer[Any, Any], checkpoint: Path) -> None:
     """`resume` from a checkpoint whose files were verified."""
-    _check_settings(trainer, checkpoint)
     try:
+        _check_settings(trainer, checkpoint)
         trainer.sae.load_weights_from_checkpoint(checkpoint)
         trainer.load_trainer_state(checkpoint)
     except MairaError:
         raise
-    except (RuntimeError, KeyError, EOFError, OSError, AttributeError) as error:
+    except Exception as error:  # torch and pickle raise many kinds for a damaged file
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{checkpoint} cannot be read ({reason}). Remove it to continue from the one before, or start again with "
@@ -242,15 +239,8 @@ def verify(checkpoint: Path) -> None:
     Raises:
         CheckpointError: A file is missing or changed.
     """
-    path = checkpoint / SUMS_FILENAME
-    if not path.exists():
-        return
-    try:
-        sums = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [n for n, s in sums.items() if not (checkpoint / n).exists() or _sum_of(checkpoint / n) != s]
-    except (ValueError, AttributeError, OSError):
-        wrong = [SUMS_FILENAME]
-    if wrong:
+    lacking = [n for n in (SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME) if not (checkpoint / n).exists()]
+    if wrong := lacking or damaged_files(checkpoint):
         raise CheckpointError(
             f"The checkpoint {checkpoint} is damaged: {', '.join(wrong)} is missing or not what was written."
         )
@@ -303,14 +293,6 @@ def _check_settings(trainer: SavingTrainer[Any, Any], checkpoint: Path) -> None:
 def _saved_settings(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / RUN_FILENAME
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _sum_of(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 __all__ = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sae_lens_maira.checksums import SUMS
 from sae_lens_maira.cli import COMMANDS, main
 from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
 
@@ -108,6 +109,9 @@ def healthy(tmp_path_factory):
     sae = MatryoshkaSAE(config)
     torch.nn.init.normal_(sae.W_enc, generator=torch.Generator().manual_seed(0))
     sae.save_model(folder)
+    (
+        folder / SUMS
+    ).unlink()  # as SAELens writes it; with checksums every damage is found at once, see test_faults
     return folder
 
 

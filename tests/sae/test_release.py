@@ -76,7 +76,11 @@ def test_assumed_hook_is_marked(tmp_path, published):
 def test_conversion_happens_once(release, cache):
     load_release(release)
     (converted,) = (cache / "saes").iterdir()
-    assert {file.name for file in converted.iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+    assert {file.name for file in converted.iterdir()} == {
+        "cfg.json",
+        "checksums.json",
+        "sae_weights.safetensors",
+    }
     before = (converted / "sae_weights.safetensors").stat().st_mtime_ns
     load_release(release)
     assert (converted / "sae_weights.safetensors").stat().st_mtime_ns == before

@@ -18,6 +18,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch._C._distributed_c10d import HashStore
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from sae_lens_maira.checksums import SUMS
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import ProcessGroupCommunicator
@@ -26,7 +27,7 @@ from sae_lens_maira.training import (
     FusedSAETrainer,
     fused_training,
 )
-from sae_lens_maira.training.checkpoints import PROVIDER_FILENAME, RUN_FILENAME, SUMS_FILENAME
+from sae_lens_maira.training.checkpoints import PROVIDER_FILENAME, RUN_FILENAME
 
 CONTEXT, VOCABULARY = 16, 50
 
@@ -85,7 +86,7 @@ def test_the_runner_subclass_equals_the_runner(model, tmp_path):
     written = []
     for kind in ("dense", "fused"):
         names = {path.name for path in (tmp_path / kind).rglob("*.*")}
-        written.append(names - {RUN_FILENAME, SUMS_FILENAME, PROVIDER_FILENAME})
+        written.append(names - {RUN_FILENAME, SUMS, PROVIDER_FILENAME})
     assert written[0] == written[1]
     assert "trainer_state.pt" in written[0]
 

@@ -1,0 +1,97 @@
+"""Checksums of what this package writes, so that a damaged file is reported where it is read.
+
+    checksums.json   XXH3-128 of the files of a folder: SAEs, checkpoints, dashboards, exports
+    "checksum"       XXH3-128 of the rest of a JSON object: descriptions, manifest entries, lines of JSON lines files
+
+What has no checksum, because another program wrote it or a person edited it, is read as it is.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sae_lens_maira.io import atomic_folder, atomic_write
+
+SUMS = "checksums.json"
+KEY = "checksum"
+EDITED = f"If it was changed on purpose, remove its {KEY!r}"
+"""Advice about a JSON object that a person may have edited."""
+
+
+def write_sums(folder: Path) -> None:
+    """Write `checksums.json` over all files of a folder and of the folders in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
+    sums = {path.relative_to(folder).as_posix(): _sum_of(path) for path in files}
+    atomic_write(folder / SUMS, json.dumps(sums, indent=1))
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Files that `checksums.json` lists and that are missing or changed; none where the folder has no checksums."""
+    path = folder / SUMS
+    if not path.exists():
+        return []
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))
+        return [n for n, s in sums.items() if not (folder / n).is_file() or _sum_of(folder / n) != s]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return [SUMS]
+
+
+@contextmanager
+def files_with_sums(folder: Path | str) -> Iterator[Path]:
+    """A draft folder whose files replace those of the same names in `folder`, with their checksums.
+
+    The checksums are replaced last: a process that is killed while it replaces files leaves a folder that is refused.
+
+    Args:
+        folder: Made if missing; its other files stay.
+    """
+    folder = Path(folder)
+    staged = folder / ".saving"
+    with atomic_folder(staged, "replace") as draft:
+        yield draft
+        write_sums(draft)
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == SUMS):
+        os.replace(path, folder / path.name)
+    staged.rmdir()
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with the checksum of its other entries."""
+    return content | {KEY: _sum_of_json(content)}
+
+
+def take_checksum(content: dict[str, Any]) -> bool:
+    """Remove the checksum from a JSON object; False where it is not that of the other entries."""
+    found = content.pop(KEY, None)
+    return found is None or found == _sum_of_json(content)
+
+
+def _sum_of_json(content: dict[str, Any]) -> str:
+    # Keys that are numbers are text once they are read again.
+    plain = json.loads(json.dumps(content))
+    return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
+
+
+def _sum_of(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+__all__ = [
+    "EDITED",
+    "SUMS",
+    "damaged_files",
+    "files_with_sums",
+    "take_checksum",
+    "with_checksum",
+    "write_sums",
+]
