@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import sys
@@ -25,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-import sae_lens_maira.latents.workdir as workdir
 from sae_lens_maira.cli import COMMANDS, main
 from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
 from sae_lens_maira.recipes import counterfactual_prior
@@ -199,7 +199,7 @@ def benchmark() -> None:
     for name in COMMANDS:
         COMMANDS[name]  # imports its module
     # Pseudonyms are random; the same ones make results comparable.
-    workdir.secrets.token_hex = lambda nbytes=None: "0" * 32
+    secrets.token_hex = lambda nbytes=None: "0" * 32
     out = options.out.absolute()
     inputs = out / "inputs"
     shutil.rmtree(inputs, ignore_errors=True)
