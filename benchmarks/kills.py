@@ -47,7 +47,7 @@ READ = [
 SAE = ["--sae", "{d_sae: 64, k: 4, matryoshka_widths: [16, 64]}"]
 STEPS = {"total_training_samples": 12800, "train_batch_size_samples": 128, "lr": 0.001, "n_checkpoints": 6}
 STEPS |= {"checkpoint_path": "checkpoints"}
-STEER = ["--finding", "cardiomegaly", "--studies", "60", "--steered", "3", "--max-new-tokens", "12"]
+STEER = ["--finding", "cardiomegaly", "--studies", "40", "--steered", "2", "--max-new-tokens", "6"]
 QUICK = {
     "studies": 60,
     "steps": 20,
@@ -75,7 +75,7 @@ def jobs(inputs: Path) -> dict[str, Callable[[], int]]:
             *("dashboards", "neuronpedia", "--records", records, "--out", "out", "--set-name", "res-1k")
         ],
         "steer": ["steer", "--sae", "phantom-image", "--out", "out", *STEER],
-        "evaluate": ["evaluate", *seen[:2], "--studies", "3"],
+        "evaluate": ["evaluate", *seen[:2], "--studies", "2"],
         "attribute": [
             "attribute",
             "--studies",

@@ -2,6 +2,7 @@
 
     checksums.json   XXH3-128 of the files of a folder: SAEs, checkpoints, dashboards, exports
     "checksum"       XXH3-128 of the rest of a JSON object: descriptions, manifest entries, lines of JSON lines files
+    Parquet          CRC-32 of every page, and XXH3-128 of the names of the columns in the metadata
 
 What has no checksum, because another program wrote it or a person edited it, is read as it is.
 """
@@ -11,11 +12,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from sae_lens_maira.io import atomic_folder, atomic_write
+from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SUMS = "checksums.json"
 KEY = "checksum"
@@ -72,6 +76,32 @@ def take_checksum(content: dict[str, Any]) -> bool:
     return found is None or found == _sum_of_json(content)
 
 
+def write_parquet(frame: "pd.DataFrame", path: Path) -> None:
+    """Write a table as Parquet with checksums, atomically."""
+    named = frame.copy(deep=False)
+    named.attrs = {KEY: _sum_of_json({"columns": list(map(str, frame.columns))})}
+    with atomic_file(path) as draft:
+        named.to_parquet(draft, write_page_checksum=True)
+
+
+def read_parquet(path: Path) -> "pd.DataFrame":
+    """Read a table that `write_parquet` or another program wrote.
+
+    Raises:
+        ValueError: The file cannot be read, or its checksums are wrong.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(path, page_checksum_verification=True)
+    except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
+        raise ValueError(str(error) or type(error).__name__) from error
+    found = frame.attrs.pop(KEY, None)
+    if found is not None and found != _sum_of_json({"columns": list(map(str, frame.columns))}):
+        raise ValueError("the names of its columns have changed")
+    return frame
+
+
 def _sum_of_json(content: dict[str, Any]) -> str:
     # Keys that are numbers are text once they are read again.
     plain = json.loads(json.dumps(content))
@@ -91,7 +121,9 @@ __all__ = [
     "SUMS",
     "damaged_files",
     "files_with_sums",
+    "read_parquet",
     "take_checksum",
     "with_checksum",
+    "write_parquet",
     "write_sums",
 ]

@@ -256,8 +256,14 @@ class ActivationStore:
         Raises:
             StoreError: the file is missing or damaged.
         """
+        path = self.path_of(shard, "parquet")
+        entry = self._entries.get(shard) or self._entries.setdefault(shard, self.entry(shard))
+        expected = {file["name"]: file.get("sha256") for file in entry["files"]}.get(path.name)
         try:
-            return pd.read_parquet(self.path_of(shard, "parquet"), columns=list(columns) if columns else None)
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != expected:
+                raise ValueError("it has another checksum")
+            return pd.read_parquet(io.BytesIO(content), columns=list(columns) if columns else None)
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"The index of shard {shard} in {self.folder} cannot be read ({error}). Run validate, delete the "

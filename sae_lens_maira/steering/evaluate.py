@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
+from sae_lens_maira.checksums import write_parquet
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.io import atomic_file, save_figure
+from sae_lens_maira.io import save_figure
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.privacy import private_files
 from sae_lens_maira.stats import bootstrap_mean, wilson
@@ -72,11 +73,10 @@ class SteeringTables:
     def save(self, folder: Path) -> None:
         """Write `studies.parquet`, `dose_response.png` and, last, `summary.parquet`, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        with private_files(folder), atomic_file(folder / "studies.parquet") as file:
-            self.studies.to_parquet(file)
+        with private_files(folder):
+            write_parquet(self.studies, folder / "studies.parquet")
         save_figure(dose_response(self), folder / "dose_response.png", dpi=130)
-        with atomic_file(folder / "summary.parquet") as file:
-            self.summary.to_parquet(file)
+        write_parquet(self.summary, folder / "summary.parquet")
 
 
 @dataclass(frozen=True)

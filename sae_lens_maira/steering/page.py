@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sae_lens_maira.checksums import read_parquet
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.contexts import centre_crop
@@ -91,7 +92,12 @@ def write_page(
             raise InterventionError(
                 f"{folder} has no {name}; give the folder that a steering run (SteeringTables.save) wrote."
             )
-    table, summary = (pd.read_parquet(folder / f"{name}.parquet") for name in ("studies", "summary"))
+    try:
+        table, summary = (read_parquet(folder / f"{name}.parquet") for name in ("studies", "summary"))
+    except ValueError as error:
+        raise InterventionError(
+            f"The tables in {folder} cannot be read ({error}); they are damaged. Steer again."
+        ) from error
     title = options.title or f"Steering {finding.replace('_', ' ')}"
     method = options.method or _best(summary)
     if method not in set(summary.method):

@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from sae_lens_maira.checksums import read_parquet, write_parquet
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.io import atomic_file
 from sae_lens_maira.studies.delimited import TEXT, csv_frame
 from sae_lens_maira.studies.sequence import IMAGES, SECTIONS, StudySequence
 from sae_lens_maira.studies.study import Licence, Study
@@ -131,7 +131,7 @@ class StudyTable:
         """Open a Parquet file; the root is the file's own folder if not given. Raises StudyError if unreadable."""
         path = Path(path)
         try:
-            frame = pd.read_parquet(path)
+            frame = read_parquet(path)
         except (OSError, ValueError) as error:
             raise StudyError(
                 f"The table of studies {path} could not be read ({error}); expected a Parquet file that "
@@ -143,8 +143,7 @@ class StudyTable:
         """Write the table as Parquet, atomically; the root is not written."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as draft:
-            self.frame.to_parquet(draft, index=False)
+        write_parquet(self.frame.reset_index(drop=True), path)
         return path
 
     def __len__(self) -> int:
