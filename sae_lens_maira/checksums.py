@@ -46,11 +46,21 @@ def damaged_files(folder: Path) -> list[str]:
         return [SUMS]
 
 
+def rewrite_file(path: Path, content: str) -> None:
+    """Replace a file of a folder, and its checksum where the folder has checksums."""
+    atomic_write(path, content)
+    sums = path.parent / SUMS
+    if sums.exists():
+        known = json.loads(sums.read_text(encoding="utf-8"))
+        atomic_write(sums, json.dumps(known | {path.name: _sum_of(path)}, indent=1))
+
+
 @contextmanager
 def files_with_sums(folder: Path | str) -> Iterator[Path]:
     """A draft folder whose files replace those of the same names in `folder`, with their checksums.
 
-    The checksums are replaced last: a process that is killed while it replaces files leaves a folder that is refused.
+    JSON files are replaced after the others and the checksums last: a process that is killed meanwhile leaves a folder
+    that is incomplete or refused.
 
     Args:
         folder: Made if missing; its other files stay.
@@ -60,7 +70,7 @@ def files_with_sums(folder: Path | str) -> Iterator[Path]:
     with atomic_folder(staged, "replace") as draft:
         yield draft
         write_sums(draft)
-    for path in sorted(staged.iterdir(), key=lambda path: path.name == SUMS):
+    for path in sorted(staged.iterdir(), key=lambda path: (path.name == SUMS, path.suffix == ".json")):
         os.replace(path, folder / path.name)
     staged.rmdir()
 
@@ -122,6 +132,7 @@ __all__ = [
     "damaged_files",
     "files_with_sums",
     "read_parquet",
+    "rewrite_file",
     "take_checksum",
     "with_checksum",
     "write_parquet",

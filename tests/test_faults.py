@@ -77,7 +77,7 @@ ARTEFACTS = {
         ),
     ),
     "SAE": Artefact(
-        inside("sae", "*"),
+        inside("sae", "*", most=3),
         (
             read(f"dashboards neuronpedia --sae {{root}}/sae --records {{root}}/records --out {{out}} {NAMES}"),
             read("steer --sae {root}/sae --finding cardiomegaly --estimate true --out {out}"),
@@ -290,7 +290,7 @@ def test_saved_interventions(tmp_path, root):
     save_interventions(path, Add(latents=(1, 2), strength=2.0), sae, HOOK, sae.threshold.detach(), "a note")
     content, expected = path.read_bytes(), load_interventions(path, sae)
     detected = 0
-    for place in range(0, 8 * len(content), 5):
+    for place in range(0, 8 * len(content), 37):
         path.write_bytes(flip(content, place // 8 / len(content), place % 8))
         try:
             found = load_interventions(path, sae)
@@ -298,4 +298,4 @@ def test_saved_interventions(tmp_path, root):
             detected += 1
         else:
             assert found == expected
-    assert detected > 100
+    assert detected > 20

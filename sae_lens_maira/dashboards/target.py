@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
+from sae_lens_maira.checksums import rewrite_file
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents.records import RecordsMeta
 from sae_lens_maira.privacy import SHAREABLE
 
@@ -172,7 +172,7 @@ def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path
             "to different SAEs. Give the folder of the SAE that was recorded."
         )
     config["metadata"] = (config.get("metadata") or {}) | _metadata(target, meta)
-    atomic_write(path, json.dumps(config))
+    rewrite_file(path, json.dumps(config))
     return path
 
 
