@@ -1,0 +1,134 @@
+"""Rehearse the whole path at MAIRA-2's widths: `python -m benchmarks.rehearsal`, which is `make rehearsal`.
+
+A random checkpoint in the published layout is written, and every command runs on four studies in a process of its own
+with two cores. The table has time and peak memory of each; the rehearsal fails where a command fails, takes more than
+its bound, or grows beyond 8 GB. `--small` runs the same commands at small widths in one process and
+counts tensors only.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+LIMIT, TIMEOUT_S = 8e9, 3600
+
+
+def run_in_process(step: Any, file: Path) -> dict[str, Any]:
+    """Run a step in a process of its own with two cores; what it printed is in a file next to its figures."""
+    command = [sys.executable, "-m", "benchmarks.rehearsal.measured", str(file), *step.words]
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    with file.with_suffix(".log").open("w") as log:
+        done = subprocess.run(
+            ["taskset", "-c", ",".join(map(str, cores)), *command],
+            stdout=log,
+            stderr=log,
+            check=False,
+            timeout=TIMEOUT_S,
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(len(cores)), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+        )
+    if not file.exists():
+        return {"code": done.returncode or 1}
+    return json.loads(file.read_text())
+
+
+def run_here(step: Any) -> dict[str, Any]:
+    """Run a step in this process and count tensors."""
+    from benchmarks.rehearsal.measured import run, when_loaded
+    from benchmarks.rehearsal.tracker import TensorBytes
+
+    tracker = TensorBytes()
+    with when_loaded(lambda _: tracker.start()), tracker:
+        code = run(list(step.words))
+    return {"code": code, "tensors": tracker.peak, "at_peak": tracker.at_peak}
+
+
+def problems(step: Any, found: dict[str, Any], small: bool) -> list[str]:
+    """What a step did wrong, as sentences."""
+    if found["code"]:
+        return [f"{step.name}: exit code {found['code']}"]
+    bound = step.small if small else step.full
+    wrong = []
+    if found["tensors"] > bound:
+        wrong.append(
+            f"{step.name}: {found['tensors'] / 1e6:,.1f} MB of tensors, {bound / 1e6:,.1f} MB allowed; {found['at_peak']}"
+        )
+    if found.get("peak", 0) > LIMIT:
+        wrong.append(f"{step.name}: {found['peak'] / 1e9:.1f} GB resident, {LIMIT / 1e9:.0f} GB allowed")
+    return wrong
+
+
+def line(name: str, found: dict[str, Any], bound: float) -> str:
+    """A row of the table."""
+
+    def gb(key: str) -> str:
+        return f"{found[key] / 1e9:.2f}" if key in found else "-"
+
+    seconds = f"{found['seconds']:.0f} | {found['cpu_seconds']:.0f}" if "seconds" in found else "- | -"
+    tensors = f"{found.get('tensors', 0) / 1e6:,.1f}"
+    return f"| {name} | {seconds} | {gb('peak')} | {gb('above')} | {tensors} | {bound / 1e6:,.0f} |"
+
+
+HEAD = (
+    "| step | s | CPU s | peak GB | above weights GB | tensors MB | bound MB |\n|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> int:
+    """Run the rehearsal; 0 if every step stayed within its bounds."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rehearsal", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for everything that is written; a temporary one otherwise"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="small widths, one process, tensors counted only"
+    )
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers at full width")
+    parser.add_argument(
+        "--only", help="comma-separated beginnings of the steps to run in a folder that has the rest"
+    )
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        work = arguments.work or Path(made)
+        work.mkdir(parents=True, exist_ok=True)
+        return rehearse(work, arguments.small, arguments.layers, arguments.only)
+
+
+def rehearse(work: Path, small: bool, layers: int, only: str | None) -> int:
+    """Write the checkpoint and the data set where they are missing, and run the steps."""
+    from dataclasses import replace
+
+    from benchmarks.rehearsal.checkpoint import Size, write_checkpoint
+    from benchmarks.rehearsal.steps import SMALL, steps
+    from benchmarks.rehearsal.studies import write_mimic
+
+    size = SMALL if small else replace(Size(), layers=layers)
+    if not (work / "model" / "model.safetensors.index.json").exists():
+        write_checkpoint(work / "model", size)
+    if not (work / "mimic").exists():
+        write_mimic(work / "mimic", size.image, 250 if small else 2500)
+    wrong: list[str] = []
+    sys.stdout.write(HEAD + "\n")
+    for number, step in enumerate(steps(work, small)):
+        if (only and not step.name.startswith(tuple(only.split(",")))) or (small and step.processes):
+            continue
+        found = run_here(step) if small else run_in_process(step, work / f"step{number:02d}.json")
+        wrong += problems(step, found, small)
+        sys.stdout.write(line(step.name, found, step.small if small else step.full) + "\n")
+        sys.stdout.flush()
+        if found["code"]:
+            break
+    for text in wrong:
+        sys.stderr.write(f"{text}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
