@@ -7,7 +7,7 @@ DASH := .venv-dashboard
 OUT ?= quickstart_out
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup setup-dashboard fmt check typecheck-tree docs test coverage test-dashboard bench quickstart clean
+.PHONY: setup setup-dashboard fmt check typecheck-tree docs test coverage test-dashboard bench rehearsal quickstart clean
 
 setup: $(VENV)/.installed
 setup-dashboard: $(DASH)/.installed
@@ -65,6 +65,10 @@ test-dashboard: setup-dashboard
 
 bench: setup
 	$(VENV)/bin/python -m benchmarks
+
+# Every command at MAIRA-2's widths: two layers, four studies, 2 cores and 8 GB of memory, 4 GB of disk.
+rehearsal: setup
+	$(VENV)/bin/python -m benchmarks.rehearsal
 
 quickstart: setup
 	$(VENV)/bin/sae-lens-maira quickstart --out $(OUT)

@@ -39,6 +39,19 @@ def only_blocks(
         language_model.layers, language_model.norm = layers, final
 
 
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Compute no gradients of weights: autograd then keeps only what the gradient of activations needs."""
+    changed = [p for p in model.parameters() if p.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(True)
+
+
 class UpperCache(DynamicCache):
     """A cache for the blocks from `first` on; the library asks for the length of block 0, which has no entry here."""
 

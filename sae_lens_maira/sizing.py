@@ -4,8 +4,9 @@
     bytes       of tensors that the code allocates: weights, one layer's work, keys and values, rows, shards
     FLOPs       2 per weight and token, plus attention; time = FLOPs / (0.4 x the GPU's dense bfloat16 peak)
 
-Bytes follow from shapes; they were not compared with a run. Times are arithmetic, not measurements:
-no GPU was available, and 0.4 of the peak is an assumption.
+Bytes follow from shapes. A test compares one layer's work and the memory of a gradient with the tensors that the
+published decoder allocates. Times are arithmetic, not measurements: no GPU was available, and 0.4 of the peak is an
+assumption.
 """
 
 from collections.abc import Mapping, Sequence
@@ -131,6 +132,15 @@ class ModelSize:
     def work(self, tokens: int) -> int:
         """Bytes that one layer needs for a batch of so many positions: the stream, its copies and the MLP."""
         return tokens * (6 * self.width + 3 * self._text.intermediate_size) * self.bytes_per_number
+
+    def graph(self, tokens: int, layers: int) -> int:
+        """Bytes that a gradient keeps of some layers with frozen weights, and the last layer's backward pass."""
+        mlp = 3 * self._text.intermediate_size
+        return tokens * (layers * (9 * self.width + mlp) + 5 * self.width + mlp) * self.bytes_per_number
+
+    def readout(self) -> int:
+        """Bytes of the vocabulary's weights in float32, and their copy while they are scaled."""
+        return 2 * self._text.vocab_size * self.width * 4
 
     def cache(self, tokens: int) -> int:
         """Bytes of the keys and values of all layers for so many positions."""
@@ -299,7 +309,8 @@ def latents_cost(
     sae = 2 * size.width * d_sae * 4
     encode = 4.0 * size.width * d_sae * rows
     chunk = int(studies.lengths.max()) * batch_size
-    device = sae + 4096 * d_sae * 4
+    # Rows are encoded; then decoder rows are read through the vocabulary, 512 at once.
+    device = sae + max(4096 * d_sae * 4, size.readout() + 512 * size.config.text_config.vocab_size * 4)
     flops = encode
     if not stored:
         device += size.weights(layers) + size.work(chunk)
@@ -340,10 +351,13 @@ def steer_cost(
     flops = steered * size.flops(length, images, squares, layers)
     flops += reports * size.flops(length + max_new_tokens, 0, squares, size.layers - layers, max_new_tokens)
     flops += reports * max_new_tokens * 2.0 * size.layer_parameters * layers
-    one = size.cache(longest) + size.work(longest)
-    device = size.weights() + 2 * size.width * d_sae * 4 + one
+    scores = 20 * max_new_tokens * size.config.text_config.vocab_size
+    one = size.cache(longest) + size.work(longest) + scores
+    gradient = size.graph(int(studies.lengths.max()), size.layers - layers)
+    device = size.weights() + 2 * size.width * d_sae * 4 + max(one, gradient)
     notes = (
         f"about {reports:,} reports; one report of the longest study needs {_gb(one)} next to weights and SAE",
+        f"latents are ranked by a gradient, one study at a time: {_gb(gradient)}; not with --records",
         "memory above that is used for larger batches, up to half of what is free",
         "decoding is bound by memory bandwidth at small batches: expect more time than the FLOPs say",
     )

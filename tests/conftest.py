@@ -1,8 +1,12 @@
 """Shared by all tests: a fixed seed before each, two threads, no network."""
 
+import importlib
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,3 +37,12 @@ def phantom():
     from sae_lens_maira.phantom import load_phantom
 
     return load_phantom()
+
+
+@pytest.fixture(scope="session")
+def rehearsal() -> Iterator[Callable[[str], Any]]:
+    """Modules of `benchmarks.rehearsal` by name; the folder is not installed."""
+    root = str(Path(__file__).parents[1])
+    sys.path.insert(0, root)
+    yield lambda name: importlib.import_module(f"benchmarks.rehearsal.{name}")
+    sys.path.remove(root)

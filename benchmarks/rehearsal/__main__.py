@@ -48,16 +48,14 @@ def run_here(step: Any) -> dict[str, Any]:
     return {"code": code, "tensors": tracker.peak, "at_peak": tracker.at_peak}
 
 
-def problems(step: Any, found: dict[str, Any], small: bool) -> list[str]:
+def problems(step: Any, found: dict[str, Any]) -> list[str]:
     """What a step did wrong, as sentences."""
     if found["code"]:
         return [f"{step.name}: exit code {found['code']}"]
-    bound = step.small if small else step.full
     wrong = []
-    if found["tensors"] > bound:
-        wrong.append(
-            f"{step.name}: {found['tensors'] / 1e6:,.1f} MB of tensors, {bound / 1e6:,.1f} MB allowed; {found['at_peak']}"
-        )
+    if found["tensors"] > step.bound:
+        grown = f"{found['tensors'] / 1e6:,.1f} MB of tensors, {step.bound / 1e6:,.1f} MB allowed"
+        wrong.append(f"{step.name}: {grown}; {found['at_peak']}")
     if found.get("peak", 0) > LIMIT:
         wrong.append(f"{step.name}: {found['peak'] / 1e9:.1f} GB resident, {LIMIT / 1e9:.0f} GB allowed")
     return wrong
@@ -115,14 +113,17 @@ def rehearse(work: Path, small: bool, layers: int, only: str | None) -> int:
     if not (work / "mimic").exists():
         write_mimic(work / "mimic", size.image, 250 if small else 2500)
     wrong: list[str] = []
+    figures: dict[str, Any] = {}
     sys.stdout.write(HEAD + "\n")
     for number, step in enumerate(steps(work, small)):
-        if (only and not step.name.startswith(tuple(only.split(",")))) or (small and step.processes):
+        if only and not step.name.startswith(tuple(only.split(","))):
             continue
         found = run_here(step) if small else run_in_process(step, work / f"step{number:02d}.json")
-        wrong += problems(step, found, small)
-        sys.stdout.write(line(step.name, found, step.small if small else step.full) + "\n")
+        wrong += problems(step, found)
+        sys.stdout.write(line(step.name, found, step.bound) + "\n")
         sys.stdout.flush()
+        figures[step.name] = found
+        (work / "figures.json").write_text(json.dumps(figures, indent=1))
         if found["code"]:
             break
     for text in wrong:

@@ -1,17 +1,64 @@
-"""The steps of the rehearsal: every command from a data set to a steered report, and what each may take.
+"""The steps of the rehearsal: every command from a data set to a steered report, and the bytes that each may take.
 
-Bounds are bytes of living tensors above the model's weights; without a model, above the start. They hold for the
-studies of `studies.write_mimic` and for one kind of checkpoint: "full" for MAIRA-2's widths, "small" for `SMALL`.
+Bounds are MB of living tensors above the model's weights; without a model, above the start. They hold for the studies
+of `studies.write_mimic` and for one kind of checkpoint: "full" for MAIRA-2's widths, "small" for `SMALL`.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.rehearsal.checkpoint import Size
 
 SMALL = Size(layers=2, width=256, mlp=688, heads=4, vision_layers=2, vision_width=64, image=56)
-HOOK = "blocks.0.hook_resid_post"
-FINDING = "pleural_effusion"
+
+STEPS = (
+    # name, MB at full widths, MB at small widths, command
+    ("load", 1, 0.1, "call load {model}"),
+    ("two ranks load to a device", 1, 0.1, "call ranks {model}"),
+    ("studies import", 1, 0.1, "studies import --source mimic --images {mimic} --out {table}"),
+    ("studies validate", 1, 0.1, "studies validate {data}"),
+    ("run_with_cache, three images", 500, 2.5, "call read {model} {table} {mimic} {hook} 1"),
+    ("harvest, two studies per forward", 1_500, 5, "harvest {recipe} {data} --split train --batch-size 2"),
+    ("train", 4_000, 9, "train {recipe} {data} --split train {sizes} --out {sae}"),
+    (
+        "evaluate, two studies",
+        2_000,
+        33,
+        "evaluate {read} --split train --studies 2 --batch-size 2",
+    ),
+    ("latents --store", 2_500, 140, "latents {read} --split train --store {store} --out {records}"),
+    ("interpret run", 1, 0.1, "interpret run --records {records} --n-train 5 --n-test 5"),
+    ("dashboards html", 1, 0.1, "dashboards html --records {records} --out {work}/page {allow}"),
+    (
+        "dashboards neuronpedia",
+        1,
+        0.1,
+        "dashboards neuronpedia --records {records} --out {work}/neuronpedia --set-name res-16k {allow}",
+    ),
+    (
+        "attribute, one sentence",
+        2_000,
+        73,
+        "attribute {read} --split test --studies 1 --report teacher --sentences '[0]' --method gradient "
+        "--candidates 8 --n-check 4 --regenerate false {allow} --out {work}/attribution",
+    ),
+    (
+        "steer, five tokens",
+        6_000,
+        175,
+        "steer {read} --split test --finding pleural_effusion --steered 4 --n-latents 2 --strengths '[1.0]' "
+        "--max-new-tokens 5 {allow} --out {work}/steered",
+    ),
+)
+SCHEDULE = {
+    "total_training_samples": "512",
+    "train_batch_size_samples": "128",
+    "lr_warm_up_steps": "1",
+    "lr_decay_steps": "1",
+    "n_batches_for_norm_estimate": "2",
+    "checkpoint_path": "null",
+}
 
 
 @dataclass(frozen=True)
@@ -21,16 +68,12 @@ class Step:
     Attributes:
         name: Name in the table.
         words: Words of the command line, or "call" and a function of `calls` with its arguments.
-        full: Bound at MAIRA-2's widths, bytes.
-        small: Bound at the widths of `SMALL`, bytes.
-        calls: Whether the step is left out of the small form, because it measures processes.
+        bound: Bytes of tensors that it may take.
     """
 
     name: str
     words: tuple[str, ...]
-    full: float
-    small: float
-    processes: bool = False
+    bound: float
 
 
 def steps(work: Path, small: bool) -> list[Step]:
@@ -38,160 +81,24 @@ def steps(work: Path, small: bool) -> list[Step]:
 
     Args:
         work: Folder with `model`, `mimic`, and everything that is written.
-        small: Whether the checkpoint is `SMALL`.
+        small: Whether the checkpoint is `SMALL`; steps that measure processes are then left out.
     """
-    model, mimic, table = str(work / "model"), str(work / "mimic"), str(work / "mimic.parquet")
-    store, sae, records = str(work / "store"), str(work / "sae"), str(work / "records")
-    data = ("--table", table, "--root", mimic)
-    recipe = (
-        "--config",
-        "recipes/maira2_paper.yaml",
-        "--model",
-        model,
-        "--hooks",
-        f"[{HOOK}]",
-        "--store",
-        store,
-    )
-    train = ("--split", "train")
-    width = {"d_sae": 512, "k": 8} if small else {"d_sae": 16384, "k": 64}
-    size = [word for name, value in width.items() for word in (f"--sae.{name}", str(value))]
-    schedule = {
-        "total_training_samples": 512,
-        "train_batch_size_samples": 128,
-        "lr_warm_up_steps": 1,
-        "lr_decay_steps": 1,
-        "n_batches_for_norm_estimate": 2,
-        "checkpoint_path": "null",
+    names = ("model", "mimic", "store", "sae", "records")
+    places = {"work": shlex.quote(str(work)), "hook": "blocks.0.hook_resid_post"}
+    places |= {name: shlex.quote(str(work / name)) for name in names}
+    places["table"] = shlex.quote(str(work / "mimic.parquet"))
+    sizes = {"sae.d_sae": "512", "sae.k": "8"} if small else {}
+    sizes |= {f"trainer.{name}": value for name, value in SCHEDULE.items()}
+    phrases = {
+        "data": "--table {table} --root {mimic}",
+        "read": "--sae {sae} --model {model} --table {table} --root {mimic}",
+        "recipe": "--config recipes/maira2_paper.yaml --model {model} --hooks '[{hook}]' --store {store}",
+        "sizes": " ".join(f"--{name} {value}" for name, value in sizes.items()),
+        "allow": "--allow-credentialed true",
     }
-    options = [word for name, value in schedule.items() for word in (f"--trainer.{name}", str(value))]
-    page = ("--allow-credentialed", "true")
-    short = ("--max-new-tokens", "5")
-    gb, mb = 1e9, 1e6
+    places |= {name: phrase.format(**places) for name, phrase in phrases.items()}
     return [
-        Step("load", ("call", "load", model), 0.05 * gb, 1 * mb),
-        Step("two ranks load to a device", ("call", "ranks", model), 0.05 * gb, 1 * mb, processes=True),
-        Step(
-            "studies import",
-            ("studies", "import", "--source", "mimic", "--images", mimic, "--out", table),
-            0.05 * gb,
-            1 * mb,
-        ),
-        Step(
-            "studies validate", ("studies", "validate", "--table", table, "--root", mimic), 0.05 * gb, 1 * mb
-        ),
-        Step(
-            "run_with_cache, three images", ("call", "read", model, table, mimic, HOOK, "1"), 0.5 * gb, 2 * mb
-        ),
-        Step("harvest", ("harvest", *recipe, *data, *train, "--batch-size", "2"), 1.5 * gb, 5 * mb),
-        Step("train", ("train", *recipe, *data, *train, *size, *options, "--out", sae), 4 * gb, 10 * mb),
-        Step(
-            "evaluate, two studies",
-            (
-                "evaluate",
-                "--sae",
-                sae,
-                "--model",
-                model,
-                *data,
-                *train,
-                "--studies",
-                "2",
-                "--batch-size",
-                "2",
-            ),
-            2 * gb,
-            10 * mb,
-        ),
-        Step(
-            "latents --store",
-            ("latents", "--sae", sae, "--model", model, *data, *train, "--store", store, "--out", records),
-            2 * gb,
-            20 * mb,
-        ),
-        Step(
-            "interpret run",
-            ("interpret", "run", "--records", records, "--n-train", "5", "--n-test", "5"),
-            gb,
-            10 * mb,
-        ),
-        Step(
-            "dashboards html",
-            ("dashboards", "html", "--records", records, "--out", str(work / "page"), *page),
-            gb,
-            5 * mb,
-        ),
-        Step(
-            "dashboards neuronpedia",
-            (
-                "dashboards",
-                "neuronpedia",
-                "--records",
-                records,
-                "--out",
-                str(work / "neuronpedia"),
-                "--set-name",
-                "res-16k",
-                *page,
-            ),
-            gb,
-            5 * mb,
-        ),
-        Step(
-            "attribute, one sentence",
-            (
-                "attribute",
-                "--sae",
-                sae,
-                "--model",
-                model,
-                *data,
-                "--split",
-                "test",
-                "--studies",
-                "1",
-                "--report",
-                "teacher",
-                "--sentences",
-                "[0]",
-                "--candidates",
-                "8",
-                "--n-check",
-                "4",
-                "--regenerate",
-                "false",
-                *page,
-                "--out",
-                str(work / "attribution"),
-            ),
-            4 * gb,
-            20 * mb,
-        ),
-        Step(
-            "steer, five tokens",
-            (
-                "steer",
-                "--sae",
-                sae,
-                "--model",
-                model,
-                *data,
-                "--split",
-                "test",
-                "--finding",
-                FINDING,
-                "--steered",
-                "4",
-                "--n-latents",
-                "2",
-                "--strengths",
-                "[1.0]",
-                *short,
-                *page,
-                "--out",
-                str(work / "steered"),
-            ),
-            6 * gb,
-            60 * mb,
-        ),
+        Step(name, tuple(shlex.split(command.format(**places))), 1e6 * (at_small if small else at_full))
+        for name, at_full, at_small, command in STEPS
+        if not small or "ranks" not in name
     ]

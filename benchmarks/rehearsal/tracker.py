@@ -42,7 +42,7 @@ class TensorBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given: set[int] | None = None
         for value in tree_leaves(result):
-            if not _has_storage(value) or value.device.type == "meta":
+            if not _has_storage(value):
                 continue
             storage = value.untyped_storage()
             key = storage._cdata

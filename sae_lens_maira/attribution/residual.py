@@ -6,16 +6,14 @@ An edit of the residual stream changes nothing below the hook point, so the visi
 per study. Several edits of the same study run as one batch, as large as the budget of bytes allows.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks import HookedMaira2
-from sae_lens_maira.hooks._upper import only_blocks
+from sae_lens_maira.hooks._upper import frozen_weights, only_blocks
 from sae_lens_maira.maira2 import Maira2Encoding
 
 BUDGET_BYTES = 1 << 30
@@ -71,9 +69,10 @@ class ResidualRun:
         widest = 4 * text.hidden_size + 3 * text.intermediate_size
         row = len(self.hidden) * widest * self.hidden.element_size()
         self._rows = max(1, budget_bytes // row)
-        # A backward pass keeps the activations of every block above the hook point.
+        # A backward pass keeps activations of every block above the hook point: 9 d_model + 3 d_mlp per position.
         blocks = max(1, text.num_hidden_layers - self._first_block)
-        self._rows_with_gradient = max(1, budget_bytes // (row * blocks))
+        kept = len(self.hidden) * (9 * text.hidden_size + 3 * text.intermediate_size) * blocks
+        self._rows_with_gradient = max(1, budget_bytes // (kept * self.hidden.element_size()))
 
     def log_probabilities(self, hidden: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """Log-probabilities of the encoded tokens at some positions, for several versions of the stream.
@@ -208,16 +207,3 @@ class ResidualRun:
     def edited(self, delta: torch.Tensor) -> torch.Tensor:
         """(L, d_model) the stream with an edit added in float32."""
         return (self.hidden.float() + delta).to(self.hidden.dtype)
-
-
-@contextmanager
-def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """No gradients of weights: autograd then keeps what the stream's gradient needs and nothing else."""
-    changed = [p for p in model.parameters() if p.requires_grad]
-    for parameter in changed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(True)

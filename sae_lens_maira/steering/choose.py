@@ -17,12 +17,16 @@ from sae_lens import SAE
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import PointTable
+from sae_lens_maira.hooks._upper import frozen_weights
 from sae_lens_maira.latents import Encoder
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding, TokenRole
 from sae_lens_maira.stats import f1_of_firing
 from sae_lens_maira.steering.engine import check_sae
 from sae_lens_maira.steering.maps import mean_patch_maps
 from sae_lens_maira.steering.positions import VIEWS, Layout, Schedule, patches
+
+PATCHES_AT_ONCE = 1024
+"""Patches per image times studies of one pass with gradients."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def report_gradient(
     studies: Sequence[Any],
     targets: Sequence[str],
     against: Sequence[str],
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> torch.Tensor:
     """Gradient of log P(target) - log P(against) at every frontal patch, mean over studies: (P, d_model).
 
@@ -156,8 +160,11 @@ def report_gradient(
         studies: The studies to steer, each with a frontal image.
         targets: A report, or its beginning, to make more likely in each study.
         against: A report to make less likely in each study.
-        batch_size: Studies per pass.
+        batch_size: Studies per pass; 16, or fewer where images have many patches (one at MAIRA-2's 1,369), because the
+            activations of every block above the hook point are kept.
     """
+    if batch_size is None:
+        batch_size = max(1, min(16, PATCHES_AT_ONCE // maira.processor.patches_per_side**2))
     module = maira.model.get_submodule(PointTable(maira.model.config).resolve(hook_name).module)
     total: torch.Tensor | None = None
     for texts, sign in ((targets, 1.0), (against, -1.0)):
@@ -191,15 +198,11 @@ def by_map_effect(difference: torch.Tensor, gradient: torch.Tensor, decoder: tor
     return Ranking("output effect of the map", (difference * (gradient @ decoder.T)).sum(0))
 
 
-def log_probability(logits: torch.Tensor, encoding: Maira2Encoding) -> torch.Tensor:
-    """(B,) log-probability of each row's report tokens, in nats."""
-    ids = encoding.input_ids
-    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return (logp * (encoding.roles[:, 1:] == TokenRole.REPORT)).sum(1)
-
-
 def _gradient(maira: Maira2, module: torch.nn.Module, encoding: Maira2Encoding) -> torch.Tensor:
-    """(B, L, d_model) gradient of the summed log-probability of the reports with respect to the stream."""
+    """(B, L, d_model) gradient of the summed log-probability of the reports with respect to the stream.
+
+    Nothing below the stream has a graph, and logits are computed at the reports' tokens only.
+    """
     stream: list[torch.Tensor] = []
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
@@ -208,11 +211,15 @@ def _gradient(maira: Maira2, module: torch.nn.Module, encoding: Maira2Encoding) 
         stream.append(leaf)
         return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 
+    model = maira.model
+    targets = encoding.roles[:, 1:] == TokenRole.REPORT
+    ids = encoding.input_ids[:, 1:][targets]
     handle = module.register_forward_hook(hook, prepend=True)
     try:
-        with torch.enable_grad():
-            logits = maira.model(**encoding.model_inputs(), use_cache=False).logits
-            score = log_probability(logits, encoding).sum()
+        with torch.enable_grad(), frozen_weights(model):
+            last = model.model(**encoding.model_inputs(), use_cache=False).last_hidden_state
+            logits = model.lm_head(last[:, :-1][targets]).float()
+            score = logits.log_softmax(-1).gather(-1, ids[:, None]).sum()
             return torch.autograd.grad(score, stream[0])[0]
     finally:
         handle.remove()

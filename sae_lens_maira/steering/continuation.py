@@ -109,15 +109,20 @@ class UpperModel:
         """The decoder without its head."""
         return self.model.model.language_model
 
-    def row_bytes(self, length: int) -> int:
-        """Estimate the memory of one row of `length` tokens: keys and values of all blocks, and one block's work."""
+    def row_bytes(self, length: int, scored: int = 0) -> int:
+        """Estimate the memory of one row: keys and values of all blocks, one block's work, and scores of tokens.
+
+        Args:
+            length: Tokens of the row.
+            scored: Tokens whose whole distribution is compared: five float32 tensors over the vocabulary.
+        """
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = config.hidden_size // config.num_attention_heads * heads
         per_token = (
             2 * config.num_hidden_layers * width + 6 * config.hidden_size + 3 * config.intermediate_size
         )
-        return length * per_token * self.model.dtype.itemsize
+        return length * per_token * self.model.dtype.itemsize + 20 * scored * config.vocab_size
 
 
 class Continuation:

@@ -176,7 +176,7 @@ class SharedPrompts:
             check_point(self.maira.model, self.hook_name, sae)
         found: list[dict[int, tuple[str, torch.Tensor, float]]] = [{} for _ in jobs]
         effects: list[list[Effect]] = [[] for _ in jobs]
-        for batch in self._batches(jobs, sae, p99, max_new_tokens):
+        for batch in self._batches(jobs, sae, p99, max_new_tokens, max_new_tokens if measure_kl else 0):
             segments: list[tuple[int, list[int], Engine | None]] = []
             hidden, masks = [], []
             for number, places in batch:
@@ -206,7 +206,7 @@ class SharedPrompts:
         return [_written(parts, moved) for parts, moved in zip(found, effects, strict=True)]
 
     def _batches(
-        self, jobs: Sequence[Job], sae: SAE[Any] | None, p99: torch.Tensor | None, budget: int
+        self, jobs: Sequence[Job], sae: SAE[Any] | None, p99: torch.Tensor | None, budget: int, scored: int
     ) -> Iterator[list[tuple[int, list[int]]]]:
         """Batches as (job, places in it), studies of similar length together."""
         shared: list[tuple[int, int, int]] = []
@@ -215,24 +215,30 @@ class SharedPrompts:
             if job.interventions and order:
                 first, _ = self._padded([job.which[order[-1][1]]])
                 if self._engine(job, first, sae, p99, probe=True).reaches(first.input_ids.shape[1] + budget):
-                    for part in self._by_bytes(order, budget):
+                    for part in self._by_bytes(order, budget, scored):
                         yield [(number, [i for _, i in part])]
                     continue
             shared += [(length, number, i) for length, i in order]
         shared.sort()
-        for part in self._by_bytes(shared, budget):
+        for part in self._by_bytes(shared, budget, scored):
             parts: dict[int, list[int]] = {}
             for _, number, i in part:
                 parts.setdefault(number, []).append(i)
             yield list(parts.items())
 
-    def _by_bytes(self, rows: Sequence[Any], budget: int) -> Iterator[Sequence[Any]]:
-        """Cut rows (length, ...), shortest first, into batches within a third of the budget; one row at least."""
+    def _by_bytes(self, rows: Sequence[Any], budget: int, scored: int = 0) -> Iterator[Sequence[Any]]:
+        """Cut rows (length, ...), shortest first, into batches within a third of the budget; one row at least.
+
+        Args:
+            rows: Tuples whose first entry is the length of a prompt.
+            budget: Tokens that are written after it.
+            scored: Tokens whose whole distribution is compared.
+        """
         start = 0
         while start < len(rows):
             stop = start + 1
             while stop < len(rows):
-                needed = (stop + 1 - start) * self._upper.row_bytes(rows[stop][0] + budget)
+                needed = (stop + 1 - start) * self._upper.row_bytes(rows[stop][0] + budget, scored)
                 if needed > self.budget // 3 or stop - start >= MOST_ROWS:
                     break
                 stop += 1
@@ -264,7 +270,7 @@ class SharedPrompts:
         found: dict[int, float] = {}
         ids_of = [self._tokens(report) for report in reports]
         order = sorted((self._length(row) + len(ids_of[i]), i) for i, row in enumerate(which))
-        for part in self._by_bytes(order, 0):
+        for part in self._by_bytes(order, 0, max(map(len, ids_of), default=0)):
             rows, ids = [which[i] for _, i in part], self._batch([ids_of[i] for _, i in part])
             logp = self._score(rows, ids).gather(-1, ids[..., None])[..., 0]
             found |= dict(zip((i for _, i in part), perplexity(logp, ids != self._pad).tolist(), strict=True))
@@ -300,7 +306,7 @@ class SharedPrompts:
         ids = self._unsteered(rows, budget)
         scores = {row: self._plain_scores.get(row) for row in rows}
         missing = sorted((self._length(row), row) for row, known in scores.items() if known is None)
-        for part in self._by_bytes(missing, budget):
+        for part in self._by_bytes(missing, budget, budget):
             numbers = [row for _, row in part]
             reports = [self._plain_ids[row] for row in numbers]
             for row, report, values in zip(

@@ -120,7 +120,7 @@ def image_rows(
     for start in tqdm(starts, desc=f"activations at {hook_name}", unit="block", disable=not progress):
         part = np.asarray(which[start : start + at_once])
         chosen = [studies[int(i)] for i in part]
-        settings = RowSettings(roles="image_only", batch_size=min(16, at_once))
+        settings = RowSettings(roles="image_only", batch_size=max(1, min(16, at_once // 8)))
         rows = read_rows(maira, chosen, hook_name, settings, progress=False)
         yield replace(rows, study=part[rows.study])
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModel
 
 from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.cli import main
@@ -81,3 +83,30 @@ def test_commands_print_an_estimate_and_run_nothing(words, capsys, monkeypatch):
     assert set(found["seconds"]) == {"A100", "H100", "H200", "L40S"}
     assert main([*words, "--estimate", "true"]) == 0
     assert "device memory" in capsys.readouterr().out
+
+
+def test_bytes_of_a_forward_and_of_a_gradient_are_those_of_the_published_decoder(monkeypatch, rehearsal):
+    """Tensors without values, of the published sizes: what lives at once is at most the estimate, and at least 80 %."""
+    from torch._subclasses import FakeTensorMode
+
+    from sae_lens_maira.hooks._upper import frozen_weights, only_blocks
+
+    monkeypatch.setattr("transformers.PreTrainedModel.init_weights", lambda self: None)
+    config = Maira2Config().text_config
+    config.num_hidden_layers = 4
+    tokens, size = 1590, ModelSize(Maira2Config())
+    TensorBytes = rehearsal("tracker").TensorBytes
+    with FakeTensorMode():
+        decoder = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+        stream = torch.empty(1, tokens, size.width, dtype=torch.bfloat16)
+        with torch.no_grad(), only_blocks(decoder, 0, 3, norm=False), TensorBytes() as tracker:
+            tracker.start()
+            decoder(inputs_embeds=stream, use_cache=False)
+        assert 0.8 * size.work(tokens) < tracker.peak <= size.work(tokens)
+        for layers in (1, 3):
+            leaf = stream.clone().requires_grad_()
+            with frozen_weights(decoder), only_blocks(decoder, 4 - layers), TensorBytes() as tracker:
+                tracker.start()
+                last = decoder(inputs_embeds=leaf, use_cache=False).last_hidden_state
+                torch.autograd.grad(last[:, -1].float().sum(), leaf)
+            assert 0.8 * size.graph(tokens, layers) < tracker.peak <= size.graph(tokens, layers)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from sae_lens_maira.errors import InterventionError
+from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.steering import Direction, steering
-from sae_lens_maira.steering.choose import Ranking, by_agreement, by_output_effect, log_probability
+from sae_lens_maira.steering.choose import Ranking, by_agreement, by_output_effect
 from sae_lens_maira.steering.positions import patches
 
 HOOK = "blocks.3.hook_resid_post"
@@ -26,9 +27,15 @@ def test_effect_is_the_derivative_of_the_log_probability(phantom, few, steering_
                 vector=steering_sae.W_dec[latent].detach(), strength=side * step, where=patches()
             )
             with steering(phantom, None, HOOK, item, encoding) as run:
-                values.append(sign * side * float(log_probability(run.logits(), encoding).sum()))
+                values.append(sign * side * float(log_probability(run.logits(), encoding)))
     measured = sum(values) / (2 * step * len(few))
     assert measured == pytest.approx(float(ranking.scores[latent]), rel=0.05)
+
+
+def log_probability(logits, encoding):
+    """Summed log-probability of the report tokens, from the logits of a whole forward."""
+    logp = logits[:, :-1].log_softmax(-1).gather(-1, encoding.input_ids[:, 1:, None])[..., 0]
+    return logp[encoding.roles[:, 1:] == TokenRole.REPORT].sum()
 
 
 def test_ranking_keeps_signs():
