@@ -282,9 +282,9 @@ def harvest_cost(
 
 
 def train_cost(d_in: int, d_sae: int, samples: int, batch: int, rows: float, row_bytes: int = 2) -> Cost:
-    """Cost of `train`: weights, gradients and two moments in float32, and one batch's pre-activations."""
+    """Cost of `train`: weights, gradients, two moments and two matrices of work in float32, and one batch's rows."""
     weights = 2 * d_in * d_sae * 4
-    device = 4 * weights + batch * (4 * d_sae + 12 * d_in)
+    device = 5 * weights + batch * (4 * d_sae + 12 * d_in)
     read = samples * d_in * row_bytes
     notes = (
         f"{samples:,} rows of {d_in:,} numbers are read, {_gb(read)}",

@@ -19,8 +19,8 @@ STEPS = (
     ("studies import", 1, 0.1, "studies import --source mimic --images {mimic} --out {table}"),
     ("studies validate", 1, 0.1, "studies validate {data}"),
     ("run_with_cache, three images", 500, 2.5, "call read {model} {table} {mimic} {hook} 1"),
-    ("harvest, two studies per forward", 1_500, 5, "harvest {recipe} {data} --split train --batch-size 2"),
-    ("train", 4_000, 9, "train {recipe} {data} --split train {sizes} --out {sae}"),
+    ("harvest, two studies per forward", 1_100, 5, "harvest {recipe} {data} --split train --batch-size 2"),
+    ("train", 3_000, 9, "train {recipe} {data} --split train {sizes} --out {sae}"),
     (
         "evaluate, two studies",
         2_000,
