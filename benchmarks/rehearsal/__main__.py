@@ -69,7 +69,7 @@ def line(name: str, found: dict[str, Any], bound: float) -> str:
 
     seconds = f"{found['seconds']:.0f} | {found['cpu_seconds']:.0f}" if "seconds" in found else "- | -"
     tensors = f"{found.get('tensors', 0) / 1e6:,.1f}"
-    return f"| {name} | {seconds} | {gb('peak')} | {gb('above')} | {tensors} | {bound / 1e6:,.0f} |"
+    return f"| {name} | {seconds} | {gb('peak')} | {gb('above')} | {tensors} | {bound / 1e6:,.1f} |"
 
 
 HEAD = (
