@@ -86,6 +86,8 @@ class TrainingPlan:
         normalize: SAELens' `normalize_activations`, of the two kinds that it folds into the weights.
             "covariance_whitening" gives every direction of the rows the same variance, so that rare ones get latents.
         control: Train a control instead, whose decoder or encoder stays random.
+        data_decoder: Start the decoder at centred rows of the data instead of random directions; a frozen decoder then
+            consists of data.
     """
 
     folder: Path
@@ -97,6 +99,7 @@ class TrainingPlan:
     dead_after: int = 1000
     normalize: Normalization = "expected_average_only_in"
     control: Frozen | None = None
+    data_decoder: bool = False
 
 
 def train_saes(
@@ -157,6 +160,8 @@ def _train(values: np.ndarray, hook_name: str, plan: TrainingPlan) -> None:
         config.metadata.hook_name = hook_name
         config.metadata.model_name = "maira2-phantom"
         sae = MatryoshkaTrainingSAE(config)
+        if plan.data_decoder:
+            _start_at_rows(sae, torch.tensor(values))
         trainer = FusedSAETrainer(
             cfg=SAETrainerConfig(
                 total_training_samples=plan.steps * BATCH,
@@ -176,6 +181,15 @@ def _train(values: np.ndarray, hook_name: str, plan: TrainingPlan) -> None:
         )
         trainer.fit()
         sae.save_inference_model(plan.folder)
+
+
+@torch.no_grad()
+def _start_at_rows(sae: MatryoshkaTrainingSAE, values: torch.Tensor) -> None:
+    """Set decoder rows to directions of randomly drawn, centred rows (n, d_in), and the encoder to the transpose."""
+    drawn = values[torch.randperm(len(values))[: sae.cfg.d_sae]] - values.mean(0)
+    norms = sae.W_dec.norm(dim=1, keepdim=True)[: len(drawn)]
+    sae.W_dec[: len(drawn)] = norms * torch.nn.functional.normalize(drawn, dim=1)
+    sae.W_enc.copy_(sae.W_dec.T)
 
 
 @contextmanager
