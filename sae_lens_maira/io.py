@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 _HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
 # A quota and a limit on file sizes mean the same to a user as a full disk.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The same as torch, safetensors and numpy report it, which are not errors of the system.
+_WRITE_FAILED = re.compile(
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs|os error (?:28|122|27)\b|\d+ requested and \d+ written"
+)
 
 
 @contextmanager
@@ -172,9 +177,15 @@ def _sync(path: Path) -> None:
 
 
 def _say_if_full(error: BaseException, path: Path) -> None:
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
+    full = isinstance(error, OSError) and error.errno in NO_ROOM
+    if full or _WRITE_FAILED.search(str(error)):
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else "the disk did not take the bytes"
+        )
         raise DiskError(
-            f"No room to write {path}: {error.strerror}. What was complete before is intact; free some space and run "
+            f"No room to write {path}: {reason}. What was complete before is intact; free some space and run "
             "the same command again."
         ) from error
 

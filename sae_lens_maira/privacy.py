@@ -179,7 +179,11 @@ def mark_folder(folder: Path, licence: str, command: str) -> None:
         "written_by": command,
         "notice": "Contains text or images of credentialed studies. Do not upload, publish or pass on.",
     }
-    (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path = folder / MARKER
+    if not path.exists():
+        draft = folder / f".{MARKER}.{os.getpid()}"
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)
 
 
 def is_marked(folder: Path | str) -> bool:

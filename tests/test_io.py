@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sae_lens_maira.errors import DiskError, LockError
 from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write, locked, save_figure
@@ -100,12 +101,14 @@ def test_a_full_disk_is_said_in_one_paragraph(tmp_path, small_files):
 
 
 def test_torch_on_a_full_disk(tmp_path, small_files):
-    """torch.save's own archive writer hides the kernel's reason; the old file stands and no draft is left."""
+    """torch and safetensors hide the kernel's reason; the old file stands and no draft is left."""
     path = tmp_path / "state.pt"
     with atomic_file(path) as draft:
         torch.save({"a": torch.zeros(10)}, draft)
-    with pytest.raises((DiskError, RuntimeError)), atomic_file(path) as draft:
+    with pytest.raises(DiskError, match="No room"), atomic_file(path) as draft:
         torch.save({"a": torch.zeros(100_000)}, draft)
+    with pytest.raises(DiskError, match="No room"), atomic_folder(tmp_path / "sae") as draft:
+        save_file({"a": torch.zeros(100_000)}, draft / "sae.safetensors")
     assert torch.load(path, weights_only=True)["a"].shape == (10,)
     assert names(tmp_path) == ["state.pt"]
 

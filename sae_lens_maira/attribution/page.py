@@ -72,6 +72,7 @@ def write_pages(
     found = check_shareable(licences, "writing attribution pages", allow=allow_credentialed)
     folder.mkdir(parents=True, exist_ok=True)
     with private_files(folder):
+        mark_folder(folder, found, "attribute")  # first, so that a kill leaves no page without the mark
         names = [f"study-{number:04d}.html" for number in range(len(pages))]
         for name, page in zip(names, pages, strict=True):
             atomic_write(folder / name, page_html(page, about))
@@ -81,7 +82,6 @@ def write_pages(
                     (folder / name).with_suffix(".json"), {"study": page.found.study_id, "graphs": graphs}
                 )
         atomic_write(folder / "index.html", _index(names, pages, about))
-        mark_folder(folder, found, "attribute")
     return folder / ("index.html" if len(pages) != 1 else names[0])
 
 

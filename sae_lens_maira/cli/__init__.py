@@ -33,10 +33,11 @@ from jsonargparse import ArgumentParser
 from sae_lens_maira import __version__
 from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, run_command
 from sae_lens_maira.errors import MairaError
+from sae_lens_maira.io import NO_ROOM
 
 PROGRAM = "sae-lens-maira"
 # What a path or a disk can be guilty of, and no code of ours.
-DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.ENOENT}
+DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, *NO_ROOM}
 INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports for any other program
 
 
@@ -162,7 +163,7 @@ def _run(name: str, options: Any) -> int:
         )  # the interpreter flushes once more at its end
         return UNREAD
     except OSError as error:
-        if error.errno not in DISK or (error.filename is None and error.errno != errno.ENOSPC):
+        if error.errno not in DISK or (error.filename is None and error.errno not in NO_ROOM):
             raise
         place = f" at {error.filename}" if error.filename is not None else ""
         sys.stderr.write(

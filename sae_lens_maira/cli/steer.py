@@ -91,7 +91,7 @@ def steer(
     from sae_lens_maira.errors import ConfigError, InterventionError
     from sae_lens_maira.interface import finding_reader, load_sae, named_model, phantom_studies, read_studies
     from sae_lens_maira.io import atomic_write, csv_of
-    from sae_lens_maira.privacy import private_files
+    from sae_lens_maira.privacy import mark_folder, private_files, strictest
     from sae_lens_maira.steering import load_interventions, save_interventions
     from sae_lens_maira.steering.cohort import Cohort
     from sae_lens_maira.steering.evaluate import Method
@@ -156,6 +156,14 @@ def steer(
     )
     steered_studies = [cohort.study(number) for number in report]
     errors = _errors(tables, steered_studies, read, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    with private_files(out):
+        # The tables hold reports: marked before they are written.
+        mark_folder(
+            out,
+            strictest(getattr(study.licence, "value", study.licence) for study in steered_studies),
+            "steer",
+        )
     tables.save(out)
     with private_files(out):
         atomic_write(out / "errors.csv", csv_of(errors))

@@ -226,11 +226,18 @@ def _steering(steering: SteeringResult) -> str:
         }
     ).set_index("intervention")
     sweep = ", ".join(f"{strength:g}: {share:.0%}" for strength, share in steering.sweep)
+    # The first row is without an intervention, the second the map of the trained SAE's latents.
+    choice = f"The strength {steering.rows[1].strength:g} was chosen on other studies ({sweep})."
+    if not any(share for _, share in steering.sweep):
+        choice = (
+            f"No strength put the finding into a report of the studies that it is chosen on ({sweep}); the weakest was "
+            "taken."
+        )
     return f"""## Steering from the image positions
 
 `{steering.finding}` into held-out studies that do not have it: a map of the latents
-{", ".join(map(str, steering.latents))} added at the frontal image's patches during the prefill. The strength was chosen
-on other studies ({sweep}). Maps of control SAEs are scaled to the same norm and have a sweep of their own.
+{", ".join(map(str, steering.latents))} added at the frontal image's patches during the prefill.
+{choice} Maps of control SAEs are scaled to the same norm and have a sweep of their own.
 Intervals are 95 % (Wilson; of changes the paired bootstrap). Errors are false findings,
 omissions, wrong sides, places and changes against the truth, in findings other than the steered one.
 
