@@ -151,12 +151,17 @@ def try_maps(
     """Steer the same studies with every candidate at its strength, and count findings."""
     jobs = [Job(which, candidate.map.interventions(strength)) for candidate, strength in wanted]
     written = cohort.prompts.write_all(jobs, factory.sae, factory.statistics.p99, cohort.max_new_tokens)
-    before = [cohort.reader.read(text) for text in cohort.prompts.unsteered(which, cohort.max_new_tokens)]
+    before = [cohort.reader.stated(text) for text in cohort.prompts.unsteered(which, cohort.max_new_tokens)]
     trials = []
     for (candidate, strength), out in zip(wanted, written, strict=True):
-        now = [cohort.reader.read(text) for text in out.texts]
-        on = sum(finding in said for said in now) / len(now)
-        changed = sum(len((a ^ b) - {finding}) for a, b in zip(now, before, strict=True))
+        now = [cohort.reader.stated(text) for text in out.texts]
+        # A report that cannot be read states no finding, and all of its other labels count as changed.
+        on = sum(said is not None and finding in said for said in now) / len(now)
+        most = len(cohort.reader.names) - 1
+        changed = sum(
+            most if a is None or b is None else len((a ^ b) - {finding})
+            for a, b in zip(now, before, strict=True)
+        )
         trials.append(Trial(candidate, strength, on, changed / (len(now) * (len(cohort.reader.names) - 1))))
     return trials
 

@@ -28,7 +28,7 @@ from sae_lens_maira.io import atomic_write
 from sae_lens_maira.phantom import generate_studies, load_phantom, phantom_reader
 from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.recipes._shared import sae_of
-from sae_lens_maira.steering.correction import f1_change, label_counts, micro_f1
+from sae_lens_maira.steering.correction import f1_change, micro_f1, report_counts
 from sae_lens_maira.studies import Study, known_findings
 
 FALSE, RIGHT, CAUSE, MISSED = "false", "right", "cause", "missed"
@@ -94,7 +94,7 @@ def run(settings: Settings) -> dict[str, Any]:
         return made.reports(hooked, sae, hook, part, settings.max_new_tokens)
 
     def counts(written: list[str], part: list[Study], n: int | None = None) -> np.ndarray:
-        return label_counts(reader.table(written), truth[id(part)][:n])
+        return report_counts(written, truth[id(part)][:n], reader)
 
     plain = texts(NOTHING, choose)
     causes = _causes(hooked, sae, hook, choose, plain, flaw, reader.read)
@@ -123,7 +123,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "candidates, micro F1 on the choosing half": {name: micro_f1(found) for name, found in tried.items()},
         "sentences attributed": {name: one.n for name, one in causes.items()},
         "unsteered": micro_f1(before),
-        "errors unsteered (false, missed)": [int(x) for x in before[:, 1:].sum(0)],
+        "errors unsteered (false, missed)": [int(x) for x in np.nansum(before[:, 1:], 0)],
         "arms": {},
     }
     for name, made in arms.items():
@@ -137,7 +137,7 @@ def run(settings: Settings) -> dict[str, Any]:
         }
         result["arms"][name] = {
             "micro F1": micro_f1(found), "change": change, "low": low, "high": high,
-            "errors (false, missed)": [int(x) for x in found[:, 1:].sum(0)], "per finding": wrong,
+            "errors (false, missed)": [int(x) for x in np.nansum(found[:, 1:], 0)], "per finding": wrong,
         }  # fmt: skip
     atomic_write(settings.out / "result.json", json.dumps(result, indent=2))
     return result

@@ -34,9 +34,9 @@ from sae_lens_maira.steering.correction import (
     Correction,
     best_of,
     f1_change,
-    label_counts,
     micro_f1,
     random_control,
+    report_counts,
     tied_to_errors,
 )
 from sae_lens_maira.steering.report_errors import error_changes
@@ -173,11 +173,12 @@ def run(config: Clinical) -> dict[str, Any]:
 
     def counts(name: str, half: str, items: Sequence[Intervention] = (), n: int | None = None) -> np.ndarray:
         studies = (choose if half == "choose" else report)[:n]
-        return label_counts(reader.table(arms.reports(f"{half}-{name}", studies, items)), truth[half][:n])
+        return report_counts(arms.reports(f"{half}-{name}", studies, items), truth[half][:n], reader)
 
     # Which finding is stated falsely and which is missed is read from the errors of the choosing half.
-    said, true = reader.table(arms.reports("choose-unsteered", choose)), truth["choose"]
-    false, missed = (said & ~true), (~said & true)
+    plain, true = arms.reports("choose-unsteered", choose), truth["choose"]
+    said, known = reader.table(plain), np.array([[reader.stated(text) is not None] for text in plain])
+    false, missed = (said & ~true & known), (~said & true & known)
     wrong, lost = int(false.sum(0).argmax()), int(missed.sum(0).argmax())
     if not false[:, wrong].any() or not missed[:, lost].any():
         raise ConfigError("The model makes no error of one kind on the choosing half; read more studies.")
@@ -224,22 +225,23 @@ def run(config: Clinical) -> dict[str, Any]:
             for c, found in candidates
         },
         "no correction, micro F1 on the same studies": micro_f1(
-            label_counts(said[: config.tuned], true[: config.tuned])
+            report_counts(plain[: config.tuned], true[: config.tuned], reader)
         ),
         "unsteered": micro_f1(before),
         "arms": {},
     }
     if config.flaw is not None:
         texts = Arms(out / "arms", clean, None, "", config.max_new_tokens).reports("report-clean", report)
-        result["clean model"] = micro_f1(label_counts(reader.table(texts), truth["report"]))
+        result["clean model"] = micro_f1(report_counts(texts, truth["report"], reader))
     for name, found in after.items():
         change, low, high = f1_change(before, found, config.seed)
         result["arms"][name] = {"micro F1": micro_f1(found), "change": change, "low": low, "high": high}
         result["arms"][name] |= {
-            "errors": [int(x) for x in found[:, 1:].sum(0)],
+            "errors": [int(x) for x in np.nansum(found[:, 1:], 0)],
+            "reports that cannot be read": int(np.isnan(found).any(1).sum()),
             "step": parts[name].step(acts, decoder),
         }
-    result["errors unsteered (false, missed)"] = [int(x) for x in before[:, 1:].sum(0)]
+    result["errors unsteered (false, missed)"] = [int(x) for x in np.nansum(before[:, 1:], 0)]
     texts = {
         name: arms.reports(f"report-{name}", report, made.interventions()) for name, made in parts.items()
     }

@@ -177,7 +177,7 @@ def steer_part(
     Raises:
         InterventionError: too few studies, or `move` for a finding without a side.
     """
-    labels, read, remove, target = cohort.reader.names, cohort.reader.read, False, finding
+    labels, read, remove, target = cohort.reader.names, cohort.reader.stated, False, finding
     if part == "insert":
         methods, present, absent = factory.insertion(finding), [], [finding]
     elif part == "remove":
@@ -190,9 +190,9 @@ def steer_part(
         target = MOVED
         labels = (*(key for key in cohort.reader.names if key not in (finding, other)), MOVED)
 
-        def moved(text: str) -> frozenset[str]:
-            stated = cohort.reader.read(text)
-            return stated | {MOVED} if other in stated and finding not in stated else stated
+        def moved(text: str) -> frozenset[str] | None:
+            stated = cohort.reader.stated(text)
+            return stated | {MOVED} if stated and other in stated and finding not in stated else stated
 
         read = moved
 

@@ -133,7 +133,7 @@ def one_sae(
             cohort.pick("choose", [], [finding], settings.choose),
             cohort.pick("report", [], [finding], settings.report),
             finding,
-            cohort.reader.read,
+            cohort.reader.stated,
             cohort.reader.names,
             p99=statistics.p99,
             max_new_tokens=cohort.max_new_tokens,

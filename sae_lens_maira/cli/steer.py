@@ -334,7 +334,7 @@ def _evaluate(
         choose,
         report,
         finding,
-        cohort.reader.read,
+        cohort.reader.stated,
         cohort.reader.names,
         strengths=strengths,
         remove=remove,

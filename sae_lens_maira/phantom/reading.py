@@ -43,6 +43,7 @@ _FINDINGS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("rib fracture", r"\bfractures?\b"),
     )
 )
+_NORMAL = re.compile(r"\b(clear|normal)\b")
 _GONE = re.compile(r"\b(resolved|resolution|no longer|removed|removal)\b")
 _ABSENT = re.compile(r"\b(no|not|without|absence of|free of|negative for|neither)\b")
 _NOT_A_DENIAL = re.compile(r"\b(no|without) (interval |significant )?change\b|\bnot changed\b")
@@ -158,8 +159,13 @@ def phantom_statements() -> StatementReader:
     return StatementReader(tuple(name.replace(" ", "_") for name, _ in _FINDINGS), read_statements, place_of)
 
 
+def is_readable(text: str) -> bool:
+    """Whether a text names a finding of the phantom, or calls something clear or normal."""
+    return any(clause.names or _NORMAL.search(clause.text) for clause in _read_clauses(text))
+
+
 def phantom_reader() -> FindingReader:
     """Reader of the phantom's language, for `studies.findings`."""
     return FindingReader(
-        FINDING_KEYS, lambda text: read_report(text).present, "phantom", statements=phantom_statements()
+        FINDING_KEYS, lambda text: read_report(text).present, "phantom", is_readable, phantom_statements()
     )

@@ -90,9 +90,9 @@ class Cohort:
         half, place = ("choose", number) if number < n else ("report", number - n)
         return self.studies[int(self._pool[half][place])]
 
-    def stated(self, number: int) -> frozenset[str]:
-        """Findings that the unsteered report of a pooled study states."""
-        return self.reader.read(self.prompts.unsteered([number], self.max_new_tokens)[0])
+    def stated(self, number: int) -> frozenset[str] | None:
+        """Findings that the unsteered report of a pooled study states; None if it cannot be read."""
+        return self.reader.stated(self.prompts.unsteered([number], self.max_new_tokens)[0])
 
     def pick(self, half: str, present: Sequence[str], absent: Sequence[str], n: int) -> list[int]:
         """Pooled studies that have some findings and lack others, both as known and in the unsteered report.
@@ -119,7 +119,9 @@ class Cohort:
         picked = [
             number
             for number, text in zip(candidates, texts, strict=True)
-            if (stated := self.reader.read(text)).issuperset(present) and stated.isdisjoint(absent)
+            if (stated := self.reader.stated(text)) is not None
+            and stated.issuperset(present)
+            and stated.isdisjoint(absent)
         ]
         if len(picked) < 4:
             raise InterventionError(

@@ -20,6 +20,7 @@ from sae_lens_maira.stats import bootstrap, f1
 from sae_lens_maira.steering.interventions import Intervention, Scale
 from sae_lens_maira.steering.maps import mean_patch_maps
 from sae_lens_maira.steering.positions import patches
+from sae_lens_maira.studies import FindingReader
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,16 @@ def label_counts(stated: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.stack([(stated & truth).sum(1), (stated & ~truth).sum(1), (~stated & truth).sum(1)], axis=1)
 
 
+def report_counts(texts: Sequence[str], truth: np.ndarray, reader: FindingReader) -> np.ndarray:
+    """`label_counts` of reports, (n, 3) float; NaN for a report that cannot be read, which is left out of F1."""
+    counts = label_counts(reader.table(texts), truth).astype(float)
+    counts[[reader.stated(text) is None for text in texts]] = np.nan
+    return counts
+
+
 def micro_f1(counts: np.ndarray) -> float:
-    """F1 over all labels of all studies (n, 3); 1 if nothing is present and nothing stated."""
-    return float(_micro(counts.sum(0)))
+    """F1 over all labels of all studies (n, 3) that are not NaN; 1 if nothing is present and nothing stated."""
+    return float(_micro(np.nansum(counts, 0)))
 
 
 def _micro(counts: np.ndarray) -> np.ndarray:
@@ -154,7 +162,7 @@ def _micro(counts: np.ndarray) -> np.ndarray:
 def f1_change(
     before: np.ndarray, after: np.ndarray, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Change of the micro F1 with its 95 % interval, by a paired bootstrap over studies.
+    """Change of the micro F1 with its 95 % interval, by a paired bootstrap over studies without NaN counts.
 
     Raises:
         InterventionError: The two are not counts of the same studies.
@@ -163,10 +171,17 @@ def f1_change(
         raise InterventionError(
             f"Counts of {len(before)} and {len(after)} studies were given; compare the same studies."
         )
+    known = ~np.isnan(before + after).any(1)
+    if not known.any():
+        raise InterventionError(f"None of the {len(before)} pairs of reports can be read, so F1 is unknown.")
+    before, after = before[known], after[known]
     changes = bootstrap(lambda w: _micro(w @ after) - _micro(w @ before), len(before), draws, seed)
     return micro_f1(after) - micro_f1(before), float(changes.low), float(changes.high)
 
 
 def best_of(candidates: Sequence[tuple[Correction, np.ndarray]]) -> Correction:
-    """The correction of largest micro F1; the first of equals, so list milder ones first."""
-    return max(candidates, key=lambda pair: micro_f1(pair[1]))[0]
+    """The correction of largest micro F1 times the share of readable reports; the first of equals.
+
+    List milder corrections first.
+    """
+    return max(candidates, key=lambda pair: micro_f1(pair[1]) * float(1 - np.isnan(pair[1]).any(1).mean()))[0]

@@ -34,7 +34,8 @@ from sae_lens_maira.stats import bootstrap_mean, wilson
 from sae_lens_maira.steering.interventions import Intervention
 from sae_lens_maira.steering.prompts import Job, SharedPrompts, Written
 
-LabelReader = Callable[[str], frozenset[str]]
+LabelReader = Callable[[str], frozenset[str] | None]
+"""Function from a report to the labels it states; None for a report that cannot be read, which is in no score."""
 METRICS = (
     "on_target",
     "off_target",
@@ -131,7 +132,7 @@ def evaluate_steering(
         choose: Studies on which the strength is chosen, or their indices in `prompts`.
         report: Other studies, on which it is reported, or their indices.
         finding: One of `labels`.
-        read: Function from a report to the labels it states.
+        read: Function from a report to the labels it states; None where it cannot be read (`FindingReader.stated`).
         labels: All labels.
         strengths: Strengths of the sweep.
         remove: Count the absence of the finding instead of its presence.
@@ -197,12 +198,14 @@ def evaluate_steering(
             if method.control_of is not None and method.strengths is None:
                 chosen[method.name] = chosen[method.control_of]
             elif method.name not in chosen:
-                gains = [float((f.on_target - f.off_target).mean()) for f in swept]
+                # A report that cannot be read is no gain, so that a strength does not win by destroying reports.
+                gains = [float((f.on_target - f.off_target).fillna(0).mean()) for f in swept]
                 chosen[method.name] = float(swept[int(np.argmax(gains))].strength.iloc[0])
         run([(i, chosen[name], "report") for i, name in enumerate(names)])
     table = pd.concat(frames, ignore_index=True)
     plain = prompts.unsteered(report, max_new_tokens)
-    before = np.mean([(finding in read(text)) != remove for text in plain])
+    stated = [labels for text in plain if (labels := read(text)) is not None]
+    before = np.mean([(finding in labels) != remove for labels in stated]) if stated else np.nan
     summary = summarise(table, names, chosen, float(before), seed)
     return SteeringTables(table, summary.assign(control_of=[m.control_of for m in methods]), finding)
 
@@ -263,8 +266,10 @@ def _score(
     on, off, length = [], [], []
     for text, reference in zip(out.texts, plain, strict=True):
         now, before = read(text), read(reference)
-        on.append(float((finding in now) != remove))
-        off.append(sum((label in now) != (label in before) for label in others) / max(1, len(others)))
+        on.append(np.nan if now is None else float((finding in now) != remove))
+        unknown = now is None or before is None
+        changed = 0 if unknown else sum((label in now) != (label in before) for label in others)
+        off.append(np.nan if unknown else changed / max(1, len(others)))
         length.append(len(text.split()) / max(1, len(reference.split())))
     nothing = [float("nan")] * len(which)
     return pd.DataFrame(
@@ -289,6 +294,8 @@ def summarise(
 ) -> pd.DataFrame:
     """Summarise a sweep: a row per method with its strength and every metric over the reporting half.
 
+    `unreadable` counts steered reports that cannot be read; they are left out of `on_target` and `off_target`.
+
     Args:
         table: A row per method, strength and study.
         names: Names of the methods, in order.
@@ -300,8 +307,14 @@ def summarise(
     for name in names:
         part = table.loc[(table.method == name) & (table.half == "report")].sort_values(by="study")
         row: dict[str, Any] = {"method": name, "strength": chosen[name], "n": len(part), "unsteered": before}
+        row["unreadable"] = int(part.on_target.isna().sum())
         for metric in METRICS:
             values = part[metric].to_numpy()
+            if metric in ("on_target", "off_target"):
+                values = values[~np.isnan(values)]
+            if not len(values):
+                row |= dict.fromkeys((metric, f"{metric}_low", f"{metric}_high"), float("nan"))
+                continue
             if metric in SHARES:  # a bootstrap of 0 hits would claim certainty
                 low, high = wilson(int(values.sum()), len(values))
             else:

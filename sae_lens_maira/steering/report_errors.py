@@ -32,10 +32,11 @@ def error_changes(
         seed: random seed of the bootstrap over studies.
 
     Returns:
-        Columns method, measure, before, after, change, low, high, and against ("truth" or "report").
+        Columns method, measure, before, after, change, low, high, against ("truth" or "report"), and unreadable: the
+        number of studies that are left out because one of their two reports cannot be read.
 
     Raises:
-        StudyError: the reader reads no statements.
+        StudyError: The reader reads no statements, or no study has two readable reports.
     """
     if reader.statements is None:
         raise StudyError(
@@ -44,13 +45,24 @@ def error_changes(
         )
     names = reader.statements.findings
     steered = [name for name in names if finding in (name, f"{name}_left", f"{name}_right")]
-    before, against = report_errors(unsteered, studies, reader.statements)
     tables = []
     for method, texts in reports.items():
-        after, _ = report_errors(texts, studies, reader.statements)
+        known = [
+            i
+            for i, pair in enumerate(zip(texts, unsteered, strict=True))
+            if all(reader.stated(text) is not None for text in pair)
+        ]
+        if not known:
+            raise StudyError(
+                f"None of the {len(texts)} reports of {method!r} can be read, so their errors are unknown. Steer with "
+                "less strength."
+            )
+        kept = [studies[i] for i in known]
+        before, against = report_errors([unsteered[i] for i in known], kept, reader.statements)
+        after, _ = report_errors([texts[i] for i in known], kept, reader.statements)
         table = after.without(*steered).change_from(before.without(*steered), seed)
         table.insert(0, "method", method)
-        tables.append(table.assign(against=against))
+        tables.append(table.assign(against=against, unreadable=len(texts) - len(known)))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -25,9 +25,9 @@ class FindingReader:
 
     Attributes:
         names: Names of the findings it can read, in label order.
-        read: Function from a report to the names that it states as present.
+        read: Function from a report to the names that it states as present. Use `stated` for generated text.
         source: Name of the method, for tables: "phantom", "rules", or your own.
-        readable: Function that tells whether it can read a report; studies with others belong in no score.
+        readable: Function that tells whether it can read a report. Others are left out of every score.
         statements: Reader of findings with side, place and change, for `report_metrics`; None where there is none.
     """
 
@@ -44,6 +44,13 @@ class FindingReader:
                 f"There is no finding {finding!r}; reports are read for {', '.join(self.names)}. Name one of these."
             )
         return self.names.index(finding)
+
+    def stated(self, text: str) -> frozenset[str] | None:
+        """Findings that a text states as present; None for a text that is empty or cannot be read.
+
+        A generated report that cannot be read is unknown. It is not a report without findings.
+        """
+        return self.read(text) if text.strip() and self.readable(text) else None
 
     def table(self, texts: Sequence[str]) -> np.ndarray:
         """(n, F) bool, what each text states."""
