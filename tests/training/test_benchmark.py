@@ -32,7 +32,7 @@ def test_json_table_and_figure(monkeypatch, tmp_path, capsys):
     report = json.loads(said.out)
     assert report.keys() >= KEYS
     assert report["grad_rel_err"] < 1e-6
-    assert report["ratio"] == pytest.approx(report["saelens_ms"] / report["fused_ms"], rel=1e-2)
+    assert report["ratio"] == pytest.approx(report["saelens_ms"] / report["fused_ms"], abs=6e-3)  # two digits
     assert set(report["milliseconds"]) == {"idle", "on"}
     assert [point["d_sae"] for point in report["scaling"]["d_sae"]] == [64, 128, 256]
     assert "SAELens, default" in said.err
