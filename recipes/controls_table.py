@@ -1,14 +1,16 @@
 """Which measures tell a trained SAE from its controls? One table over the SAEs of a quickstart run.
 
 Trained, frozen decoder, frozen encoder, untrained and raw dimensions are scored alike: explained variance, loss
-recovered, F1 of firing, pointing, energy and IoU of the best image latents, and the steering effect. Latents, SAEs and
-strengths are chosen on one half of the patients and reported on the other. Differences to the trained SAE are paired
-over studies. Detection of explanations needs a judge and is not measured here.
+recovered, F1 of firing, detection score of the best latents' explanations (offline: explained by contrast, judged by
+the known findings), pointing, energy and IoU of the best image latents, and the steering effect of maps of equal norm.
+Latents, SAEs and strengths are chosen on one half of the patients and reported on the other. Differences to the trained
+SAE are paired over studies.
 
     sae-lens-maira quickstart --out quickstart_out
     python recipes/controls_table.py --config recipes/controls_table.yaml
 """
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.evaluation import POSITIONS, splice_batches
 from sae_lens_maira.hooks import PointTable
+from sae_lens_maira.interp.run import interpret_offline
 from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.latents import (
     Agreement,
@@ -33,10 +36,12 @@ from sae_lens_maira.latents import (
     split_by_patient,
     study_firing,
 )
+from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.space import MEASURES, by_study, covered, spatial_scores
 from sae_lens_maira.maira2 import Maira2, TokenRole
 from sae_lens_maira.phantom import FINDING_KEYS, load_phantom, truth_labels
 from sae_lens_maira.quickstart import QuickstartConfig
+from sae_lens_maira.quickstart.page import STUDIES, RowsInMemory
 from sae_lens_maira.quickstart.run import hook_names, stored_rows, studies_of, text_folder
 from sae_lens_maira.quickstart.sae import TrainedSAE
 from sae_lens_maira.quickstart.steer import steer_finding
@@ -126,23 +131,16 @@ def run(settings: Settings) -> Path:
             line |= _cells("F1 of firing", float(one.agreement.f1.mean()), gain.mean, gain.low, gain.high)
             if place == "image":
                 line |= compare(maps["trained"], maps[kind])
-                steered = steer_finding(
-                    maira, studies, rows["image"], truth, halves, one.sae, settings.finding, settings.steer_studies,
-                    config.seed, progress=False,
-                )  # fmt: skip
-                plain, latents, _, random = steered.rows
-                line |= {
-                    "steering": latents.on_target,
-                    "steering low": latents.low,
-                    "steering high": latents.high,
-                }
-                line |= {"steering off-target": latents.off_target, "steering strength": latents.strength}
-                line |= {
-                    "unsteered": plain.on_target,
-                    "random direction": random.on_target,
-                    "steered n": latents.n,
-                }
+            line |= detection(
+                maira, one, kind, rows[place], studies, halves, settings.out / f"records_{place}_{kind}"
+            )
             table.append(line)
+        if place == "image":
+            lines = [line for line in table if line["place"] == place]
+            for line, row in zip(
+                lines, steering(maira, studies, rows[place], truth, halves, scored, settings), strict=True
+            ):
+                line |= row
         space += [per_finding(kind, one) for kind, one in maps.items()]
     frame = pd.DataFrame(table)
     atomic_write(settings.out / "controls.csv", csv_of(frame))
@@ -150,6 +148,81 @@ def run(settings: Settings) -> Path:
     target = settings.out / "controls.md"
     atomic_write(target, markdown(frame, pd.concat(space)))
     return target
+
+
+def steering(
+    maira: Maira2,
+    studies: Sequence[Study],
+    rows: ActivationRows,
+    truth: np.ndarray,
+    halves: Halves,
+    scored: dict[str, Scored],
+    settings: Settings,
+) -> list[dict[str, float]]:
+    """The steering effect of every SAE's map, all of one norm and each with its own choice of strength."""
+    controls = {kind: one.sae.inference for kind, one in scored.items() if kind != "trained"}
+    found = steer_finding(
+        maira, studies, rows, truth, halves, scored["trained"].sae, settings.finding, settings.steer_studies,
+        settings.seed, progress=False, controls=controls,
+    ).rows  # fmt: skip
+    plain, trained, _, random, *others = found
+    return [
+        {
+            "steering": row.on_target,
+            "steering low": row.low,
+            "steering high": row.high,
+            "steering off-target": row.off_target,
+            "steering strength": row.strength,
+            "unsteered": plain.on_target,
+            "random direction": random.on_target,
+            "steered n": row.n,
+        }
+        for row in (trained, *others)
+    ]
+
+
+def detection(
+    maira: Maira2,
+    one: Scored,
+    kind: str,
+    rows: ActivationRows,
+    studies: Sequence[Study],
+    halves: Halves,
+    folder: Path,
+) -> dict[str, float]:
+    """Mean balanced accuracy of the explanations of the best latents, and of another latent's explanation."""
+    chosen = np.flatnonzero(halves.report)[:STUDIES]
+    config = CollectConfig(
+        model="phantom",
+        sae=kind,
+        latents=tuple(sorted({int(unit) for unit in one.agreement.unit})),
+        top=40,
+        per_interval=12,
+        zero=60,
+        keep_images=False,
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    own = [studies[i] for i in chosen]
+    records = collect_records(
+        RowsInMemory(rows, chosen), own, one.sae.inference, maira, folder, config, findings=FINDING_KEYS
+    )
+    explained = interpret_offline(records, write=False)
+    scores, shuffled = (
+        [
+            s.balanced_accuracy
+            for i in explained
+            for s in by(i)
+            if s.judge == "truth" and s.balanced_accuracy is not None
+        ]
+        for by in (lambda i: i.scores, lambda i: i.control)
+    )
+    if not scores:
+        return {"detection": float("nan"), "detection shuffled": float("nan"), "detection latents": 0}
+    return {
+        "detection": float(np.mean(scores)),
+        "detection shuffled": float(np.mean(shuffled)),
+        "detection latents": len(scores),
+    }
 
 
 def score_all(
@@ -324,7 +397,10 @@ def markdown(frame: pd.DataFrame, space: pd.DataFrame) -> str:
                 + " | ".join(f"{v:.0%}" for v in rows["random direction"])
                 + " |"
             )
-        lines += ["| detection by a judge | " + " | ".join(["not measured"] * len(rows)) + " |", ""]
+        for name in ("detection", "detection shuffled"):
+            cells = [f"{r[name]:.3f} ({int(r['detection latents'])} latents)" for _, r in rows.iterrows()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
     wide = space.pivot(index="finding", columns="kind", values=[*MEASURES])
     lines += [
         "## Image latents in space, by finding",

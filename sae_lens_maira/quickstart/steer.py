@@ -143,50 +143,36 @@ def steer_finding(
     prompts = SharedPrompts(maira, image_rows.hook_name, [studies[i] for i in (*tuning, *held_out)])
     tuned, reported = range(len(tuning)), range(len(tuning), len(prompts))
 
-    runs = (1 + len(others)) * (len(STRENGTHS) + 1) + 3
-    with tqdm(total=runs, desc=f"steering {finding}", unit="run", disable=not progress) as bar:
+    with tqdm(total=2 + 2 * len(others), desc=f"steering {finding}", unit="run", disable=not progress) as bar:
 
-        def write(which: range, interventions: Sequence[Intervention], sae: SAE[Any]) -> list[str]:
-            texts = prompts.write_all([Job(which, interventions)], sae, max_new_tokens=MAX_NEW_TOKENS)[
-                0
-            ].texts
+        def write(which: range, wanted: Sequence[Sequence[Intervention]], sae: SAE[Any]) -> list[list[str]]:
+            """Reports of the studies under each of the wanted interventions, which share batches."""
+            jobs = [Job(which, interventions) for interventions in wanted]
+            written = prompts.write_all(jobs, sae, max_new_tokens=MAX_NEW_TOKENS)
             bar.update()
-            return texts
+            return [one.texts for one in written]
 
         def strength_of(added: LatentMap, sae: SAE[Any]) -> tuple[float, list[tuple[float, float]]]:
             """The weakest strength within 2 points of the best on the choosing half, and the sweep."""
-            sweep = []
-            for strength in STRENGTHS:
-                texts = write(tuned, added.interventions(strength), sae)
-                share = float(np.mean([finding in read_report(text).present for text in texts]))
-                sweep.append((strength, share))
-            best = max(share for _, share in sweep)
-            return next(strength for strength, share in sweep if share >= best - 0.02), sweep
+            texts = write(tuned, [added.interventions(strength) for strength in STRENGTHS], sae)
+            shares = [float(np.mean([finding in read_report(t).present for t in part])) for part in texts]
+            sweep = list(zip(STRENGTHS, shares, strict=True))
+            return next(strength for strength, share in sweep if share >= max(shares) - 0.02), sweep
 
         chosen, sweep = strength_of(latents, trained.inference)
-        plain, steered = write(reported, (), trained.inference), [studies[i] for i in held_out]
-        after = plain
+        plain, *changed_texts = write(
+            reported, [(), *(make(chosen) for _, _, make in maps)], trained.inference
+        )
+        steered, after = [studies[i] for i in held_out], changed_texts[0]
         rows = [_row("no intervention", 0.0, plain, plain, finding, 0.0, steered)]
-        for label, delta, make in maps:
-            texts = write(reported, make(chosen), trained.inference)
+        for (label, delta, _), texts in zip(maps, changed_texts, strict=True):
             rows.append(_row(label, chosen, texts, plain, finding, relative_norm(delta, chosen), steered))
-            if make == latents.interventions:
-                after = texts
         for name, sae, other in others:
             own, _ = strength_of(other, sae)
-            texts = write(reported, other.interventions(own), sae)
+            (texts,) = write(reported, [other.interventions(own)], sae)
             label = f"{len(other.latents)} latents, {name.replace('_', ' ')}"
-            rows.append(
-                _row(
-                    label,
-                    own,
-                    texts,
-                    plain,
-                    finding,
-                    relative_norm(other.delta(sae.W_dec.detach()), own),
-                    steered,
-                )
-            )
+            relative = relative_norm(other.delta(sae.W_dec.detach()), own)
+            rows.append(_row(label, own, texts, plain, finding, relative, steered))
     changed = [i for i, text in enumerate(after) if finding in read_report(text).present]
     example = changed[0] if changed else 0
     return SteeringResult(

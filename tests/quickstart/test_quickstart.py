@@ -150,7 +150,9 @@ def check_controls_table(config, result, out):
     image = table.loc["image"]
     assert image[["pointing", "energy", "iou", "steering"]].notna().all().all()
     assert (image.loc["trained", [f"{m} trained minus" for m in ("pointing", "energy", "iou")]] == 0).all()
-    assert "not measured" in (out / "controls.md").read_text(encoding="utf-8")
+    assert image["steered n"].eq(4).all()
+    assert {"detection", "detection shuffled"} <= set(table.columns)
+    assert "| detection |" in (out / "controls.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
