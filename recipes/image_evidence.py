@@ -1,15 +1,17 @@
 """Does image evidence tell true sentences of generated reports from false ones? Phantom, also with planted errors.
 
-Every sentence that states a finding is true if the study has all findings it states. Two scores are compared as
-predictors of truth, by the area under the ROC curve: the sentence's own log-probability per token (the baseline) and
-its image evidence per token, at several blocks.
+A sentence that states findings is true if the study has all of them. Two scores are compared as predictors of truth, by
+the area under the ROC curve: the sentence's own log-probability per token (the baseline) and its image evidence per
+token, at several blocks. Intervals and differences are bootstrapped over studies.
 
     python recipes/image_evidence.py --config recipes/image_evidence.yaml
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,9 @@ from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
 from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.stats import bootstrap
 
+BATCH = 16
+DRAWS = 500
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -33,13 +38,15 @@ class Settings:
         studies: Studies per phantom.
         seed: Random seed of the studies.
         teaching: Studies from which the planted errors' directions are measured.
+        flaw: The planted errors.
     """
 
     out: Path = Path("runs/image_evidence")
     layers: tuple[int, ...] = (0, 3)
-    studies: int = 300
+    studies: int = 400
     seed: int = 97_000
-    teaching: int = 300
+    teaching: int = 240
+    flaw: Flaw = field(default_factory=Flaw)
 
 
 def run(settings: Settings) -> Path:
@@ -53,51 +60,101 @@ def run(settings: Settings) -> Path:
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     clean = load_phantom()
-    taught = [s for s in generate_studies(settings.teaching, 71_000) if s.prior_frontal is None]
+    flawed = plant(clean, generate_studies(settings.teaching, 71_000), settings.flaw)
     lines = [
         "# Image evidence",
         "",
         "| phantom | score | AUC | 95 % interval | true | false |",
         "|---|---|---|---|---|---|",
     ]
-    for name, maira in (("clean", clean), ("planted errors", plant(clean, taught, Flaw()))):
-        hooked = HookedMaira2(maira)
-        rows = []
-        for study in tqdm(generate_studies(settings.studies, settings.seed), desc=name, unit="study"):
-            (report,) = hooked.generate(study, return_type="reports")
-            for layer in settings.layers:
-                found = image_evidence(hooked, study, f"blocks.{layer}.hook_resid_post", report=report.text)
-                for row in found.to_dict("records"):
-                    stated = read_report(row["sentence"]).present
-                    if stated:
-                        rows.append(row | {"layer": layer, "true": stated <= study.present_keys})
-        frame = pd.DataFrame(rows)
-        atomic_write(settings.out / f"{name.replace(' ', '_')}.csv", csv_of(frame))
-        first = frame.query("layer == @settings.layers[0]")
-        lines.append(_line(name, "log-probability per token", first, "score_per_token"))
-        for layer, part in frame.groupby("layer"):
-            lines.append(_line(name, f"image evidence per token, block {layer}", part, "evidence_per_token"))
+    for name, maira in (("clean", clean), ("planted errors", flawed)):
+        rows = pd.DataFrame(sentence_rows(HookedMaira2(maira), settings, name))
+        atomic_write(settings.out / f"{name.replace(' ', '_')}.csv", csv_of(rows))
+        lines += table_lines(name, rows)
+        if name != "clean":
+            stated = rows[rows["findings"].str.split().map(lambda keys: settings.flaw.stated in keys)]
+            lines += table_lines(f"{name}, sentences that state {settings.flaw.stated}", stated)
     atomic_write(settings.out / "image_evidence.md", "\n".join(lines) + "\n")
     return settings.out
 
 
-def auc(scores: np.ndarray, true: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a true sentence scores above a false one; NaN without both."""
-    if not true.any() or true.all():
+def sentence_rows(hooked: HookedMaira2, settings: Settings, name: str) -> Iterator[dict[str, Any]]:
+    """One row per sentence that states a finding: study, findings, whether it is true, and its scores per block."""
+    studies = generate_studies(settings.studies, settings.seed)
+    with tqdm(total=len(studies), desc=name, unit="study") as progress:
+        for start in range(0, len(studies), BATCH):
+            batch = studies[start : start + BATCH]
+            for study, report in zip(batch, hooked.generate(batch, return_type="reports"), strict=True):
+                progress.update()
+                if not report.text.strip():
+                    continue
+                found = {
+                    layer: image_evidence(
+                        hooked, study, f"blocks.{layer}.hook_resid_post", report=report.text
+                    )
+                    for layer in settings.layers
+                }
+                first = found[settings.layers[0]]
+                for number, row in enumerate(first.to_dict("records")):
+                    stated = read_report(row["sentence"]).present
+                    if stated:
+                        made: dict[str, Any] = {
+                            "study": study.study_id,
+                            "sentence": row["sentence"],
+                            "findings": " ".join(sorted(stated)),
+                            "true": stated <= study.present_keys,
+                            "log-probability per token": row["score_per_token"],
+                        }
+                        for layer, table in found.items():
+                            made[_column(layer)] = table["evidence_per_token"].iloc[number]
+                        yield made
+
+
+def _column(layer: int) -> str:
+    return f"image evidence per token, block {layer}"
+
+
+def auc(scores: np.ndarray, true: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Area under the ROC curve: the chance that a true sentence scores above a false one; NaN without both.
+
+    Args:
+        scores: (n,) scores; ties count half.
+        true: (n,) bool.
+        weights: (n,) weight per sentence; 1 if not given.
+    """
+    w = np.ones(len(scores)) if weights is None else weights.astype(float)
+    _, place = np.unique(scores, return_inverse=True)
+    yes = np.bincount(place, weights=w * true)
+    no = np.bincount(place, weights=w * ~true)
+    if not yes.sum() or not no.sum():
         return float("nan")
-    ranks = pd.Series(scores).rank().to_numpy()
-    n = int(true.sum())
-    return float((ranks[true].sum() - n * (n + 1) / 2) / (n * (len(true) - n)))
+    return float((yes * (no.cumsum() - no / 2)).sum() / (yes.sum() * no.sum()))
 
 
-def _line(name: str, label: str, rows: pd.DataFrame, column: str) -> str:
-    scores, true = rows[column].to_numpy(float), rows["true"].to_numpy(bool)
+def table_lines(name: str, rows: pd.DataFrame) -> list[str]:
+    """Lines of the table: the AUC of each score, and the difference of each evidence from the log-probability."""
+    true = rows["true"].to_numpy(bool)
+    _, study = np.unique(rows["study"], return_inverse=True)
+    columns = [c for c in rows.columns if c.endswith("per token") or ", block " in c]
+    values = {c: rows[c].to_numpy(float) for c in columns}
+    counts = f"{int(true.sum())} | {int((~true).sum())} |"
     drawn = bootstrap(
-        lambda weights: np.array([auc(scores.repeat(w), true.repeat(w)) for w in weights]), len(true), 500
+        lambda weights: np.array([[auc(values[c], true, w[study]) for c in columns] for w in weights]),
+        int(study.max()) + 1,
+        DRAWS,
     )
-    low, high = np.nanquantile(drawn.samples, [0.025, 0.975])  # a resample of one kind only has no AUC
-    found = auc(scores, true)
-    return f"| {name} | {label} | {found:.3f} | {low:.3f} to {high:.3f} | {int(true.sum())} | {int((~true).sum())} |"
+    lines = []
+    for number, column in enumerate(columns):
+        low, high = np.nanquantile(drawn.samples[:, number], [0.025, 0.975])
+        lines.append(
+            f"| {name} | {column} | {auc(values[column], true):.3f} | {low:.3f} to {high:.3f} | {counts}"
+        )
+    for number, column in enumerate(columns[1:], start=1):
+        low, high = np.nanquantile(drawn.samples[:, number] - drawn.samples[:, 0], [0.025, 0.975])
+        gap = auc(values[column], true) - auc(values[columns[0]], true)
+        label = f"{column}, minus {columns[0]}"
+        lines.append(f"| {name} | {label} | {gap:+.3f} | {low:+.3f} to {high:+.3f} | {counts}")
+    return lines
 
 
 if __name__ == "__main__":
