@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_maira.attribution import attribute
-from sae_lens_maira.attribution.attribute import ReportAttribution, encode_with_report
+from sae_lens_maira.attribution.attribute import ReportAttribution
 from sae_lens_maira.attribution.baselines import attention_rollout, gradient_maps
+from sae_lens_maira.attribution.inputs import encode_with_report
 from sae_lens_maira.attribution.residual import ResidualRun
 from sae_lens_maira.attribution.sentences import report_sentences
 from sae_lens_maira.hooks import HookedMaira2

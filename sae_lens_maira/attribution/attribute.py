@@ -6,7 +6,8 @@
                  score(h) - score(h(0)) up to the error of the quadrature
 
 The candidates of a sentence are the entries (latent, position) of highest gradient attribution. Entries that lie behind
-the sentence's first token count too where they precede a later token of it. Every answer carries its check.
+the sentence's first token count too where they precede a later token of it. With `candidates=None` all active entries
+are candidates, and the path removes all of them. Every answer carries its check.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,18 @@ import pandas as pd
 import torch
 from sae_lens import SAE
 
+from sae_lens_maira.attribution.difference import DifferenceRun, compared_with
 from sae_lens_maira.attribution.entries import Entries, active_entries
 from sae_lens_maira.attribution.faithfulness import Faithfulness, check_faithfulness
+from sae_lens_maira.attribution.inputs import encode_with_report, hook_point_of, trained_roles
 from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun
-from sae_lens_maira.attribution.sentences import Sentence, pick_sentences, report_sentences
+from sae_lens_maira.attribution.sentences import (
+    Sentence,
+    pick_sentences,
+    report_sentences,
+    report_text,
+    words_of,
+)
 from sae_lens_maira.errors import ConfigError, SAEError
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.maira2 import Maira2Encoding, role_mask
@@ -38,8 +47,8 @@ class Attribution:
     """What made the model write one sentence.
 
     Attributes:
-        sentence: The sentence.
-        score: Its log-probability given everything before it, nats.
+        sentence: The sentence, or the words of it that are explained.
+        score: Its log-probability given everything before it, nats; minus that of `instead` if there is one.
         method: "gradient" or "integrated".
         steps: Points of the quadrature; 1 for "gradient".
         position, latent: (n,) int64, the entries of highest attribution, highest first.
@@ -50,7 +59,8 @@ class Attribution:
         by_position: (L,) float32, summed positive attribution of the candidates at every position.
         error: First-order effect of the reconstruction error, nats, summed over encoded positions.
         bias: First-order effect of the decoder bias, nats, summed over encoded positions.
-        check: What ablation says; None if it was not asked for.
+        check: Result of the ablations; None if it was not asked for.
+        instead: The text that the sentence was compared with; None if it was not.
     """
 
     sentence: Sentence
@@ -67,6 +77,7 @@ class Attribution:
     error: float
     bias: float
     check: Faithfulness | None = None
+    instead: str | None = None
 
     def latents(self, names: dict[int, str] | None = None) -> pd.DataFrame:
         """One row per latent: its share of the kept attribution, in how many positions, and where it is strongest.
@@ -134,6 +145,8 @@ class ReportAttribution:
         rows = []
         for item in self.sentences:
             row: dict[str, Any] = {"sentence": item.sentence.text, "score": item.score}
+            if item.instead is not None:
+                row["instead"] = item.instead
             if item.check is not None:
                 c = item.check
                 row |= {
@@ -163,10 +176,12 @@ def attribute(
     hook_name: str | None = None,
     roles: Any = None,
     method: Method = "integrated",
-    candidates: int = 256,
+    candidates: int | None = 256,
     top: int = 512,
     n_check: int = 32,
     check: bool = True,
+    words: str | None = None,
+    instead: str | None = None,
     names: dict[int, str] | None = None,
     max_new_tokens: int | None = None,
     budget_bytes: int = BUDGET_BYTES,
@@ -183,10 +198,13 @@ def attribute(
         hook_name: Hook point; taken from the SAE's metadata if not given.
         roles: Token roles whose positions count; None takes those that the SAE was trained on, or every real token.
         method: "integrated", or "gradient" (one backward pass, not complete).
-        candidates: Entries that are integrated over and checked, per sentence.
+        candidates: Entries that are integrated over and checked, per sentence; None takes every active entry.
         top: Entries that are kept in the answer.
         n_check: Entries that the check removes.
         check: Ablate and compare with controls.
+        words: Explain only these words of the sentence, for example "nasogastric tube".
+        instead: Explain why the sentence (or the words) and not this text: the score is the difference of both
+            log-probabilities. Takes one sentence at a time, and entries before the first token that differs.
         names: Name per latent, for tables.
         max_new_tokens: Budget of a generated report.
         budget_bytes: Bytes that one batch of ablations may take.
@@ -194,16 +212,25 @@ def attribute(
 
     Raises:
         SAEError: The SAE names no hook point, does not fit the model, or is silent at all positions.
-        PromptError: There is no report, or no such sentence.
+        PromptError: There is no report, no such sentence, no such words, or nothing to compare.
     """
     if method not in ("gradient", "integrated"):
         raise ConfigError(f"The method was {method!r}; use 'integrated' or 'gradient'.")
     place = hook_point_of(sae, hook_name)
     encoding = encode_with_report(hooked, study, report, max_new_tokens)
     spans = pick_sentences(report_sentences(encoding, hooked.tokenizer), sentence)
-    run = ResidualRun(hooked, encoding, place, budget_bytes)
+    if words is not None:
+        spans = [words_of(span, words, encoding, hooked.tokenizer) for span in spans]
+    run: ResidualRun | DifferenceRun = ResidualRun(hooked, encoding, place, budget_bytes)
     wanted = roles or trained_roles(sae)
     here = role_mask(run.encoding, wanted)[0].nonzero()[:, 0].to(run.hidden.device)
+    if instead is not None:
+        if len(spans) != 1:
+            raise ConfigError(
+                f"{len(spans)} sentences were to be compared with {instead!r}. Name one, for example sentence=0."
+            )
+        run = compared_with(hooked, study, run, spans[0], instead, budget_bytes)
+        here = here[here < run.shared]
     entries, error = active_entries(sae, run.hidden, here)
     if not len(entries):
         raise SAEError(
@@ -223,64 +250,46 @@ def attribute(
                 run, answer.sentence.positions, entries, order, values, gradient, answer.score, n_check,
                 seed=seed, true_difference=true,
             )  # fmt: skip
-        answers.append(Attribution(**{**vars(answer), "check": outcome}))
+        answers.append(Attribution(**{**vars(answer), "check": outcome, "instead": instead}))
     text = " ".join(s.text for s in report_sentences(encoding, hooked.tokenizer))
     return ReportAttribution(
         str(getattr(study, "study_id", "")), text, run.hook_name, tuple(answers), run.encoding, names or {}
     )
 
 
-def hook_point_of(sae: SAE[Any], hook_name: str | None = None) -> str:
-    """The hook point that was given, or the one in the SAE's metadata.
-
-    Raises:
-        SAEError: There is neither.
-    """
-    place = hook_name or sae.cfg.metadata.hook_name
-    if not place:
-        raise SAEError("The SAE's metadata name no hook point. Say where it reads with hook_name.")
-    return place
-
-
-def trained_roles(sae: SAE[Any]) -> Any:
-    """Token roles that an SAE was trained on, from its metadata or its records; "all" if neither knows."""
-    known = getattr(sae.cfg.metadata, "token_roles", None)
-    records: Any = getattr(sae, "records", None)
-    if known is None and records is not None:
-        if not records.meta.rows_text:
-            return "image_only"
-        if not records.meta.rows_image:
-            return "text_only"
-    return known or "all"
-
-
-def encode_with_report(
-    hooked: HookedMaira2, study: Any, report: str, max_new_tokens: int | None = None
-) -> Maira2Encoding:
-    """Encode one study with its report behind the prompt.
+def attribute_at_points(
+    hooked: HookedMaira2, study: Any, saes: Sequence[SAE[Any]], report: str = "generated", **keywords: Any
+) -> dict[str, ReportAttribution]:
+    """Explain the same report at several hook points.
 
     Args:
         hooked: The model.
         study: The study.
-        report: "generated", "teacher" or a text.
-        max_new_tokens: Budget of a generated report.
+        saes: SAEs whose metadata name different hook points.
+        report: "generated", "teacher" or a text; generated once.
+        **keywords: Further arguments of `attribute`, except `hook_name`.
+
+    Returns:
+        One answer per hook point, in the order of the SAEs. Each hook point holds the whole stream, so attributions of
+        different hook points overlap and are not to be added.
+
+    Raises:
+        ConfigError: Two SAEs read the same hook point.
     """
-    processor = hooked.processor
-    if processor is None:
-        raise ConfigError(
-            "The model was wrapped without a processor, so studies cannot be encoded. Pass one."
-        )
-    if report == "teacher":
-        return processor.encode([study], report="teacher", padding_side="right")
-    if report != "generated":
-        return processor.encode([study], report=[report], padding_side="right")
-    prompt = processor.encode([study])
-    ids = hooked.generate(prompt, max_new_tokens=max_new_tokens)
-    return prompt.extend(ids[:, prompt.input_ids.shape[1] :].cpu())
+    places = [hooked.points.resolve(hook_point_of(sae)).name for sae in saes]
+    if len(set(places)) < len(places):
+        raise ConfigError(f"The SAEs read {', '.join(places)}. Give one SAE per hook point.")
+    if report == "generated":
+        encoding = encode_with_report(hooked, study, report, keywords.get("max_new_tokens"))
+        report = report_text(encoding, hooked.tokenizer)
+    return {
+        place: attribute(hooked, study, sae, report=report, hook_name=place, **keywords)
+        for place, sae in zip(places, saes, strict=True)
+    }
 
 
 def _explain(
-    run: ResidualRun,
+    run: ResidualRun | DifferenceRun,
     span: Sentence,
     entries: Entries,
     error: torch.Tensor,
@@ -289,15 +298,15 @@ def _explain(
     score: float,
     gradient: torch.Tensor,
     method: Method,
-    candidates: int,
+    candidates: int | None,
     top: int,
 ) -> tuple[Attribution, torch.Tensor, torch.Tensor, float | None]:
     """One sentence: the answer, its candidates in order, their values, and the true difference if it was measured."""
     first_order = entries.dot(gradient)
-    chosen = first_order.topk(min(candidates, len(entries))).indices
-    chosen = chosen[first_order[chosen] > 0]
-    if not len(chosen):
-        chosen = first_order.topk(1).indices
+    chosen = first_order.argsort(descending=True)[:candidates]
+    if candidates is not None:
+        positive = chosen[first_order[chosen] > 0]
+        chosen = positive if len(positive) else chosen[:1]
     values, steps, true = first_order[chosen], 1, None
     average = gradient
     if method == "integrated":
@@ -328,7 +337,7 @@ def _explain(
 
 
 def _path_average(
-    run: ResidualRun,
+    run: ResidualRun | DifferenceRun,
     positions: Sequence[int],
     entries: Entries,
     chosen: torch.Tensor,
@@ -353,7 +362,5 @@ __all__ = [
     "Attribution",
     "ReportAttribution",
     "attribute",
-    "encode_with_report",
-    "hook_point_of",
-    "trained_roles",
+    "attribute_at_points",
 ]

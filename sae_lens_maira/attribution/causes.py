@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.attribution.attribute import encode_with_report
 from sae_lens_maira.attribution.entries import active_entries
+from sae_lens_maira.attribution.inputs import encode_with_report
 from sae_lens_maira.attribution.residual import ResidualRun
 from sae_lens_maira.attribution.sentences import Sentence, report_sentences
 from sae_lens_maira.errors import InterventionError

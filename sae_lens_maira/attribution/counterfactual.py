@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from sae_lens import SAE
 
-from sae_lens_maira.attribution.attribute import hook_point_of
+from sae_lens_maira.attribution.inputs import hook_point_of
 from sae_lens_maira.attribution.sentences import split_sentences
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.hooks import HookedMaira2

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.attribution.attribute import Attribution, attribute, hook_point_of
+from sae_lens_maira.attribution.attribute import Attribution, attribute
 from sae_lens_maira.attribution.entries import Entries, active_entries
 from sae_lens_maira.attribution.faithfulness import TIMES_RANDOM
+from sae_lens_maira.attribution.inputs import hook_point_of
 from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun
 from sae_lens_maira.errors import ConfigError, SAEError
 from sae_lens_maira.hooks import HookedMaira2

@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.attribution.attribute import encode_with_report
 from sae_lens_maira.attribution.entries import active_entries
+from sae_lens_maira.attribution.inputs import encode_with_report
 from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun
 from sae_lens_maira.attribution.sentences import report_sentences
 from sae_lens_maira.errors import ConfigError

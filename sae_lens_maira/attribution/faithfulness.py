@@ -1,4 +1,4 @@
-"""Check an attribution by ablation: remove what it names, beside removing as much of something else.
+"""Check an attribution by ablation: remove what it names, next to removing as much of something else.
 
     drop(X) = score(h) - score(h - sum of X's entries)                       nats
     causal efficiency = drop(top n) / drop(step of equal norm along the negative gradient)
@@ -6,11 +6,12 @@
 The controls remove n random active entries, scaled to the same norm, and the n entries that write most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from sae_lens_maira.attribution.difference import DifferenceRun
 from sae_lens_maira.attribution.entries import Entries
 from sae_lens_maira.attribution.residual import ResidualRun
 
@@ -92,7 +93,7 @@ class Faithfulness:
 
 
 def check_faithfulness(
-    run: ResidualRun,
+    run: ResidualRun | DifferenceRun,
     positions: Sequence[int],
     entries: Entries,
     order: torch.Tensor,
@@ -124,17 +125,23 @@ def check_faithfulness(
     removed = entries.delta(top)
     norm = removed.norm()
     generator = torch.Generator().manual_seed(seed)
-    deltas = [-removed]
-    deltas += [-entries.random_delta(n, norm, generator) for _ in range(draws)]
-    written = entries.activation * entries.decoder.float().norm(dim=1)[entries.latent]
-    deltas.append(-entries.delta(written.topk(n).indices))
-    deltas.append(_gradient_step(gradient, entries.position.unique(), norm))
+    largest = (entries.activation * entries.decoder.float().norm(dim=1)[entries.latent]).topk(n).indices
     sizes = [size for size in CURVE if size <= len(order)]
     everything = entries.delta(order)
-    deltas += [-entries.delta(order[:size]) for size in sizes]
-    deltas += [entries.delta(order[:size]) - everything for size in sizes]
-    deltas.append(-everything)
-    scores = run.scores(deltas, positions).tolist()
+
+    def edits() -> Iterator[torch.Tensor]:
+        yield -removed
+        for _ in range(draws):
+            yield -entries.random_delta(n, norm, generator)
+        yield -entries.delta(largest)
+        yield _gradient_step(gradient, entries.position.unique(), norm)
+        for size in sizes:
+            yield -entries.delta(order[:size])
+        for size in sizes:
+            yield entries.delta(order[:size]) - everything
+        yield -everything
+
+    scores = run.scores(edits(), positions).tolist()
     drops = [score - s for s in scores]
     random = drops[1 : 1 + draws]
     after = 3 + draws

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from sae_lens_maira.attribution.attribute import encode_with_report, hook_point_of, trained_roles
 from sae_lens_maira.attribution.entries import Entries, active_entries
+from sae_lens_maira.attribution.inputs import encode_with_report, hook_point_of, trained_roles
 from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun
 from sae_lens_maira.attribution.sentences import report_sentences
 from sae_lens_maira.errors import InterventionError, PromptError

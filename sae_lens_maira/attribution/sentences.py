@@ -65,14 +65,12 @@ def report_sentences(encoding: Maira2Encoding, tokenizer: Any) -> list[Sentence]
     """
     if len(encoding) != 1:
         raise PromptError(f"{len(encoding)} studies were encoded together; expected one. Encode it alone.")
-    place = (encoding.roles[0] == TokenRole.REPORT).nonzero()[:, 0].tolist()
-    ids = encoding.input_ids[0]
-    place = [p for p in place if int(ids[p]) != encoding.eos_token_id]
+    place = _report_positions(encoding)
     if not place:
         raise PromptError(
             "The encoding holds no report, so there is no sentence to explain. Encode the study with a report."
         )
-    tokens = ids[place].tolist()
+    tokens = encoding.input_ids[0][place].tolist()
     ends = _character_ends(tokens, tokenizer)
     text = _decode(tokens, tokenizer)
     found = []
@@ -81,6 +79,37 @@ def report_sentences(encoding: Maira2Encoding, tokenizer: Any) -> list[Sentence]
         if mine:
             found.append(Sentence(len(found), text[start:end], mine))
     return found
+
+
+def report_text(encoding: Maira2Encoding, tokenizer: Any, stop: int | None = None) -> str:
+    """The encoded report as text, up to but not including position `stop`."""
+    place = [p for p in _report_positions(encoding) if stop is None or p < stop]
+    return _decode(encoding.input_ids[0][place].tolist(), tokenizer)
+
+
+def words_of(sentence: Sentence, words: str, encoding: Maira2Encoding, tokenizer: Any) -> Sentence:
+    """Narrow a sentence to the tokens of some of its words.
+
+    Args:
+        sentence: The sentence.
+        words: Words that occur in it; the first occurrence counts, and case does not.
+        encoding: The encoded study.
+        tokenizer: The processor's tokenizer.
+
+    Raises:
+        PromptError: The words do not occur in the sentence.
+    """
+    tokens = encoding.input_ids[0][list(sentence.positions)].tolist()
+    text, ends = _decode(tokens, tokenizer), _character_ends(tokens, tokenizer)
+    start = text.lower().find(words.lower())
+    if start < 0 or not words.strip():
+        raise PromptError(
+            f"The words {words!r} do not occur in the sentence {sentence.text!r}. Copy them from it."
+        )
+    end = start + len(words)
+    spans = zip(sentence.positions, [0, *ends], ends, strict=False)
+    mine = tuple(p for p, low, high in spans if low < end and high > start)
+    return Sentence(sentence.number, text[start:end], mine)
 
 
 def pick_sentences(sentences: Sequence[Sentence], wanted: int | Sequence[int] | None) -> list[Sentence]:
@@ -99,6 +128,12 @@ def pick_sentences(sentences: Sequence[Sentence], wanted: int | Sequence[int] | 
             f"Sentences {numbers} were asked for, but the report has {len(sentences)}, numbered from 0: "
             + " | ".join(f"{s.number}: {s.text}" for s in sentences)
         ) from None
+
+
+def _report_positions(encoding: Maira2Encoding) -> list[int]:
+    """Positions of the report's tokens without the one that closes it."""
+    place = (encoding.roles[0] == TokenRole.REPORT).nonzero()[:, 0].tolist()
+    return [p for p in place if int(encoding.input_ids[0, p]) != encoding.eos_token_id]
 
 
 def _character_ends(tokens: Sequence[int], tokenizer: Any) -> list[int]:

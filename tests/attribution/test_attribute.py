@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sae_lens_maira.attribution import attribute, split_sentences
-from sae_lens_maira.attribution.attribute import encode_with_report
 from sae_lens_maira.attribution.baselines import attention_rollout, gradient_maps
 from sae_lens_maira.attribution.entries import active_entries
 from sae_lens_maira.attribution.faithfulness import Faithfulness, _gradient_step
+from sae_lens_maira.attribution.inputs import encode_with_report
 from sae_lens_maira.attribution.residual import ResidualRun
 from sae_lens_maira.attribution.sentences import report_sentences
 from sae_lens_maira.errors import ConfigError, HookError, PromptError, SAEError

@@ -40,7 +40,7 @@ def test_gathered_attributions_are_the_first_order_effects(hooked, study, sae):
     """One sentence: the latents' sum is the gradient's effect of everything that they write at the frontal patches."""
     (report,) = hooked.generate(study, return_type="reports")
     into = Causes(sae.cfg.d_sae, sae.cfg.d_in)
-    from sae_lens_maira.attribution.attribute import encode_with_report
+    from sae_lens_maira.attribution.inputs import encode_with_report
     from sae_lens_maira.attribution.sentences import report_sentences
 
     run = ResidualRun(hooked, encode_with_report(hooked, study, report.text), HOOK)

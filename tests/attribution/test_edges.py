@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae_lens_maira.attribution.attribute import attribute, encode_with_report
+from sae_lens_maira.attribution.attribute import attribute
 from sae_lens_maira.attribution.edges import Edge, Node, SentenceGraph, is_kept, sentence_graph
 from sae_lens_maira.attribution.entries import Entries, active_entries
+from sae_lens_maira.attribution.inputs import encode_with_report
 from sae_lens_maira.attribution.residual import ResidualRun
 from sae_lens_maira.errors import ConfigError, HookError, SAEError
 from sae_lens_maira.interface import load_sae

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from sae_lens_maira.attribution.attribute import encode_with_report
 from sae_lens_maira.attribution.evidence import image_evidence
+from sae_lens_maira.attribution.inputs import encode_with_report
 
 pytestmark = pytest.mark.compat
 HOOK = "blocks.3.hook_resid_post"
