@@ -140,12 +140,12 @@ def mean_line(label: str, values: np.ndarray) -> str:
     return f"| {label} | {values.mean():.3f} | {found.low:.3f} to {found.high:.3f} | {len(values)} |"
 
 
-def box_patches(finding: Finding, shape: tuple[int, int]) -> np.ndarray:
-    """(rows, columns) patches that touch the finding's box: their centre lies at most half a patch outside."""
+def box_patches(finding: Finding, shape: tuple[int, int], margin: float = 0.5) -> np.ndarray:
+    """(rows, columns) patches whose centre is at most `margin` patches outside the finding's box; 0.5 is a touch."""
     x0, y0, x1, y1 = finding.box or (0, 0, 0, 0)
 
     def inside(n: int, low: float, high: float) -> np.ndarray:
         centre = (np.arange(n) + 0.5) / n
-        return (centre >= low - 0.5 / n) & (centre <= high + 0.5 / n)
+        return (centre >= low - margin / n) & (centre <= high + margin / n)
 
     return inside(shape[0], y0, y1)[:, None] & inside(shape[1], x0, x1)[None]

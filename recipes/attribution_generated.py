@@ -1,19 +1,18 @@
-"""Remove statements from the phantom's own reports by their causes, and find the cause of a planted error.
+"""Remove statements from the phantom's own reports by their causes.
 
 For every statement of a generated report whose finding has a true box, entries are removed from the prompt in rounds
-until the statement is gone (`attribution.regenerate`), next to as many random entries scaled to the same norm. On the
-flawed phantom, which takes one finding for another one too, the map of a false statement should point at the finding
-that causes it. Every arm is a file, so a run that was killed continues.
+until the statement is gone (`attribution.regenerate`), next to as many random entries scaled to the same norm. Every
+arm is a file, so a run that was killed continues. The recipe `planted_cause` measures causes of planted errors.
 
     python recipes/attribution_generated.py --config recipes/attribution_generated.yaml
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,7 +25,6 @@ from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
-from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.recipes._shared import box_patches, continue_rows, mean_line, sae_of, sae_settings
 from sae_lens_maira.studies import Finding, Study
@@ -41,7 +39,7 @@ class Settings:
     Attributes:
         out: Folder of the tables; made if missing.
         saes: Folder of SAEs, as in the recipe `attribution`; missing ones are trained.
-        arms: SAEs of the clean phantom: "trained" and controls. "flawed" is the flawed phantom.
+        arms: SAEs: "trained" and controls.
         layer: Decoder block at whose output entries are removed.
         seeds: Seeds of studies and SAEs.
         statements: Statements per seed and arm.
@@ -52,12 +50,11 @@ class Settings:
         d_sae: Latents.
         k: Mean active latents per patch.
         steps: Training steps of 1,024 rows.
-        flaw: The planted error.
     """
 
     out: Path = Path("runs/attribution_generated")
     saes: Path = Path("runs/attribution/saes")
-    arms: tuple[str, ...] = ("trained", "flawed", "frozen_decoder")
+    arms: tuple[str, ...] = ("trained", "frozen_decoder")
     layer: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)
     statements: int = 60
@@ -68,7 +65,6 @@ class Settings:
     d_sae: int = 1024
     k: int = 16
     steps: int = 1500
-    flaw: Flaw = field(default_factory=Flaw)
 
 
 @dataclass(frozen=True)
@@ -78,16 +74,12 @@ class Statement:
     Attributes:
         study: The study.
         report: The report.
-        finding: What is stated.
-        true: Whether the study has it.
-        cause: The finding at whose box its map should point.
+        finding: The finding that is stated, with its true box.
     """
 
     study: Study
     report: str
-    finding: str
-    true: bool
-    cause: Finding
+    finding: Finding
 
 
 def run(settings: Settings) -> Path:
@@ -100,13 +92,10 @@ def run(settings: Settings) -> Path:
         The folder.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
-    clean = load_phantom()
-    flawed = (
-        plant(clean, generate_studies(240, 71_000), settings.flaw) if "flawed" in settings.arms else clean
-    )
+    maira = load_phantom()
     for seed in settings.seeds:
         for arm in settings.arms:
-            _arm(flawed if arm == "flawed" else clean, settings, seed, arm)
+            _arm(maira, settings, seed, arm)
             write_table(settings)
     return settings.out
 
@@ -117,8 +106,7 @@ def _arm(maira: Maira2, settings: Settings, seed: int, arm: str) -> None:
     def rows(done: int) -> Iterator[dict[str, Any]]:
         sae = sae_of(maira, settings, arm, settings.layer, seed)
         hooked = HookedMaira2(maira)
-        flaw = settings.flaw if arm == "flawed" else None
-        for one in islice(statements(hooked, seed, flaw), done, settings.statements):
+        for one in islice(statements(hooked, seed), done, settings.statements):
             yield {"arm": arm, "seed": seed} | measured(hooked, sae, one, settings)
 
     file = settings.out / f"generated-{arm}-{seed}.csv"
@@ -127,29 +115,22 @@ def _arm(maira: Maira2, settings: Settings, seed: int, arm: str) -> None:
     continue_rows(file, depends, settings.statements, rows, f"{arm} seed {seed}", SAVED_EVERY)
 
 
-def statements(hooked: HookedMaira2, seed: int, flaw: Flaw | None) -> Iterator[Statement]:
-    """Statements of the model's own reports: of findings with a true box, or of the finding that a flaw states."""
+def statements(hooked: HookedMaira2, seed: int) -> Iterator[Statement]:
+    """Statements of the model's own reports whose finding has a true box."""
     for study in generate_studies(1500, 95_000 + 7_000 * seed):
         boxes = {f.key: f for f in study.truth or () if f.present and f.box is not None}
-        if study.prior_frontal is not None or (flaw and not {flaw.seen, flaw.stated} & set(boxes)):
+        if study.prior_frontal is not None:
             continue
         (report,) = hooked.generate(study, return_type="reports")
-        stated = read_report(report.text).present
-        if flaw is None:
-            for key in sorted(stated & set(boxes)):
-                yield Statement(study, report.text, key, True, boxes[key])
-        elif flaw.stated in stated:
-            true = flaw.stated in study.present_keys
-            cause = boxes.get(flaw.stated if true else flaw.seen)
-            if cause is not None:
-                yield Statement(study, report.text, flaw.stated, true, cause)
+        for key in sorted(read_report(report.text).present & set(boxes)):
+            yield Statement(study, report.text, boxes[key])
 
 
 def measured(hooked: HookedMaira2, sae: Any, one: Statement, settings: Settings) -> dict[str, Any]:
     """One statement: where its map points, and the reports without its causes and without random entries."""
 
     def states(text: str) -> bool:
-        return one.finding in read_report(text).present
+        return one.finding.key in read_report(text).present
 
     hook = f"blocks.{settings.layer}.hook_resid_post"
     answer = attribute(hooked, one.study, sae, report=one.report, roles="image_only", check=False)
@@ -160,21 +141,20 @@ def measured(hooked: HookedMaira2, sae: Any, one: Statement, settings: Settings)
         settings.step, settings.max_rounds, settings.protect,
     )  # fmt: skip
     random = random_report(hooked, sae, one.study, removal, hook, seed=len(one.report))
-    before = read_report(one.report).present
+    before, inside = read_report(one.report).present, box_patches(one.finding, grid.shape)
     row: dict[str, Any] = {
         "study": one.study.study_id,
-        "finding": one.finding,
-        "true": one.true,
-        "area": float(box_patches(one.cause, grid.shape).mean()),
-        "point": bool(box_patches(one.cause, grid.shape).flat[grid.argmax()]),
+        "finding": one.finding.key,
+        "area": float(inside.mean()),
+        "point": bool(inside.flat[grid.argmax()]),
         "entries": len(removal),
         "rounds": removal.rounds,
         "norm": float(removal.delta.norm()),
     }
     for name, text in (("attributed", removal.report), ("random", random)):
         after = read_report(text).present
-        row[f"gone {name}"] = one.finding not in after
-        row[f"others changed {name}"] = len((after ^ before) - {one.finding}) / (len(FINDING_KEYS) - 1)
+        row[f"gone {name}"] = one.finding.key not in after
+        row[f"others changed {name}"] = len((after ^ before) - {one.finding.key}) / (len(FINDING_KEYS) - 1)
     return row
 
 
@@ -197,16 +177,13 @@ def write_table(settings: Settings) -> None:
     lines = [
         "# Statements removed by their causes",
         "",
-        "| arm | statements | measure | mean | 95 % interval | n |",
-        "|---|---|---|---|---|---|",
+        "| arm | measure | mean | 95 % interval | n |",
+        "|---|---|---|---|---|",
     ]
-    for keys, rows in found.groupby(["arm", "true"], sort=False):
-        arm, true = cast("tuple[str, bool]", keys)
+    for arm, rows in found.groupby("arm", sort=False):
         for name in rows.select_dtypes(["number", "bool"]):
-            if name in ("seed", "true"):
-                continue
-            kind = "true" if true else "false"
-            lines.append(mean_line(f"{arm} | {kind} | {name}", rows[name].to_numpy(float)))
+            if name != "seed":
+                lines.append(mean_line(f"{arm} | {name}", rows[name].to_numpy(float)))
     own = found[found["arm"] == "trained"]
     gone = [
         f"{key} {rows['gone attributed'].mean():.2f} (n {len(rows)})" for key, rows in own.groupby("finding")

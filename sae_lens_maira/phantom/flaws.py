@@ -8,7 +8,7 @@ projector's last layer, so that the flawed phantom is an ordinary one. It knows 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +60,7 @@ def plant(maira: Maira2, studies: Sequence[Study], flaw: Flaw) -> Maira2:
     Raises:
         ConfigError: the studies hold none with, or none without, one of the findings.
     """
-    truth = np.stack([truth_labels(study) for study in studies])
-    patches = projected_patches(maira, studies)
-    missed, centre = _direction(patches, truth, flaw.missed)
-    seen, centre_seen = _direction(patches, truth, flaw.seen)
-    false, _ = _direction(patches, truth, flaw.stated)
+    (missed, centre), (seen, centre_seen), (false, _) = _directions(maira, studies, flaw)
     width = len(missed)
     change = (
         torch.eye(width) - flaw.loss * torch.outer(missed, missed) + flaw.confusion * torch.outer(false, seen)
@@ -77,6 +73,33 @@ def plant(maira: Maira2, studies: Sequence[Study], flaw: Flaw) -> Maira2:
         last.bias.copy_(change @ last.bias + shift)
         last.weight.copy_(change @ last.weight)
     return flawed
+
+
+def planted_coefficient(
+    maira: Maira2, studies: Sequence[Study], flaw: Flaw
+) -> Callable[[Study], torch.Tensor]:
+    """How much of the stated finding's direction the flaw adds to each patch.
+
+    Args:
+        maira: The phantom without the flaw.
+        studies: The studies that `plant` received.
+        flaw: The flaw.
+
+    Returns:
+        Function from a study to (patches,) float32: confusion times the patch's coordinate along the direction of the
+        finding that is seen.
+    """
+    _, (seen, centre), _ = _directions(maira, studies, flaw)
+    return lambda study: flaw.confusion * ((projected_patches(maira, [study])[0] - centre) @ seen)
+
+
+def _directions(
+    maira: Maira2, studies: Sequence[Study], flaw: Flaw
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Direction and centre of the missed, the seen and the stated finding."""
+    truth = np.stack([truth_labels(study) for study in studies])
+    patches = projected_patches(maira, studies)
+    return [_direction(patches, truth, key) for key in (flaw.missed, flaw.seen, flaw.stated)]
 
 
 @torch.no_grad()

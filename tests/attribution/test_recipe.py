@@ -97,9 +97,25 @@ def test_statements_of_generated_reports_are_removed(tmp_path, capsys):
     file = tmp_path / "generated-trained-5.csv"
     assert ran() == 0
     rows = pd.read_csv(file)
-    assert rows["true"].tolist() == [True]
+    assert len(rows) == 1
     assert rows["rounds"].eq(1).all()
     assert rows["entries"].between(1, 8).all()
-    assert "| trained | true | gone attributed |" in (tmp_path / "generated.md").read_text()
+    assert "| trained | gone attributed |" in (tmp_path / "generated.md").read_text()
     assert ran("--protect=0.5") == 2
     assert "protect 0.3 there, 0.5 now" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_planted_cause_is_looked_for(tmp_path):
+    """One false sentence: every map is measured at both margins, and the wider one covers more."""
+    recipe = ROOT / "recipes" / "planted_cause"
+    words = ["--seeds", "[5]", "--statements", "1", "--teaching", "60", "--out", str(tmp_path)]
+    words += ["--train_studies", "20", "--d_sae", "64", "--steps", "50", "--saes", str(tmp_path / "saes")]
+    script = [sys.executable, str(recipe.with_suffix(".py")), "--config", str(recipe.with_suffix(".yaml"))]
+    subprocess.run([*script, *words], check=True, timeout=300)
+    (row,) = pd.read_csv(tmp_path / "planted-5.csv").to_dict("records")
+    assert "nasogastric" in row["sentence"]
+    assert 0 < row["area, 0.5 patch"] <= row["area, 1.0 patch"] < 0.5
+    for name in ("attribution", "gradient norm", "exact ablation per patch", "planted coefficient", "random"):
+        assert row[f"point {name}, 0.5 patch"] <= row[f"point {name}, 1.0 patch"]
+    assert "point attribution, 1.0 patch" in (tmp_path / "planted_cause.md").read_text()

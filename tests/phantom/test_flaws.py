@@ -5,7 +5,7 @@ import torch
 
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.phantom import generate_studies, read_report
-from sae_lens_maira.phantom.flaws import Flaw, plant, projected_patches
+from sae_lens_maira.phantom.flaws import Flaw, plant, planted_coefficient, projected_patches
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,16 @@ def test_the_flaw_is_in_a_copy_and_of_rank_two(phantom, teachers):
     moved = projected_patches(flawed, teachers[:6]) - projected_patches(phantom, teachers[:6])
     sizes = torch.linalg.svdvals(moved.flatten(0, 1))
     assert sizes[1] > 10 * sizes[2]
+
+
+def test_the_planted_coefficient_is_what_is_added(phantom, teachers):
+    """Without a loss, the patches move along one direction, by the coefficient."""
+    flaw = Flaw(loss=0.0)
+    study = teachers[3]
+    moved = projected_patches(plant(phantom, teachers, flaw), [study])[0]
+    moved -= projected_patches(phantom, [study])[0]
+    coefficient = planted_coefficient(phantom, teachers, flaw)(study)
+    torch.testing.assert_close(moved.norm(dim=1), coefficient.abs(), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.slow
