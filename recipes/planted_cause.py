@@ -2,8 +2,8 @@
 
 Studies have the finding that is seen and lack the one that is stated, and the flawed phantom's report states it. The
 map of the words that name it should be strongest at the box of the finding that causes it. The SAE is trained on the
-flawed phantom's patches. Maps that need no SAE are measured on the same sentences, and so are the planted coefficient
-itself and exact ablation, patch by patch, which show what an attribution can be expected to reach.
+flawed phantom's patches. Maps that need no SAE are measured on the same sentences, and so is the planted coefficient
+itself: how often it is largest at the box shows what a map can be expected to reach.
 
     python recipes/planted_cause.py --config recipes/planted_cause.yaml
 """
@@ -21,8 +21,9 @@ import torch
 
 from sae_lens_maira.attribution import attribute
 from sae_lens_maira.attribution.baselines import gradient_maps
-from sae_lens_maira.attribution.entries import active_entries
+from sae_lens_maira.attribution.inputs import encode_with_report
 from sae_lens_maira.attribution.residual import ResidualRun
+from sae_lens_maira.attribution.sentences import report_sentences
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
@@ -46,6 +47,8 @@ class Settings:
         layer: Decoder block whose output is read.
         seeds: Seeds of studies and SAEs. Span, candidates and margins were chosen on seed 0.
         statements: False sentences per seed.
+        max_steps: Points of the quadrature.
+        n_check: Entries that the check removes.
         teaching: Studies from which the planted error's directions are measured.
         train_studies: Studies that an SAE is trained on.
         d_sae: Latents.
@@ -58,7 +61,9 @@ class Settings:
     saes: Path = Path("runs/attribution/saes")
     layer: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)
-    statements: int = 40
+    statements: int = 30
+    max_steps: int = 8
+    n_check: int = 32
     teaching: int = 240
     train_studies: int = 500
     d_sae: int = 1024
@@ -90,7 +95,8 @@ def run(settings: Settings) -> Path:
             ):
                 yield {"seed": seed} | measured(hooked, sae, study, report, coefficient(study), settings)
 
-        depends = sae_settings(settings, "flawed") | {"layer": settings.layer, "teaching": settings.teaching}
+        depends = sae_settings(settings, "flawed")
+        depends |= {name: getattr(settings, name) for name in ("layer", "teaching", "max_steps", "n_check")}
         file = settings.out / f"planted-{seed}.csv"
         continue_rows(file, depends, settings.statements, rows, f"seed {seed}", SAVED_EVERY)
         write_table(settings)
@@ -124,28 +130,20 @@ def measured(
     """One false sentence: where each map points."""
     flaw = settings.flaw
     hook = f"blocks.{settings.layer}.hook_resid_post"
-    plain = attribute(
-        hooked, study, sae, report=report, hook_name=hook, roles="image_only", method="gradient", check=False
-    )
-    number = next(
-        i for i, item in enumerate(plain.sentences) if flaw.stated in read_report(item.sentence.text).present
-    )
-    whole = attribute(hooked, study, sae, number, report, hook, "image_only", check=False, candidates=256)
+    encoding = encode_with_report(hooked, study, report)
+    sentences = report_sentences(encoding, hooked.tokenizer)
+    number = next(i for i, s in enumerate(sentences) if flaw.stated in read_report(s.text).present)
     words = flaw.stated.replace("_", " ")
     named = attribute(
-        hooked, study, sae, number, report, hook, "image_only", candidates=None, words=words
+        hooked, study, sae, number, report, hook, "image_only",
+        candidates=None, max_steps=settings.max_steps, n_check=settings.n_check, words=words,
     )  # fmt: skip
-    maps = {"attribution": named.map(0), "whole sentence, 256 candidates": whole.map(0)}
+    maps = {"attribution": named.map(0)}
     shape = maps["attribution"].shape
     held = ResidualRun(hooked, named.encoding, hook)
     span = named.sentences[0].sentence.positions
     frontal = (named.encoding.view[0] == 0).nonzero()[:, 0]
     maps |= {name: m[frontal].reshape(shape).numpy() for name, m in gradient_maps(held, span).items()}
-    entries, _ = active_entries(sae, held.hidden, frontal)
-    without = held.scores(
-        (-entries.delta((entries.position == place).nonzero()[:, 0]) for place in frontal), span
-    )
-    maps["exact ablation per patch"] = -without.reshape(shape).numpy()
     maps["planted coefficient"] = coefficient.reshape(shape).numpy()
     maps["random"] = np.random.default_rng(len(report)).random(shape)
     cause = next(f for f in study.truth or () if f.key == flaw.seen and f.present)
@@ -153,10 +151,11 @@ def measured(
     assert check is not None
     row: dict[str, Any] = {
         "study": study.study_id,
-        "sentence": plain.sentences[number].sentence.text,
+        "sentence": sentences[number].text,
         "completeness error": check.completeness_error,
         "drop": check.drop,
         "drop random": check.drop_random,
+        "drop at least 10 times random": check.drop >= 10 * max(0.0, check.drop_random),
     }
     for margin in MARGINS:
         inside = box_patches(cause, shape, margin)

@@ -37,7 +37,7 @@ from sae_lens_maira.maira2 import Maira2Encoding, role_mask
 
 Method = Literal["gradient", "integrated"]
 VIEWS = ("frontal", "lateral", "prior")
-STEPS = (4, 8, 16, 32)
+FEWEST_STEPS, MOST_STEPS = 4, 32
 CONVERGED = 0.05
 """The quadrature has converged if the sum differs from the true difference by at most this share."""
 
@@ -177,6 +177,7 @@ def attribute(
     roles: Any = None,
     method: Method = "integrated",
     candidates: int | None = 256,
+    max_steps: int = MOST_STEPS,
     top: int = 512,
     n_check: int = 32,
     check: bool = True,
@@ -199,6 +200,7 @@ def attribute(
         roles: Token roles whose positions count; None takes those that the SAE was trained on, or every real token.
         method: "integrated", or "gradient" (one backward pass, not complete).
         candidates: Entries that are integrated over and checked, per sentence; None takes every active entry.
+        max_steps: Points of the quadrature at which it stops; it doubles them from 4 until it has converged.
         top: Entries that are kept in the answer.
         n_check: Entries that the check removes.
         check: Ablate and compare with controls.
@@ -216,6 +218,8 @@ def attribute(
     """
     if method not in ("gradient", "integrated"):
         raise ConfigError(f"The method was {method!r}; use 'integrated' or 'gradient'.")
+    if max_steps < 1 or (candidates is not None and candidates < 1):
+        raise ConfigError(f"max_steps was {max_steps} and candidates {candidates}; both must be at least 1.")
     place = hook_point_of(sae, hook_name)
     encoding = encode_with_report(hooked, study, report, max_new_tokens)
     spans = pick_sentences(report_sentences(encoding, hooked.tokenizer), sentence)
@@ -239,7 +243,9 @@ def attribute(
         )
     scores, gradients = run.gradients(run.hidden, [s.positions for s in spans])
     found = [
-        _explain(run, span, entries, error, here, sae, float(score), gradient, method, candidates, top)
+        _explain(
+            run, span, entries, error, here, sae, float(score), gradient, method, candidates, max_steps, top
+        )
         for span, score, gradient in zip(spans, scores, gradients, strict=True)
     ]
     answers = []
@@ -299,6 +305,7 @@ def _explain(
     gradient: torch.Tensor,
     method: Method,
     candidates: int | None,
+    max_steps: int,
     top: int,
 ) -> tuple[Attribution, torch.Tensor, torch.Tensor, float | None]:
     """One sentence: the answer, its candidates in order, their values, and the true difference if it was measured."""
@@ -310,7 +317,7 @@ def _explain(
     values, steps, true = first_order[chosen], 1, None
     average = gradient
     if method == "integrated":
-        average, steps, true = _path_average(run, span.positions, entries, chosen, gradient, score)
+        average, steps, true = _path_average(run, span.positions, entries, chosen, gradient, score, max_steps)
         values = entries.dot(average)[chosen]
     ranked = values.argsort(descending=True)
     order, values = chosen[ranked], values[ranked]
@@ -343,19 +350,20 @@ def _path_average(
     chosen: torch.Tensor,
     gradient: torch.Tensor,
     score: float,
+    max_steps: int,
 ) -> tuple[torch.Tensor, int, float]:
     """Gradient averaged along the path that removes the candidates; points used; the true difference."""
     removed = entries.delta(chosen)
     true = score - float(run.scores([-removed], positions)[0])
-    average, steps = gradient, 1
-    for steps in STEPS:
+    average, steps = gradient, min(FEWEST_STEPS, max_steps)
+    while True:
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         scales = [-(1 - (float(node) + 1) / 2) for node in nodes]
         average = run.path_gradient(removed, scales, [float(weight) / 2 for weight in weights], positions)
         total = float((removed * average).sum())
-        if abs(total - true) <= CONVERGED * max(abs(true), 0.1):
-            break
-    return average, steps, true
+        if abs(total - true) <= CONVERGED * max(abs(true), 0.1) or 2 * steps > max_steps:
+            return average, steps, true
+        steps *= 2
 
 
 __all__ = [
