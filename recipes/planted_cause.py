@@ -107,7 +107,7 @@ def false_statements(hooked: HookedMaira2, seed: int, flaw: Flaw) -> Iterator[tu
     """Studies with what the flaw sees and without what it states, and reports that state it in one sentence."""
     drawn = [
         study
-        for study in generate_studies(3000, 95_000 + 7_000 * seed)
+        for study in generate_studies(1500, 95_000 + 7_000 * seed)
         if study.prior_frontal is None
         and flaw.stated not in study.present_keys
         and any(f.key == flaw.seen and f.present and f.box is not None for f in study.truth or ())
