@@ -187,6 +187,6 @@ def write_table(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    from sae_lens_maira.cli.recipe import run_recipe
+    from sae_lens_maira.cli.parser import run_recipe
 
     sys.exit(run_recipe(Settings, run, __doc__))
