@@ -1,6 +1,6 @@
 """Do change words follow the prior? The phantom's prior image and prior report are swapped for those of another study.
 
-For every finding that a study has, the prior says whether it is new (the prior does not have it) or was there before.
+For every finding that a study has, the prior shows whether it is new (the prior does not have it) or was there before.
 A report follows its prior if a change word that it states agrees with that.
 
 Latents of report tokens are then compared at the token that predicts the first word by which the two reports' sentences
@@ -39,7 +39,7 @@ from sae_lens_maira.stats import f1_of_firing
 from sae_lens_maira.studies import Study
 
 BEFORE = frozenset({"unchanged", "larger", "smaller"})
-"""Change words that say that the prior had the finding."""
+"""Change words that imply that the prior had the finding."""
 
 
 @dataclass(frozen=True)

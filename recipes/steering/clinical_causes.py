@@ -130,9 +130,12 @@ def run(settings: Settings) -> dict[str, Any]:
         written = texts(made, report)
         found = counts(written, report)
         change, low, high = f1_change(before, found, settings.seed)
-        said = reader.table(written)
+        stated = reader.table(written)
         wrong = {
-            key: [int((said & ~truth[id(report)])[:, i].sum()), int((~said & truth[id(report)])[:, i].sum())]
+            key: [
+                int((stated & ~truth[id(report)])[:, i].sum()),
+                int((~stated & truth[id(report)])[:, i].sum()),
+            ]
             for i, key in enumerate(reader.names)
         }
         result["arms"][name] = {
@@ -178,11 +181,11 @@ def _candidates(sae: Any, causes: dict[str, Causes], settings: Settings) -> dict
     kept = [causes[CAUSE].direction] if causes[CAUSE].n else []
     false = spared(causes[FALSE].direction, kept)
     missing = spared(causes[MISSED].direction, [*kept, causes[FALSE].direction])
-    behind = (causes[FALSE].latents - causes[RIGHT].latents).argsort(descending=True).tolist()
+    ranked = (causes[FALSE].latents - causes[RIGHT].latents).argsort(descending=True).tolist()
     needed = causes[MISSED].latents.argsort(descending=True).tolist()
     found = {"no correction": NOTHING}
     for n in settings.removed:
-        removal = CauseCorrection.along(sae, behind[:n], false, -1.0) if n else NOTHING
+        removal = CauseCorrection.along(sae, ranked[:n], false, -1.0) if n else NOTHING
         if n:
             found[f"remove {n}"] = removal
         for m in settings.strengthened:

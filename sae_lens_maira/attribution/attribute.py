@@ -5,9 +5,9 @@
                  h(t) = h - (1 - t) sum over candidates of a W_dec,   t in 0..1; then the sum over candidates is
                  score(h) - score(h(0)) up to the error of the quadrature
 
-The candidates of a sentence are the entries (latent, position) of highest gradient attribution. Entries that lie behind
-the sentence's first token count too where they precede a later token of it. With `candidates=None` all active entries
-are candidates, and the path removes all of them. Every answer carries its check.
+The candidates of a sentence are the entries (latent, position) of highest gradient attribution. Entries at tokens of
+the sentence itself count too, where they precede a later token of it. With `candidates=None` all active entries are
+candidates, and the path removes all of them. Every answer includes its check.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ CONVERGED = 0.05
 
 @dataclass(frozen=True)
 class Attribution:
-    """What made the model write one sentence.
+    """Attribution of one sentence to entries (latent, position).
 
     Attributes:
         sentence: The sentence, or the words of it that are explained.
@@ -54,8 +54,8 @@ class Attribution:
         position, latent: (n,) int64, the entries of highest attribution, highest first.
         activation: (n,) float32.
         value: (n,) float32 attribution in nats.
-        share_kept: Share of the positive attribution of all candidates that these entries hold.
-        n_candidates: Candidates they were taken from.
+        share_kept: Sum of these entries' positive attribution as a share of that of all candidates.
+        n_candidates: Number of candidates from which they were taken.
         by_position: (L,) float32, summed positive attribution of the candidates at every position.
         error: First-order effect of the reconstruction error, nats, summed over encoded positions.
         bias: First-order effect of the decoder bias, nats, summed over encoded positions.
@@ -276,8 +276,8 @@ def attribute_at_points(
         **keywords: Further arguments of `attribute`, except `hook_name`.
 
     Returns:
-        One answer per hook point, in the order of the SAEs. Each hook point holds the whole stream, so attributions of
-        different hook points overlap and are not to be added.
+        One answer per hook point, in the order of the SAEs. Each hook point carries the whole stream, so attributions
+        at different hook points overlap; do not add them.
 
     Raises:
         ConfigError: Two SAEs read the same hook point.

@@ -6,7 +6,7 @@
 
 u is the mean direction of the statement's gradient at its causal patches, made orthogonal to those of the statements
 that are to be spared. Latents are ranked by attribution. A latent that is silent changes nothing, so the correction is
-gated by what else the image holds.
+conditional on what else the image shows.
 """
 
 from collections.abc import Sequence
@@ -133,7 +133,7 @@ class CauseCorrection:
         max_new_tokens: int | None = None,
         batch: int = 32,
     ) -> list[str]:
-        """Greedy reports of some studies with the correction; the plain ones where it holds no latent."""
+        """Greedy reports of some studies with the correction; without any edit if it has no latents."""
         processor: Any = hooked.processor
         texts: list[str] = []
         for start in range(0, len(studies), batch):
@@ -175,7 +175,9 @@ def spared(direction: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Ten
         basis = torch.linalg.qr(torch.stack(list(others), 1)).Q
         left = direction - basis @ (basis.T @ direction)
     if not bool(left.norm() > 1e-6):
-        raise InterventionError("The direction lies in the span of those that are to be spared.")
+        raise InterventionError(
+            "Nothing is left of the direction after removing the directions to be spared. Spare fewer statements."
+        )
     return left / left.norm()
 
 

@@ -61,7 +61,7 @@ def counterfactual(
         paste: (box, image) pairs: the same box of another frontal image is pasted in.
 
     Returns:
-        The study, without its truth (which may no longer hold) and without its own report.
+        The study, without its truth (which may no longer be right) and without its own report.
 
     Raises:
         StudyError: A prior report would be left without its image, a box is not in 0..1, or nothing was changed.

@@ -47,7 +47,7 @@ class DifferenceRun:
     def gradients(
         self, hidden: torch.Tensor, spans: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Differences (S,) and their gradients (S, L, d_model), 0 behind the shared positions."""
+        """Differences (S,) and their gradients (S, L, d_model), 0 after the shared positions."""
         scores, gradients = self._first.gradients(hidden, spans)
         moved = self._second.hidden.clone()
         moved[: self.shared] = hidden[: self.shared]

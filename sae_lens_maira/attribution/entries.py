@@ -48,8 +48,8 @@ class Entries:
     def random_delta(self, n: int, norm: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """What n random entries write, scaled to a norm: the control of removing n entries of that norm.
 
-        They are drawn without replacement from all entries, those that were removed included, so that a group that
-        holds every entry is compared with itself.
+        They are drawn without replacement from all entries, those that were removed included, so that a group of
+        all entries is compared with itself.
 
         Args:
             n: Number of entries.

@@ -3,7 +3,7 @@
     evidence(sentence) = score(h) - score(h0),   h0 = h with every image position replaced by the image's mean
 
 The positions stay, so that the sequence keeps its length, but no patch differs from another one of its image. The mean
-of an image still holds its overall brightness; with `sae=` every active latent of that SAE is removed there instead.
+of an image still carries its overall brightness; with `sae=` every active latent of that SAE is removed there instead.
 """
 
 from typing import Any

@@ -22,7 +22,7 @@ def hook_point_of(sae: SAE[Any], hook_name: str | None = None) -> str:
 
 
 def trained_roles(sae: SAE[Any]) -> Any:
-    """Token roles that an SAE was trained on, from its metadata or its records; "all" if neither knows."""
+    """Token roles that an SAE was trained on, from its metadata or its records; "all" if neither names them."""
     known = getattr(sae.cfg.metadata, "token_roles", None)
     records: Any = getattr(sae, "records", None)
     if known is None and records is not None:
@@ -36,7 +36,7 @@ def trained_roles(sae: SAE[Any]) -> Any:
 def encode_with_report(
     hooked: HookedMaira2, study: Any, report: str, max_new_tokens: int | None = None
 ) -> Maira2Encoding:
-    """Encode one study with its report behind the prompt.
+    """Encode one study with its report after the prompt.
 
     Args:
         hooked: The model.

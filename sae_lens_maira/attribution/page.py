@@ -1,8 +1,8 @@
-"""Static pages of attributions: one HTML file per study, complete in itself, and an index.
+"""Static pages of attributions: one self-contained HTML file per study, and an index.
 
-A page holds the report with its sentences; a sentence shows its map over the image, its latents, what ablation says,
+A page contains the report with its sentences; a sentence shows its map over the image, its latents, the ablation check,
 and the report that is written without its strongest entries. Nothing is loaded from elsewhere, and text of studies is
-only ever inserted as text. Studies that are not known to be public or synthetic are refused unless asked for.
+only ever inserted as text. Studies that are not known to be public or synthetic are refused by default.
 """
 
 import base64
@@ -25,10 +25,10 @@ from sae_lens_maira.privacy import check_shareable, mark_folder, private_files
 from sae_lens_maira.studies import Study
 from sae_lens_maira.studies.words import compare_words
 
-FILM_SIDE = 518
+IMAGE_SIDE = 518
 SHOWN_LATENTS = 12
 CAUTION = (
-    "An attribution says what made this model write a sentence, not that the sentence is true. "
+    "An attribution shows what made this model write a sentence, not that the sentence is true. "
     "Judge it by its check."
 )
 
@@ -209,7 +209,7 @@ def _images(study: Study, found: ReportAttribution) -> list[tuple[str, Any, tupl
 
 def radiograph_png(image: Any) -> bytes:
     """The centre square of an image, which is what the model sees, as a grey PNG of at most 518 pixels."""
-    square, _ = centre_crop(image, (), FILM_SIDE)
+    square, _ = centre_crop(image, (), IMAGE_SIDE)
     buffer = io.BytesIO()
     square.save(buffer, "PNG")
     return buffer.getvalue()

@@ -191,7 +191,7 @@ class ResidualRun:
         return scores, gradients
 
     def _through(self, hidden: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-        """(B, L, d_model) the stream behind block `stop` - 1, from the stream before block `first`."""
+        """(B, L, d_model) the stream after block `stop` - 1, from the stream before block `first`."""
         upper = self.model.model.language_model
         with only_blocks(upper, first, stop, norm=False):
             return upper(inputs_embeds=hidden, use_cache=False).last_hidden_state

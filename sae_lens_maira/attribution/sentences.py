@@ -54,7 +54,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
 def report_sentences(encoding: Maira2Encoding, tokenizer: Any) -> list[Sentence]:
     """Find the sentences of an encoded report and the tokens of each.
 
-    A token belongs to the sentence in which its last character lies. The token that closes the report belongs to none.
+    A token belongs to the sentence that contains its last character. The token that closes the report belongs to none.
 
     Args:
         encoding: One study with its report.
@@ -68,7 +68,7 @@ def report_sentences(encoding: Maira2Encoding, tokenizer: Any) -> list[Sentence]
     place = _report_positions(encoding)
     if not place:
         raise PromptError(
-            "The encoding holds no report, so there is no sentence to explain. Encode the study with a report."
+            "The encoding has no report, so there is no sentence to explain. Encode the study with a report."
         )
     tokens = encoding.input_ids[0][place].tolist()
     ends = _character_ends(tokens, tokenizer)

@@ -2,9 +2,9 @@
 
     y' = y - loss <u_m, y - c> u_m + confusion <u_s, y - c'> u_f          y (d_model) a projected patch
 
-u_f, u_m, u_s are the main directions in which films with and without a finding differ (first right singular vector of
-the difference of mean patch maps), c and c' the means of films without. The map is linear and is folded into the
-projector's last layer, so that the flawed phantom is an ordinary one. It knows nothing about latents.
+u_f, u_m, u_s are the main directions in which images with and without a finding differ (first right singular vector of
+the difference of mean patch maps), c and c' the means of images without. The map is linear and is folded into the
+projector's last layer, so that the flawed phantom is an ordinary one.
 """
 
 import copy
@@ -58,7 +58,7 @@ def plant(maira: Maira2, studies: Sequence[Study], flaw: Flaw) -> Maira2:
         flaw: what to plant.
 
     Raises:
-        ConfigError: the studies hold none with, or none without, one of the findings.
+        ConfigError: None of the studies has one of the findings, or all have it.
     """
     (missed, centre), (seen, centre_seen), (false, _) = _directions(maira, studies, flaw)
     width = len(missed)
@@ -104,11 +104,11 @@ def _directions(
 
 @torch.no_grad()
 def projected_patches(maira: Maira2, studies: Sequence[Study], batch: int = 32) -> torch.Tensor:
-    """(n, patches, d_model) of the frontal films, as the language model receives them."""
+    """(n, patches, d_model) of the frontal images, as the language model receives them."""
     inner: Any = maira.model.model
     found = []
     for start in range(0, len(studies), batch):
-        # The film alone: one image a study.
+        # The frontal image alone: one image per study.
         part = [
             Study(study_id=s.study_id, patient_id=s.patient_id, frontal=s.frontal)
             for s in studies[start : start + batch]
