@@ -206,7 +206,7 @@ def flips(sites: Sequence[Site], n: int) -> dict[str, np.ndarray]:
         if site.study in early:
             continue
         fires_here = site.acts > 0
-        either, moved = fires_here.any(0), fires_here[0] != fires_here[1]
+        either, moved = fires_here.any(0), np.logical_xor(fires_here[0], fires_here[1])
         turned = site.new[0] != site.new[1]
         where = 'where "new" flips' if turned else "where it does not"
         if turned:

@@ -72,8 +72,8 @@ def run(settings: Settings) -> Path:
         atomic_write(settings.out / f"{name.replace(' ', '_')}.csv", csv_of(rows))
         lines += table_lines(name, rows)
         if name != "clean":
-            stated = rows[rows["findings"].str.split().map(lambda keys: settings.flaw.stated in keys)]
-            lines += table_lines(f"{name}, sentences that state {settings.flaw.stated}", stated)
+            stated = [settings.flaw.stated in str(keys).split() for keys in rows["findings"]]
+            lines += table_lines(f"{name}, sentences that state {settings.flaw.stated}", rows.loc[stated])
     atomic_write(settings.out / "image_evidence.md", "\n".join(lines) + "\n")
     return settings.out
 
