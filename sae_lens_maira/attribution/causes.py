@@ -176,7 +176,7 @@ def spared(direction: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Ten
         left = direction - basis @ (basis.T @ direction)
     if not bool(left.norm() > 1e-6):
         raise InterventionError(
-            "Nothing is left of the direction after removing the directions to be spared. Spare fewer statements."
+            "The direction is in the span of those that are to be spared. Spare fewer statements."
         )
     return left / left.norm()
 
