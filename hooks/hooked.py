@@ -110,7 +110,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path = "microsoft/maira-2", **kwargs: Any) -> "HookedMaira2":
-        """Load a checkpoint with `load_maira2` (whose keyword arguments these are) and wrap it."""
+        """Load a checkpoint, or "phantom", with `load_maira2` (whose keyword arguments these are) and wrap it."""
         return cls(load_maira2(path_or_id, **kwargs), model_name=str(path_or_id))
 
     def inputs(self, given: Any, **kwargs: Any) -> ModelInputs:

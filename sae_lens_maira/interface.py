@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(ModelDtype)
-PHANTOM = "phantom"
 PHANTOM_SAES = ("phantom-image", "phantom-text")
 
 
 def load(
-    name: str | Path = PHANTOM, device: str = "auto", dtype: str = "auto", **keywords: Any
+    name: str | Path = "phantom", device: str = "auto", dtype: str = "auto", **keywords: Any
 ) -> "InteractiveMaira2":
     """Load a model for reading and steering.
 
@@ -84,19 +83,17 @@ def named_model(
     from sae_lens_maira.hooks import PointTable
     from sae_lens_maira.maira2 import load_maira2
     from sae_lens_maira.maira2.loading import load_config
-    from sae_lens_maira.phantom import phantom_path
 
     kind = _dtype_of(model, dtype)
     if "device_map" not in keywords:
         keywords["device"] = device_of(device)
-    source = phantom_path() if str(model) == PHANTOM else model
     if hooks is not None:
         hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        points = PointTable(load_config(source, **{key: keywords[key] for key in hub if key in keywords}))
+        points = PointTable(load_config(model, **{key: keywords[key] for key in hub if key in keywords}))
         stops = [points.resolve(name).stop for name in hooks]
         if all(stop is not None for stop in stops):
             keywords["layers"] = max(1, *(stop or 0 for stop in stops))
-    return load_maira2(source, dtype=kind, **keywords)
+    return load_maira2(model, dtype=kind, **keywords)
 
 
 def output_head(model: str | Path, *, dtype: str = "auto", device: str = "auto", **hub: Any) -> "OutputHead":
@@ -113,19 +110,18 @@ def output_head(model: str | Path, *, dtype: str = "auto", device: str = "auto",
         CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
     """
     from sae_lens_maira.maira2 import load_output_head
-    from sae_lens_maira.phantom import phantom_path
 
-    source = phantom_path() if str(model) == PHANTOM else model
-    return load_output_head(source, _dtype_of(model, dtype), device_of(device), **hub)
+    return load_output_head(model, _dtype_of(model, dtype), device_of(device), **hub)
 
 
 def _dtype_of(model: str | Path, dtype: str) -> "torch.dtype":
     import torch
 
+    from sae_lens_maira.maira2.loading import dtype_of
+
     if dtype not in DTYPES:
         raise ConfigError(f"The dtype of the model was {dtype!r}; use {', '.join(DTYPES)}.")
-    automatic = "float32" if str(model) == PHANTOM else "bfloat16"
-    return getattr(torch, automatic if dtype == "auto" else dtype)
+    return dtype_of(model) if dtype == "auto" else getattr(torch, dtype)
 
 
 def device_of(name: str) -> str:

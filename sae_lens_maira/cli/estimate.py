@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_maira.cli.options import HarvestOptions
-from sae_lens_maira.interface import PHANTOM, phantom_studies, read_studies
-from sae_lens_maira.maira2.loading import load_config, load_processor
+from sae_lens_maira.interface import phantom_studies, read_studies
+from sae_lens_maira.maira2.loading import dtype_of, load_config, load_processor
 from sae_lens_maira.sizing import (
     Cost,
     ModelSize,
@@ -132,7 +132,7 @@ def named_studies(
     """The studies of a table, or phantom studies of the model's image size."""
     if table is not None:
         return read_studies(table, root, split)
-    return phantom_studies(n, seed, size=load_processor(_folder(model)).recipe.crop)
+    return phantom_studies(n, seed, size=load_processor(model).recipe.crop)
 
 
 def _studies(options: HarvestOptions) -> Any:
@@ -142,16 +142,11 @@ def _studies(options: HarvestOptions) -> Any:
 
 
 def _sizes(model: str, dtype: str, studies: Any) -> tuple[ModelSize, StudySizes]:
-    config = load_config(_folder(model))
-    kind = ("float32" if model == PHANTOM else "bfloat16") if dtype == "auto" else dtype
-    processor = load_processor(_folder(model))
-    return ModelSize(config, 4 if kind == "float32" else 2), StudySizes.count(processor, config, studies)
-
-
-def _folder(model: str) -> str | Path:
-    from sae_lens_maira.phantom import phantom_path
-
-    return phantom_path() if model == PHANTOM else model
+    config, processor = load_config(model), load_processor(model)
+    kind = str(dtype_of(model)) if dtype == "auto" else dtype
+    return ModelSize(config, 4 if kind.endswith("float32") else 2), StudySizes.count(
+        processor, config, studies
+    )
 
 
 def _layers(size: ModelSize, hooks: list[str]) -> int:

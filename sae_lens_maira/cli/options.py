@@ -236,10 +236,7 @@ def model_source(model: str, dtype: ModelDtype) -> dict[str, str]:
         model: "phantom", a folder or a hub id.
         dtype: Of the weights; "auto" is float32 for the phantom and bfloat16 for others.
     """
-    from sae_lens_maira.maira2.loading import checkpoint_fingerprint
-    from sae_lens_maira.phantom import phantom_path
+    from sae_lens_maira.maira2.loading import checkpoint_fingerprint, dtype_of
 
-    shipped = model == "phantom"
-    kind = ("float32" if shipped else "bfloat16") if dtype == "auto" else dtype
-    where = phantom_path() if shipped else model
-    return {"model": label(model), "checkpoint": checkpoint_fingerprint(where), "dtype": kind}
+    kind = str(dtype_of(model)).removeprefix("torch.") if dtype == "auto" else dtype
+    return {"model": label(model), "checkpoint": checkpoint_fingerprint(model), "dtype": kind}

@@ -40,6 +40,8 @@ def register() -> None:
     register_key_renames(Maira2Config.model_type)
 
 
+PHANTOM = "phantom"
+"""Name of the small model that ships with the package, wherever a model is named."""
 PUBLISHED_ID = "microsoft/maira-2"
 PUBLISHED_REVISION = "795a2b1cd4a310624b4e3d14b5a23e41fd273deb"
 
@@ -54,6 +56,17 @@ _MODEL_KEYWORDS = (
 )
 
 
+def source_of(path_or_id: str | Path) -> str:
+    """The folder or hub id that a model's name stands for; "phantom" is the model that ships with the package."""
+    shipped = Path(__file__).parents[1] / "phantom" / "weights"
+    return str(shipped if str(path_or_id) == PHANTOM else path_or_id)
+
+
+def dtype_of(path_or_id: str | Path) -> torch.dtype:
+    """Precision of the weights where none is asked for: float32 for the phantom, bfloat16 for other models."""
+    return torch.float32 if str(path_or_id) == PHANTOM else torch.bfloat16
+
+
 class Maira2(NamedTuple):
     """A model in evaluation mode and its processor."""
 
@@ -63,7 +76,7 @@ class Maira2(NamedTuple):
 
 def load_maira2(
     path_or_id: str | Path = PUBLISHED_ID,
-    dtype: torch.dtype | str = torch.bfloat16,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
     device_map: Any = None,
@@ -73,9 +86,9 @@ def load_maira2(
     """Load a MAIRA-2 model and its processor from a folder or the hub.
 
     Args:
-        path_or_id: a local folder or a hub id.
-        dtype: precision of the loaded weights (tensors are converted while they are read); "auto" keeps the
-            file's.
+        path_or_id: a local folder, a hub id or "phantom".
+        dtype: precision of the loaded weights (tensors are converted while they are read); None is `dtype_of` the
+            model, "auto" keeps the file's.
         device: where the whole model goes. Weights are read straight to a GPU, tensor by tensor: main memory
             never holds a copy of the model.
         revision: hub revision; None is the pinned one for `microsoft/maira-2` and "main" elsewhere.
@@ -116,7 +129,8 @@ def load_maira2(
             "Both device and device_map were given; give device for one device or device_map for several."
         )
     register()
-    source = str(path_or_id)
+    source = source_of(path_or_id)
+    dtype = dtype_of(path_or_id) if dtype is None else dtype
     hub = {name: value for name, value in keywords.items() if name in _HUB_KEYWORDS}
     if Path(source).is_dir():
         _check_folder(Path(source))
@@ -209,7 +223,7 @@ def load_processor(path_or_id: str | Path, **hub: Any) -> Maira2Processor:
     """
     register()
     try:
-        processor = Maira2Processor.from_pretrained(str(path_or_id), **hub)
+        processor = Maira2Processor.from_pretrained(source_of(path_or_id), **hub)
     except Exception as error:  # missing files and bad JSON surface as many kinds
         raise CheckpointError(
             f"No processor could be loaded from {path_or_id} ({type(error).__name__}: {error}). Expected were"
@@ -255,7 +269,7 @@ def checkpoint_fingerprint(path_or_id: str | Path, revision: str | None = None) 
 
     Of a folder, the configuration and the size, header and first and last numbers of every file of weights are read.
     """
-    folder = Path(path_or_id)
+    folder = Path(source_of(path_or_id))
     if not folder.is_dir():
         pinned = PUBLISHED_REVISION if str(path_or_id) == PUBLISHED_ID else "main"
         return f"{path_or_id}@{revision or pinned}"
@@ -275,14 +289,14 @@ def load_config(path_or_id: str | Path, revision: str | None = None, **hub: Any)
     """Read a checkpoint's configuration alone.
 
     Args:
-        path_or_id: a local folder or a hub id.
+        path_or_id: a local folder, a hub id or "phantom".
         revision: as for `load_maira2`.
         **hub: `cache_dir`, `force_download`, `local_files_only`, `token`, for transformers.
 
     Raises:
         CheckpointError: it cannot be read, or is not MAIRA-2's.
     """
-    source = str(path_or_id)
+    source = source_of(path_or_id)
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise CheckpointError(f"There is no folder {source}. Give the folder of a checkpoint, or a hub id.")
     if not Path(source).is_dir():

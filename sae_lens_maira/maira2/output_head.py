@@ -14,7 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from sae_lens_maira.errors import CheckpointError
 from sae_lens_maira.maira2.configuration import Maira2Config
-from sae_lens_maira.maira2.loading import Maira2, load_config, load_processor, published_revision
+from sae_lens_maira.maira2.loading import (
+    Maira2,
+    dtype_of,
+    load_config,
+    load_processor,
+    published_revision,
+    source_of,
+)
 from sae_lens_maira.maira2.processing import Maira2Processor
 
 NORM = ("language_model.model.norm.weight", "model.language_model.norm.weight")
@@ -50,22 +57,22 @@ class OutputHead:
 
 def load_output_head(
     path_or_id: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     **hub: Any,
 ) -> OutputHead:
     """Read the output head of a checkpoint in safetensors files.
 
     Args:
-        path_or_id: A local folder or a hub id; of a hub id only the files with the two tensors are downloaded.
-        dtype: Precision of the tensors.
+        path_or_id: A local folder, a hub id or "phantom"; only the hub's files with the two tensors are downloaded.
+        dtype: Precision of the tensors; None is `dtype_of` the model.
         device: Device of the tensors.
         **hub: `revision`, `cache_dir`, `force_download`, `local_files_only`, `token`, for transformers.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, damaged or not MAIRA-2's.
     """
-    source = str(path_or_id)
+    source, dtype = source_of(path_or_id), dtype_of(path_or_id) if dtype is None else dtype
     if not Path(source).is_dir():
         hub["revision"] = published_revision(source, hub.get("revision"))
     config = load_config(source, **hub)

@@ -11,6 +11,7 @@ import torch
 from transformers import BitImageProcessor, Dinov2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from sae_lens_maira.maira2 import Maira2, Maira2Config, Maira2Processor, load_maira2
+from sae_lens_maira.maira2.loading import PHANTOM, source_of
 
 IMAGE_SIZE = 112
 PATCH_SIZE = 14
@@ -67,7 +68,7 @@ def tiny_config(vocab_size: int = 1231, image_token: int = 1228) -> Maira2Config
 
 def phantom_path() -> Path:
     """The folder of the trained phantom, in the published checkpoint's layout, inside the package."""
-    return Path(__file__).parent / "weights"
+    return Path(source_of(PHANTOM))
 
 
 def load_phantom(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Maira2:

@@ -1,8 +1,11 @@
 """What the shipped phantom can do, held to its promise on 500 studies that it was not trained on."""
 
 import pytest
+import torch
 
-from sae_lens_maira.maira2 import generate_reports
+from sae_lens_maira.hooks import HookedMaira2
+from sae_lens_maira.maira2 import generate_reports, load_output_head
+from sae_lens_maira.maira2.loading import checkpoint_fingerprint, load_config
 from sae_lens_maira.phantom import generate_studies, phantom_path
 from sae_lens_maira.phantom.measure import measure
 
@@ -29,6 +32,16 @@ def test_weights_are_small():
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= set(
         files
     )
+
+
+@pytest.mark.compat
+def test_loaders_take_its_name():
+    """ "phantom" is accepted wherever a checkpoint is named, in float32 unless asked otherwise."""
+    hooked = HookedMaira2.from_pretrained("phantom")
+    assert hooked.cfg.dtype == torch.float32
+    assert load_config("phantom").to_dict() == load_config(phantom_path()).to_dict()
+    assert load_output_head("phantom").lm_head.dtype == torch.float32
+    assert checkpoint_fingerprint("phantom") == checkpoint_fingerprint(phantom_path())
 
 
 @pytest.mark.compat
