@@ -22,7 +22,7 @@ HOOK = "blocks.3.hook_resid_post"
 
 def main() -> int:
     """Time both and print one table or one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--studies", type=int, default=64)
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--l0", type=float, default=8.0)

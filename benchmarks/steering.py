@@ -59,7 +59,7 @@ def measure(device: str, repeats: int, rows: int, tokens: int, d_sae: int) -> di
     """All figures of this file."""
     torch.manual_seed(0)
     maira: Maira2 = load_phantom()
-    maira.model.to(device)
+    maira.model.to(torch.device(device))  # pyright: ignore[reportArgumentType]: its stub hides nn.Module.to
     encoding: Maira2Encoding = maira.processor.encode(generate_studies(rows, seed=99)).to(
         maira.model.device, maira.model.dtype
     )

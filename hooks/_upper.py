@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from sae_lens_maira.hooks.hooked import HookedMaira2
 from sae_lens_maira.maira2 import Maira2Encoding
 from sae_lens_maira.maira2.versions import cache_keyword
+from sae_lens_maira.stats import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 WORTH_KEEPING = 4
 """Keys and values are kept where at most one position in so many runs again."""
 

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.evaluation import POSITIONS, splice_batches
-from sae_lens_maira.hooks import PointTable
+from sae_lens_maira.evaluation import POSITIONS, report_runs
+from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.interp.run import interpret_offline
 from sae_lens_maira.io import atomic_write, csv_of
 from sae_lens_maira.latents import (
@@ -45,7 +45,8 @@ from sae_lens_maira.quickstart.page import STUDIES, RowsInMemory
 from sae_lens_maira.quickstart.run import hook_names, stored_rows, studies_of, text_folder
 from sae_lens_maira.quickstart.sae import TrainedSAE
 from sae_lens_maira.quickstart.steer import steer_finding
-from sae_lens_maira.sae import evaluate_splice, load_matryoshka, make_control
+from sae_lens_maira.sae import load_matryoshka, make_control
+from sae_lens_maira.sae.splice import evaluate_runs
 from sae_lens_maira.stats import bootstrap
 from sae_lens_maira.steering.maps import frontal_rows
 from sae_lens_maira.studies import Study
@@ -281,12 +282,9 @@ def _opened(folder: Path, hook_name: str) -> TrainedSAE:
 
 def recovered(maira: Maira2, sae: TrainedSAE, studies: Sequence[Study], place: str) -> float:
     """Loss recovered over report tokens where reconstructions replace the positions of one kind."""
-    module = maira.model.get_submodule(PointTable(maira.model.config).resolve(sae.hook_name).module)
     roles = [TokenRole.REPORT] if place == "text" else POSITIONS["image"]
-    found = evaluate_splice(
-        maira.model,
-        module,
-        splice_batches(maira, studies, 20),
+    found = evaluate_runs(
+        report_runs(HookedMaira2(maira), studies, sae.hook_name),
         sae.inference,
         positions={place: [int(role) for role in roles]},
         levels=[-1],

@@ -8,7 +8,7 @@ and image patches apart. Rows are streamed from the model, and the part of the m
 study however many reconstructions are spliced in.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from sae_lens_maira.errors import SAEError
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.hooks._upper import UpperRun
 from sae_lens_maira.maira2 import Maira2, TokenRole, resolve_roles
-from sae_lens_maira.sae import SpliceBatch, evaluate_sae, load_matryoshka
+from sae_lens_maira.sae import evaluate_sae, load_matryoshka
 from sae_lens_maira.sae.controls import UntrainedControls
 from sae_lens_maira.sae.evaluation import summarise_rows
 from sae_lens_maira.sae.splice import ROWS_AT_ONCE, evaluate_runs
+from sae_lens_maira.stats import IGNORED_LABEL
 from sae_lens_maira.studies import Study
 
 # Left out are BOS, whose norm is unlike all others, and the boilerplate of the prompt, which never varies.
@@ -104,8 +105,8 @@ def evaluate(
         positions = {where: [int(role) for role in roles] for where, roles in POSITIONS.items()}
         controls = UntrainedControls(sae)
         baselines = {where: controls.fit(summary.sample(roles)) for where, roles in positions.items()}
-        runs = _runs(hooked, maira, studies, hook_name, bar)
-        spliced = evaluate_runs(runs, sae, baseline=baselines, positions=positions)
+        runs = report_runs(hooked, studies, hook_name)
+        spliced = evaluate_runs(_counted(runs, bar), sae, baseline=baselines, positions=positions)
     return EvaluationTables(table.to_frame(), spliced.to_frame(), hook_name, len(studies))
 
 
@@ -126,23 +127,15 @@ class _Rows:
             self.bar.update(part.studies)
 
 
-def _runs(
-    hooked: HookedMaira2, maira: Maira2, studies: Sequence[Study], hook_name: str, bar: Any
-) -> Iterator[UpperRun]:
+def report_runs(hooked: HookedMaira2, studies: Iterable[Study], hook_name: str) -> Iterator[UpperRun]:
+    """Forward passes of studies, teacher-forced on their reports, whose report tokens are the targets."""
     for study in studies:
-        encoding = maira.processor.encode([study], report="teacher", padding_side="right").to(
-            maira.model.device, maira.model.dtype
-        )
-        labels = torch.where(encoding.roles == TokenRole.REPORT, encoding.input_ids, -100)
+        encoding = hooked.encode(study, report="teacher", padding_side="right")
+        labels = torch.where(encoding.roles == TokenRole.REPORT, encoding.input_ids, IGNORED_LABEL)
         yield UpperRun(hooked, encoding, labels, hook_name)
+
+
+def _counted(runs: Iterable[UpperRun], bar: Any) -> Iterator[UpperRun]:
+    for run in runs:
+        yield run
         bar.update(1)
-
-
-def splice_batches(maira: Maira2, studies: Sequence[Study], batch_size: int) -> Iterator[SpliceBatch]:
-    """Batches of studies, teacher-forced on their reports, whose report tokens are the targets; for whole forwards."""
-    for start in range(0, len(studies), batch_size):
-        encoding = maira.processor.encode(
-            studies[start : start + batch_size], report="teacher", padding_side="right"
-        ).to(maira.model.device, maira.model.dtype)
-        labels = torch.where(encoding.roles == TokenRole.REPORT, encoding.input_ids, -100)
-        yield SpliceBatch(encoding.model_inputs(), labels, encoding.roles)

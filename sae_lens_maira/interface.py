@@ -274,6 +274,27 @@ def phantom_studies(n: int, seed: int = 80_000, **keywords: Any) -> "list[Study]
     return generate_studies(n, seed, **keywords)
 
 
+def chosen_studies(
+    n: int,
+    seed: int,
+    side: int,
+    table: str | Path | None = None,
+    root: str | Path | None = None,
+    split: str | None = None,
+) -> "Sequence[Study]":
+    """The first studies of a table, or phantom studies where no table is given.
+
+    Args:
+        n: Number of studies.
+        seed: Random seed of the phantom studies.
+        side: Side of the phantom's images in pixels, `processor.recipe.crop` of the model that reads them.
+        table: As `path` in `read_studies`.
+        root: As in `read_studies`.
+        split: As in `read_studies`.
+    """
+    return phantom_studies(n, seed, size=side) if table is None else read_studies(table, root, split)[:n]
+
+
 def finding_reader(
     studies: "Sequence[Study]", choice: Literal["auto", "phantom", "rules"] = "auto"
 ) -> "FindingReader":

@@ -165,6 +165,10 @@ def explained_variance(rows: Tensor, reconstruct: Callable[[Tensor], Tensor], ch
     return sums.value
 
 
+IGNORED_LABEL = -100
+"""Label of a token that is no target of the cross-entropy, as in transformers."""
+
+
 def loss_recovered(clean: float, ablated: float, spliced: float) -> float:
     """Share of the ablation's loss that a reconstruction recovers; NaN where the ablation does not raise the loss."""
     return (ablated - spliced) / (ablated - clean) if ablated > clean else math.nan

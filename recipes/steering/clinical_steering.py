@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.interface import finding_reader, named_model, phantom_studies, read_studies
+from sae_lens_maira.interface import chosen_studies, finding_reader, named_model
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents import split_by_patient
 from sae_lens_maira.maira2 import Maira2, generate_reports
@@ -144,10 +144,8 @@ def run(config: Clinical) -> dict[str, Any]:
     atomic_write(settings, ours)
     torch.manual_seed(config.seed)
     clean, hook = named_model(config.model, device=config.device), f"blocks.{config.layer}.hook_resid_post"
-    if config.table is None:
-        read = phantom_studies(config.studies, 70_000 + config.seed, size=clean.processor.recipe.crop)
-    else:
-        read = read_studies(config.table, config.root, config.split)[: config.studies]
+    side = clean.processor.recipe.crop
+    read = chosen_studies(config.studies, 70_000 + config.seed, side, config.table, config.root, config.split)
     # Without a prior image: with one, "unchanged" could be right as well.
     drawn = [s for s in read if s.prior_frontal is None and s.frontal is not None]
     reader = finding_reader(drawn, config.reader)

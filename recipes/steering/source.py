@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.interface import finding_reader, load_sae, named_model, phantom_studies, read_studies
+from sae_lens_maira.interface import chosen_studies, finding_reader, load_sae, named_model
 from sae_lens_maira.sae import MatryoshkaSAE
 from sae_lens_maira.steering.cohort import Cohort
 
@@ -49,10 +49,8 @@ class Source:
                 "that model."
             )
         maira = named_model(self.model, device=self.device)
-        if self.table is None:
-            chosen = phantom_studies(studies, 20_000 + seed, size=maira.processor.recipe.crop)
-        else:
-            chosen = read_studies(self.table, self.root, self.split)[:studies]
+        side = maira.processor.recipe.crop
+        chosen = chosen_studies(studies, 20_000 + seed, side, self.table, self.root, self.split)
         hook_name = f"blocks.{layer}.hook_resid_post"
         if self.sae is not None:
             hook_name = str(self.image_sae().cfg.metadata.hook_name)

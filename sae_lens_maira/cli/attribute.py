@@ -5,20 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from sae_lens_maira.cli.options import StudyOptions
 from sae_lens_maira.cli.parser import works_in
 
 
 @works_in("out")
 def attribute(
     sae: str = "phantom-image",
-    model: str = "phantom",
+    options: StudyOptions = StudyOptions(),
     out: Path = Path("attribution_out"),
     study: list[str] | None = None,
     studies: int = 4,
-    study_seed: int = 10_000,
-    table: Path | None = None,
-    root: Path | None = None,
-    split: str | None = None,
     records: Path | None = None,
     text_sae: str | None = None,
     report: Literal["generated", "teacher"] = "generated",
@@ -31,7 +28,6 @@ def attribute(
     max_rounds: int = 8,
     max_new_tokens: int | None = None,
     allow_credentialed: bool = False,
-    device: str = "auto",
     as_json: bool = False,
 ) -> None:
     """Attribute each sentence of a report to latents and patches, check it by ablation, and write a page per study.
@@ -40,14 +36,10 @@ def attribute(
 
     Args:
         sae: Folder of an SAE, a release, or phantom-image.
-        model: "phantom", a folder or a hub id.
+        options: The model and the studies.
         out: Folder of the pages; made if missing.
         study: Ids of the studies to explain; the first ones if not given.
         studies: Number of studies to explain.
-        study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
-        table: Parquet or CSV with one study per row, see studies import.
-        root: Folder that the table's relative image paths start from; the table's own if not given.
-        split: Read only the table's studies of this split, for example test.
         records: Folder of latent records, for the names of latents.
         text_sae: SAE of report tokens at a later block, such as phantom-text: measures the graph from image latents
             to text latents to each sentence.
@@ -61,7 +53,6 @@ def attribute(
         max_rounds: Times that entries are removed and the report is written again, until the statement is gone.
         max_new_tokens: Budget of a generated report.
         allow_credentialed: Also write pages of studies that are not known to be public or synthetic.
-        device: auto, cpu, cuda, ...
         as_json: Print JSON instead of text.
     """
     from tqdm.auto import tqdm
@@ -71,17 +62,13 @@ def attribute(
     from sae_lens_maira.attribution.page import StudyPage, write_pages
     from sae_lens_maira.attribution.regenerate import remove_statement, same_statement
     from sae_lens_maira.errors import InterventionError, StudyError
-    from sae_lens_maira.interface import finding_reader, load, load_sae, phantom_studies, read_studies
+    from sae_lens_maira.interface import finding_reader, load, load_sae
     from sae_lens_maira.privacy import check_shareable
 
-    dictionary: Any = load_sae(sae, records=records, device=device)
-    later: Any = None if text_sae is None else load_sae(text_sae, device=device)
-    hooked: Any = load(model, device=device)
-    if table is None:
-        side = hooked.processor.recipe.crop
-        found: Any = phantom_studies(studies if study is None else 200, study_seed, size=side)
-    else:
-        found = read_studies(table, root, split)
+    dictionary: Any = load_sae(sae, records=records, device=options.device)
+    later: Any = None if text_sae is None else load_sae(text_sae, device=options.device)
+    hooked: Any = load(options.model, options.device, options.model_dtype)
+    found = options.all_studies(studies if study is None else 200, hooked.processor)
     if study is not None:
         wanted = {one.study_id: one for one in found if one.study_id in set(study)}
         missing = [name for name in study if name not in wanted]
@@ -141,7 +128,7 @@ def attribute(
                 )
             )
         pages.append(StudyPage(one, answer, removals, graphs))
-    page = write_pages(out, pages, f"model {model}, SAE {sae}", allow_credentialed)
+    page = write_pages(out, pages, f"model {options.model}, SAE {sae}", allow_credentialed)
     if as_json:
         facts = [
             {

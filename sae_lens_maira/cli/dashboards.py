@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from sae_lens_maira.cli.options import StudyOptions, numbers
 from sae_lens_maira.cli.parser import works_in
 
 
@@ -213,19 +214,15 @@ def saedashboard(
     out: Path,
     set_name: str,
     latents: str = "0-31",
-    model: str = "phantom",
+    options: StudyOptions = StudyOptions(model_dtype="float32"),
     studies: int = 50,
-    study_seed: int = 10_000,
     seed: int | None = None,
-    table: Path | None = None,
-    root: Path | None = None,
     hook: str | None = None,
     model_id: str = "maira-2",
     context: int = 12,
     top: int = 20,
     page: bool | None = None,
     allow_credentialed: bool = False,
-    device: str = "auto",
     as_json: bool = False,
 ) -> None:
     """Run sae-dashboard itself over some latents of an SAE: its batch files and its classic page.
@@ -240,12 +237,9 @@ def saedashboard(
         out: Output folder.
         set_name: Source set, lower case with single hyphens.
         latents: Numbers and ranges such as "0-49,77".
-        model: The model that the SAE was trained on: "phantom", a folder or a hub id.
+        options: The model that the SAE was trained on, and the studies.
         studies: Number of phantom studies, or of studies from the start of the table.
-        study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
         seed: Random seed of sae-dashboard's choice of sequences; the study seed if not given.
-        table: Parquet or CSV file with one study per row, instead of phantom studies.
-        root: Folder that the table's image paths are relative to; the table's folder if not given.
         hook: Hook point, if the SAE does not name its own.
         model_id: Name of the model in the files.
         context: Tokens before and after a peak.
@@ -253,20 +247,16 @@ def saedashboard(
         page: Write the classic page, which loads scripts from two other hosts; if not given, only if every study is
             public or synthetic.
         allow_credentialed: Write data of credentialed studies too, in a marked folder that stays on this machine.
-        device: Device of the model and the SAE: auto, cpu, cuda, ...
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.activations import layer_of
-    from sae_lens_maira.cli.options import numbers
     from sae_lens_maira.dashboards.adapter import AdapterConfig, run_saedashboard
     from sae_lens_maira.dashboards.prompts import Readout
     from sae_lens_maira.dashboards.target import Target
     from sae_lens_maira.dashboards.validate import validate
-    from sae_lens_maira.interface import load_sae, named_model
+    from sae_lens_maira.interface import load_sae
     from sae_lens_maira.latents.contexts import Pseudonyms
     from sae_lens_maira.latents.source import ModelSource
-    from sae_lens_maira.phantom import generate_studies
-    from sae_lens_maira.studies import read_table
 
     config = AdapterConfig(
         latents=numbers(latents, "--latents") or (),
@@ -275,16 +265,12 @@ def saedashboard(
         top=top,
         page=page,
         allow_credentialed=allow_credentialed,
-        seed=study_seed if seed is None else seed,
+        seed=options.study_seed if seed is None else seed,
     )
-    dictionary = load_sae(sae, hook_name=hook, device=device)
+    dictionary = load_sae(sae, hook_name=hook, device=options.device)
     hook_name = str(dictionary.cfg.metadata.hook_name)
-    maira = named_model(model, dtype="float32", device=device)
-    chosen = (
-        generate_studies(studies, seed=study_seed, size=maira.processor.recipe.crop)
-        if table is None
-        else list(read_table(table, root).studies[:studies])
-    )
+    maira = options.load_model()
+    chosen = options.first_studies(studies, maira.processor)
     names, layer = Pseudonyms(), layer_of(maira.model.config, hook_name)
     target = Target(
         set_name=set_name,

@@ -5,12 +5,10 @@ The configuration, the tokenizer and the table are read; no weights are, and no 
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from sae_lens_maira.cli.options import HarvestOptions
-from sae_lens_maira.interface import phantom_studies, read_studies
-from sae_lens_maira.maira2.loading import dtype_of, load_config, load_processor
+from sae_lens_maira.cli.options import HarvestOptions, StudyOptions
+from sae_lens_maira.maira2.loading import load_config, load_processor
 from sae_lens_maira.sizing import (
     Cost,
     ModelSize,
@@ -36,7 +34,7 @@ def of_harvest(options: HarvestOptions) -> Cost:
     Args:
         options: The options of the command.
     """
-    size, studies = _sizes(options.model, options.model_dtype, _studies(options))
+    size, studies = _sizes(options, options.studies)
     return harvest_cost(
         size,
         studies,
@@ -61,7 +59,7 @@ def of_train(options: HarvestOptions, sae: dict[str, Any], trainer: dict[str, An
         sae: Fields of the SAE's configuration; d_sae is read.
         trainer: Fields of SAELens' trainer configuration; the batch and the number of samples are read.
     """
-    size, studies = _sizes(options.model, options.model_dtype, _studies(options))
+    size, studies = _sizes(options, options.studies)
     sources = studies.sources(options.reports, options.max_new_tokens)
     return train_cost(
         size.width,
@@ -74,20 +72,19 @@ def of_train(options: HarvestOptions, sae: dict[str, Any], trainer: dict[str, An
 
 
 def of_latents(
-    sae: Any, model: str, dtype: str, studies: Any, roles: Any, stored: bool, batch_size: int
+    options: StudyOptions, sae: Any, studies: int, roles: Any, stored: bool, batch_size: int
 ) -> Cost:
     """Cost of `latents`.
 
     Args:
+        options: The model and its studies.
         sae: The SAE, with its hook point.
-        model: Name of the model.
-        dtype: Dtype of the model's weights.
-        studies: The studies.
+        studies: Number of phantom studies.
         roles: Which tokens are read.
         stored: Whether rows come from a store.
         batch_size: Studies per forward.
     """
-    size, counted = _sizes(model, dtype, studies)
+    size, counted = _sizes(options, studies)
     hook = str(sae.cfg.metadata.hook_name)
     return latents_cost(
         size,
@@ -101,20 +98,19 @@ def of_latents(
 
 
 def of_steer(
-    sae: Any, model: str, dtype: str, studies: Any, steered: int, strengths: int, max_new_tokens: int
+    options: StudyOptions, sae: Any, studies: int, steered: int, strengths: int, max_new_tokens: int
 ) -> Cost:
     """Cost of `steer`: two halves, every strength on the first, the best of each method on the second.
 
     Args:
+        options: The model and its studies.
         sae: The SAE, with its hook point.
-        model: Name of the model.
-        dtype: Dtype of the model's weights.
-        studies: The studies.
+        studies: Number of studies to read.
         steered: Studies of each half.
         strengths: Strengths of the sweep.
         max_new_tokens: Length of a report.
     """
-    size, counted = _sizes(model, dtype, studies)
+    size, counted = _sizes(options, studies, all_studies=False)
     return steer_cost(
         size,
         counted,
@@ -126,27 +122,11 @@ def of_steer(
     )
 
 
-def named_studies(
-    model: str, table: Path | None, root: Path | None, split: str | None, n: int, seed: int
-) -> Any:
-    """The studies of a table, or phantom studies of the model's image size."""
-    if table is not None:
-        return read_studies(table, root, split)
-    return phantom_studies(n, seed, size=load_processor(model).recipe.crop)
-
-
-def _studies(options: HarvestOptions) -> Any:
-    return named_studies(
-        options.model, options.table, options.root, options.split, options.studies, options.study_seed
-    )
-
-
-def _sizes(model: str, dtype: str, studies: Any) -> tuple[ModelSize, StudySizes]:
-    config, processor = load_config(model), load_processor(model)
-    kind = str(dtype_of(model)) if dtype == "auto" else dtype
-    return ModelSize(config, 4 if kind.endswith("float32") else 2), StudySizes.count(
-        processor, config, studies
-    )
+def _sizes(options: StudyOptions, studies: int, all_studies: bool = True) -> tuple[ModelSize, StudySizes]:
+    config, processor = load_config(options.model), load_processor(options.model)
+    read = options.all_studies if all_studies else options.first_studies
+    weight_bytes = 4 if options.model_source()["dtype"] == "float32" else 2
+    return ModelSize(config, weight_bytes), StudySizes.count(processor, config, read(studies, processor))
 
 
 def _layers(size: ModelSize, hooks: list[str]) -> int:

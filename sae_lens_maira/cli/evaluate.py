@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_lens_maira.cli.options import StudyOptions
 from sae_lens_maira.cli.parser import works_in
-from sae_lens_maira.interface import ModelDtype, load_sae, load_sae_weights, named_model
+from sae_lens_maira.interface import load_sae, load_sae_weights
 
 if TYPE_CHECKING:
     from sae_lens_maira.activations import RowReader
@@ -18,15 +19,10 @@ if TYPE_CHECKING:
 
 def evaluate(
     sae: str,
-    model: str = "phantom",
+    options: StudyOptions,
     studies: int = 100,
-    study_seed: int = 10_000,
-    table: Path | None = None,
-    root: Path | None = None,
-    split: str | None = None,
     hook: str | None = None,
     batch_size: int = 8,
-    device: str = "auto",
     workers: int = 1,
     as_json: bool = False,
 ) -> None:
@@ -35,36 +31,19 @@ def evaluate(
     Example: sae-lens-maira evaluate --sae quickstart_out/sae_text --studies 100
 
     Args:
-        sae: folder of the SAE, or a release.
-        model: the model it was trained on: "phantom", a folder or a hub id.
-        studies: phantom studies to read, or the first so many of a table.
-        study_seed: of the phantom studies; the phantom itself was trained on 0.
-        table: Parquet or CSV with one study per row, see studies import.
-        root: folder that the table's relative image paths are below; the table's own if not given.
-        split: read only the table's studies of this split, for example test.
-        hook: hook point, if the SAE does not name its own.
-        batch_size: studies per forward pass while rows are read; 1 or 2 at MAIRA-2's size on a small GPU.
-        device: auto, cpu, cuda, ...; the SAE goes to the same one.
-        workers: threads that read and encode images ahead of the model.
-        as_json: print JSON instead of text.
+        sae: Folder of the SAE, or a release.
+        options: The model that the SAE was trained on, and the studies.
+        studies: Number of phantom studies, or of studies from the start of the table.
+        hook: Hook point, if the SAE does not name its own.
+        batch_size: Studies per forward pass while rows are read; 1 or 2 at MAIRA-2's size on a small GPU.
+        workers: Threads that read and encode images ahead of the model.
+        as_json: Print JSON instead of text.
     """
-    from sae_lens_maira.errors import StudyError
     from sae_lens_maira.evaluation import evaluate as run
-    from sae_lens_maira.interface import load_sae, named_model
-    from sae_lens_maira.phantom import generate_studies
-    from sae_lens_maira.studies import read_table
 
-    dictionary = load_sae(sae, hook_name=hook, device=device)
-    maira = named_model(model, device=device)
-    if table is None:
-        chosen = generate_studies(studies, seed=study_seed, size=maira.processor.recipe.crop)
-    else:
-        opened = read_table(table, root)
-        chosen = list((opened if split is None else opened.where(split=split)).studies[:studies])
-        if not chosen:
-            raise StudyError(
-                f"{table} has no study in the split {split}; `studies show` counts studies by split."
-            )
+    dictionary = load_sae(sae, hook_name=hook, device=options.device)
+    maira = options.load_model()
+    chosen = options.first_studies(studies, maira.processor)
     tables = run(maira, dictionary, chosen, batch_size=batch_size, workers=workers)
     if as_json:
         rows, splice = (frame.to_dict("records") for frame in (tables.rows, tables.splice))
@@ -76,56 +55,38 @@ def evaluate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
+class ReadOptions(StudyOptions):
     """Which rows are read.
 
     Attributes:
-        model: "phantom", a folder or a hub id.
-        studies: phantom studies to read, or the first so many of a table.
-        study_seed: of the phantom studies; the phantom itself was trained on 0.
-        table: Parquet or CSV with one study per row, see studies import.
-        root: folder that the table's relative image paths are below; the table's own if not given.
-        split: read only the table's studies of this split, for example test.
-        roles: tokens to read: content, image_only, text_only, paper, all, or a list of roles.
-        image_rate: share of image patches to read.
-        model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
-        batch_size: studies per forward pass.
-        seed: random seed of the sample of patches and of the references.
-        device: auto, cpu, cuda, ...
+        studies: Number of phantom studies, or of studies from the start of the table.
+        roles: Tokens to read: content, image_only, text_only, paper, all, or a list of roles.
+        image_rate: Share of image patches to read.
+        batch_size: Studies per forward pass.
+        seed: Random seed of the sample of patches and of the references.
     """
 
-    model: str = "phantom"
     studies: int = 100
-    study_seed: int = 10_000
-    table: Path | None = None
-    root: Path | None = None
-    split: str | None = None
     roles: str | list[str] = "content"
     image_rate: float = 0.25
-    model_dtype: ModelDtype = "auto"
     batch_size: int = 8
     seed: int = 0
-    device: str = "auto"
 
     def reader(self, hook_names: list[str] | None) -> "tuple[RowReader, int]":
         """A reader of the rows and the number of studies; None reads the output of every block."""
         from sae_lens_maira.activations import RowReader, RowSettings
         from sae_lens_maira.errors import StudyError
-        from sae_lens_maira.interface import phantom_studies, read_studies
 
         if not 0 < self.image_rate <= 1 or self.studies < 2:
             raise StudyError(
                 f"--studies was {self.studies} and --image-rate {self.image_rate:g}; give two or more studies and a "
                 "share above 0 and at most 1."
             )
-        maira = named_model(self.model, dtype=self.model_dtype, device=self.device, hooks=hook_names)
+        maira = self.load_model(hook_names)
         if hook_names is None:
             n = maira.model.config.get_text_config().num_hidden_layers
             hook_names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(n))]
-        if self.table is None:
-            chosen: Any = phantom_studies(self.studies, self.study_seed, size=maira.processor.recipe.crop)
-        else:
-            chosen = read_studies(self.table, self.root, self.split)[: self.studies]
+        chosen = self.first_studies(self.studies, maira.processor)
         settings = RowSettings(
             roles=self.roles, batch_size=self.batch_size, seed=self.seed, rates=self._rates()
         )

@@ -7,21 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae_lens_maira.cli.options import StudyOptions, numbers
 from sae_lens_maira.distributed import TIMEOUT_S, distributed
-from sae_lens_maira.interface import (
-    ModelDtype,
-    device_of,
-    label,
-    load_sae,
-    named_model,
-    output_head,
-    phantom_studies,
-    read_studies,
-)
+from sae_lens_maira.interface import label, load_sae, output_head, phantom_studies
 
 if TYPE_CHECKING:
     from sae_lens_maira.activations import ActivationStore
@@ -35,11 +26,8 @@ PHANTOM_STUDIES = 200
 def latents(
     sae: str,
     out: Path,
-    model: str = "phantom",
+    options: StudyOptions,
     studies: int | None = None,
-    table: Path | None = None,
-    root: Path | None = None,
-    split: str | None = None,
     store: Path | None = None,
     hook: str | None = None,
     roles: str | list[str] | None = None,
@@ -55,10 +43,7 @@ def latents(
     studies_per_block: int | None = None,
     batch_size: int = 8,
     workers: int = 2,
-    study_seed: int = 10_000,
     seed: int | None = None,
-    model_dtype: ModelDtype = "auto",
-    device: str = "auto",
     rank: int | None = None,
     world: int | None = None,
     rank_timeout: float = TIMEOUT_S,
@@ -75,11 +60,9 @@ def latents(
     Args:
         sae: folder of the SAE, a release, phantom-image or phantom-text.
         out: folder of the record set; made if missing.
-        model: the model it was trained on: "phantom", a folder or a hub id.
+        options: The model that the SAE was trained on, and the studies. Findings are the table's truth, or rule labels
+            of the reports where it has none.
         studies: phantom studies to read, unless a table is given; 200, or as many as the store holds.
-        table: Parquet or CSV with one study per row; findings are its truth, or rule labels of the reports without one.
-        root: folder that the table's image paths are relative to; the table's own if not given.
-        split: read only the table's studies of this split, for example train.
         store: activations that `harvest` wrote of the same studies, instead of running the model twice. If not given,
             the store that the SAE was trained on, where it holds exactly the studies that were asked for.
         hook: hook point, if the SAE does not name its own.
@@ -97,44 +80,38 @@ def latents(
         studies_per_block: studies in memory at once when the model reads them; 32 for the phantom, else 16.
         batch_size: studies per forward.
         workers: threads that decode and encode images ahead of the model.
-        study_seed: of the phantom studies; the phantom itself was trained on 0.
-        seed: of every other draw; the study seed if not given.
-        model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
-        device: auto, cpu, cuda, ...
+        seed: random seed of all sampling; the study seed if not given.
         rank: number of this process, instead of torchrun's or SLURM's; needs --world.
         world: number of processes that share the work.
         rank_timeout: seconds without a sign of life after which a rank counts as dead.
         estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print counts as JSON instead of a table.
     """
-    from sae_lens_maira.cli.options import numbers
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
     from sae_lens_maira.latents.source import ModelSource
     from sae_lens_maira.maira2 import DEFAULT_ROLES
     from sae_lens_maira.phantom import FINDING_KEYS
     from sae_lens_maira.sae import control_kind
 
-    seed, wanted = study_seed if seed is None else seed, numbers(latents, "--latents")
-    place = device_of(device)
-    dictionary: Any = load_sae(sae, hook_name=hook, device=place)
+    seed, wanted = options.study_seed if seed is None else seed, numbers(latents, "--latents")
+    dictionary: Any = load_sae(sae, hook_name=hook, device=options.device)
     hook_name = str(dictionary.cfg.metadata.hook_name)
-    request = _Request(model, studies, study_seed, table, root, split, model_dtype, place)
+    table = options.table
     kept = roles if roles is not None else dictionary.cfg.metadata.get("token_roles")
     if estimate:
-        from sae_lens_maira.cli.estimate import named_studies, of_latents, write_estimate
+        from sae_lens_maira.cli.estimate import of_latents, write_estimate
 
-        chosen = named_studies(model, table, root, split, studies or PHANTOM_STUDIES, study_seed)
         stored = (store or _store_of(dictionary, Path(sae))) is not None
         wanted_roles = DEFAULT_ROLES if kept is None else kept
-        cost = of_latents(dictionary, model, model_dtype, chosen, wanted_roles, stored, batch_size)
+        cost = of_latents(options, dictionary, studies or PHANTOM_STUDIES, wanted_roles, stored, batch_size)
         return write_estimate(cost, as_json)
     reader: Maira2 | OutputHead
     blocks: ActivationSource
-    opened = _stored(request, dictionary, Path(sae), store, hook_name, kept)
+    opened = _stored(options, studies, dictionary, Path(sae), store, hook_name, kept)
     if opened is None:
-        reader = named_model(model, dtype=model_dtype, device=place, hooks=[hook_name])
-        chosen = request.studies(reader)
-        per_unit = studies_per_block or (32 if model == "phantom" else 16)
+        reader = options.load_model([hook_name])
+        chosen = options.all_studies(studies or PHANTOM_STUDIES, reader.processor)
+        per_unit = studies_per_block or (32 if options.model == "phantom" else 16)
         wanted_roles = DEFAULT_ROLES if kept is None else kept
         blocks = ModelSource(reader, chosen, hook_name, wanted_roles, per_unit, batch_size, workers)
     else:
@@ -144,7 +121,7 @@ def latents(
     else:
         dictionary = _stand_in(control, dictionary, blocks, seed)
     config = CollectConfig(
-        model=label(model),
+        model=label(options.model),
         sae=label(sae),
         control=control,
         latents=wanted,
@@ -173,28 +150,14 @@ def latents(
     sys.stdout.write(f"{len(records)} latents ({words}) of {records.meta.studies} studies in {out}\n")
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The model and the studies that were asked for."""
-
-    model: str
-    number: int | None
-    seed: int
-    table: Path | None
-    root: Path | None
-    split: str | None
-    dtype: ModelDtype
-    device: str
-
-    def studies(self, reader: "Maira2 | OutputHead", default: int = PHANTOM_STUDIES) -> "Sequence[Study]":
-        """The studies, drawn at the processor's size if they are the phantom's."""
-        if self.table is not None:
-            return read_studies(self.table, self.root, self.split)
-        return phantom_studies(self.number or default, self.seed, size=reader.processor.recipe.crop)
-
-
 def _stored(
-    request: _Request, dictionary: Any, sae: Path, store: Path | None, hook_name: str, roles: Any
+    options: StudyOptions,
+    number: int | None,
+    dictionary: Any,
+    sae: Path,
+    store: Path | None,
+    hook_name: str,
+    roles: Any,
 ) -> "tuple[OutputHead, Sequence[Study], StoreSource] | None":
     """Output head, studies and rows of a store; None where the model has to read the studies.
 
@@ -210,11 +173,11 @@ def _stored(
         return None
     try:
         blocks = StoreSource(folder, hook_name, roles)
-        _check_studies(request, folder, blocks.study_ids, exactly=store is None)
-        _check_model(request, blocks.store)
-        head = output_head(request.model, dtype=request.dtype, device=request.device)
-        chosen = _studies_of_store(request, head, blocks.study_ids)
-        if request.table is not None:
+        _check_studies(options, number, folder, blocks.study_ids, exactly=store is None)
+        _check_model(options, blocks.store)
+        head = output_head(options.model, dtype=options.model_dtype, device=options.device)
+        chosen = _studies_of_store(options, head, blocks.study_ids)
+        if options.table is not None:
             check_inputs(blocks.store, chosen, blocks.store.committed())
     except (ConfigError, RecordError, StoreError) as error:
         if store is not None:
@@ -233,24 +196,26 @@ def _store_of(dictionary: Any, sae: Path) -> Path | None:
     return folder if folder is not None and (folder / "store.json").is_file() else None
 
 
-def _check_studies(request: _Request, store: Path, ids: list[str], exactly: bool) -> None:
+def _check_studies(
+    options: StudyOptions, number: int | None, store: Path, ids: list[str], exactly: bool
+) -> None:
     """Raise ConfigError unless the studies of a store are among those that were asked for, or exactly those."""
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.studies import read_table
 
-    if request.table is None:
-        number, first = request.number or len(ids), phantom_studies(1, request.seed)[0].study_id
+    if options.table is None:
+        number, first = number or len(ids), phantom_studies(1, options.study_seed)[0].study_id
         if number != len(ids) or first != ids[0]:
             raise ConfigError(
-                f"{store} does not hold {number} phantom studies of seed {request.seed}; it holds {len(ids)}, the "
-                f"first is {ids[0]}. Give the --study-seed and --studies, or the --table, that `harvest` had."
+                f"{store} does not hold {number} phantom studies of seed {options.study_seed}; it holds {len(ids)}, "
+                f"the first is {ids[0]}. Give the --study-seed and --studies, or the --table, that `harvest` had."
             )
         return
-    opened = read_table(request.table, request.root)
-    table = opened if request.split is None else opened.where(split=request.split)
+    opened = read_table(options.table, options.root)
+    table = opened if options.split is None else opened.where(split=options.split)
     there = set(table.frame["study_id"])
     lacking = [study_id for study_id in ids if study_id not in there]
-    where = f"{request.table}{'' if request.split is None else f' (split {request.split})'}"
+    where = f"{options.table}{'' if options.split is None else f' (split {options.split})'}"
     if lacking:
         raise ConfigError(
             f"{where} lacks {len(lacking)} of the {len(ids)} studies of {store}, the first is {lacking[0]}; give the "
@@ -263,10 +228,9 @@ def _check_studies(request: _Request, store: Path, ids: list[str], exactly: bool
         )
 
 
-def _check_model(request: _Request, store: "ActivationStore") -> None:
+def _check_model(options: StudyOptions, store: "ActivationStore") -> None:
     """Raise StoreError where a store was harvested with another checkpoint or dtype than the model that is named."""
     from sae_lens_maira.activations.store_spec import other_model
-    from sae_lens_maira.cli.options import model_source
     from sae_lens_maira.errors import StoreError
 
     if not store.spec.source:
@@ -274,20 +238,20 @@ def _check_model(request: _Request, store: "ActivationStore") -> None:
             f"{store.folder} does not record which checkpoint it was made with, so that is not compared.\n"
         )
         return
-    if differ := other_model(store.spec.source, model_source(request.model, request.dtype)):
+    if differ := other_model(store.spec.source, options.model_source()):
         raise StoreError(
             f"{store.folder} was harvested with another model: {'; '.join(differ)}. Give the --model and "
             "--model-dtype of its harvest, or another --store."
         )
 
 
-def _studies_of_store(request: _Request, reader: "OutputHead", ids: list[str]) -> "Sequence[Study]":
+def _studies_of_store(options: StudyOptions, reader: "OutputHead", ids: list[str]) -> "Sequence[Study]":
     """The studies of a store, in its order."""
     from sae_lens_maira.studies import StudyTable, read_table
 
-    if request.table is None:
-        return request.studies(reader, len(ids))
-    opened = read_table(request.table, request.root)
+    if options.table is None:
+        return options.first_studies(len(ids), reader.processor)
+    opened = read_table(options.table, options.root)
     at = {study_id: row for row, study_id in enumerate(opened.frame["study_id"])}
     frame = opened.frame.iloc[[at[study_id] for study_id in ids]]
     return StudyTable.from_frame(frame, opened.root).studies

@@ -4,6 +4,7 @@ A command takes a dataclass as a parameter `options`; on the command line and in
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sae_lens_maira.distributed import TIMEOUT_S, Ranks, distributed
 from sae_lens_maira.errors import ConfigError
-from sae_lens_maira.interface import ModelDtype, device_of, label, named_model, read_studies
+from sae_lens_maira.interface import ModelDtype, chosen_studies, label, named_model, read_studies
 
 if TYPE_CHECKING:
     from sae_lens_maira.activations import ActivationStore, RowSettings
+    from sae_lens_maira.maira2 import Maira2, Maira2Processor
+    from sae_lens_maira.studies import Study
 
 MOST = 10_000_000
 """Numbers that one option may list; no SAE has as many latents."""
@@ -58,18 +61,59 @@ LAYOUT = ("batch_size", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarvestOptions:
+class StudyOptions:
+    """A model and the studies that it reads.
+
+    Attributes:
+        model: "phantom", a folder or a hub id.
+        table: Parquet or CSV with one study per row, see studies import; phantom studies if not given.
+        root: Folder that the table's relative image paths start from; the table's own if not given.
+        split: Read only the table's studies of this split, for example test.
+        study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
+        model_dtype: Precision of the model's weights; auto is float32 for the phantom and bfloat16 for others.
+        device: auto, cpu, cuda, ...
+    """
+
+    model: str = "phantom"
+    table: Path | None = None
+    root: Path | None = None
+    split: str | None = None
+    study_seed: int = 10_000
+    model_dtype: ModelDtype = "auto"
+    device: str = "auto"
+
+    def load_model(self, hooks: list[str] | None = None) -> "Maira2":
+        """The model; of decoder layers only those up to `hooks`, if given."""
+        return named_model(self.model, dtype=self.model_dtype, device=self.device, hooks=hooks)
+
+    def first_studies(self, n: int, processor: "Maira2Processor") -> "Sequence[Study]":
+        """The first `n` studies of the table, or `n` phantom studies of the processor's image size."""
+        return chosen_studies(n, self.study_seed, processor.recipe.crop, self.table, self.root, self.split)
+
+    def all_studies(self, n: int, processor: "Maira2Processor") -> "Sequence[Study]":
+        """All studies of the table, or `n` phantom studies of the processor's image size."""
+        if self.table is not None:
+            return read_studies(self.table, self.root, self.split)
+        return self.first_studies(n, processor)
+
+    def model_source(self) -> dict[str, str]:
+        """Name and fingerprint of the checkpoint and the precision that it is loaded in, as `StoreSpec.source` has."""
+        from sae_lens_maira.maira2.loading import checkpoint_fingerprint, dtype_of
+
+        automatic = str(dtype_of(self.model)).removeprefix("torch.")
+        kind = automatic if self.model_dtype == "auto" else self.model_dtype
+        return {"model": label(self.model), "checkpoint": checkpoint_fingerprint(self.model), "dtype": kind}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestOptions(StudyOptions):
     """Which model reads which studies, and which of their rows are kept.
 
     Attributes:
         hooks: a hook point such as blocks.15.hook_resid_post, or several in brackets; all of them in one pass.
         store: folder of the store; train needs none with --direct true.
-        model: "phantom", a folder or a hub id.
         studies: phantom studies to read, unless a table is given.
-        study_seed: of the phantom studies; the phantom itself was trained on 0.
-        table: Parquet or CSV with one study a row, see studies import.
-        root: folder that the table's relative image paths are below; the table's own if not given.
-        split: read only the table's studies of this split, for example train.
+        study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
         roles: tokens to keep: content (sections, report and image patches), paper, paper_last_image, text_only,
             image_only, generated_only, all, or a list of roles.
         rates: share to keep by role, for example "{image: 0.05}".
@@ -80,11 +124,9 @@ class HarvestOptions:
         shard_bytes: size of a shard in bytes, estimated; a process holds two of them in memory.
         batch_size: studies per forward pass.
         dtype: of the stored rows.
-        model_dtype: of the model's weights; auto is float32 for the phantom and bfloat16 for others.
         max_norm: drop rows with a larger norm.
         max_norm_ratio: drop rows whose norm exceeds this multiple of the median norm of their study and modality.
         seed: of every draw but the phantom studies: the sample of rows, in train the shuffle and the initial weights.
-        device: auto, cpu, cuda, ...
         workers: threads that read and encode images ahead of the model.
         rank: number of this process, instead of torchrun's or SLURM's; needs --world.
         world: number of processes that share the work.
@@ -93,12 +135,8 @@ class HarvestOptions:
 
     hooks: list[str] | str
     store: Path | None = None
-    model: str = "phantom"
     studies: int = 2000
     study_seed: int = 0
-    table: Path | None = None
-    root: Path | None = None
-    split: str | None = None
     roles: str | list[str] = "content"
     rates: dict[str, float] | None = None
     reports: Literal["teacher", "generated", "both", "prompt"] = "teacher"
@@ -108,11 +146,9 @@ class HarvestOptions:
     shard_bytes: float = 1e9
     batch_size: int = 8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    model_dtype: ModelDtype = "auto"
     max_norm: float | None = None
     max_norm_ratio: float | None = None
     seed: int = 0
-    device: str = "auto"
     workers: int = 2
     rank: int | None = None
     world: int | None = None
@@ -136,9 +172,7 @@ class HarvestOptions:
 
     def source(self) -> dict[str, str]:
         """Which checkpoint is read, in which dtype, and where studies come from, for a store's description."""
-        return model_source(self.model, self.model_dtype) | {
-            "studies": "phantom" if self.table is None else "table"
-        }
+        return self.model_source() | {"studies": "phantom" if self.table is None else "table"}
 
     def check_store(self, store: "ActivationStore", inputs: bool = True) -> list[str]:
         """Compare a complete store with what the options ask for, without loading the model.
@@ -211,32 +245,12 @@ class HarvestOptions:
             notes.append(f"The store's rows are {spec.dtype}; --dtype {self.dtype} has no effect on them.")
         return notes
 
-    def load(self) -> tuple[Any, Any, str]:
-        """Model, studies and device that the options name.
+    def load(self) -> "tuple[Maira2, Sequence[Study]]":
+        """Model and studies that the options name.
 
         Raises:
             StudyError, CheckpointError: the table or the model cannot be read.
         """
-        from sae_lens_maira.phantom import generate_studies
-
-        device = device_of(self.device)
         # A forward over given text ends at the last hook point; writing reports takes the whole model.
-        hooks = self.hook_names if self.reports in ("teacher", "prompt") else None
-        maira = named_model(self.model, dtype=self.model_dtype, device=device, hooks=hooks)
-        if self.table is None:
-            side = maira.processor.recipe.crop
-            return maira, generate_studies(self.studies, seed=self.study_seed, size=side), device
-        return maira, read_studies(self.table, self.root, self.split), device
-
-
-def model_source(model: str, dtype: ModelDtype) -> dict[str, str]:
-    """Name and fingerprint of a checkpoint and the dtype that it is loaded in, as `StoreSpec.source` records them.
-
-    Args:
-        model: "phantom", a folder or a hub id.
-        dtype: Of the weights; "auto" is float32 for the phantom and bfloat16 for others.
-    """
-    from sae_lens_maira.maira2.loading import checkpoint_fingerprint, dtype_of
-
-    kind = str(dtype_of(model)).removeprefix("torch.") if dtype == "auto" else dtype
-    return {"model": label(model), "checkpoint": checkpoint_fingerprint(model), "dtype": kind}
+        maira = self.load_model(self.hook_names if self.reports in ("teacher", "prompt") else None)
+        return maira, self.all_studies(self.studies, maira.processor)

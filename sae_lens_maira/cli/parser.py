@@ -4,7 +4,8 @@ jsonargparse reads types, defaults and `--config` files. This module adds hyphen
 files (underscores are accepted too), numbers where a config file gives one for a text option (`latents: 1`), help of
 one fixed width, and one-line errors that name the command and suggest the closest option.
 
-A parameter `options`, annotated with a dataclass, contributes one option per field (see `options.py`). A recipe is a
+A parameter `options`, annotated with a dataclass, contributes one option per field (see `options.py`); the parameter's
+default, an instance, holds the defaults of this command. A recipe is a
 script with a YAML file of the same name, whose options are the fields of one dataclass; it ends by calling
 `run_recipe`.
 """
@@ -18,7 +19,7 @@ import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -95,18 +96,20 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
         prog=f"sae-lens-maira {name}", description=about, formatter_class=_Formatter, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_function_arguments(function, as_group=False, skip={"as_json", "options"})
+    parser.add_texts(function)
+    parameters = inspect.signature(function).parameters
     shared = _shared_options(function)
     if shared is not None:
         parser.add_class_arguments(shared, as_group=False)
-    parser.add_function_arguments(function, as_group=False, skip={"as_json", "options"})
-    parser.add_texts(function)
-    if shared is not None:
         parser.add_texts(shared)
+        if is_dataclass(given := parameters["options"].default):
+            parser.set_defaults({f.name: getattr(given, f.name) for f in fields(given)})
     parser.reader, ignored = _ignored(function)
     for name in ignored:
         parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
         parser.ignored.add(name)
-    if "as_json" in inspect.signature(function).parameters:
+    if "as_json" in parameters:
         parser.add_argument("--json", action="store_true", help="print JSON instead of text.")
     return parser
 

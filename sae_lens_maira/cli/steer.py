@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae_lens_maira.cli.options import StudyOptions
 from sae_lens_maira.cli.parser import works_in
-from sae_lens_maira.interface import ModelDtype
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,12 +26,8 @@ def steer(
     sae: str,
     finding: str | None = None,
     out: Path = Path("steer_out"),
-    model: str = "phantom",
+    options: StudyOptions = StudyOptions(study_seed=20_000),
     studies: int = 600,
-    study_seed: int = 20_000,
-    table: Path | None = None,
-    root: Path | None = None,
-    split: str | None = None,
     hook: str | None = None,
     records: Path | None = None,
     intervention: Path | None = None,
@@ -44,8 +40,6 @@ def steer(
     remove: bool = False,
     max_new_tokens: int = 76,
     seed: int = 0,
-    model_dtype: ModelDtype = "auto",
-    device: str = "auto",
     allow_credentialed: bool = False,
     estimate: bool = False,
     as_json: bool = False,
@@ -62,12 +56,8 @@ def steer(
         finding: finding to put into reports, or to take out of them.
         out: folder of the page (index.html), the Parquet tables, the figure, intervention.json and errors.csv (false
             findings, omissions, wrong sides, places and changes, before and after); made if missing.
-        model: the model that the SAE belongs to: "phantom", a folder or a hub id.
-        studies: phantom studies to read, or the first so many of a table.
-        study_seed: random seed of the phantom studies; the phantom itself was trained on 0.
-        table: Parquet or CSV with one study per row, see studies import; findings are its truth, or rule labels.
-        root: folder that the table's relative image paths are below; the table's own if not given.
-        split: read only the table's studies of this split, for example test.
+        options: The model that the SAE belongs to, and the studies. Findings are the table's truth, or rule labels.
+        studies: Number of phantom studies, or of studies from the start of the table.
         hook: hook point, if the SAE does not name its own.
         records: latent records of the SAE; latents, p99 and maps come from them, and no activations are read.
         intervention: saved interventions to apply instead of choosing latents.
@@ -82,14 +72,12 @@ def steer(
         remove: take the finding out of reports that have it.
         max_new_tokens: maximum length of a report; 300 for reports of MAIRA-2.
         seed: random seed of halves and controls.
-        model_dtype: dtype of the model's weights; auto is float32 for the phantom and bfloat16 for others.
-        device: auto, cpu, cuda, ...
         allow_credentialed: show images and text of credentialed studies on the page.
         estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print the summary as JSON instead of a table.
     """
     from sae_lens_maira.errors import ConfigError, InterventionError
-    from sae_lens_maira.interface import finding_reader, load_sae, named_model, phantom_studies, read_studies
+    from sae_lens_maira.interface import finding_reader, load_sae
     from sae_lens_maira.io import atomic_write, csv_of
     from sae_lens_maira.privacy import mark_folder, private_files, strictest
     from sae_lens_maira.steering import load_interventions, save_interventions
@@ -107,19 +95,15 @@ def steer(
             f"--controls {controls} were given with --{'records' if records else 'intervention'}; controls "
             "choose latents from activations. Leave out one of the two."
         )
-    dictionary = load_sae(sae, hook_name=hook, records=records, device=device)
+    dictionary = load_sae(sae, hook_name=hook, records=records, device=options.device)
     if estimate:
-        from sae_lens_maira.cli.estimate import named_studies, of_steer, write_estimate
+        from sae_lens_maira.cli.estimate import of_steer, write_estimate
 
-        asked = named_studies(model, table, root, split, studies, study_seed)[:studies]
-        cost = of_steer(dictionary, model, model_dtype, asked, steered, len(strengths), max_new_tokens)
+        cost = of_steer(options, dictionary, studies, steered, len(strengths), max_new_tokens)
         return write_estimate(cost, as_json)
-    maira = named_model(model, dtype=model_dtype, device=device)
+    maira = options.load_model()
     hook_name = str(dictionary.cfg.metadata.hook_name)
-    if table is None:
-        chosen: Any = phantom_studies(studies, study_seed, size=maira.processor.recipe.crop)
-    else:
-        chosen = read_studies(table, root, split)[:studies]
+    chosen = options.first_studies(studies, maira.processor)
     read = finding_reader(chosen, reader)
     if finding is None:
         raise ConfigError(f"No --finding was given; reports are read for {', '.join(read.names)}.")
@@ -175,11 +159,11 @@ def steer(
             out / "intervention.json", method.make(strength), dictionary, hook_name, units, note
         )
     about = (
-        f"Model {Path(model).name}, {hook_name}; findings by {cohort.source}, reports read by {read.source}."
+        f"Model {Path(options.model).name}, {hook_name}; findings by {cohort.source}, reports read by {read.source}."
         + (f" {cohort.left_out} studies left out: their reports cannot be read." if cohort.left_out else "")
     )
-    options = PageOptions(credentialed=allow_credentialed, about=about)
-    write_page(out, finding, steered_studies, options)
+    shown_page = PageOptions(credentialed=allow_credentialed, about=about)
+    write_page(out, finding, steered_studies, shown_page)
     shown = ["method", "strength", "n", "on_target", "off_target", "kl", "perplexity", "repetition", "length"]
     if as_json:
         sys.stdout.write(f"{tables.summary.to_json(orient='records')}\n")

@@ -65,7 +65,7 @@ def harvest_store(options: HarvestOptions, ranks: Ranks) -> Any:
 
     if options.store is None:
         raise ConfigError("No store was named; say where rows are kept with --store FOLDER.")
-    maira, studies, _ = options.load()
+    maira, studies = options.load()
     run(
         maira,
         studies,

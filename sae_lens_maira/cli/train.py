@@ -305,7 +305,7 @@ def _direct(
             f"--direct true works in one process, and this is rank {ranks.rank} of {ranks.size}. Harvest to a store "
             "with all ranks and train on it (leave --direct out and give --store FOLDER)."
         )
-    maira, studies, _ = options.load()
+    maira, studies = options.load()
     given = {"seed": options.seed, "device": place, "workers": options.workers} | settings
     rows = options.row_settings()
     with _said_once("The settings of the provider"):

@@ -24,9 +24,7 @@ from sae_lens_maira.sae.controls import UntrainedControl
 from sae_lens_maira.sae.evaluation import beside_label, level_reconstructions
 from sae_lens_maira.sae.inference import load_matryoshka
 from sae_lens_maira.sae.levels import level_widths_of
-from sae_lens_maira.stats import loss_recovered
-
-IGNORED_LABEL = -100
+from sae_lens_maira.stats import IGNORED_LABEL, loss_recovered
 
 
 @dataclass(frozen=True)
