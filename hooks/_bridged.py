@@ -31,10 +31,9 @@ _ENCODE = ("task", "phrase", "report")
 class BridgedMaira2(SAETransformerBridge):
     """A TransformerBridge over MAIRA-2, made by `to_bridge`.
 
-    Everything of TransformerLens' and SAELens' bridges works with images: call it, `run_with_cache`,
-    `run_with_hooks`, `hooks`, `generate`, `add_sae`, `run_with_saes`. Inputs may be studies or encodings.
-    Two limits are TransformerLens': an edit at `hook_resid_mid` reaches the MLP but not the residual stream
-    (in `HookedMaira2` it reaches both), and attention is always eager.
+    Everything of TransformerLens' and SAELens' bridges works with images; inputs may be studies or encodings. Two limits
+    are TransformerLens': an edit at `hook_resid_mid` reaches the MLP but not the residual stream (in `HookedMaira2` it
+    reaches both), and attention is always eager.
     """
 
     points: PointTable
@@ -139,30 +138,20 @@ class BridgedMaira2(SAETransformerBridge):
         points change.
         """
         if self._hooks_by_name is None:
-            self._hooks_by_name = self._list_hooks()
+            inside = super().hook_dict
+            covered = {name for name in self._hook_registry if name not in inside}
+            aliased: dict[str, Any] = TransformerBridge.hook_dict.fget(self)  # pyright: ignore[reportOptionalCall]
+            kept = (
+                name
+                for name, point in aliased.items()
+                if isinstance(point, HookPoint) and name not in covered
+            )
+            for name, point in list(inside.items()):
+                site, dot, inner = name.partition(".hook_sae_")
+                if dot:
+                    inside[self.points.aliases.get(site, site) + dot + inner] = point
+            self._hooks_by_name = {**{name: aliased[name] for name in kept}, **inside}
         return self._hooks_by_name
-
-    def _list_hooks(self) -> dict[str, HookPoint]:
-        inside = super().hook_dict
-        covered = {name for name in self._hook_registry if name not in inside}
-        base = {name: point for name, point in self._aliased().items() if name not in covered}
-        for name, point in list(inside.items()):
-            site, dot, inner = name.partition(".hook_sae_")
-            if dot:
-                inside |= {alias + dot + inner: point for alias in self._names_of(site)}
-        return {**base, **inside}
-
-    def _aliased(self) -> dict[str, HookPoint]:
-        return {
-            name: point
-            for name, point in TransformerBridge.hook_dict.fget(self).items()  # pyright: ignore[reportOptionalCall]
-            if isinstance(point, HookPoint)
-        }
-
-    def _names_of(self, site: str) -> list[str]:
-        """Canonical names of the point that the bridge calls `site`."""
-        canonical = self.points.aliases.get(site)
-        return [canonical] if canonical is not None and canonical != site else []
 
     def resolve(self, name: str) -> str:
         """The name under which `hook_dict` knows a point, from any accepted name.
@@ -258,8 +247,7 @@ class BridgedMaira2(SAETransformerBridge):
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As TransformerBridge's, for studies, encodings and mappings too.
 
-        Positions are transformers' own (0, 1, 2, ... with padding counted) unless `position_ids` says
-        otherwise.
+        Positions are transformers' own (0, 1, 2, ... with padding counted) unless `position_ids` is given.
 
         Raises:
             HookError: an input of another kind, or a stop out of range.

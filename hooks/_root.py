@@ -2,9 +2,10 @@
 
 What TransformerLens does not promise is added here: aliases and module paths work wherever a name does, an
 unknown name is an error, a hook asked for by name that never fires is an error (hooks chosen by a function
-may stay silent), and `run_with_cache` holds just the named tensors. It knows nothing about inputs or SAEs.
+may stay silent), and `run_with_cache` holds just the named tensors.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
+from typing_extensions import Self
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks._attach import HookCalls, LivePoint, attach_points, never_fired
@@ -50,10 +52,21 @@ class HookedPoints(HookedRootModule):
         self._watched: set[str] = set()
         self._left: WeakSet[HookPoint] = WeakSet()
         """Points inside SAEs that were spliced in; `reset_hooks` reaches the hooks that were added there."""
+        self._lock = threading.RLock()
         self.setup()
 
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the model for this thread: runs and hooks of other threads wait until the block ends.
+
+        Every run and every `hooks` block does this by itself. Use it around several calls that belong together, or
+        around calls of `.model`, which is not locked.
+        """
+        with self._lock:
+            yield
+
     def setup(self) -> None:
-        """List the hook points anew; TransformerLens looks them up in `hook_dict` and `mod_dict`."""
+        """List the hook points again; TransformerLens looks them up in `hook_dict` and `mod_dict`."""
         self.hook_dict: dict[str, HookPoint] = dict(self.live)
         self.mod_dict: dict[str, nn.Module] = dict(self.hook_dict)
 
@@ -125,8 +138,8 @@ class HookedPoints(HookedRootModule):
         bwd_hooks: Hooks = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator["HookedPoints"]:
-        """Hooks for the length of a `with` block; none remains after it, whatever is raised inside.
+    ) -> Iterator[Self]:
+        """Hooks for the length of a `with` block; other threads wait for its end, and none remains after it.
 
         Args:
             fwd_hooks: pairs of a hook point (or a function that chooses among all) and
@@ -139,12 +152,13 @@ class HookedPoints(HookedRootModule):
             HookError: an unknown name; or, at the end of a block that raised nothing, a hook asked for by
                 name that never fired.
         """
-        calls = HookCalls(self.points)
-        forward = self._named(fwd_hooks, calls, "forward")
-        backward = self._named(bwd_hooks, calls, "backward")
-        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
-            yield self
-        calls.require(backward=reset_hooks_end)
+        with self.exclusive():
+            calls = HookCalls(self.points)
+            forward = self._named(fwd_hooks, calls, "forward")
+            backward = self._named(bwd_hooks, calls, "backward")
+            with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
+                yield self
+            calls.require(backward=reset_hooks_end)
 
     def run_with_hooks(
         self,

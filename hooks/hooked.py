@@ -3,11 +3,10 @@
 `HookedMaira2` wraps the transformers model and runs it as it is, so its logits are the wrapped model's, bit
 for bit; hooks listen through `attach.py`. It works with TransformerLens 2.17 and 3.9, beside nnsight on the
 same model, and as `override_model` of SAELens' runners. It takes a study, a list of studies, an encoding or
-tensors. It knows nothing about training or steering.
+tensors.
 """
 
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from sae_lens_maira.hooks._cache import GeneratedValues
 from sae_lens_maira.hooks._inputs import ModelInputs, gather_inputs
 from sae_lens_maira.hooks._lens import LensMixin
 from sae_lens_maira.hooks._positions import Bypass, Positions
-from sae_lens_maira.hooks._root import Filter, Hooks
+from sae_lens_maira.hooks._root import Filter
 from sae_lens_maira.hooks._splice import SplicingPoints
 from sae_lens_maira.maira2 import (
     MAX_NEW_TOKENS,
@@ -106,7 +105,6 @@ class HookedMaira2(LensMixin, SplicingPoints):
         )
         self._positions = Positions()
         self._reported_length = False
-        self._lock = threading.RLock()
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path = "microsoft/maira-2", **kwargs: Any) -> "HookedMaira2":
@@ -364,39 +362,6 @@ class HookedMaira2(LensMixin, SplicingPoints):
             )
         new = getattr(output, "sequences", output)[:, inputs.tensors["input_ids"].shape[1] :]
         return [self.processor.decode_report(row) for row in new]
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the model for this thread: runs and hooks of other threads wait until the block ends.
-
-        Every run and every `hooks` block does this by itself. Use it around several calls that belong together, or
-        around calls of `.model`, which knows no threads.
-        """
-        with self._lock:
-            yield
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator["HookedMaira2"]:
-        """Hooks for the length of a `with` block, as in TransformerLens; other threads wait for its end.
-
-        Args:
-            fwd_hooks: pairs of a hook point (or a function that chooses among all) and
-                `hook(value, hook=point)`, which returns a replacement or None.
-            bwd_hooks: the same for gradients.
-            reset_hooks_end: whether the hooks are removed at the end.
-            clear_contexts: whether the points' `ctx` is cleared with them.
-
-        Raises:
-            HookError: an unknown name; or, at the end of a block that raised nothing, a hook that never fired.
-        """
-        with self.exclusive(), super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            yield self
 
     @contextmanager
     def _running(self, inputs: ModelInputs) -> Iterator[None]:

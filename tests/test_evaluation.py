@@ -66,7 +66,7 @@ def test_refusals(phantom, studies, perfect):
 
 
 def test_the_command_reads_a_table(perfect, tmp_path, capsys):
-    """`evaluate --table --split`: the studies of that split alone; a split without studies is the user's to mend."""
+    """`evaluate --table --split`: the studies of that split alone; a split without studies is an error."""
     sae, table = tmp_path / "sae", tmp_path / "studies.parquet"
     perfect.save_model(sae)
     words = ["--source", "phantom", "--studies", "3", "--split", "test", "--out", str(table)]
@@ -76,7 +76,7 @@ def test_the_command_reads_a_table(perfect, tmp_path, capsys):
     assert main([*words, "test", "--studies", "2"]) == 0
     assert f"at {HOOK}, 2 studies" in capsys.readouterr().out
     assert main([*words, "train"]) == 2
-    assert "no study in the split train" in capsys.readouterr().err
+    assert "none of them in the split train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
