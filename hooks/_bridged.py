@@ -31,7 +31,7 @@ _ENCODE = ("task", "phrase", "report")
 class BridgedMaira2(SAETransformerBridge):
     """A TransformerBridge over MAIRA-2, made by `to_bridge`.
 
-    Everything of TransformerLens' and SAELens' bridges works with images; inputs may be studies or encodings. Two limits
+    All of TransformerLens' and SAELens' bridges works with images; inputs may be studies or encodings. Two limits
     are TransformerLens': an edit at `hook_resid_mid` reaches the MLP but not the residual stream (in `HookedMaira2` it
     reaches both), and attention is always eager.
     """

@@ -131,7 +131,7 @@ def steer(
         methods = _recorded(records, dictionary, finding, n_latents, strengths, seed, remove)
     else:
         names = [name.strip() for name in (controls or "untrained").split(",") if name.strip()]
-        others = _control_saes(names, dictionary, hook_name, device)
+        others = _control_saes(names, dictionary, hook_name, options.device)
         methods, units = _collected(
             maira, dictionary, others, cohort, finding, n_latents, strengths, seed, remove
         )
