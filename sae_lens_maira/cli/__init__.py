@@ -36,7 +36,7 @@ from sae_lens_maira.errors import MairaError
 from sae_lens_maira.io import NO_ROOM
 
 PROGRAM = "sae-lens-maira"
-# What a path or a disk can be guilty of, and no code of ours.
+# Errors that a path or a disk causes, not this package.
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, *NO_ROOM}
 INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports for any other program
 
@@ -91,16 +91,16 @@ def build_parser(name: str) -> ArgumentParser:
     """The parser of a command.
 
     Args:
-        name: a key of `COMMANDS`, such as "latents" or "interpret run".
+        name: A key of `COMMANDS`, such as "latents" or "interpret run".
     """
     return command_parser(name, COMMANDS[name])
 
 
 def help_of(name: str) -> str:
-    """What `sae-lens-maira NAME --help` prints.
+    """The text that `sae-lens-maira NAME --help` prints.
 
     Args:
-        name: a key of `COMMANDS`.
+        name: A key of `COMMANDS`.
     """
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the words after the program's name; those of the process if not given.
+        arguments: Command-line arguments; those of the process if not given.
 
     Returns:
         0, or another exit code of this module's docstring.
@@ -167,7 +167,7 @@ def _run(name: str, options: Any) -> int:
             raise
         place = f" at {error.filename}" if error.filename is not None else ""
         sys.stderr.write(
-            f"{PROGRAM} {name}: {error.strerror}{place}. Give another path, or make room or rights there.\n"
+            f"{PROGRAM} {name}: {error.strerror}{place}. Give another path, or free space or grant access there.\n"
         )
         return 2
     except RecursionError as error:
@@ -215,7 +215,7 @@ def _no_command(words: list[str]) -> int:
     guess = f"Did you mean {close[0]}? " if close else ""
     known = ", ".join(members or [*COMMANDS, "bench step"])
     alone = members and not words[1:]
-    seen = f"{typed!r} alone is no command" if alone else f"there is no command {typed!r}"
+    seen = f"{typed!r} alone is not a command" if alone else f"there is no command {typed!r}"
     sys.stderr.write(f"{PROGRAM}: {seen}. {'' if alone else guess}Commands are {known}.\n")
     return 2
 
@@ -224,7 +224,7 @@ def _bench(words: list[str]) -> int:
     """Benchmarks have parsers of their own: they also run as scripts, where jsonargparse is not wanted."""
     if words[:1] != ["step"]:
         typed = " ".join(words) or "nothing"
-        sys.stderr.write(f"{PROGRAM} bench: {typed} is no benchmark; try bench step --help.\n")
+        sys.stderr.write(f"{PROGRAM} bench: {typed} is not a benchmark; try bench step --help.\n")
         return 2
     from sae_lens_maira.training.benchmark import main as step
 

@@ -1,4 +1,4 @@
-"""The command `attribute`: which latents at which places made the model write each sentence of a report."""
+"""The command `attribute`: attribute each sentence of a report to latents and places."""
 
 import json
 import sys

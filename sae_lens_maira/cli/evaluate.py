@@ -122,7 +122,7 @@ def match(
     Args:
         sae: folder of the SAE whose latents are looked for, or a release.
         other: folder of the SAE that is searched, or a release.
-        options: which rows are read.
+        options: The model, its studies and the rows to read.
         hook: hook point of --sae, if the SAE does not name its own.
         other_hook: hook point of --other, if the SAE does not name its own.
         out: folder for pairs.csv, summary.json and scores.png; made if missing.
@@ -158,13 +158,13 @@ def locate(
 
     The SAE's own metadata are not used. The margin to the next best hook point has an interval over studies; where it
     includes 0, the place is not decided. A layer number of unknown counting ("layer 15" as blocks.15 or as
-    hidden_states[15]) is told apart in this way.
+    hidden_states[15]) is resolved in this way.
 
     Example: sae-lens-maira locate --sae phantom-text --studies 20
 
     Args:
         sae: folder of the SAE, or a release.
-        options: which rows are read.
+        options: The model, its studies and the rows to read.
         hooks: hook points to compare; the input of the first block and the output of every block if not given.
         out: CSV file for the table.
         as_json: print JSON instead of a table.

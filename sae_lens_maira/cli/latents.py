@@ -69,7 +69,7 @@ def latents(
         roles: tokens to read: content, image_only, paper, paper_last_image, text_only, generated_only, all, or a list
             of roles; if not given, those that the SAE was trained on, else content.
         control: record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
-            with the same sparsity; untrained_whitened beside untrained for an SAE trained on whitened rows. A frozen
+            with the same sparsity; untrained_whitened in addition for an SAE trained on whitened rows. A frozen
             control is trained (`train --control`): pass its folder as --sae.
         latents: numbers and ranges such as "0-49,77" to write records of; all if not given.
         top: contexts of largest activation to keep per latent.
@@ -79,11 +79,11 @@ def latents(
         image_side: largest side of a copied image in pixels.
         studies_per_block: studies in memory at once when the model reads them; 32 for the phantom, else 16.
         batch_size: studies per forward.
-        workers: threads that decode and encode images ahead of the model.
+        workers: Threads that decode and encode images before the model needs them.
         seed: random seed of all sampling; the study seed if not given.
         rank: number of this process, instead of torchrun's or SLURM's; needs --world.
         world: number of processes that share the work.
-        rank_timeout: seconds without a sign of life after which a rank counts as dead.
+        rank_timeout: Seconds without a heartbeat after which a rank counts as dead.
         estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: print counts as JSON instead of a table.
     """
@@ -162,7 +162,7 @@ def _stored(
     """Output head, studies and rows of a store; None where the model has to read the studies.
 
     A store that was named must fit. The one that the SAE was trained on is used if it holds exactly the studies that
-    were asked for; which of the two was decided goes to stderr.
+    were asked for; the decision is printed to stderr.
     """
     from sae_lens_maira.activations.harvest import check_inputs
     from sae_lens_maira.errors import ConfigError, RecordError, StoreError

@@ -27,8 +27,8 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     """The numbers of a list such as "0-49,77", each once; None for None.
 
     Args:
-        text: the list.
-        option: name of the option, for the error.
+        text: The list.
+        option: Name of the option, for the error.
 
     Raises:
         ConfigError: the text is not such a list, or a range ends before it begins.
@@ -123,14 +123,14 @@ class HarvestOptions(StudyOptions):
         shard_studies: studies per shard, which is what a kill can lose; as many as fit --shard-bytes if not given.
         shard_bytes: size of a shard in bytes, estimated; a process holds two of them in memory.
         batch_size: studies per forward pass.
-        dtype: of the stored rows.
+        dtype: Precision of the stored rows.
         max_norm: drop rows with a larger norm.
         max_norm_ratio: drop rows whose norm exceeds this multiple of the median norm of their study and modality.
-        seed: of every draw but the phantom studies: the sample of rows, in train the shuffle and the initial weights.
-        workers: threads that read and encode images ahead of the model.
-        rank: number of this process, instead of torchrun's or SLURM's; needs --world.
+        seed: Random seed of the sampled rows, and in train of the shuffle and the initial weights.
+        workers: Threads that read and encode images before the model needs them.
+        rank: Number of this process, instead of torchrun's or SLURM's; needs --world.
         world: number of processes that share the work.
-        rank_timeout: seconds without a sign of life after which a rank counts as dead.
+        rank_timeout: Seconds without a heartbeat after which a rank counts as dead.
     """
 
     hooks: list[str] | str
@@ -186,7 +186,7 @@ class HarvestOptions(StudyOptions):
             Sentences about differences that do not matter for training on the store.
 
         Raises:
-            StoreError: The store holds something else; the message says what differs.
+            StoreError: The store holds something else; the message names what differs.
         """
         from sae_lens_maira.activations.harvest import check_inputs
         from sae_lens_maira.activations.store_spec import differences, other_model, other_studies

@@ -1,4 +1,4 @@
-"""The commands `quickstart` and `measure-phantom`: what can be had without any data."""
+"""The commands `quickstart` and `measure-phantom`: commands that need no data."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def quickstart(
         layer: decoder layer whose output is read at image patches, and steered, 0 to 7.
         text_layer: decoder layer whose output is read at report tokens, 0 to 7.
         finding: finding to steer into reports that do not have it.
-        seed: of everything that is drawn, the phantom studies too.
+        seed: Random seed of the phantom studies and of all sampling.
         model: only "phantom": the quickstart needs findings that are known.
         as_json: print the main figures as JSON instead of the report's path.
     """
@@ -62,7 +62,7 @@ def measure_phantom(
 
     Args:
         studies: held-out studies.
-        study_seed: of the studies; the phantom itself was trained on 0.
+        study_seed: Random seed of the studies; the phantom itself was trained on 0.
         model: "phantom" for the shipped one, or the folder of another phantom.
         device: auto, cpu, cuda, ...
         as_json: print JSON instead of text.

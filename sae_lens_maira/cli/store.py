@@ -64,7 +64,7 @@ def harvest_store(options: HarvestOptions, ranks: Ranks) -> Any:
     from sae_lens_maira.errors import ConfigError
 
     if options.store is None:
-        raise ConfigError("No store was named; say where rows are kept with --store FOLDER.")
+        raise ConfigError("No store was named; give the folder of the rows with --store FOLDER.")
     maira, studies = options.load()
     run(
         maira,
@@ -85,7 +85,7 @@ def harvest_store(options: HarvestOptions, ranks: Ranks) -> Any:
 
 
 def show(store: Path, as_json: bool = False) -> None:
-    """Say what a store holds: hook points, rows by role, size, settings, and how far its harvest is.
+    """Show what a store holds: hook points, rows by role, size, settings, and how far its harvest is.
 
     Example: sae-lens-maira store show --store runs/phantom_store
 
@@ -141,7 +141,7 @@ def validate(store: Path, as_json: bool = False) -> None:
         facts = {"store": str(store), "shards": len(opened.rows), "of": opened.spec.n_shards, "whole": True}
         sys.stdout.write(json.dumps(facts) + "\n")
         return
-    sys.stdout.write(f"{store}: {len(opened.rows)} of {opened.spec.n_shards} shards, all whole\n")
+    sys.stdout.write(f"{store}: {len(opened.rows)} of {opened.spec.n_shards} shards, all complete\n")
 
 
 @works_in("out")
@@ -156,7 +156,7 @@ def export(
         store: folder of the store.
         out: new folder; float32, so about twice the size of a bfloat16 store.
         hook: hook point; the store's first if not given.
-        context_size: rows a data set row; SAELens must be told the same.
+        context_size: Activation rows per row of the data set; give SAELens the same number.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.activations import ActivationStore, export_cached
@@ -197,8 +197,8 @@ def bring(
         cached: folder that SAELens' CacheActivationsRunner or store export wrote.
         store: folder of the new store.
         hook: column to read, if there are several.
-        role: of every token, where the data set does not say.
-        dtype: of the stored rows; the exported store's own, else float32.
+        role: Role of every token, where the data set has none.
+        dtype: Precision of the stored rows; the exported store's own, else float32.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.activations import import_cached

@@ -1,7 +1,7 @@
 """The commands `studies import` and `studies validate`: a data set into one Parquet table, and what is wrong with it.
 
-`studies.readers`, `studies.validate` and the phantom do the work; this module says which options belong to which source
-and prints what was read, what was left out and why.
+`studies.readers`, `studies.validate` and the phantom do the work. This module lists the options of each source and
+prints what was read, what was left out and why.
 """
 
 import json
@@ -207,7 +207,7 @@ def validate_studies(
     out: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Look for what is wrong with a table: images, ids, splits, text, priors; every issue with its rows from 0.
+    """Check a table: images, ids, splits, text, priors; every issue with its rows from 0.
 
     Example: sae-lens-maira studies validate --table mimic.parquet --root mimic-cxr-jpg
 
@@ -215,7 +215,7 @@ def validate_studies(
 
     Args:
         table: Parquet or CSV.
-        root: folder that relative image paths are below; the table's own if not given.
+        root: Folder that relative image paths start from; the table's own if not given.
         images: decode reads every image as the model would, open reads headers, exist asks the file system, none.
         most: issues printed; all are counted.
         workers: threads that look at images.
@@ -251,14 +251,14 @@ def validate_studies(
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(out, csv_of(pd.DataFrame(rows, columns=["severity", "kind", "rows", "detail"])))
     if as_json:
-        told = {"studies": report.studies, "images": report.images, "counts": counts, "issues": rows[:most]}
-        sys.stdout.write(json.dumps(told) + "\n")
+        answer = {"studies": report.studies, "images": report.images, "counts": counts, "issues": rows[:most]}
+        sys.stdout.write(json.dumps(answer) + "\n")
     else:
         sys.stdout.writelines(f"{issue}\n" for issue in report.issues[:most])
         found = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "no issue"
         sys.stdout.write(f"{table}: {report.studies:,} studies, {report.images:,} images: {found}\n")
     if report.exit_code:
         raise StudyError(
-            f"{table} has {len(report.errors)} errors that later steps would stumble over or be wrong by. Mend or "
+            f"{table} has {len(report.errors)} errors that would stop later steps or falsify them. Fix or "
             f"leave out the rows named above{'' if out is None else f' and in {out}'}, then validate again."
         )

@@ -1,7 +1,7 @@
 """The command `studies show`: what a table holds, one study of it, and a figure of its images.
 
-Prevalence of observations comes from `rule_labels` of a sample of reports, with Wilson's interval; it says what reports
-mention by our rules, and nothing about patients. Texts and images are shown on this machine only.
+Prevalence of observations comes from `rule_labels` of a sample of reports, with Wilson's interval. It counts what
+reports mention by these rules, not what patients have. Texts and images are shown on this machine only.
 """
 
 import json
@@ -23,22 +23,22 @@ def show(
     study: str | None = None,
     figure: Path | None = None,
     labels: int = 2000,
-    films: int = 12,
+    shown: int = 12,
     seed: int = 0,
     as_json: bool = False,
 ) -> None:
-    """Say what a table of studies holds: splits, views, licences, sections, priors, and what its reports mention.
+    """Show what a table of studies holds: splits, views, licences, sections, priors, and what its reports mention.
 
     Example: sae-lens-maira studies show --table studies.parquet --figure studies.png
 
     Args:
         table: Parquet or CSV.
-        root: folder that relative image paths are below; the table's own if not given.
+        root: Folder that relative image paths start from; the table's own if not given.
         study: id of one study to show instead, with its text and rule labels.
         figure: PNG to draw: the images of the study, or the frontal images of a sample.
         labels: reports whose rule labels are counted, drawn at random; 0 for none.
-        films: images in the figure of a sample.
-        seed: of the samples.
+        shown: Images in the figure of a sample.
+        seed: Random seed of the samples.
         as_json: print JSON instead of text.
     """
     from sae_lens_maira.cli.studies import open_table
@@ -46,10 +46,10 @@ def show(
 
     opened = open_table(table, root)
     if study is None:
-        told = opened.counts() | {"rule_labels": prevalence(opened, labels, seed)}
-        sys.stdout.write(json.dumps(told) + "\n" if as_json else _overview(told, table))
+        facts = opened.counts() | {"rule_labels": prevalence(opened, labels, seed)}
+        sys.stdout.write(json.dumps(facts) + "\n" if as_json else _overview(facts, table))
         if figure is not None:
-            draw_films(_sample(opened, films, seed), figure)
+            draw_frontals(_sample(opened, shown, seed), figure)
         return
     found = opened.where(study_id=study)
     if not len(found):
@@ -71,9 +71,9 @@ def prevalence(table: "StudyTable", n: int, seed: int) -> dict[str, Any]:
     """Observations in a sample of reports.
 
     Args:
-        table: the table.
-        n: reports to draw; all if there are fewer.
-        seed: of the draw.
+        table: The table.
+        n: Reports to sample; all if there are fewer.
+        seed: Random seed of the sample.
 
     Returns:
         {"n": reports read, observation: {"present", "uncertain", "absent": counts, "low", "high": 95 % Wilson interval
@@ -94,12 +94,12 @@ def prevalence(table: "StudyTable", n: int, seed: int) -> dict[str, Any]:
             counts[name][label.status.value] += 1
     unknown = counts["no_finding"]["unknown"]  # not English, or without a statement: in no rate
     read = len(drawn) - unknown
-    told: dict[str, Any] = {"n": read, "unknown": unknown}
+    facts: dict[str, Any] = {"n": read, "unknown": unknown}
     if read:
         for name, count in counts.items():
             low, high = wilson(count["present"], read)
-            told[name] = count | {"low": low, "high": high}
-    return told
+            facts[name] = count | {"low": low, "high": high}
+    return facts
 
 
 def _labels(report: str) -> dict[str, dict[str, str]]:
@@ -111,15 +111,17 @@ def _labels(report: str) -> dict[str, dict[str, str]]:
     }
 
 
-def _overview(told: dict[str, Any], table: Path) -> str:
-    lines = [f"{table}: {told['studies']:,} studies of {told['patients']:,} patients"]
+def _overview(facts: dict[str, Any], table: Path) -> str:
+    lines = [f"{table}: {facts['studies']:,} studies of {facts['patients']:,} patients"]
     filled = [
-        name for name, value in told.items() if isinstance(value, int) and name not in ("studies", "patients")
+        name
+        for name, value in facts.items()
+        if isinstance(value, int) and name not in ("studies", "patients")
     ]
-    lines += [f"  with {name:14} {told[name]:9,}" for name in filled]
+    lines += [f"  with {name:14} {facts[name]:9,}" for name in filled]
     for name in ("split", "view", "licence"):
-        lines.append(f"  {name}: " + ", ".join(f"{key} {count:,}" for key, count in told[name].items()))
-    labels = told["rule_labels"]
+        lines.append(f"  {name}: " + ", ".join(f"{key} {count:,}" for key, count in facts[name].items()))
+    labels = facts["rule_labels"]
     if labels["n"]:
         lines.append(f"rule labels of {labels['n']:,} reports (present with 95 % Wilson interval):")
         lines.append(f"  {'observation':26} {'present':>8} {'uncertain':>9} {'absent':>7}  share present")
@@ -150,7 +152,7 @@ def _sample(table: "StudyTable", n: int, seed: int) -> "list[Study]":
     return [studies[int(row)] for row in np.sort(np.random.default_rng(seed).permutation(rows)[:n])]
 
 
-def draw_films(studies: "Sequence[Study]", file: Path) -> None:
+def draw_frontals(studies: "Sequence[Study]", file: Path) -> None:
     """Frontal images side by side, each under its id and the observations its report states as present.
 
     Raises:
@@ -174,12 +176,12 @@ def draw_films(studies: "Sequence[Study]", file: Path) -> None:
         axis.axis("off")
     for axis, study in zip(axes.flat, studies, strict=False):
         stated = ", ".join(sorted(present_observations([study.report or ""])[0])).replace("_", " ")
-        _film(axis, study.frontal, f"{study.study_id}\n{textwrap.fill(stated, 34)}")
+        _draw_image(axis, study.frontal, f"{study.study_id}\n{textwrap.fill(stated, 34)}")
     _save(canvas, file)
 
 
 def draw_study(study: "Study", file: Path) -> None:
-    """All images of one study beside its text. Raises StudyError without an image, ImageError for a bad one."""
+    """Draw all images of one study next to its text. Raises StudyError without an image, ImageError for a bad one."""
     from matplotlib.figure import Figure
 
     from sae_lens_maira.errors import StudyError
@@ -193,11 +195,11 @@ def draw_study(study: "Study", file: Path) -> None:
     axes = canvas.subplots(1, len(images) + 1, squeeze=False, width_ratios=ratios)[0]
     for axis, (name, image) in zip(axes, images.items(), strict=False):
         axis.axis("off")
-        _film(axis, image, name)
+        _draw_image(axis, image, name)
     axes[-1].axis("off")
     sections = ("indication", "technique", "comparison", "report")
-    told = [f"{name.upper()}: {text}" for name in sections if (text := getattr(study, name))]
-    text = "\n\n".join(textwrap.fill(part, 58) for part in told)
+    facts = [f"{name.upper()}: {text}" for name in sections if (text := getattr(study, name))]
+    text = "\n\n".join(textwrap.fill(part, 58) for part in facts)
     text = text.replace("$", r"\$")  # no mathematics
     axes[-1].text(
         0, 1, f"{study.study_id} ({study.licence.value})\n\n{text}", va="top", fontsize=8, wrap=False
@@ -205,7 +207,7 @@ def draw_study(study: "Study", file: Path) -> None:
     _save(canvas, file)
 
 
-def _film(axis: Any, image: Any, title: str) -> None:
+def _draw_image(axis: Any, image: Any, title: str) -> None:
     from sae_lens_maira.maira2.images import read_grey, stretch_contrast
 
     axis.imshow(stretch_contrast(read_grey(image)), cmap="gray", vmin=0, vmax=255)

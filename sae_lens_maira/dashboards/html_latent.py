@@ -2,7 +2,7 @@
 
     numbers     three significant digits
     roles       run-length encoded, [role, count]
-    heat        one character per patch, scaled to the map's own maximum; with patch numbers where few patches fire
+    heat        activation maps, one character per patch, scaled to the map's maximum; patch numbers where few fire
     images      the centre crop that the model saw, in grey, one PNG per study and view
 
 A latent's data never exceed their limit: contexts that do not fit are dropped from the end of the longest list, and
@@ -154,7 +154,7 @@ def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
             f"A context refers to study {context.study!r}, which studies.jsonl does not list; the files belong to "
             "different record sets. Write the records again."
         )
-    heat = []
+    maps = []
     for one in context.maps:
         top = max(one.values, default=0.0)
         plain: dict[str, Any] = {"view": one.view, "rows": one.rows, "cols": one.cols, "max": rounded(top)}
@@ -165,7 +165,7 @@ def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
             for patch, value in zip(one.patches, one.values, strict=True):
                 full[patch] = value
             plain["dense"] = levels(full, top)
-        heat.append(plain)
+        maps.append(plain)
     return {
         "study": context.study,
         "value": rounded(context.value),
@@ -177,7 +177,7 @@ def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
         "values": [
             rounded(value) if value else value if value is None else 0 for value in context.activations
         ],
-        "heat": heat,
+        "heat": maps,
     }
 
 

@@ -164,8 +164,8 @@ def _cleaned(tokens: tuple[str, ...]) -> tuple[str, ...]:
 def _flatten(context: Context, latent: int, window: Window) -> tuple[list[str], list[float], int]:
     tokens, values, hit = [f"⟦study {clean(context.study)}⟧"], [0.0], 0
     for view, patches in enumerate(_patches(context, window.patches)):
-        heat = context.maps[view]
-        names = _names(heat.view, heat.rows, heat.cols)
+        grid = context.maps[view]
+        names = _names(grid.view, grid.rows, grid.cols)
         if (chosen := _hit(context, view)) in patches:
             hit = len(tokens) + list(patches).index(chosen)
         tokens += [names[patch] for patch in patches]
@@ -191,15 +191,15 @@ def _names(view: str, rows: int, cols: int) -> tuple[str, ...]:
 
 def _hit(context: Context, view: int) -> int:
     """The patch of a view that the context was chosen for; -1 if it was chosen for something else."""
-    heat = context.maps[view]
-    if context.patch is None or context.patch[0] != heat.view:
+    grid = context.maps[view]
+    if context.patch is None or context.patch[0] != grid.view:
         return -1
-    return context.patch[1] * heat.cols + context.patch[2]
+    return context.patch[1] * grid.cols + context.patch[2]
 
 
 def _patches(context: Context, limit: int) -> list[dict[int, float]]:
     """The strongest patches per view, in reading order, with their values; the chosen patch is always included."""
-    views = [dict(zip(heat.patches, heat.values, strict=True)) for heat in context.maps]
+    views = [dict(zip(grid.patches, grid.values, strict=True)) for grid in context.maps]
     if sum(map(len, views)) > limit:
         hits = [_hit(context, view) for view in range(len(views))]
         ranked = sorted(

@@ -225,7 +225,7 @@ def _interpretations(records: RecordSet, explainer: str) -> dict[int, Interpreta
 
 
 def _exact(key: str, named: frozenset[str]) -> bool:
-    """Whether only this finding is named; both sides of it count as one where it says no side."""
+    """Whether only this finding is named; both sides of it count as one where its key has no side."""
     return key in named and len({name_and_side(other)[0] for other in named}) == 1
 
 

@@ -66,7 +66,7 @@ class Example:
 
     Attributes:
         context: context of the latent in the study.
-        study: the study.
+        study: Study of the context.
         active: whether the latent is active in it.
         interval: index of the record's activation interval of this context, 0 the highest; -1 where silent.
         max: the latent's largest activation in the record set, the unit of the 0-10 scale.

@@ -337,8 +337,8 @@ class Judge:
             if not isinstance(result, Problem) or not result.retry:
                 break
             if wait is not None and wait > self.server.timeout:
-                told = f"{result.words}; the server asks to wait {wait:.0f} s, --timeout is {self.server.timeout:g} s"
-                result = Problem("stopped", told)
+                words = f"{result.words}; the server asks to wait {wait:.0f} s, --timeout is {self.server.timeout:g} s"
+                result = Problem("stopped", words)
                 break
             if retries >= self._retries(result):
                 break

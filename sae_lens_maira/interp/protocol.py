@@ -142,8 +142,8 @@ class Dialect:
             inside = {"name": form.__name__, "schema": schema, "strict": True}
             request["response_format"] = {"type": "json_schema", "json_schema": inside}
         else:
-            told = f"Answer with one JSON object of this schema and nothing else: {json.dumps(schema)}"
-            request["messages"] = with_text(messages, told)
+            order = f"Answer with one JSON object of this schema and nothing else: {json.dumps(schema)}"
+            request["messages"] = with_text(messages, order)
             if self.format == "json_object":
                 request["response_format"] = {"type": "json_object"}
         if self.temperature:

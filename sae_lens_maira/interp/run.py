@@ -251,11 +251,11 @@ async def _interpret(records: RecordSet, judge: Judge, plan: Plan) -> list[Inter
             return TOO_RARE
         return await explain(judge, task, keys, plan, records.folder, licences)
 
-    told = await _in_order(tasks.latents, first, at_once)
-    explained = dict(zip(tasks.latents, told, strict=True))
-    if explained and all(one is TOO_RARE for one in told):
+    firsts = await _in_order(tasks.latents, first, at_once)
+    explained = dict(zip(tasks.latents, firsts, strict=True))
+    if explained and all(one is TOO_RARE for one in firsts):
         raise RecordError(
-            f"None of the {len(told)} latents has {plan.least} active studies and a silent one in both halves of the "
+            f"None of the {len(firsts)} latents has {plan.least} active studies and a silent one in both halves of the "
             "patients, so none can be explained. Write records of more studies, or of more contexts per latent."
         )
     controls = pick_controls({n: e.text for n, e in explained.items()}, keys, plan.seed)
@@ -355,7 +355,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, in a thread of its own where this thread already runs an event loop.
 
     Args:
-        work: the coroutine.
+        work: Coroutine to run.
     """
     try:
         asyncio.get_running_loop()

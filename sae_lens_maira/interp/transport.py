@@ -264,8 +264,8 @@ class _Body:
         self._raw += len(piece)
         if self.problem is None:
             try:
-                room = MOST_BYTES + 1 - len(self.content)
-                self.content += piece if self._inflate is None else self._inflate.decompress(piece, room)
+                left = MOST_BYTES + 1 - len(self.content)
+                self.content += piece if self._inflate is None else self._inflate.decompress(piece, left)
             except zlib.error:
                 self.problem = Problem("no completion", "the compressed body is damaged")
         if max(len(self.content), self._raw) > MOST_BYTES:

@@ -1,4 +1,4 @@
-"""What latents are: where they fire and what they agree with."""
+"""Records of latents: where they fire, what they agree with, and their file format."""
 
 from sae_lens_maira.latents.agreement import (
     Agreement,

@@ -34,7 +34,7 @@ def study_firing(
     """Find the studies in which each unit is active at least once.
 
     Args:
-        encode: of the dictionary.
+        encode: Encoder of the dictionary.
         rows: N rows of the wanted positions.
         n_studies: size of the sequence that `rows.study` counts in.
         chunk: rows encoded at once.
@@ -60,8 +60,8 @@ def study_firing(
 class MeanDifference:
     """One supervised direction per finding: mean of rows of positive studies minus mean of rows of negative ones.
 
-    It has seen the labels of the first half, and its threshold is tuned there for F1: it is the reference that
-    unsupervised units are held against, not their rival.
+    It uses the labels of the first half, and its threshold is tuned there for F1. It is a supervised reference for
+    unsupervised units.
     """
 
     def __init__(self, rows: ActivationRows, truth: np.ndarray, choose: np.ndarray) -> None:
@@ -117,7 +117,7 @@ class Halves:
 
 
 def split_by_patient(patients: Sequence[str], seed: int = 0) -> Halves:
-    """Deal patients to two halves, so that no patient is in both.
+    """Split patients into two halves, so that no patient is in both.
 
     Raises:
         StudyError: fewer than two patients.
@@ -138,10 +138,10 @@ class Agreement:
     """The best unit of one dictionary for each finding.
 
     Attributes:
-        name: of the dictionary ("Matryoshka SAE", "untrained SAE", ...).
+        name: Name of the dictionary ("Matryoshka SAE", "untrained SAE", ...).
         findings: (F,) names.
         unit: (F,) the unit chosen on the first half.
-        choose_f1: (F,) its F1 on that first half: it says which of several dictionaries to take, and is flattered.
+        choose_f1: (F,) its F1 on that first half, used to choose between dictionaries (optimistically biased).
         f1: (F,) its F1 on the second half.
         low, high: (F,) 95 % bootstrap interval of `f1` over the second half's studies.
         samples: (n_boot, F) bootstrap F1, the same resampled studies for every dictionary: differences are paired.
@@ -186,14 +186,14 @@ def best_units(
     """Choose each finding's unit on the first half and score it on the second.
 
     Args:
-        name: of the dictionary.
+        name: Name of the dictionary.
         fires: (n_studies, n_units) bool.
         truth: (n_studies, F) bool.
         findings: F names.
-        halves: the split.
+        halves: Split of the studies.
         unit: (F,) a unit given beforehand for each finding, where nothing is to be chosen.
         n_boot: bootstrap resamples of the second half's studies.
-        seed: of the resampling; equal seeds resample equal studies, which pairs the comparisons.
+        seed: Random seed of the bootstrap; equal seeds resample equal studies, which pairs the comparisons.
 
     Returns:
         The scores with intervals.

@@ -125,7 +125,7 @@ class Relations:
         """Neighbours of each of `latents`, in that order.
 
         Args:
-            latents: whose neighbours.
+            latents: Latents whose neighbours are wanted.
             n: at most so many of each relation, strongest first.
             least: smallest Jaccard index and cosine that count.
             refines: smallest share of a latent's rows at which the coarser one must fire.
@@ -247,7 +247,7 @@ class RecordBuilder:
         return occupied[: self._config.intervals].tolist()
 
     def _in_octave(self, latent: int, octave: int) -> list[int]:
-        """Sampled studies whose peak lies in the octave, largest first."""
+        """Sampled studies whose peak is in the octave, largest first."""
         place = latent * OCTAVES + octave
         items, values = self._s.octaves.item[place], self._s.octaves.value[place]
         order = np.lexsort((items, -values))
@@ -278,9 +278,9 @@ class RecordBuilder:
         """The record of one latent.
 
         Args:
-            latent: its number.
+            latent: Its number.
             contexts: study -> context, of all studies that `wanted` names.
-            neighbours: of the latent.
+            neighbours: Neighbours of the latent.
             tokens: (token, id, weight) raised and lowered.
         """
         s, rows = self._s, int(self._s.rows.sum())
@@ -354,7 +354,7 @@ class RecordBuilder:
         self, latent: int, octave: int, contexts: dict[int, Context], rows: int, largest: float
     ) -> Interval:
         low = 2.0 ** (LOWEST_OCTAVE + octave)
-        # The outermost octaves also hold what lies beyond them.
+        # The outermost octaves also hold what is beyond them.
         high = 2 * low if octave < OCTAVES - 1 else max(2 * low, largest * 1.001)
         return Interval(
             low=low if octave else 0.0,

@@ -7,8 +7,8 @@
 Activations of wanted latents are spooled to disk and then made into contexts. A study in which a latent never fires has
 no entry. Memory holds one block when writing and one shard of latents when reading.
 
-Credentialed studies never appear under their own id, and their images are not copied unless the caller says so. Public
-and synthetic ones keep their ids, so that records can be traced to them.
+Credentialed studies never appear under their own id, and their images are not copied unless the caller asks for
+it. Public and synthetic ones keep their ids, so that records can be traced to them.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ LabelledBox = tuple[str, float, float, float, float]
 def centre_crop(
     image: ImageSource, boxes: Sequence[LabelledBox], side: int
 ) -> tuple[Image.Image, tuple[LabelledBox, ...]]:
-    """The centre square of a film, which is what the model sees, and its boxes there.
+    """Crop the centre square of an image, which is what the model sees, and move its boxes.
 
     Args:
-        image: a whole film, or a crop made before (which stays as it is).
+        image: A whole image, or a crop made before (which stays as it is).
         boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of `image`.
-        side: largest side in pixels; smaller films are not enlarged.
+        side: largest side in pixels; smaller images are not enlarged.
 
     Returns:
         The grey square and the boxes in 0..1 of it; boxes outside are left out.
@@ -114,9 +114,9 @@ def save_images(study: Study, name: str, folder: Path, side: int) -> tuple[tuple
     """Save a study's images as grey PNGs of at most `side` pixels, cropped as the model sees them.
 
     Args:
-        study: with images.
-        name: its pseudonym.
-        folder: of the record set; the files go to `images/` in it.
+        study: Study with images.
+        name: Its pseudonym.
+        folder: Folder of the record set; the files go to `images/` in it.
         side: largest side in pixels.
 
     Returns:
@@ -159,7 +159,7 @@ class ActivationFiles:
                     file.write(entries[start:stop].tobytes())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by file name: what `cut` goes back to."""
+        """Bytes by file name: the argument of `cut`."""
         return {path.name: path.stat().st_size for path in self._folder.glob("activations-*")}
 
     def cut(self, sizes: dict[str, int]) -> None:
@@ -177,7 +177,7 @@ def read_activations(folders: Sequence[Path], latents: Sequence[int]) -> Iterato
     """`(latent, its entries)` for ascending `latents`, one shard of latents in memory at a time.
 
     Args:
-        folders: of the processes that wrote them; no study was written by two.
+        folders: Folders of the processes that wrote them; no study was written by two.
         latents: ascending.
     """
     current, entries, starts = -1, np.zeros(0, ENTRY), np.zeros(1, dtype=np.int64)

@@ -53,7 +53,7 @@ class Workdir:
         folder: Path of the folder.
         ranks: This process and the others.
         rank, world: Number of this process and of all.
-        salt: of the pseudonyms, the same in all processes and after a restart.
+        salt: Salt of the pseudonyms, the same in all processes and after a restart.
     """
 
     def __init__(self, out: Path, plan: dict[str, Any], ranks: Ranks, salt: str | None) -> None:
@@ -63,7 +63,7 @@ class Workdir:
             out: folder of the record set.
             plan: what decides the records, as JSON values.
             ranks: this process and the others.
-            salt: given, or drawn once by rank 0.
+            salt: Salt of the pseudonyms; drawn once by rank 0 if not given.
 
         Raises:
             ConfigError: the ranks have no address to meet at.
@@ -89,7 +89,7 @@ class Workdir:
         if differ:
             raise RecordError(
                 f"{self.folder} holds an unfinished collection whose {', '.join(differ)} differ from what was asked. "
-                "Use the same arguments and as many processes to continue it, or remove that folder to start anew."
+                "Use the same arguments and as many processes to continue it, or remove that folder to start again."
             )
 
     def counted(self, rank: int) -> Path:
@@ -97,11 +97,11 @@ class Workdir:
         return self.folder / f"counted-{rank}.pt"
 
     def contexts(self, rank: int) -> Path:
-        """Folder of a rank's hits and texts."""
+        """Folder of a rank's activations and texts."""
         return self.folder / f"contexts-{rank}"
 
     def finish(self, what: str) -> None:
-        """Say that this process is done with a part."""
+        """Mark a part as done by this process."""
         (self.folder / f"{what}-{self.rank}.done").touch()
 
     def finished(self, what: str) -> bool:
@@ -206,12 +206,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ContextReader:
-    """What turns rows into hits and texts.
+    """Settings that turn rows into activations and texts.
 
     Attributes:
-        studies: the sequence that rows count in.
-        sae: its latents.
-        processor: of the model, writes the texts.
+        studies: Studies that rows are numbered by.
+        sae: The SAE.
+        processor: Processor of the model, which tokenizes the texts.
         wanted: pairs of study and latent to keep.
         names: pseudonyms of studies.
         grid: rows and columns of patches.
@@ -276,7 +276,7 @@ def spool(
 
 @torch.no_grad()
 def _spool_block(rows: ActivationRows, reader: ContextReader, files: ActivationFiles, texts: Path) -> int:
-    """Hits and texts of a block of wanted studies; returns how many studies it held."""
+    """Activations and texts of a block of wanted studies; returns how many studies it held."""
     edges = np.r_[0, np.flatnonzero(np.diff(rows.study)) + 1, len(rows)]
     where = np.zeros(len(rows), dtype=np.int32)
     lines = []

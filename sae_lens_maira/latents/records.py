@@ -1,4 +1,4 @@
-"""Latent records: everything that interpretation, dashboards and steering need to know about a latent.
+"""Latent records: everything that interpretation, dashboards and steering read about a latent.
 
     record = numbers + contexts            context = (study, start, end, sparse activations)
 
@@ -150,7 +150,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Interval:
-    """Contexts whose activation lies in [low, high), and the fraction of all rows that lie there."""
+    """Contexts whose activation is in [low, high), and the fraction of all rows in it."""
 
     low: float
     high: float

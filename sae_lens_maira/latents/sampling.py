@@ -1,9 +1,9 @@
-"""Draws that depend on what is drawn and on the seed, never on the order or the blocks in which it comes.
+"""Order-independent random sampling.
 
     priority(seed, a, b) = 63 mixed bits of (seed, a, b);     a sample is what has the lowest priorities
 
-So a stream can be sampled in one pass, in any number of blocks, with the same result. `RowSample` keeps the active
-latents of a bounded number of rows. It knows nothing about studies or records.
+A sample depends on the items and the seed, never on their order, so a stream can be sampled in one pass and in any
+number of blocks with the same result. `RowSample` keeps the active latents of a bounded number of rows.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class LowestPriorities:
-    """For each of n keys, the `size` items of lowest priority, with a value beside each.
+    """For each of n keys, the `size` items of lowest priority, each with a value.
 
     One call of `offer` may name a key once.
 
@@ -58,7 +58,7 @@ class LowestPriorities:
         self._worst[keys] = self.priority[keys].max(1)
 
     def restore(self, priority: np.ndarray, item: np.ndarray, value: np.ndarray) -> None:
-        """Take what another one kept in its place."""
+        """Replace the contents by those of another sampler."""
         self.priority, self.item, self.value = priority, item, value
         if item.shape[1]:
             self._worst = priority.max(1)
@@ -117,8 +117,8 @@ class RowSample:
         """Offer n rows.
 
         Args:
-            a: (n,) first number that names a row.
-            b: (n,) second one.
+            a: (n,) first number of a row's name.
+            b: (n,) second number.
             row: (nnz,) rows of the active latents, ascending.
             latent: (nnz,) the active latents.
         """

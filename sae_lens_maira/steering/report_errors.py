@@ -26,7 +26,7 @@ def error_changes(
     Args:
         reports: method -> report per study.
         unsteered: report per study without steering.
-        studies: the studies.
+        studies: Studies of the reports, in their order.
         reader: reader of findings whose `statements` are counted.
         finding: the steered finding, which is left out with both of its sides; None counts all.
         seed: random seed of the bootstrap over studies.

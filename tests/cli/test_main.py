@@ -67,7 +67,7 @@ def test_the_command_line_starts_without_the_model_libraries():
         (["interpret", "run"], "interpret run: it needs --records."),
         (["quickstart", "--config", "/nowhere.yaml"], "quickstart: --config: File does not exist"),
         (["nothing"], "there is no command 'nothing'. Commands are quickstart"),
-        (["dashboards"], "'dashboards' alone is no command. Commands are dashboards"),
+        (["dashboards"], "'dashboards' alone is not a command. Commands are dashboards"),
         (["intrepret", "run"], "Did you mean interpret?"),
     ],
 )
