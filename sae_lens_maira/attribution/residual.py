@@ -8,7 +8,7 @@ whose graph exceeds the budget runs in segments of blocks: only the input of eac
 again when its gradient is due.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice, pairwise
 from typing import Any
 
