@@ -33,6 +33,7 @@ from sae_lens_maira.interp.records import Interpretation, load
 from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.latents.records import Firing, LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.latents.space import spatial_of_records
 from sae_lens_maira.privacy import MARKER, SHAREABLE, mark_folder, private_files
 
 PAGE_FILES = ("index.html", "app.js", "latent.js", "style.css")
@@ -74,6 +75,7 @@ def write_page(
     _refuse_other_files(out)
     with_images = licence in SHAREABLE if images is None else images
     grouped = by_latent(load(records.folder) if interpretations is None else interpretations)
+    space = _space_of(records)
     with private_files(out), atomic_folder(out, existing="replace") as draft:
         root = image_root or records.folder
         copies = ImageFolder(draft / "images", root, list(studies), licence) if with_images else None
@@ -85,6 +87,7 @@ def write_page(
                 path = draft / latent_file(latent)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 page = latent_page(record, own, studies, copies, LATENT_BYTES) | {"licence": licence}
+                page["space"] = space.get(latent, [])
                 _write_call(path, "saeLatent", page)
                 rows.append(index_row(record, own))
             return rows
@@ -101,6 +104,21 @@ def write_page(
             (draft / name).write_bytes((source / name).read_bytes())
         mark_folder(draft, licence, "dashboards html")
     return out / "index.html"
+
+
+def _space_of(records: RecordSet) -> dict[int, list[dict[str, Any]]]:
+    """By latent: spatial scores against the boxes of the findings whose best image latent it is."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in spatial_of_records(records).to_dict("records"):
+        scores = {
+            str(key): rounded(float(value)) if value == value else None  # NaN is not JSON
+            for key, value in row.items()
+            if key not in ("finding", "latent", "n")
+        }
+        found.setdefault(int(row["latent"]), []).append(
+            {"finding": row["finding"], "n": int(row["n"])} | scores
+        )
+    return found
 
 
 def latent_file(latent: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from sae_lens_maira.latents.records import (
     StudyText,
 )
 from sae_lens_maira.latents.recordset import RecordSet
+from sae_lens_maira.latents.space import spatial_of_records
 from sae_lens_maira.latents.writing import write_records
+from sae_lens_maira.phantom import phantom_path
 
 SIDE = 37
 
@@ -196,3 +199,21 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
         found.append({str(p.relative_to(page)): p.read_bytes() for p in page.rglob("*") if p.is_file()})
     assert found[0] == found[1]
     assert any(name.startswith("images/") for name in found[0])
+
+
+def test_image_latents_show_where_they_fire_against_the_boxes(tmp_path: Path) -> None:
+    """The best image latent of each boxed finding has its spatial scores and the control's on its page; others none."""
+    records = RecordSet.open(phantom_path().parent / "saes" / "image" / "records")
+    scores = spatial_of_records(records).set_index("finding")
+    assert len(scores) > 5
+    write_page(records, [], tmp_path / "page", images=False)
+    shown: dict[str, tuple[int, dict[str, Any]]] = {}
+    for file in (tmp_path / "page" / "data" / "latents").rglob("*.js"):
+        text = file.read_text(encoding="utf-8")
+        latent = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        shown |= {row["finding"]: (latent["latent"], row) for row in latent["space"]}
+    assert set(shown) == set(scores.index)
+    for finding, (latent, row) in shown.items():
+        assert latent == scores.loc[finding, "latent"]
+        for name in ("pointing", "iou_low", "elsewhere_energy"):
+            assert row[name] == pytest.approx(scores.loc[finding, name], rel=5e-3, abs=1e-3)

@@ -56,6 +56,7 @@ function drawLatent(data) {
     drawScores(data),
     element("div", { className: "columns" }, drawHistogram(data), drawFiring(data), drawTokens("Raises", data.top_tokens), drawTokens("Lowers", data.bottom_tokens)),
     element("div", { className: "columns two" }, drawAgreement(data), drawNeighbours(data)),
+    ...drawSpace(data),
     data.maps.length ? section("Mean maps", element("div", { className: "films" }, ...data.maps.map((map) => film(data, map, { map: true, scale: map.max }, `mean over ${map.studies} studies, max ${number(map.max)}`)))) : null,
     section(`Hits in images (${hits("image").length})`, hits("image").length ? list(hits("image")) : element("p", { className: "faint", text: "None among the largest activations." })),
     section(`Hits in text (${hits("text").length})`, hits("text").length ? list(hits("text")) : element("p", { className: "faint", text: "None among the largest activations." })),
@@ -116,6 +117,14 @@ function drawAgreement({ agreement }) {
   };
   return section("Agreement with findings", agreement.length ? table(["Finding", "At", "F1 [95 %]", "", "Precision", "Recall", "n"],
     agreement.slice(0, 12).map((a) => [words(a.finding), a.modality, `${number(a.f1)} [${number(a.low)}, ${number(a.high)}]`, bar(a), number(a.precision), number(a.recall), `${a.positives} of ${a.studies}`]), "F1 between firing in a study and the finding") : element("p", { className: "faint", text: "Not measured." }));
+}
+
+function drawSpace({ space }) {
+  if (!(space || []).length) return [];
+  const cell = (row, name) => `${number(row[name])} [${number(row[`${name}_low`])}, ${number(row[`${name}_high`])}]`;
+  return [section("Place of findings", table(["Finding", "Strongest patch in box [95 %]", "other study", "Energy in box [95 %]", "other study", "IoU [95 %]", "other study", "n"],
+    space.map((row) => [words(row.finding), cell(row, "pointing"), number(row.elsewhere_pointing), cell(row, "energy"), number(row.elsewhere_energy), cell(row, "iou"), number(row.elsewhere_iou), row.n]),
+    "This latent's map against the finding's boxes, and the same with its map from another study that has the finding"))];
 }
 
 function drawNeighbours({ latent: own, neighbours }) {
