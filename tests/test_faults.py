@@ -188,10 +188,12 @@ QUICK = {
 # these from a loss. What is missing is then shown as missing, or sent again.
 UNKNOWABLE = {
     ("interpretations.jsonl", "removed"),
+    ("interpretations.jsonl", "empty"),
     ("upload.jsonl", "removed"),
     ("upload.jsonl", "cut"),
     ("upload.jsonl", "cut by one byte"),
     ("upload.jsonl", "empty"),
+    ("upload.jsonl", "flip of bit 2 at 100%"),  # the line end of the last entry
 }
 MORE = {f"flip of bit {b} at {s:.0%}": lambda c, s=s, b=b: flip(c, s, b) for s, b in
         ((0, 1), (0.1, 2), (0.25, 4), (0.4, 6), (0.6, 0), (0.75, 3), (0.9, 5), (0.999, 2))}  # fmt: skip
@@ -229,7 +231,9 @@ def failures(root: Path, name: str, commands: tuple[tuple[str, ...], ...], damag
                 messages = [line for line in done.error.splitlines() if line.startswith("sae-lens-maira ")]
                 detected = done.code == 2 and len(messages) == 1 and "Traceback" not in done.error
                 cases += 1
-                if (path.name, damage) in UNKNOWABLE:
+                # A shard without its entry counts as not harvested yet, which `store show` reports as such.
+                unharvested = command[:2] == ("store", "show") and path.name.startswith("shard-")
+                if (path.name, damage) in UNKNOWABLE or (unharvested and damage == "removed"):
                     continue
                 if not detected and done[::2] != expected[::2]:
                     told = done.error.strip()[-300:]

@@ -155,7 +155,7 @@ def _run(name: str, options: Any) -> int:
         run_command(COMMANDS[name], {key: value for key, value in vars(options).items() if key != "config"})
         sys.stdout.flush()
     except MairaError as error:
-        sys.stderr.write(f"{PROGRAM} {name}: {error}\n")
+        _complain(f"{PROGRAM} {name}: {error}\n")
         return 2
     except BrokenPipeError:
         os.dup2(
@@ -166,22 +166,30 @@ def _run(name: str, options: Any) -> int:
         if error.errno not in DISK or (error.filename is None and error.errno not in NO_ROOM):
             raise
         place = f" at {error.filename}" if error.filename is not None else ""
-        sys.stderr.write(
+        _complain(
             f"{PROGRAM} {name}: {error.strerror}{place}. Give another path, or free space or grant access there.\n"
         )
         return 2
     except RecursionError as error:
         if "json" not in "".join(traceback.format_exception(error)[-8:]):
             raise
-        sys.stderr.write(
+        _complain(
             f"{PROGRAM} {name}: a JSON file that was given is nested too deeply to be read; expected a few levels. It "
             "was not written by this program: give the right file.\n"
         )
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM} {name}: interrupted.\n")
+        _complain(f"{PROGRAM} {name}: interrupted.\n")
         return INTERRUPTED
     return 0
+
+
+def _complain(message: str) -> None:
+    """Write a message on a line of its own: progress bars that an error left open are closed first."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+    sys.stderr.write(message)
 
 
 def _overview(group: str = "") -> str:

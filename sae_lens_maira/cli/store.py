@@ -13,7 +13,9 @@ from sae_lens_maira.cli.parser import accepts_parts_of, works_in
 from sae_lens_maira.distributed import Ranks
 
 
-@accepts_parts_of("train", "sae", "trainer", "out", "provider", "direct")
+@accepts_parts_of(
+    "train", "sae", "trainer", "out", "provider", "direct", "backend", "candidates", "autocast", "sole_writer"
+)
 def harvest(
     options: HarvestOptions,
     estimate: bool = False,

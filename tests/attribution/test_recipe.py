@@ -64,7 +64,8 @@ def test_image_evidence_is_compared_with_probability(tmp_path):
     subprocess.run([sys.executable, str(recipe.with_suffix(".py")), *words], check=True)
     table = (tmp_path / "image_evidence.md").read_text()
     assert table.count("| clean |") == table.count("| planted errors |") == 5
-    assert {"true", "evidence"} <= set(pd.read_csv(tmp_path / "clean.csv"))
+    columns = set(pd.read_csv(tmp_path / "clean.csv"))
+    assert {"true", "image evidence per token, block 0", "image evidence per token, block 3"} <= columns
 
 
 @pytest.mark.slow
