@@ -396,7 +396,8 @@ def markdown(frame: pd.DataFrame, space: pd.DataFrame) -> str:
                 + " |"
             )
         for name in ("detection", "detection shuffled"):
-            cells = [f"{r[name]:.3f} ({int(r['detection latents'])} latents)" for _, r in rows.iterrows()]
+            scores = zip(rows[name], rows["detection latents"], strict=True)
+            cells = [f"{score:.3f} ({latents:.0f} latents)" for score, latents in scores]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     wide = space.pivot(index="finding", columns="kind", values=[*MEASURES])

@@ -231,10 +231,9 @@ def run(settings: Settings) -> Path:
 def _table(frame: pd.DataFrame) -> str:
     head = "| setting | seed | studies | trained | frozen decoder | trained minus frozen (95 %) | explained variance |"
     lines = [
-        f"| {row.setting} | {row.seed} | {row.studies} | {row.trained:.3f} | {row.frozen_decoder:.3f} | "
-        f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f}) | {row.trained_explained_variance:.3f}, "
-        f"{row.frozen_explained_variance:.3f} |"
-        for row in frame.itertuples()
+        "| {setting} | {seed} | {studies} | {trained:.3f} | {frozen_decoder:.3f} | {difference:+.3f} ({low:+.3f} to "
+        "{high:+.3f}) | {trained_explained_variance:.3f}, {frozen_explained_variance:.3f} |".format_map(row)
+        for row in frame.to_dict("records")
     ]
     return "\n".join([head, "|---" * 7 + "|", *lines])
 

@@ -160,7 +160,7 @@ def exact_scores_kernel(
     first = tl.load(starts + row)
     last = tl.minimum(first + tl.load(counts + row), capacity)
     wrong = 0
-    for entry in tl.range(first, last, num_stages=2):
+    for entry in tl.range(first, last, num_stages=2):  # pyright: ignore[reportGeneralTypeIssues]
         col = tl.load(columns + entry)
         weight = tl.load(W_enc_t + col.to(tl.int64) * d_in + place, mask=inside, other=0.0)
         product = tl.sum(token * weight, 0)

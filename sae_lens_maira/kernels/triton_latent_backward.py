@@ -73,7 +73,7 @@ def latent_backward_kernel(
     active = known & ((nth > 0) == extra) & ((first < end) | (nth == 0))
     last = tl.where(active, last, first)
     level = 0
-    for edge in tl.static_range(LEVELS - 1):
+    for edge in tl.static_range(LEVELS - 1):  # pyright: ignore[reportGeneralTypeIssues]
         level += (latent >= tl.load(widths + edge)).to(tl.int32)
     place = tl.arange(0, BLOCK)
     inside = place < d_in
@@ -194,9 +194,9 @@ def latent_backward(
     b_enc = torch.empty(d_sae, dtype=dtype, device=device)
     order = layout.by_latent
     latents, rows, coefficients = layout.latents, layout.rows[order], h[order]
-    pieces = triton.cdiv(len(order), segment)
+    pieces = int(triton.cdiv(len(order), segment))
     stretch = min(block, ADDED_AT_ONCE)
-    slots = d_sae + pieces * triton.cdiv(d_in, stretch)
+    slots = d_sae + pieces * int(triton.cdiv(d_in, stretch))
     squares = torch.empty(2, slots, dtype=dtype, device=device)
     partial = torch.empty(2 * pieces, d_in, dtype=dtype, device=device)
     partial_b = torch.empty(pieces, dtype=dtype, device=device)

@@ -4,6 +4,9 @@ The first attempt starts from the last step's threshold and is not waited for: t
 was right. If not, or where there is no threshold yet, bounds from a sample are tried until one is right.
 """
 
+# pyright: reportCallIssue=false
+# triton's own types know neither launch options (num_warps) nor that a jitted function is launched, not called.
+
 from collections.abc import Iterator
 
 import torch
@@ -208,7 +211,7 @@ def select(
     room = min(max(1, scores.shape[0] * scores.shape[1]), ROOM * n + 1024)
     hint = workspace.threshold
     if hint is not None and comm.size == 1:
-        if isinstance(hint, float):
+        if not isinstance(hint, torch.Tensor):
             hint = like.new_tensor(hint)
         kept = scores.select(n, widths, comm, hint, SAFETY, room)
         yield Selected(kept.layout, kept.h, kept.values, kept.threshold, kept.threshold, kept.check)

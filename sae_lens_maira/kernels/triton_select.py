@@ -67,7 +67,7 @@ def histogram_kernel(
             bits = value.to(tl.int64, bitcast=True)
         else:
             bits = value.to(tl.int32, bitcast=True).to(tl.int64)
-        found, _ = resolve(histograms, n, DONE)
+        found, _ = resolve(histograms, n, DONE)  # pyright: ignore[reportGeneralTypeIssues]
         shift: tl.constexpr = 8 * (DIGITS - 1 - DONE)
         digit = ((bits >> shift) & 255).to(tl.int32)
         # Entries equal to 0 are below every bound: they fill the buffer's end and mark candidates that fell through.
@@ -103,7 +103,7 @@ def count_kernel(
 ):
     row = tl.program_id(0)
     # Every program finds the threshold for itself: a few hundred numbers from the cache instead of a launch.
-    found, remaining = resolve(histograms, n, DIGITS)
+    found, remaining = resolve(histograms, n, DIGITS)  # pyright: ignore[reportGeneralTypeIssues]
     if DIGITS == 8:  # noqa: SIM108 - a ternary compiles both
         nth_largest = found.to(tl.float64, bitcast=True)
     else:

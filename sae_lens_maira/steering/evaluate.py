@@ -204,8 +204,8 @@ def evaluate_steering(
         run([(i, chosen[name], "report") for i, name in enumerate(names)])
     table = pd.concat(frames, ignore_index=True)
     plain = prompts.unsteered(report, max_new_tokens)
-    stated = [labels for text in plain if (labels := read(text)) is not None]
-    before = np.mean([(finding in labels) != remove for labels in stated]) if stated else np.nan
+    stated = [found for found in map(read, plain) if found is not None]
+    before = np.mean([(finding in found) != remove for found in stated]) if stated else np.nan
     summary = summarise(table, names, chosen, float(before), seed)
     return SteeringTables(table, summary.assign(control_of=[m.control_of for m in methods]), finding)
 
@@ -267,9 +267,11 @@ def _score(
     for text, reference in zip(out.texts, plain, strict=True):
         now, before = read(text), read(reference)
         on.append(np.nan if now is None else float((finding in now) != remove))
-        unknown = now is None or before is None
-        changed = 0 if unknown else sum((label in now) != (label in before) for label in others)
-        off.append(np.nan if unknown else changed / max(1, len(others)))
+        if now is None or before is None:
+            off.append(np.nan)
+        else:
+            changed = sum((label in now) != (label in before) for label in others)
+            off.append(changed / max(1, len(others)))
         length.append(len(text.split()) / max(1, len(reference.split())))
     nothing = [float("nan")] * len(which)
     return pd.DataFrame(

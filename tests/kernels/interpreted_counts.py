@@ -21,7 +21,9 @@ def trainer(
 ) -> FusedSAETrainer[Any, Any]:
     torch.manual_seed(0)
     shared: dict[str, Any] = {"d_in": 12, "d_sae": 24, "k": 3, "loss_convention": convention}
-    levels = {"matryoshka_widths": [8, 24]} if convention == "saelens" else {"group_fractions": [0.3, 0.7]}
+    levels: dict[str, Any] = (
+        {"matryoshka_widths": [8, 24]} if convention == "saelens" else {"group_fractions": [0.3, 0.7]}
+    )
     sae = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**shared, **levels))
     cfg = SAETrainerConfig(
         total_training_samples=10**6,
