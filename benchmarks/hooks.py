@@ -1,6 +1,6 @@
 """Times the hooks: `python benchmarks/hooks.py --json`.
 
-    overhead of one read hook  = t(forward + hook) / t(forward) - 1, per door
+    overhead of one read hook  = t(forward + hook) / t(forward) - 1, per library
     gain of stop_at_layer      = t(whole forward) / t(stopped after half of the blocks)
     memory of run_with_cache   = bytes held by a cache of the named tensors, and by a cache of everything
 

@@ -3,7 +3,7 @@
     ratio of two sides = the median over rounds of t(one) / t(other) within the round
 
 Every side runs once before it counts, and the order changes with every round, so that none always follows the same
-other. It knows nothing about what runs.
+other.
 """
 
 import time

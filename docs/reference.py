@@ -29,7 +29,7 @@ def pages() -> dict[str, str]:
 
 
 def rooms() -> list[Path]:
-    """Folders with a public door: those of the library and `hooks`."""
+    """Folders with a public module: those of the library and `hooks`."""
     inside = [file.parent for file in sorted((ROOT / PACKAGE).glob("*/__init__.py"))]
     return [folder for folder in inside if folder.name != "commands"] + [ROOT / "hooks"]
 

@@ -4,7 +4,7 @@ A `LivePoint` puts its torch hook on the module when the first hook is added to 
 last, so a model nobody listens to runs exactly as transformers wrote it. A hook that returns a new tensor
 replaces the value; one that returns None, or its own argument, leaves it. Our torch hooks stand before all
 others, because transformers 5 collects `hidden_states` (and Dinov2 its feature maps) in hooks of its own, and
-an edit behind those would be lost. It knows nothing about inputs, SAEs or generation.
+an edit behind those would be lost.
 """
 
 from collections.abc import Callable, Iterator, Sequence

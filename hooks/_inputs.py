@@ -1,9 +1,9 @@
-"""What a door may be given, brought to what the model takes.
+"""Accepted inputs of all hook interfaces, converted to the model's tensors.
 
 A study, a list of studies, an encoding, a mapping of tensors, token ids or text become the three tensors of
 MAIRA-2 (ids, mask, pixels) on the model's device; anything else a tokenizer adds is dropped, since
 transformers 4 refuses `token_type_ids`. Whether images and placeholders agree is checked by the model itself,
-for every door alike. It knows nothing about hooks.
+for every library alike.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def gather_inputs(
     pad_token_id: int | None = None,
     **tensors: torch.Tensor | None,
 ) -> ModelInputs:
-    """Turn whatever a door was given into the model's tensors.
+    """Convert any accepted input to the model's tensors.
 
     Args:
         given: a study or a list of studies, a `Maira2Encoding`, a mapping with `input_ids`, token ids
@@ -50,7 +50,7 @@ def gather_inputs(
         The tensors and, if there is one, their encoding.
 
     Raises:
-        HookError: a kind of input that no door takes, a processor is missing, or a tensor was given twice.
+        HookError: an unsupported kind of input, a processor is missing, or a tensor was given twice.
     """
     extra = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     encode = {key: value for key, value in (encode or {}).items() if value is not None}

@@ -2,7 +2,7 @@
 
 A `PointTable` unrolls the table of `points.py` for a configuration, finds points by any accepted name,
 explains a wrong one with the nearest right ones, and checks that a model has every module the table speaks
-of. It knows nothing about running a model.
+of.
 """
 
 import difflib

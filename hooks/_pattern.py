@@ -5,7 +5,7 @@
 transformers computes the pattern inside its attention function, so no module hook can replace it. While
 somebody listens, the model's eager function gives way to this one, which does the same arithmetic and sends
 the pattern through the hooks on its way. Fused kernels (sdpa, flash) never form a pattern; asking for one
-there is an error. It knows nothing about names or models.
+there is an error.
 """
 
 from collections import OrderedDict

@@ -1,7 +1,7 @@
 """Which positions a spliced SAE acts on, in the prompt and in every later step of generation.
 
 Positions are chosen by token id or by token role. Ids are seen where the model embeds them; roles come with
-the encoding, and whatever `generate` adds to it is REPORT. It knows nothing about SAEs.
+the encoding, and whatever `generate` adds to it is REPORT.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +92,7 @@ class Positions:
             known = torch.cat([known, known.new_full((len(known), new), int(TokenRole.REPORT))], dim=1)[
                 :, -length:
             ]
-        return known.repeat_interleave(rows // len(known), dim=0)  # beams stand beside their row
+        return known.repeat_interleave(rows // len(known), dim=0)  # beams are next to their row
 
 
 _UNKNOWN = (

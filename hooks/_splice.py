@@ -103,7 +103,7 @@ class SplicingPoints(HookedPoints):
         super().__init__(model)
 
     def setup(self) -> None:
-        """List the hook points anew: those inside a spliced SAE instead of the point it covers."""
+        """List the hook points again: those inside a spliced SAE instead of the point it covers."""
         super().setup()
         for name, splice in self._splices.items():
             del self.hook_dict[name]

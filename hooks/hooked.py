@@ -223,7 +223,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
             Logits `(B, L, d_vocab)`, the loss (mean over targets, in nats), a pair of both, or None.
 
         Raises:
-            HookError: an input no door takes, `prepend_bos=True`, a hook that never fired, a stop out of
+            HookError: an unsupported input, `prepend_bos=True`, a hook that never fired, a stop out of
                 range.
             PromptError: image placeholders and images do not agree.
         """

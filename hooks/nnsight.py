@@ -4,8 +4,8 @@
         h = m.resid_post[15].save()               m.resid_post[15] = m.resid_post[15] + v  # first token
         m.resid_post[15] = h + v              ids = m.generate_edited(study, {name: edit})  # every token
 
-A study, an encoding or tensors go into a trace as they go into the other doors, and any name of the one
-table of points can be read and written with `m.at[name]`. It knows nothing about SAEs or steering.
+A study, an encoding or tensors go into a trace as they go into the other interfaces, and any name of the one
+table of points can be read and written with `m.at[name]`.
 """
 
 import warnings

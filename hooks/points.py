@@ -1,9 +1,9 @@
 """The one table of MAIRA-2's hook points, in TransformerLens' vocabulary.
 
 A point is a place in the module graph where one tensor can be read or replaced: a module's output, its
-input, a backbone's last feature map, or the attention pattern. Every door of this package (HookedMaira2, the
+input, a backbone's last feature map, or the attention pattern. Every interface of this package (HookedMaira2, the
 bridge, nnsight, SAELens) looks names up here, so a name means the same tensor everywhere. Letters in the
-shapes: B rows, L positions, N images, P patches of an image. It knows nothing about any model at hand.
+shapes: B rows, L positions, N images, P patches of an image.
 """
 
 from dataclasses import dataclass

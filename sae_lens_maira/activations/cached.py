@@ -4,8 +4,7 @@
 
 SAELens knows float32 rows of whole sequences; here a "sequence" is any run of kept rows, and rows that do not fill
 the last one are left out and counted. Columns that SAELens ignores (study, position, role, ...) travel along, so what
-was exported here comes back as it was; what SAELens wrote itself has no roles, and is given one. It knows nothing
-about models.
+was exported here comes back as it was; what SAELens wrote itself has no roles, and is given one.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 An epoch is every study once, in an order drawn from (seed, epoch), `group` studies at a time; the rows that the filter
 keeps go through SAELens' buffer, whose shuffle is seeded here and touches no one else's random numbers. The state is
 the next group: rows that wait in the buffer when it is taken are not used in that epoch, as in SAELens. A store
-resumes at the very row. It knows nothing about SAEs.
+resumes at the very row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -94,7 +94,7 @@ class DirectProvider:
         return {"group": self._next_group, "identity": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the studies that `state` names; the buffer fills anew from them.
+        """Continue with the studies that `state` names; the buffer is filled from them.
 
         Raises:
             StoreError: it belongs to other studies or settings.

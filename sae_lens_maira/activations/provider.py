@@ -101,7 +101,7 @@ class StoreProvider:
             batch_size: rows a batch.
             seed: of the shuffle.
             roles: rows to use.
-            rates: the mixture: share of a role's rows an epoch uses, drawn anew each epoch, e.g. `{"image": 0.1}`.
+            rates: the mixture: share of a role's rows an epoch uses, drawn again in each epoch, e.g. `{"image": 0.1}`.
             buffer_rows: rows that are mixed, rounded up to whole segments of 1,024; memory holds twice as many.
             workers: threads that read and check segments, the next buffer's while this one is used.
             device: of the batches.

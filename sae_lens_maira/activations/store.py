@@ -112,7 +112,7 @@ class ActivationStore:
     # Manifest
 
     def committed(self) -> list[int]:
-        """Numbers of the shards that exist, ascending; looked up anew each time."""
+        """Numbers of the shards that exist, ascending; looked up on each access."""
         return sorted(int(path.stem.removeprefix("shard-")) for path in self.folder.glob("shard-*.json"))
 
     @property

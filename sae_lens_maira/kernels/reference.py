@@ -2,7 +2,7 @@
 
 Written for reading, not for speed. Every (batch, d_sae) tensor is made, norms stay inside the graph (their
 gradients cancel; the other backends rely on it), levels are decoded one after another. Ties in the selection
-go to the lowest flat index, which makes the result unique. It knows nothing about ranks.
+go to the lowest flat index, which makes the result unique.
 """
 
 import torch

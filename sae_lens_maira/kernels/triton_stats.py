@@ -2,7 +2,7 @@
 
     frequency += count,     since_fired <- 0 if count > 0 else since_fired + 1
 
-One launch and three vectors of d_sae. It knows nothing about what the counts are used for.
+One launch and three vectors of d_sae.
 """
 
 # pyright: reportCallIssue=false

@@ -3,7 +3,7 @@
 `Maira2Config()` is Vicuna-7B-v1.5's shape with 207 added tokens and linear position scaling by 1.5, a Dinov2
 ViT-B/14 at 518 px, and a projector of four linear layers. Keys that a published `config.json` carries and we
 do not know are kept as attributes and never refused; keywords that a *user* writes are checked by
-`make_config`. This module knows nothing about weights.
+`make_config`.
 """
 
 import difflib

@@ -2,7 +2,7 @@
 
 Rows are studies, columns are positions; `pixel_values` holds the images of all rows in row order. Beside each
 token stand its role, and for image positions the image's number within the study, its view and the patch's
-row and column. This module knows nothing about tokenizers or prompts.
+row and column.
 """
 
 import dataclasses

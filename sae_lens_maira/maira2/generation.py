@@ -1,7 +1,6 @@
 """Write reports for studies: encode, generate greedily, read the text back.
 
 The token budgets are the model's own: 300 for findings, 450 for grounded findings, 150 for a grounded phrase.
-It knows nothing about hooks; steered generation lives with the interventions.
 """
 
 from collections.abc import Iterable, Sequence

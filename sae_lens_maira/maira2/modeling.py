@@ -5,8 +5,7 @@
 
 It is a `LlavaForConditionalGeneration` whose vision tower is a backbone (its *layer-normed* feature map is
 used, not `hidden_states[-1]`) and whose projector is deeper. Unlike LLaVA it refuses to run with image
-placeholders but no images, which would give wrong numbers without a word. It knows nothing about prompts,
-processors or files.
+placeholders but no images, which would give wrong numbers without a word.
 """
 
 import functools

@@ -4,7 +4,6 @@ A prompt is the concatenation of its segments' texts, character by character the
 each segment carries a `TokenRole`, roles need never be searched for afterwards. The tasks are "findings",
 "grounded" (findings with boxes) and "phrase" (one given phrase with boxes). A missing or blank section reads
 `N/A`. A prior report needs a prior image, as the template has no other place for it: without one it is an error.
-This module knows nothing about tokenizers or pixels.
 """
 
 from typing import Any, NamedTuple, Protocol

@@ -4,8 +4,7 @@ The ids of a prompt are exactly the tokenizer's ids of the prompt's string: toke
 would give others wherever a merge or a space marker crosses a border. Roles are assigned afterwards through
 character offsets: a token belongs to the segment of its first character that is not a space (of its first
 character if it is all spaces). A report is tokenised as a string of its own and put behind the prompt, so
-that the prompt's ids are the same with and without it, as generation sees them. This module knows nothing
-about studies or pixels.
+that the prompt's ids are the same with and without it, as generation sees them.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,7 @@
 Two traps are closed here. transformers 5 rebuilds a `LlamaTokenizer` from its vocabulary and drops the
 normaliser of `tokenizer.json`: behind every `<image>` the published prompt then has other ids than the model
 was trained with. And a processor saved by transformers 5 names classes that 4.56 does not have. So
-`tokenizer.json` is always taken as it stands, and what is written carries only names that both know. This
-module knows nothing about prompts.
+`tokenizer.json` is always taken as it stands, and what is written carries only names that both know.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Film grey is a sum of attenuations: body wall, minus aerated lung, plus ribs, spine, heart and mediastinum.
 Lungs are half-ellipses cut by a diaphragm dome; ribs are one periodic band in a curved coordinate. Image left
-is the patient's right. Distances are in units of the film's side. It knows nothing about findings or reports.
+is the patient's right. Distances are in units of the film's side.
 """
 
 from __future__ import annotations

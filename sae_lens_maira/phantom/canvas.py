@@ -3,7 +3,6 @@
 A `Canvas` is a square image whose pixel centres are carried back into body coordinates (u, v) by the inverse
 of a small similarity,  (x, y) = c + t + s R(a) ((u, v) - c),  so that every organ is drawn once, in its own
 place, at any resolution. u runs to image right (patient left), v runs down, the film is the unit square.
-It knows nothing about anatomy.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A `Lesion` is one finding with its drawn geometry (body coordinates, so that a prior film shows the same
 lesion in the same place). `paint` adds it to a film; `lesion_box` encloses it by formula, not by threshold,
-so that a box means the same at every resolution. Everything is exaggerated to stay visible at 112 px. It
-knows nothing about reports.
+so that a box means the same at every resolution. Everything is exaggerated to stay visible at 112 px.
 """
 
 from __future__ import annotations

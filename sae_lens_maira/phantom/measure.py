@@ -3,7 +3,6 @@
 Accuracy of a finding is the share of studies in which the report mentions it present exactly when it is present.
 Change accuracy is the share of stated-in-truth changes (new, larger, ...) that the report states alike. A grounded
 box counts by its best overlap (IoU) with the truth, averaged over true boxes; a missing box counts 0.
-It knows nothing about SAEs.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,6 @@
 
 Everything but the size is MAIRA-2's: a Dinov2 backbone, four projector linears, a Llama decoder with linear
 RoPE scaling, the same added tokens, prompts and checkpoint keys. It says nothing about medicine.
-This module knows nothing about how the weights were trained.
 """
 
 from pathlib import Path

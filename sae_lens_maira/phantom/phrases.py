@@ -2,7 +2,7 @@
 
 Frames hold slots: {np} the bare noun phrase, {a} and {A} with its article, {the} and {The}, {new} with "new".
 The shipped model was trained on these very sentences: changing one means training again. Plain ASCII, fewer
-than 200 words in all, sections included. It knows nothing about cases or chance.
+than 200 words in all, sections included.
 """
 
 from __future__ import annotations

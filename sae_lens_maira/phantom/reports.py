@@ -3,7 +3,7 @@
 A report is an ordered list of (sentence, entries it states): devices, heart, lungs, pleura, bones. Every
 present finding is stated; with a prior each one is told in its own sentence together with its change; some
 absent findings are denied, the common ones mostly. Sentences are a noun phrase in a frame of `phrases`; the
-shipped model was trained on them, so that changing one means training again. It knows nothing about pixels.
+shipped model was trained on them, so that changing one means training again.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 About one study in eight is wholly normal; in the others every finding is an independent coin, and draws that
 no film could show (air and fluid free in the same hemithorax, a lesion under a large effusion) are thrown
 again. A case with a prior gives every finding a change; sized ones move by one whole size step, so that it
-can be seen. It knows nothing about pixels or sentences.
+can be seen.
 """
 
 from __future__ import annotations

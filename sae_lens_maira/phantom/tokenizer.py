@@ -2,7 +2,7 @@
 
 Ids 0, 1, 2 are `<unk>` (also the padding), `<s>` and `</s>`; 256 byte pieces follow, then the learned pieces,
 then `<obj>` ... `<lat_image>` in MAIRA-2's order. Words carry a leading `▁`, punctuation stands alone, and an
-unseen character falls back to bytes, so no text is refused. It knows nothing about prompts or images.
+unseen character falls back to bytes, so no text is refused.
 """
 
 import re

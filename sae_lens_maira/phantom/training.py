@@ -176,7 +176,7 @@ def _read_checkpoint(checkpoint: Path, config: PhantomTraining) -> dict:
     if any(ours.get(name) != value for name, value in saved["config"].items()):
         raise ConfigError(
             f"{checkpoint} was written with other settings ({saved['config']}); "
-            "pass the same settings to resume, or another output folder to start anew."
+            "pass the same settings to resume, or another output folder to start again."
         )
     return saved
 

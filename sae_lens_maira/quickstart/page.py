@@ -28,7 +28,7 @@ STUDIES, COARSE, EACH = 240, 48, 16
 
 
 class RowsInMemory:
-    """Units of rows that are already there, their studies numbered anew among those chosen."""
+    """Activation source over rows in memory; studies are numbered among those chosen."""
 
     def __init__(self, rows: ActivationRows, chosen: np.ndarray, unit: int = 40) -> None:
         number = np.full(int(rows.study.max()) + 1, -1)

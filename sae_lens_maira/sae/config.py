@@ -7,7 +7,7 @@ Three conventions of the same idea are in use, and they give different SAEs from
     explicit              L = sum_i w_i L_i + aux                 aux as saelens
 
 L_i is the squared error of the reconstruction from the first level_widths()[i] latents. What is left at None
-takes the value of the convention. This module holds numbers and their checks; it knows nothing about tensors.
+takes the value of the convention. This module holds numbers and their checks.
 """
 
 from dataclasses import dataclass, field

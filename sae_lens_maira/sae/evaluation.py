@@ -96,7 +96,7 @@ def evaluate_sae(
             (rows, roles).
         roles: (n,) integers, one per row of an array. None counts all rows together only.
         role_names: names of the integers; an integer without a name is called by its number.
-        baseline: an SAE to stand beside, None, or "untrained" for that control of each role's own rows, which
+        baseline: an SAE to compare with, None, or "untrained" for that control of each role's own rows, which
             then starts from that role's mean and sparsity.
         batch_rows: rows encoded at once.
         seed: Random seed of the untrained SAE.
@@ -135,7 +135,7 @@ class _Batches:
         if not isinstance(rows, (Tensor, np.ndarray)) and iter(rows) is rows:
             raise SAEError(
                 f"Rows came as a {type(rows).__name__}, which can be read once; two passes are needed. "
-                "Give an array, a list of batches, or an object whose __iter__ starts anew."
+                "Give an array, a list of batches, or an object whose __iter__ starts again."
             )
         self.rows, self.batch_rows = rows, batch_rows
         self.roles = None if roles is None else torch.as_tensor(roles)

@@ -2,7 +2,7 @@
 
 That library knows one threshold for all latents and always subtracts b_dec before encoding. An SAE that
 differs there is rewritten into an equal one where that is possible, and refused where it is not. This
-module writes files; it knows nothing about reading them back.
+module writes files.
 """
 
 import json

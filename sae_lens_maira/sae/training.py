@@ -5,9 +5,8 @@
 
 The losses are those of `losses.py`, weighed as `cfg.effective_level_weights()` says. What
 dictionary_learning's trainer does around a step (first b_dec, unit decoder rows, tokens since a latent
-fired) happens inside the step here, so that any trainer of SAELens' kind gives that library's result. This
-class knows nothing about files of other libraries, models or fused kernels; it is the dense reference for
-the latter.
+fired) happens inside the step here, so that any trainer of SAELens' kind gives that library's result. It is
+the dense reference for the fused kernels.
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@
 
 The first is SAELens' `ActivationScaler.estimate_whitening` (arXiv 2511.13981), which can only read a data provider;
 here the moments come from wherever they were summed. Its axes have free signs, so that two processes may differ by
-more than rounding; the symmetric form has none, and random directions are as random in it. It knows nothing about SAEs.
+more than rounding; the symmetric form has none, and random directions are as random in it.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 A `Study` carries images (paths, arrays or PIL images), the sections of its report, a licence that later rooms
 obey, and an optional truth: one `Finding` per statement. Boxes are (x_min, y_min, x_max, y_max) in 0..1 of
-the frontal image with image left = patient right. It knows nothing about models, prompts or file formats.
+the frontal image with image left = patient right.
 """
 
 from __future__ import annotations

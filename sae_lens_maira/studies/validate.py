@@ -5,7 +5,8 @@
     text      bytes read in the wrong encoding, an empty report, a truth that cannot be read
     priors    not before the study, of another patient
 
-Every issue names its rows, counted from 0. It mends nothing, and knows no model: what reads an image can be given.
+Every issue names its rows, counted from 0. It reports problems only. Pass `read_image` to use your own
+loader.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     our matryoshka                  levels, weights and auxiliary loss by convention; unit decoder rows
 
 A `StepPlan` holds the numbers (`StepSpec`) and the three things a class does around the arithmetic: before the step, to
-W_dec's gradient, and after. It mirrors each class's `training_forward_pass`. It knows nothing about trainers.
+W_dec's gradient, and after. It mirrors each class's `training_forward_pass`.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """What can be wrong with the rows that a trainer is fed, and how ranks agree on their scale.
 
 A loss that is not finite is traced to its cause before any weight changes. The norm or covariance that inputs are
-scaled by is that of all ranks' rows. It knows nothing about kernels.
+scaled by is that of all ranks' rows.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@
 
 An interrupt in the middle of an update leaves weights that belong to no step; a checkpoint of them cannot be resumed
 to the same result. Ranks of a multi-process run spend the safe time waiting for each other, so a signal reaches them
-there. It knows nothing about what is trained.
+there.
 """
 
 import signal
