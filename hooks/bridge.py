@@ -1,74 +1,16 @@
 """MAIRA-2 under TransformerLens' TransformerBridge (TransformerLens 3.9 and newer).
 
 `to_bridge(model)` gives SAELens' bridge class over a weight-sharing copy of the model, with this package's names
-working everywhere. TransformerBridge puts its own components into the model that it wraps, which changes that model;
-the copy has its own modules and configuration and shares every parameter and buffer with the original.
-
-`boot_transformers` is never called: it refuses architectures from outside and may run `pip install torchvision`. The
-adapter is registered by entry point and by call. TransformerLens 2.17 has no bridge: importing this module there is an
-error with that message.
+working everywhere. `boot_transformers` is never called: it refuses architectures from outside and may run
+`pip install torchvision`. The adapter is registered by entry point and by call. TransformerLens 2.17 has no bridge:
+importing this module there is an error with that message.
 """
 
-import copy
-from collections import OrderedDict
-from typing import Any, TypeVar
-
-from torch import nn
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformer_lens.model_bridge.supported_architectures.llava import LlavaArchitectureAdapter
+from typing import Any
 
 from sae_lens_maira.errors import HookError
-from sae_lens_maira.hooks._bridged import BridgedMaira2
-from sae_lens_maira.hooks._components import CachedAttentionBridge, Dinov2TowerBridge, projector_bridge
 from sae_lens_maira.maira2 import Maira2, Maira2ForConditionalGeneration, Maira2Processor
 from sae_lens_maira.maira2.versions import has_transformer_bridge
-
-Model = TypeVar("Model", bound=nn.Module)
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-def share_weights(model: Model) -> Model:
-    """Copy a model's modules and configuration, and share its parameters and buffers.
-
-    Hooks stay behind, ours and everyone's; so does nnsight's instrumentation. transformers installs its own
-    capturing hooks again when the twin first runs. Moving or casting one of the two moves or casts both.
-
-    Args:
-        model: any transformers model on devices of its own choosing, but not dispatched by accelerate.
-
-    Raises:
-        HookError: the model's modules carry forwards of accelerate's, which speak of the original modules.
-    """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
-        if hasattr(module, "_hf_hook"):
-            raise HookError(
-                f"{type(module).__name__} was dispatched by accelerate (device_map), so its modules cannot be"
-                " copied. Load the model without a device map, or pass in_place=True and give the model up."
-            )
-        memo |= {id(getattr(module, name)): OrderedDict() for name in _HOOKS if hasattr(module, name)}
-        memo |= {id(value): None for value in module.__dict__.values() if _is_nnsight(value)}
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        module.__dict__.pop("_output_capturing_hooks_installed", None)
-        if module.__dict__.get("forward", module) is None:
-            del module.__dict__["forward"]
-    return twin
-
-
-def _is_nnsight(value: Any) -> bool:
-    return type(value).__module__.startswith("nnsight.")
-
 
 if not has_transformer_bridge():
     raise HookError(
@@ -77,6 +19,13 @@ if not has_transformer_bridge():
         " transformer-lens>=3.9."
     )
 
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.supported_architectures.llava import LlavaArchitectureAdapter
+
+from sae_lens_maira.hooks._bridged import BridgedMaira2
+from sae_lens_maira.hooks._components import CachedAttentionBridge, Dinov2TowerBridge, projector_bridge
+from sae_lens_maira.hooks._shared import share_weights
 
 ARCHITECTURE = "Maira2ForConditionalGeneration"
 

@@ -35,18 +35,20 @@ HELP_WIDTH = 110
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def accepts_parts_of(other: str, *names: str) -> Callable[[Command], Command]:
+def accepts_parts_of(name: str, other: Callable[..., None]) -> Callable[[Command], Command]:
     """Let `--config` of a command hold parts that only another command reads.
 
     One recipe then serves both commands. On the command line itself these options are refused.
 
     Args:
-        other: command that reads the parts, such as "train".
-        *names: top-level keys to accept and ignore.
+        name: Name of the command that reads the parts, such as "train".
+        other: Its function; the arguments that it has and the marked function lacks are accepted and ignored.
     """
 
     def mark(function: Command) -> Command:
-        vars(function)["ignored_parts"] = (other, names)
+        own = inspect.signature(function).parameters
+        names = tuple(part for part in inspect.signature(other).parameters if part not in own)
+        vars(function)["ignored_parts"] = (name, names)
         return function
 
     return mark

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from sae_lens_maira.cli.options import HarvestOptions
 from sae_lens_maira.cli.parser import accepts_parts_of, works_in
+from sae_lens_maira.cli.train import train
 from sae_lens_maira.distributed import Ranks
 
 
-@accepts_parts_of(
-    "train", "sae", "trainer", "out", "provider", "direct", "backend", "candidates", "autocast", "sole_writer"
-)
+@accepts_parts_of("train", train)
 def harvest(
     options: HarvestOptions,
     estimate: bool = False,

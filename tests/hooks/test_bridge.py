@@ -120,7 +120,7 @@ def test_the_tokenizer_is_the_callers_own(bridge: Any, eager: Maira2) -> None:
 
 def test_in_place_gives_the_model_up(processor: Any, eager: Maira2, encoding: Any) -> None:
     from sae_lens_maira.hooks import to_bridge
-    from sae_lens_maira.hooks.bridge import share_weights
+    from sae_lens_maira.hooks._shared import share_weights
 
     model = share_weights(eager.model)
     bridge = to_bridge(model, processor, in_place=True)
@@ -149,7 +149,7 @@ def test_a_hooked_and_traced_model_can_be_bridged(eager: Maira2, encoding: Any) 
 
 def test_a_dispatched_model_is_refused(eager: Maira2) -> None:
     from sae_lens_maira.hooks import to_bridge
-    from sae_lens_maira.hooks.bridge import share_weights
+    from sae_lens_maira.hooks._shared import share_weights
 
     model = share_weights(eager.model)
     object.__setattr__(model.lm_head, "_hf_hook", object())

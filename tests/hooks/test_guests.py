@@ -8,7 +8,7 @@ from sae_lens import BatchTopKTrainingSAEConfig, StandardSAE, StandardSAEConfig
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks import HookedMaira2, Maira2ActivationsStore, Maira2Evaluator, maira2_runner
-from sae_lens_maira.hooks.bridge import share_weights
+from sae_lens_maira.hooks._shared import share_weights
 from sae_lens_maira.maira2 import Maira2, TokenRole, role_mask
 from sae_lens_maira.maira2.versions import has_transformer_bridge
 

@@ -7,7 +7,7 @@ import torch
 
 from sae_lens_maira.errors import HookError
 from sae_lens_maira.hooks import HookedMaira2
-from sae_lens_maira.hooks.bridge import share_weights
+from sae_lens_maira.hooks._shared import share_weights
 from sae_lens_maira.maira2 import Maira2
 
 pytestmark = pytest.mark.compat
