@@ -4,7 +4,7 @@ Study `index` of seed `seed` is a function of these two numbers alone: every par
 SeedSequence((seed, index or patient, part)), so asking for more studies, or for other sizes, changes none.
 Studies 2k and 2k+1 share one patient (one anatomy, one patient id) for about half of all k; their findings
 are drawn apart, so the prior film of one is not the other's film. The films are a test bench for software and
-say nothing about medicine. Knows nothing about models.
+say nothing about medicine.
 """
 
 from __future__ import annotations
