@@ -33,7 +33,8 @@ _HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same as torch, safetensors and numpy report it, which are not errors of the system.
 _WRITE_FAILED = re.compile(
-    r"PytorchStreamWriter failed|unexpected pos \d+ vs|os error (?:28|122|27)\b|\d+ requested and \d+ written"
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs|os error (?:28|122|27)\b|Os \{ code: (?:28|122|27),"
+    r"|\d+ requested and \d+ written"
 )
 
 
