@@ -339,7 +339,7 @@ def steer_cost(
         size: The model.
         studies: The table.
         layers: Decoder layers up to the hook point.
-        d_sae: Latents of the SAE.
+        d_sae: Latents of the SAE and of its controls together.
         steered: Studies that are steered.
         reports: Reports that are written.
         max_new_tokens: Length of a report.

@@ -98,7 +98,13 @@ def of_latents(
 
 
 def of_steer(
-    options: StudyOptions, sae: Any, studies: int, steered: int, strengths: int, max_new_tokens: int
+    options: StudyOptions,
+    sae: Any,
+    studies: int,
+    steered: int,
+    strengths: int,
+    max_new_tokens: int,
+    controls: int = 0,
 ) -> Cost:
     """Cost of `steer`: two halves, every strength on the first, the best of each method on the second.
 
@@ -109,15 +115,16 @@ def of_steer(
         steered: Studies of each half.
         strengths: Strengths of the sweep.
         max_new_tokens: Length of a report.
+        controls: Number of control SAEs, each of the SAE's size and with a sweep of its own.
     """
     size, counted = _sizes(options, studies, all_studies=False)
     return steer_cost(
         size,
         counted,
         layers=_layers(size, [str(sae.cfg.metadata.hook_name)]),
-        d_sae=int(sae.cfg.d_sae),
+        d_sae=int(sae.cfg.d_sae) * (1 + controls),
         steered=2 * steered,
-        reports=steered * (strengths + 1) * METHODS,
+        reports=steered * (strengths + 1) * (METHODS + controls),
         max_new_tokens=max_new_tokens,
     )
 

@@ -62,8 +62,8 @@ def steer(
         records: latent records of the SAE; latents, p99 and maps come from them, and no activations are read.
         intervention: saved interventions to apply instead of choosing latents.
         controls: control SAEs whose latents are steered at equal norm, separated by commas: untrained,
-            untrained_whitened, raw, or folders of frozen controls (train --control). By default untrained; none with
-            --records or --intervention.
+            untrained_whitened, raw, or folders of frozen controls (train --control). By default untrained; "" for
+            none, as with --records or --intervention.
         reader: reads findings from reports: the phantom's language, rule labels, or whichever fits the studies.
         views: frontal steers studies with one image and no prior, all steers any study with a frontal image.
         steered: studies of each half that are steered.
@@ -95,11 +95,14 @@ def steer(
             f"--controls {controls} were given with --{'records' if records else 'intervention'}; controls "
             "choose latents from activations. Leave out one of the two."
         )
+    wanted = () if records is not None or intervention is not None else ("untrained",)
+    if controls is not None:
+        wanted = tuple(name.strip() for name in controls.split(",") if name.strip())
     dictionary = load_sae(sae, hook_name=hook, records=records, device=options.device)
     if estimate:
         from sae_lens_maira.cli.estimate import of_steer, write_estimate
 
-        cost = of_steer(options, dictionary, studies, steered, len(strengths), max_new_tokens)
+        cost = of_steer(options, dictionary, studies, steered, len(strengths), max_new_tokens, len(wanted))
         return write_estimate(cost, as_json)
     maira = options.load_model()
     hook_name = str(dictionary.cfg.metadata.hook_name)
@@ -130,8 +133,7 @@ def steer(
     elif records is not None:
         methods = _recorded(records, dictionary, finding, n_latents, strengths, seed, remove)
     else:
-        names = [name.strip() for name in (controls or "untrained").split(",") if name.strip()]
-        others = _control_saes(names, dictionary, hook_name, options.device)
+        others = _control_saes(wanted, dictionary, hook_name, options.device)
         methods, units = _collected(
             maira, dictionary, others, cohort, finding, n_latents, strengths, seed, remove
         )

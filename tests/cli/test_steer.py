@@ -75,8 +75,8 @@ def test_a_folder_and_a_table_give_the_same_summary(sae, elsewhere, on_phantom, 
     assert errors.before.notna().all()
 
 
-def test_maps_of_control_saes_are_in_the_table_at_equal_norm(phantom, sae, tmp_path, capsys):
-    """A frozen control and an untrained SAE have rows, strengths of their own, and a map of the SAE's own norm."""
+def test_maps_of_control_saes_are_in_the_table(phantom, sae, tmp_path, capsys):
+    """A frozen control and an untrained SAE have rows; tests/steering/test_methods.py compares norms."""
     frozen = tmp_path / "frozen"
     rows = read_rows(
         phantom, generate_studies(30, seed=5), HOOK, RowSettings(roles="image_only"), progress=False
