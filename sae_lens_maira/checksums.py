@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write
+from sae_lens_maira.io import atomic_file, atomic_folder, atomic_write, digest_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,11 +119,7 @@ def _sum_of_json(content: dict[str, Any]) -> str:
 
 
 def _sum_of(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return digest_of(path, xxhash.xxh3_128())
 
 
 __all__ = [

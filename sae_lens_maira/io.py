@@ -348,8 +348,12 @@ def _is_number(cell: str) -> bool:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file, read in pieces."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file, read in pieces."""
+    return digest_of(path, hashlib.sha256())
+
+
+def digest_of(path: Path, digest: Any) -> str:
+    """Hexadecimal digest of a file, read in pieces into a hash of hashlib or xxhash."""
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
@@ -362,6 +366,7 @@ __all__ = [
     "atomic_write",
     "csv_cell",
     "csv_of",
+    "digest_of",
     "locked",
     "read_json",
     "save_figure",
