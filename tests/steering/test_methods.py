@@ -7,6 +7,7 @@ from sae_lens_maira.interface import load_sae_weights
 from sae_lens_maira.sae import make_control
 from sae_lens_maira.steering.interventions import Add
 from sae_lens_maira.steering.methods import MAPS, SUBTRACT, MethodFactory
+from sae_lens_maira.steering.positions import Patches
 from sae_lens_maira.steering.statistics import SteeringStatistics
 
 SHAPE = (2, 3)
@@ -41,6 +42,7 @@ def delta(interventions, sae) -> torch.Tensor:
     found = torch.zeros(SHAPE[0] * SHAPE[1], sae.cfg.d_in)
     for item in interventions:
         assert isinstance(item, Add)
+        assert isinstance(item.where, Patches)
         grid = torch.as_tensor(item.where.grid).flatten()
         found += item.strength * grid[:, None] * sae.W_dec[list(item.latents)].detach().sum(0)
     return found
@@ -62,7 +64,7 @@ def test_control_maps_have_the_norm_of_the_own_map(remove):
     for strength in own.strengths:
         ours, theirs = delta(reference.make(strength), sae), delta(method.make(strength), control)
         assert theirs.norm() == pytest.approx(float(ours.norm()), rel=1e-4)
-    assert {j for item in method.make(1.0) for j in item.latents} == set(other.chosen("opacity", MAPS))
+    assert {j for item in method.make(1.0) if isinstance(item, Add) for j in item.latents} == set(other.chosen("opacity", MAPS))
 
 
 def test_a_control_without_a_map_is_left_out_with_a_warning():
