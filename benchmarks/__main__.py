@@ -5,17 +5,21 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SEPARATE = {"timing", "counts", "gpu", "kills"}
+"""Modules that other benchmarks import, and those with a command of their own."""
 
 
 def main() -> int:
-    """Run each script of this folder in a process of its own, so that none finds a warm cache or another's hooks."""
+    """Run each script of this folder and `bench step`, each in a process of its own: none finds a warm cache."""
+    runs = {
+        script.stem: [str(script)] for script in sorted(HERE.glob("[!_]*.py")) if script.stem not in SEPARATE
+    }
+    runs["step"] = ["-m", "sae_lens_maira", "bench", "step"]
     failed = 0
-    for script in sorted(
-        set(HERE.glob("[!_]*.py")) - {HERE / name for name in ("timing.py", "counts.py", "gpu.py")}
-    ):
-        sys.stdout.write(f"\n== {script.stem} ==\n")
+    for name, words in runs.items():
+        sys.stdout.write(f"\n== {name} ==\n")
         sys.stdout.flush()
-        failed += subprocess.run([sys.executable, str(script)], check=False).returncode != 0
+        failed += subprocess.run([sys.executable, *words], check=False).returncode != 0
     return failed
 
 
