@@ -1,4 +1,4 @@
-"""README and docs: every command block runs, every command that is named exists, links lead somewhere.
+"""README and docs: every block runs, every command that is named exists, links lead to a file, lines fit.
 
 Blocks of a page run in order, bash and python, in one folder. `docs_blocks.yaml` holds what a reader does not need:
 what makes a block small, why a block is not run and which test does its work, and the files that a page takes for
@@ -32,7 +32,7 @@ OWN_TEST = {"hooks.md"}  # tests/hooks/test_docs.py runs every line of it
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block, made small where its page says how, and the reason if it is not run."""
+    """A fenced block, made small by its mark, and the reason if it is not run."""
 
     kind: str
     text: str
@@ -111,24 +111,60 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
+def runs_command(name: str, source: str) -> bool:
+    """Whether a test's source has the command as consecutive words, in one string or in a list of strings."""
+    between = r"(?:\s+|[\"'],\s*[\"'])"
+    return bool(re.search(rf"(?<![\w-]){between.join(map(re.escape, name.split()))}(?![\w-])", source))
+
+
+def sources(names: list[str]) -> str:
+    """Text of the named test files, and of every file of the named folders."""
+    paths = [path for name in names for path in sorted((ROOT / name).rglob("*.py")) or [ROOT / name]]
+    return "".join(path.read_text(encoding="utf-8") for path in paths)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_block_left_out_names_the_test_that_does_its_work(page: Path) -> None:
-    """The reason names tests, which name each command of the block."""
+    """The reason names tests, and these run each command of the block."""
     for block in blocks(page):
         if block.skipped is None:
             continue
         files = re.findall(r"(?:tests|\.ci)/[\w/.]*\w", block.skipped)
         assert files, f"{page.name}: {block.skipped!r} names no test"
-        paths = [p for file in files for p in sorted((ROOT / file).rglob("*.py")) or [ROOT / file]]
-        tests = "".join(path.read_text(encoding="utf-8") for path in paths)
-        for command in re.findall(r"(?:sae-lens-maira|sae_lens_maira\.cli) +([a-z].*)", block.text):
+        tests = sources(files)
+        for command in re.findall(r"(?:sae-lens-maira|sae_lens_maira(?:\.cli)?) +([a-z].*)", block.text):
             name = max((n for n in COMMANDS if f"{command} ".startswith(f"{n} ")), key=len)
-            for word in name.split():
-                assert word in tests, f"{page.name}: {files} do not name {word}"
+            assert runs_command(name, tests), f"{page.name}: {files} do not run {name}"
+
+
+def test_the_search_for_a_command_can_fail() -> None:
+    """Words of a command that are apart, or part of other words, do not count."""
+    assert runs_command("studies import", 'main(["studies", "import", "--table"])')
+    assert runs_command("steer", "assert main('steer --sae x'.split()) == 0")
+    assert not runs_command("studies import", "import studies")
+    assert not runs_command("steer", "steering, steer_out, re-steer")
+    assert not runs_command("dashboards upload", sources(["tests/cli/test_steer.py"]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_stand_in_blocks_of_their_language(page: Path) -> None:
+def test_lines_fit(page: Path) -> None:
+    """The log: 100 columns. Other pages: text 100 (README and CONTRIBUTING 120), code 120, rows of tables 200.
+
+    Rows of the tables in hooks.md have 260: their cells are code.
+    """
+    text = 120 if page.parent == ROOT else 100
+    row = {"log.md": 100, "hooks.md": 260}.get(page.name, 200)
+    code, long = False, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        code ^= line.startswith("```")
+        limit = row if line.startswith("|") else 120 if code and page.name != "log.md" else text
+        if len(line) > limit:
+            long.append(f"{page.name}:{number}: {len(line)} columns, at most {limit}")
+    assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_in_blocks_of_their_language(page: Path) -> None:
     """A block without a language holds no command: it would not be run."""
     for block in blocks(page):
         if not block.kind:
@@ -206,7 +242,7 @@ def copy_given(page: Path, material: Path, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_tutorial_runs(given: Path) -> None:
-    """Every block of the tutorial, in order; what its text promises lies there."""
+    """Every block of the tutorial, in order; what its text promises is written."""
     for name in ("records_untrained", "report/scores.png", "page/index.html", "steered/index.html"):
         assert (given / name).exists(), name
 
