@@ -4,24 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import BitImageProcessor
 
 from sae_lens_maira.hooks import HookedMaira2, PointTable
-from sae_lens_maira.maira2 import (
-    Maira2,
-    Maira2Encoding,
-    Maira2ForConditionalGeneration,
-    Maira2Processor,
-    make_config,
-    register,
-)
+from sae_lens_maira.maira2 import Maira2, Maira2Encoding, Maira2Processor, register
 from sae_lens_maira.maira2.versions import has_transformer_bridge
 from sae_lens_maira.phantom.tokenizer import build_tokenizer
 
-SIDE = 56  # 4 x 4 patches of 14
 CORPUS = [
     "You are an expert radiology assistant tasked with interpreting a chest X-ray study. USER: ASSISTANT:",
     "Given the current frontal image and the current lateral image and the prior frontal image"
@@ -32,89 +22,22 @@ CORPUS = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlainStudy:
-    """A study as the processor sees it."""
-
-    frontal: Any = None
-    lateral: Any = None
-    prior_frontal: Any = None
-    indication: str | None = None
-    technique: str | None = None
-    comparison: str | None = None
-    prior_report: str | None = None
-    report: str | None = None
-    grounded_report: Any = None
-
-
-def picture(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (70, 60), dtype=np.uint8)
-
-
-def make_processor() -> Maira2Processor:
-    images = BitImageProcessor(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=[0.5307] * 3,
-        image_std=[0.2583] * 3,
-        resample=3,
-    )
-    return Maira2Processor(image_processor=images, tokenizer=build_tokenizer(CORPUS, vocab_size=400))
-
-
-def make_model(processor: Maira2Processor, attention: str = "sdpa") -> Maira2ForConditionalGeneration:
-    """Four decoder blocks of width 64, three vision blocks of width 32, weights that tell inputs apart."""
-    tokenizer = processor.tokenizer
-    config = make_config(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "mlp_ratio": 2,
-            "image_size": SIDE,
-            "out_features": ["stage3"],
-        },
-        image_token_index=processor.image_token_id,
-        image_seq_length=16,
-    )
-    torch.manual_seed(0)
-    model = Maira2ForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 or name.endswith("lambda1"):
-            torch.nn.init.normal_(parameter, std=0.2)
-    # A random model may write any token; a placeholder without an image would stop a run without a cache.
-    model.lm_head.weight.data[processor.image_token_id] = 0
-    model.set_attn_implementation(attention)
-    return model
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="session")
-def processor() -> Maira2Processor:
+def processor(make_processor: Callable[..., Maira2Processor]) -> Maira2Processor:
     register()
-    return make_processor()
+    return make_processor(build_tokenizer(CORPUS, vocab_size=400))
 
 
 @pytest.fixture(scope="session")
-def tiny(processor: Maira2Processor) -> Maira2:
-    return Maira2(make_model(processor), processor)
+def tiny(processor: Maira2Processor, make_tiny: Callable[..., Maira2]) -> Maira2:
+    """Four decoder blocks, three vision blocks."""
+    return make_tiny(processor, blocks=4, vision_blocks=3, std=0.2)
 
 
 @pytest.fixture(scope="session")
-def eager(processor: Maira2Processor) -> Maira2:
-    return Maira2(make_model(processor, "eager"), processor)
+def eager(processor: Maira2Processor, make_tiny: Callable[..., Maira2]) -> Maira2:
+    """The same model with eager attention, as TransformerLens' hooks need it."""
+    return make_tiny(processor, blocks=4, vision_blocks=3, std=0.2, attention="eager")
 
 
 @pytest.fixture
@@ -128,18 +51,19 @@ def hooked_eager(eager: Maira2) -> HookedMaira2:
 
 
 @pytest.fixture(scope="session")
-def studies() -> list[PlainStudy]:
+def studies(make_study: Any, make_picture: Any) -> list[Any]:
     """One, two and three images, texts of unequal length."""
     report = "The heart size is normal. There is a small left pleural effusion."
+    image = [make_picture(seed, width=60) for seed in range(6)]
     return [
-        PlainStudy(frontal=picture(0), indication="chest X-ray", report=report),
-        PlainStudy(
-            frontal=picture(1), lateral=picture(2), technique="frontal and lateral", report="No pneumothorax."
+        make_study(frontal=image[0], indication="chest X-ray", report=report),
+        make_study(
+            frontal=image[1], lateral=image[2], technique="frontal and lateral", report="No pneumothorax."
         ),
-        PlainStudy(
-            frontal=picture(3),
-            lateral=picture(4),
-            prior_frontal=picture(5),
+        make_study(
+            frontal=image[3],
+            lateral=image[4],
+            prior_frontal=image[5],
             prior_report=report,
             report="No pneumothorax is seen. The heart size is normal.",
         ),
@@ -147,18 +71,18 @@ def studies() -> list[PlainStudy]:
 
 
 @pytest.fixture(scope="session")
-def study(studies: list[PlainStudy]) -> PlainStudy:
+def study(studies: list[Any]) -> Any:
     return studies[0]
 
 
 @pytest.fixture(scope="session")
-def encoding(processor: Maira2Processor, studies: list[PlainStudy]) -> Maira2Encoding:
+def encoding(processor: Maira2Processor, studies: list[Any]) -> Maira2Encoding:
     """Three studies, left-padded, with their reports."""
     return processor.encode(studies, report="teacher")
 
 
 @pytest.fixture(scope="session")
-def prompt(processor: Maira2Processor, studies: list[PlainStudy]) -> Maira2Encoding:
+def prompt(processor: Maira2Processor, studies: list[Any]) -> Maira2Encoding:
     """Two studies without reports, to generate from."""
     return processor.encode(studies[:2])
 

@@ -1,27 +1,14 @@
-"""Small real parts for the tests of the model room: tokenizers, a processor, studies and a tiny model."""
+"""Tokenizers of three kinds with MAIRA-2's tokens, a processor for each, a tiny model and a study."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BitImageProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from sae_lens_maira.maira2 import (
-    ADDED_TOKENS,
-    Maira2,
-    Maira2Config,
-    Maira2ForConditionalGeneration,
-    Maira2Processor,
-    build_prompt,
-    make_config,
-    register,
-)
-
-SIDE = 56  # four by four patches of 14
+from sae_lens_maira.maira2 import ADDED_TOKENS, Maira2, Maira2Processor, build_prompt
 
 CORPUS = [
     "The heart size is normal. No pleural effusion or pneumothorax. A small left pleural effusion is new.",
@@ -31,27 +18,9 @@ CORPUS = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlainStudy:
-    """A study as the processor sees it."""
-
-    frontal: Any = None
-    lateral: Any = None
-    prior_frontal: Any = None
-    indication: str | None = None
-    technique: str | None = None
-    comparison: str | None = None
-    prior_report: str | None = None
-    report: str | None = None
-    grounded_report: Any = None
-
-
-def picture(seed: int = 0, height: int = 70, width: int = 90) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-
-
 def _texts() -> list[str]:
-    frame = PlainStudy(frontal=0, lateral=0, prior_frontal=0)
+    names = ("indication", "technique", "comparison", "prior_report", "report", "grounded_report")
+    frame: Any = SimpleNamespace(frontal=0, lateral=0, prior_frontal=0, **dict.fromkeys(names))
     prompts = [build_prompt(frame, task).text.replace("<image>", " ") for task in ("findings", "grounded")]
     return CORPUS + prompts
 
@@ -101,60 +70,6 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return _finish(tokenizer)
 
 
-def processor_of(tokenizer: PreTrainedTokenizerFast, side: int = SIDE) -> Maira2Processor:
-    images = BitImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=[0.5307] * 3,
-        image_std=[0.2583] * 3,
-        resample=3,
-    )
-    return Maira2Processor(image_processor=images, tokenizer=tokenizer)
-
-
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Maira2Config:
-    return make_config(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "mlp_ratio": 2,
-            "image_size": SIDE,
-            "out_features": ["stage2"],
-        },
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
-    )
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def make_study() -> type[PlainStudy]:
-    return PlainStudy
-
-
-@pytest.fixture(scope="session")
-def make_picture() -> Callable[..., np.ndarray]:
-    return picture
-
-
-@pytest.fixture(scope="session")
-def make_processor() -> Callable[..., Maira2Processor]:
-    return processor_of
-
-
 @pytest.fixture(scope="session")
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     return {
@@ -165,32 +80,30 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
 
 
 @pytest.fixture(scope="session", params=["llama_first", "llama_always", "byte_level"])
-def any_processor(request: pytest.FixtureRequest, tokenizers: dict[str, Any]) -> Maira2Processor:
-    return processor_of(tokenizers[request.param])
+def any_processor(
+    request: pytest.FixtureRequest, tokenizers: dict[str, Any], make_processor: Callable[..., Maira2Processor]
+) -> Maira2Processor:
+    return make_processor(tokenizers[request.param])
 
 
 @pytest.fixture(scope="session")
-def processor(tokenizers: dict[str, Any]) -> Maira2Processor:
-    return processor_of(tokenizers["llama_first"])
+def processor(tokenizers: dict[str, Any], make_processor: Callable[..., Maira2Processor]) -> Maira2Processor:
+    return make_processor(tokenizers["llama_first"])
 
 
 @pytest.fixture(scope="session")
-def tiny(processor: Maira2Processor) -> Maira2:
-    register()
-    torch.manual_seed(0)
-    model = Maira2ForConditionalGeneration(tiny_config(processor.tokenizer)).eval()
-    for parameter in model.parameters():  # the library's initialisation is too small to tell inputs apart
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return Maira2(model, processor)
+def tiny(processor: Maira2Processor, make_tiny: Callable[..., Maira2]) -> Maira2:
+    """Three decoder blocks, two vision blocks."""
+    return make_tiny(processor, blocks=3, vision_blocks=2, std=0.15)
 
 
 @pytest.fixture
-def study() -> PlainStudy:
-    return PlainStudy(
-        frontal=picture(0),
-        lateral=picture(1, 80, 60),
-        prior_frontal=picture(2),
+def study(make_study: Any, make_picture: Any) -> Any:
+    """Three images of unequal size, an accent, two spaces, and no comparison."""
+    return make_study(
+        frontal=make_picture(0),
+        lateral=make_picture(1, 80, 60),
+        prior_frontal=make_picture(2),
         indication="Dyspnoea  and fever, 2,5 cm opacité?",
         technique="PA and lateral views.",
         prior_report="The heart size is normal.",
