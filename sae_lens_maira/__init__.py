@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         read_studies,
     )
     from sae_lens_maira.latents import RecordSet, split_by_patient, study_firing
-    from sae_lens_maira.latents.contexts import centre_crop
     from sae_lens_maira.maira2 import TokenRole
+    from sae_lens_maira.maira2.images import centre_crop
     from sae_lens_maira.sae import make_control
     from sae_lens_maira.stats import f1_of_firing
     from sae_lens_maira.steering import Ablate, Add, AtLeast, AtMost, Direction, Scale, SetTo
@@ -46,7 +46,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "interactive": ("InteractiveMaira2", "SteeringResult"),
     "interface": ("finding_reader", "load", "load_sae", "named_model", "phantom_studies", "read_studies"),
     "latents": ("RecordSet", "split_by_patient", "study_firing"),
-    "latents.contexts": ("centre_crop",),
+    "maira2.images": ("centre_crop",),
     "maira2": ("TokenRole",),
     "sae": ("make_control",),
     "stats": ("f1_of_firing",),

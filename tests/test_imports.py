@@ -31,7 +31,7 @@ ALLOWED = {
     "training": {"sae", "kernels", "activations"},
     "latents": {"activations", "sae", "maira2", "studies"},
     "interp": {"latents", "studies"},
-    "dashboards": {"latents", "interp"},
+    "dashboards": {"latents", "interp", "maira2"},
     "attribution": {"hooks", "sae", "studies", "maira2", "latents"},
     "steering": {"hooks", "sae", "studies", "maira2", "activations", "latents"},
     "evaluation": {"hooks", "sae", "studies", "maira2", "activations"},

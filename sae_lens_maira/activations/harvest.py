@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations.reader import RowReader
+from sae_lens_maira.activations.rows import study_order
 from sae_lens_maira.activations.sampling import RowSettings
 from sae_lens_maira.activations.store import ActivationStore
 from sae_lens_maira.activations.store_spec import DTYPES, StoreSpec
@@ -131,7 +132,7 @@ def _harvest(
         for hook in list(values):
             whole[hook] = torch.cat(values.pop(hook))
         # Sorted first, so that the order of a shard depends on its rows alone, and then shuffled.
-        order = np.lexsort((index["position"], index["source"], index["study"]))
+        order = study_order(index)
         order = order[np.random.default_rng([reader.settings.seed, shard]).permutation(len(order))]
         store.commit(shard, whole, index, order, [study_fingerprint(studies[n]) for n in numbers])
     bar.close()

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations.prefetch import prefetch
-from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows
+from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows, study_order
 from sae_lens_maira.activations.sampling import RowSettings, kept_positions, rate_table, within_norms
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.hooks._names import PointTable
@@ -175,7 +175,7 @@ class RowReader:
     def ordered(self, parts: Sequence[ActivationBatch]) -> ActivationBatch:
         """Batches as one, sorted by study, source and position."""
         index = pd.concat([part.index for part in parts], ignore_index=True)[list(COLUMNS)]
-        order = np.lexsort((index["position"], index["source"], index["study"]))
+        order = study_order(index)
         turned = torch.from_numpy(order)
         values = {name: torch.cat([part.values[name] for part in parts])[turned] for name in self._names}
         return ActivationBatch(values, index.iloc[order], sum(part.studies for part in parts))

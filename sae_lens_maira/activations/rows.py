@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import pandas as pd
 import torch
 
 from sae_lens_maira.errors import StoreError
@@ -17,6 +18,11 @@ COLUMNS = ("study", "position", "role", "token", "view", "patch_row", "patch_col
 """Columns of the index that a store keeps next to the values."""
 SOURCES = ("teacher", "generated", "prompt")
 """Where a row's text comes from: the study's report, the model's own, or the prompt alone. Stored by number."""
+
+
+def study_order(index: pd.DataFrame) -> np.ndarray:
+    """(N,) order of the rows of an index by study, source and position."""
+    return np.lexsort((index["position"], index["source"], index["study"]))
 
 
 @dataclass(frozen=True)

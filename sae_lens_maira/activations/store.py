@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from sae_lens_maira.activations.prefetch import empty_rows
-from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows
+from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows, study_order
 from sae_lens_maira.activations.segments import SEGMENT, read_rows, write_rows
 from sae_lens_maira.activations.store_checks import wrong_contents, wrong_shards, wrong_sizes
 from sae_lens_maira.activations.store_spec import DTYPES, StoreSpec, differences, other_studies
@@ -369,7 +369,7 @@ class ActivationStore:
                 rows = self.read(hook, shard, number * SEGMENT, (number + 1) * SEGMENT)
                 values[first:last] = rows[torch.from_numpy(wanted[first:last] - number * SEGMENT)]
             index = index.iloc[wanted]
-        order = np.lexsort((index["position"], index["source"], index["study"]))
+        order = study_order(index)
         places = torch.from_numpy(order)
         return lambda start, stop: values[places[start:stop]], index.iloc[order].reset_index(drop=True)
 

@@ -20,7 +20,7 @@ from sae_lens_maira.attribution.edges import SentenceGraph
 from sae_lens_maira.attribution.graph_svg import summary
 from sae_lens_maira.attribution.regenerate import Removal
 from sae_lens_maira.io import atomic_write, write_json
-from sae_lens_maira.latents.contexts import centre_crop
+from sae_lens_maira.maira2.images import centre_crop
 from sae_lens_maira.privacy import check_shareable, mark_folder, private_files
 from sae_lens_maira.studies import Study
 from sae_lens_maira.studies.words import compare_words

@@ -43,7 +43,7 @@ INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell repo
 
 # Every command, in the order of the work: its words -> the module and function that run it.
 _TABLE: dict[str, str] = {
-    "quickstart": "phantom:quickstart",
+    "quickstart": "quickstart:quickstart",
     "studies import": "studies:import_studies",
     "studies show": "studies_show:show",
     "studies validate": "studies:validate_studies",
@@ -68,8 +68,8 @@ _TABLE: dict[str, str] = {
     "dashboards upload": "dashboards:upload",
     "attribute": "attribute:attribute",
     "steer": "steer:steer",
-    "workbench": "workbench:open_workbench",
-    "measure-phantom": "phantom:measure_phantom",
+    "workbench": "quickstart:open_workbench",
+    "measure-phantom": "quickstart:measure_phantom",
 }
 
 

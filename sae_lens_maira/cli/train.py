@@ -12,8 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sae_lens_maira.cli.fields import checked_fields
-from sae_lens_maira.cli.options import HarvestOptions
+from sae_lens_maira.cli.options import HarvestOptions, checked_fields
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import ConfigError, MairaError
 from sae_lens_maira.io import locked

@@ -25,8 +25,8 @@ from PIL.PngImagePlugin import PngInfo
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, Score
 from sae_lens_maira.io import atomic_file
-from sae_lens_maira.latents.contexts import centre_crop
 from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
+from sae_lens_maira.maira2.images import centre_crop
 from sae_lens_maira.privacy import image_path
 
 IMAGE_SIDE = 518

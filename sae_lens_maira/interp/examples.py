@@ -4,19 +4,28 @@ Patients of the whole record set are divided into a train and a test half by a h
 every latent. Neither a latent's own explanation nor the control borrowed from another latent has seen a test patient.
 Sampling comes after the split, takes equal numbers from every activation interval, and is seeded per latent, so that
 the questions about one latent do not depend on which other latents are asked about.
+
+A text is shown as the words around the chosen token; tokens above 0.3 of the latent's largest activation are marked
+`<<so>>`, adjacent ones in one mark.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
 
+SPAN = 24  # Tokens on each side of the peak, Neuronpedia's window.
+REPORT_TOKENS = 120
+MARKED_FROM = 0.3
+_SPACES = ("▁", "Ġ", " ")
+_TIGHT = re.compile(r"\s+([.,;:?!)\]])")
 METHODS = ("detection", "fuzzing", "intruder", "image_detection", "image_fuzzing")
 
 
@@ -252,3 +261,74 @@ def _study(context: Context, studies: Mapping[str, StudyInfo]) -> StudyInfo:
 
 def _hash(seed: int, patient: str) -> bytes:
     return hashlib.sha256(f"{seed}|{patient}".encode()).digest()
+
+
+def text_of(tokens: Collection[str], marked: Collection[int] = ()) -> str:
+    """Tokens as text, with << >> around those whose index is in `marked`."""
+    spaced = any(token.startswith(_SPACES) for token in tokens)
+    parts: list[str] = []
+    for i, token in enumerate(tokens):
+        plain = token.replace("▁", " ").replace("Ġ", " ")
+        if not spaced:
+            plain = " " + plain
+        if i in marked:
+            lead = plain[: len(plain) - len(plain.lstrip())]
+            opening = "" if i - 1 in marked else "<<"
+            closing = "" if i + 1 in marked else ">>"
+            plain = f"{lead}{opening}{plain.lstrip()}{closing}"
+        parts.append(plain)
+    return _TIGHT.sub(r"\1", " ".join("".join(parts).split()))
+
+
+def active_tokens(example: Example) -> frozenset[int]:
+    """Indices of tokens above the marking threshold; the peak is always included."""
+    floor = MARKED_FROM * example.max
+    found = {i for i, v in enumerate(example.context.activations) if v is not None and v > max(floor, 0.0)}
+    return frozenset(found | {example.context.peak} if example.context.peak >= 0 else found)
+
+
+def bounds(example: Example, modality: str, rng: random.Random) -> tuple[int, int]:
+    """First and last+1 token shown: around the peak, around a random token where silent, the report for patches."""
+    context, count = example.context, len(example.context.tokens)
+    if modality == "image":
+        report = [i for i, role in enumerate(context.roles) if role == "report"]
+        return (report[0], min(report[-1] + 1, report[0] + REPORT_TOKENS)) if report else (0, count)
+    middle = context.peak if context.peak >= 0 else rng.randrange(count) if count else 0
+    return max(0, middle - SPAN), min(count, middle + SPAN + 1)
+
+
+def window(example: Example, modality: str, rng: random.Random, marked: Collection[int] = ()) -> str:
+    """The text shown for an example, with marks at the token indices `marked`."""
+    start, stop = bounds(example, modality, rng)
+    tokens = example.context.tokens[start:stop]
+    text = text_of(tokens, {i - start for i in marked if start <= i < stop})
+    return text or "(no text)"
+
+
+def wrong_tokens(example: Example, modality: str, rng: random.Random) -> frozenset[int]:
+    """As many silent tokens of the window as it has active ones: the marks of a fuzzed example."""
+    start, stop = bounds(example, modality, rng)
+    right = active_tokens(example)
+    silent = [i for i in range(start, stop) if not example.context.activations[i] and i not in right]
+    number = min(len(silent), max(1, sum(start <= i < stop for i in right)))
+    return frozenset(rng.sample(silent, number))
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words of three letters or more."""
+    return re.findall(r"[a-zà-öø-ÿ]{3,}", text.lower())
+
+
+def peak_word(context: Context) -> str | None:
+    """The whole word that holds the chosen token; None for a patch or a punctuation mark."""
+    if not 0 <= context.peak < len(context.tokens):
+        return None
+    spaced = any(token.startswith(_SPACES) for token in context.tokens)
+    first = last = context.peak
+    if spaced:
+        while first > 0 and not context.tokens[first].startswith(_SPACES):
+            first -= 1
+        while last + 1 < len(context.tokens) and not context.tokens[last + 1].startswith(_SPACES):
+            last += 1
+    found = words_of(text_of(context.tokens[first : last + 1]))
+    return found[0] if found else None

@@ -16,10 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sae_lens_maira.interp.examples import Example, interval_of, modality_of
+from sae_lens_maira.interp.examples import Example, interval_of, modality_of, peak_word, window, words_of
 from sae_lens_maira.interp.records import Score
-from sae_lens_maira.interp.score import Verdict, score_of
-from sae_lens_maira.interp.windows import peak_word, place, window, words_of
+from sae_lens_maira.interp.score import Verdict, place, score_of
 
 EXPLAINER = "contrast (no LLM)"
 ENOUGH = 0.4  # A finding's J from which it is named: with 20 against 20 studies chance stays below it.

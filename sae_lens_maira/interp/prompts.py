@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model
 
-from sae_lens_maira.interp.examples import Example, LatentTask, Plan, modality_of, scaled
+from sae_lens_maira.interp.examples import (
+    Example,
+    LatentTask,
+    Plan,
+    active_tokens,
+    modality_of,
+    scaled,
+    window,
+)
 from sae_lens_maira.interp.offline import Explanation, category_of_text
-from sae_lens_maira.interp.windows import active_tokens, data_uri, outlined, place, window
+from sae_lens_maira.interp.score import data_uri, outlined, place
 
 if TYPE_CHECKING:
     from sae_lens_maira.interp.judge import Judge

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from sae_lens_maira.checksums import EDITED, take_checksum, with_checksum
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_write, save_figure, sha256_of
+from sae_lens_maira.latents.contexts import from_plain, to_plain
 from sae_lens_maira.latents.recordset import META, RecordSet
-from sae_lens_maira.latents.serialization import from_plain, to_plain
 from sae_lens_maira.privacy import private_files, strictest
 
 if TYPE_CHECKING:

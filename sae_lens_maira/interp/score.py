@@ -10,38 +10,44 @@
 
 Its 95 % interval combines the Wilson intervals of both rates (method of variance estimates recovery). Every question
 is counted as answered or unusable, and nothing is imputed; questions that the budget forbids are not counted.
+
+A patch becomes words such as "right lower zone": the left of an image is the patient's right. An outlined image shows
+the rectangles of active patches, above 0.3 of the latent's largest activation, on the crop that the record set keeps.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL.Image import Image
+from PIL import Image, ImageDraw
 
-from sae_lens_maira.interp.examples import Example, interval_of, modality_of
-from sae_lens_maira.interp.records import Score
-from sae_lens_maira.interp.windows import (
-    active_patches,
+from sae_lens_maira.interp.examples import (
+    MARKED_FROM,
+    Example,
     active_tokens,
-    data_uri,
-    image_of,
-    place,
+    interval_of,
+    modality_of,
     window,
-    wrong_place,
     wrong_tokens,
 )
+from sae_lens_maira.interp.records import Score
+from sae_lens_maira.latents.records import ActivationMap, Context
+from sae_lens_maira.privacy import image_path
 from sae_lens_maira.stats import wilson
 
 if TYPE_CHECKING:
     from sae_lens_maira.interp.judge import Judge
 
 IMAGES_PER_QUESTION = 4
+COLOUR = (255, 220, 0)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Item:
     text: str
     truth: bool
     interval: str
-    draw: Callable[[], Image] | None = None
+    draw: Callable[[], Image.Image] | None = None
 
 
 def score_of(method: str, judge: str, verdicts: Iterable[Verdict]) -> Score:
@@ -272,7 +278,7 @@ class _Drawing:
     view: str
     patches: frozenset[int] = frozenset()
 
-    def __call__(self) -> Image:
+    def __call__(self) -> Image.Image:
         image = image_of(self.example, self.folder, self.view, self.patches)
         assert image is not None  # checked when the item was made
         return image
@@ -281,3 +287,105 @@ class _Drawing:
 def _main_view(examples: Sequence[Example]) -> str | None:
     views = Counter(e.context.patch[0] for e in examples if e.active and e.context.patch is not None)
     return views.most_common(1)[0][0] if views else None
+
+
+def patch_words(view: str, row: float, col: float, rows: int, cols: int) -> str:
+    """Place of a patch: "right lower zone of the frontal image". Laterals say front and back instead of sides."""
+    height = ("upper", "mid", "lower")[min(2, int(3 * (row + 0.5) / rows))]
+    third = min(2, int(3 * (col + 0.5) / cols))
+    if view == "lateral":
+        return f"{('left', 'central', 'right')[third]} {height} part of the lateral image"
+    name = "prior frontal" if view == "prior" else view
+    side = ("right", "central", "left")[third]
+    return f"{side} {height} zone of the {name} image"
+
+
+def place(context: Context) -> str | None:
+    """Place of the chosen patch in words, None for a token."""
+    if context.patch is None:
+        return None
+    view, row, col = context.patch
+    grid = _activation_map(context)
+    return patch_words(view, row, col, grid.rows, grid.cols) if grid is not None else f"{view} image"
+
+
+def wrong_place(context: Context, rng: random.Random) -> str | None:
+    """Another place of the same image, where the latent is not active at all."""
+    grid = _activation_map(context)
+    if grid is None:
+        return None
+    size = (grid.rows, grid.cols)
+    active = {patch_words(grid.view, *divmod(p, grid.cols), *size) for p in grid.patches}
+    everywhere = {
+        patch_words(grid.view, row, col, *size) for row in range(grid.rows) for col in range(grid.cols)
+    }
+    silent = sorted(everywhere - active - {place(context)})
+    return rng.choice(silent) if silent else None
+
+
+def active_patches(example: Example) -> frozenset[int]:
+    """Row-major indices of the patches that are outlined in the view of the chosen patch."""
+    grid = _activation_map(example.context)
+    if grid is None or example.context.patch is None:
+        return frozenset()
+    _, row, col = example.context.patch
+    above = {n for n, v in zip(grid.patches, grid.values, strict=True) if v > MARKED_FROM * example.max}
+    return frozenset(above | {row * grid.cols + col})
+
+
+def outlined(example: Example, folder: Path) -> Image.Image | None:
+    """The view that contains an example's chosen patch, with active patches outlined.
+
+    Args:
+        example: an active example of an image latent.
+        folder: folder of the record set.
+
+    Returns:
+        The image, or None where the record set keeps no such image.
+
+    Raises:
+        PrivacyError: the image path leaves the folder of the record set.
+    """
+    grid = _activation_map(example.context)
+    return None if grid is None else image_of(example, folder, grid.view, active_patches(example))
+
+
+def image_of(example: Example, folder: Path, view: str, patches: Collection[int] = ()) -> Image.Image | None:
+    """One view of an example's study as RGB, with the patches of these row-major indices outlined.
+
+    Returns:
+        The image, or None where the record set keeps no such image.
+
+    Raises:
+        PrivacyError: the image path leaves the folder of the record set.
+    """
+    name = dict(example.study.images).get(view)
+    grid = next((m for m in example.context.maps if m.view == view), None)
+    if name is None or grid is None:
+        return None
+    path = image_path(folder, name)
+    if not path.is_file():
+        return None
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    draw = ImageDraw.Draw(image)
+    height, width = image.height / grid.rows, image.width / grid.cols
+    for number in sorted(patches):
+        row, col = divmod(number, grid.cols)
+        corner = (col * width, row * height, (col + 1) * width - 1, (row + 1) * height - 1)
+        draw.rectangle(corner, outline=COLOUR)
+    return image
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a PNG in a `data:` URI, the form in which chat messages carry it."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _activation_map(context: Context) -> ActivationMap | None:
+    """Activation map of the view that contains the chosen patch; None for a token."""
+    if context.patch is None:
+        return None
+    return next((m for m in context.maps if m.view == context.patch[0]), None)

@@ -23,8 +23,7 @@ from sae_lens_maira.latents.records import (
     Neighbour,
     TokenWeight,
 )
-from sae_lens_maira.latents.sampling import RowSample
-from sae_lens_maira.latents.statistics import OCTAVES, LatentStatistics
+from sae_lens_maira.latents.statistics import OCTAVES, LatentStatistics, RowSample
 from sae_lens_maira.stats import BINS_PER_OCTAVE, EDGES, LOWEST_OCTAVE, f1, wilson_arrays
 
 

@@ -4,10 +4,12 @@
     pass 2   activations of those latents in those studies, spooled to disk; then one record per latent
 
 Memory holds the statistics and one block of rows, whatever the number of studies. Any number of processes share the
-passes, a killed one continues from the work folder, and the records are the same.
+passes, a killed one continues from the work folder, and the records are the same. Images of credentialed studies are
+copied only if the caller asks for it.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -29,22 +31,25 @@ from sae_lens_maira.latents.assembly import (
     level_of_latents,
     token_weights,
 )
-from sae_lens_maira.latents.contexts import (
-    Pseudonyms,
-    make_context,
+from sae_lens_maira.latents.contexts import TEXTS, Pseudonyms, StudyTexts, make_context
+from sae_lens_maira.latents.passes import (
+    ContextReader,
+    Wanted,
+    Workdir,
+    count,
+    fingerprint_of_ids,
     read_activations,
-    save_images,
-    study_info,
+    spool,
 )
-from sae_lens_maira.latents.passes import ContextReader, Wanted, Workdir, count, fingerprint_of_ids, spool
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
-from sae_lens_maira.latents.serialization import TEXTS, StudyTexts
 from sae_lens_maira.latents.source import ActivationSource
 from sae_lens_maira.latents.statistics import LatentStatistics
 from sae_lens_maira.latents.writing import write_records
 from sae_lens_maira.maira2 import Maira2, OutputHead
-from sae_lens_maira.privacy import is_shareable
+from sae_lens_maira.maira2.images import centre_crop
+from sae_lens_maira.maira2.prompts import VIEWS
+from sae_lens_maira.privacy import is_shareable, private_files
 from sae_lens_maira.sae import fingerprint, level_widths_of
 from sae_lens_maira.studies import Study
 
@@ -278,3 +283,61 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def study_info(
+    study: Study,
+    names: Pseudonyms,
+    findings: Sequence[str],
+    labelled_by: str,
+    images: tuple[tuple[str, str], ...],
+) -> StudyInfo:
+    """The entry of one study; boxes are those of its truth, in the crop where images are kept."""
+    boxes = tuple(
+        (finding.key, *finding.box)
+        for finding in study.truth or ()
+        if finding.present and finding.box is not None
+    )
+    if images and study.frontal is not None:
+        boxes = centre_crop(study.frontal, boxes, side=1)[1]
+    return StudyInfo(
+        study=names.study(study),
+        patient=names.patient(study),
+        licence=study.licence.value,
+        report=study.report,
+        indication=study.indication,
+        technique=study.technique,
+        comparison=study.comparison,
+        prior_report=study.prior_report,
+        findings=tuple(findings),
+        labelled_by=labelled_by,
+        boxes=boxes,
+        images=images,
+        split=study.split,
+    )
+
+
+def save_images(study: Study, name: str, folder: Path, side: int) -> tuple[tuple[str, str], ...]:
+    """Save a study's images as grey PNGs of at most `side` pixels, cropped as the model sees them.
+
+    Args:
+        study: Study with images.
+        name: Its pseudonym.
+        folder: Folder of the record set; the files go to `images/` in it.
+        side: largest side in pixels.
+
+    Returns:
+        `(view, path relative to folder)`.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+    saved = []
+    for view, image in zip(VIEWS, (study.frontal, study.lateral, study.prior_frontal), strict=True):
+        if image is None:
+            continue
+        square, _ = centre_crop(image, (), side)
+        path = f"images/{stem}-{view}.png"
+        with private_files(folder):
+            square.save(folder / path)
+        saved.append((view, path))
+    return tuple(saved)

@@ -1,37 +1,42 @@
-"""Contexts of latents and the studies that they point to.
+"""Contexts of latents, the text of their studies, and records as JSON.
 
-    (study, latent, place, value), 16 bytes, appended to the file of the latent's shard
     place >= 0: index of the shown token;    place < 0: patch -1 - place of the views one after another
     pseudonym = first 16 hex digits of SHA-256(salt, kind, id)
+    from_plain(kind, to_plain(record)) == record              any dataclass of numbers, strings and tuples
+    record_from_plain(record_to_plain(record), texts) == record
 
-Activations of wanted latents are spooled to disk and then made into contexts. A study in which a latent never fires has
-no entry. Memory holds one block when writing and one shard of latents when reading.
-
-Credentialed studies never appear under their own id, and their images are not copied unless the caller asks for
-it. Public and synthetic ones keep their ids, so that records can be traced to them.
+Text is stored once per study, one line of `texts.jsonl`; contexts are lists that refer to it by the study's pseudonym.
+A field that is missing or unknown is an error, since it means another version or a truncated file. Credentialed studies
+never appear under their own id. Public and synthetic ones keep their ids, so that records can be traced to them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, is_dataclass, replace
+from functools import cache, cached_property, lru_cache
+from itertools import groupby
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.latents.records import Context, StudyInfo, StudyText
+from sae_lens_maira.latents.records import Context, Interval, LatentRecord, MeanMap, StudyText
 from sae_lens_maira.maira2 import Maira2Processor, TokenRole
-from sae_lens_maira.maira2.images import ImageSource, box_to_crop, read_grey, stretch_contrast
 from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.maira2.reports import teacher_text
 from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
-from sae_lens_maira.privacy import is_shareable, private_files
+from sae_lens_maira.privacy import is_shareable
 from sae_lens_maira.studies import Study
+
+T = TypeVar("T")
 
 
 class Pseudonyms:
@@ -50,163 +55,6 @@ class Pseudonyms:
         if is_shareable(study.licence):
             return original
         return hashlib.sha256(f"{self._salt}\0{kind}\0{original}".encode()).hexdigest()[:16]
-
-
-LabelledBox = tuple[str, float, float, float, float]
-
-
-def centre_crop(
-    image: ImageSource, boxes: Sequence[LabelledBox], side: int
-) -> tuple[Image.Image, tuple[LabelledBox, ...]]:
-    """Crop the centre square of an image, which is what the model sees, and move its boxes.
-
-    Args:
-        image: A whole image, or a crop made before (which stays as it is).
-        boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of `image`.
-        side: largest side in pixels; smaller images are not enlarged.
-
-    Returns:
-        The grey square and the boxes in 0..1 of it; boxes outside are left out.
-    """
-    grey = Image.fromarray(stretch_contrast(read_grey(image)).astype("uint8"))
-    moved = [(b[0], box_to_crop((b[1], b[2], b[3], b[4]), grey.width, grey.height)) for b in boxes]
-    edge = min(grey.size)
-    left, top = (grey.width - edge) // 2, (grey.height - edge) // 2
-    square = grey.crop((left, top, left + edge, top + edge))
-    if edge > side:
-        square = square.resize((side, side), Image.Resampling.LANCZOS)
-    return square, tuple((name, *box) for name, box in moved if box is not None)
-
-
-def study_info(
-    study: Study,
-    names: Pseudonyms,
-    findings: Sequence[str],
-    labelled_by: str,
-    images: tuple[tuple[str, str], ...],
-) -> StudyInfo:
-    """The entry of one study; boxes are those of its truth, in the crop where images are kept."""
-    boxes = tuple(
-        (finding.key, *finding.box)
-        for finding in study.truth or ()
-        if finding.present and finding.box is not None
-    )
-    if images and study.frontal is not None:
-        boxes = centre_crop(study.frontal, boxes, side=1)[1]
-    return StudyInfo(
-        study=names.study(study),
-        patient=names.patient(study),
-        licence=study.licence.value,
-        report=study.report,
-        indication=study.indication,
-        technique=study.technique,
-        comparison=study.comparison,
-        prior_report=study.prior_report,
-        findings=tuple(findings),
-        labelled_by=labelled_by,
-        boxes=boxes,
-        images=images,
-        split=study.split,
-    )
-
-
-def save_images(study: Study, name: str, folder: Path, side: int) -> tuple[tuple[str, str], ...]:
-    """Save a study's images as grey PNGs of at most `side` pixels, cropped as the model sees them.
-
-    Args:
-        study: Study with images.
-        name: Its pseudonym.
-        folder: Folder of the record set; the files go to `images/` in it.
-        side: largest side in pixels.
-
-    Returns:
-        `(view, path relative to folder)`.
-    """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    stem = hashlib.sha256(name.encode()).hexdigest()[:16]
-    saved = []
-    for view, image in zip(VIEWS, (study.frontal, study.lateral, study.prior_frontal), strict=True):
-        if image is None:
-            continue
-        square, _ = centre_crop(image, (), side)
-        path = f"images/{stem}-{view}.png"
-        with private_files(folder):
-            square.save(folder / path)
-        saved.append((view, path))
-    return tuple(saved)
-
-
-ENTRY = np.dtype([("study", "<i4"), ("latent", "<i4"), ("place", "<i4"), ("value", "<f4")])
-LATENTS_PER_SHARD = 256
-
-
-class ActivationFiles:
-    """Files of activations in one folder, written by one process."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-
-    def append(self, entries: np.ndarray) -> None:
-        """Append entries (n,) of `ENTRY`, in row order within each study."""
-        shard = entries["latent"] // LATENTS_PER_SHARD
-        order = np.argsort(shard, kind="stable")
-        entries, shard = entries[order], shard[order]
-        edges = np.r_[0, np.flatnonzero(np.diff(shard)) + 1, len(entries)]
-        for start, stop in pairwise(edges.tolist()):
-            if stop > start:
-                with _path(self._folder, int(shard[start])).open("ab") as file:
-                    file.write(entries[start:stop].tobytes())
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes by file name: the argument of `cut`."""
-        return {path.name: path.stat().st_size for path in self._folder.glob("activations-*")}
-
-    def cut(self, sizes: dict[str, int]) -> None:
-        """Drop what was appended since `sizes` were taken."""
-        for path in self._folder.glob("activations-*"):
-            with path.open("r+b") as file:
-                file.truncate(sizes.get(path.name, 0))
-
-
-Activations = dict[int, tuple[np.ndarray, np.ndarray]]
-"""Study -> (n,) places and (n,) values of one latent's entries there, in row order."""
-
-
-def read_activations(folders: Sequence[Path], latents: Sequence[int]) -> Iterator[tuple[int, Activations]]:
-    """`(latent, its entries)` for ascending `latents`, one shard of latents in memory at a time.
-
-    Args:
-        folders: Folders of the processes that wrote them; no study was written by two.
-        latents: ascending.
-    """
-    current, entries, starts = -1, np.zeros(0, ENTRY), np.zeros(1, dtype=np.int64)
-    for latent in latents:
-        if latent // LATENTS_PER_SHARD != current:
-            current = latent // LATENTS_PER_SHARD
-            paths = [_path(folder, current) for folder in folders]
-            parts = [np.fromfile(path, ENTRY) for path in paths if path.is_file()]
-            entries = np.concatenate([np.zeros(0, ENTRY), *parts])
-            entries = entries[
-                np.lexsort((entries["study"], entries["latent"]))
-            ]  # stable: rows of a study keep their order
-            numbers = np.arange(LATENTS_PER_SHARD + 1) + current * LATENTS_PER_SHARD
-            starts = np.searchsorted(entries["latent"], numbers)
-        place = latent - current * LATENTS_PER_SHARD
-        own = entries[starts[place] : starts[place + 1]]
-        edges = np.r_[0, np.flatnonzero(np.diff(own["study"])) + 1, len(own)]
-        yield (
-            latent,
-            {
-                int(own["study"][a]): (own["place"][a:b], own["value"][a:b])
-                for a, b in pairwise(edges.tolist())
-                if b > a
-            },
-        )
-
-
-def _path(folder: Path, shard: int) -> Path:
-    return folder / f"activations-{shard:05d}"
 
 
 SHOWN = (
@@ -328,3 +176,210 @@ def make_context(
         patches=tuple(patches),
         texts=texts,
     )
+
+
+def to_plain(record: Any) -> dict[str, Any]:
+    """A record as dicts, lists, numbers and strings, ready for `json.dumps(..., allow_nan=False)`."""
+    return asdict(record)
+
+
+def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
+    """The record that `to_plain` made `plain` from.
+
+    Raises:
+        RecordError: a field is missing or unknown.
+    """
+    builders = _builders(kind)
+    if not plain.keys() <= builders.keys():
+        raise RecordError(
+            f"{kind.__name__} has no field {sorted(set(plain) - set(builders))}; the records were written by another "
+            "version. Write them again with this one."
+        )
+    try:
+        return kind(
+            **{
+                name: value if value is None or (build := builders[name]) is None else build(value)
+                for name, value in plain.items()
+            }
+        )
+    except TypeError as error:
+        raise RecordError(
+            f"A {kind.__name__} is incomplete ({error}); the file was cut off or written by another version. "
+            "Write the records again."
+        ) from None
+
+
+@cache
+def _builders(kind: type) -> dict[str, Callable[[Any], Any] | None]:
+    """Per field what makes its value from the plain one; None where that is the value itself."""
+    return {name: _builder(hint) for name, hint in typing.get_type_hints(kind).items()}
+
+
+def _builder(hint: Any) -> Callable[[Any], Any] | None:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return _builder(next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        if len(args) == 2 and args[1] is Ellipsis:
+            inner = _builder(args[0])
+            return tuple if inner is None else lambda value: tuple(inner(v) for v in value)
+        each = [_builder(a) for a in args]
+        if not any(each):
+            return tuple
+        return lambda value: tuple(v if b is None else b(v) for b, v in zip(each, value, strict=True))
+    if is_dataclass(hint) and isinstance(hint, type):
+        return lambda value: from_plain(hint, value)
+    return None
+
+
+# Study texts and contexts: JSON lists, since a record set holds up to a million of them.
+
+TEXTS = "texts.jsonl"
+
+
+def text_line(text: StudyText) -> bytes:
+    """One line of `texts.jsonl`. The study comes first, so that the index is built without parsing the rest."""
+    roles = [[name, len(list(run))] for name, run in groupby(text.roles)]
+    read = [int(was) for was in text.read]
+    row = [text.study, text.tokens, text.positions, roles, read, text.span, text.views]
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+
+
+class StudyTexts(Mapping[str, StudyText]):
+    """Texts of studies in one or more files of `text_line`s; a bounded number of them is kept in memory."""
+
+    def __init__(self, *paths: Path, cached: int = 4096) -> None:
+        self._paths = paths
+        self._load = lru_cache(cached)(self._read)
+
+    def __getitem__(self, study: str) -> StudyText:
+        """The text of a study; raises RecordError where it is missing or damaged."""
+        return self._load(study)
+
+    def __contains__(self, study: object) -> bool:
+        return study in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Path, int, int]]:
+        """Study -> (file, offset, length) of its line."""
+        places: dict[str, tuple[Path, int, int]] = {}
+        for path in self._paths:
+            offset = 0
+            try:
+                with path.open("rb") as file:
+                    for line in file:
+                        study = _DECODER.raw_decode(line[1:200].decode(errors="ignore"))[0]
+                        places[study] = (path, offset, len(line))
+                        offset += len(line)
+            except (OSError, ValueError) as error:
+                raise _damaged(path, error) from None
+        return places
+
+    def _read(self, study: str) -> StudyText:
+        if study not in self._places:
+            names = ", ".join(str(path) for path in self._paths)
+            raise RecordError(
+                f"Study {study} has no line in {names}; the record set is incomplete. Write the records again."
+            )
+        path, offset, length = self._places[study]
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                line = file.read(length).decode("utf-8", "surrogatepass")
+            name, tokens, positions, roles, read, span, views = json.loads(line)
+            if name != study:
+                raise ValueError(f"the line of {study} holds {name}")
+            return StudyText(
+                study,
+                tuple(tokens),
+                tuple(positions),
+                tuple(role for role, n in roles for _ in range(n)),
+                tuple(map(bool, read)),
+                (span[0], span[1]),
+                tuple((view, rows, cols) for view, rows, cols in views),
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(path, error) from None
+
+
+def record_to_plain(record: LatentRecord) -> dict[str, Any]:
+    """A record as its line holds it: contexts as lists; mean maps are stored in a file of their own."""
+    intervals = [
+        {"low": i.low, "high": i.high, "fraction": i.fraction, "contexts": [_row(c) for c in i.contexts]}
+        for i in record.intervals
+    ]
+    plain = {name: value for name, value in vars(record).items() if name != "maps"}
+    return plain | {
+        "top": [_row(context) for context in record.top],
+        "intervals": intervals,
+        "zero": [_row(context) for context in record.zero],
+    }
+
+
+def record_from_plain(
+    plain: dict[str, Any], texts: Mapping[str, StudyText], maps: tuple[MeanMap, ...] = ()
+) -> LatentRecord:
+    """The record that `record_to_plain` made `plain` from.
+
+    Args:
+        plain: The parsed line.
+        texts: Source of the contexts' texts.
+        maps: Mean maps of the latent.
+
+    Raises:
+        RecordError: A field is missing or unknown.
+    """
+    try:
+        top, zero = ([_context(row, texts) for row in plain[name]] for name in ("top", "zero"))
+        inside = [[_context(row, texts) for row in i["contexts"]] for i in plain["intervals"]]
+        intervals = [
+            Interval(i["low"], i["high"], i["fraction"], tuple(contexts))
+            for i, contexts in zip(plain["intervals"], inside, strict=True)
+        ]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RecordError(
+            f"A latent record is incomplete or of another version ({error!r}); write the records again."
+        ) from None
+    record = from_plain(LatentRecord, plain | {"top": (), "zero": (), "intervals": (), "maps": ()})
+    return replace(record, top=tuple(top), zero=tuple(zero), intervals=tuple(intervals), maps=maps)
+
+
+def _row(context: Context) -> list[Any]:
+    return [
+        context.study,
+        context.start,
+        context.end,
+        context.modality,
+        context.token_indices,
+        context.token_values,
+        context.patches,
+    ]
+
+
+def _context(row: list[Any], texts: Mapping[str, StudyText]) -> Context:
+    study, start, end, modality, indices, values, patches = row
+    return Context(
+        study,
+        start,
+        end,
+        modality,
+        tuple(indices),
+        tuple(values),
+        tuple((tuple(where), tuple(strength)) for where, strength in patches),
+        texts,
+    )
+
+
+def _damaged(path: Path, error: Exception) -> RecordError:
+    return RecordError(
+        f"{path} cannot be read ({error}); the record set is incomplete or damaged. Write the records again."
+    )
+
+
+_DECODER = json.JSONDecoder()

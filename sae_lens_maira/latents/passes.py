@@ -7,7 +7,8 @@ A process reads units rank, rank + world, ... and after a kill repeats at most t
 
     plan.json                  what is collected, by how many ranks; another plan is refused
     counted-0.pt               statistics of rank 0 up to some unit
-    contexts-0/                activations and texts of rank 0, with progress.json
+    contexts-0/                activations and texts of rank 0, with progress.json; one file per shard of latents holds
+                               16 bytes (study, latent, place, value) per activation, see `contexts` for `place`
 
 Rank 0 reads the parts of all ranks from the folder. It is removed at the end of the collection, and the salt of the
 pseudonyms with it.
@@ -20,7 +21,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,11 +35,10 @@ from tqdm.auto import tqdm
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import ConfigError, RecordError
-from sae_lens_maira.io import atomic_write
-from sae_lens_maira.latents.contexts import ENTRY, ActivationFiles, Pseudonyms, places_of, study_text
-from sae_lens_maira.latents.serialization import TEXTS, text_line
-from sae_lens_maira.latents.source import ActivationSource, encode_sparse, rows_of_studies
-from sae_lens_maira.latents.statistics import LatentStatistics, active_entries, load_state, save_state
+from sae_lens_maira.io import atomic_file, atomic_write
+from sae_lens_maira.latents.contexts import TEXTS, Pseudonyms, places_of, study_text, text_line
+from sae_lens_maira.latents.source import ActivationSource, active_entries, encode_sparse, rows_of_studies
+from sae_lens_maira.latents.statistics import LatentStatistics
 from sae_lens_maira.maira2 import Maira2Processor
 from sae_lens_maira.privacy import private_files
 from sae_lens_maira.studies import Study
@@ -144,7 +144,7 @@ def count(
     own, path = make(), place.counted(place.rank)
     following, hook_name = place.rank, ""
     if path.exists():
-        saved = load_state(path)
+        saved = _load_counted(path)
         own.restore(saved["statistics"])
         following, hook_name = saved["next"], saved["hook_name"]
     at = began = time.monotonic()
@@ -168,7 +168,7 @@ def count(
     place.ranks.barrier("statistics of latents")
     for rank in range(place.world):
         if rank != place.rank:
-            other, saved = make(), load_state(place.counted(rank))
+            other, saved = make(), _load_counted(place.counted(rank))
             other.restore(saved["statistics"])
             own.add(other)
             hook_name = hook_name or saved["hook_name"]
@@ -180,9 +180,17 @@ def count(
 
 
 def _save_counted(place: Workdir, own: LatentStatistics, following: int, hook_name: str) -> None:
-    save_state(
-        place.counted(place.rank), {"statistics": own.state(), "next": following, "hook_name": hook_name}
-    )
+    with atomic_file(place.counted(place.rank)) as draft:
+        torch.save({"statistics": own.state(), "next": following, "hook_name": hook_name}, draft)
+
+
+def _load_counted(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        raise RecordError(
+            f"{path} cannot be read ({error}); remove its folder and collect the records again."
+        ) from None
 
 
 class Wanted:
@@ -299,3 +307,76 @@ def _spool_block(rows: ActivationRows, reader: ContextReader, files: ActivationF
     with texts.open("ab") as file:
         file.writelines(lines)
     return len(edges) - 1
+
+
+ENTRY = np.dtype([("study", "<i4"), ("latent", "<i4"), ("place", "<i4"), ("value", "<f4")])
+LATENTS_PER_SHARD = 256
+
+
+class ActivationFiles:
+    """Files of activations in one folder, written by one process."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def append(self, entries: np.ndarray) -> None:
+        """Append entries (n,) of `ENTRY`, in row order within each study."""
+        shard = entries["latent"] // LATENTS_PER_SHARD
+        order = np.argsort(shard, kind="stable")
+        entries, shard = entries[order], shard[order]
+        edges = np.r_[0, np.flatnonzero(np.diff(shard)) + 1, len(entries)]
+        for start, stop in pairwise(edges.tolist()):
+            if stop > start:
+                with _path(self._folder, int(shard[start])).open("ab") as file:
+                    file.write(entries[start:stop].tobytes())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by file name: the argument of `cut`."""
+        return {path.name: path.stat().st_size for path in self._folder.glob("activations-*")}
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Drop what was appended since `sizes` were taken."""
+        for path in self._folder.glob("activations-*"):
+            with path.open("r+b") as file:
+                file.truncate(sizes.get(path.name, 0))
+
+
+Activations = dict[int, tuple[np.ndarray, np.ndarray]]
+"""Study -> (n,) places and (n,) values of one latent's entries there, in row order."""
+
+
+def read_activations(folders: Sequence[Path], latents: Sequence[int]) -> Iterator[tuple[int, Activations]]:
+    """`(latent, its entries)` for ascending `latents`, one shard of latents in memory at a time.
+
+    Args:
+        folders: Folders of the processes that wrote them; no study was written by two.
+        latents: ascending.
+    """
+    current, entries, starts = -1, np.zeros(0, ENTRY), np.zeros(1, dtype=np.int64)
+    for latent in latents:
+        if latent // LATENTS_PER_SHARD != current:
+            current = latent // LATENTS_PER_SHARD
+            paths = [_path(folder, current) for folder in folders]
+            parts = [np.fromfile(path, ENTRY) for path in paths if path.is_file()]
+            entries = np.concatenate([np.zeros(0, ENTRY), *parts])
+            entries = entries[
+                np.lexsort((entries["study"], entries["latent"]))
+            ]  # stable: rows of a study keep their order
+            numbers = np.arange(LATENTS_PER_SHARD + 1) + current * LATENTS_PER_SHARD
+            starts = np.searchsorted(entries["latent"], numbers)
+        place = latent - current * LATENTS_PER_SHARD
+        own = entries[starts[place] : starts[place + 1]]
+        edges = np.r_[0, np.flatnonzero(np.diff(own["study"])) + 1, len(own)]
+        yield (
+            latent,
+            {
+                int(own["study"][a]): (own["place"][a:b], own["value"][a:b])
+                for a, b in pairwise(edges.tolist())
+                if b > a
+            },
+        )
+
+
+def _path(folder: Path, shard: int) -> Path:
+    return folder / f"activations-{shard:05d}"

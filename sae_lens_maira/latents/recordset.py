@@ -26,9 +26,9 @@ import pyarrow as pa
 from sae_lens_maira.checksums import take_checksum
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import sha256_of
+from sae_lens_maira.latents.contexts import TEXTS, StudyTexts, from_plain, record_from_plain
 from sae_lens_maira.latents.maps import MapFile
 from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyInfo
-from sae_lens_maira.latents.serialization import TEXTS, StudyTexts, from_plain, record_from_plain
 
 if TYPE_CHECKING:
     import torch

@@ -193,3 +193,15 @@ def encode_sparse(sae: SAE[Any], values: torch.Tensor, chunk: int) -> torch.Tens
     dtype = sae.W_dec.dtype
     parts = [sae.encode(part.to(sae.device, dtype)).to_sparse().cpu() for part in values.split(chunk)]
     return torch.cat(parts) if parts else torch.zeros(0, int(sae.cfg.d_sae)).to_sparse()
+
+
+def active_entries(acts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(row, latent, value)` of activations (n, d_sae) above zero, dense or sparse, ascending by row, on the CPU."""
+    if acts.layout == torch.strided:
+        row, latent = (acts > 0).nonzero(as_tuple=True)
+        return row.cpu(), latent.cpu(), acts[row, latent].float().cpu()
+    sparse = (acts if acts.layout == torch.sparse_coo else acts.to_sparse_coo()).coalesce()
+    row, latent = sparse.indices().cpu()
+    value = sparse.values().float().cpu()
+    kept = value > 0
+    return row[kept], latent[kept], value[kept]

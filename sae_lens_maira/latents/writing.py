@@ -20,10 +20,10 @@ import pandas as pd
 from sae_lens_maira.checksums import with_checksum
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.io import atomic_folder, sha256_of
+from sae_lens_maira.latents.contexts import TEXTS, record_to_plain, text_line
 from sae_lens_maira.latents.maps import MapSums, write_maps
 from sae_lens_maira.latents.records import MODALITIES, LatentRecord, RecordsMeta, StudyInfo, StudyText
 from sae_lens_maira.latents.recordset import FORMAT, META, STUDIES, TABLE, RecordSet, maps_name
-from sae_lens_maira.latents.serialization import TEXTS, record_to_plain, text_line
 from sae_lens_maira.privacy import private_files
 
 LATENTS_PER_FILE = 256

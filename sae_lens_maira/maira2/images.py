@@ -9,6 +9,7 @@ Boxes refer to the centre crop; `box_to_image` and `box_to_crop` map between it 
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,29 @@ def _unreadable(path: Path, error: Exception) -> ImageError:
     return ImageError(
         f"{path} could not be read as a picture: {cause}. Replace the file or leave the study out."
     )
+
+
+LabelledBox = tuple[str, float, float, float, float]
+
+
+def centre_crop(
+    image: ImageSource, boxes: Sequence[LabelledBox], side: int
+) -> tuple[Image.Image, tuple[LabelledBox, ...]]:
+    """Crop the centre square of an image, which is what the model sees, and move its boxes.
+
+    Args:
+        image: A whole image, or a crop made before (which stays as it is).
+        boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of `image`.
+        side: largest side in pixels; smaller images are not enlarged.
+
+    Returns:
+        The grey square and the boxes in 0..1 of it; boxes outside are left out.
+    """
+    grey = Image.fromarray(stretch_contrast(read_grey(image)).astype("uint8"))
+    moved = [(b[0], box_to_crop((b[1], b[2], b[3], b[4]), grey.width, grey.height)) for b in boxes]
+    edge = min(grey.size)
+    left, top = (grey.width - edge) // 2, (grey.height - edge) // 2
+    square = grey.crop((left, top, left + edge, top + edge))
+    if edge > side:
+        square = square.resize((side, side), Image.Resampling.LANCZOS)
+    return square, tuple((name, *box) for name, box in moved if box is not None)

@@ -22,7 +22,7 @@ import pandas as pd
 from sae_lens_maira.checksums import read_parquet
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.io import atomic_write
-from sae_lens_maira.latents.contexts import centre_crop
+from sae_lens_maira.maira2.images import centre_crop
 from sae_lens_maira.privacy import is_shareable, private_files
 from sae_lens_maira.studies import Study
 from sae_lens_maira.studies.words import Piece, compare_words

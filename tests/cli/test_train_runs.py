@@ -12,8 +12,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 
 from sae_lens_maira.activations import ActivationStore, StoreProvider
 from sae_lens_maira.cli import main
-from sae_lens_maira.cli.fields import checked_fields
-from sae_lens_maira.cli.options import HarvestOptions
+from sae_lens_maira.cli.options import HarvestOptions, checked_fields
 from sae_lens_maira.errors import ConfigError, StoreError, StudyError
 from sae_lens_maira.io import locked
 from sae_lens_maira.phantom import generate_studies

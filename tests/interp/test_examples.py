@@ -6,17 +6,18 @@ from dataclasses import replace
 import pytest
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.interp.examples import sample, scaled, split_examples, train_patients
-from sae_lens_maira.interp.windows import (
+from sae_lens_maira.interp.examples import (
     active_tokens,
-    patch_words,
     peak_word,
-    place,
+    sample,
+    scaled,
+    split_examples,
     text_of,
+    train_patients,
     window,
-    wrong_place,
     wrong_tokens,
 )
+from sae_lens_maira.interp.score import patch_words, place, wrong_place
 
 KEYS = ("pleural_effusion_left", "pneumothorax_right", "pacemaker")
 

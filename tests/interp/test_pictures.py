@@ -13,7 +13,7 @@ from PIL import Image
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.examples import split_examples, train_patients
 from sae_lens_maira.interp.published import read_published
-from sae_lens_maira.interp.windows import COLOUR, outlined
+from sae_lens_maira.interp.score import COLOUR, outlined
 
 pytest.importorskip("httpx")
 from sae_lens_maira.interp.prompts import PICTURE_TOKENS, question, tokens_of, with_text

@@ -12,7 +12,7 @@ from sae_lens_maira.cli import main
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.examples import Plan
 from sae_lens_maira.interp.records import FILE, load
-from sae_lens_maira.interp.windows import COLOUR
+from sae_lens_maira.interp.score import COLOUR
 
 pytest.importorskip("httpx")
 from werkzeug import Request, Response

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sae_lens_maira.latents.contexts import Pseudonyms, centre_crop, save_images, study_info
+from sae_lens_maira.latents.collect import save_images, study_info
+from sae_lens_maira.latents.contexts import Pseudonyms
+from sae_lens_maira.maira2.images import centre_crop
 from sae_lens_maira.studies import Finding, Licence, Study
 
 
