@@ -3,7 +3,7 @@
     seconds (and core-seconds, on a busy machine) and peak memory of a process that writes sae-dashboard's batches,
     Neuronpedia's export, the page
 
-Records are made up: 65 contexts of 250 tokens a latent, two views of 37 x 37 patches of which 30 fire, 2,000 studies.
+Records are made up: 65 contexts of 250 tokens per latent, two views of 37 x 37 patches of which 30 fire, 2,000 studies.
 Every writer runs in a process of its own; its memory is held against that of a quarter as many latents.
 """
 

@@ -73,7 +73,7 @@ TINY = Size(32, 128, 64, 4, "cpu")
 
 @dataclass
 class Run:
-    """Results, printed as they come, and the clock."""
+    """Results, printed at once, and the clock."""
 
     limit: float
     began: float = field(default_factory=time.monotonic)

@@ -1,7 +1,7 @@
 """Times the harvest and the store: `python benchmarks/harvest.py --json`.
 
     throughput  = t(bare transformers forward) / t(harvest), of the same studies in the same batches
-      cut       = the decoder ends behind the hooked layer, nothing is kept or written
+      cut       = the decoder ends after the hooked layer, nothing is kept or written
       full      = the whole model with its logits
     reading     = bytes of rows that batches were made of / t, from the page cache
     first batch = time from opening a store to its first shuffled batch
@@ -195,28 +195,28 @@ def drop_from_cache(folder: Path) -> None:
 def table(found: dict[str, Any]) -> str:
     """The figures as lines."""
 
-    def told(value: dict[str, float]) -> str:
+    def interval(value: dict[str, float]) -> str:
         return f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g}, n {value['n']})"
 
     lines = []
     if "harvest" in found:
         made = found["harvest"]
         lines.append(f"harvest at {HOOK}, {made['studies']} phantom studies, {made['rows']:,} rows:")
-        lines += [f"  {name:8} {told(value)} studies/s" for name, value in made["studies_per_s"].items()]
+        lines += [f"  {name:8} {interval(value)} studies/s" for name, value in made["studies_per_s"].items()]
         for name, wanted in WANTED.items():
             lines += [
-                f"  of the {name} forward, {unit}: {told(made[f'{name}_{unit}'])}; wanted {wanted}"
+                f"  of the {name} forward, {unit}: {interval(made[f'{name}_{unit}'])}; wanted {wanted}"
                 for unit in ("wall", "cpu")
             ]
     if "reading" in found:
         read = found["reading"]
         lines += [
             f"store of {read['size_gb']:.1f} GB, {read['rows']:,} rows of {read['width']} bfloat16:",
-            f"  first batch {told(read['first_batch_s'])} s, {told(read['first_batch_cpu_s'])} CPU s, "
+            f"  first batch {interval(read['first_batch_s'])} s, {interval(read['first_batch_cpu_s'])} CPU s, "
             f"from disk {read['first_batch_cold_s']:.2f} s; wanted 2 s",
-            f"  shuffled, checked batches {told(read['shuffled_gb_per_s'])} GB/s, "
-            f"{told(read['shuffled_cpu_s_per_gb'])} CPU s/GB; wanted 1 GB/s",
-            f"  in order, checked {told(read['in_order_gb_per_s'])} GB/s",
+            f"  shuffled, checked batches {interval(read['shuffled_gb_per_s'])} GB/s, "
+            f"{interval(read['shuffled_cpu_s_per_gb'])} CPU s/GB; wanted 1 GB/s",
+            f"  in order, checked {interval(read['in_order_gb_per_s'])} GB/s",
         ]
     return "\n".join(lines)
 
@@ -242,8 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    told = "{cores} cores, load {load:.1f}, torch {torch}, {threads} threads\n"
-    sys.stderr.write(told.format(**found))
+    machine = "{cores} cores, load {load:.1f}, torch {torch}, {threads} threads\n"
+    sys.stderr.write(machine.format(**found))
     with tempfile.TemporaryDirectory() as scratch:
         if options.studies:
             found["harvest"] = measure_harvest(options.studies, options.rounds, Path(scratch))

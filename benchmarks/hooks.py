@@ -127,7 +127,7 @@ def measure(device: str, repeats: int, rows: int) -> dict[str, Any]:
 
 
 def held(cache: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Bytes of a cache's tensors, and of the storages behind them, in MiB."""
+    """Bytes of a cache's tensors, and of their storages, in MiB."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache.values()}
     return {
         "tensors": len(cache),

@@ -3,7 +3,7 @@
     ms per latent = seconds / latents       ours: both passes and the record set on disk, all latents
                                             theirs: `SaeVisRunner.run` alone, over activations in its cache
 
-Rows of phantom studies at one hook point are held in memory for us and lie in the runner's cache for it, so neither
+Rows of phantom studies at one hook point are held in memory for us and in the runner's cache for it, so neither
 runs the model. CPU seconds of one thread, so that a busy machine counts less. sae-dashboard is asked in its own
 settings; its time does not include writing.
 """
@@ -45,27 +45,27 @@ def main() -> int:
     )
     shape.metadata.hook_name = HOOK
     sae = make_control("untrained", MatryoshkaTrainingSAE(shape), rows.values, l0=options.l0)
-    told = {"studies": len(studies), "rows": len(rows), "d_sae": options.d_sae, "l0": options.l0}
+    result = {"studies": len(studies), "rows": len(rows), "d_sae": options.d_sae, "l0": options.l0}
     with tempfile.TemporaryDirectory() as scratch:
         ours = _ours(rows, studies, sae, maira, Path(scratch) / "records")
         theirs = _theirs(rows, studies, sae, maira, Path(scratch) / "cache", options.theirs)
-    told |= {"ours_ms": 1e3 * ours / options.d_sae, "theirs_latents": options.theirs}
-    told |= {"theirs_ms": None if theirs is None else 1e3 * theirs / options.theirs}
-    told |= {"ratio": None if theirs is None else told["theirs_ms"] / told["ours_ms"]}
+    result |= {"ours_ms": 1e3 * ours / options.d_sae, "theirs_latents": options.theirs}
+    result |= {"theirs_ms": None if theirs is None else 1e3 * theirs / options.theirs}
+    result |= {"ratio": None if theirs is None else result["theirs_ms"] / result["ours_ms"]}
     if options.json:
-        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.write(json.dumps(result) + "\n")
         return 0
     sys.stdout.write(
         f"{len(rows):,} rows of {len(studies)} studies, {options.d_sae} latents, L0 {options.l0}\n"
     )
-    sys.stdout.write(f"record set      {told['ours_ms']:8.2f} ms of CPU per latent\n")
+    sys.stdout.write(f"record set      {result['ours_ms']:8.2f} ms of CPU per latent\n")
     if theirs is None:
         sys.stdout.write("sae-dashboard   not installed here\n")
         return 0
     sys.stdout.write(
-        f"sae-dashboard   {told['theirs_ms']:8.2f} ms of CPU per latent ({options.theirs} latents)\n"
+        f"sae-dashboard   {result['theirs_ms']:8.2f} ms of CPU per latent ({options.theirs} latents)\n"
     )
-    sys.stdout.write(f"ratio           {told['ratio']:8.1f}\n")
+    sys.stdout.write(f"ratio           {result['ratio']:8.1f}\n")
     return 0
 
 

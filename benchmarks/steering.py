@@ -65,7 +65,7 @@ def measure(device: str, repeats: int, rows: int, tokens: int, d_sae: int) -> di
     )
     sae = make_sae(d_sae, device)
     p99 = torch.ones(d_sae)
-    # No end token: both sides write as many tokens, whatever steering makes the model say.
+    # No end token: both sides write as many tokens, regardless of the text.
     budget: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": None}
     latents = tuple(range(0, d_sae, d_sae // 8))[:8]
 

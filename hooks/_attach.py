@@ -1,10 +1,10 @@
 """Live hook points: TransformerLens HookPoints that listen to a transformers model through torch hooks.
 
 A `LivePoint` puts its torch hook on the module when the first hook is added to it and takes it off with the
-last, so a model nobody listens to runs exactly as transformers wrote it. A hook that returns a new tensor
-replaces the value; one that returns None, or its own argument, leaves it. Our torch hooks stand before all
+last, so a model without hooks runs exactly as transformers wrote it. A hook that returns a new tensor
+replaces the value; one that returns None, or its own argument, leaves it. Our torch hooks come before all
 others, because transformers 5 collects `hidden_states` (and Dinov2 its feature maps) in hooks of its own, and
-an edit behind those would be lost.
+an edit after those would be lost.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +25,13 @@ INPUT_NAMES = ("hidden_states", "pixel_values", "image_features", "input", "x")
 
 
 class LivePoint(HookPoint):
-    """One hook point of one model; an identity that every listened-to value passes through.
+    """One hook point of one model; an identity that every value with hooks passes through.
 
     Args:
-        point: the point.
-        tap: puts the torch hooks on the model and returns their handles.
-        check: raises HookError if the point cannot be listened to as the model stands.
-        show: a view of the model's tensor in which hooks see it, if not as it is.
+        point: The point.
+        tap: Adds the torch hooks to the model and returns their handles.
+        check: Raises HookError if the point cannot be read in the model's current state.
+        show: A view of the model's tensor in which hooks see it, if that differs.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LivePoint(HookPoint):
 
     @property
     def active(self) -> bool:
-        """Whether anybody listens."""
+        """Whether it has a hook."""
         return bool(self._forward_hooks or self._backward_hooks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ class LivePoint(HookPoint):
         self.release()
 
     def release(self) -> None:
-        """Take the torch hook off the model if nobody listens any more."""
+        """Remove the torch hook from the model if no hook is left."""
         if not self.active:
             for handle in self._handles:
                 handle.remove()
@@ -101,13 +101,13 @@ class LivePoint(HookPoint):
         """Send a value through the hooks, in the shape of the point.
 
         Args:
-            x: the model's tensor.
+            x: The model's tensor.
 
         Returns:
             `x` itself if no hook replaced it, else the replacement in `x`'s shape and dtype.
 
         Raises:
-            HookError: a hook returned a tensor of another shape.
+            HookError: A hook returned a tensor of another shape.
         """
         shown = x if self._show is None else self._show(x)
         y = self(shown)
@@ -123,7 +123,7 @@ class LivePoint(HookPoint):
 
 
 class MidEdits:
-    """Edits of the residual stream between attention and MLP, which no module hands on.
+    """Edits of the residual stream between attention and MLP, which no module returns.
 
     Inside a block the stream is a local variable: r = pre + attn;  post = r + mlp(ln2(r)). A new r reaches
     ln2 through its input, and the sum is made again from the new r when the block returns.
@@ -142,7 +142,7 @@ class MidEdits:
 
 
 def first(output: Any) -> torch.Tensor:
-    """The tensor that a module's output stands for: itself, or the first of a tuple."""
+    """The tensor of a module's output: itself, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -155,14 +155,14 @@ def attach_points(model: nn.Module, table: PointTable) -> dict[str, LivePoint]:
     """Make a live point for every row of a table.
 
     Args:
-        model: a `Maira2ForConditionalGeneration`.
-        table: its points.
+        model: A `Maira2ForConditionalGeneration`.
+        table: Its points.
 
     Returns:
         Canonical name -> live point, in execution order; none of them touches the model yet.
 
     Raises:
-        HookError: the model lacks a module that the table names.
+        HookError: The model lacks a module that the table names.
     """
     table.validate(model)
     mids = {i: MidEdits() for i in range(table.counts["block"])}
@@ -259,7 +259,7 @@ def tap_mid(block: nn.Module, live: LivePoint, mid: MidEdits) -> list[RemovableH
 
     return [
         block.get_submodule("post_attention_layernorm").register_forward_pre_hook(before_norm, prepend=True),
-        block.get_submodule("mlp").register_forward_hook(after_mlp),  # behind hook_mlp_out's edit
+        block.get_submodule("mlp").register_forward_hook(after_mlp),  # after hook_mlp_out's edit
         block.register_forward_hook(after_block, prepend=True),
     ]
 
@@ -294,7 +294,7 @@ class HookCalls:
     """Count the calls of the hooks of one run, so that a hook that never fires is an error.
 
     Args:
-        points: the table that the names come from.
+        points: The table that the names come from.
     """
 
     def __init__(self, points: PointTable) -> None:
@@ -306,8 +306,8 @@ class HookCalls:
         """Wrap a hook so that its calls are counted.
 
         Args:
-            name: the point's name.
-            hook: called as `hook(value, hook=point)`.
+            name: The point's name.
+            hook: Called as `hook(value, hook=point)`.
             direction: "forward" or "backward".
         """
         return self._counted(self.counts, (direction, name), hook)
@@ -318,8 +318,8 @@ class HookCalls:
         """Wrap a hook that a function placed at several points; one of them has to fire.
 
         Args:
-            names: the points' names.
-            hook: called as `hook(value, hook=point)`.
+            names: The points' names.
+            hook: Called as `hook(value, hook=point)`.
             direction: "forward" or "backward".
         """
         return self._counted(self._groups, (direction, tuple(names)), hook)
@@ -338,7 +338,7 @@ class HookCalls:
         """Raise HookError for the first watched hook, or group of hooks, that never fired.
 
         Args:
-            backward: whether backward hooks must have fired too.
+            backward: Whether backward hooks must have fired too.
         """
         for (direction, name), calls in self.counts.items():
             if calls == 0 and (direction == "forward" or backward):

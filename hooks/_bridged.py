@@ -1,6 +1,6 @@
 """MAIRA-2 as SAELens' TransformerBridge class, with this package's names and errors.
 
-TransformerLens' bridge skips unknown hook names in silence, SAELens' loses its aliases, and both accept a hook that
+TransformerLens' bridge silently skips unknown hook names, SAELens' loses its aliases, and both accept a hook that
 never fires. Here every name is looked up in the one table of points, an unknown name is an error, and studies and
 encodings are accepted as inputs.
 """
@@ -49,8 +49,8 @@ class BridgedMaira2(SAETransformerBridge):
         """Turn a TransformerBridge over MAIRA-2 into this class, as SAELens turns one into its own.
 
         Args:
-            bridge: the bridge; it becomes the result.
-            processor: the processor of the model, for studies and text.
+            bridge: The bridge; it becomes the result.
+            processor: The processor of the model, for studies and text.
         """
         taken: Any = bridge
         taken.__class__ = cls
@@ -61,7 +61,7 @@ class BridgedMaira2(SAETransformerBridge):
         taken.points = PointTable(taken.original_model.config)
         if processor is not None:
             taken.processor = processor
-            # Set here it is taken as it is; given to the builder it would be loaded again from disk.
+            # Set here it is used directly; given to the builder it would be loaded again from disk.
             taken.tokenizer = processor.tokenizer
             taken.cfg.tokenizer_prepends_bos, taken.cfg.tokenizer_appends_eos = True, False
         taken._takes_cache = "cache" in signature(LlavaForConditionalGeneration.forward).parameters
@@ -154,10 +154,10 @@ class BridgedMaira2(SAETransformerBridge):
         return self._hooks_by_name
 
     def resolve(self, name: str) -> str:
-        """The name under which `hook_dict` knows a point, from any accepted name.
+        """Name of a point in `hook_dict`, from any accepted name.
 
         Raises:
-            HookError: no such point.
+            HookError: No such point.
         """
         known = self.hook_dict
         if name in known:
@@ -167,7 +167,7 @@ class BridgedMaira2(SAETransformerBridge):
         if full in known:
             return full
         raise HookError(
-            f"{name!r} is no hook point of this bridge now: an SAE covers it, or none is spliced in"
+            f"{name!r} is not a hook point of this bridge now: an SAE covers it, or none is spliced in"
             " there. The points inside an SAE are called <point>.hook_sae_input, hook_sae_acts_post,"
             " hook_sae_output."
         )
@@ -176,7 +176,7 @@ class BridgedMaira2(SAETransformerBridge):
         """`resolve`, for a point that is about to be read or hooked.
 
         Raises:
-            HookError: no such point, or it fires only after a setter of TransformerLens was called.
+            HookError: No such point, or it fires only after a setter of TransformerLens was called.
         """
         known = self.resolve(name)
         setter = self._gated_hook_reason(name) or self._gated_hook_reason(known)
@@ -198,8 +198,8 @@ class BridgedMaira2(SAETransformerBridge):
         """Splice an SAE in; SAELens warns and goes on where it finds no hook, here that is an error.
 
         Raises:
-            SAEError: the SAE names no hook, or its width is not the point's.
-            HookError: the hook is unknown, or is `hook_resid_mid`, which SAELens cannot reach here.
+            SAEError: The SAE names no hook, or its width is not the point's.
+            HookError: The hook is unknown, or is `hook_resid_mid`, which SAELens cannot reach here.
         """
         name = sae.cfg.metadata.hook_name
         if not name:
@@ -250,8 +250,8 @@ class BridgedMaira2(SAETransformerBridge):
         Positions are transformers' own (0, 1, 2, ... with padding counted) unless `position_ids` is given.
 
         Raises:
-            HookError: an input of another kind, or a stop out of range.
-            PromptError: image placeholders and images do not agree.
+            HookError: An input of another kind, or a stop out of range.
+            PromptError: Image placeholders and images do not agree.
         """
         inputs = self._gather(input, kwargs)
         stop = kwargs["stop_at_layer"] = self._stop(kwargs.get("stop_at_layer"))
@@ -275,7 +275,7 @@ class BridgedMaira2(SAETransformerBridge):
         return table.stop_before(layer, [name for name in known if name in table.points])
 
     def _stopping(self, stop: int | None) -> Any:
-        """TransformerLens ignores a stop behind the last block; here the run ends before the final norm."""
+        """TransformerLens ignores a stop after the last block; here the run ends before the final norm."""
         count = self.points.counts["block"]
         return stopping_at(self.original_model, stop if stop == count else None, count)  # pyright: ignore[reportArgumentType]
 
@@ -283,7 +283,7 @@ class BridgedMaira2(SAETransformerBridge):
         """As TransformerBridge's; named points must be in the cache afterwards, under the names asked for.
 
         Raises:
-            HookError: an unknown name, a stop out of range, or a named point that never fired.
+            HookError: An unknown name, a stop out of range, or a named point that never fired.
         """
         host: Any = super()
         given: Any = names_filter
@@ -314,7 +314,7 @@ class BridgedMaira2(SAETransformerBridge):
         """As TransformerBridge's; unknown names and named hooks that never fire are errors.
 
         Raises:
-            HookError: an unknown name, or a named hook that never fired in a block that raised nothing.
+            HookError: An unknown name, or a named hook that never fired in a block that raised nothing.
         """
         calls = HookCalls(self.points)
         pairs = [
@@ -357,7 +357,7 @@ class BridgedMaira2(SAETransformerBridge):
         """As TransformerBridge's, under any accepted name.
 
         Raises:
-            HookError: an unknown name, or a point that fires only after a setter was called.
+            HookError: An unknown name, or a point that fires only after a setter was called.
         """
         if not isinstance(name, str):
             super().add_hook(name, hook_fn, dir=dir, is_permanent=is_permanent)
@@ -365,10 +365,10 @@ class BridgedMaira2(SAETransformerBridge):
         self.hook_dict[self._hookable(name)].add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
 
     def generate(self, input: Any = None, max_new_tokens: int | None = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As TransformerBridge's, but greedy, silent and giving tokens `(B, L + T)` unless told otherwise.
+        """As TransformerBridge's, but greedy, silent and returning tokens `(B, L + T)` by default.
 
         Raises:
-            HookError: images and `use_past_kv_cache=False`, with which TransformerLens forgets the images
+            HookError: Images and `use_past_kv_cache=False`, with which TransformerLens forgets the images
                 after the first token.
         """
         task = kwargs.get("task")

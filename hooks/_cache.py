@@ -33,9 +33,9 @@ class Maira2Cache(ActivationCache):
     """An ActivationCache over MAIRA-2, for `HookedMaira2` and the bridge.
 
     Args:
-        cache_dict: name -> tensor.
-        model: the hooked model or the bridge; it has `points`, `blocks` and the weights.
-        has_batch_dim: whether the tensors have a batch axis.
+        cache_dict: Name -> tensor.
+        model: The hooked model or the bridge; it has `points`, `blocks` and the weights.
+        has_batch_dim: Whether the tensors have a batch axis.
     """
 
     model: Any
@@ -48,7 +48,7 @@ class Maira2Cache(ActivationCache):
         """A cached value by any accepted name, or by TransformerLens' shorthand such as `("resid_post", 3)`.
 
         Raises:
-            KeyError: the value is not in the cache.
+            KeyError: The value is not in the cache.
         """
         if not isinstance(key, str):
             name, layer, *rest = (*key, None) if len(key) == 1 else key
@@ -162,8 +162,8 @@ class GeneratedValues:
     and projector points have one value: without a KV cache transformers 4 computes it again for every token.
 
     Args:
-        points: the table that the names come from.
-        device: where the values go; None leaves them where they are.
+        points: The table that the names come from.
+        device: Device of the stored values; None keeps theirs.
     """
 
     def __init__(self, points: PointTable, device: torch.device | str | None = None) -> None:

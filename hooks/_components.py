@@ -2,9 +2,9 @@
 attention.
 
 TransformerLens' vision components want CLIP's or SigLIP's modules and an output with `last_hidden_state`. A
-Dinov2Backbone hands out feature maps, and transformers 5 collects those in hooks on the tower's blocks: a
+Dinov2Backbone returns feature maps, and transformers 5 collects those in hooks on the tower's blocks: a
 bridge that edits a block's output outside the block comes too late. So these components hook the original
-modules from inside. They know nothing about names beyond their own.
+modules from inside.
 """
 
 from typing import Any
@@ -95,9 +95,9 @@ def projector_bridge(name: str, layers: int) -> VisionProjectionBridge:
 class CachedAttentionBridge(PositionEmbeddingsAttentionBridge):
     """Llama's attention, bridged, that finds the KV cache under either of transformers' names.
 
-    transformers 5.24 hands the cache to attention as `cache`; TransformerLens 3.9 looks for
+    transformers 5.24 passes the cache to attention as `cache`; TransformerLens 3.9 looks for
     `past_key_values`, finds none, and lets every token after the first attend to itself alone, without a
-    word.
+    warning.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -46,8 +46,8 @@ class Maira2Evaluator:
         """Evaluate.
 
         Args:
-            sae: the SAE; `cfg.metadata.hook_name` says where it belongs.
-            data_provider: paused meanwhile if it prefetches; SAELens passes its own.
+            sae: The SAE; `cfg.metadata.hook_name` says where it belongs.
+            data_provider: Paused meanwhile if it prefetches; SAELens passes its own.
             activation_scaler: SAELens' scaler of the training run, if activations were scaled.
 
         Returns:
@@ -55,7 +55,7 @@ class Maira2Evaluator:
             ce_loss_score, kl_div_with_sae, l0, explained_variance.
 
         Raises:
-            HookError: no position or no target has a wanted role.
+            HookError: No position or no target has a wanted role.
         """
         # A prefetching provider runs the same model, and its hooks, in another thread.
         with data_provider.paused() if hasattr(data_provider, "paused") else nullcontext():

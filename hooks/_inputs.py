@@ -38,19 +38,19 @@ def gather_inputs(
     """Convert any accepted input to the model's tensors.
 
     Args:
-        given: a study or a list of studies, a `Maira2Encoding`, a mapping with `input_ids`, token ids
+        given: A study or a list of studies, a `Maira2Encoding`, a mapping with `input_ids`, token ids
             `(L,)` or `(B, L)`, text or a list of texts, or None if `input_ids` is among the tensors.
-        processor: the processor, needed for studies and text.
-        device: where the tensors go.
-        encode: keyword arguments of `Maira2Processor.encode`, for studies only.
-        pad_token_id: token whose runs at either end of a row are padding where no attention mask was given.
-        **tensors: `input_ids`, `attention_mask`, `pixel_values` beside token ids or text.
+        processor: The processor, needed for studies and text.
+        device: Device of the tensors.
+        encode: Keyword arguments of `Maira2Processor.encode`, for studies only.
+        pad_token_id: Token whose runs at either end of a row are padding where no attention mask was given.
+        **tensors: `input_ids`, `attention_mask`, `pixel_values` with token ids or text.
 
     Returns:
         The tensors and, if there is one, their encoding.
 
     Raises:
-        HookError: an unsupported kind of input, a processor is missing, or a tensor was given twice.
+        HookError: An unsupported kind of input, a processor is missing, or a tensor was given twice.
     """
     extra = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     encode = {key: value for key, value in (encode or {}).items() if value is not None}

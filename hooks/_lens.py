@@ -123,17 +123,17 @@ class LensMixin:
         """Tokenize text.
 
         Args:
-            input: one text or several.
+            input: One text or several.
             prepend_bos: False leaves the tokenizer's BOS out; None and True keep it.
             padding_side: "left" or "right"; None is the tokenizer's own.
-            move_to_device: whether the ids go to the model's device.
-            truncate: whether texts are cut at the model's context length.
+            move_to_device: Whether the ids go to the model's device.
+            truncate: Whether texts are cut at the model's context length.
 
         Returns:
             Ids `(B, L)`, padded with the tokenizer's pad token.
 
         Raises:
-            HookError: the model was wrapped without a processor.
+            HookError: The model was wrapped without a processor.
         """
         tokenizer = self._tokenizer()
         sides = {} if padding_side is None else {"padding_side": padding_side}
@@ -153,7 +153,7 @@ class LensMixin:
         """The id of a text that is one token.
 
         Raises:
-            HookError: it is several, or the model was wrapped without a processor.
+            HookError: It is several, or the model was wrapped without a processor.
         """
         ids = self._tokenizer()(word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
@@ -168,9 +168,9 @@ class LensMixin:
         """The tokens of a text as strings.
 
         Args:
-            input: a text, or token ids `(L,)` or `(1, L)`; a list gives one result per item.
-            prepend_bos: for text, as in `to_tokens`.
-            padding_side: for text, as in `to_tokens`.
+            input: A text, or token ids `(L,)` or `(1, L)`; a list gives one result per item.
+            prepend_bos: For text, as in `to_tokens`.
+            padding_side: For text, as in `to_tokens`.
 
         Returns:
             One string per token, decoded one by one, as TransformerLens' models give them.
@@ -219,10 +219,10 @@ class LensMixin:
         """The logit lens after each block.
 
         Args:
-            input: as in `forward`.
-            layers: blocks whose output is read; None is all.
-            position: positions that are read; all of them at once cost layers x L x d_vocab numbers.
-            **kwargs: as in `forward`.
+            input: As in `forward`.
+            layers: Blocks whose output is read; None is all.
+            position: Positions that are read; all of them at once cost layers x L x d_vocab numbers.
+            **kwargs: As in `forward`.
 
         Returns:
             `(layers, B, d_vocab)` for one position, `(layers, B, positions, d_vocab)` for a slice.

@@ -46,7 +46,7 @@ class Point:
 
     @property
     def block(self) -> int | None:
-        """Number of the decoder block that it lies in; None for all other points."""
+        """Number of the decoder block that contains it; None for all other points."""
         return self.index if self.spec.counted_by == "block" else None
 
     @property
@@ -61,7 +61,7 @@ class PointTable:
     """All hook points of a model with a given configuration, in execution order.
 
     Args:
-        config: a `Maira2Config` (anything with `text_config`, `vision_config` and `projector_n_layers`).
+        config: A `Maira2Config` (anything with `text_config`, `vision_config` and `projector_n_layers`).
     """
 
     def __init__(self, config: Any) -> None:
@@ -121,7 +121,7 @@ class PointTable:
         """Find a point by canonical name, TransformerLens alias or transformers module path.
 
         Args:
-            name: for instance `blocks.3.hook_resid_post`, `blocks.3.hook_out` or
+            name: Hook point, for instance `blocks.3.hook_resid_post`, `blocks.3.hook_out` or
                 `model.language_model.layers.3`. A module path means that module's output, in the shape of the
                 point (projections of attention are shown per head).
 
@@ -129,7 +129,7 @@ class PointTable:
             The point.
 
         Raises:
-            HookError: the name is unknown, its number is out of range, or the model cannot give it.
+            HookError: The name is unknown, its number is out of range, or the model cannot give it.
         """
         point = self.points.get(self.aliases.get(name, name))
         if point is not None:
@@ -145,7 +145,7 @@ class PointTable:
         """Numbers per position at a point, heads taken together; None for attention patterns.
 
         Raises:
-            HookError: the name is unknown.
+            HookError: The name is unknown.
         """
         axes = self.resolve(name).spec.shape.strip("()").split(", ", 2)[-1]
         return self._widths.get(axes)
@@ -157,14 +157,14 @@ class PointTable:
         too; images are seen before any decoder block, and the run then ends before block 0.
 
         Args:
-            layer: blocks to run; negative counts from the end, None runs everything.
-            named: names that the caller wants from the run, if it named any.
+            layer: Blocks to run; negative counts from the end, None runs everything.
+            named: Names that the caller wants from the run, if it named any.
 
         Returns:
             A number from 0 to the number of blocks, or None.
 
         Raises:
-            HookError: a number out of range, or a named point that lies behind the stop.
+            HookError: A number out of range, or a named point after the stop.
         """
         if layer is None:
             return None
@@ -180,10 +180,10 @@ class PointTable:
                 f"stop_at_layer={layer} was asked for, but this model has {count} blocks. Use 0 to {count}, a"
                 f" negative number from the end, or None."
             )
-        behind = [name for name, stop in stops.items() if stop is None or stop > wanted]
-        if behind:
+        after = [name for name, stop in stops.items() if stop is None or stop > wanted]
+        if after:
             raise HookError(
-                f"stop_at_layer={layer} ends the run before {', '.join(behind)} could fire. Stop later,"
+                f"stop_at_layer={layer} ends the run before {', '.join(after)} could fire. Stop later,"
                 f" or leave stop_at_layer out."
             )
         return wanted
@@ -192,7 +192,7 @@ class PointTable:
         """Number of heads that a point's last axis is split into; None at points without heads.
 
         Raises:
-            HookError: the name is unknown.
+            HookError: The name is unknown.
         """
         return self._heads[self.resolve(name).spec.heads]
 
@@ -221,14 +221,14 @@ class PointTable:
         """Check that every point's module exists in a model.
 
         Raises:
-            HookError: a module is missing; names it and what stands at that level instead.
+            HookError: A module is missing; names it and what is at that level instead.
         """
         missing = next(((p, e) for p in self.points.values() if (e := _missing(model, p.module))), None)
         if missing is not None:
             point, (found, children) = missing
             raise HookError(
                 f"{type(model).__name__} has no module {point.module!r}, where hook point {point.name!r}"
-                f" lies: below {found or 'the root'!r} there are {children}. Expected this package's"
+                f" is: below {found or 'the root'!r} there are {children}. Expected this package's"
                 f" Maira2ForConditionalGeneration; load it with load_maira2."
             )
 

@@ -3,7 +3,7 @@
     pattern = softmax(q k^T * scale + mask),   z = pattern v
 
 transformers computes the pattern inside its attention function, so no module hook can replace it. While
-somebody listens, the model's eager function gives way to this one, which does the same arithmetic and sends
+a hook is attached, the model's eager function gives way to this one, which does the same arithmetic and sends
 the pattern through the hooks on its way. Fused kernels (sdpa, flash) never form a pattern; asking for one
 there is an error.
 """
@@ -38,13 +38,13 @@ def hooked_eager_attention(
     """Eager attention whose pattern passes through the listeners of `module`.
 
     Args:
-        module: the attention module that calls.
+        module: The attention module that calls.
         query: `(B, heads, L, d_head)`, rotated.
         key: `(B, kv_heads, L seen, d_head)`, rotated.
         value: `(B, kv_heads, L seen, d_head)`.
-        attention_mask: additive, broadcastable to `(B, heads, L, L seen)`.
-        scaling: factor on the scores.
-        dropout: probability, in training only.
+        attention_mask: Additive, broadcastable to `(B, heads, L, L seen)`.
+        scaling: Factor on the scores.
+        dropout: Probability, in training only.
 
     Returns:
         `(B, L, heads, d_head)` and the pattern `(B, heads, L, L seen)`.

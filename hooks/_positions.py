@@ -31,7 +31,7 @@ class Positions:
         """Follow a run of the model.
 
         Args:
-            model: a `Maira2ForConditionalGeneration`.
+            model: A `Maira2ForConditionalGeneration`.
             roles: `(B, L)` token roles of its input, if known.
         """
 
@@ -50,13 +50,13 @@ class Positions:
         """Make the choice of positions for one point.
 
         Args:
-            point: where the values come from.
-            tokenizer: needed for `exclude=True`.
-            exclude: token ids that pass unchanged; True for BOS, EOS, PAD and SEP.
-            roles: roles that do not pass unchanged; None is all.
+            point: Hook point of the values.
+            tokenizer: Needed for `exclude=True`.
+            exclude: Token ids that pass unchanged; True for BOS, EOS, PAD and SEP.
+            roles: Roles that do not pass unchanged; None is all.
 
         Raises:
-            HookError: the point has no text positions, or the tokenizer is missing; when called, no roles
+            HookError: The point has no text positions, or the tokenizer is missing; when called, no roles
                 or no ids are known.
         """
         ids = _special_ids(tokenizer) if exclude is True else list(exclude or ())

@@ -37,10 +37,10 @@ class HookedPoints(HookedRootModule):
     """A transformers model whose hook points answer to names.
 
     Args:
-        model: a `Maira2ForConditionalGeneration`; it is wrapped, not copied or changed.
+        model: A `Maira2ForConditionalGeneration`; it is wrapped, not copied or changed.
 
     Raises:
-        HookError: the model lacks a module where a hook point lies.
+        HookError: The model lacks a module that a hook point belongs to.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,10 +71,10 @@ class HookedPoints(HookedRootModule):
         self.mod_dict: dict[str, nn.Module] = dict(self.hook_dict)
 
     def resolve(self, name: str) -> str:
-        """The name under which `hook_dict` knows a point, from any accepted name.
+        """Name of a point in `hook_dict`, from any accepted name.
 
         Raises:
-            HookError: no such point, or it is covered by an SAE.
+            HookError: No such point, or it is covered by an SAE.
         """
         if name in self.hook_dict:
             return name
@@ -86,13 +86,11 @@ class HookedPoints(HookedRootModule):
         inside = [n.rsplit(".", 1)[-1] for n in self.hook_dict if n.startswith(f"{canonical}.hook_sae_")]
         if inside:
             raise HookError(
-                f"An SAE is spliced in at {canonical!r}, so {name!r} is no hook point now. Inside it"
+                f"An SAE is spliced in at {canonical!r}, so {name!r} is not a hook point now. Inside it"
                 f" there are {', '.join(inside)}; the value before is hook_sae_input, the value after"
                 " hook_sae_output."
             )
-        raise HookError(
-            f"{name!r} lies inside an SAE, but none is spliced in at {canonical!r}. Add it first."
-        )
+        raise HookError(f"{name!r} is inside an SAE, but none is spliced in at {canonical!r}. Add it first.")
 
     def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens, but only where there are hooks: every context ends with this call."""
@@ -112,15 +110,15 @@ class HookedPoints(HookedRootModule):
         """Add a hook until `reset_hooks`; one added by name must fire in every forward and `generate`.
 
         Args:
-            name: a hook point, or a function that chooses among all.
+            name: A hook point, or a function that chooses among all.
             hook: `hook(value, hook=point)` returns a replacement or None.
             dir: "fwd" or "bwd".
-            is_permanent: whether `reset_hooks` leaves it alone.
+            is_permanent: Whether `reset_hooks` leaves it alone.
             level: TransformerLens' context level.
-            prepend: whether it runs before the point's other hooks.
+            prepend: Whether it runs before the point's other hooks.
 
         Raises:
-            HookError: an unknown name, or attention that never forms a pattern.
+            HookError: An unknown name, or attention that never forms a pattern.
         """
         if isinstance(name, str):
             name = self.resolve(name)
@@ -142,14 +140,14 @@ class HookedPoints(HookedRootModule):
         """Hooks for the length of a `with` block; other threads wait for its end, and none remains after it.
 
         Args:
-            fwd_hooks: pairs of a hook point (or a function that chooses among all) and
+            fwd_hooks: Pairs of a hook point (or a function that chooses among all) and
                 `hook(value, hook=point)`, which returns a replacement or None.
-            bwd_hooks: the same for gradients.
-            reset_hooks_end: whether the hooks are removed at the end.
-            clear_contexts: whether the points' `ctx` is cleared with them.
+            bwd_hooks: The same for gradients.
+            reset_hooks_end: Whether the hooks are removed at the end.
+            clear_contexts: Whether the points' `ctx` is cleared with them.
 
         Raises:
-            HookError: an unknown name; or, at the end of a block that raised nothing, a hook asked for by
+            HookError: An unknown name; or, at the end of a block that raised nothing, a hook asked for by
                 name that never fired.
         """
         with self.exclusive():
@@ -239,25 +237,25 @@ class HookedPoints(HookedRootModule):
         it would take 7 GB.
 
         Args:
-            *args: arguments of the model's call.
-            names_filter: a name, a list of names, a function of canonical names, or None for all.
-            device: where the kept tensors go, for instance "cpu"; None leaves them where they are.
-            remove_batch_dim: whether a batch of one loses its first axis.
-            incl_bwd: whether `backward()` is called on the result and gradients are kept under `<name>_grad`.
-            reset_hooks_end: whether the caching hooks are removed.
-            clear_contexts: whether the points' `ctx` is cleared.
-            pos_slice: positions to keep, as in TransformerLens.
-            stop_at_layer: run only the blocks before this one; the result is then the residual stream there.
-            return_cache_object: whether the cache is an `ActivationCache` of TransformerLens and not a dict.
-            gradients: whether the result keeps its autograd graph; cached values are always detached.
-            **kwargs: further arguments of the model's call.
+            *args: Arguments of the model's call.
+            names_filter: A name, a list of names, a function of canonical names, or None for all.
+            device: Device of the kept tensors, for instance "cpu"; None keeps theirs.
+            remove_batch_dim: Whether a batch of one loses its first axis.
+            incl_bwd: Whether `backward()` is called on the result and gradients are kept under `<name>_grad`.
+            reset_hooks_end: Whether the caching hooks are removed.
+            clear_contexts: Whether the points' `ctx` is cleared.
+            pos_slice: Positions to keep, as in TransformerLens.
+            stop_at_layer: Run only the blocks before this one; the result is then the residual stream there.
+            return_cache_object: Whether the cache is an `ActivationCache` of TransformerLens and not a dict.
+            gradients: Whether the result keeps its autograd graph; cached values are always detached.
+            **kwargs: Further arguments of the model's call.
 
         Returns:
             The call's result, and the cache: canonical name (and every other name that was asked for) ->
             tensor.
 
         Raises:
-            HookError: an unknown name, or a named point that never fires in this run.
+            HookError: An unknown name, or a named point that never fires in this run.
         """
         asked = [names_filter] if isinstance(names_filter, str) else names_filter
         if asked is None or callable(asked):

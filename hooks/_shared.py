@@ -29,14 +29,14 @@ _HOOKS = (
 def share_weights(model: Model) -> Model:
     """Copy a model's modules and configuration, and share its parameters and buffers.
 
-    Hooks stay behind, ours and everyone's; so does nnsight's instrumentation. transformers installs its own
+    Hooks are not copied, ours or others'; neither is nnsight's instrumentation. transformers installs its own
     capturing hooks again when the copy first runs. Moving or casting one of the two moves or casts both.
 
     Args:
-        model: any transformers model on devices of its own choosing, but not dispatched by accelerate.
+        model: Any transformers model on devices of its own choosing, but not dispatched by accelerate.
 
     Raises:
-        HookError: the model's modules carry forwards of accelerate's, which speak of the original modules.
+        HookError: The model's modules carry forwards of accelerate's, which speak of the original modules.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():

@@ -27,9 +27,9 @@ class Splice(nn.Module):
     """One SAE at one point: `(..., d_in) -> (..., d_in)`.
 
     Args:
-        sae: the SAE, or a transcoder whose input was captured at another point.
-        use_error_term: whether what the SAE does not explain is added back.
-        bypass: gives the positions `(B, L)` that pass unchanged for a value, or None for no such position.
+        sae: The SAE, or a transcoder whose input was captured at another point.
+        use_error_term: Whether what the SAE does not explain is added back.
+        bypass: Gives the positions `(B, L)` that pass unchanged for a value, or None for no such position.
     """
 
     def __init__(
@@ -128,16 +128,16 @@ class SplicingPoints(HookedPoints):
         `reset_saes`.
 
         Args:
-            sae: the SAE or transcoder; `cfg.metadata.hook_name` (and `hook_name_out`) say where.
-            use_error_term: whether the unexplained part is added back; None follows the SAE's own setting.
-            exclude_special_tokens: positions left alone by token: True for the tokenizer's BOS, EOS, PAD and
+            sae: The SAE or transcoder; `cfg.metadata.hook_name` (and `hook_name_out`) say where.
+            use_error_term: Whether the unexplained part is added back; None follows the SAE's own setting.
+            exclude_special_tokens: Positions left alone by token: True for the tokenizer's BOS, EOS, PAD and
                 SEP, or a list of ids.
-            roles: positions the SAE acts on, by token role (a preset's name, a role, or several); needs
+            roles: Positions the SAE acts on, by token role (a preset's name, a role, or several); needs
                 inputs that carry roles, that is studies or encodings. None is every position.
 
         Raises:
-            SAEError: the SAE names no hook, or its width is not the point's.
-            HookError: the hook is unknown, or covered by a transcoder.
+            SAEError: The SAE names no hook, or its width is not the point's.
+            HookError: The hook is unknown, or covered by a transcoder.
         """
         site = self._site(sae)
         source = self.points.resolve(sae.cfg.metadata.hook_name).name
@@ -199,10 +199,10 @@ class SplicingPoints(HookedPoints):
         """Take SAEs out again.
 
         Args:
-            act_names: the points they are at, under any accepted name; None means all.
+            act_names: The points they are at, under any accepted name; None means all.
 
         Raises:
-            SAEError: there is none at one of them.
+            SAEError: There is none at one of them.
         """
         names = list(self._splices) if act_names is None else act_names
         for name in [names] if isinstance(names, str) else names:
@@ -224,11 +224,11 @@ class SplicingPoints(HookedPoints):
         """SAEs for the length of a `with` block; those that they covered come back after it.
 
         Args:
-            saes: one SAE or several.
-            reset_saes_end: whether they are taken out at the end.
-            use_error_term: see `add_sae`.
-            exclude_special_tokens: see `add_sae`.
-            roles: see `add_sae`.
+            saes: One SAE or several.
+            reset_saes_end: Whether they are taken out at the end.
+            use_error_term: See `add_sae`.
+            exclude_special_tokens: See `add_sae`.
+            roles: See `add_sae`.
         """
         given = [saes] if isinstance(saes, SAE) else list(saes)
         added: list[str] = []

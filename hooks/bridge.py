@@ -45,8 +45,8 @@ class Maira2ArchitectureAdapter(LlavaArchitectureAdapter):
         """Set what TransformerLens' configuration does not carry.
 
         Args:
-            projector_layers: linear layers of the projector.
-            feature_layer: index of the backbone's feature map that the projector reads.
+            projector_layers: Linear layers of the projector.
+            feature_layer: Index of the backbone's feature map that the projector reads.
         """
         assert self.component_mapping is not None
         self.component_mapping["vision_encoder"] = Dinov2TowerBridge("model.vision_tower", feature_layer)
@@ -74,30 +74,30 @@ def to_bridge(
     4,096 positions. Its logits equal those of the model under eager attention.
 
     Args:
-        model: the result of `load_maira2`, or the model.
-        processor: its processor; taken from `model` if that is a `Maira2`.
-        model_name: what `cfg.model_name` says.
-        in_place: whether the bridge's components go into the model itself, which then is no plain
-            transformers model any more; False works on a twin that shares the weights.
+        model: The result of `load_maira2`, or the model.
+        processor: Its processor; taken from `model` if that is a `Maira2`.
+        model_name: What `cfg.model_name` says.
+        in_place: Whether the bridge's components go into the model itself, which then is not a plain
+            transformers model any more; False works on a copy that shares the weights.
 
     Returns:
         The bridge; SAELens' `SAETransformerBridge` is its base class.
 
     Raises:
-        HookError: the model cannot be copied.
+        HookError: The model cannot be copied.
     """
     if isinstance(model, Maira2):
         model, processor = model.model, processor or model.processor
     register_adapter()
-    twin = model if in_place else share_weights(model)
-    twin.set_attn_implementation("eager")
-    config: Any = twin.config
+    shared = model if in_place else share_weights(model)
+    shared.set_attn_implementation("eager")
+    config: Any = shared.config
 
     def fit(adapter: Any) -> None:
         adapter.fit(config.projector_n_layers, config.vision_feature_layer)
 
     bridge: Any = build_bridge_from_module(
-        twin,
+        shared,
         ARCHITECTURE,
         hf_config=config,
         model_name=model_name,

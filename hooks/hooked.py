@@ -1,7 +1,7 @@
 """MAIRA-2 as a TransformerLens model: names for activations, caches, hooks, early stop, SAEs, generation.
 
-`HookedMaira2` wraps the transformers model and runs it as it is, so its logits are the wrapped model's, bit
-for bit; hooks listen through `attach.py`. It works with TransformerLens 2.17 and 3.9, beside nnsight on the
+`HookedMaira2` wraps the transformers model and runs it unchanged, so its logits are the wrapped model's, bit
+for bit; hooks are attached by `_attach.py`. It works with TransformerLens 2.17 and 3.9, next to nnsight on the
 same model, and as `override_model` of SAELens' runners. It takes a study, a list of studies, an encoding or
 tensors.
 """
@@ -63,12 +63,12 @@ class HookedMaira2(LensMixin, SplicingPoints):
     """A MAIRA-2 with named hook points.
 
     Args:
-        model: the result of `load_maira2`, or a `Maira2ForConditionalGeneration`.
-        processor: its processor; needed for studies and text, taken from `model` if that is a `Maira2`.
-        model_name: what SAEs trained on it are told.
+        model: The result of `load_maira2`, or a `Maira2ForConditionalGeneration`.
+        processor: Its processor; needed for studies and text, taken from `model` if that is a `Maira2`.
+        model_name: Model name that SAEs trained on it record.
 
     Raises:
-        HookError: the model is not MAIRA-2's module graph.
+        HookError: The model is not MAIRA-2's module graph.
 
     Example:
         ```python
@@ -135,20 +135,20 @@ class HookedMaira2(LensMixin, SplicingPoints):
         """Encode studies, with the report that follows the prompt.
 
         Args:
-            study: a study, a list of studies, or a `Maira2Encoding`, which is returned as it is.
+            study: A study, a list of studies, or a `Maira2Encoding`, which is returned unchanged.
             report: None for the prompt alone; "teacher" for the study's own report; "generated" for one that the
                 model writes now; or a text (for a list of studies, one text per study).
             task: "findings" (also None), "grounded" or "phrase".
-            phrase: for task "phrase".
+            phrase: The phrase of task "phrase".
             padding_side: "left" (also None) or "right".
-            max_new_tokens: token budget of a generated report; None is the task's own.
+            max_new_tokens: Token budget of a generated report; None is the task's own.
 
         Returns:
             The encoding, on the model's device.
 
         Raises:
-            HookError: something other than studies, or an encoding together with arguments for studies.
-            PromptError: the study lacks a frontal image or the report that was asked for.
+            HookError: Something other than studies, or an encoding together with arguments for studies.
+            PromptError: The study lacks a frontal image or the report that was asked for.
         """
         single = isinstance(report, str) and report not in ("teacher", "generated")
         options = {
@@ -169,7 +169,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
             return encoding
         if padding_side == "right":
             raise HookError(
-                "report='generated' was combined with padding_side='right', but a report is generated behind the "
+                "report='generated' was combined with padding_side='right', but a report is generated after the "
                 "prompt. Leave padding_side out."
             )
         ids = self.generate(encoding, max_new_tokens=max_new_tokens, task=task)
@@ -204,28 +204,28 @@ class HookedMaira2(LensMixin, SplicingPoints):
         """One forward pass.
 
         Args:
-            input: a study, a list of studies, a `Maira2Encoding`, a mapping of tensors, token ids `(B, L)`,
+            input: A study, a list of studies, a `Maira2Encoding`, a mapping of tensors, token ids `(B, L)`,
                 text.
             return_type: "logits", "loss", "both" or None.
-            loss_per_token: whether the loss keeps its `(B, L - 1)` axes.
-            stop_at_layer: run only the blocks before this one (negative: from the end) and return the
+            loss_per_token: Whether the loss keeps its `(B, L - 1)` axes.
+            stop_at_layer: Run only the blocks before this one (negative: from the end) and return the
                 residual stream `(B, L, d_model)` there.
-            prepend_bos: accepted for TransformerLens' sake; prompts carry their own BOS.
-            loss_roles: token roles whose tokens count as targets of the mean loss; needs an encoding or
+            prepend_bos: Accepted for TransformerLens' sake; prompts carry their own BOS.
+            loss_roles: Token roles whose tokens count as targets of the mean loss; needs an encoding or
                 studies.
-            task: for studies, see `encode`.
-            phrase: for studies, see `encode`.
-            report: for studies, see `encode`; "generated" writes the report with the hooks in force.
-            padding_side: for studies, see `encode`.
+            task: For studies, see `encode`.
+            phrase: For studies, see `encode`.
+            report: For studies, see `encode`; "generated" writes the report with the hooks in force.
+            padding_side: For studies, see `encode`.
             **kwargs: `attention_mask` and `pixel_values` for token ids; further arguments of the model.
 
         Returns:
             Logits `(B, L, d_vocab)`, the loss (mean over targets, in nats), a pair of both, or None.
 
         Raises:
-            HookError: an unsupported input, `prepend_bos=True`, a hook that never fired, a stop out of
+            HookError: An unsupported input, `prepend_bos=True`, a hook that never fired, a stop out of
                 range.
-            PromptError: image placeholders and images do not agree.
+            PromptError: Image placeholders and images do not agree.
         """
         if prepend_bos:
             raise HookError(
@@ -241,7 +241,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
         stop = self.points.stop_before(stop_at_layer)
         with self._running(inputs), self._watching(), stopping_at(self.model, stop, self.cfg.n_layers):
             try:
-                # No cache unless asked for: at 4,000 positions it is 2 GB in bf16 that nobody reads.
+                # No cache unless asked for: at 4,000 positions it is 2 GB in bf16 that is not read.
                 output = self.model(**inputs.tensors, **{"use_cache": False, **kwargs})
             except StopForward as stopped:
                 return stopped.residual
@@ -291,28 +291,28 @@ class HookedMaira2(LensMixin, SplicingPoints):
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate, greedily unless told otherwise, with every hook and SAE in force.
+        """Generate, greedily by default, with every hook and SAE in force.
 
         Vision and projector points fire once, with the prompt; the others fire again for every new token.
 
         Args:
-            input: as in `forward`.
-            max_new_tokens: token budget; None is the task's own.
+            input: As in `forward`.
+            max_new_tokens: Token budget; None is the task's own.
             return_type: "tokens" for transformers' result, `(B, L + T)` ids with the prompt; "reports" for
                 one `ParsedReport` per row.
-            task: for studies: "findings", "grounded" or "phrase".
-            phrase: for studies and task "phrase".
-            names_filter: hook points whose values are kept, as in `run_with_cache`: the result is then a pair of the
+            task: For studies: "findings", "grounded" or "phrase".
+            phrase: For studies and task "phrase".
+            names_filter: Hook points whose values are kept, as in `run_with_cache`: the result is then a pair of the
                 result and a cache of name -> `(B, L + T - 1, ...)`. Position i belongs to token i of the result; the
                 last token is written and never read. Vision and projector points have their one value.
-            device: where the kept values go, for instance "cpu".
-            **kwargs: `attention_mask`, `pixel_values` beside token ids; arguments of transformers'
+            device: Device of the kept values, for instance "cpu".
+            **kwargs: `attention_mask`, `pixel_values` with token ids; arguments of transformers'
                 `generate`.
 
         Raises:
-            HookError: an input of another kind, a hook added by name that never fired, or values asked for of beams,
+            HookError: An input of another kind, a hook added by name that never fired, or values asked for of beams,
                 several samples or attention patterns.
-            PromptError: image placeholders and images do not agree.
+            PromptError: Image placeholders and images do not agree.
         """
         if return_type not in ("tokens", "reports"):
             raise HookError(f"return_type is {return_type!r}; use 'tokens' or 'reports'.")

@@ -42,16 +42,16 @@ Edit = Callable[[torch.Tensor, int], torch.Tensor | None]
 class Maira2NNsight(NNsight):
     """A MAIRA-2 that nnsight can trace.
 
-    Beside nnsight's own tree it has `.blocks[i]`, `.vision`, `.projector`, `.embed`, `.ln_final`, `.lm_head`;
+    In addition to nnsight's own tree it has `.blocks[i]`, `.vision`, `.projector`, `.embed`, `.ln_final`, `.lm_head`;
     `resid_post[i]`, `resid_pre[i]`, `attn_out[i]`, `mlp_out[i]`, readable and assignable in a trace; and
     `at[name]` for every hook point. Values are read in execution order, as nnsight wants it.
 
     Args:
-        model: the result of `load_maira2`, or the model.
-        processor: its processor; needed for studies and text, taken from `model` if that is a `Maira2`.
+        model: The result of `load_maira2`, or the model.
+        processor: Its processor; needed for studies and text, taken from `model` if that is a `Maira2`.
 
     Raises:
-        HookError: the model is not MAIRA-2's module graph.
+        HookError: The model is not MAIRA-2's module graph.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Maira2NNsight(NNsight):
         points = PointTable(model.config)
         points.validate(model)
         with warnings.catch_warnings():
-            # transformers 4 calls a part of Dinov2's attention `output`; nobody needs it by that name here.
+            # transformers 4 calls a part of Dinov2's attention `output`; it is not needed by that name here.
             warnings.filterwarnings("ignore", message=".*has a submodule named 'output'")
             super().__init__(model, rename={**NAMES})
         self.processor = processor
@@ -84,12 +84,12 @@ class Maira2NNsight(NNsight):
         """Values at hook points in one forward pass, without writing a trace.
 
         Args:
-            input: as in `generate_edited`.
-            names: hook points, in any order.
-            **kwargs: how studies are encoded, tensors beside token ids.
+            input: As in `generate_edited`.
+            names: Hook points, in any order.
+            **kwargs: How studies are encoded, tensors with token ids.
 
         Raises:
-            HookError: an unknown name, or attention that never forms a pattern.
+            HookError: An unknown name, or attention that never forms a pattern.
         """
         order = sorted(names, key=lambda name: self.points.order[self.points.resolve(name).name])
         found: dict[str, torch.Tensor] = {}
@@ -103,21 +103,21 @@ class Maira2NNsight(NNsight):
     ) -> torch.Tensor:
         """Generate with edits at the prompt and at every new token.
 
-        It hides nnsight's recipe for that: code behind `tracer.iter[:]` never runs, so the result is saved
+        It wraps nnsight's recipe for that: code after `tracer.iter[:]` never runs, so the result is saved
         in a second, empty invoke. Vision and projector points are edited once, with the prompt.
 
         Args:
-            input: a study, a list of studies, an encoding, a mapping of tensors, or token ids.
-            edits: hook point -> `edit(value, step)`.
-            max_new_tokens: token budget; None is the task's own.
-            **kwargs: how studies are encoded, tensors beside token ids, arguments of transformers'
+            input: A study, a list of studies, an encoding, a mapping of tensors, or token ids.
+            edits: Hook point -> `edit(value, step)`.
+            max_new_tokens: Token budget; None is the task's own.
+            **kwargs: How studies are encoded, tensors with token ids, arguments of transformers'
                 `generate`.
 
         Returns:
             Ids `(B, L + T)`, prompt included.
 
         Raises:
-            HookError: an unknown name, a point that cannot be edited, or an edit that never ran.
+            HookError: An unknown name, a point that cannot be edited, or an edit that never ran.
         """
         plan = sorted(
             ((self.points.resolve(name), edit) for name, edit in edits.items()),
@@ -148,7 +148,7 @@ class Maira2NNsight(NNsight):
         return out
 
     def _edit_every_step(self, tracer: Any, plan: list[tuple[Point, Edit]], fired: dict[str, int]) -> None:
-        if plan:  # a loop that asks for nothing would never end
+        if plan:  # a loop without a request would never end
             for step in tracer.iter[:]:
                 self._edit(plan, step, fired)
 
@@ -160,7 +160,7 @@ class Maira2NNsight(NNsight):
             if new is not None:
                 self.at[point.name] = new
 
-    # Seams of nnsight: how many rows an invoke brings, and what its input becomes.
+    # Overrides of nnsight: rows per invoke, and conversion of its input.
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
         return int(bool(inputs) or any(kwargs.get(name) is not None for name in _TENSORS))
@@ -195,8 +195,8 @@ class PointAccess:
     """Hook points as items: `access[key]` reads inside a trace, `access[key] = value` replaces.
 
     Args:
-        root: the wrapped model.
-        pattern: the points' names, with `{}` for the key.
+        root: The wrapped model.
+        pattern: The points' names, with `{}` for the key.
     """
 
     def __init__(self, root: Maira2NNsight, pattern: str) -> None:

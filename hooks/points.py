@@ -19,7 +19,7 @@ _PROJECTOR = "model.multi_modal_projector"
 
 @dataclass(frozen=True)
 class PointSpec:
-    """One row of the table; `{i}` stands for a layer's number."""
+    """One row of the table; `{i}` is a layer's number."""
 
     name: str
     """Canonical name, for instance `blocks.{i}.hook_resid_post`."""
@@ -163,7 +163,7 @@ SPECS: tuple[PointSpec, ...] = (
         tap="input",
         heads="query",
     ),
-    # Formed before z, but handed out with the attention's output, which is where nnsight can read it.
+    # Formed before z, but returned with the attention's output, which is where nnsight can read it.
     _block(
         "attn.hook_pattern",
         ".self_attn",

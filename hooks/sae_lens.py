@@ -1,7 +1,7 @@
 """SAELens' training runner on MAIRA-2.
 
-`LanguageModelSAETrainingRunner` takes a model as it is (`override_model`); its activations store is text-only in one
-method, `get_raw_llm_batch`, which `Maira2ActivationsStore` replaces: studies in, rows of the wanted token roles out,
+`LanguageModelSAETrainingRunner` accepts a loaded model (`override_model`); its activations store is text-only in one
+method, `get_raw_llm_batch`, which `Maira2ActivationsStore` replaces: studies in, rows of the chosen token roles out,
 read by `activations.reader` as everywhere else. Mixing buffer, trainer, checkpoints and saving stay SAELens'. For large
 runs harvest first (`sae_lens_maira.activations`).
 """

@@ -1,4 +1,4 @@
-"""What recipes share: SAEs and tables that are continued only with the settings they were made with.
+"""Shared by recipes: SAEs and tables that are continued only with the same settings.
 
     folder of an SAE, or table.csv   +   .json of the same name: the settings that it depends on
 
@@ -28,7 +28,7 @@ OF_AN_SAE = ("train_studies", "d_sae", "k", "steps")
 
 
 def require_settings(made: Path, settings: Mapping[str, Any], exists: bool) -> None:
-    """Write the settings of a result next to it, or compare them with those of the result that is there.
+    """Write the settings of a result next to it, or compare them with those of an existing result.
 
     Args:
         made: The result, a folder or a file; its settings are in `<name>.json`.
@@ -110,7 +110,7 @@ def continue_rows(
     label: str,
     saved_every: int,
 ) -> None:
-    """Bring a CSV to n rows; a run that was killed goes on behind the last row that was saved.
+    """Bring a CSV to n rows; a run that was killed continues after the last saved row.
 
     Args:
         file: The CSV.

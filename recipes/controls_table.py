@@ -97,7 +97,7 @@ def run(settings: Settings) -> Path:
         Path of `controls.md`.
 
     Raises:
-        ConfigError: the quickstart folder lacks an SAE.
+        ConfigError: The quickstart folder lacks an SAE.
     """
     config = QuickstartConfig(
         out=settings.quickstart,

@@ -136,8 +136,8 @@ def flips(fires: np.ndarray, news: np.ndarray, stated: np.ndarray, n: int) -> di
         n: Latents of either choice.
     """
     half = len(fires) // 2
-    flat, told = fires[:half].reshape(-1, fires.shape[2]), news[:half].reshape(-1)
-    score = flat[told].mean(0) - flat[~told].mean(0)
+    flat, changed = fires[:half].reshape(-1, fires.shape[2]), news[:half].reshape(-1)
+    score = flat[changed].mean(0) - flat[~changed].mean(0)
     change = np.argsort(-score)[:n]
     findings = stated[:half].reshape(-1, stated.shape[2])
     ranked = [int(j) for j in np.argsort(-f1_of_firing(flat, findings).max(1)) if j not in change][:n]

@@ -1,4 +1,4 @@
-"""Do maps of a false sentence point at its planted cause? The flawed phantom also takes one finding for another one.
+"""Do maps of a false sentence point at its planted cause? On a phantom that also takes one finding for another.
 
 Studies have the finding that is seen and lack the one that is stated, and the flawed phantom's report states it. The
 map of the words that name it should be strongest at the box of the finding that causes it. The SAE is trained on the

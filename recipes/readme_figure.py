@@ -1,10 +1,9 @@
-"""The figure of the README: a film, the patches where one latent fires, its name, a report before and after steering.
+"""The figure of the README: an image, the patches where one latent fires, its name, a report before and after steering.
 
     python recipes/readme_figure.py quickstart_out docs/figures/phantom.png
 
 It reads what `sae-lens-maira quickstart` left: the SAE of image patches, the records and the offline interpretations.
-The latent is the finding's best one by agreement; steering adds the eight latents of largest map difference. It knows
-nothing that the quickstart does not know.
+The latent is the finding's best one by agreement; steering adds the eight latents of largest map difference.
 """
 
 import sys
@@ -70,18 +69,21 @@ def main(folder: Path, out: Path) -> None:
     figure, axes = plt.subplots(
         1, 3, figsize=(11, 3.3), layout="constrained", width_ratios=(1, 1, 1.6), facecolor="white"
     )
-    film = np.asarray(studies[subject].frontal)
-    for axis, heat in zip(axes[:2], (None, fires), strict=True):
-        axis.imshow(film, cmap="gray", extent=(0, side, side, 0))
+    image = np.asarray(studies[subject].frontal)
+    for axis, activation in zip(axes[:2], (None, fires), strict=True):
+        axis.imshow(image, cmap="gray", extent=(0, side, side, 0))
         axis.set_axis_off()
-        if heat is not None:
+        if activation is not None:
             axis.imshow(
-                heat, cmap="inferno", alpha=np.clip(heat / heat.max(), 0, 0.75), extent=(0, side, side, 0)
+                activation,
+                cmap="inferno",
+                alpha=np.clip(activation / activation.max(), 0, 0.75),
+                extent=(0, side, side, 0),
             )
     name = textwrap.shorten(
         names.get(best) or f"best latent of {FINDING}, by agreement", 60, placeholder=" …"
     )
-    axes[0].set_title("synthetic film with cardiomegaly\n", fontsize=9)
+    axes[0].set_title("synthetic image with cardiomegaly\n", fontsize=9)
     axes[1].set_title(
         f"latent {best}, F1 {table.loc[FINDING, 'f1']:.2f}\n{textwrap.fill(name, 40)}", fontsize=9
     )
@@ -89,8 +91,8 @@ def main(folder: Path, out: Path) -> None:
     place = 1.0
     for title, text in zip(
         (
-            "another film, without it: the phantom's report",
-            f"the same film, {N_LATENTS} latents added at its patches",
+            "another image, without it: the phantom's report",
+            f"the same image, {N_LATENTS} latents added at its patches",
         ),
         (reports[0][shown], reports[1][shown]),
         strict=True,

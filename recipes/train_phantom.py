@@ -1,4 +1,4 @@
-"""Train the phantom that ships in the package: a thin script over `sae_lens_maira.phantom`."""
+"""Train the phantom that ships in the package: a script around `sae_lens_maira.phantom`."""
 
 import sys
 from pathlib import Path

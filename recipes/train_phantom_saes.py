@@ -1,7 +1,7 @@
 """Train the two small SAEs of the phantom that ship in the package, and write their records and names.
 
-    out/image    residual stream behind block 3, at image patches        "phantom-image"
-    out/text     residual stream behind block 6, at report tokens        "phantom-text"
+    out/image    residual stream after block 3, at image patches        "phantom-image"
+    out/text     residual stream after block 6, at report tokens        "phantom-text"
 
 Each folder is one that plain SAELens loads; `records/` in it holds the latents' records and offline explanations, made
 from studies that the SAE was not trained on. The SAEs belong to a test bench and say nothing about medicine.

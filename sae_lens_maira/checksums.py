@@ -4,7 +4,7 @@
     "checksum"       XXH3-128 of the rest of a JSON object: descriptions, manifest entries, lines of JSON lines files
     Parquet          CRC-32 of every page, and XXH3-128 of the names of the columns in the metadata
 
-What has no checksum, because another program wrote it or a person edited it, is read as it is.
+What has no checksum, because another program wrote it or a person edited it, is read without a check.
 """
 
 import json

@@ -39,7 +39,7 @@ class RankInfo:
     Attributes:
         rank: Number of this process, from 0.
         size: Number of processes.
-        source: Where the numbers come from, in words; empty for a single process.
+        source: Origin of the numbers, in words; empty for a single process.
         address: Host and port where the ranks meet; None if they cannot.
         hosted: Whether another process (torchrun's agent) serves that address, instead of rank 0.
     """

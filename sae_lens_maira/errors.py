@@ -9,7 +9,7 @@
     ├── HookError           a hook point is unknown, does not fit the model, or never fired
     ├── SAEError            an SAE's weights, configuration or hook do not fit
     ├── StoreError          an activation store is damaged or does not match its request
-    │   └── DiskError       a disk is full, of whatever was being written
+    │   └── DiskError       the disk became full during a write
     ├── BackendError        a kernel backend cannot run what was asked
     ├── LockError           another process works in the folder
     ├── RankError           a rank of a command that runs over several processes failed or died

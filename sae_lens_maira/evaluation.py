@@ -61,21 +61,21 @@ def evaluate(
     of studies. Everything runs on the model's device.
 
     Args:
-        maira: the model it was trained on.
-        sae: an SAE, or the folder of one.
-        studies: held-out studies with reports.
+        maira: The model it was trained on.
+        sae: An SAE, or the folder of one.
+        studies: Held-out studies with reports.
         hook_name: `blocks.{i}.hook_resid_post`; taken from the SAE if not given.
-        batch_size: studies per forward pass while rows are read; cross-entropies are measured study by study.
-        image_rate: share of image patches used for the reconstruction table.
-        progress: show a bar.
-        workers: threads that encode studies ahead of the model.
+        batch_size: Studies per forward pass while rows are read; cross-entropies are measured study by study.
+        image_rate: Share of image patches used for the reconstruction table.
+        progress: Show a bar.
+        workers: Threads that encode studies ahead of the model.
 
     Returns:
         The tables.
 
     Raises:
-        SAEError: the SAE names no hook point and none was given, or its width is not the model's.
-        HookError: the model has no such hook point.
+        SAEError: The SAE names no hook point and none was given, or its width is not the model's.
+        HookError: The model has no such hook point.
     """
     device = maira.model.device
     sae = sae.to(device) if isinstance(sae, SAE) else load_matryoshka(sae, device=str(device))

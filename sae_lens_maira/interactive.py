@@ -58,12 +58,12 @@ class InteractiveMaira2(HookedMaira2):
         """The k strongest active latents at every position.
 
         Args:
-            study: one study, or a `Maira2Encoding` of one row.
-            sae: the SAE; its hook point says where activations are read.
-            k: latents per position.
+            study: One study, or a `Maira2Encoding` of one row.
+            sae: The SAE; its hook point says where activations are read.
+            k: Latents per position.
             report: "teacher" for the study's own report, "generated" for one that the model writes now, a text, or
                 None for the prompt alone.
-            roles: token roles of the positions, for instance "image_only" or "report"; None is every position.
+            roles: Token roles of the positions, for instance "image_only" or "report"; None is every position.
             task: "findings", "grounded" or "phrase".
 
         Returns:
@@ -72,8 +72,8 @@ class InteractiveMaira2(HookedMaira2):
             (empty if the SAE's latents have no names).
 
         Raises:
-            HookError: several studies, or a hook point without text positions.
-            SAEError: the SAE names no hook point or has another width.
+            HookError: Several studies, or a hook point without text positions.
+            SAEError: The SAE names no hook point or has another width.
         """
         encoding = self.encode(study, report=report, task=task)
         if len(encoding) != 1:
@@ -107,16 +107,16 @@ class InteractiveMaira2(HookedMaira2):
         """Activations of all latents at every position.
 
         Args:
-            study: a study, several, or a `Maira2Encoding`.
-            sae: the SAE.
-            report: as in `top_latents`.
+            study: A study, several, or a `Maira2Encoding`.
+            sae: The SAE.
+            report: As in `top_latents`.
 
         Returns:
             `(B, L, d_sae)` on the SAE's device.
 
         Raises:
-            HookError: the hook point has no text positions.
-            SAEError: the SAE names no hook point or has another width.
+            HookError: The hook point has no text positions.
+            SAEError: The SAE names no hook point or has another width.
         """
         point = self.points.resolve(_hook_of(sae))
         if not point.spec.shape.startswith("(B, L, d_model)"):
@@ -149,22 +149,22 @@ class InteractiveMaira2(HookedMaira2):
         """Write a study's report with and without an intervention.
 
         Args:
-            study: one study, or a list of them (one batch).
-            sae: the SAE; None if only directions are added.
-            interventions: latent -> strength in its p99, which is added; or interventions such as
+            study: One study, or a list of them (one batch).
+            sae: The SAE; None if only directions are added.
+            interventions: Latent -> strength in its p99, which is added; or interventions such as
                 `Ablate(latents=(7,), where=...)`.
-            where: positions for the mapping; None is every position, written tokens included.
+            where: Positions for the mapping; None is every position, written tokens included.
             p99: `(d_sae,)` units; None is the SAE's own.
-            max_new_tokens: token budget; None is the task's own.
+            max_new_tokens: Token budget; None is the task's own.
             task: "findings", "grounded" or "phrase".
-            control_seed: replace every change by a random direction of equal norm, drawn with this seed.
-            **generate: further arguments of transformers' `generate`.
+            control_seed: Replace every change by a random direction of equal norm, drawn with this seed.
+            **generate: Further arguments of transformers' `generate`.
 
         Returns:
             A `SteeringResult`, or a list of them for a list of studies.
 
         Raises:
-            InterventionError: no p99, a latent out of range, positions that the study does not have, or an
+            InterventionError: No p99, a latent out of range, positions that the study does not have, or an
                 intervention that changed nothing.
         """
         if isinstance(interventions, Mapping):
@@ -175,7 +175,7 @@ class InteractiveMaira2(HookedMaira2):
         else:
             if where is not None:
                 raise InterventionError(
-                    "where was given beside interventions that have their own schedule; leave it out, or give a "
+                    "where was given with interventions that have their own schedule; leave it out, or give a "
                     "mapping latent -> strength."
                 )
             items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
@@ -209,7 +209,7 @@ class InteractiveMaira2(HookedMaira2):
             sae: The SAE; None if only directions are added.
             interventions: One or several.
             p99: `(d_sae,)` units; None is the SAE's own.
-            report: Text behind the prompt, as in `top_latents`.
+            report: Text after the prompt, as in `top_latents`.
             require_effect: Raise an error where nothing changed.
             control_seed: Replace every change by a random direction of equal norm, drawn with this seed.
 
@@ -267,11 +267,11 @@ class SteeringResult:
     """A report without and with interventions.
 
     Attributes:
-        before: the report of the model as it is.
-        after: the report under the interventions.
-        interventions: what was done.
-        hook_name: where.
-        effect: how often the interventions acted and how much they changed, over the whole batch.
+        before: Report of the unsteered model.
+        after: The report under the interventions.
+        interventions: What was done.
+        hook_name: Where.
+        effect: How often the interventions acted and how much they changed, over the whole batch.
     """
 
     before: str
@@ -323,14 +323,14 @@ def describe_sae(
     """Give an SAE its hook point, p99 and names, and switch its gradients off.
 
     Args:
-        sae: the SAE; changed in place.
-        hook_name: replaces the hook point of its metadata.
+        sae: The SAE; changed in place.
+        hook_name: Replaces the hook point of its metadata.
         p99: `(d_sae,)` units.
-        records: folder of its latent records; p99 and names come from there where they are not given.
+        records: Folder of its latent records; p99 and names come from there where they are not given.
 
     Raises:
-        SAEError: no hook point, or p99 of another width.
-        RecordError: the records cannot be read, or belong to another SAE.
+        SAEError: No hook point, or p99 of another width.
+        RecordError: The records cannot be read, or belong to another SAE.
     """
     if hook_name is not None:
         sae.cfg.metadata.hook_name = hook_name

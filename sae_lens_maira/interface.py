@@ -40,15 +40,15 @@ def load(
         name: "phantom" (ships with the package), a hub id such as "microsoft/maira-2", or a folder.
         device: "cpu", "cuda", "cuda:1", ...; "auto" is a GPU where there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto" is float32 for the phantom and bfloat16 for others.
-        **keywords: further arguments of `load_maira2`, for instance `attn_implementation`, `revision` or
+        **keywords: Further arguments of `load_maira2`, for instance `attn_implementation`, `revision` or
             `device_map`.
 
     Returns:
         A `HookedMaira2` with `top_latents`, `steer` and `attribute`.
 
     Raises:
-        ConfigError: an unknown dtype, device or keyword.
-        CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
+        ConfigError: An unknown dtype, device or keyword.
+        CheckpointError: The folder or hub repository is not a complete MAIRA-2 checkpoint.
     """
     from sae_lens_maira.interactive import InteractiveMaira2
 
@@ -69,16 +69,16 @@ def named_model(
 
     Args:
         model: "phantom", a folder or a hub id.
-        dtype: float32, bfloat16 or float16; "auto" is float32 for the phantom and bfloat16 for others.
-        device: cpu, cuda, cuda:1 ...; "auto" is a GPU where there is one.
-        hooks: the hook points that will be read, if nothing else is needed of the model: decoder layers behind the
+        dtype: Float32, bfloat16 or float16; "auto" is float32 for the phantom and bfloat16 for others.
+        device: Cpu, cuda, cuda:1 ...; "auto" is a GPU where there is one.
+        hooks: The hook points that will be read, if nothing else is needed of the model: decoder layers after the
             last of them are then not loaded. None loads the whole model.
-        **keywords: further arguments of `load_maira2`.
+        **keywords: Further arguments of `load_maira2`.
 
     Raises:
-        ConfigError: an unknown dtype, device or keyword.
-        CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
-        HookError: an unknown hook point.
+        ConfigError: An unknown dtype, device or keyword.
+        CheckpointError: The folder or hub repository is not a complete MAIRA-2 checkpoint.
+        HookError: An unknown hook point.
     """
     from sae_lens_maira.hooks import PointTable
     from sae_lens_maira.maira2 import load_maira2
@@ -101,13 +101,13 @@ def output_head(model: str | Path, *, dtype: str = "auto", device: str = "auto",
 
     Args:
         model: "phantom", a folder or a hub id.
-        dtype: as in `named_model`.
-        device: as in `named_model`.
-        **hub: further arguments of `load_output_head`.
+        dtype: As in `named_model`.
+        device: As in `named_model`.
+        **hub: Further arguments of `load_output_head`.
 
     Raises:
-        ConfigError: an unknown dtype or device.
-        CheckpointError: the folder or hub repository is not a complete MAIRA-2 checkpoint.
+        ConfigError: An unknown dtype or device.
+        CheckpointError: The folder or hub repository is not a complete MAIRA-2 checkpoint.
     """
     from sae_lens_maira.maira2 import load_output_head
 
@@ -128,7 +128,7 @@ def device_of(name: str) -> str:
     """Resolve a device name; "auto" is a GPU where there is one. Each rank of a machine takes a GPU of its own.
 
     Raises:
-        ConfigError: torch knows no such device, or this machine has none.
+        ConfigError: torch has no such device, or this machine has none.
     """
     import torch
 
@@ -163,14 +163,14 @@ def load_sae(
     Every command that takes an SAE loads it here. Damaged, cut, inconsistent or NaN weights are refused.
 
     Args:
-        name: a folder that SAELens wrote, a release (folder, weights file or hub id), a SAELens name
+        name: A folder that SAELens wrote, a release (folder, weights file or hub id), a SAELens name
             "release/sae_id", or "phantom-image" / "phantom-text" (ship with the package).
-        hook_name: hook point that replaces the one in the SAE's metadata.
+        hook_name: Hook point that replaces the one in the SAE's metadata.
         p99: `(d_sae,)` 99th percentile of each latent over the rows where it is active; replaces the recorded one.
-        records: folder of latent records, which hold p99 and names; None uses the folder's own `records`, if any.
-        device: as in `load`.
-        dtype: precision of the weights.
-        **release: for a release, arguments of `load_release`: `expansion`, `folder`, `level_widths`, ...
+        records: Folder of latent records, which hold p99 and names; None uses the folder's own `records`, if any.
+        device: As in `load`.
+        dtype: Precision of the weights.
+        **release: For a release, arguments of `load_release`: `expansion`, `folder`, `level_widths`, ...
 
     Returns:
         The SAE, without gradients. `sae.p99` is `(d_sae,)` or None, `sae.latent_names` maps a latent to its name,
@@ -178,8 +178,8 @@ def load_sae(
         levels has one; SAEs of other architectures are returned as SAELens' own classes.
 
     Raises:
-        SAEError: no such SAE, it cannot be used, or it names no hook point.
-        RecordError: the records cannot be read, or belong to another SAE.
+        SAEError: No such SAE, it cannot be used, or it names no hook point.
+        RecordError: The records cannot be read, or belong to another SAE.
     """
     import torch
 
@@ -203,17 +203,17 @@ def load_sae_weights(name: str | Path, device: str = "auto") -> "MatryoshkaSAE":
     """Load an SAE that need not name a hook point, without p99 and names.
 
     Args:
-        name: as in `load_sae`.
-        device: as in `load`.
+        name: As in `load_sae`.
+        device: As in `load`.
 
     Raises:
-        SAEError: no such SAE, or it cannot be used.
+        SAEError: No such SAE, or it cannot be used.
     """
     return _sae_of(name, device, {})[0].requires_grad_(False)
 
 
 def _sae_of(name: str | Path, device: str, release: dict[str, Any]) -> "tuple[MatryoshkaSAE, Path | None]":
-    """An SAE with its levels, and its folder unless SAELens knows it by name."""
+    """An SAE with its levels, and its folder unless SAELens has it by name."""
     from sae_lens_maira.sae import open_sae, resolve_sae
     from sae_lens_maira.sae.inference import warn_if_never_set
 
@@ -239,14 +239,14 @@ def read_studies(
 
     Args:
         path: Parquet or CSV file.
-        root: folder that relative image paths start from; None is the table's own folder.
-        split: keep only this split, for instance "train".
+        root: Folder that relative image paths start from; None is the table's own folder.
+        split: Keep only this split, for instance "train".
 
     Returns:
         The studies; images are opened when they are used.
 
     Raises:
-        StudyError: the table cannot be read, or no study is in the split.
+        StudyError: The table cannot be read, or no study is in the split.
     """
     from sae_lens_maira.errors import StudyError
     from sae_lens_maira.studies import read_table
@@ -265,9 +265,9 @@ def phantom_studies(n: int, seed: int = 80_000, **keywords: Any) -> "list[Study]
     """Draw synthetic studies with known findings.
 
     Args:
-        n: number of studies.
-        seed: random seed; the shipped phantom was trained on seed 0 and its SAEs on seed 20,000.
-        **keywords: further arguments of `generate_studies`.
+        n: Number of studies.
+        seed: Random seed; the shipped phantom was trained on seed 0 and its SAEs on seed 20,000.
+        **keywords: Further arguments of `generate_studies`.
     """
     from sae_lens_maira.phantom import generate_studies
 
@@ -301,7 +301,7 @@ def finding_reader(
     """Choose the reader of reports that fits some studies.
 
     Args:
-        studies: the studies whose reports will be read.
+        studies: The studies whose reports will be read.
         choice: "phantom" for the phantom's language, "rules" for rule labels of free text; "auto" takes the phantom's
             reader where all studies are synthetic and have a truth in the phantom's words.
 
@@ -309,7 +309,7 @@ def finding_reader(
         The reader.
 
     Raises:
-        ConfigError: there is no such reader.
+        ConfigError: There is no such reader.
     """
     from sae_lens_maira.phantom import FINDING_KEYS, phantom_reader
     from sae_lens_maira.studies import Licence, rule_reader
@@ -326,7 +326,7 @@ def finding_reader(
 
 
 def _with_levels(sae: Any) -> "MatryoshkaSAE":
-    """The SAE with its levels, one where it has none; other architectures than JumpReLU stay as they are."""
+    """The SAE with its levels, one where it has none; other architectures than JumpReLU are unchanged."""
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
     from sae_lens_maira.sae import load_matryoshka
@@ -353,7 +353,7 @@ def _shipped_sae(name: str) -> Path:
 
 
 def _is_saelens_name(name: str) -> bool:
-    """Whether the part before the first slash is a release that SAELens knows."""
+    """Whether the part before the first slash is a release of SAELens."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     release, slash, _ = name.partition("/")

@@ -43,11 +43,11 @@ def atomic_file(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
     """A draft to write to, which becomes `path` when the block ends; an older `path` is replaced.
 
     Args:
-        path: the file; its folder exists.
-        sync: force the bytes to disk before the rename, so that the file is whole after a power cut as well.
+        path: The file; its folder exists.
+        sync: Force the bytes to disk before the rename, so that the file is whole after a power cut as well.
 
     Raises:
-        DiskError: the disk is full.
+        DiskError: The disk is full.
     """
     path = Path(path)
     draft = _draft(path)
@@ -70,7 +70,7 @@ def atomic_write(path: Path | str, content: bytes | str, *, sync: bool = True) -
     """Write bytes, or text as UTF-8, by `atomic_file`.
 
     Raises:
-        DiskError: the disk is full.
+        DiskError: The disk is full.
     """
     with atomic_file(path, sync=sync) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -80,19 +80,19 @@ def atomic_write(path: Path | str, content: bytes | str, *, sync: bool = True) -
 def atomic_folder(
     path: Path | str, existing: Literal["refuse", "keep", "replace"] = "refuse", owner: str | None = None
 ) -> Iterator[Path]:
-    """An empty folder beside `path` to write to, which becomes `path` when the block ends.
+    """An empty folder next to `path` to write to, which becomes `path` when the block ends.
 
     Whole against a kill; the files are not forced to disk one by one.
 
     Args:
-        path: the folder; parents are made.
-        existing: what becomes of a folder with files that is there by then. "refuse" fails, "keep" drops the new one
+        path: The folder; parents are made.
+        existing: What becomes of a folder with files that is there by then. "refuse" fails, "keep" drops the new one
             (another process was faster with the same content), "replace" moves the old one away and removes it.
-        owner: who writes, such as a rank, where only one process at a time writes under that name: what it left when
+        owner: Who writes, such as a rank, where only one process at a time writes under that name: what it left when
             it was killed is removed first.
 
     Raises:
-        DiskError: the disk is full.
+        DiskError: The disk is full.
         FileExistsError: "refuse", and there are files by then.
     """
     path = Path(path)
@@ -265,10 +265,10 @@ def _lock(path: Path, folder: Path, shared: bool) -> int | None:
 def _owned(folder: Path, text: bytes) -> str:
     owner = "another process"
     with suppress(ValueError, KeyError, TypeError):
-        told = json.loads(text)
-        age = max(0, int(time.time() - told["started"]))
+        lock = json.loads(text)
+        age = max(0, int(time.time() - lock["started"]))
         words = f"{age} s" if age < 120 else f"{age // 60} min" if age < 7200 else f"{age // 3600} h"
-        owner = f"process {told['pid']} on {told['host']}, started {words} ago,"
+        owner = f"process {lock['pid']} on {lock['host']}, started {words} ago,"
     return (
         f"{folder} is in use: {owner} works in it. Wait until it has ended, end it, or name another folder."
     )
@@ -283,7 +283,7 @@ def save_figure(figure: "Figure", path: Path | str, **settings: Any) -> None:
         **settings: Further arguments of `Figure.savefig`, such as `dpi`.
 
     Raises:
-        DiskError: the disk is full.
+        DiskError: The disk is full.
     """
     with atomic_file(path) as draft:
         figure.savefig(draft, format=Path(path).suffix.removeprefix(".") or "png", **settings)
@@ -296,7 +296,7 @@ def write_listed(path: Path, content: bytes) -> dict[str, Any]:
         {"name", "bytes", "sha256"} of the file.
 
     Raises:
-        DiskError: the disk is full.
+        DiskError: The disk is full.
     """
     atomic_write(path, content)
     return {"name": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -311,7 +311,7 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        StoreError: it is missing or no JSON.
+        StoreError: It is missing or no JSON.
     """
     try:
         return json.loads(path.read_text())

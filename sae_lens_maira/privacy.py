@@ -69,7 +69,7 @@ def check_shareable(
         The strictest class, for marking what is written.
 
     Raises:
-        PrivacyError: a class is not on the allow list, or there is none, and `allow` is not set.
+        PrivacyError: A class is not on the allow list, or there is none, and `allow` is not set.
     """
     names = list(licences)
     found = strictest(names)
@@ -101,7 +101,7 @@ def check_destination(licences: Iterable[object], url: str, allow_remote: bool =
     """Check that data of these classes may be sent to a server, and describe the decision in a sentence.
 
     Raises:
-        PrivacyError: data that are not public or synthetic would leave this machine, and `allow_remote` is not set.
+        PrivacyError: Data that are not public or synthetic would leave this machine, and `allow_remote` is not set.
     """
     names = list(licences)
     host = urlsplit(url).hostname or url
@@ -129,7 +129,7 @@ def image_path(root: Path, source: str) -> Path:
         source: Relative path, as stored in the record set.
 
     Raises:
-        PrivacyError: the path is absolute or leaves the folder, also through a link.
+        PrivacyError: The path is absolute or leaves the folder, also through a link.
     """
     absolute = Path(source).is_absolute() or PureWindowsPath(source).is_absolute() or source.startswith("~")
     path = root / source

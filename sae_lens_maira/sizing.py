@@ -228,7 +228,7 @@ class StudySizes:
         """Expected rows of the whole table that a filter keeps."""
         kept = role_rates(roles, rates)
         counted = sum(self.roles[:, role].sum() * rate for role, rate in kept.items())
-        if roles == LAST_IMAGE_PRESET:  # the last token of each image, whatever the sampler draws
+        if roles == LAST_IMAGE_PRESET:  # the last token of each image, regardless of sampling
             counted += self.images.sum() * (1 - kept.get(TokenRole.IMAGE, 0.0))
         return float(counted * self.scale)
 

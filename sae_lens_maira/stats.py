@@ -133,7 +133,7 @@ class ExplainedVariance:
         if not len(x):
             return
         x, reconstruction = x.double(), reconstruction.to(x.device).double()
-        # Sums around the first batch's mean: rows may lie far from zero, where sums of squares cancel.
+        # Sums around the first batch's mean: rows may be far from zero, where sums of squares cancel.
         if self._origin is None or self._total is None:
             self._origin = x.mean(0)
             self._total = torch.zeros_like(self._origin)
@@ -166,7 +166,7 @@ def explained_variance(rows: Tensor, reconstruct: Callable[[Tensor], Tensor], ch
 
 
 IGNORED_LABEL = -100
-"""Label of a token that is no target of the cross-entropy, as in transformers."""
+"""Label of a token that is not a target of the cross-entropy, as in transformers."""
 
 
 def loss_recovered(clean: float, ablated: float, spliced: float) -> float:

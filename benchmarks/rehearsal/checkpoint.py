@@ -103,7 +103,7 @@ def write_checkpoint(folder: Path, size: Size, dtype: str = "bfloat16", seed: in
     """Write weights, configuration, processor and tokenizer.
 
     Args:
-        folder: Where to.
+        folder: Output folder.
         size: Sizes of the model.
         dtype: "bfloat16" or "float32".
         seed: Random seed of the weights.
@@ -149,7 +149,7 @@ def write_checkpoint(folder: Path, size: Size, dtype: str = "bfloat16", seed: in
 
 
 def _write_tokenizer(folder: Path) -> int:
-    """Write the phantom's tokenizer with a vocabulary of 32,000 and the added tokens behind it; return the total."""
+    """Write the phantom's tokenizer with a vocabulary of 32,000 and the added tokens after it; return the total."""
     source = phantom_path()
     tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     words: dict[str, int] = tokenizer["model"]["vocab"]

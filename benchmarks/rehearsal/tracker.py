@@ -2,7 +2,7 @@
 
     with TensorBytes() as tracker:
         model = load()
-        tracker.start()      # what lives now is not counted
+        tracker.start()      # tensors that exist now are not counted
         model(**inputs)
     tracker.peak             # most bytes of tensors that lived at once since `start`
 

@@ -184,7 +184,7 @@ def _shown(
 
 
 def _means(factory: MethodFactory, finding: str) -> list[Candidate]:
-    """The mean map, over the whole image and where the finding usually lies."""
+    """The mean map, over the whole image and where the finding usually is."""
     learned, column = factory.statistics, factory.statistics.column(finding)
     image, usual = torch.ones(learned.boxes.shape[1]), factory.place(finding)
     places = {"whole image": image} | ({} if bool(usual.all()) else {"usual place": usual})

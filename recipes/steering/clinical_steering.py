@@ -49,20 +49,20 @@ class Clinical(Source):
     """Settings.
 
     Attributes:
-        out: folder of arms, SAE and result.
-        studies: studies to read; those with a prior image are left out.
-        tuned: studies of the choosing half on which a grid point is tried.
-        layer: decoder layer whose output is steered.
-        d_sae: latents of the SAE, trained on the flawed model's patches.
-        k: mean active latents a patch.
-        steps: training steps of 1,024 rows.
-        latents: sizes of either set that are tried.
-        shares: how much of the suppressed latents is taken away.
-        factors: what boosted latents are multiplied by.
-        specific: how many times as active a latent must be where the error is.
-        random: random controls of the chosen correction.
-        seed: random seed of studies, halves, SAE and controls.
-        flaw: errors that are planted in the phantom; none corrects the errors of the model itself.
+        out: Folder of arms, SAE and result.
+        studies: Studies to read; those with a prior image are left out.
+        tuned: Studies of the choosing half on which a grid point is tried.
+        layer: Decoder layer whose output is steered.
+        d_sae: Latents of the SAE, trained on the flawed model's patches.
+        k: Mean active latents per patch.
+        steps: Training steps of 1,024 rows.
+        latents: Sizes of either set that are tried.
+        shares: How much of the suppressed latents is taken away.
+        factors: What boosted latents are multiplied by.
+        specific: How many times as active a latent must be where the error is.
+        random: Random controls of the chosen correction.
+        seed: Random seed of studies, halves, SAE and controls.
+        flaw: Errors that are planted in the phantom; none corrects the errors of the model itself.
     """
 
     out: Path = Path("runs/clinical")

@@ -1,4 +1,4 @@
-"""What a steering recipe works on: a model, its studies and the reader of their reports."""
+"""Model, studies and report reader of a steering recipe."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ class Source:
         model: "phantom", a folder or a hub id.
         sae: SAE of image positions, a folder or a release; None trains one, on the phantom only.
         table: Parquet or CSV with one study per row; None draws phantom studies.
-        root: folder of the table's relative image paths; None is the table's own.
-        split: split of the table to read; None reads all.
-        reader: reader of findings in reports: auto, phantom or rules.
-        max_new_tokens: maximum length of a report.
-        device: auto, cpu, cuda, ...
+        root: Folder of the table's relative image paths; None is the table's own.
+        split: Split of the table to read; None reads all.
+        reader: Reader of findings in reports: auto, phantom or rules.
+        max_new_tokens: Maximum length of a report.
+        device: Auto, cpu, cuda, ...
     """
 
     model: str = "phantom"
@@ -35,7 +35,7 @@ class Source:
     device: str = "auto"
 
     def cohort(self, studies: int, layer: int, seed: int, pool: tuple[int, int]) -> Cohort:
-        """Open the model and the studies; phantom studies are none that the phantom was trained on.
+        """Open the model and the studies; phantom studies are never those that the phantom was trained on.
 
         Args:
             studies: How many studies to read.

@@ -38,22 +38,22 @@ class SteeringRun(Source):
     """Settings of a run over findings.
 
     Attributes:
-        out: folder of tables, figures, SAEs and what was learned.
-        findings: keys; none means all.
-        parts: of insert, remove and move; move is for findings with a side.
-        methods: names of `steering_methods`, to run only these, controls only with their method; none means all.
-        studies: phantom studies, none of which the phantom was trained on.
-        layer: decoder layer whose output is steered.
-        d_sae: latents of either SAE.
-        k: mean active latents a token.
-        steps: training steps of 1,024 rows.
-        latents: budget of a latent method.
-        gradients: studies over which the gradient that ranks latents by output effect is averaged.
-        choose: studies on which a strength is chosen.
-        report: studies on which it is reported.
-        kl: also measure KL(unsteered || steered) along the unsteered reports.
-        seed: of studies, halves, SAEs and controls.
-        progress: show bars.
+        out: Folder of tables, figures, SAEs and what was learned.
+        findings: Keys; none means all.
+        parts: Some of insert, remove and move; move is for findings with a side.
+        methods: Names of `steering_methods`, to run only these, controls only with their method; none means all.
+        studies: Phantom studies, none of which the phantom was trained on.
+        layer: Decoder layer whose output is steered.
+        d_sae: Latents of either SAE.
+        k: Mean active latents per token.
+        steps: Training steps of 1,024 rows.
+        latents: Budget of a latent method.
+        gradients: Studies over which the gradient that ranks latents by output effect is averaged.
+        choose: Studies on which a strength is chosen.
+        report: Studies on which it is reported.
+        kl: Also measure KL(unsteered || steered) along the unsteered reports.
+        seed: Random seed of studies, halves, SAEs and controls.
+        progress: Show bars.
     """
 
     out: Path = Path("runs/steering_table")
@@ -82,10 +82,10 @@ class SteeringRun(Source):
 
 
 def run_steering(settings: SteeringRun) -> Path:
-    """Run what is not there yet and write `table.md`, `table.parquet` and figures; returns the folder.
+    """Run what is missing and write `table.md`, `table.parquet` and figures; returns the folder.
 
     Raises:
-        ConfigError: an unknown finding or part.
+        ConfigError: An unknown finding or part.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     # About one study in five has a finding; more prompts than are needed for the rarest would only cost time.
@@ -175,7 +175,7 @@ def steer_part(
     """One part of one finding.
 
     Raises:
-        InterventionError: too few studies, or `move` for a finding without a side.
+        InterventionError: Too few studies, or `move` for a finding without a side.
     """
     labels, read, remove, target = cohort.reader.names, cohort.reader.stated, False, finding
     if part == "insert":

@@ -48,7 +48,7 @@ def read_run(out: Path) -> pd.DataFrame:
 
 
 def write_tables(out: Path) -> None:
-    """Write `table.parquet`, `table.md` and a figure per part from what the folder holds by now."""
+    """Write `table.parquet`, `table.md` and a figure per part from the current contents of the folder."""
     table = read_run(out)
     if table.empty:
         return
@@ -104,7 +104,7 @@ def by_finding(table: pd.DataFrame) -> str:
 
 
 def best_line(table: pd.DataFrame, part: str) -> str:
-    """How the chosen maps do over findings, or else the latent method that does best on the very studies shown."""
+    """Summary of the chosen maps over findings, or of the latent method that is best on the reported studies."""
     found = []
     for method in LATENT_METHODS[part]:
         mine = table[table.method == method]

@@ -40,21 +40,21 @@ class FilterRun(Source):
     """Settings of the comparison of token filters.
 
     Attributes:
-        out: folder of SAEs, tables and the figure; what is there is not made again.
-        findings: what is steered in.
-        presets: token roles to train on.
+        out: Folder of SAEs, tables and the figure; what is there is not made again.
+        findings: What is steered in.
+        presets: Token roles to train on.
         seeds: SAEs a preset.
-        studies: phantom studies, half of them to learn from.
-        layer: decoder layer.
-        rows: rows every SAE is trained on.
-        d_sae: latents.
-        k: mean active latents a token.
-        steps: steps of 1,024 rows.
-        latents: budget of the maps.
-        choose: studies on which a strength is chosen.
-        report: studies on which it is reported.
-        seed: of studies and halves.
-        progress: show bars.
+        studies: Phantom studies, half of them to learn from.
+        layer: Decoder layer.
+        rows: Rows every SAE is trained on.
+        d_sae: Latents.
+        k: Mean active latents per token.
+        steps: Steps of 1,024 rows.
+        latents: Budget of the maps.
+        choose: Studies on which a strength is chosen.
+        report: Studies on which it is reported.
+        seed: Random seed of studies and halves.
+        progress: Show bars.
     """
 
     out: Path = Path("runs/token_filter")

@@ -2,9 +2,9 @@
 
     one data set row = context_size consecutive rows of the store: <hook> (context_size, d_in), token_ids (context_size)
 
-SAELens knows float32 rows of whole sequences; here a "sequence" is any run of kept rows, and rows that do not fill
-the last one are left out and counted. Columns that SAELens ignores (study, position, role, ...) travel along, so what
-was exported here comes back as it was; what SAELens wrote itself has no roles, and is given one.
+SAELens reads float32 rows of whole sequences; here a "sequence" is any run of kept rows, and rows that do not fill
+the last one are left out and counted. Columns that SAELens ignores (study, position, role, ...) are kept, so an export
+of this package is imported unchanged; what SAELens wrote itself has no roles, and is given one.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from sae_lens_maira.maira2 import TokenRole
 TOKENS = "token_ids"
 EXTRA = tuple(name for name in COLUMNS if name != "token")
 ORIGIN = "sae_lens_maira.json"
-"""Beside the data set: the store's own description, which SAELens does not look at."""
+"""File next to the data set with the store's own description; SAELens does not read it."""
 GATHERED = 65536
-"""Rows a file; datasets keeps a file's list offsets in 32 bits, which 2^31 numbers would overflow."""
+"""Rows per file; datasets keeps a file's list offsets in 32 bits, which 2^31 numbers would overflow."""
 
 
 def export_cached(
@@ -44,15 +44,15 @@ def export_cached(
 
     Args:
         store: A complete store.
-        folder: new or empty.
-        hook: hook point; the store's first if not given.
-        context_size: rows a data set row, which SAELens must be told.
+        folder: New or empty.
+        hook: Hook point; the store's first if not given.
+        context_size: Rows per data set row; pass it to SAELens.
 
     Returns:
         Data set rows written, and store rows left out because they do not fill one.
 
     Raises:
-        StoreError: the store is incomplete, the folder is not empty, no such hook point, damage, or too few rows.
+        StoreError: The store is incomplete, the folder is not empty, no such hook point, damage, or too few rows.
     """
     folder = Path(folder)
     store.check()
@@ -62,7 +62,9 @@ def export_cached(
             f"{store.folder} holds {', '.join(store.spec.hooks)}, not {hook!r}; name one of these."
         )
     if folder.exists() and any(folder.iterdir()):
-        raise StoreError(f"{folder} is not empty; SAELens' format wants a folder of its own. Name a new one.")
+        raise StoreError(
+            f"{folder} is not empty; SAELens' format needs a new or empty folder. Give another one."
+        )
     if len(store) < context_size or context_size < 1:
         raise StoreError(
             f"{store.folder} has {len(store):,} rows, and a data set row takes {context_size}. Choose a context_size "
@@ -110,18 +112,18 @@ def import_cached(
     """Make a store of SAELens' cached activations; killed at any time, the same call continues.
 
     Args:
-        cached: folder that SAELens or `export_cached` wrote.
-        folder: of the store.
-        hook: column to read; the only one with rows of numbers if not given.
-        role: of every token, where the data set does not say.
-        dtype: of the stored rows; the exported store's own, else float32.
-        shard_rows: rows a shard, about.
+        cached: Folder that SAELens or `export_cached` wrote.
+        folder: Folder of the store.
+        hook: Column to read; the only one with rows of numbers if not given.
+        role: Role of every token if the data set has none.
+        dtype: Dtype of the stored rows; the exported store's own, else float32.
+        shard_rows: Approximate rows per shard.
 
     Returns:
         The store. Each sequence that SAELens wrote is a study of its own.
 
     Raises:
-        StoreError: no data set of this kind, or the folder holds something else.
+        StoreError: No data set of this kind, or the folder holds something else.
     """
     cached = Path(cached)
     if damaged := damaged_files(cached):
@@ -211,9 +213,9 @@ def _description(
 ) -> tuple[StoreSpec, list[str]]:
     """What the store will hold, and its study ids."""
     if (cached / ORIGIN).exists():
-        told = read_json(cached / ORIGIN)
-        spec = StoreSpec(**told["spec"])
-        return replace(spec, dtype=dtype or spec.dtype), told["study_ids"]
+        origin = read_json(cached / ORIGIN)
+        spec = StoreSpec(**origin["spec"])
+        return replace(spec, dtype=dtype or spec.dtype), origin["study_ids"]
     spec = StoreSpec(
         hooks={hook: 0},
         dtype=dtype or "float32",
@@ -231,7 +233,7 @@ def _description(
 def _shards(
     data: Any, hook: str, context: int, width: int, role: TokenRole, spec: StoreSpec
 ) -> Iterator[tuple[int, torch.Tensor, pd.DataFrame]]:
-    """Shard after shard: rows (n, d_in) and their index, with empty shards where no row belongs to one."""
+    """Shards in order: rows (n, d_in) and their index, with empty shards where no row belongs to one."""
     step = max(1, GATHERED // context)
     nothing = (torch.zeros(0, width), _index({}, 0, context, 0, role))
     held: list[tuple[torch.Tensor, pd.DataFrame]] = []

@@ -1,9 +1,9 @@
-"""Training rows straight from the model, nothing on disk: harvest's forward pass behind SAELens' mixing buffer.
+"""Training rows straight from the model, without a store: harvest's forward pass and SAELens' mixing buffer.
 
 An epoch is every study once, in an order drawn from (seed, epoch), `group` studies at a time; the rows that the filter
-keeps go through SAELens' buffer, whose shuffle is seeded here and touches no one else's random numbers. The state is
+keeps go through SAELens' buffer, whose shuffle is seeded here without changing torch's global generator. The state is
 the next group: rows that wait in the buffer when it is taken are not used in that epoch, as in SAELens. A store
-resumes at the very row.
+resumes at the exact row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,20 +41,20 @@ class DirectProvider:
         """Prepare; the model runs when a batch needs it.
 
         Args:
-            maira: model and processor.
-            studies: any sequence; items are read when needed.
-            hook: hook point.
-            batch_size: rows a batch.
-            settings: which rows are kept.
-            seed: of order and mixing.
+            maira: Model and processor.
+            studies: Any sequence; items are read when needed.
+            hook: Hook point.
+            batch_size: Rows per batch.
+            settings: Which rows are kept.
+            seed: Random seed of order and mixing.
             buffer_rows: SAELens' buffer; at least a batch.
-            mix_fraction: share of the buffer that stays for the next mixing.
-            group: studies that are sorted by length and pass through the model together, a few at a time.
-            workers: threads that encode ahead of the model.
-            device: of the batches.
+            mix_fraction: Share of the buffer that stays for the next mixing.
+            group: Studies that are sorted by length and pass through the model together, a few at a time.
+            workers: Threads that encode ahead of the model.
+            device: Device of the batches.
 
         Raises:
-            StoreError: no studies, a hook point off the token sequence, or a buffer below a batch.
+            StoreError: No studies, a hook point off the token sequence, or a buffer below a batch.
         """
         if buffer_rows < batch_size:
             raise StoreError(
@@ -77,7 +77,7 @@ class DirectProvider:
 
     @property
     def d_in(self) -> int:
-        """Numbers a row."""
+        """Values per row."""
         return self._reader.hooks[self._hook]
 
     @property
@@ -97,14 +97,14 @@ class DirectProvider:
         """Continue with the studies that `state` names; the buffer is filled from them.
 
         Raises:
-            StoreError: it belongs to other studies or settings.
+            StoreError: It belongs to other studies or settings.
         """
         require_same_batches(state, self._identity())
         self._next_group = state["group"]
         self._restart()
 
     def __next__(self) -> torch.Tensor:
-        # SAELens' buffer draws from torch's global generator: lend it ours, and give the old one back.
+        # SAELens' buffer draws from torch's global generator: set ours for the draw, then restore the old state.
         outside = torch.get_rng_state()
         torch.set_rng_state(self._mixer)
         try:

@@ -67,7 +67,7 @@ def harvest(
         world_size: Number of processes that harvest into the folder.
         workers: Threads that read and encode images ahead of the model; the rows do not depend on it.
         progress: Show a progress bar on rank 0.
-        source: Where the model comes from, for the store's description; see `StoreSpec`.
+        source: Origin of the model, for the store's description; see `StoreSpec`.
 
     Returns:
         The store; complete when all ranks have returned.

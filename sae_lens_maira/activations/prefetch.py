@@ -30,7 +30,7 @@ def prefetch(jobs: Iterable[Callable[[], T]], workers: int) -> Generator[T, None
         workers: Number of threads; with 0 every job runs in the caller's thread when its result is asked for.
 
     Raises:
-        Exception: Whatever a job raises, in its place in the order; later jobs are dropped.
+        Exception: The exception of a job, in its place in the order; later jobs are dropped.
     """
     if workers == 0:
         for job in jobs:
@@ -70,7 +70,7 @@ class BatchMemory:
         self._regions: list[mmap.mmap] = []
 
     def empty(self) -> torch.Tensor:
-        """An uninitialized tensor that nobody else holds."""
+        """An uninitialized tensor that has no other user."""
         for number in range(len(self._regions)):
             if sys.getrefcount(self._regions[number]) == 2:  # the list's and this call's own
                 return torch.frombuffer(self._regions[number], dtype=self._dtype).view(self._shape)

@@ -96,15 +96,15 @@ class StoreProvider:
         """Look at the manifest; rows are read when a batch needs them.
 
         Args:
-            store: to read; shards committed later are not seen.
-            hook: hook point.
-            batch_size: rows a batch.
-            seed: of the shuffle.
-            roles: rows to use.
-            rates: the mixture: share of a role's rows an epoch uses, drawn again in each epoch, e.g. `{"image": 0.1}`.
-            buffer_rows: rows that are mixed, rounded up to whole segments of 1,024; memory holds twice as many.
-            workers: threads that read and check segments, the next buffer's while this one is used.
-            device: of the batches.
+            store: Store to read; shards committed later are not seen.
+            hook: Hook point.
+            batch_size: Rows per batch.
+            seed: Random seed of the shuffle.
+            roles: Rows to use.
+            rates: The mixture: share of a role's rows per epoch, drawn again in each epoch, e.g. `{"image": 0.1}`.
+            buffer_rows: Rows that are mixed, rounded up to whole segments of 1,024; memory holds twice as many.
+            workers: Threads that read and check segments, the next buffer's while this one is used.
+            device: Device of the batches.
             rank: Number of this process, from 0.
             world_size: Number of processes that share the batches. Every process reads every world_size-th segment of
                 a buffer and yields those rows of each batch that are in them; all shares together are the batch of a
@@ -113,7 +113,7 @@ class StoreProvider:
                 pinned memory on a stream of their own, and 0 on a CPU, whose cores the training uses, if not given.
 
         Raises:
-            StoreError: no such hook point, or no rows.
+            StoreError: No such hook point, or no rows.
         """
         if hook not in store.spec.hooks:
             raise StoreError(
@@ -175,7 +175,7 @@ class StoreProvider:
         """Continue where `state` was taken.
 
         Raises:
-            StoreError: it belongs to another store, shuffle or mixture.
+            StoreError: It belongs to another store, shuffle or mixture.
         """
         require_same_batches(state, self._identity())
         for job in self._prepared:
@@ -266,7 +266,7 @@ class StoreProvider:
         return (epoch + 1, 0) if last else (epoch, buffer + 1)
 
     def _load(self) -> None:
-        """Have the current buffer in memory, and the next one on its way."""
+        """Load the current buffer, and start loading the next one."""
         key = (self._epoch, self._buffer)
         if self._loaded == key:
             return
@@ -288,7 +288,7 @@ class StoreProvider:
         self._ahead = self._start(self._following(*key))
 
     def _start(self, key: tuple[int, int]) -> _Buffer:
-        """Let the threads read a buffer."""
+        """Start reading a buffer in the threads."""
         order = np.random.default_rng([self._seed, key[0]]).permutation(len(self._segments))
         chosen = order[key[1] * self._per_buffer : (key[1] + 1) * self._per_buffer]
         rng = np.random.default_rng([self._seed, *key])

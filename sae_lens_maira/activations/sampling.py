@@ -67,7 +67,7 @@ class RowSettings:
 
     @property
     def last_image(self) -> bool:
-        """Whether the last token of each image is kept whatever the sampler draws."""
+        """Whether the last token of each image is always kept, regardless of sampling."""
         return self.roles == LAST_IMAGE_PRESET
 
     @property
@@ -101,7 +101,7 @@ def role_rates(
 
     Args:
         roles: A preset of `maira2.roles` or a list of roles. "paper_last_image" gives the image role no rate: the
-            last token of each image is kept whatever the sampler draws.
+            last token of each image is always kept, regardless of sampling.
         rates: Share of a role's rows to keep, from 0 to 1, by role or its name.
 
     Raises:

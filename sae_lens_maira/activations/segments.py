@@ -34,7 +34,7 @@ def write_rows(
         path: File to write atomically.
         hook: Hook point, for the file's metadata.
         values: (rows, d_in) bfloat16 or float32.
-        order: (rows,) numbers of the rows in the order of the file; as they are if not given.
+        order: (rows,) numbers of the rows in the order of the file; unchanged if not given.
 
     Returns:
         {"name", "bytes"} of the file, and the XXH3-64 of every segment as hexadecimal digits.
@@ -72,14 +72,14 @@ def read_rows(path: Path, rows: int, sums: Sequence[str], start: int, place: tor
     """Read `len(place)` rows from row `start` on; every segment that is touched is read whole and checked.
 
     Args:
-        path: safetensors file with one tensor (rows, d_in).
-        rows: rows it must hold.
-        sums: Of `write_rows`.
-        start: first row.
+        path: Safetensors file with one tensor (rows, d_in).
+        rows: Rows it must hold.
+        sums: Result of `write_rows`.
+        start: First row.
         place: (n, d_in) memory in the file's dtype.
 
     Raises:
-        StoreError: the file is missing, cut or damaged; the message names what is wrong, not the shard.
+        StoreError: The file is missing, cut or damaged; the message names what is wrong, not the shard.
     """
     stop, width = start + len(place), place.shape[1]
     row_bytes = width * place.element_size()
@@ -112,10 +112,10 @@ def _offset(file: FileIO, rows: int, width: int) -> int:
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length < 1 << 20:
         raise ValueError("its header has no plausible length")
-    told = json.loads(file.read(length))["values"]
-    if told["shape"] != [rows, width]:
-        raise ValueError(f"it holds {told['shape']}, the manifest says {[rows, width]}")
-    return 8 + length + told["data_offsets"][0]
+    header = json.loads(file.read(length))["values"]
+    if header["shape"] != [rows, width]:
+        raise ValueError(f"it holds {header['shape']}, the manifest says {[rows, width]}")
+    return 8 + length + header["data_offsets"][0]
 
 
 def _fill(file: FileIO, memory: memoryview) -> str:

@@ -2,7 +2,7 @@
 
     store.json                           what was harvested: hook points, filter, fingerprints, versions
     studies.json                         study ids in order
-    shard-000012.<hook>.safetensors      (rows, d_in) bfloat16 or float32, one file a hook point
+    shard-000012.<hook>.safetensors      (rows, d_in) bfloat16 or float32, one file per hook point
     shard-000012.parquet                 one index row per activation row
     shard-000012.json                    the shard's manifest entry, renamed into place last
 
@@ -44,9 +44,9 @@ class ActivationStore:
     """A folder of shards. Open an existing one with `ActivationStore(folder)`, make one with `create`.
 
     Attributes:
-        folder: where it lies.
-        spec: what it holds.
-        study_ids: ids by study number.
+        folder: Its folder.
+        spec: What it holds.
+        study_ids: Ids by study number.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -70,10 +70,10 @@ class ActivationStore:
 
     @classmethod
     def create(cls, folder: Path | str, spec: StoreSpec, study_ids: Sequence[str]) -> "ActivationStore":
-        """Make a store, or open the one that is there if it holds the same.
+        """Make a store, or open the existing one if it holds the same.
 
         Raises:
-            StoreError: the folder holds another harvest, ids repeat, or the dtype is unknown.
+            StoreError: The folder holds another harvest, ids repeat, or the dtype is unknown.
         """
         folder = Path(folder)
         if spec.dtype not in DTYPES:
@@ -124,7 +124,7 @@ class ActivationStore:
         """A shard's manifest entry: rows, files with their sizes, XXH3 per segment, fingerprints of studies.
 
         Raises:
-            StoreError: the entry lacks one of these, as those of earlier versions do.
+            StoreError: The entry lacks one of these, as those of earlier versions do.
         """
         path = self.path_of(shard, "json")
         entry: dict[str, Any] = read_json(path)
@@ -184,7 +184,7 @@ class ActivationStore:
             shard: Number of the shard.
             values: Hook name -> (rows, d_in), best in the store's dtype already.
             index: As many rows, with `COLUMNS`.
-            order: (rows,) order in which the rows are written; as they are if not given.
+            order: (rows,) order in which the rows are written; unchanged if not given.
             inputs: Fingerprint of every study of the shard, of `harvest.study_fingerprint`.
 
         Raises:
@@ -254,7 +254,7 @@ class ActivationStore:
         """A shard's index rows.
 
         Raises:
-            StoreError: the file is missing or damaged.
+            StoreError: The file is missing or damaged.
         """
         path = self.path_of(shard, "parquet")
         entry = self._entries.get(shard) or self._entries.setdefault(shard, self.entry(shard))
@@ -276,7 +276,7 @@ class ActivationStore:
         Whole segments are read and checked.
 
         Raises:
-            StoreError: no such hook point, or a segment is damaged.
+            StoreError: No such hook point, or a segment is damaged.
         """
         entry = self._known(hook, shard)
         end: int = entry["rows"] if stop is None else min(stop, entry["rows"])
@@ -288,7 +288,7 @@ class ActivationStore:
         """Read the len(place) rows from `start` on into `place` (n, d_in), as `read` does.
 
         Raises:
-            StoreError: as in `read`.
+            StoreError: As in `read`.
         """
         entry = self._known(hook, shard)
         path = self.path_of(shard, f"{hook}.safetensors")
@@ -323,11 +323,11 @@ class ActivationStore:
         """Rows in study order; a study is never split over two blocks.
 
         Args:
-            hook: hook point.
-            max_rows: a block ends before the study that would exceed this; one larger study is a block of its own.
-            source: only "teacher" or only "generated" rows; all if not given.
-            shards: numbers of the shards to read; all if not given.
-            studies: numbers of the studies to read; all if not given.
+            hook: Hook point.
+            max_rows: A block ends before the study that would exceed this; one larger study is a block of its own.
+            source: Only "teacher" or only "generated" rows; all if not given.
+            shards: Numbers of the shards to read; all if not given.
+            studies: Numbers of the studies to read; all if not given.
 
         Yields:
             Rows whose `.study` is the number in `study_ids`.

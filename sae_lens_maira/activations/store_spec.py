@@ -14,14 +14,14 @@ class StoreSpec:
     """What a store holds; two harvests may share a folder only if theirs are equal.
 
     Attributes:
-        hooks: hook name -> d_in.
+        hooks: Hook name -> d_in.
         dtype: "bfloat16" or "float32".
-        shard_studies: studies a shard.
-        n_studies: studies in all.
-        rates: role name -> share of its rows that is kept.
-        settings: everything else that decides which rows come out.
-        model, processor: fingerprints.
-        versions: of the libraries; recorded, not compared.
+        shard_studies: Studies per shard.
+        n_studies: Studies in all.
+        rates: Role name -> share of its rows that is kept.
+        settings: Everything else that decides which rows come out.
+        model, processor: Fingerprints.
+        versions: Versions of the libraries; recorded, not compared.
         source: What was asked for when the store was made ("model" and "checkpoint" of the model, "dtype" of its
             weights, "studies": "table" or "phantom"), for commands that use the store without loading the model;
             recorded, not compared by `create`.

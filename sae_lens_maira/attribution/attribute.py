@@ -103,7 +103,7 @@ class ReportAttribution:
     Attributes:
         study_id: The study.
         report: The report's text.
-        hook_name: Where the SAE reads.
+        hook_name: Hook point that the SAE reads.
         sentences: One attribution per sentence that was asked for.
         encoding: The encoded study, for roles and patch coordinates.
         names: Name per latent, where known.

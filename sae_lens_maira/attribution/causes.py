@@ -78,7 +78,7 @@ def gather(
         hook_name: Output of a decoder block.
         study: The study.
         report: The report in which the sentences occur.
-        kinds: Where to count, and the sentence; a text that does not occur is skipped.
+        kinds: Positions to count, and the sentence; a text that does not occur is skipped.
     """
     run = ResidualRun(hooked, encode_with_report(hooked, study, report), hook_name)
     known = {one.text: one for one in report_sentences(run.encoding, hooked.tokenizer)}

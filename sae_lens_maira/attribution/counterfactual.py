@@ -27,7 +27,7 @@ from sae_lens_maira.studies.study import check_box
 
 
 class Keep(Enum):
-    """Marks a part of a study that stays as it is (None removes it)."""
+    """Marks a part of a study that is unchanged (None removes it)."""
 
     KEEP = 0
 

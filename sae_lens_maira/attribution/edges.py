@@ -71,12 +71,12 @@ class Edge:
 
 @dataclass(frozen=True)
 class SentenceGraph:
-    """How one sentence is written from the images.
+    """Graph from image latents to text latents to one sentence.
 
     Attributes:
         sentence: The sentence.
         score: Its log-probability, nats.
-        image_hook, text_hook: Where the two SAEs read.
+        image_hook, text_hook: Hook points of the two SAEs.
         image: Image latents, highest attribution first.
         text: Text latents, highest attribution first.
         edges: Every edge that was measured, also those that were not kept.

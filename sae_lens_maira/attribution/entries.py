@@ -54,7 +54,7 @@ class Entries:
         Args:
             n: Number of entries.
             norm: Norm of the result.
-            generator: Where the draw comes from, on the CPU.
+            generator: Random generator, on the CPU.
 
         Returns:
             (L, d_model) float32.

@@ -1,4 +1,4 @@
-"""Check an attribution by ablation: remove what it names, next to removing as much of something else.
+"""Check an attribution by ablation: remove what it names, compared with removing as much of something else.
 
     drop(X) = score(h) - score(h - sum of X's entries)                       nats
     causal efficiency = drop(top n) / drop(step of equal norm along the negative gradient)

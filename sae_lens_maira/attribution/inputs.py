@@ -1,4 +1,4 @@
-"""What an attribution reads: the SAE's hook point and token roles, and the study with its report."""
+"""Inputs of an attribution: the SAE's hook point and token roles, and the study with its report."""
 
 from typing import Any
 

@@ -56,7 +56,7 @@ def write_pages(
     """Write one page per study, its graphs as JSON next to it, and an index.
 
     Args:
-        folder: Where to; made if missing.
+        folder: Output folder; created if missing.
         pages: The studies.
         about: A sentence on model and SAE for every page.
         allow_credentialed: Also write studies that are not public or synthetic; the folder is then marked, and only

@@ -169,7 +169,7 @@ def generate_with_delta(
     Args:
         hooked: The model.
         prompt: One encoded study without a report.
-        hook_name: Where the edit acts.
+        hook_name: Hook point of the edit.
         delta: (L, d_model), added at the prompt's L positions.
         max_new_tokens: Budget of the report.
     """

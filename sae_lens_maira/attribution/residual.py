@@ -1,4 +1,4 @@
-"""One study and its report, read once up to a hook point, and run from there as often as wanted.
+"""One study and its report, run once up to a hook point and then repeatedly from there.
 
     h (L, d_model) at blocks.i.hook_resid_post  ->  blocks i+1 .. n-1, norm, head  ->  log P of chosen tokens
 
@@ -142,7 +142,7 @@ class ResidualRun:
 
         Args:
             delta: (L, d_model) float32.
-            scales: Where on the path.
+            scales: Points on the path, from 0 to 1.
             weights: Weight per point.
             positions: Positions of the span's tokens.
 

@@ -1,8 +1,8 @@
-"""The normal chest of the phantom: one patient's body, and its frontal film before any finding.
+"""The normal chest of the phantom: one patient's body, and its frontal image before any finding.
 
-Film grey is a sum of attenuations: body wall, minus aerated lung, plus ribs, spine, heart and mediastinum.
+Image grey is a sum of attenuations: body wall, minus aerated lung, plus ribs, spine, heart and mediastinum.
 Lungs are half-ellipses cut by a diaphragm dome; ribs are one periodic band in a curved coordinate. Image left
-is the patient's right. Distances are in units of the film's side.
+is the patient's right. Distances are in units of the image's side.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sae_lens_maira.phantom.canvas import Array, Canvas, ramp, smooth_course
 
 @dataclass(frozen=True)
 class Body:
-    """What stays the same in all films of a patient."""
+    """What stays the same in all images of a patient."""
 
     lung_width: float
     lung_top: float
@@ -34,7 +34,7 @@ class Body:
     marking_phase: float
 
     def dome(self, side: str) -> float:
-        """Height (v) of the diaphragm's top on a side; the right one stands higher."""
+        """Height (v) of the diaphragm's top on a side; the right one is higher."""
         return self.dome_right if side == "right" else self.dome_left
 
 
@@ -62,7 +62,7 @@ def draw_body(rng: np.random.Generator) -> Body:
 
 @dataclass(frozen=True)
 class Exposure:
-    """What differs between two films of one patient: position, darkness, contrast, grain."""
+    """What differs between two images of one patient: position, darkness, contrast, grain."""
 
     shift: tuple[float, float]
     scale: float
@@ -75,7 +75,7 @@ class Exposure:
 
 
 def draw_exposure(rng: np.random.Generator) -> Exposure:
-    """Draw one film's exposure and the patient's position on it."""
+    """Draw one image's exposure and the patient's position on it."""
     r = rng.uniform
     return Exposure(
         shift=(r(-0.022, 0.022), r(-0.018, 0.022)),
@@ -91,7 +91,7 @@ def draw_exposure(rng: np.random.Generator) -> Exposure:
 
 @dataclass(frozen=True)
 class Fields:
-    """Masks of one film that findings are drawn against; every array is (size, size) float32 in 0..1."""
+    """Masks of one image that findings are drawn against; every array is (size, size) float32 in 0..1."""
 
     canvas: Canvas
     body: Body
@@ -114,8 +114,8 @@ def side_sign(side: str) -> int:
     return 1 if side == "left" else -1
 
 
-def frontal_film(canvas: Canvas, body: Body, heart_scale: float, vascular: float) -> tuple[Array, Fields]:
-    """Noise-free frontal film and the masks findings need.
+def frontal_image(canvas: Canvas, body: Body, heart_scale: float, vascular: float) -> tuple[Array, Fields]:
+    """Noise-free frontal image and the masks findings need.
 
     Args:
         canvas: The pixel grid.
@@ -132,8 +132,8 @@ def frontal_film(canvas: Canvas, body: Body, heart_scale: float, vascular: float
     shoulder = 0.055 + 0.42 * np.square(np.maximum(lateral - 0.10, 0))
     outline = np.maximum(ramp((v - shoulder) / 0.05), ramp((0.125 - lateral) / 0.05))
     outline = outline * ramp((0.475 - lateral) / 0.05)
-    film = 0.04 + body.wall * outline
-    film += 0.10 * outline * ramp((lateral - 0.40) / 0.10)
+    image = 0.04 + body.wall * outline
+    image += 0.10 * outline * ramp((lateral - 0.40) / 0.10)
 
     # Hemithoraces: half-ellipses, steep towards the midline, cut below by the domes.
     centre = np.float32(0.10)
@@ -159,20 +159,20 @@ def frontal_film(canvas: Canvas, body: Body, heart_scale: float, vascular: float
     )
     middle = np.maximum(heart, vessels * ramp((0.80 - v) / 0.1))
     aerated = thorax * (1 - middle)
-    film -= 0.345 * aerated
+    image -= 0.345 * aerated
 
-    # Soft tissue gradients inside the film: denser mediastinum, liver, spine.
-    film += 0.10 * middle * outline
-    film += 0.09 * outline * ramp((v - floor) / 0.05) * (0.7 + 0.3 * right)
+    # Soft tissue gradients inside the image: denser mediastinum, liver, spine.
+    image += 0.10 * middle * outline
+    image += 0.09 * outline * ramp((v - floor) / 0.05) * (0.7 + 0.3 * right)
     hila = canvas.glow(0.405, 0.43, 0.028, 0.055) + canvas.glow(0.60, 0.41, 0.028, 0.050)
-    film += 0.11 * aerated * hila
+    image += 0.11 * aerated * hila
 
     # Lung markings: wavering rays from each hilum that thin out towards the rim.
     dv, dd = v - 0.43, lateral - 0.06
     distance = np.sqrt(dv * dv + dd * dd) + 1e-4
     angle = np.arctan2(dv, dd) + 1.5 * right
     rays = np.cos(13 * angle + body.marking_phase + 2.5 * np.sin(26 * distance + 3 * angle))
-    film += (
+    image += (
         (0.055 * vascular)
         * aerated
         * np.maximum(rays, 0)
@@ -191,46 +191,46 @@ def frontal_film(canvas: Canvas, body: Body, heart_scale: float, vascular: float
         (lateral - 0.15) / 0.1
     )
     cage = cage * (1 - 0.6 * heart)
-    film += body.rib_contrast * cage * (bands + 0.35 * rim) + 0.5 * body.rib_contrast * thorax * front
+    image += body.rib_contrast * cage * (bands + 0.35 * rim) + 0.5 * body.rib_contrast * thorax * front
 
     # Spine with disc spaces, trachea with main bronchi, clavicles, gastric gas.
     disc = 0.7 + 0.3 * ramp((np.cos(6.2832 * v / 0.052) + 0.6) / 0.5)
-    film += 0.075 * ramp((0.036 - lateral) / 0.016) * disc * ramp((v - 0.02) / 0.08)
-    film -= 0.12 * ramp((0.019 - lateral) / 0.014) * ramp((0.345 - v) / 0.03)
-    film -= 0.05 * canvas.curve([(0.5, 0.335), (0.44, 0.395)], 0.02)
-    film -= 0.05 * canvas.curve([(0.5, 0.335), (0.575, 0.405)], 0.02)
+    image += 0.075 * ramp((0.036 - lateral) / 0.016) * disc * ramp((v - 0.02) / 0.08)
+    image -= 0.12 * ramp((0.019 - lateral) / 0.014) * ramp((0.345 - v) / 0.03)
+    image -= 0.05 * canvas.curve([(0.5, 0.335), (0.44, 0.395)], 0.02)
+    image -= 0.05 * canvas.curve([(0.5, 0.335), (0.575, 0.405)], 0.02)
     for sign in (-1, 1):
         dip = body.clavicle * sign
         bone = [
             (0.5 + sign * d, w + dip)
             for d, w in ((0.045, 0.185), (0.14, 0.165), (0.25, 0.135), (0.36, 0.125))
         ]
-        film += 0.12 * canvas.curve(smooth_course(bone, 3), 0.030, soft=0.35)
+        image += 0.12 * canvas.curve(smooth_course(bone, 3), 0.030, soft=0.35)
         blade = [(0.5 + sign * d, w) for d, w in ((0.36, 0.17), (0.385, 0.30), (0.345, 0.46))]
-        film += 0.035 * canvas.curve(blade, 0.05, soft=0.8)
+        image += 0.035 * canvas.curve(blade, 0.05, soft=0.8)
     gas_u, gas_w, gas_h = body.gas
-    film -= 0.17 * canvas.ellipse(gas_u, body.dome_left + 0.065 + gas_h, gas_w, gas_h, soft=0.5)
+    image -= 0.17 * canvas.ellipse(gas_u, body.dome_left + 0.065 + gas_h, gas_w, gas_h, soft=0.5)
 
     chest = {"right": thorax * right, "left": thorax * (1 - right)}
     lung = {"right": aerated * right, "left": aerated * (1 - right)}
-    return film, Fields(canvas=canvas, body=body, lateral=lateral, right=right, chest=chest, lung=lung)
+    return image, Fields(canvas=canvas, body=body, lateral=lateral, right=right, chest=chest, lung=lung)
 
 
-def expose(film: Array, canvas: Canvas, exposure: Exposure, rng: np.random.Generator) -> Array:
-    """Turn attenuation into an 8-bit film (size, size): gain, uneven beam, vignette, side marker, grain."""
+def expose(image: Array, canvas: Canvas, exposure: Exposure, rng: np.random.Generator) -> Array:
+    """Turn attenuation into an 8-bit image (size, size): gain, uneven beam, vignette, side marker, grain."""
     if exposure.marker:
         x, y = 0.10, 0.06
-        film = film + 0.45 * canvas.curve([(x, y - 0.022), (x, y + 0.022)], 0.013)
-        film = film + 0.30 * canvas.curve([(x, y - 0.02), (x + 0.022, y - 0.012), (x, y)], 0.011)
-        film = film + 0.30 * canvas.curve([(x + 0.004, y), (x + 0.024, y + 0.022)], 0.011)
+        image = image + 0.45 * canvas.curve([(x, y - 0.022), (x, y + 0.022)], 0.013)
+        image = image + 0.30 * canvas.curve([(x, y - 0.02), (x + 0.022, y - 0.012), (x, y)], 0.011)
+        image = image + 0.30 * canvas.curve([(x + 0.004, y), (x + 0.024, y + 0.022)], 0.011)
     axis = canvas.axis - 0.5
     beam = (
         1
         + exposure.tilt * axis[None, :]
         - 0.45 * (np.square(axis)[None, :] + np.square(axis)[:, None]) ** 1.5
     )
-    grey = (exposure.bias + exposure.gain * film) * beam
-    grain = rng.standard_normal(film.shape, dtype=np.float32)
+    grey = (exposure.bias + exposure.gain * image) * beam
+    grain = rng.standard_normal(image.shape, dtype=np.float32)
     # Half of the grain is shared by neighbours, as in a real emulsion.
     grain[:, 1:] += 0.5 * grain[:, :-1]
     grey += np.float32(exposure.grain) * grain * (0.6 + 0.8 * np.clip(grey, 0, 1))

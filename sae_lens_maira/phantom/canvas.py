@@ -2,7 +2,7 @@
 
 A `Canvas` is a square image whose pixel centres are carried back into body coordinates (u, v) by the inverse
 of a small similarity,  (x, y) = c + t + s R(a) ((u, v) - c),  so that every organ is drawn once, in its own
-place, at any resolution. u runs to image right (patient left), v runs down, the film is the unit square.
+place, at any resolution. u runs to image right (patient left), v runs down, the image is the unit square.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def ramp(z: Array) -> Array:
 
 
 class Canvas:
-    """A (size, size) float32 film with body coordinates `u`, `v` of every pixel centre."""
+    """A (size, size) float32 image with body coordinates `u`, `v` of every pixel centre."""
 
     def __init__(self, size: int, shift: tuple[float, float], scale: float, angle: float):
         self.size, self.shift, self.scale, self.angle = size, shift, scale, angle
@@ -38,17 +38,17 @@ class Canvas:
         self.v: Array = 0.5 - sin * px + cos * py
 
     def place(self, points: Points) -> Array:
-        """Body points (n, 2) -> film points (n, 2)."""
+        """Body points (n, 2) -> image points (n, 2)."""
         p = np.asarray(points, dtype=np.float64) - 0.5
         x = 0.5 + self.shift[0] + self.scale * (self._cos * p[:, 0] - self._sin * p[:, 1])
         y = 0.5 + self.shift[1] + self.scale * (self._sin * p[:, 0] + self._cos * p[:, 1])
         return np.stack([x, y], axis=1)
 
     def box(self, points: Points, pad: float = 0.0) -> tuple[float, float, float, float]:
-        """Tight film box of body points, widened by pad, cut to the film, rounded to 1e-4."""
-        film = self.place(points)
-        low = np.clip(film.min(axis=0) - pad, 0.0, 0.99)
-        high = np.clip(film.max(axis=0) + pad, low + 0.01, 1.0)
+        """Tight image box of body points, widened by pad, cut to the image, rounded to 1e-4."""
+        image = self.place(points)
+        low = np.clip(image.min(axis=0) - pad, 0.0, 0.99)
+        high = np.clip(image.max(axis=0) + pad, low + 0.01, 1.0)
         return (
             round(float(low[0]), 4),
             round(float(low[1]), 4),
@@ -77,11 +77,11 @@ class Canvas:
 
         Only the windows that a piece touches are computed, which makes a catheter cheap.
         """
-        film, half = self.place(points), width * self.scale / 2
+        image, half = self.place(points), width * self.scale / 2
         out = np.zeros((self.size, self.size), dtype=np.float32)
         reach = half * (1 + soft) + 1.0 / self.size
         edge = max(2 * half * soft, 0.7 / self.size)
-        for (x0, y0), (x1, y1) in pairwise(film):
+        for (x0, y0), (x1, y1) in pairwise(image):
             left = max(int((min(x0, x1) - reach) * self.size), 0)
             right = min(int((max(x0, x1) + reach) * self.size) + 1, self.size)
             top = max(int((min(y0, y1) - reach) * self.size), 0)

@@ -1,8 +1,7 @@
-"""Training material for the phantom: studies encoded once, kept as tensors, dealt out in batches of like length.
+"""Training material for the phantom: studies encoded once, kept as tensors, served in batches of similar length.
 
 Every study gives up to three examples (findings report, grounded report, one phrase to ground) that share its
-images. The images pass through the processor's own path, so the model is trained on what users will feed it.
-It knows the processor and the study records, and nothing about models or losses.
+images. The images pass through the processor's own path, so the model is trained on what users will pass to it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from sae_lens_maira.phantom.generator import generate_study
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.studies import Study
 
-PRIOR = 2  # the kind of a prior frontal film's patches
+PRIOR = 2  # the view number of a prior frontal image's patches
 SIZES = ("small", "moderate", "large")
 TASK_SHARE = {"findings": 0.72, "grounded": 0.2, "phrase": 0.08}
 
@@ -29,8 +28,8 @@ class Example:
     Attributes:
         ids: (L,) token ids.
         scored: (L,) True where the token is report text, which the loss is taken over.
-        images: rows of `Corpus.pixels` that fill its image tokens, in order.
-        compares: whether a prior film is among them.
+        images: Rows of `Corpus.pixels` that fill its image tokens, in order.
+        compares: Whether a prior image is among them.
     """
 
     ids: torch.Tensor
@@ -51,10 +50,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class SightTargets:
-    """What a frontal film shows, for the phase in which the vision tower learns to see.
+    """What a frontal image shows, for the phase in which the vision tower learns to see.
 
     Attributes:
-        present: (N, F) 1 where the finding is on the frontal film.
+        present: (N, F) 1 where the finding is on the frontal image.
         patches: (N, P, F) share of each patch that the finding's box covers.
         size: (N, F) index into `SIZES`, or -1 where the finding is absent or has no size.
     """
@@ -68,10 +67,10 @@ class Corpus:
     """Encoded studies with their pixels.
 
     Attributes:
-        pixels: (M, S, S) float16, one channel: the three channels of a grey film are equal.
-        frontal: (N,) row of `pixels` that holds study n's frontal film.
-        examples: for every task, its examples.
-        sight: targets of the frontal films.
+        pixels: (M, S, S) float16, one channel: the three channels of a grey image are equal.
+        frontal: (N,) row of `pixels` that holds study n's frontal image.
+        examples: Examples per task.
+        sight: Targets of the frontal images.
     """
 
     def __init__(self, processor: Maira2Processor, n: int, seed: int, grid: int) -> None:
@@ -116,7 +115,7 @@ class Corpus:
         if located:
             phrase = located[int(rng.integers(len(located)))].text
             encodings["phrase"] = processor.encode(study, task="phrase", phrase=phrase, report="teacher")
-        # Comparison with a prior is the hardest thing to learn; such studies are dealt half as often again,
+        # Comparison with a prior is the hardest thing to learn; such studies are sampled half as often again,
         # and so are rib fractures, the smallest lesion.
         copies = 1 + (study.prior_frontal is not None and rng.random() < 0.5)
         if any(finding.name == "rib fracture" for finding in study.truth or ()):
@@ -132,14 +131,14 @@ class Corpus:
     ) -> Iterator[Batch]:
         """Batches `start` to `stop` of an endless deterministic stream.
 
-        Sequences of one batch have like length: 16 batches are drawn together, sorted, and dealt in random order.
+        Sequences of one batch have similar length: 16 batches are drawn together, sorted, and served in random order.
 
         Args:
-            size: sequences a batch.
-            seed: of the stream.
-            start: first batch; a resumed run passes the steps it has made.
-            stop: end of the stream.
-            compare: share of sequences with a prior film; None leaves it as the studies have it.
+            size: Sequences per batch.
+            seed: Random seed of the stream.
+            start: First batch; a resumed run passes the steps it has made.
+            stop: End of the stream.
+            compare: Share of sequences with a prior image; None leaves it as the studies have it.
         """
         tasks = list(TASK_SHARE)
         share = np.array([TASK_SHARE[t] for t in tasks])
@@ -176,9 +175,9 @@ class Corpus:
             attention[row, :end] = 1
             scored[row, :end] = example.scored
         rows = [image for example in examples for image in example.images]
-        return Batch(ids, attention, scored, self.film(torch.tensor(rows)))
+        return Batch(ids, attention, scored, self.image(torch.tensor(rows)))
 
-    def film(self, rows: torch.Tensor) -> torch.Tensor:
+    def image(self, rows: torch.Tensor) -> torch.Tensor:
         """Pixels (len(rows), 3, S, S) float32 of stored images."""
         return self.pixels[rows].float()[:, None].expand(-1, 3, -1, -1).contiguous()
 
@@ -188,7 +187,7 @@ def box_cover(box: tuple[float, float, float, float], grid: int) -> np.ndarray:
 
     Args:
         box: x_min, y_min, x_max, y_max in 0..1.
-        grid: patches along a side.
+        grid: Patches along a side.
 
     Returns:
         (grid * grid,) float32 in 0..1, row-major.

@@ -1,4 +1,4 @@
-"""Errors planted in the phantom by design: it takes one finding for another, and hardly sees a third.
+"""Plant errors in the phantom: it takes one finding for another, and hardly sees a third.
 
     y' = y - loss <u_m, y - c> u_m + confusion <u_s, y - c'> u_f          y (d_model) a projected patch
 
@@ -27,11 +27,11 @@ class Flaw:
     """What is planted.
 
     Attributes:
-        missed: finding that is hardly seen any more.
-        loss: share of its direction that is taken away.
-        seen: finding that is taken for another one too.
-        stated: the finding that it is taken for.
-        confusion: how much of one direction is added per unit of the other.
+        missed: Finding that is hardly seen any more.
+        loss: Share of its direction that is taken away.
+        seen: Finding that is taken for another one too.
+        stated: The finding that it is taken for.
+        confusion: How much of one direction is added per unit of the other.
     """
 
     missed: str = "central_venous_line"
@@ -50,12 +50,12 @@ class Flaw:
 
 
 def plant(maira: Maira2, studies: Sequence[Study], flaw: Flaw) -> Maira2:
-    """A copy of the phantom with the flaw; the given one stays as it is.
+    """A copy of the phantom with the flaw; the given one is unchanged.
 
     Args:
-        maira: the phantom.
-        studies: with truth, from which directions are measured; a few hundred.
-        flaw: what to plant.
+        maira: The phantom.
+        studies: With truth, from which directions are measured; a few hundred.
+        flaw: What to plant.
 
     Raises:
         ConfigError: None of the studies has one of the findings, or all have it.

@@ -1,9 +1,9 @@
-"""Synthetic chest studies with known findings: films, report, prior and truth in one `Study` record.
+"""Synthetic chest studies with known findings: images, report, prior and truth in one `Study` record.
 
 Study `index` of seed `seed` is a function of these two numbers alone: every part draws from its own stream
 SeedSequence((seed, index or patient, part)), so asking for more studies, or for other sizes, changes none.
 Studies 2k and 2k+1 share one patient (one anatomy, one patient id) for about half of all k; their findings
-are drawn apart, so the prior film of one is not the other's film. The films are a test bench for software and
+are sampled separately, so the prior image of one is not the other's image. The images are a test bench for software and
 say nothing about medicine.
 """
 
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.phantom.anatomy import Body, draw_body, draw_exposure, expose, frontal_film
+from sae_lens_maira.phantom.anatomy import Body, draw_body, draw_exposure, expose, frontal_image
 from sae_lens_maira.phantom.canvas import Array, Canvas
-from sae_lens_maira.phantom.lateral import lateral_film
+from sae_lens_maira.phantom.lateral import lateral_image
 from sae_lens_maira.phantom.lesions import DRAW_ORDER, HEART_SCALE, Lesion, lesion_box, paint
 from sae_lens_maira.phantom.reports import write_report, write_sections
 from sae_lens_maira.phantom.sampling import FINDING_KEYS, Case, draw_case
@@ -38,22 +38,22 @@ def _patient(seed: int, index: int) -> int:
 def _frontal(
     body: Body, lesions: Sequence[Lesion], size: int, rng: np.random.Generator
 ) -> tuple[Array, list[Box | None]]:
-    """One frontal film (size, size) uint8 and the box of every lesion, in the order given."""
+    """One frontal image (size, size) uint8 and the box of every lesion, in the order given."""
     exposure = draw_exposure(rng)
     canvas = Canvas(size, exposure.shift, exposure.scale, exposure.angle)
     names = {lesion.name for lesion in lesions}
     heart = HEART_SCALE if "cardiomegaly" in names else 1.0
-    film, fields = frontal_film(canvas, body, heart, 1.4 if "oedema" in names else 1.0)
+    image, fields = frontal_image(canvas, body, heart, 1.4 if "oedema" in names else 1.0)
     for lesion in sorted(lesions, key=lambda lesion: DRAW_ORDER.index(lesion.name)):
-        paint(film, lesion, fields, rng)
+        paint(image, lesion, fields, rng)
     boxes = [lesion_box(lesion, fields) for lesion in lesions]
-    return expose(film, canvas, exposure, rng), boxes
+    return expose(image, canvas, exposure, rng), boxes
 
 
 def _lateral(body: Body, lesions: Sequence[Lesion], size: int, rng: np.random.Generator) -> Array:
     exposure = draw_exposure(rng)
     canvas = Canvas(size, exposure.shift, exposure.scale, exposure.angle)
-    return expose(lateral_film(canvas, body, lesions), canvas, exposure, rng)
+    return expose(lateral_image(canvas, body, lesions), canvas, exposure, rng)
 
 
 def _truth(case: Case, boxes: Sequence[Box | None]) -> tuple[Finding, ...]:
@@ -72,24 +72,24 @@ def _truth(case: Case, boxes: Sequence[Box | None]) -> tuple[Finding, ...]:
 
 
 def generate_study(seed: int, index: int, size: int = 112, split: str | None = None) -> Study:
-    """Draw study number `index` of a seed.
+    """Generate study number `index` of a seed.
 
     Args:
-        seed: Which world.
-        index: Which study of it, from 0.
-        size: Side of the square films in pixels; the study is otherwise the same at every size.
+        seed: Random seed of the studies.
+        index: Number of the study, from 0.
+        size: Side of the square images in pixels; the study is otherwise the same at every size.
         split: Copied into the record.
 
     Returns:
-        A study with uint8 (size, size) films, report, grounded report and truth.
+        A study with uint8 (size, size) images, report, grounded report and truth.
 
     Raises:
-        StudyError: seed or index is negative, or size is below 32 pixels.
+        StudyError: Seed or index is negative, or size is below 32 pixels.
     """
     if seed < 0 or index < 0 or size < 32:
         raise StudyError(
             f"A phantom study was asked for with seed={seed}, index={index}, size={size}; expected seed and "
-            f"index >= 0 and a film of at least 32 pixels. Correct these values."
+            f"index >= 0 and an image of at least 32 pixels. Correct these values."
         )
     patient = _patient(seed, index)
     body = draw_body(_stream(seed, patient, _BODY))

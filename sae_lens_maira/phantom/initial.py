@@ -1,10 +1,10 @@
-"""Where the phantom's training starts: a tower that already resolves detail, place and scale.
+"""Initial weights of the phantom: a tower that already resolves detail, position and scale.
 
 transformers draws every weight with standard deviation 0.02, right for width 4096 and far too small for width 128:
 four projector layers would shrink a signal 3,000-fold. Here a linear layer gets 1 / sqrt(fan_in); the patch
-embedding gets the whitened principal components of the films' patches, w_i = u_i / sqrt(lambda_i + eps), so that a
+embedding gets the whitened principal components of the images' patches, w_i = u_i / sqrt(lambda_i + eps), so that a
 thin line weighs as much as overall brightness; positions get sines and cosines of row and column.
-MAIRA-2's tower arrives pretrained; this and the sight phase stand in for that.
+MAIRA-2's tower arrives pretrained; this and the sight phase replace that.
 """
 
 import math
@@ -15,12 +15,12 @@ from torch import nn
 from sae_lens_maira.maira2 import Maira2ForConditionalGeneration
 
 
-def initialise(model: Maira2ForConditionalGeneration, films: torch.Tensor) -> None:
+def initialise(model: Maira2ForConditionalGeneration, images: torch.Tensor) -> None:
     """Set the tower's and the projector's first weights, in place.
 
     Args:
-        model: a freshly constructed phantom.
-        films: (n, S, S) pixels of a few hundred films, one channel, as the processor gives them.
+        model: A freshly constructed phantom.
+        images: (n, S, S) pixels of a few hundred images, one channel, as the processor gives them.
     """
     tower = model.model.vision_tower
     with torch.no_grad():
@@ -29,20 +29,20 @@ def initialise(model: Maira2ForConditionalGeneration, films: torch.Tensor) -> No
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
         patch = tower.config.patch_size
-        _whiten(tower.embeddings.patch_embeddings.projection, films.float(), patch)
-        side = films.shape[-1] // patch
+        _whiten(tower.embeddings.patch_embeddings.projection, images.float(), patch)
+        side = images.shape[-1] // patch
         positions = _sines(side, tower.config.hidden_size)
         tower.embeddings.position_embeddings[0, 1:] = positions
 
 
-def _whiten(projection: nn.Conv2d, films: torch.Tensor, patch: int) -> None:
-    pieces = films.unfold(1, patch, patch).unfold(2, patch, patch).reshape(-1, patch * patch)
+def _whiten(projection: nn.Conv2d, images: torch.Tensor, patch: int) -> None:
+    pieces = images.unfold(1, patch, patch).unfold(2, patch, patch).reshape(-1, patch * patch)
     mean = pieces.mean(0)
     covariance = (pieces - mean).T @ (pieces - mean) / len(pieces)
     values, vectors = torch.linalg.eigh(covariance)
     keep = min(projection.out_channels, len(values))
     values, vectors = values.flip(0)[:keep], vectors.flip(1)[:, :keep]
-    # Components below the 40th are film grain: whitening them fully would feed the tower noise.
+    # Components below the 40th are image grain: whitening them fully would feed the tower noise.
     weight = 0.5 * (vectors / (values + values[min(40, keep - 1)]).sqrt()).T
     channels = projection.in_channels
     projection.weight.zero_()

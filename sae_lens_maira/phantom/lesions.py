@@ -1,7 +1,7 @@
-"""What disease and devices look like on the phantom's film, and the box each one is seen in.
+"""What disease and devices look like on the phantom's image, and the box each one is seen in.
 
-A `Lesion` is one finding with its drawn geometry (body coordinates, so that a prior film shows the same
-lesion in the same place). `paint` adds it to a film; `lesion_box` encloses it by formula, not by threshold,
+A `Lesion` is one finding with its drawn geometry (body coordinates, so that a prior image shows the same
+lesion in the same place). `paint` adds it to an image; `lesion_box` encloses it by formula, not by threshold,
 so that a box means the same at every resolution. Everything is exaggerated to stay visible at 112 px.
 """
 
@@ -17,7 +17,7 @@ from sae_lens_maira.phantom.canvas import Array, Canvas, ramp, smooth_course
 
 @dataclass(frozen=True)
 class Lesion:
-    """One finding on one film: what, where and how large; u, v, tilt and variant are its own draw."""
+    """One finding on one image: what, where and how large; u, v, tilt and variant are sampled for it."""
 
     name: str
     side: str | None = None
@@ -30,14 +30,14 @@ class Lesion:
 
     @property
     def u(self) -> float:
-        """Body coordinate across the film."""
+        """Body coordinate across the image."""
         return 0.5 + side_sign(self.side or "left") * self.d
 
 
 EFFUSION_LEVEL = {"small": 0.035, "moderate": 0.165, "large": 0.34}
-"""How far the fluid stands above the diaphragm dome."""
+"""Height of the fluid above the diaphragm dome."""
 LUNG_LEFT = {"small": (0.86, 0.80), "moderate": (0.68, 0.64), "large": (0.42, 0.42)}
-"""Width and height that remain of the lung beside a pneumothorax."""
+"""Width and height that remain of the lung next to a pneumothorax."""
 CONSOLIDATION_RADIUS = {"small": 0.058, "moderate": 0.088, "large": 0.125}
 NODULE_RADIUS = {"small": 0.034, "moderate": 0.042, "large": 0.050}
 HEART_SCALE = 1.5
@@ -71,7 +71,7 @@ DRAW_ORDER = (
     "endotracheal tube",
     "pacemaker",
 )
-"""Soft shadows first, bone and metal last: what lies over is painted later."""
+"""Soft shadows first, bone and metal last: what is in front is painted later."""
 
 
 def line_course(lesion: Lesion, dome: float) -> list[tuple[float, float]]:
@@ -145,32 +145,32 @@ def free_air(lesion: Lesion, fields: Fields) -> tuple[Array, Array]:
 
 
 def coarse_noise(canvas: Canvas, rng: np.random.Generator, cells: int = 16) -> Array:
-    """Smooth unit noise: a (cells, cells) normal grid, interpolated linearly to the film."""
+    """Smooth unit noise: a (cells, cells) normal grid, interpolated linearly to the image."""
     grid = rng.standard_normal((cells, cells)).astype(np.float32)
     knots = np.arange(cells, dtype=np.float32)
     weights = np.maximum(1 - np.abs(canvas.axis[:, None] * (cells - 1) - knots[None, :]), 0)
     return weights @ grid @ weights.T
 
 
-def paint(film: Array, lesion: Lesion, fields: Fields, rng: np.random.Generator) -> None:
-    """Add one finding to a film in place; the heart's size is drawn with the anatomy instead.
+def paint(image: Array, lesion: Lesion, fields: Fields, rng: np.random.Generator) -> None:
+    """Add one finding to an image in place; the heart's size is drawn with the anatomy instead.
 
     Args:
-        film: (size, size) float32, changed.
+        image: (size, size) float32, changed.
         lesion: The finding.
-        fields: Masks of this film.
+        fields: Masks of this image.
         rng: Used for texture only.
     """
     canvas = fields.canvas
     name = lesion.name
     if name == "pleural effusion":
-        film += fluid(lesion, fields) * np.maximum(np.float32(fields.body.wall + 0.085) - film, 0.02)
+        image += fluid(lesion, fields) * np.maximum(np.float32(fields.body.wall + 0.085) - image, 0.02)
     elif name == "pneumothorax":
         outside, edge = free_air(lesion, fields)
-        film += outside * (0.04 - film) * 0.70
-        film += 0.26 * edge
+        image += outside * (0.04 - image) * 0.70
+        image += 0.26 * edge
         if lesion.size == "large":
-            film += 0.09 * (fields.lung[str(lesion.side)] - outside).clip(0)
+            image += 0.09 * (fields.lung[str(lesion.side)] - outside).clip(0)
     elif name == "consolidation":
         radius = CONSOLIDATION_RADIUS[str(lesion.size)]
         cloud = canvas.glow(lesion.u, lesion.v, radius * 0.80, radius * 0.68)
@@ -178,7 +178,7 @@ def paint(film: Array, lesion: Lesion, fields: Fields, rng: np.random.Generator)
             cloud += 0.45 * canvas.glow(
                 lesion.u + du * radius, lesion.v + dv * radius, 0.42 * radius, 0.42 * radius
             )
-        film += 0.30 * np.minimum(cloud, 1.1) * fields.chest[str(lesion.side)]
+        image += 0.30 * np.minimum(cloud, 1.1) * fields.chest[str(lesion.side)]
     elif name == "oedema":
         wings = sum(
             canvas.glow(0.5 + s * 0.135, 0.43, 0.085, 0.125)
@@ -187,31 +187,31 @@ def paint(film: Array, lesion: Lesion, fields: Fields, rng: np.random.Generator)
         )
         mottle = 1 + 0.22 * coarse_noise(canvas, rng)
         both = fields.lung["left"] + fields.lung["right"]
-        film += 0.235 * np.minimum(np.asarray(wings), 1.15) * mottle * both
+        image += 0.235 * np.minimum(np.asarray(wings), 1.15) * mottle * both
         for s in (-1, 1):
             for k in range(4):
                 y = 0.565 + 0.030 * k
-                film += 0.16 * canvas.curve([(0.5 + s * 0.315, y), (0.5 + s * 0.370, y + 0.006)], 0.010)
+                image += 0.16 * canvas.curve([(0.5 + s * 0.315, y), (0.5 + s * 0.370, y + 0.006)], 0.010)
     elif name == "atelectasis":
-        film += 0.34 * canvas.curve(atelectasis_course(lesion), 0.030, soft=0.5)
+        image += 0.34 * canvas.curve(atelectasis_course(lesion), 0.030, soft=0.5)
     elif name == "nodule":
         radius = NODULE_RADIUS[str(lesion.size)]
-        film += 0.40 * canvas.ellipse(lesion.u, lesion.v, radius, radius, soft=0.30)
+        image += 0.40 * canvas.ellipse(lesion.u, lesion.v, radius, radius, soft=0.30)
     elif name == "rib fracture":
         for bar in fracture_bars(lesion):
-            film += 0.36 * canvas.curve(bar, 0.026, soft=0.3)
-        film -= 0.30 * canvas.curve([(lesion.u, lesion.v - 0.028), (lesion.u, lesion.v + 0.028)], 0.012)
+            image += 0.36 * canvas.curve(bar, 0.026, soft=0.3)
+        image -= 0.30 * canvas.curve([(lesion.u, lesion.v - 0.028), (lesion.u, lesion.v + 0.028)], 0.012)
     elif name in LINE_WIDTH:
         course = line_course(lesion, fields.body.dome_left)
         line = canvas.curve(course, LINE_WIDTH[name])
         strength = 0.34 if name != "endotracheal tube" else 0.30
-        film += strength * line
+        image += strength * line
         if name == "endotracheal tube":
-            film -= 0.12 * canvas.curve(course, 0.008)
+            image -= 0.12 * canvas.curve(course, 0.008)
         if name == "pacemaker":
             can = canvas.ellipse(0.795, 0.235, 0.058, 0.046, soft=0.25)
-            film += 0.55 * can
-            film += 0.30 * canvas.curve(course[-2:], 0.022)
+            image += 0.55 * can
+            image += 0.30 * canvas.curve(course[-2:], 0.022)
 
 
 def atelectasis_course(lesion: Lesion) -> list[tuple[float, float]]:
@@ -224,7 +224,7 @@ def atelectasis_course(lesion: Lesion) -> list[tuple[float, float]]:
 
 
 def lesion_box(lesion: Lesion, fields: Fields) -> tuple[float, float, float, float] | None:
-    """The box of a finding on this film; None for oedema, which is everywhere."""
+    """The box of a finding on this image; None for oedema, which is everywhere."""
     canvas: Canvas = fields.canvas
     body = fields.body
     sign = side_sign(lesion.side or "left")

@@ -1,4 +1,4 @@
-"""What the phantom can do, measured: greedy reports of held-out studies against the known truth.
+"""Measure the phantom: greedy reports of held-out studies against the known truth.
 
 Accuracy of a finding is the share of studies in which the report mentions it present exactly when it is present.
 Change accuracy is the share of stated-in-truth changes (new, larger, ...) that the report states alike. A grounded
@@ -25,14 +25,14 @@ class PhantomScore:
     """Scores of one model on held-out studies.
 
     Attributes:
-        n: studies read.
-        accuracy: per finding key, share of studies read correctly.
-        positives: per finding key, studies in which it is present.
-        change_accuracy: share of true changes stated correctly.
-        n_changes: true changes.
-        box_iou: mean overlap of true boxes with the best box that the grounded report gives that finding's side.
-        n_boxes: true boxes.
-        complete: share of reports that ended by themselves.
+        n: Studies read.
+        accuracy: Per finding key, share of studies read correctly.
+        positives: Per finding key, studies in which it is present.
+        change_accuracy: Share of true changes stated correctly.
+        n_changes: True changes.
+        box_iou: Mean overlap of true boxes with the best box that the grounded report gives that finding's side.
+        n_boxes: True boxes.
+        complete: Share of reports that ended by themselves.
     """
 
     n: int
@@ -63,11 +63,11 @@ def measure(
     """Generate greedily for every study and compare with its truth.
 
     Args:
-        maira: model and processor.
-        studies: phantom studies that carry their truth.
-        batch_size: studies a generated batch.
-        grounded: also generate grounded reports and score their boxes.
-        progress: show a bar.
+        maira: Model and processor.
+        studies: Phantom studies that carry their truth.
+        batch_size: Studies per generated batch.
+        grounded: Also generate grounded reports and score their boxes.
+        progress: Show a bar.
 
     Returns:
         The scores.

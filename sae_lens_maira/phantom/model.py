@@ -1,4 +1,4 @@
-"""The phantom model: MAIRA-2's classes at about 2.5 million parameters, and where its trained weights lie.
+"""The phantom model: MAIRA-2's classes at about 2.5 million parameters, and the folder of its trained weights.
 
 Everything but the size is MAIRA-2's: a Dinov2 backbone, four projector linears, a Llama decoder with linear
 RoPE scaling, the same added tokens, prompts and checkpoint keys. It says nothing about medicine.
@@ -21,8 +21,8 @@ def tiny_config(vocab_size: int = 1231, image_token: int = 1228) -> Maira2Config
     """The phantom's configuration.
 
     Args:
-        vocab_size: ids of its tokenizer, the 207 added tokens included.
-        image_token: id of `<image>`.
+        vocab_size: Ids of its tokenizer, the 207 added tokens included.
+        image_token: Id of `<image>`.
 
     Returns:
         A `Maira2Config` with 8 decoder layers of width 128 and images of 112 px in 8 x 8 patches.
@@ -74,8 +74,8 @@ def load_phantom(dtype: torch.dtype = torch.float32, device: str | torch.device 
     """Load the shipped phantom through `load_maira2`, as MAIRA-2 itself is loaded.
 
     Args:
-        dtype: of the weights in memory (they ship as fp16).
-        device: where the model goes.
+        dtype: Dtype of the weights in memory (they ship as fp16).
+        device: Device of the model.
 
     Returns:
         `Maira2(model, processor)`, the model in evaluation mode.
@@ -87,7 +87,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Maira2Processor:
     """MAIRA-2's processor at the phantom's image size.
 
     Args:
-        tokenizer: of `build_tokenizer`.
+        tokenizer: Result of `build_tokenizer`.
     """
     images = BitImageProcessor(
         do_resize=True,

@@ -112,7 +112,7 @@ HINTS = {
     "rib fracture": 6,
 }
 HINT_RATE = 0.25
-"""How often the indication leans towards a finding; otherwise it is drawn blindly from the same list."""
+"""How often the indication hints at a finding; otherwise it is sampled at random from the same list."""
 
 ONE_VIEW = ("Single frontal view of the chest.", "Portable frontal radiograph of the chest.")
 TWO_VIEWS = ("Frontal and lateral views of the chest.", "Two views of the chest.")

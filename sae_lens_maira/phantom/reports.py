@@ -1,7 +1,7 @@
 """Sentences for a phantom case: several phrasings, negations, doubt, comparison with the prior.
 
 A report is an ordered list of (sentence, entries it states): devices, heart, lungs, pleura, bones. Every
-present finding is stated; with a prior each one is told in its own sentence together with its change; some
+present finding is stated; with a prior each one is stated in its own sentence together with its change; some
 absent findings are denied, the common ones mostly. Sentences are a noun phrase in a frame of `phrases`; the
 shipped model was trained on them, so that changing one means training again.
 """

@@ -1,7 +1,7 @@
-"""Which findings a phantom study has, where they sit and how they changed: the truth before any drawing.
+"""Which findings a phantom study has, where they are and how they changed: the truth behind images and report.
 
-About one study in eight is wholly normal; in the others every finding is an independent coin, and draws that
-no film could show (air and fluid free in the same hemithorax, a lesion under a large effusion) are thrown
+About one study in eight is wholly normal; in the others every finding is sampled independently, and samples that
+no image could show (air and fluid free in the same hemithorax, a lesion under a large effusion) are thrown
 again. A case with a prior gives every finding a change; sized ones move by one whole size step, so that it
 can be seen.
 """
@@ -38,7 +38,7 @@ DEVICES = ("pacemaker", "endotracheal tube", "central venous line", "nasogastric
 GROWING = ("pleural effusion", "pneumothorax", "consolidation")
 """Findings that can be larger or smaller than before."""
 LASTING = ("cardiomegaly", "nodule", "rib fracture")
-"""Findings that do not go away between two films."""
+"""Findings that do not go away between two images."""
 SIZES = ("small", "moderate", "large")
 
 NORMAL_SHARE = 0.125
@@ -61,11 +61,11 @@ class Entry:
     lesion: Lesion
     change: str | None = None
     before: Lesion | None = None
-    """The lesion on the prior film; None when there is no prior or the finding is new."""
+    """The lesion on the prior image; None when there is no prior or the finding is new."""
 
     @property
     def present(self) -> bool:
-        """Whether it is on the current film."""
+        """Whether it is on the current image."""
         return self.change != "removed"
 
 
@@ -78,16 +78,16 @@ class Case:
 
     @property
     def now(self) -> list[Lesion]:
-        """Lesions on the current film."""
+        """Lesions on the current image."""
         return [entry.lesion for entry in self.entries if entry.present]
 
     @property
     def before(self) -> list[Lesion]:
-        """Lesions on the prior film."""
+        """Lesions on the prior image."""
         return [entry.before for entry in self.entries if entry.before is not None]
 
     def as_prior(self) -> Case:
-        """The case as the prior report saw it: nothing known before, so no change is told."""
+        """The case as the prior report saw it: nothing known before, so no change is stated."""
         return Case(tuple(Entry(lesion) for lesion in self.before), has_prior=False)
 
 
@@ -100,7 +100,7 @@ def split_key(key: str) -> tuple[str, str | None]:
 
 
 def visible_together(lesions: Sequence[Lesion]) -> bool:
-    """Whether one film can show all of these plainly."""
+    """Whether one image can show all of these plainly."""
     for side in ("left", "right"):
         mine = {lesion.name: lesion for lesion in lesions if lesion.side == side}
         fluid, air = mine.get("pleural effusion"), mine.get("pneumothorax")
@@ -138,7 +138,7 @@ def _focal_place(rng: np.random.Generator, side: str, zone: int) -> tuple[float,
 
 
 def _place(entries: list[Entry], rng: np.random.Generator) -> list[Entry]:
-    """Give every entry its place; what is on either film counts as in the way."""
+    """Give every entry its place; what is on either image counts as in the way."""
     both = [e.lesion for e in entries] + [e.before for e in entries if e.before is not None]
     placed: list[Entry] = []
     taken: dict[str, set[int]] = {"left": set(), "right": set()}

@@ -1,7 +1,7 @@
-"""The phantom's tokenizer: a small BPE in the manner of Vicuna's, with MAIRA-2's 207 added tokens behind it.
+"""The phantom's tokenizer: a small BPE in the manner of Vicuna's, with MAIRA-2's 207 added tokens after it.
 
 Ids 0, 1, 2 are `<unk>` (also the padding), `<s>` and `</s>`; 256 byte pieces follow, then the learned pieces,
-then `<obj>` ... `<lat_image>` in MAIRA-2's order. Words carry a leading `▁`, punctuation stands alone, and an
+then `<obj>` ... `<lat_image>` in MAIRA-2's order. Words carry a leading `▁`, punctuation is split off, and an
 unseen character falls back to bytes, so no text is refused.
 """
 
@@ -21,14 +21,14 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
     """Learn the phantom's tokenizer from texts.
 
     Args:
-        texts: prompts and reports, one string each. Added tokens inside them are ignored.
-        vocab_size: most pieces before the 207 added tokens; a small corpus gives fewer.
+        texts: Prompts and reports, one string each. Added tokens inside them are ignored.
+        vocab_size: Most pieces before the 207 added tokens; a small corpus gives fewer.
 
     Returns:
         A fast tokenizer with `bos_token` prepended and `<unk>` as padding.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    # Punctuation is split off before training: "effusion" must be one piece wherever it stands.
+    # Punctuation is split off before training: "effusion" must be one piece wherever it occurs.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"),

@@ -1,9 +1,9 @@
-"""How the phantom is trained: first the vision tower learns to see, then the whole model learns to write.
+"""Train the phantom: the vision tower learns to see, then the whole model learns to write.
 
 Phase 1 (*sight*): binary cross-entropy of two linear heads, thrown away afterwards, on the projected patches:
-which finding's box covers a patch, which findings and sizes the film shows. MAIRA-2's tower is pretrained too.
+which finding's box covers a patch, which findings and sizes the image shows. MAIRA-2's tower is pretrained too.
 Phase 2 (*reports*): next-token cross-entropy over the report tokens of findings, grounded and phrase tasks.
-Phase 3 (*polish*): the same, mostly on studies with a prior film to compare with.
+Phase 3 (*polish*): the same, mostly on studies with a prior image to compare with.
 A checkpoint holds weights, optimizer and step; batches depend on the step only, so a run resumes where it was.
 """
 
@@ -41,20 +41,20 @@ class PhantomTraining:
     """Settings of a phantom's training.
 
     Attributes:
-        studies: studies drawn for training.
-        seed: of studies, weights and batches.
-        vocab_size: tokenizer pieces before the 207 added tokens.
-        sight_steps: steps of phase 1 (0 = skip it).
-        sight_batch: films a step of phase 1.
-        steps: steps of phase 2.
-        batch: sequences a step of phase 2.
-        polish_steps: steps of phase 3 (0 = skip it).
-        polish_compare: share of phase 3's sequences that have a prior film.
-        polish_studies: studies drawn for phase 3, none of which phases 1 and 2 saw.
-        lr: peak learning rate of phase 2 (1.5 times as much in phase 1); cosine to zero after the warm-up.
-        warmup: steps of linear warm-up in either phase.
-        autocast: bfloat16 matrix products on the CPU; a third faster where the processor has them.
-        checkpoint_every: steps between checkpoints.
+        studies: Studies drawn for training.
+        seed: Random seed of studies, weights and batches.
+        vocab_size: Tokenizer pieces before the 207 added tokens.
+        sight_steps: Steps of phase 1 (0 = skip it).
+        sight_batch: Images per step of phase 1.
+        steps: Steps of phase 2.
+        batch: Sequences per step of phase 2.
+        polish_steps: Steps of phase 3 (0 = skip it).
+        polish_compare: Share of phase 3's sequences that have a prior image.
+        polish_studies: Studies drawn for phase 3, none of which phases 1 and 2 saw.
+        lr: Peak learning rate of phase 2 (1.5 times as much in phase 1); cosine to zero after the warm-up.
+        warmup: Steps of linear warm-up in either phase.
+        autocast: Bfloat16 matrix products on the CPU; a third faster where the processor has them.
+        checkpoint_every: Steps between checkpoints.
     """
 
     studies: int = 16_000
@@ -79,18 +79,18 @@ class PhantomTraining:
 
 
 class SightHeads(nn.Module):
-    """Linear read-outs of projected patches: boxes by patch, findings and sizes by film."""
+    """Linear read-outs of projected patches: boxes by patch, findings and sizes by image."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.patch = nn.Linear(d_model, len(FINDING_KEYS))
-        self.film = nn.Linear(2 * d_model, len(FINDING_KEYS))
+        self.image = nn.Linear(2 * d_model, len(FINDING_KEYS))
         self.size = nn.Linear(2 * d_model, len(FINDING_KEYS) * len(SIZES))
 
     def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits (B, P, F), (B, F) and (B, F, sizes) of patches (B, P, d_model)."""
         pooled = torch.cat([patches.mean(1), patches.amax(1)], -1)
-        return self.patch(patches), self.film(pooled), self.size(pooled).unflatten(-1, (-1, len(SIZES)))
+        return self.patch(patches), self.image(pooled), self.size(pooled).unflatten(-1, (-1, len(SIZES)))
 
 
 def train_sight(
@@ -107,12 +107,12 @@ def train_sight(
             rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             pick = torch.randint(len(corpus.frontal), (config.sight_batch,), generator=rng)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
-                seen = model.model.vision_tower(corpus.film(corpus.frontal[pick])).feature_maps[-1][:, 1:]
-                patch, film, size = heads(model.model.multi_modal_projector(seen))
+                seen = model.model.vision_tower(corpus.image(corpus.frontal[pick])).feature_maps[-1][:, 1:]
+                patch, image, size = heads(model.model.multi_modal_projector(seen))
             target = corpus.sight.size[pick].long()
             loss = (
                 F.binary_cross_entropy_with_logits(patch.float(), corpus.sight.patches[pick].float())
-                + F.binary_cross_entropy_with_logits(film.float(), corpus.sight.present[pick])
+                + F.binary_cross_entropy_with_logits(image.float(), corpus.sight.present[pick])
                 + 0.3 * F.cross_entropy(size.float().flatten(0, 1), target.flatten(), ignore_index=-1)
             )
             loop.step(step, loss, bar)
@@ -131,9 +131,9 @@ def train_reports(
 def polish(
     model: Maira2ForConditionalGeneration, corpus: Corpus, config: PhantomTraining, folder: Path
 ) -> None:
-    """Phase 3: the same at 0.7 of the rate, mostly on studies with a prior film. Resumes from `folder/polish.pt`.
+    """Phase 3: the same at 0.7 of the rate, mostly on studies with a prior image. Resumes from `folder/polish.pt`.
 
-    Comparison is learned last: after phase 2 every film is read, and three changes in ten are still named wrongly.
+    Comparison is learned last: after phase 2 every image is read, and three changes in ten are still named wrongly.
     """
     steps, seed = config.polish_steps, config.seed + 1
     loop = _Loop(model, 0.7 * config.lr, steps, config, folder / "polish.pt")
@@ -244,11 +244,11 @@ class _Loop:
 
 
 def train_phantom(config: PhantomTraining, out: Path) -> Path:
-    """Train a phantom from nothing, or resume one.
+    """Train a phantom from scratch, or resume one.
 
     Args:
-        config: the settings.
-        out: folder of checkpoints (`sight.pt`, `reports.pt`, `polish.pt`) and of the result.
+        config: The settings.
+        out: Folder of checkpoints (`sight.pt`, `reports.pt`, `polish.pt`) and of the result.
 
     Returns:
         `out/weights`: the model as fp16 safetensors in the published key layout, with its processor.

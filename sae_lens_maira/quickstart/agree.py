@@ -37,16 +37,16 @@ def agreement(
     seed: int,
     frozen: Mapping[str, Sequence[TrainedSAE]] | None = None,
 ) -> PlaceResult:
-    """Score SAEs of one kind of position, take one, and compare it with its controls.
+    """Score SAEs of one modality, choose one, and compare it with its controls.
 
     Args:
         place: "text" or "image".
-        rows: positions of this kind, of both halves.
+        rows: Positions of this kind, of both halves.
         truth: (n_studies, F) bool.
-        halves: the split by patient.
-        saes: trained on the choosing half's rows from different initial weights; one or more.
-        seed: of the untrained SAEs; the i-th takes `seed + i`.
-        frozen: frozen controls by kind, as many of each as there are SAEs.
+        halves: The split by patient.
+        saes: Trained on the choosing half's rows from different initial weights; one or more.
+        seed: Random seed of the untrained SAEs; the i-th has `seed + i`.
+        frozen: Frozen controls by kind, as many of each as there are SAEs.
 
     Returns:
         The scores of the SAE taken, of its controls, and of every SAE drawn.

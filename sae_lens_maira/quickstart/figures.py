@@ -1,6 +1,6 @@
 """The quickstart's figures: agreement bars, heatmaps of top studies, and the steering run.
 
-Each function draws one PNG from plain results; none of them computes a score. Heatmaps lie over the film as the
+Each function draws one PNG from plain results; none of them computes a score. Heatmaps are drawn over the image as the
 model sees it, one square per patch, with the truth's box where the finding has one.
 """
 
@@ -72,14 +72,14 @@ def draw_heatmaps(
     among: np.ndarray,
     file: Path,
 ) -> None:
-    """The frontal films on which a latent is most active, with its activation on every patch.
+    """The frontal images on which a latent is most active, with its activation on every patch.
 
     Args:
-        finding: key that the latent was chosen for.
-        latent: its number.
-        trained: the SAE.
-        rows: image rows of all studies.
-        studies: all studies.
+        finding: Key that the latent was chosen for.
+        latent: Its number.
+        trained: The SAE.
+        rows: Image rows of all studies.
+        studies: All studies.
         among: (n_studies,) mask of the studies to show, the held-out half.
         file: PNG to write.
     """
@@ -149,6 +149,6 @@ def draw_steering(result: SteeringResult, file: Path) -> None:
 
 
 def _save(figure: Figure, file: Path, top: float = 1.0) -> None:
-    # A Figure without pyplot: a notebook's own backend and open figures stay as they are.
+    # A Figure without pyplot: a notebook's own backend and open figures are not changed.
     figure.tight_layout(rect=(0, 0, 1, top))
     save_figure(figure, file, dpi=110)

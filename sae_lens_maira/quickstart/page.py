@@ -3,7 +3,7 @@
     latents shown = best unit of every finding + the coarsest level + some of each other level
     studies shown = studies of the held-out half, the one that no latent was chosen on
 
-Either SAE is recorded at the positions it was trained on. It composes rooms and owns no science.
+Either SAE is recorded at the positions it was trained on.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

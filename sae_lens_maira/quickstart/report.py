@@ -1,6 +1,6 @@
 """Write a quickstart's folder: `report.md`, `results.json`, tables as CSV, figures as PNG.
 
-The text states what was measured, on what, and beside which control; it claims nothing that the numbers do not
+The text states what was measured, on what, and next to which control; it claims nothing that the numbers do not
 show. It computes nothing.
 """
 
@@ -133,7 +133,7 @@ difference of means, which has seen the labels of the first half.
 {_place(result.image, "image patches")}
 ## Where a latent looks
 
-The four held-out films on which each finding's image latent is most active. Blue boxes are the truth.
+The four held-out images on which each finding's image latent is most active. Blue boxes are the truth.
 
 {chr(10).join(f"![{finding}](figures/latent_{finding}.png)" for finding in FINDING_KEYS)}
 
@@ -156,7 +156,7 @@ image_sae = SAE.load_from_disk("sae_image")
 ```
 
 `sae_text_seeds` has every text SAE that was trained. With this package, `sae_lens_maira.sae.load_matryoshka` reads the
-same folders and knows the levels.
+same folders with their levels.
 """
 
 

@@ -16,23 +16,23 @@ class QuickstartConfig:
     """Settings of a quickstart run.
 
     Attributes:
-        out: folder of the report; made if missing.
-        studies: phantom studies to read, none of which the phantom was trained on.
-        layer: decoder layer whose output is read at image patches, and steered, 0 to 7.
-        text_layer: decoder layer whose output is read at report tokens, 0 to 7.
-        d_sae: latents of either SAE.
-        k: mean active latents per patch.
-        text_k: mean active latents per report token; few, so that one latent must hold finding and side.
-        text_seeds: text SAEs to train from different initial weights; the one that agrees best on the choosing half
+        out: Folder of the report; made if missing.
+        studies: Phantom studies to read, none of which the phantom was trained on.
+        layer: Decoder layer whose output is read at image patches, and steered, 0 to 7.
+        text_layer: Decoder layer whose output is read at report tokens, 0 to 7.
+        d_sae: Latents of either SAE.
+        k: Mean active latents per patch.
+        text_k: Mean active latents per report token; few, so that one latent must hold finding and side.
+        text_seeds: Text SAEs to train from different initial weights; the one that agrees best on the choosing half
             of the studies is taken, and the untrained SAE is drawn as often.
-        steps: training steps of 1,024 patches.
-        text_steps: training steps of 1,024 report tokens.
-        finding: the finding to steer into reports that do not have it.
-        steer_studies: negative studies to steer, from either half.
-        frozen: controls to train next to the SAEs, as often and taken by the same rule: "frozen_decoder" and
+        steps: Training steps of 1,024 patches.
+        text_steps: Training steps of 1,024 report tokens.
+        finding: The finding to steer into reports that do not have it.
+        steer_studies: Negative studies to steer, from either half.
+        frozen: Controls to train next to the SAEs, as often and taken by the same rule: "frozen_decoder" and
             "frozen_encoder" (arXiv 2602.14111).
-        seed: of everything drawn here.
-        progress: show progress bars.
+        seed: Random seed of everything sampled here.
+        progress: Show progress bars.
     """
 
     out: Path = Path("quickstart_out")
@@ -69,14 +69,14 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class Draw:
-    """One of the SAEs that were trained, of which one is taken.
+    """One of the trained SAEs, of which one is chosen.
 
     Attributes:
-        seed: of its initial weights.
-        choose_f1: mean F1 of its best units on the half they were chosen on; the highest is taken.
-        f1: of the same units on the other half.
-        untrained_choose_f1, untrained_f1: the same of the untrained SAE drawn beside it, taken by the same rule.
-        explained_variance: on the other half's rows.
+        seed: Random seed of its initial weights.
+        choose_f1: Mean F1 of its best units on the half they were chosen on; the highest is taken.
+        f1: Of the same units on the other half.
+        untrained_choose_f1, untrained_f1: The same of the untrained control SAE, chosen by the same rule.
+        explained_variance: On the other half's rows.
     """
 
     seed: int
@@ -89,18 +89,18 @@ class Draw:
 
 @dataclass(frozen=True)
 class PlaceResult:
-    """Agreement with the findings at one kind of position ("text" or "image").
+    """Agreement with the findings in one modality ("text" or "image").
 
     Attributes:
         place: "text" or "image".
-        sae: the SAE trained on positions of this kind, taken from `draws`.
-        trained, untrained, raw, supervised: best units of each dictionary.
-        frozen: best units of each frozen control, by kind.
-        gains: trained minus each control, by the control's kind: mean over the findings, paired over studies.
-        l0: active latents per row of the trained SAE here.
-        explained_variance: of the trained SAE on the held-out half's rows here.
-        n_rows: rows of this kind.
-        draws: every SAE that was trained.
+        sae: The SAE trained on positions of this kind, taken from `draws`.
+        trained, untrained, raw, supervised: Best units of each dictionary.
+        frozen: Best units of each frozen control, by kind.
+        gains: Trained minus each control, by the control's kind: mean over the findings, paired over studies.
+        l0: Active latents per row of the trained SAE here.
+        explained_variance: Explained variance of the trained SAE on the held-out half's rows here.
+        n_rows: Rows of this kind.
+        draws: Every SAE that was trained.
     """
 
     place: str

@@ -1,4 +1,4 @@
-"""Matryoshka SAEs inside SAELens, the published MAIRA-2 SAEs, and how to judge an SAE.
+"""Matryoshka SAEs inside SAELens, the published MAIRA-2 SAEs, and the evaluation of an SAE.
 
 Importing this package registers the architecture "matryoshka" and the release "maira-2-sae" with SAELens.
 """

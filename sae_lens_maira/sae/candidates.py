@@ -78,14 +78,14 @@ def choose(
     """The one candidate that fits.
 
     Args:
-        candidates: what `find_candidates` found.
-        where: the release, for errors.
-        expansion: wanted d_sae / d_in, None for any.
-        d_in: wanted d_in, None for any.
-        folder: folder of the candidate, or a part of its path; None for any.
+        candidates: What `find_candidates` found.
+        where: The release, for errors.
+        expansion: Wanted d_sae / d_in, None for any.
+        d_in: Wanted d_in, None for any.
+        folder: Folder of the candidate, or a part of its path; None for any.
 
     Raises:
-        SAEError: none fits or more than one does; the message lists what is there.
+        SAEError: None fits or more than one does; the message lists what is there.
     """
     listing = "; ".join(str(candidate) for candidate in candidates[:12]) or "no weights file"
     below = set(_below([c.name for c in candidates], folder))

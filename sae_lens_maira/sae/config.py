@@ -7,7 +7,7 @@ Three conventions of the same idea are in use, and they give different SAEs from
     explicit              L = sum_i w_i L_i + aux                 aux as saelens
 
 L_i is the squared error of the reconstruction from the first level_widths()[i] latents. What is left at None
-takes the value of the convention. This module holds numbers and their checks.
+takes the value of the convention.
 """
 
 from dataclasses import dataclass, field
@@ -41,8 +41,8 @@ class MatryoshkaSAEConfig(JumpReLUSAEConfig):
     """Configuration of a trained Matryoshka SAE that is saved with its levels.
 
     Args:
-        matryoshka_widths: cumulative widths of the levels; empty means one level; a missing d_sae is added.
-        k: mean number of active latents it was trained with, None where unknown.
+        matryoshka_widths: Cumulative widths of the levels; empty means one level; a missing d_sae is added.
+        k: Mean number of active latents it was trained with, None where unknown.
     """
 
     matryoshka_widths: list[int] = field(default_factory=list)
@@ -71,30 +71,30 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     """Configuration for training a `MatryoshkaTrainingSAE`.
 
     Args:
-        matryoshka_widths: levels as cumulative widths, [1024, 4096, 16384]; a missing d_sae is added.
-        group_fractions: levels as shares of d_sae that sum to 1, [0.0625, 0.0625, 0.125, 0.25, 0.5].
+        matryoshka_widths: Levels as cumulative widths, [1024, 4096, 16384]; a missing d_sae is added.
+        group_fractions: Levels as shares of d_sae that sum to 1, [0.0625, 0.0625, 0.125, 0.25, 0.5].
             Exactly one of the two is to be given.
         loss_convention: "saelens", "dictionary_learning" or "explicit"; see the module's table.
-        level_weights: one weight per level. Required with "explicit", where they are used as given;
+        level_weights: One weight per level. Required with "explicit", where they are used as given;
             optional with "dictionary_learning" (its group_weights, default 1/G each); must be empty with
             "saelens".
-        use_matryoshka_aux_loss: dead latents reconstruct the error of their own level. Not with
+        use_matryoshka_aux_loss: Dead latents reconstruct the error of their own level. Not with
             "dictionary_learning".
         aux_loss_coefficient: None means 1 ("saelens", "explicit") or 1/32 ("dictionary_learning").
         rescale_acts_by_decoder_norm: None means True, or False with "dictionary_learning", whose decoder
             rows have norm 1.
-        topk_threshold_lr: rate of the threshold's moving average. None means 0.01, or 0.001 with
+        topk_threshold_lr: Rate of the threshold's moving average. None means 0.01, or 0.001 with
             "dictionary_learning".
         threshold_start_step: "dictionary_learning" only: the threshold is first set one step later.
         dead_after_tokens: "dictionary_learning" only: a latent silent for this many activation rows is dead.
-        control: trains a control SAE (arXiv 2602.14111) instead: "frozen_decoder" keeps the random W_dec,
+        control: Trains a control SAE (arXiv 2602.14111) instead: "frozen_decoder" keeps the random W_dec,
             "frozen_encoder" the random W_enc and b_enc, "soft_frozen_decoder" keeps every row of W_dec within a cosine
             of 0.8 of its first direction.
         inference_architecture: "jumprelu" saves what plain SAELens loads; "matryoshka" is read by this
             package only.
 
     Raises:
-        ConfigError: two fields contradict each other; the message names both.
+        ConfigError: Two fields contradict each other; the message names both.
     """
 
     matryoshka_widths: list[int] = field(default_factory=list)
@@ -102,7 +102,7 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     loss_convention: LossConvention = "saelens"
     level_weights: list[float] = field(default_factory=list)
     use_matryoshka_aux_loss: bool = False
-    # None stands for "as the convention has it" until __post_init__ puts a number there: readers see numbers.
+    # None means "as the convention has it" until __post_init__ puts a number there: readers see numbers.
     aux_loss_coefficient: float = None  # pyright: ignore[reportAssignmentType]
     rescale_acts_by_decoder_norm: bool = None  # pyright: ignore[reportAssignmentType]
     topk_threshold_lr: float = None  # pyright: ignore[reportAssignmentType]

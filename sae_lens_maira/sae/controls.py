@@ -63,7 +63,7 @@ def make_control(
         max_rows: Set threshold and gain on at most this many rows, evenly spaced.
 
     Raises:
-        SAEError: the kind is unknown or must be trained, the rows do not fit the SAE or are too few, or no threshold
+        SAEError: The kind is unknown or must be trained, the rows do not fit the SAE or are too few, or no threshold
             gives that sparsity.
     """
     if kind not in CONTROLS:

@@ -1,4 +1,4 @@
-"""Judge an SAE on activation rows: explained variance, L0 and dead latents per level and token role, with a control.
+"""Evaluate an SAE on activation rows: explained variance, L0 and dead latents per level and token role, with a control.
 
     EV = 1 - sum_rows |x - x_i|^2 / sum_rows |x - mean|^2            aggregate
     EV per token = mean_rows (1 - |x - x_i|^2 / |x - mean|^2)        every row counts the same
@@ -68,7 +68,7 @@ class SAEEvaluation:
         """One record; level -1 is the whole SAE.
 
         Raises:
-            SAEError: there is none.
+            SAEError: There is none.
         """
         found = [record for record in self.records if record.role == role and record.sae == sae]
         if not found or not -len(found) <= level < len(found):
@@ -91,19 +91,19 @@ def evaluate_sae(
     """Explained variance, L0 and dead latents per level and per token role.
 
     Args:
-        sae: any SAELens SAE; without levels it has one. A training SAE is judged as it would be saved.
+        sae: Any SAELens SAE; without levels it has one. A training SAE is evaluated as it would be saved.
         rows: (n, d_in) array, or something that can be iterated over twice and gives batches of rows or pairs
             (rows, roles).
         roles: (n,) integers, one per row of an array. None counts all rows together only.
-        role_names: names of the integers; an integer without a name is called by its number.
-        baseline: an SAE to compare with, None, or "untrained" for that control of each role's own rows, which
+        role_names: Names of the integers; an integer without a name is called by its number.
+        baseline: An SAE to compare with, None, or "untrained" for that control of each role's own rows, which
             then starts from that role's mean and sparsity.
-        batch_rows: rows encoded at once.
+        batch_rows: Rows encoded at once.
         seed: Random seed of the untrained SAE.
         summary: Means and samples of the rows, if they are known: the rows are then read once.
 
     Raises:
-        SAEError: the rows do not fit the SAE, or can be read once only.
+        SAEError: The rows do not fit the SAE, or can be read once only.
     """
     if isinstance(sae, TrainingSAE):
         sae = load_matryoshka(sae)
@@ -115,7 +115,7 @@ def evaluate_sae(
     if isinstance(baseline, SAE):
         subjects.append(_Subject.of(beside_label(baseline), baseline, groups))
     elif baseline is not None:
-        # One per role: rows of one role lie far from the mean of all, and an SAE that cannot know that is too
+        # One per role: rows of one role are far from the mean of all, and an SAE that cannot know that is too
         # easy to beat.
         family = UntrainedControls(sae, seed)
         for group, chosen in zip(groups, [None, *([role] for role in summary.roles)], strict=True):
@@ -192,7 +192,7 @@ class RowSummary:
         """At most 4,096 rows (n, d_in) float32 of some roles, each role in proportion to its rows.
 
         Raises:
-            SAEError: no row has one of the roles.
+            SAEError: No row has one of the roles.
         """
         chosen = [role for role in self._counts if roles is None or role in roles]
         if not chosen:
@@ -214,7 +214,7 @@ def summarise_rows(batches: Iterable[tuple[Tensor, Tensor | None]], d_in: int) -
         d_in: Expected width.
 
     Raises:
-        SAEError: rows of another width, numbers that are not finite, or no rows.
+        SAEError: Rows of another width, numbers that are not finite, or no rows.
     """
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}

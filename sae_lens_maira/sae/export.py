@@ -1,8 +1,7 @@
-"""The way out: any of our SAEs as a dictionary_learning folder (ae.pt and config.json).
+"""Export an SAE as a dictionary_learning folder (ae.pt and config.json).
 
-That library knows one threshold for all latents and always subtracts b_dec before encoding. An SAE that
-differs there is rewritten into an equal one where that is possible, and refused where it is not. This
-module writes files.
+That library has one threshold for all latents and always subtracts b_dec before encoding. An SAE that
+differs there is rewritten into an equal one where that is possible, and refused where it is not.
 """
 
 import json
@@ -31,20 +30,20 @@ def export_dictionary_learning(
     """Write an SAE so that dictionary_learning's `load_dictionary` opens it as `MatryoshkaBatchTopKSAE`.
 
     Args:
-        sae: what `load_matryoshka` takes: a folder, a JumpReLU SAE with levels, or a training SAE.
-        folder: where to write ae.pt and config.json.
-        k: mean number of active latents; None takes the SAE's own. That library wants a whole number there,
+        sae: What `load_matryoshka` takes: a folder, a JumpReLU SAE with levels, or a training SAE.
+        folder: Output folder of ae.pt and config.json.
+        k: Mean number of active latents; None takes the SAE's own. That library wants a whole number there,
             and uses it in training only.
-        layer: layer number for the configuration; None takes it from the hook's name.
-        lm_name: model name for the configuration; None takes it from the metadata.
-        rescale_latents: allow latents with different thresholds to be scaled to a common one. Reconstructions
-            stay, activations change by a factor per latent.
+        layer: Layer number for the configuration; None takes it from the hook's name.
+        lm_name: Model name for the configuration; None takes it from the metadata.
+        rescale_latents: Allow latents with different thresholds to be scaled to a common one. Reconstructions
+            stay the same, activations change by a factor per latent.
 
     Returns:
         The folder.
 
     Raises:
-        SAEError: the SAE cannot be expressed in that library.
+        SAEError: The SAE cannot be expressed in that library.
     """
     source = load_matryoshka(sae)
     if source.cfg.normalize_activations != "none" or source.cfg.reshape_activations != "none":

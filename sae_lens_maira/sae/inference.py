@@ -46,8 +46,8 @@ class MatryoshkaSAE(JumpReLUSAE):
     Attributes:
         p99: (d_sae,) 99th percentile of each latent over the rows where it is active; None if not recorded. It is the
             unit of steering strengths, set by `sae_lens_maira.load_sae` from latent records, and not saved.
-        latent_names: latent -> explanation, from the same records.
-        records: the `RecordSet` that both come from; None if none was read.
+        latent_names: Latent -> explanation, from the same records.
+        records: The `RecordSet` that both come from; None if none was read.
     """
 
     cfg: MatryoshkaSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride] - narrowed, as SAELens does
@@ -74,7 +74,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         """Number of latents in the prefix of a level.
 
         Raises:
-            SAEError: there is no such level.
+            SAEError: There is no such level.
         """
         try:
             return self.level_widths[operator.index(level)]
@@ -92,7 +92,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         """The level that introduced a latent: 0 for the innermost, for an index or a tensor of indices.
 
         Raises:
-            SAEError: an index is outside 0 .. d_sae - 1.
+            SAEError: An index is outside 0 .. d_sae - 1.
         """
         indices = torch.as_tensor(latent)
         lowest, highest = (int(indices.min()), int(indices.max())) if indices.numel() else (0, 0)
@@ -115,8 +115,8 @@ class MatryoshkaSAE(JumpReLUSAE):
         """Reconstruction (..., d_in) from activations (..., d_sae), or from a level's prefix of them.
 
         Args:
-            feature_acts: activations of all latents; with a level, those of its prefix are enough.
-            level: which prefix to use; None uses all latents.
+            feature_acts: Activations of all latents; with a level, those of its prefix are enough.
+            level: Which prefix to use; None uses all latents.
         """
         if level is None:
             return super().decode(feature_acts)
@@ -178,14 +178,14 @@ def load_matryoshka(
     """Make a `MatryoshkaSAE` from a saved folder or from an SAE in memory.
 
     Args:
-        source: a folder that SAELens wrote (an inference SAE or a training checkpoint), a JumpReLU SAE (its
+        source: A folder that SAELens wrote (an inference SAE or a training checkpoint), a JumpReLU SAE (its
             weights are then shared, not copied), or a training SAE (its weights are copied and its threshold
             becomes JumpReLU's).
-        device: where to load a folder to.
-        dtype: dtype to load a folder in; None keeps the saved one.
+        device: Device to load a folder to.
+        dtype: Dtype to load a folder in; None keeps the saved one.
 
     Raises:
-        SAEError: the folder is damaged, the SAE is not a JumpReLU one, or its metadata name no levels.
+        SAEError: The folder is damaged, the SAE is not a JumpReLU one, or its metadata name no levels.
     """
     sae = source if isinstance(source, SAE) else open_sae(Path(source), device, dtype)
     if isinstance(sae, TrainingSAE):
@@ -201,7 +201,7 @@ def load_matryoshka(
     if widths is None:
         raise SAEError(
             f"The metadata of this SAE names no levels; it has the keys {sorted(sae.cfg.metadata.keys())}. "
-            "If it has none, use it as it is; if you know them, build "
+            "If it has none, use it unchanged; if you know them, build "
             "MatryoshkaSAEConfig(matryoshka_widths=...)."
         )
     facts = sae.cfg.metadata.get(METADATA_KEY) or sae.cfg.metadata.get("training_architecture_details")
@@ -216,15 +216,15 @@ def open_sae(folder: str | Path, device: str = "cpu", dtype: str | None = None) 
     """Open a folder that SAELens wrote, and check it: the one place where SAE folders are read.
 
     Args:
-        folder: folder with cfg.json and sae_weights.safetensors.
-        device: where to load it to.
-        dtype: precision of the weights; None keeps the saved one.
+        folder: Folder with cfg.json and sae_weights.safetensors.
+        device: Device to load it to.
+        dtype: Precision of the weights; None keeps the saved one.
 
     Returns:
         An SAE of the saved class, a `TrainingSAE` for a checkpoint of one under training.
 
     Raises:
-        SAEError: the folder is incomplete, damaged, inconsistent or of an unknown kind, or a weight is NaN or infinite.
+        SAEError: The folder is incomplete, damaged, inconsistent or of an unknown kind, or a weight is NaN or infinite.
     """
     folder = Path(folder)
     config = _read_config(folder)

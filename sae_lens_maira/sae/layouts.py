@@ -26,7 +26,7 @@ from sae_lens_maira.sae.levels import check_widths, widths_from_fractions, width
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
-# Names under which each tensor has been seen. A ".weight" is nn.Linear's and stands the other way round.
+# Names under which each tensor has been seen. A ".weight" is nn.Linear's and is transposed.
 _ALIASES = {
     "W_enc": ("W_enc", "w_enc", "encoder.weight", "encoder"),
     "W_dec": ("W_dec", "w_dec", "decoder.weight", "decoder"),
@@ -42,7 +42,7 @@ _READABLE_CLASSES = ("MatryoshkaBatchTopKSAE", "BatchTopKSAE", "JumpReluAutoEnco
 
 @dataclass(frozen=True)
 class RawSAE:
-    """Weights of a JumpReLU SAE as they were found, turned the right way round."""
+    """Weights of a JumpReLU SAE as they were found, in this package's orientation."""
 
     W_enc: Tensor
     """(d_in, d_sae)"""
@@ -60,24 +60,24 @@ class RawSAE:
     """Mean number of active latents in training, None where nothing names it."""
     apply_b_dec_to_input: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the configuration beside the weights says, as JSON values."""
+    """Configuration stored next to the weights, as JSON values."""
 
 
 def read_sae(path: str | Path, dict_class: str | None = None) -> RawSAE:
-    """Read the SAE in a weights file, with the configuration beside it.
+    """Read the SAE in a weights file, with the configuration next to it.
 
     Args:
-        path: a .pt, .pth, .bin, .ckpt or .safetensors file.
+        path: A .pt, .pth, .bin, .ckpt or .safetensors file.
         dict_class: dictionary_learning's name of the class, for a file that does not say which it is.
 
     Raises:
-        SAEError: the file is damaged, holds more than tensors, or has a layout that is not understood.
+        SAEError: The file is damaged, holds more than tensors, or has a layout that is not understood.
     """
     path = Path(path)
     state, config = read_state(path), read_config(path)
     scale = 1.0
     if isinstance(state.get("ae"), Mapping):
-        # The backup of an interrupted dictionary_learning run. Its biases still live in normalised units.
+        # The backup of an interrupted dictionary_learning run. Its biases are still in normalised units.
         scale = float(state.get("norm_factor") or 1.0)
         config = config or {"trainer": state.get("config") or {}}
         config = config | {"interrupted_at_step": state.get("step")}
@@ -92,7 +92,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """The mapping that a weights file holds.
 
     Raises:
-        SAEError: the file is missing, damaged, or holds more than tensors.
+        SAEError: The file is missing, damaged, or holds more than tensors.
     """
     if not path.is_file():
         raise SAEError(f"{path} is not a file. Give the path of an SAE's weights, such as ae.pt.")
@@ -121,10 +121,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_config(weights: Path) -> dict[str, Any]:
-    """The JSON beside a weights file (config.json, cfg.json or the same stem), {} where there is none.
+    """The JSON next to a weights file (config.json, cfg.json or the same stem), {} where there is none.
 
     Raises:
-        SAEError: the file there is not a JSON object.
+        SAEError: The file there is not a JSON object.
     """
     folders = [weights.parent]
     if weights.parent.name == "checkpoints":
@@ -181,13 +181,13 @@ def _assemble(
     dict_class = config_value(config, "dict_class") or given_class
     if dict_class is not None and dict_class not in _READABLE_CLASSES:
         raise SAEError(
-            f"The configuration beside {path} names the class {dict_class!r}. Only "
+            f"The configuration next to {path} names the class {dict_class!r}. Only "
             f"{', '.join(_READABLE_CLASSES)} "
             "encode with a threshold as JumpReLU does; other kinds are not read here."
         )
     if str(config_value(config, "input_unit_norm")).lower() == "true":
         raise SAEError(
-            f"The configuration beside {path} has input_unit_norm=true: that SAE normalises every row before it "
+            f"The configuration next to {path} has input_unit_norm=true: that SAE normalises every row before it "
             "encodes, which JumpReLU cannot express. Train without it, or use that library's own class."
         )
     found = {name: _first(state, aliases) for name, aliases in _ALIASES.items()}

@@ -33,12 +33,12 @@ def check_widths(widths: Sequence[int], d_sae: int, where: str = "matryoshka_wid
     """Cumulative widths as a tuple, with d_sae appended where the last level is missing.
 
     Args:
-        widths: increasing positive whole numbers, none above d_sae.
-        d_sae: number of latents.
-        where: what to call the widths in an error.
+        widths: Increasing positive whole numbers, none above d_sae.
+        d_sae: Number of latents.
+        where: What to call the widths in an error.
 
     Raises:
-        SAEError: the widths are empty, not increasing, not positive or above d_sae.
+        SAEError: The widths are empty, not increasing, not positive or above d_sae.
     """
     result = [int(width) for width in widths]
     if any(width != original for width, original in zip(result, widths, strict=True)):
@@ -63,7 +63,7 @@ def widths_from_fractions(fractions: Sequence[float], d_sae: int) -> tuple[int, 
     The rounding is dictionary_learning's: each size but the last is int(fraction * d_sae).
 
     Raises:
-        SAEError: the fractions do not sum to 1, or one of them is too small for a single latent.
+        SAEError: The fractions do not sum to 1, or one of them is too small for a single latent.
     """
     if not fractions or not math.isclose(sum(fractions), 1.0, rel_tol=1e-6):
         raise SAEError(

@@ -95,7 +95,7 @@ def locate_sae(sae: SAE[Any], batches: Iterable[LocateBatch], *, seed: int = 0) 
         seed: Random seed of the bootstrap.
 
     Raises:
-        SAEError: there are fewer than two hook points or studies, or a width is not the SAE's.
+        SAEError: There are fewer than two hook points or studies, or a width is not the SAE's.
     """
     sums: dict[tuple[str, str], _StudySums] = {}
     for values, study, kind in batches:

@@ -31,7 +31,7 @@ def nested_reconstructions(
         coefficients: (..., d_sae) factors of the decoder rows.
         W_dec: (d_sae, d_in).
         b_dec: (d_in,).
-        widths: cumulative level widths.
+        widths: Cumulative level widths.
 
     Returns:
         One (..., d_in) tensor per level.
@@ -85,11 +85,11 @@ def per_level_aux_loss(
 
     Args:
         x: (batch, d_in) rows to reconstruct.
-        reconstructions: one (batch, d_in) tensor per level.
+        reconstructions: One (batch, d_in) tensor per level.
         hidden_pre: (batch, d_sae) pre-activations, negative ones included.
         dead: (d_sae,) bool, at least one of them True.
         W_dec: (d_sae, d_in), with unit rows where activations are scaled by the decoder's norms.
-        widths: cumulative level widths.
+        widths: Cumulative level widths.
     """
     k_full = x.shape[-1] // 2
     total, start = x.new_zeros(()), 0
@@ -159,11 +159,11 @@ def geometric_median(points: Tensor, max_iter: int = 100, tol: float = 1e-5) -> 
 
     Args:
         points: (n, d).
-        max_iter: most iterations.
-        tol: stop when the guess moves less than this.
+        max_iter: Most iterations.
+        tol: Stop when the guess moves less than this.
 
     Returns:
-        (d,). A guess that falls exactly on a row is returned as it is: its weight would be infinite.
+        (d,). A guess that falls exactly on a row is returned unchanged: its weight would be infinite.
     """
     guess = points.mean(dim=0)
     for _ in range(max_iter):

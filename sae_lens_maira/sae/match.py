@@ -63,7 +63,7 @@ class LatentMatch:
     Attributes:
         pairs: One row per active latent of the first SAE: latent, level, its partner `match` (-1 where the other SAE
             has fewer latents) with correlation, cosine and score, `found`, and `nearest`, the latent of the other SAE
-            with the highest score whoever else is paired with it, with `nearest_score`.
+            with the highest score whichever other latent is paired with it, with `nearest_score`.
         references: Scores of the pairs of each reference, "shuffled" and "untrained".
         summary: Counts and means.
     """
@@ -122,7 +122,7 @@ def match_latents(
         matrix_bytes: Limit for the matrix of scores.
 
     Raises:
-        SAEError: the rows do not fit the SAEs or each other, no latent fires, or the matrix would be too large.
+        SAEError: The rows do not fit the SAEs or each other, no latent fires, or the matrix would be too large.
     """
     other_rows = rows if other_rows is None else other_rows
     if len(rows) != len(other_rows) or len(rows) < 2:

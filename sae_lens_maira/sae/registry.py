@@ -1,4 +1,4 @@
-"""Make SAELens know this package's architecture and releases; calling it again changes nothing.
+"""Register this package's architecture and releases; calling it again changes nothing.
 
 Classes go through SAELens' public registry. For the release, `SAE.from_pretrained("maira-2-sae", "expansion_4")`,
 SAELens has a public `converter=` argument and three tables that its lookups read, which are not public:
@@ -36,7 +36,7 @@ def register() -> None:
     """Register the architecture "matryoshka" for training and for inference.
 
     Raises:
-        SAEError: another package holds the name.
+        SAEError: Another package holds the name.
     """
     _claim(SAE_CLASS_REGISTRY, (MatryoshkaSAE, MatryoshkaSAEConfig), register_sae_class)
     _claim(
@@ -68,14 +68,14 @@ def maira2_sae_loader(
     """SAELens' loader protocol over a release; also fit for `SAE.from_pretrained(repo, id, converter=...)`.
 
     Args:
-        repo_id: a hub repository or a local path.
+        repo_id: A hub repository or a local path.
         folder_name: "expansion_4", or a part of the path of the SAE's file.
-        device: where the tensors go.
-        force_download: fetch and convert again.
-        cfg_overrides: entries of the configuration to replace; facts about the model go to its metadata.
+        device: Device of the tensors.
+        force_download: Fetch and convert again.
+        cfg_overrides: Entries of the configuration to replace; facts about the model go to its metadata.
 
     Raises:
-        SAEError: as `load_release`.
+        SAEError: As `load_release`.
     """
     folder, overrides = _converted(repo_id, folder_name, force_download, cfg_overrides)
     config, state_dict = loaders.sae_lens_disk_loader(folder, device, overrides)
@@ -112,20 +112,20 @@ def register_release(
     """Make `SAE.from_pretrained(name, "expansion_{n}")` work, in this process.
 
     Args:
-        name: the release's name in SAELens.
-        path_or_repo: its hub repository, or a local copy.
-        expansions: the values of d_sae / d_in it holds.
-        model_name: the model its activations come from.
+        name: The release's name in SAELens.
+        path_or_repo: Its hub repository, or a local copy.
+        expansions: The values of d_sae / d_in it holds.
+        model_name: The model its activations come from.
 
     Raises:
-        SAEError: SAELens has a release of that name that lies elsewhere.
+        SAEError: SAELens has a release of that name at another place.
     """
     loaders.NAMED_PRETRAINED_SAE_LOADERS.setdefault(LOADER_NAME, maira2_sae_loader)
     loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS.setdefault(LOADER_NAME, maira2_sae_config)
     directory = get_pretrained_saes_directory()
     if name in directory and directory[name].conversion_func != LOADER_NAME:
         raise SAEError(
-            f"SAELens already knows a release {name!r} at {directory[name].repo_id}. Register ours under "
+            f"SAELens already has a release {name!r} at {directory[name].repo_id}. Register ours under "
             "another name."
         )
     ids = [f"expansion_{expansion}" for expansion in expansions]

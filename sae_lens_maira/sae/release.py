@@ -41,7 +41,7 @@ _CONVERTER_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseRequest:
-    """Which SAE of a release, and what to record where it is silent; the fields are those of `load_release`."""
+    """Which SAE of a release, and what to record where it does not say; the fields are those of `load_release`."""
 
     path_or_repo: str | Path = MAIRA2_RELEASE
     expansion: float | None = 4
@@ -80,7 +80,7 @@ def load_release(
             again. `local_files_only`: do not ask the hub, use its cache.
 
     Raises:
-        SAEError: nothing or too much fits, or the file is damaged, unsafe or not understood.
+        SAEError: Nothing or too much fits, or the file is damaged, unsafe or not understood.
     """
     return load_matryoshka(
         convert_release(_request(path_or_repo, expansion, request)), device=device, dtype=dtype
@@ -96,7 +96,7 @@ def resolve_sae(name_or_folder: str | Path, expansion: float | None = 4, **reque
         **request: As in `load_release`.
 
     Raises:
-        SAEError: as `load_release`.
+        SAEError: As `load_release`.
     """
     folder = Path(name_or_folder)
     if (folder / SAE_CFG_FILENAME).is_file():
@@ -123,7 +123,7 @@ def convert_release(request: ReleaseRequest) -> Path:
     """The SAELens folder in the cache that holds the SAE asked for, converted now if it was not there.
 
     Raises:
-        SAEError: as `load_release`.
+        SAEError: As `load_release`.
     """
     chosen = find_sae(request)
     details = (
@@ -142,7 +142,7 @@ def find_sae(request: ReleaseRequest) -> Candidate:
     """The file of the SAE asked for, downloaded if the release is on the hub.
 
     Raises:
-        SAEError: nothing or too much fits, or the hub cannot be reached.
+        SAEError: Nothing or too much fits, or the hub cannot be reached.
     """
     root = Path(request.path_or_repo)
 
@@ -201,7 +201,7 @@ def _from_hub(request: ReleaseRequest, choice: Callable[[Path], Candidate]) -> C
             except SAEError:
                 if set(wanted) == set(all_weights):
                     raise
-        # Names and configurations misled, or nothing fits: shapes decide, and the message lists all there is.
+        # Names and configurations were wrong, or nothing fits: shapes decide, and the message lists all there is.
         return choice(Path(fetch(allow_patterns=[*all_weights, *small])))
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, SAEError):
@@ -281,7 +281,7 @@ def hook_of(facts: dict[str, Any], where: str) -> tuple[str, str]:
     output of block n - 1. The first is assumed and recorded; `sae-lens-maira locate` can check it.
 
     Raises:
-        SAEError: the configuration names a submodule that is not a hook point known here.
+        SAEError: The configuration names a submodule that is not a hook point known here.
     """
     layer = config_value(facts, "layer")
     submodule = str(config_value(facts, "submodule_name", "hook_name", "hook_point") or "")
@@ -327,7 +327,7 @@ def _build_once(folder: Path, build: Callable[[Path], None], rebuild: bool = Fal
     """The folder, built by `build` if it is not there. Interrupted builds leave nothing under its name.
 
     Raises:
-        SAEError: the cache cannot be written to.
+        SAEError: The cache cannot be written to.
     """
     if folder.is_dir() and not rebuild:
         return folder

@@ -1,8 +1,8 @@
-"""What a model loses when an SAE's reconstruction takes the place of its activations.
+"""Loss of a model whose activations are replaced by an SAE's reconstruction.
 
     loss recovered = (CE_ablated - CE_spliced) / (CE_ablated - CE_clean)
 
-1 means that the model does not notice, 0 that the reconstruction is no better than zeros (or the mean) there.
+1 means that the loss is unchanged, 0 that the reconstruction is no better than zeros (or the mean) there.
 Positions are replaced and targets counted separately: replace image positions only, count report tokens only.
 `evaluate_splice` takes any causal model of transformers; `hooks` has a run that repeats MAIRA-2's upper layers only.
 """
@@ -36,7 +36,7 @@ class SpliceBatch:
     labels: Tensor
     """(B, L) token ids where the token is a target, -100 elsewhere; not shifted, as in transformers."""
     roles: Tensor | None = None
-    """(B, L) token roles, None where positions are not told apart."""
+    """(B, L) token roles, None where positions are not distinguished."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class SpliceRun(Protocol):
 
     @property
     def roles(self) -> Tensor | None:
-        """(B, L), or None where positions are not told apart."""
+        """(B, L), or None where positions are not distinguished."""
         ...
 
     @property
@@ -116,22 +116,22 @@ def evaluate_splice(
 
     Args:
         model: A causal model of transformers; logits are computed where a target is predicted, without a cache.
-        module: the submodule whose output (B, L, d_in), or first output, the SAE reconstructs.
+        module: The submodule whose output (B, L, d_in), or first output, the SAE reconstructs.
         batches: `SpliceBatch`es or tuples (model_inputs, labels, roles).
-        sae: any SAELens SAE.
+        sae: Any SAELens SAE.
         baseline: SAE to compare with, such as `make_control("untrained", sae, rows)`, or one per set of positions.
-        positions: name -> roles whose positions are replaced, None for every position that the attention mask
+        positions: Name -> roles whose positions are replaced, None for every position that the attention mask
             keeps. Default {"all": None}. An SAE should be judged on the roles that it was trained on.
-        levels: which levels to splice; None means all.
-        ablation: what stands for "no information": zeros, or the mean of the replaced positions of the batch.
+        levels: Which levels to splice; None means all.
+        ablation: What counts as "no information": zeros, or the mean of the replaced positions of the batch.
 
     Returns:
         One record per SAE, set of positions and level. The cost is one forward pass per batch, one more per set
         of positions, and one more per SAE, set and level.
 
     Raises:
-        HookError: the module did not run, or its output is not (B, L, d).
-        SAEError: the SAE has another d_in, or no target or no position remains.
+        HookError: The module did not run, or its output is not (B, L, d).
+        SAEError: The SAE has another d_in, or no target or no position remains.
     """
     runs = (
         ModuleRun(model, module, entry if isinstance(entry, SpliceBatch) else SpliceBatch(*entry))
@@ -153,7 +153,7 @@ def evaluate_runs(
     levels: Sequence[int] | None = None,
     ablation: Literal["zero", "mean"] = "zero",
 ) -> SpliceEvaluation:
-    """`evaluate_splice` of runs that know how to repeat themselves; an SAE encodes each position once.
+    """`evaluate_splice` of runs that can be repeated; an SAE encodes each position once.
 
     Args:
         runs: The batches; one is held at a time.

@@ -1,4 +1,4 @@
-"""A Matryoshka BatchTopK SAE under training: SAELens' trainer drives it, three loss conventions fit into it.
+"""A Matryoshka BatchTopK SAE under training: trained by SAELens' trainer, with one of three loss conventions.
 
     f = BatchTopK(h n),  h = (x - b_dec) W_enc + b_enc,  n = |W_dec[j]| or 1
     L = sum_i weight_i L_i + aux
@@ -51,7 +51,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         if self.has_unit_decoder:
-            # -1 marks "never set": the first minimum is then taken as it is, and a gate at -1 passes every
+            # -1 marks "never set": the first minimum is then used unchanged, and a gate at -1 passes every
             # ReLU output.
             self.topk_threshold.fill_(-1.0)
             silent = torch.zeros(cfg.d_sae, dtype=torch.long, device=self.W_dec.device)
@@ -139,7 +139,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
         Args:
             feature_acts: (batch, d_sae) selected activations.
-            n_training_steps: steps completed before this one.
+            n_training_steps: Steps completed before this one.
         """
         if not self.has_unit_decoder:
             self.update_topk_threshold(feature_acts)
@@ -158,7 +158,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         self.topk_threshold = (1 - rate) * self.topk_threshold + rate * lowest
 
     def dead_latents(self, step_input: TrainStepInput) -> Tensor | None:
-        """(d_sae,) bool mask of dead latents by the convention's own rule, None where nobody counts."""
+        """(d_sae,) bool mask of dead latents by the convention's own rule, None where they are not counted."""
         if self.has_unit_decoder:
             return self.tokens_since_fired >= self.cfg.dead_after_tokens
         return step_input.dead_neuron_mask

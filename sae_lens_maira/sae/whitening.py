@@ -45,7 +45,7 @@ def pca_whitening(moments: Moments) -> ActivationWhitening:
     """SAELens' whitening of rows known by their moments.
 
     Raises:
-        SAEError: fewer than two rows, or a value that is not finite.
+        SAEError: Fewer than two rows, or a value that is not finite.
     """
     mean, axes, scale = _spectrum(moments)
     return ActivationWhitening(
@@ -58,16 +58,16 @@ def symmetric_whitening(rows: Tensor, chunk: int = 65536) -> tuple[Tensor, Tenso
 
     Args:
         rows: (n, d_in).
-        chunk: rows turned to float64 at once.
+        chunk: Rows turned to float64 at once.
 
     Raises:
-        SAEError: there are not more rows than dimensions, so that some direction has no variance to speak of, or a
+        SAEError: There are not more rows than dimensions, so that some direction has almost no variance, or a
             value is not finite.
     """
     if rows.ndim != 2 or len(rows) <= rows.shape[-1]:
         raise SAEError(
             f"Rows of shape {tuple(rows.shape)} cannot be whitened: (n, d_in) with n above d_in was expected, since a "
-            "direction in which the rows do not vary would be blown up. Give more rows."
+            "direction in which the rows do not vary would be amplified without bound. Give more rows."
         )
     moments = Moments.none(rows.shape[1], rows.device)
     for part in rows.split(chunk):
@@ -81,8 +81,8 @@ def _spectrum(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
     count, total, outer = moments.count, moments.total, moments.outer
     if count < 2 or not bool(torch.isfinite(outer).all()):
         raise SAEError(
-            f"The covariance of {int(count)} rows cannot be had: two or more rows of finite values were expected. Drop "
-            "or repair rows with NaN or infinity where activations are harvested."
+            f"The covariance of {int(count)} rows cannot be computed: two or more rows of finite values were expected. "
+            "Drop or repair rows with NaN or infinity where activations are harvested."
         )
     mean = total / count
     variances, axes = torch.linalg.eigh((outer - count * torch.outer(mean, mean)) / (count - 1))

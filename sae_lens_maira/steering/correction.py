@@ -1,4 +1,4 @@
-"""Correct a model's errors with latents: damp those behind false statements, amplify those of missed findings.
+"""Correct a model's errors with latents: damp those that cause false statements, amplify those of missed findings.
 
     h' = h + sum_suppress -share a_j W_j + sum_boost (factor - 1) a_j W_j          at the frontal patches
 

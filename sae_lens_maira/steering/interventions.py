@@ -70,7 +70,7 @@ class LatentIntervention(Intervention):
 
     Attributes:
         latents: Indices of the latents; or
-        level: a Matryoshka level.
+        level: A Matryoshka level.
         unit: "p99" measures strengths in the latent's 99th percentile, "raw" in activations.
         if_active: Leave a latent alone where it is 0.
         if_latent: (j, t): act only where latent j exceeds t, in the same unit.
@@ -121,7 +121,7 @@ class Add(LatentIntervention):
     """Add to the activation. It may become negative, which pushes against the direction."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A + s w u."""
+        """Compute a + s w u."""
         return acts + strength * weight
 
 
@@ -130,7 +130,7 @@ class SetTo(LatentIntervention):
     """Replace the activation. Strength 0 does the same as `Ablate`."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """S w u."""
+        """Compute s w u."""
         return strength * weight
 
     @property
@@ -144,7 +144,7 @@ class AtLeast(LatentIntervention):
     """Raise the activation to a minimum. Strength 0 changes nothing."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """max(a, s w u)."""
+        """Compute max(a, s w u)."""
         return torch.maximum(acts, strength * weight)
 
 
@@ -153,7 +153,7 @@ class AtMost(LatentIntervention):
     """Limit the activation to a maximum."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A + w (min(a, s u) - a)."""
+        """Compute a + w (min(a, s u) - a)."""
         return acts + weight * (torch.minimum(acts, strength) - acts)
 
     @property
@@ -167,7 +167,7 @@ class Scale(LatentIntervention):
     """Multiply the activation by the strength; 1 changes nothing."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A + w (s a - a)."""
+        """Compute a + w (s a - a)."""
         return acts + weight * (strength * acts - acts)
 
     @property
@@ -186,7 +186,7 @@ class Ablate(LatentIntervention):
     """Remove the activation. The strength is the share that is removed; 1 removes all of it."""
 
     def change(self, acts: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A - w s a."""
+        """Compute a - w s a."""
         return acts - weight * strength * acts
 
     @property

@@ -265,7 +265,7 @@ class SharedPrompts:
     ) -> list[float]:
         """Perplexity of a report for each study under the unsteered model.
 
-        A text gets an end token; ids are taken as they are, because a report that was cut has no end token.
+        A text gets an end token; ids are used unchanged, because a report that was cut has no end token.
         """
         found: dict[int, float] = {}
         ids_of = [self._tokens(report) for report in reports]

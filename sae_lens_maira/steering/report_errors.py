@@ -24,12 +24,12 @@ def error_changes(
     """Compare the errors of steered and unsteered reports.
 
     Args:
-        reports: method -> report per study.
-        unsteered: report per study without steering.
+        reports: Method -> report per study.
+        unsteered: Report per study without steering.
         studies: Studies of the reports, in their order.
-        reader: reader of findings whose `statements` are counted.
-        finding: the steered finding, which is left out with both of its sides; None counts all.
-        seed: random seed of the bootstrap over studies.
+        reader: Reader of findings whose `statements` are counted.
+        finding: The steered finding, which is left out with both of its sides; None counts all.
+        seed: Random seed of the bootstrap over studies.
 
     Returns:
         Columns method, measure, before, after, change, low, high, against ("truth" or "report"), and unreadable: the

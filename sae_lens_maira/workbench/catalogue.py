@@ -17,7 +17,7 @@ SHOWN = 50
 
 
 class Catalogue:
-    """What is known of the latents.
+    """Names, maps and tokens of the latents.
 
     Args:
         sae: The SAE; `sae.latent_names` holds names, if there are any.

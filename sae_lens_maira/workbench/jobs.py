@@ -65,7 +65,7 @@ class Job:
             return None
 
     def _emit(self, event: dict[str, Any]) -> None:
-        with suppress(RuntimeError):  # The server has stopped, so nobody reads.
+        with suppress(RuntimeError):  # The server has stopped, so no reader is left.
             self._loop.call_soon_threadsafe(self._events.put_nowait, (event["event"], to_line(event)))
 
 

@@ -3,7 +3,7 @@
     GET  /                         the page                 POST /api/run       write a report, streamed
     GET  /static/NAME              its script and style     POST /api/explain   attribute a sentence
     GET  /api/overview, /api/study, /api/image, /api/latents, /api/latent
-    POST /api/upload               a film, kept in memory   POST /api/export    files that reproduce a run
+    POST /api/upload               an image, kept in memory  POST /api/export    files that reproduce a run
 
 Every request needs the token, a known Host, and if it names an Origin, its own. Streams are lines of JSON. Nothing is
 cached by the browser, and the page may load from nowhere else.
@@ -54,7 +54,7 @@ def make_app(
     Args:
         session: Model, SAE and studies.
         token: What every request must carry, in the header `X-Token` or as the query parameter `token`.
-        allowed_hosts: Host names beside this machine's own, for a proxy that forwards to the workbench.
+        allowed_hosts: Host names in addition to this machine's own, for a proxy that forwards to the workbench.
         frames: Origins that may show the page inside theirs, such as "http://localhost:8888"; none if empty.
     """
     jobs = JobQueue()

@@ -39,7 +39,7 @@ Stopped = Callable[[], bool]
 
 
 class Cancelled(Exception):
-    """The page that asked for a run has gone, or cancelled it."""
+    """The page that started a run was closed, or cancelled it."""
 
 
 @dataclass
@@ -234,7 +234,7 @@ class Session:
 
     @torch.no_grad()
     def _perplexity(self, prompt: Maira2Encoding, new: torch.Tensor) -> float:
-        """Perplexity of the written tokens, as they are, under the unsteered model."""
+        """Perplexity of the written tokens under the unsteered model."""
         model: Any = self.hooked.model
         encoding = prompt.extend(new).to(model.device, model.dtype)
         kept = new.shape[1] + 1

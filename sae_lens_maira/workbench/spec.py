@@ -1,4 +1,4 @@
-"""What one run of the workbench asks for, checked, and the interventions that it means."""
+"""Validated settings of one workbench run, and its interventions."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -76,7 +76,7 @@ class RunSpec:
         )
 
     def interventions(self, maps: Mapping[int, torch.Tensor]) -> list[Intervention]:
-        """What is done to the stream; empty if no slider is set.
+        """Interventions on the stream; empty if no slider is set.
 
         Args:
             maps: Latent -> (rows, cols) mean map in the view, for the place "map".

@@ -75,7 +75,7 @@ def test_boxes_outside_the_image_are_refused(with_prior):
 
 
 def test_a_comparison_with_itself_changes_nothing(hooked, study, sae):
-    """Same study twice: the same report, no latent changes; with its film replaced both change."""
+    """Same study twice: the same report, no latent changes; with its image replaced both change."""
     same = compare(hooked, study, study, sae, max_new_tokens=40)
     assert same.before == same.after
     assert same.latents is not None

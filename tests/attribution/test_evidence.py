@@ -36,7 +36,7 @@ def test_evidence_is_the_drop_under_a_hook(hooked, study):
 
 
 def test_a_flat_image_brings_nothing_beyond_its_mean(hooked, study):
-    """With one patch value everywhere the stream differs by position only; far less is lost than on a real film."""
+    """With one patch value everywhere the stream differs by position only; far less is lost than on a real image."""
     real = image_evidence(hooked, study, "blocks.0.hook_resid_post", report="teacher")
     image = (
         torch.linspace(0, 1, 128 * 128).reshape(128, 128).numpy()

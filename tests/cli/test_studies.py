@@ -115,7 +115,7 @@ def test_validate_exits_by_what_it_finds(phantom_folder, capsys, tmp_path) -> No
 
 
 def test_an_image_the_model_could_not_read_is_unreadable(tmp_path, capsys) -> None:
-    """A constant film decodes, but the model's contrast stretch refuses it; so does validate."""
+    """A constant image decodes, but the model's contrast stretch refuses it; so does validate."""
     Image.new("L", (9, 9), 7).save(tmp_path / "flat.png")
     (tmp_path / "flat.txt").write_text(REPORT)
     words = ["--source", "folder", "--images", str(tmp_path), "--out", str(tmp_path / "t.parquet")]

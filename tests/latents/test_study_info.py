@@ -12,20 +12,20 @@ from sae_lens_maira.studies import Finding, Licence, Study
 
 @pytest.fixture
 def wide() -> Study:
-    """A film twice as wide as high, with a white square that its box surrounds."""
-    film = np.zeros((100, 200), np.uint8)
-    film[20:40, 60:90] = 255
+    """A image twice as wide as high, with a white square that its box surrounds."""
+    image = np.zeros((100, 200), np.uint8)
+    image[20:40, 60:90] = 255
     box = (60 / 200, 20 / 100, 90 / 200, 40 / 100)
     return Study(
         study_id="s",
         patient_id="p",
-        frontal=film,
+        frontal=image,
         licence=Licence.SYNTHETIC,
         truth=(Finding(name="nodule", box=box),),
     )
 
 
-def test_a_kept_film_and_its_boxes_share_one_frame(wide: Study, tmp_path):
+def test_a_kept_image_and_its_boxes_share_one_frame(wide: Study, tmp_path):
     """The box of the entry surrounds the white square of the saved crop, and cropping again moves neither."""
     kept = save_images(wide, "s", tmp_path, side=518)
     entry = study_info(wide, Pseudonyms(), ["nodule"], "truth", kept)
@@ -43,6 +43,6 @@ def test_a_kept_film_and_its_boxes_share_one_frame(wide: Study, tmp_path):
     assert boxes[0][1:] == pytest.approx(tuple(box))
 
 
-def test_boxes_stay_on_the_whole_film_where_none_is_kept(wide: Study):
+def test_boxes_stay_on_the_whole_image_where_none_is_kept(wide: Study):
     entry = study_info(wide, Pseudonyms(), ["nodule"], "truth", ())
     assert entry.boxes[0][1:] == pytest.approx((0.3, 0.2, 0.45, 0.4))

@@ -8,5 +8,5 @@ from sae_lens_maira.studies import Study
 
 @pytest.fixture(scope="session")
 def many_studies() -> list[Study]:
-    """2,000 studies with tiny films: text and truth do not depend on the size."""
+    """2,000 studies with tiny images: text and truth do not depend on the size."""
     return generate_studies(2000, seed=7, size=32)

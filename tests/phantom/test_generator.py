@@ -1,4 +1,4 @@
-"""Films and truth: determinism, independence of n and size, prevalence, every finding visible in its box."""
+"""Images and truth: determinism, independence of n and size, prevalence, every finding visible in its box."""
 
 import hashlib
 from itertools import combinations
@@ -14,7 +14,7 @@ from sae_lens_maira.phantom import (
     iterate_studies,
     truth_labels,
 )
-from sae_lens_maira.phantom.anatomy import draw_body, draw_exposure, frontal_film
+from sae_lens_maira.phantom.anatomy import draw_body, draw_exposure, frontal_image
 from sae_lens_maira.phantom.canvas import Canvas
 from sae_lens_maira.phantom.lesions import DRAW_ORDER, HEART_SCALE, Lesion, lesion_box, paint
 from sae_lens_maira.phantom.sampling import split_key
@@ -47,7 +47,7 @@ LESIONS = [
 ]
 
 
-def films(study: Study) -> list[np.ndarray]:
+def images(study: Study) -> list[np.ndarray]:
     return [f for f in (study.frontal, study.lateral, study.prior_frontal) if isinstance(f, np.ndarray)]
 
 
@@ -63,18 +63,18 @@ def test_a_study_depends_on_seed_and_index_alone() -> None:
     for other in (in_list, from_start, streamed):
         assert texts(other) == texts(alone)
         assert other.truth == alone.truth
-        assert all(np.array_equal(a, b) for a, b in zip(films(other), films(alone), strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(images(other), images(alone), strict=True))
     assert (alone.split, from_start.split) == (None, "test")
     assert texts(generate_study(4, 7, size=64)) != texts(alone)
 
 
 def test_size_changes_the_film_and_nothing_else() -> None:
-    """Continuous coordinates: the 224 px film, averaged 2x2, is the 112 px film up to grain."""
+    """Continuous coordinates: the 224 px image, averaged 2x2, is the 112 px image up to grain."""
     for index in range(6):
         small, large = generate_study(5, index, size=112), generate_study(5, index, size=224)
         assert texts(small) == texts(large)
         assert small.truth == large.truth
-        for a, b in zip(films(small), films(large), strict=True):
+        for a, b in zip(images(small), images(large), strict=True):
             assert b.shape == (224, 224)
             assert b.dtype == np.uint8
             pooled = b.reshape(112, 2, 112, 2).mean(axis=(1, 3)).ravel()
@@ -82,21 +82,21 @@ def test_size_changes_the_film_and_nothing_else() -> None:
 
 
 def test_the_real_processors_size_renders() -> None:
-    film = generate_study(5, 0, size=518).frontal
-    assert isinstance(film, np.ndarray)
-    assert film.shape == (518, 518)
-    assert film.std() > 30
+    image = generate_study(5, 0, size=518).frontal
+    assert isinstance(image, np.ndarray)
+    assert image.shape == (518, 518)
+    assert image.std() > 30
 
 
 def test_what_the_shipped_model_was_trained_on_is_frozen() -> None:
-    """Texts and truths of 60 studies, mean grey of six films: to change them is to train again."""
+    """Texts and truths of 60 studies, mean grey of six images: to change them is to train again."""
     lines = []
     for study in generate_studies(60, seed=11, size=32):
         truth = ";".join(f"{f.key},{f.side},{f.size},{f.change}" for f in study.truth or ())
         lines.append("|".join(str(text) for text in texts(study)) + "|" + truth)
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert digest == "4c09c61c9a8f321c934c399651d6f121de855e6017c2c6c5561f1ecc29cd3d8b"
-    means = [films(study)[0].mean() for study in generate_studies(6, seed=11)]
+    means = [images(study)[0].mean() for study in generate_studies(6, seed=11)]
     np.testing.assert_allclose(means, [122.03, 137.105, 143.226, 116.716, 124.173, 129.809], atol=0.05)
 
 
@@ -158,22 +158,22 @@ def test_boxes_belong_to_present_findings_on_the_right_side(many_studies: list[S
                 assert (finding.box[0] + finding.box[2] > 1) == (finding.side == "left")
 
 
-def two_films(lesion: Lesion, seed: int, size: int = 112) -> tuple[np.ndarray, Box | None]:
+def two_images(lesion: Lesion, seed: int, size: int = 112) -> tuple[np.ndarray, Box | None]:
     """Noise-free difference a finding makes, in grey of 0..1, and its box."""
     rng = np.random.default_rng(seed)
     body, exposure = draw_body(rng), draw_exposure(rng)
     canvas = Canvas(size, exposure.shift, exposure.scale, exposure.angle)
-    without, fields = frontal_film(canvas, body, 1.0, 1.0)
-    film, fields = frontal_film(canvas, body, HEART_SCALE if lesion.name == "cardiomegaly" else 1.0, 1.0)
-    paint(film, lesion, fields, rng)
-    return film - without, lesion_box(lesion, fields)
+    without, fields = frontal_image(canvas, body, 1.0, 1.0)
+    image, fields = frontal_image(canvas, body, HEART_SCALE if lesion.name == "cardiomegaly" else 1.0, 1.0)
+    paint(image, lesion, fields, rng)
+    return image - without, lesion_box(lesion, fields)
 
 
 @pytest.mark.parametrize("lesion", LESIONS, ids=lambda x: f"{x.name}-{x.side}-{x.size}-{x.variant}")
 def test_a_finding_shows_plainly_and_inside_its_box(lesion: Lesion) -> None:
     """At 112 px: well above the grain (about 0.02), three quarters of the change inside, no loose box."""
     for seed in range(3):
-        delta, box = two_films(lesion, seed)
+        delta, box = two_images(lesion, seed)
         assert box is not None
         changed = np.abs(delta)
         axis = (np.arange(112) + 0.5) / 112
@@ -190,7 +190,7 @@ def test_a_finding_shows_plainly_and_inside_its_box(lesion: Lesion) -> None:
 
 
 def test_oedema_is_bilateral_and_unboxed() -> None:
-    delta, box = two_films(Lesion("oedema"), 0)
+    delta, box = two_images(Lesion("oedema"), 0)
     assert box is None
     left, right = delta[:, 56:].clip(0).sum(), delta[:, :56].clip(0).sum()
     assert min(left, right) > 0.6 * max(left, right)
@@ -202,7 +202,7 @@ def test_one_size_step_can_be_seen(name: str) -> None:
     """The area that a finding changes grows by at least a third from one size to the next."""
     areas = []
     for size in ("small", "moderate", "large"):
-        delta, _ = two_films(Lesion(name, "right", size, d=0.22, v=0.44), 1)
+        delta, _ = two_images(Lesion(name, "right", size, d=0.22, v=0.44), 1)
         areas.append(int((np.abs(delta) > 0.06).sum()))
     assert areas[1] > 1.33 * areas[0]
     assert areas[2] > 1.33 * areas[1]

@@ -45,13 +45,13 @@ def test_loaders_take_its_name():
 
 
 @pytest.mark.compat
-def test_reads_a_real_film(phantom):
-    """The chest film of pydicom-data goes through processor and model; the phantom was never meant to understand it."""
+def test_reads_a_real_image(phantom):
+    """The chest image of pydicom-data goes through processor and model; the phantom cannot understand it."""
     pydicom_data = pytest.importorskip("pydicom.data")
-    film = pydicom_data.get_testdata_file("RG1_UNCR.dcm", download=False)
-    assert film is not None, "install pydicom-data"
+    image = pydicom_data.get_testdata_file("RG1_UNCR.dcm", download=False)
+    assert image is not None, "install pydicom-data"
     from sae_lens_maira.studies import Study
 
-    study = Study(study_id="film", patient_id="film", frontal=film)
+    study = Study(study_id="image", patient_id="image", frontal=image)
     (report,) = generate_reports(phantom.model, phantom.processor, study)
     assert report.text.strip()

@@ -12,7 +12,7 @@ from sae_lens_maira.steering.maps import LatentMap
 
 def test_the_rule_counts_excess_off_target_three_times():
     """On minus off below the allowance; above it the excess counts twice more; of equal gains the weaker strength."""
-    mean = Candidate(names.MAPS, "whole film", (), LatentMap((0,), torch.ones(4, 1), (2, 2)))
+    mean = Candidate(names.MAPS, "whole image", (), LatentMap((0,), torch.ones(4, 1), (2, 2)))
     one = replace(mean, kind=names.EXEMPLAR, studies=(3,))
     assert Trial(mean, 1.0, 0.9, 0.05).gain == pytest.approx(0.85)
     assert Trial(mean, 1.0, 0.9, 0.16).gain == pytest.approx(0.54)

@@ -392,7 +392,7 @@ def test_published_release_is_registered():
     lookup = get_pretrained_saes_directory()["maira-2-sae"]
     assert lookup.repo_id == "microsoft/maira-2-sae"
     assert set(lookup.saes_map) == {"expansion_2", "expansion_4", "expansion_8"}
-    with pytest.raises(SAEError, match="already knows"):
+    with pytest.raises(SAEError, match="already has"):
         register_release("gpt2-small-res-jb")
 
 

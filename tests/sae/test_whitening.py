@@ -62,7 +62,7 @@ def test_too_few_rows_are_refused(shape):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_are_refused(bad, rows):
     rows[3, 3] = bad
-    with pytest.raises(SAEError, match="1000 rows cannot be had"):
+    with pytest.raises(SAEError, match="1000 rows cannot be computed"):
         symmetric_whitening(rows)
     with pytest.raises(SAEError, match="of 1 rows"):
         pca_whitening(moments(rows[:1]))

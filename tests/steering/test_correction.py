@@ -1,4 +1,4 @@
-"""Correction: twins move the stream as much, counts and F1 by hand, multiplied latents leave empty films alone."""
+"""Correction: twins move the stream as much, counts and F1 by hand, multiplied latents leave empty images alone."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_twins_move_the_stream_as_much():
 
 
 def test_ranking_leaves_the_anatomy_out(phantom, few):
-    """Of three units the one that every film excites is left out, however much it differs; the specific one stays."""
+    """Of three units the one that every image excites is left out, however much it differs; the specific one stays."""
     rows = read_rows(phantom, few, HOOK, RowSettings(roles="image_only"), progress=False)
     wrong = np.array([True, True, False, False])
     # What the units say of a patch stands in for the stream, and the encoder hands it on.

@@ -25,7 +25,7 @@ SHAPE = (8, 8)
 
 
 def test_the_place_is_the_boxes_and_a_margin():
-    """A box of two by one patches, with no margin 2 patches, with one 4 by 3; no box is the whole film."""
+    """A box of two by one patches, with no margin 2 patches, with one 4 by 3; no box is the whole image."""
     box = (0.26, 0.26, 0.49, 0.37)
     assert boxes_place([box], SHAPE, margin=0).sum() == 2
     grown = boxes_place([box], SHAPE).reshape(SHAPE)

@@ -82,7 +82,7 @@ def test_nothing_is_loaded(run, few):
 
 
 def test_credentialed_studies_are_left_out(run, few):
-    """Neither film, id nor text of a credentialed study is on the page, unless asked for; a synthetic one is."""
+    """Neither image, id nor text of a credentialed study is on the page, unless asked for; a synthetic one is."""
     private = [replace(study, licence=Licence.CREDENTIALED) for study in few[:3]] + [few[3]]
     text = write_page(run, "oedema", private).read_text(encoding="utf-8")
     assert text.count('class="image"') == 1

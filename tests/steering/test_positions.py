@@ -66,7 +66,7 @@ def test_combinations(encodings):
 
 
 def test_grid_lands_on_its_patches(encodings):
-    """A weight at (2, 5) reaches the token of row 2, column 5 of the frontal film only."""
+    """A weight at (2, 5) reaches the token of row 2, column 5 of the frontal image only."""
     grid = torch.zeros(8, 8)
     grid[2, 5] = 0.7
     encoding = encodings[0]
@@ -76,10 +76,10 @@ def test_grid_lands_on_its_patches(encodings):
 
 
 def test_boxes_and_masks():
-    """Shares of patches by hand: a quarter box, a half-covered column, a box on a wide film, a painted corner."""
+    """Shares of patches by hand: a quarter box, a half-covered column, a box on a wide image, a painted corner."""
     assert torch.equal(box_grid((0.0, 0.0, 0.5, 0.5), (2, 2)), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     torch.testing.assert_close(box_grid((0.25, 0.0, 0.75, 1.0), (1, 2)), torch.tensor([[0.5, 0.5]]))
-    # A film twice as wide as high: its central half is what the model sees.
+    # A image twice as wide as high: its central half is what the model sees.
     torch.testing.assert_close(
         box_grid((0.25, 0, 0.5, 1), (1, 2), image=(100, 200)), torch.tensor([[1.0, 0.0]])
     )

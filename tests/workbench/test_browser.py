@@ -119,13 +119,13 @@ def test_an_experiment_from_opening_to_export(page, tmp_path):
     assert driver.execute_script("return workbench.sliders[1].strength") == pytest.approx(4.0)
 
     find("#brush").click()
-    film = find("#film")
-    ActionChains(driver).move_to_element_with_offset(film, -60, 40).click_and_hold().move_by_offset(
+    radiograph = find("#radiograph")
+    ActionChains(driver).move_to_element_with_offset(radiograph, -60, 40).click_and_hold().move_by_offset(
         90, 30
     ).release().perform()
     painted = driver.execute_script("return workbench.masks.frontal.filter(Boolean).length")
     assert painted > 3
-    film.send_keys(
+    radiograph.send_keys(
         Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_UP, " "
     )  # by keyboard too
     assert driver.execute_script("return workbench.masks.frontal.filter(Boolean).length") > painted
@@ -185,7 +185,7 @@ def test_an_experiment_from_opening_to_export(page, tmp_path):
 
 
 def test_a_session_opens_again_and_errors_are_shown(page, tmp_path):
-    """A session file restores study, sliders and mask; a foreign file and a film that is none give a message."""
+    """A session file restores study, sliders and mask; unreadable files give a message."""
     driver, _running = page
     wait(driver, "globalThis.workbench && workbench.about")
     other = driver.execute_script("return workbench.studies[2].id")

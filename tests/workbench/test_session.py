@@ -197,7 +197,7 @@ def test_exports_leave_out_texts_that_may_not_be_shared(session, first, licence)
     assert "SECRET TEXT" in json.dumps(opened)
 
 
-def test_a_dropped_film_stays_in_memory(session, tmp_path, monkeypatch):
+def test_a_dropped_image_stays_in_memory(session, tmp_path, monkeypatch):
     """A PNG and a DICOM file are read without a file; they are credentialed and only the newest few are kept."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     buffer = io.BytesIO()

@@ -85,7 +85,7 @@ async function choose(id) {
   $("licence").textContent = `Licence of this study: ${about.licence}.${uploaded}`;
   $("views").replaceChildren(...about.views.map((view) => {
     const button = el("button", view, { type: "button" });
-    button.onclick = () => { state.view = view; drawFilm(); };
+    button.onclick = () => { state.view = view; drawRadiograph(); };
     return button;
   }));
   const names = { prior_image: "prior image", prior_report: "prior report", lateral: "lateral image", indication: "indication" };
@@ -98,11 +98,11 @@ async function choose(id) {
     return label;
   }));
   $("before").textContent = $("after").textContent = ""; $("facts").replaceChildren(); $("why").replaceChildren(); $("afterhead").hidden = true;
-  await drawFilm();
+  await drawRadiograph();
 }
 
 const pictures = new Map();
-async function drawFilm() {
+async function drawRadiograph() {
   const id = state.about.id, view = state.view, key = `${id}\n${view}`;
   if (!pictures.has(key)) {
     if (pictures.size > 12) { for (const url of pictures.values()) URL.revokeObjectURL(url); pictures.clear(); }
@@ -157,14 +157,14 @@ function brush(kind) {
 }
 function pointer(event) {
   if (!state.painting || !(event.buttons & 1)) return;
-  const box = $("film").getBoundingClientRect(), [rows, cols] = shape();
+  const box = $("radiograph").getBoundingClientRect(), [rows, cols] = shape();
   const at = (v, n) => Math.min(n - 1, Math.max(0, Math.floor(v * n)));
   state.cursor = [at((event.clientY - box.top) / box.height, rows), at((event.clientX - box.left) / box.width, cols)];
   paintAt(...state.cursor);
 }
-$("film").onpointerdown = (event) => { if (state.painting) { $("film").setPointerCapture(event.pointerId); remember(); pointer(event); } };
-$("film").onpointermove = pointer;
-$("film").onkeydown = (event) => {
+$("radiograph").onpointerdown = (event) => { if (state.painting) { $("radiograph").setPointerCapture(event.pointerId); remember(); pointer(event); } };
+$("radiograph").onpointermove = pointer;
+$("radiograph").onkeydown = (event) => {
   const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
   if (!state.painting || (!step && event.key !== " ")) return;
   event.preventDefault();
@@ -315,7 +315,7 @@ async function apply(s, masks) {
   state.masks = masks || (s.grid.length ? { [s.view]: s.grid.flat() } : {});
   $("place").value = s.place;
   drawSliders();
-  await drawFilm();
+  await drawRadiograph();
 }
 const remember = () => { if (state.about) { state.undo.push(structuredClone({ spec: spec(false), masks: state.masks })); if (state.undo.length > 50) state.undo.shift(); } };
 $("undo").onclick = () => { const last = state.undo.pop(); if (last) apply(last.spec, last.masks).catch((error) => problem(error.message)); };
@@ -331,7 +331,7 @@ const explain = (side, which) => exclusively(async (signal) => {
   if (state.about.id !== wanted.study) return;
   const views = found.map || {};
   state.overlay = { views, label: `Attribution of: ${found.text}` };
-  if (!views[state.view]) { const first = Object.keys(views)[0]; if (first) { state.view = first; await drawFilm(); } }
+  if (!views[state.view]) { const first = Object.keys(views)[0]; if (first) { state.view = first; await drawRadiograph(); } }
   drawOverlay();
   const table = el("table"), head = el("tr");
   for (const [text, kind] of [["latent", ""], ["name", ""], ["share", "n"], ["", ""]]) head.append(el("th", text, { scope: "col", class: kind }));
