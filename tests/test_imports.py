@@ -18,6 +18,7 @@ ALLOWED = {
     "checksums": {"io"},
     "privacy": {"errors"},
     "stats": {"errors"},
+    "memory": set(),
     "maira2": set(),
     "studies": set(),
     "sizing": {"maira2", "activations"},
@@ -48,7 +49,7 @@ ALLOWED |= {
     "__init__": LIBRARY | {"interface", "interactive", "workbench"},
     "__main__": {"cli"},
 }
-LEAVES = {"checksums", "distributed", "errors", "io", "privacy", "stats"}
+LEAVES = {"checksums", "distributed", "errors", "io", "memory", "privacy", "stats"}
 
 
 def modules() -> list[tuple[str, Path]]:

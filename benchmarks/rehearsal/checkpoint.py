@@ -3,9 +3,10 @@
     write_checkpoint(folder, Size(layers=2))               full width: 1.6 GB in bfloat16
     write_checkpoint(folder, Size(), dtype="float32")      the published size: 27.5 GB in six shards
 
-Tensor names and shapes are the published ones; the numbers are random, so reports are noise and only time and memory
-mean anything. One tensor is in memory at a time. The tokenizer has 32,000 entries and the 207 added tokens: the
-phantom's merges, and filler for the rest of the vocabulary.
+Tensor names and shapes are the published ones; the numbers are random, so only time and memory mean anything. Every
+report is "lungs clear lungs clear ...", because rule labels must be able to read it (`FOLLOWS`). One tensor is in
+memory at a time. The tokenizer has 32,000 entries and the 207 added tokens: the phantom's merges, and filler for the
+rest of the vocabulary.
 """
 
 import json
@@ -20,6 +21,10 @@ import torch
 from sae_lens_maira.phantom import phantom_path
 
 PATCH, VOCABULARY, SHARD_BYTES = 14, 32_000, 5_000_000_000
+FOLLOWS = {"▁lungs": (":", "▁", "▁clear"), "▁clear": ("▁lungs",)}
+"""Tokens, and those that they follow: their rows of `lm_head` are the sum of the others' embeddings."""
+LOUD = 1 / 80
+"""Factor of these embeddings per unit of width, so that the blocks' noise does not cover them."""
 FORMATS = {"float32": (torch.float32, torch.int32, "F32"), "bfloat16": (torch.bfloat16, torch.int16, "BF16")}
 
 
@@ -125,6 +130,10 @@ def write_checkpoint(folder: Path, size: Size, dtype: str = "bfloat16", seed: in
         shards[-1].append(entry)
         filled += bytes_
     generator = torch.Generator().manual_seed(seed)
+    words: dict[str, int] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"][
+        "vocab"
+    ]
+    loud: dict[str, torch.Tensor] = {}
     files: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, 1):
@@ -140,8 +149,15 @@ def write_checkpoint(folder: Path, size: Size, dtype: str = "bfloat16", seed: in
         text += b" " * (-len(text) % 8)
         with (folder / name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for _, shape, noise in shard:
+            for key, shape, noise in shard:
                 values = torch.randn(shape, generator=generator) * noise if noise else torch.ones(shape)
+                if key.endswith("embed_tokens.weight"):
+                    for word in {one for before in FOLLOWS.values() for one in before}:
+                        values[words[word]] *= LOUD * size.width
+                        loud[word] = values[words[word]].clone()
+                elif key.endswith("lm_head.weight"):
+                    for word, before in FOLLOWS.items():
+                        values[words[word]] = torch.stack([loud[one] for one in before]).sum(0)
                 file.write(memoryview(values.to(kind).view(raw).numpy()).cast("B"))
     index = {"metadata": {"total_size": total * kind.itemsize}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

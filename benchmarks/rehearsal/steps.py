@@ -10,6 +10,8 @@ from pathlib import Path
 
 from benchmarks.rehearsal.checkpoint import Size
 
+LIMIT = 8_000_000_000
+"""Bytes that each command may take."""
 SMALL = Size(layers=2, width=256, mlp=688, heads=4, vision_layers=2, vision_width=64, image=56)
 
 STEPS = (

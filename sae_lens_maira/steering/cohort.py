@@ -116,17 +116,20 @@ class Cohort:
             if known.issuperset(present) and known.isdisjoint(absent):
                 candidates.append(first + place)
         texts = self.prompts.unsteered(candidates, self.max_new_tokens) if candidates else []
+        read = [self.reader.stated(text) for text in texts]
         picked = [
             number
-            for number, text in zip(candidates, texts, strict=True)
-            if (stated := self.reader.stated(text)) is not None
-            and stated.issuperset(present)
-            and stated.isdisjoint(absent)
+            for number, stated in zip(candidates, read, strict=True)
+            if stated is not None and stated.issuperset(present) and stated.isdisjoint(absent)
         ]
         if len(picked) < 4:
+            wanted = [f"have {', '.join(present)}"] * bool(present) + [f"lack {', '.join(absent)}"] * bool(
+                absent
+            )
             raise InterventionError(
-                f"Only {len(picked)} of {len(self._pool[half])} studies of the half {half!r} have {list(present)} and "
-                f"lack {list(absent)} both as known and in the unsteered report; 4 are needed. Read more studies, or "
-                "steer studies of all views."
+                f"{len(self._pool[half])} studies of the half {half!r}: {len(candidates)} {' and '.join(wanted)} as "
+                f"known from the table. The reader cannot read the unsteered reports of {read.count(None)} of them, "
+                f"and {len(picked)} {' and '.join(wanted)} in the unsteered report too; 4 are needed. Read more "
+                "studies, or steer studies of all views."
             )
         return picked[:n]

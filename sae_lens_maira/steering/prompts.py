@@ -8,7 +8,6 @@ lower blocks only once. The tokens are those that `generate` writes under the sa
 bytes: prompts beyond the budget are dropped, the least recently used first, and run again when they are needed.
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import PointTable
 from sae_lens_maira.maira2 import Maira2, Maira2Encoding
 from sae_lens_maira.maira2.versions import cache_keyword
+from sae_lens_maira.memory import free_bytes
 from sae_lens_maira.stats import perplexity
 from sae_lens_maira.steering.continuation import (
     Continuation,
@@ -378,18 +378,6 @@ MOST_ROWS = 256
 """Rows in a batch at most; larger batches are not faster."""
 READ_AT_ONCE = 32
 """Prompts that are run at once at most."""
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a device in bytes; on the CPU, the memory that the system reports as available."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _written(parts: dict[int, tuple[str, torch.Tensor, float]], effects: Sequence[Effect]) -> Written:
