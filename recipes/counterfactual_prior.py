@@ -1,14 +1,18 @@
 """Do change words follow the prior? The phantom's prior image and prior report are swapped for those of another study.
 
-For every finding that a study has, the prior says whether it is new (the prior does not have it) or was there before.
-A report follows its prior if a change word that it states agrees with that. Latents of report tokens that are chosen,
-on one half, for reports that state something new should change with the swap; latents chosen for findings should not.
+For every finding that a study has, the prior shows whether it is new (the prior does not have it) or was there before.
+A report follows its prior if a change word that it states agrees with that.
+
+Latents of report tokens are then compared at the token that predicts the first word by which the two reports' sentences
+on a finding differ. The text before it is the same in both versions, so only the prior differs. On one half, latents of
+change are those whose firing there correlates most with "new"; on the other half they should turn on or off with the
+prior, and latents chosen for findings, or the most active others, should not.
 
     python recipes/counterfactual_prior.py --config recipes/counterfactual_prior.yaml
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,14 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.attribution.counterfactual import counterfactual
+from sae_lens_maira.attribution.difference import compared_with
+from sae_lens_maira.attribution.inputs import encode_with_report, hook_point_of
+from sae_lens_maira.attribution.residual import BUDGET_BYTES, ResidualRun
+from sae_lens_maira.attribution.sentences import report_sentences, split_sentences
 from sae_lens_maira.hooks import HookedMaira2
 from sae_lens_maira.interface import load_sae
 from sae_lens_maira.io import atomic_write, csv_of
-from sae_lens_maira.maira2 import role_mask
+from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.phantom import generate_studies, load_phantom, read_report
 from sae_lens_maira.phantom.sampling import FINDING_KEYS
 from sae_lens_maira.recipes._shared import mean_line
@@ -30,7 +38,7 @@ from sae_lens_maira.stats import f1_of_firing
 from sae_lens_maira.studies import Study
 
 BEFORE = frozenset({"unchanged", "larger", "smaller"})
-"""Change words that say that the prior had the finding."""
+"""Change words that imply that the prior had the finding."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Settings:
 
     out: Path = Path("runs/counterfactual_prior")
     sae: str = "phantom-text"
-    studies: int = 120
+    studies: int = 240
     latents: int = 8
     seed: int = 99_000
 
@@ -64,28 +72,22 @@ def run(settings: Settings) -> Path:
     settings.out.mkdir(parents=True, exist_ok=True)
     hooked, sae = HookedMaira2(load_phantom()), load_sae(settings.sae)
     words: list[dict[str, Any]] = []
-    fires: list[np.ndarray] = []
-    news: list[list[bool]] = []
-    stated: list[list[np.ndarray]] = []
+    sites: list[Site] = []
     for study, own, other in tqdm(pairs(settings), total=settings.studies, desc="swap the prior"):
         swapped = counterfactual(study, prior_image=other.frontal, prior_report=other.report)
-        sides = []
-        for arm, one, before in (("own prior", study, own), ("swapped prior", swapped, other.present_keys)):
-            (report,) = hooked.generate(one, return_type="reports")
-            labels = read_report(report.text)
-            for key in sorted(study.present_keys & labels.present):
-                word = labels.changes.get(key)
+        versions = ((study, own), (swapped, other.present_keys))
+        reports = [r.text for r in hooked.generate([study, swapped], return_type="reports")]
+        labels = [read_report(text) for text in reports]
+        for arm, known, (_, before) in zip(("own prior", "swapped prior"), labels, versions, strict=True):
+            for key in sorted(study.present_keys & known.present):
+                word = known.changes.get(key)
                 if word is not None:
                     expected = BEFORE if key in before else {"new"}
                     words.append({
                         "study": study.study_id, "arm": arm, "finding": key, "word": word,
                         "flips": (key in own) != (key in other.present_keys), "follows": word in expected,
                     })  # fmt: skip
-            shown = np.array([key in labels.present for key in FINDING_KEYS])
-            sides.append((firing(hooked, sae, one, report.text), "new" in labels.changes.values(), shown))
-        fires.append(np.stack([side[0] for side in sides]))
-        news.append([side[1] for side in sides])
-        stated.append([side[2] for side in sides])
+        sites += sites_of(hooked, sae, study, swapped, reports)
     table = pd.DataFrame(words)
     atomic_write(settings.out / "words.csv", csv_of(table))
     lines = [
@@ -100,8 +102,7 @@ def run(settings: Settings) -> Path:
     lines.append(
         mean_line("swapped prior, only where old and new prior disagree", flipped["follows"].to_numpy(float))
     )
-    chosen = flips(np.stack(fires), np.array(news), np.array(stated), settings.latents)
-    lines += [mean_line(name, values) for name, values in chosen.items()]
+    lines += [mean_line(name, values) for name, values in flips(sites, settings.latents).items()]
     atomic_write(settings.out / "counterfactual_prior.md", "\n".join(lines) + "\n")
     return settings.out
 
@@ -115,44 +116,106 @@ def pairs(settings: Settings) -> Iterator[tuple[Study, frozenset[str], Study]]:
         yield study, read_report(study.prior_report or "").present, other
 
 
-@torch.no_grad()
-def firing(hooked: HookedMaira2, sae: Any, study: Study, report: str) -> np.ndarray:
-    """(d_sae,) bool, latents active at a token of the report."""
-    processor: Any = hooked.processor
-    encoding = processor.encode([study], report=[report], padding_side="right")
-    hook = sae.cfg.metadata.hook_name
-    _, cache = hooked.run_with_cache(encoding, names_filter=[hook])
-    here = role_mask(encoding, "generated_only")[0]
-    return (sae.encode(cache[hook][0][here]) > 0).any(0).numpy()
+@dataclass(frozen=True)
+class Site:
+    """One finding whose sentence is in the reports with either prior.
+
+    Attributes:
+        study: The study's id.
+        finding: The finding.
+        new: Whether the report with the own prior, and that with the swapped one, state it as new.
+        fires: (2, d_sae) latents that are active at the predicting token, with the own and with the swapped prior.
+    """
+
+    study: str
+    finding: str
+    new: tuple[bool, bool]
+    fires: np.ndarray
 
 
-def flips(fires: np.ndarray, news: np.ndarray, stated: np.ndarray, n: int) -> dict[str, np.ndarray]:
-    """How often latents change with the swap, on the second half of the studies.
+def sites_of(
+    hooked: HookedMaira2, sae: Any, study: Study, swapped: Study, reports: Sequence[str]
+) -> list[Site]:
+    """The findings of one study that both reports state with a change word, in sentences that differ."""
+    changes = [read_report(text).changes for text in reports]
+    sentences = [
+        {key: text[a:b] for a, b in split_sentences(text) for key in read_report(text[a:b]).changes}
+        for text in reports
+    ]
+    runs = [
+        ResidualRun(hooked, encode_with_report(hooked, one, reports[0]), hook_point_of(sae))
+        for one in (study, swapped)
+    ]
+    tokens = report_sentences(runs[0].encoding, hooked.tokenizer)
+    starts = [int((run.encoding.roles[0] == TokenRole.REPORT).nonzero()[0, 0]) for run in runs]
+    found = []
+    for key in sorted(set(sentences[0]) & set(sentences[1]) & set(changes[0]) & set(changes[1])):
+        here, instead = sentences[0][key], sentences[1][key]
+        span = next((one for one in tokens if one.text == here), None)
+        if span is None or here == instead:
+            continue
+        place = compared_with(hooked, study, runs[0], span, instead, BUDGET_BYTES).shared - 1
+        rows = [run.hidden[place - starts[0] + start] for run, start in zip(runs, starts, strict=True)]
+        with torch.no_grad():
+            fires = sae.encode(torch.stack(rows).to(sae.W_dec)) > 0
+        new = (changes[0][key] == "new", changes[1][key] == "new")
+        found.append(Site(study.study_id, key, new, fires.numpy()))
+    return found
+
+
+def flips(sites: Sequence[Site], n: int) -> dict[str, np.ndarray]:
+    """How often latents turn on or off with the prior, on the second half of the studies.
 
     Args:
-        fires: (S, 2, d_sae) bool, latents active in the report with the own and with the swapped prior.
-        news: (S, 2) bool, whether the report states something new.
-        stated: (S, 2, F) bool, findings that the report states.
-        n: Latents of either choice.
+        sites: Findings of the studies, in order.
+        n: Latents of every choice.
+
+    Returns:
+        By what was chosen and where, one value per finding: of the chosen latents that are active on either side, the
+        share that is silent on the other one. "In the expected direction" counts only those that are active on the
+        side that the sign of their correlation names: "new", or its opposite.
     """
-    half = len(fires) // 2
-    flat, changed = fires[:half].reshape(-1, fires.shape[2]), news[:half].reshape(-1)
-    score = flat[changed].mean(0) - flat[~changed].mean(0)
-    change = np.argsort(-score)[:n]
-    findings = stated[:half].reshape(-1, stated.shape[2])
-    ranked = [int(j) for j in np.argsort(-f1_of_firing(flat, findings).max(1)) if j not in change][:n]
-    turned = news[half:, 0] != news[half:, 1]
-    later = fires[half:]
-    moved = later[:, 0] != later[:, 1]
-    # A latent flips with its report if it is active on the side that states something new and silent on the other.
-    right = later[np.arange(len(later)), news[half:].argmax(1)] & moved
-    return {
-        "latents of change that flip, where the statement of something new does": right[turned][
-            :, change
-        ].mean(1),
-        "latents of findings that change there": moved[turned][:, ranked].mean(1),
-        "latents of change that change where the statement does not": moved[~turned][:, change].mean(1),
+    names = list(dict.fromkeys(site.study for site in sites))
+    early = set(names[: len(names) // 2])
+    first = [site for site in sites if site.study in early]
+    if not first:
+        return {}
+    fires = np.concatenate([site.fires for site in first])
+    sign = correlation(fires, np.array([new for site in first for new in site.new]))
+    stated = np.array([[site.finding == key for key in FINDING_KEYS] for site in first for _ in range(2)])
+    change = np.argsort(-np.abs(sign))[:n]
+    rest = np.setdiff1d(np.arange(len(sign)), change)
+    chosen = {
+        "change": change,
+        "findings": rest[np.argsort(-f1_of_firing(fires, stated).max(1)[rest])][:n],
+        "neither, the most active": rest[np.argsort(-fires.mean(0)[rest])][:n],
     }
+    found: dict[str, list[float]] = {}
+
+    def count(label: str, right: np.ndarray, either: np.ndarray) -> None:
+        if either.any():
+            found.setdefault(label, []).append(float(right[either].mean()))
+
+    for site in sites:
+        if site.study in early:
+            continue
+        either, moved = site.fires.any(0), np.logical_xor(*site.fires)
+        turned = site.new[0] != site.new[1]
+        where = 'where "new" comes or goes' if turned else "where it does not"
+        for label, latents in chosen.items():
+            count(f"latents of {label} that flip, {where}", moved[latents], either[latents])
+        if turned:
+            on, off = site.fires if site.new[0] else site.fires[::-1]
+            side = np.where(sign > 0, on & ~off, off & ~on)
+            count("latents of change that flip in the expected direction", side[change], either[change])
+    return {name: np.array(values) for name, values in sorted(found.items())}
+
+
+def correlation(fires: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """(d_sae,) correlation of firing (n, d_sae) with a label (n,); 0 for latents that never or always fire."""
+    x, y = fires - fires.mean(0), label - label.mean()
+    size = np.sqrt((x**2).mean(0) * (y**2).mean())
+    return np.divide((x * y[:, None]).mean(0), size, out=np.zeros(x.shape[1]), where=size > 0)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from sae_lens_maira.cli.parser import run_recipe
+from sae_lens_maira.recipes.counterfactual_prior import Site, flips
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +82,23 @@ def test_change_words_are_counted_with_the_prior_swapped(tmp_path):
     own = counted[counted["arm"] == "own prior"]
     assert own["follows"].mean() > 0.5
     assert "change words that follow it" in (tmp_path / "counterfactual_prior.md").read_text()
+
+
+def test_latents_that_follow_the_prior_are_chosen_on_one_half_and_counted_on_the_other():
+    """Latent 0 is active for "new", 1 for its opposite, 2 for the finding, 3 always; 4 flips at random."""
+    generator = np.random.default_rng(0)
+    sites = []
+    for number in range(40):
+        new = ((True, False), (False, True), (False, False), (True, True))[number % 4]
+        key = ("cardiomegaly", "consolidation")[number // 4 % 2]
+        fires = np.array([[n, not n, key == "cardiomegaly", True, generator.random() < 0.5] for n in new])
+        sites.append(Site(str(number // 2), key, new, fires))
+    found = {name: float(values.mean()) for name, values in flips(sites, 2).items()}
+    assert found["latents of change that flip in the expected direction"] == 1
+    assert found['latents of change that flip, where "new" comes or goes'] == 1
+    assert found["latents of change that flip, where it does not"] == 0
+    assert found['latents of findings that flip, where "new" comes or goes'] < 0.5
+    assert flips([], 2) == {}
 
 
 @pytest.mark.slow
