@@ -1,7 +1,8 @@
-"""Rules on imports: they point one way, public names exist, nothing heavy is imported by itself."""
+"""Rules on imports: they point one way, public names exist, and no heavy library is loaded before it is used."""
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,19 +54,19 @@ LEAVES = {"checksums", "distributed", "errors", "io", "memory", "privacy", "stat
 
 
 def modules() -> list[tuple[str, Path]]:
-    """(room, file) of every module of the package."""
+    """(package, file) of every module."""
     files = []
     for folder in (ROOT / "sae_lens_maira", ROOT / "hooks", ROOT / "recipes"):
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(ROOT).with_suffix("").parts
-            room = parts[0] if parts[0] in ("hooks", "recipes") else parts[1]
-            room = "hooks.sae_lens" if parts == ("hooks", "sae_lens") else room
-            files.append((room, file))
+            package = parts[0] if parts[0] in ("hooks", "recipes") else parts[1]
+            package = "hooks.sae_lens" if parts == ("hooks", "sae_lens") else package
+            files.append((package, file))
     return files
 
 
-def imported_rooms(file: Path) -> set[str]:
-    rooms = set()
+def imported_packages(file: Path) -> set[str]:
+    packages = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
@@ -75,23 +76,25 @@ def imported_rooms(file: Path) -> set[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "sae_lens_maira" and len(parts) > 1:
-                rooms.add(parts[1])
-    return rooms
+                packages.add(parts[1])
+    return packages
 
 
-@pytest.mark.parametrize(("room", "file"), modules(), ids=lambda x: str(getattr(x, "name", x)))
-def test_imports_point_down(room: str, file: Path):
-    """A module imports only rooms below its own."""
-    assert room in ALLOWED, f"{file}: the room {room} is not in the table of rooms; add its row to this test"
-    leaves = {"errors"} if room in LEAVES else LEAVES
+@pytest.mark.parametrize(("package", "file"), modules(), ids=lambda x: str(getattr(x, "name", x)))
+def test_imports_point_down(package: str, file: Path):
+    """A module imports only packages below its own."""
+    assert package in ALLOWED, (
+        f"{file}: the package {package} is not in the table ALLOWED; add its row to this test"
+    )
+    leaves = {"errors"} if package in LEAVES else LEAVES
     known = set(ALLOWED)
-    wrong = {r for r in imported_rooms(file) if r in known} - ALLOWED[room] - {room, *leaves}
-    assert not wrong, f"{file} imports {sorted(wrong)}; {room} may import {sorted(ALLOWED[room])}"
+    wrong = {r for r in imported_packages(file) if r in known} - ALLOWED[package] - {package, *leaves}
+    assert not wrong, f"{file} imports {sorted(wrong)}; {package} may import {sorted(ALLOWED[package])}"
 
 
-@pytest.mark.parametrize(("room", "file"), modules(), ids=lambda x: str(getattr(x, "name", x)))
-def test_module_opens_with_its_thesis(room: str, file: Path):
-    """Every module says what it is."""
+@pytest.mark.parametrize(("package", "file"), modules(), ids=lambda x: str(getattr(x, "name", x)))
+def test_every_module_has_a_docstring(package: str, file: Path):
+    """Every module has a docstring."""
     assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), f"{file} has no module docstring"
 
 
@@ -106,7 +109,7 @@ def test_packages_are_declared():
 
 
 def test_public_names_exist():
-    """`__all__` of every package names things that are there."""
+    """Every name in `__all__` of a package exists."""
     for folder in {file.parent for _, file in modules()}:
         name = ".".join(folder.relative_to(ROOT).parts)
         name = name if name.startswith("sae_lens_maira") else f"sae_lens_maira.{name}"
@@ -115,13 +118,27 @@ def test_public_names_exist():
             assert hasattr(module, public), f"{name}.__all__ names {public}, which is not there"
 
 
-def test_importing_the_package_brings_nothing_heavy():
-    """Importing the top package loads no triton, no openai, no nnsight, and starts no GPU."""
-    code = (
-        "import sys, sae_lens_maira\n"
-        "bad = [m for m in ('triton', 'openai', 'nnsight') if m in sys.modules]\n"
-        "torch = sys.modules.get('torch')\n"
-        "assert not bad, bad\n"
-        "assert torch is None or not torch.cuda.is_initialized()\n"
+def loaded(*steps: str) -> list[set[str]]:
+    """Modules that a new process has loaded after each of some statements."""
+    code = "import sys, json\n" + "".join(f"{step}\nprint(json.dumps(list(sys.modules)))\n" for step in steps)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def test_nothing_heavy_is_loaded_before_it_is_used():
+    """The package alone loads no library; all public names load no optional one beyond what SAELens loads itself.
+
+    The last step shows that the search can fail: `Maira2NNsight` loads nnsight.
+    """
+    optional = {"triton", "openai", "nnsight", "starlette", "uvicorn", "pydicom", "matplotlib.pyplot"}
+    alone, hosts, public, asked = loaded(
+        "import sae_lens_maira",
+        "import sae_lens, transformer_lens",
+        "[getattr(sae_lens_maira, n) for n in sae_lens_maira.__all__ if n not in ('Maira2NNsight', 'workbench')]\n"
+        "assert not sys.modules['torch'].cuda.is_initialized()",
+        "sae_lens_maira.Maira2NNsight",
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not alone & {"torch", "transformers", "sae_lens", "transformer_lens", "pandas", "numpy"}
+    assert "sae_lens_maira.steering" in public
+    assert not (public - hosts) & optional
+    assert "nnsight" in asked

@@ -6,7 +6,7 @@ from the function's arguments and docstring. Heavy modules are imported when the
     stdout   the result, with --json one JSON value     exit 0     done
     stderr   progress and errors                        exit 2     one paragraph: an error that the user can fix
                                                         exit 1     a traceback: a bug in this package
-                                                        exit 130   interrupted; 141: nobody reads stdout any more
+                                                        exit 130   interrupted; 141: the reader of stdout is gone
 
 stdout and stderr print control characters as escapes: a study id or a report may hold terminal sequences that move the
 cursor, rename the window or hide what a message says.

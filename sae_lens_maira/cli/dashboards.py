@@ -261,7 +261,7 @@ def saedashboard(
     config = AdapterConfig(
         latents=numbers(latents, "--latents") or (),
         before=context,
-        behind=context,
+        after=context,
         top=top,
         page=page,
         allow_credentialed=allow_credentialed,

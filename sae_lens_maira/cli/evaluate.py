@@ -120,13 +120,13 @@ def match(
     Example: sae-lens-maira match --sae phantom-image --other phantom-text --studies 20
 
     Args:
-        sae: folder of the SAE whose latents are looked for, or a release.
-        other: folder of the SAE that is searched, or a release.
+        sae: Folder of the SAE whose latents are looked for, or a release.
+        other: Folder of the SAE that is searched, or a release.
         options: The model, its studies and the rows to read.
-        hook: hook point of --sae, if the SAE does not name its own.
-        other_hook: hook point of --other, if the SAE does not name its own.
-        out: folder for pairs.csv, summary.json and scores.png; made if missing.
-        as_json: print the summary as JSON instead of a table.
+        hook: Hook point of --sae, if the SAE does not name its own.
+        other_hook: Hook point of --other, if the SAE does not name its own.
+        out: Folder for pairs.csv, summary.json and scores.png; made if missing.
+        as_json: Print the summary as JSON instead of a table.
     """
     import torch
 
@@ -163,11 +163,11 @@ def locate(
     Example: sae-lens-maira locate --sae phantom-text --studies 20
 
     Args:
-        sae: folder of the SAE, or a release.
+        sae: Folder of the SAE, or a release.
         options: The model, its studies and the rows to read.
-        hooks: hook points to compare; the input of the first block and the output of every block if not given.
+        hooks: Hook points to compare; the input of the first block and the output of every block if not given.
         out: CSV file for the table.
-        as_json: print JSON instead of a table.
+        as_json: Print JSON instead of a table.
     """
     from sae_lens_maira.io import atomic_write, csv_of
     from sae_lens_maira.sae.locate import locate_sae

@@ -43,27 +43,27 @@ def run(
     Example: sae-lens-maira interpret run --records records --judge qwen3-8b --base-url http://127.0.0.1:8000/v1
 
     Args:
-        records: folder written by `sae-lens-maira latents`.
-        judge: name of the language model at the server, which explains and judges; none for the offline explainer.
-        base_url: address of the server, instead of OPENAI_BASE_URL.
-        latents: numbers and ranges such as "0-49,77"; all latents that are not dead if not given.
-        methods: scorers, comma-separated: detection, fuzzing, intruder, and for a model that sees image_detection and
+        records: Folder written by `sae-lens-maira latents`.
+        judge: Name of the language model at the server, which explains and judges; none for the offline explainer.
+        base_url: Address of the server, instead of OPENAI_BASE_URL.
+        latents: Numbers and ranges such as "0-49,77"; all latents that are not dead if not given.
+        methods: Scorers, comma-separated: detection, fuzzing, intruder, and for a model that sees image_detection and
             image_fuzzing.
-        n_train: active examples shown to the explainer, at least 5.
-        n_test: active examples in the test questions, at least 5, and as many silent ones.
-        batch_size: texts per question.
-        concurrency: questions in flight at once.
-        judge_max_tokens: most tokens of one answer; a reasoning model needs 4000 or more.
-        timeout: seconds for one answer as a whole, and the longest Retry-After that is obeyed.
-        retries: retries of one question after 429, 5xx, timeouts and lost connections.
-        max_tokens_total: budget of tokens.
-        max_requests: budget of requests.
-        usd_per_mtok: your price of a million prompt and answer tokens, such as "0.15,0.60".
-        allow_remote: allow text of credentialed studies to go to a server on another machine.
-        estimate_only: print the estimate and stop.
-        pictures: images with outlined patches shown to the explainer per image latent, for a model that sees.
-        seed: random seed of the split by patient and of all sampling.
-        as_json: print statuses, scores and costs as JSON; the estimate then goes to stderr.
+        n_train: Active examples shown to the explainer, at least 5.
+        n_test: Active examples in the test questions, at least 5, and as many silent ones.
+        batch_size: Texts per question.
+        concurrency: Questions in flight at once.
+        judge_max_tokens: Most tokens of one answer; a reasoning model needs 4000 or more.
+        timeout: Seconds for one answer as a whole, and the longest Retry-After that is obeyed.
+        retries: Retries of one question after 429, 5xx, timeouts and lost connections.
+        max_tokens_total: Budget of tokens.
+        max_requests: Budget of requests.
+        usd_per_mtok: Your price of a million prompt and answer tokens, such as "0.15,0.60".
+        allow_remote: Allow text of credentialed studies to go to a server on another machine.
+        estimate_only: Print the estimate and stop.
+        pictures: Images with outlined patches shown to the explainer per image latent, for a model that sees.
+        seed: Random seed of the split by patient and of all sampling.
+        as_json: Print statuses, scores and costs as JSON; the estimate then goes to stderr.
     """
     from sae_lens_maira.interp.examples import Plan
     from sae_lens_maira.interp.records import statuses, summary, table
@@ -148,16 +148,16 @@ def report_scores(
     Example: sae-lens-maira interpret report --records records --untrained records_untrained --out report
 
     Args:
-        records: record set with interpretations.
-        out: folder for `scores.csv`, `space.csv`, `scores.png` and `explanations.jsonl`; nothing is written if not
+        records: Record set with interpretations.
+        out: Folder for `scores.csv`, `space.csv`, `scores.png` and `explanations.jsonl`; nothing is written if not
             given.
-        untrained: interpreted records of an untrained SAE, drawn in the same figure.
-        raw: interpreted records of raw residual dimensions, drawn in the same figure.
-        frozen_decoder: interpreted records of an SAE trained with a frozen random decoder.
-        frozen_encoder: interpreted records of an SAE trained with a frozen random encoder.
-        model_id: model's name on Neuronpedia, in `explanations.jsonl`.
-        set_name: name of the source set there, lower case with single hyphens; the records' SAE name if not given.
-        as_json: print JSON instead of text.
+        untrained: Interpreted records of an untrained SAE, drawn in the same figure.
+        raw: Interpreted records of raw residual dimensions, drawn in the same figure.
+        frozen_decoder: Interpreted records of an SAE trained with a frozen random decoder.
+        frozen_encoder: Interpreted records of an SAE trained with a frozen random encoder.
+        model_id: Model's name on Neuronpedia, in `explanations.jsonl`.
+        set_name: Name of the source set there, lower case with single hyphens; the records' SAE name if not given.
+        as_json: Print JSON instead of text.
     """
     import pandas as pd
 
@@ -246,13 +246,13 @@ def published(
     Example: sae-lens-maira interpret published --records records --file interpretations.csv
 
     Args:
-        records: record set of that SAE.
+        records: Record set of that SAE.
         file: CSV, TSV, Parquet, JSON or JSON lines with one interpretation per row, or a folder of such tables.
-        name: name of their explainer.
-        latent_column: column with the latent's number; found by its name if not given.
-        text_column: column with the sentence; found by its name if not given.
-        score_column: column with a score from 0 to 1 or in percent; found by its name if not given. "none" takes none.
-        as_json: print JSON instead of text.
+        name: Name of their explainer.
+        latent_column: Column with the latent's number; found by its name if not given.
+        text_column: Column with the sentence; found by its name if not given.
+        score_column: Column with a score from 0 to 1 or in percent; found by its name if not given. "none" takes none.
+        as_json: Print JSON instead of text.
     """
     from sae_lens_maira.interp.published import read_published
     from sae_lens_maira.interp.records import save
@@ -292,14 +292,14 @@ def findings(
     Example: sae-lens-maira interpret findings --records "[text, image]" --untrained "[text_u, image_u]" --out best
 
     Args:
-        records: interpreted record sets.
-        untrained: interpreted record sets of untrained SAEs, chosen from in the same way.
-        raw: interpreted record sets of raw residual dimensions.
-        frozen_decoder: interpreted record sets of SAEs trained with a frozen random decoder.
-        frozen_encoder: interpreted record sets of SAEs trained with a frozen random encoder.
-        out: folder for `best_latents.csv` and `best_latents.png`; nothing is written if not given.
-        seed: random seed of the split by patient, the one that `interpret run` had.
-        as_json: print JSON instead of text.
+        records: Interpreted record sets.
+        untrained: Interpreted record sets of untrained SAEs, chosen from in the same way.
+        raw: Interpreted record sets of raw residual dimensions.
+        frozen_decoder: Interpreted record sets of SAEs trained with a frozen random decoder.
+        frozen_encoder: Interpreted record sets of SAEs trained with a frozen random encoder.
+        out: Folder for `best_latents.csv` and `best_latents.png`; nothing is written if not given.
+        seed: Random seed of the split by patient, the one that `interpret run` had.
+        as_json: Print JSON instead of text.
     """
     import pandas as pd
 

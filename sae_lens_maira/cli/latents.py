@@ -58,34 +58,34 @@ def latents(
     Example: sae-lens-maira latents --sae quickstart_out/sae_image --out records --roles image_only
 
     Args:
-        sae: folder of the SAE, a release, phantom-image or phantom-text.
-        out: folder of the record set; made if missing.
+        sae: Folder of the SAE, a release, phantom-image or phantom-text.
+        out: Folder of the record set; made if missing.
         options: The model that the SAE was trained on, and the studies. Findings are the table's truth, or rule labels
             of the reports where it has none.
-        studies: phantom studies to read, unless a table is given; 200, or as many as the store holds.
-        store: activations that `harvest` wrote of the same studies, instead of running the model twice. If not given,
+        studies: Phantom studies to read, unless a table is given; 200, or as many as the store holds.
+        store: Activations that `harvest` wrote of the same studies, instead of running the model twice. If not given,
             the store that the SAE was trained on, where it holds exactly the studies that were asked for.
-        hook: hook point, if the SAE does not name its own.
-        roles: tokens to read: content, image_only, paper, paper_last_image, text_only, generated_only, all, or a list
+        hook: Hook point, if the SAE does not name its own.
+        roles: Tokens to read: content, image_only, paper, paper_last_image, text_only, generated_only, all, or a list
             of roles; if not given, those that the SAE was trained on, else content.
-        control: record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
+        control: Record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
             with the same sparsity; untrained_whitened in addition for an SAE trained on whitened rows. A frozen
             control is trained (`train --control`): pass its folder as --sae.
-        latents: numbers and ranges such as "0-49,77" to write records of; all if not given.
-        top: contexts of largest activation to keep per latent.
-        per_interval: contexts to keep per octave of activation.
-        zero: contexts to keep of studies in which the latent is silent.
-        keep_images: copy images also of credentialed studies (true) or of none (false).
-        image_side: largest side of a copied image in pixels.
-        studies_per_block: studies in memory at once when the model reads them; 32 for the phantom, else 16.
-        batch_size: studies per forward.
+        latents: Numbers and ranges such as "0-49,77" to write records of; all if not given.
+        top: Contexts of largest activation to keep per latent.
+        per_interval: Contexts to keep per octave of activation.
+        zero: Contexts to keep of studies in which the latent is silent.
+        keep_images: Copy images also of credentialed studies (true) or of none (false).
+        image_side: Largest side of a copied image in pixels.
+        studies_per_block: Studies in memory at once when the model reads them; 32 for the phantom, else 16.
+        batch_size: Studies per forward.
         workers: Threads that decode and encode images before the model needs them.
-        seed: random seed of all sampling; the study seed if not given.
-        rank: number of this process, instead of torchrun's or SLURM's; needs --world.
-        world: number of processes that share the work.
+        seed: Random seed of all sampling; the study seed if not given.
+        rank: Number of this process, instead of torchrun's or SLURM's; needs --world.
+        world: Number of processes that share the work.
         rank_timeout: Seconds without a heartbeat after which a rank counts as dead.
-        estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
-        as_json: print counts as JSON instead of a table.
+        estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
+        as_json: Print counts as JSON instead of a table.
     """
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
     from sae_lens_maira.latents.source import ModelSource

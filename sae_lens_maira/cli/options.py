@@ -42,7 +42,7 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
         option: Name of the option, for the error.
 
     Raises:
-        ConfigError: the text is not such a list, or a range ends before it begins.
+        ConfigError: The text is not such a list, or a range ends before it begins.
     """
     if text is None:
         return None
@@ -76,7 +76,7 @@ def checked_fields(part: str, given: Mapping[str, Any], source: Callable[..., An
 
     Args:
         part: Name of the part, for the message.
-        given: Value per field; fields that `source` does not have are returned as they are.
+        given: Value per field; fields that `source` does not have are returned unchanged.
         source: Dataclass or function whose fields or arguments the part sets.
 
     Raises:
@@ -149,7 +149,7 @@ class StudyOptions:
         split: Read only the table's studies of this split, for example test.
         study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
         model_dtype: Precision of the model's weights; auto is float32 for the phantom and bfloat16 for others.
-        device: auto, cpu, cuda, ...
+        device: Auto, cpu, cuda, ...
     """
 
     model: str = "phantom"
@@ -188,26 +188,26 @@ class HarvestOptions(StudyOptions):
     """Which model reads which studies, and which of their rows are kept.
 
     Attributes:
-        hooks: a hook point such as blocks.15.hook_resid_post, or several in brackets; all of them in one pass.
-        store: folder of the store; train needs none with --direct true.
-        studies: phantom studies to read, unless a table is given.
+        hooks: A hook point such as blocks.15.hook_resid_post, or several in brackets; all of them in one pass.
+        store: Folder of the store; train needs none with --direct true.
+        studies: Phantom studies to read, unless a table is given.
         study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
-        roles: tokens to keep: content (sections, report and image patches), paper, paper_last_image, text_only,
+        roles: Tokens to keep: content (sections, report and image patches), paper, paper_last_image, text_only,
             image_only, generated_only, all, or a list of roles.
-        rates: share to keep by role, for example "{image: 0.05}".
-        reports: text after the prompt: teacher (the study's own report), generated, both, or prompt (none).
-        max_new_tokens: token limit of a generated report.
-        task: prompt of the studies: findings, or grounded for findings with boxes.
-        shard_studies: studies per shard, which is what a kill can lose; as many as fit --shard-bytes if not given.
-        shard_bytes: size of a shard in bytes, estimated; a process holds two of them in memory.
-        batch_size: studies per forward pass.
+        rates: Share to keep by role, for example "{image: 0.05}".
+        reports: Text after the prompt: teacher (the study's own report), generated, both, or prompt (none).
+        max_new_tokens: Token limit of a generated report.
+        task: Prompt of the studies: findings, or grounded for findings with boxes.
+        shard_studies: Studies per shard, which is what a kill can lose; as many as fit --shard-bytes if not given.
+        shard_bytes: Size of a shard in bytes, estimated; a process holds two of them in memory.
+        batch_size: Studies per forward pass.
         dtype: Precision of the stored rows.
-        max_norm: drop rows with a larger norm.
-        max_norm_ratio: drop rows whose norm exceeds this multiple of the median norm of their study and modality.
+        max_norm: Drop rows with a larger norm.
+        max_norm_ratio: Drop rows whose norm exceeds this multiple of the median norm of their study and modality.
         seed: Random seed of the sampled rows, and in train of the shuffle and the initial weights.
         workers: Threads that read and encode images before the model needs them.
         rank: Number of this process, instead of torchrun's or SLURM's; needs --world.
-        world: number of processes that share the work.
+        world: Number of processes that share the work.
         rank_timeout: Seconds without a heartbeat after which a rank counts as dead.
     """
 
@@ -327,7 +327,7 @@ class HarvestOptions(StudyOptions):
         """Model and studies that the options name.
 
         Raises:
-            StudyError, CheckpointError: the table or the model cannot be read.
+            StudyError, CheckpointError: The table or the model cannot be read.
         """
         # A forward over given text ends at the last hook point; writing reports takes the whole model.
         maira = self.load_model(self.hook_names if self.reports in ("teacher", "prompt") else None)

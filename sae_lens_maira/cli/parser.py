@@ -58,7 +58,7 @@ def works_in(option: str) -> Callable[[Command], Command]:
     """Hold the lock of the folder that an option names while the command runs; an estimate needs none.
 
     Args:
-        option: name of the option.
+        option: Name of the option.
     """
 
     def mark(function: Command) -> Command:
@@ -72,8 +72,8 @@ def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
     """Call a command with parsed values; fields of its `options` dataclass are collected into one.
 
     Args:
-        function: the command.
-        values: value per option, as `command_parser(...).parse_args()` returns them.
+        function: The command.
+        values: Value per option, as `command_parser(...).parse_args()` returns them.
     """
     values = {key: value for key, value in values.items() if key not in _ignored(function)[1]}
     if "json" in values:
@@ -90,8 +90,8 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     """The parser of a command.
 
     Args:
-        name: the command, such as "latents" or "interpret run".
-        function: what it calls; an argument `as_json` becomes the switch `--json`.
+        name: The command, such as "latents" or "interpret run".
+        function: What it calls; an argument `as_json` becomes the switch `--json`.
     """
     about = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
     parser = _Parser(
@@ -120,9 +120,9 @@ def settings_parser(program: str, settings: type[Any], about: str) -> ArgumentPa
     """The parser of a script whose options are the fields of a dataclass.
 
     Args:
-        program: name of the script in help and errors.
-        settings: dataclass of the options.
-        about: description for the help.
+        program: Name of the script in help and errors.
+        settings: Dataclass of the options.
+        about: Description for the help.
     """
     parser = _Parser(prog=program, description=about, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
@@ -175,9 +175,9 @@ class _Parser(ArgumentParser):
     """jsonargparse's parser with hyphenated options and one-line errors.
 
     Attributes:
-        ignored: keys that `--config` may hold and the command line may not.
-        reader: command that reads them.
-        texts: options that take text or a path and no number.
+        ignored: Keys that `--config` may hold and the command line may not.
+        reader: Command that reads them.
+        texts: Options that take text or a path and no number.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:

@@ -27,14 +27,14 @@ def quickstart(
     Example: sae-lens-maira quickstart --out quickstart_out
 
     Args:
-        out: folder of the report; made if missing.
-        studies: phantom studies to read.
-        layer: decoder layer whose output is read at image patches, and steered, 0 to 7.
-        text_layer: decoder layer whose output is read at report tokens, 0 to 7.
-        finding: finding to steer into reports that do not have it.
+        out: Folder of the report; made if missing.
+        studies: Phantom studies to read.
+        layer: Decoder layer whose output is read at image patches, and steered, 0 to 7.
+        text_layer: Decoder layer whose output is read at report tokens, 0 to 7.
+        finding: Finding to steer into reports that do not have it.
         seed: Random seed of the phantom studies and of all sampling.
-        model: only "phantom": the quickstart needs findings that are known.
-        as_json: print the main figures as JSON instead of the report's path.
+        model: Only "phantom": the quickstart needs findings that are known.
+        as_json: Print the main figures as JSON instead of the report's path.
     """
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.quickstart import QuickstartConfig, run_quickstart
@@ -65,11 +65,11 @@ def measure_phantom(
     Example: sae-lens-maira measure-phantom --studies 500
 
     Args:
-        studies: held-out studies.
+        studies: Held-out studies.
         study_seed: Random seed of the studies; the phantom itself was trained on 0.
         model: "phantom" for the shipped one, or the folder of another phantom.
-        device: auto, cpu, cuda, ...
-        as_json: print JSON instead of text.
+        device: Auto, cpu, cuda, ...
+        as_json: Print JSON instead of text.
     """
     from dataclasses import asdict
 
@@ -160,5 +160,5 @@ def open_workbench(
 
 
 def _whole(name: str | Path) -> str:
-    """A path that exists, from the root; any other name as it is."""
+    """A path that exists, from the root; any other name unchanged."""
     return str(Path(name).resolve()) if Path(name).exists() else str(name)

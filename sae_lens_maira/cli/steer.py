@@ -53,28 +53,28 @@ def steer(
 
     Args:
         sae: SAE of image positions: a folder, a release, or phantom-image.
-        finding: finding to put into reports, or to take out of them.
-        out: folder of the page (index.html), the Parquet tables, the figure, intervention.json and errors.csv (false
+        finding: Finding to put into reports, or to take out of them.
+        out: Folder of the page (index.html), the Parquet tables, the figure, intervention.json and errors.csv (false
             findings, omissions, wrong sides, places and changes, before and after); made if missing.
         options: The model that the SAE belongs to, and the studies. Findings are the table's truth, or rule labels.
         studies: Number of phantom studies, or of studies from the start of the table.
-        hook: hook point, if the SAE does not name its own.
-        records: latent records of the SAE; latents, p99 and maps come from them, and no activations are read.
-        intervention: saved interventions to apply instead of choosing latents.
-        controls: control SAEs whose latents are steered at equal norm, separated by commas: untrained,
+        hook: Hook point, if the SAE does not name its own.
+        records: Latent records of the SAE; latents, p99 and maps come from them, and no activations are read.
+        intervention: Saved interventions to apply instead of choosing latents.
+        controls: Control SAEs whose latents are steered at equal norm, separated by commas: untrained,
             untrained_whitened, raw, or folders of frozen controls (train --control). By default untrained; "" for
             none, as with --records or --intervention.
-        reader: reads findings from reports: the phantom's language, rule labels, or whichever fits the studies.
-        views: frontal steers studies with one image and no prior, all steers any study with a frontal image.
-        steered: studies of each half that are steered.
-        n_latents: latents per method.
-        strengths: strengths of the sweep of maps.
-        remove: take the finding out of reports that have it.
-        max_new_tokens: maximum length of a report; 300 for reports of MAIRA-2.
-        seed: random seed of halves and controls.
-        allow_credentialed: show images and text of credentialed studies on the page.
-        estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
-        as_json: print the summary as JSON instead of a table.
+        reader: Reads findings from reports: the phantom's language, rule labels, or whichever fits the studies.
+        views: Frontal steers studies with one image and no prior, all steers any study with a frontal image.
+        steered: Studies of each half that are steered.
+        n_latents: Latents per method.
+        strengths: Strengths of the sweep of maps.
+        remove: Take the finding out of reports that have it.
+        max_new_tokens: Maximum length of a report; 300 for reports of MAIRA-2.
+        seed: Random seed of halves and controls.
+        allow_credentialed: Show images and text of credentialed studies on the page.
+        estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
+        as_json: Print the summary as JSON instead of a table.
     """
     from sae_lens_maira.errors import ConfigError, InterventionError
     from sae_lens_maira.interface import finding_reader, load_sae

@@ -27,9 +27,9 @@ def harvest(
     Example: sae-lens-maira harvest --config recipes/phantom.yaml
 
     Args:
-        options: what is read, and what is kept of it.
-        estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
-        as_json: print JSON instead of text.
+        options: What is read, and what is kept of it.
+        estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
+        as_json: Print JSON instead of text.
     """
     if estimate:
         from sae_lens_maira.cli.estimate import of_harvest, write_estimate
@@ -91,8 +91,8 @@ def show(store: Path, as_json: bool = False) -> None:
     Example: sae-lens-maira store show --store runs/phantom_store
 
     Args:
-        store: folder of the store.
-        as_json: print JSON instead of text.
+        store: Folder of the store.
+        as_json: Print JSON instead of text.
     """
     from dataclasses import asdict
 
@@ -131,8 +131,8 @@ def validate(store: Path, as_json: bool = False) -> None:
     Example: sae-lens-maira store validate --store runs/phantom_store
 
     Args:
-        store: folder of the store.
-        as_json: print JSON instead of text.
+        store: Folder of the store.
+        as_json: Print JSON instead of text.
     """
     from sae_lens_maira.activations import ActivationStore
 
@@ -154,11 +154,11 @@ def export(
     Example: sae-lens-maira store export --store runs/phantom_store --out runs/cached
 
     Args:
-        store: folder of the store.
-        out: new folder; float32, so about twice the size of a bfloat16 store.
-        hook: hook point; the store's first if not given.
+        store: Folder of the store.
+        out: New folder; float32, so about twice the size of a bfloat16 store.
+        hook: Hook point; the store's first if not given.
         context_size: Activation rows per row of the data set; give SAELens the same number.
-        as_json: print JSON instead of text.
+        as_json: Print JSON instead of text.
     """
     from sae_lens_maira.activations import ActivationStore, export_cached
 
@@ -195,12 +195,12 @@ def bring(
     Example: sae-lens-maira store import --cached activations/data --store runs/imported
 
     Args:
-        cached: folder that SAELens' CacheActivationsRunner or store export wrote.
-        store: folder of the new store.
-        hook: column to read, if there are several.
+        cached: Folder that SAELens' CacheActivationsRunner or store export wrote.
+        store: Folder of the new store.
+        hook: Column to read, if there are several.
         role: Role of every token, where the data set has none.
         dtype: Precision of the stored rows; the exported store's own, else float32.
-        as_json: print JSON instead of text.
+        as_json: Print JSON instead of text.
     """
     from sae_lens_maira.activations import import_cached
     from sae_lens_maira.maira2 import resolve_roles

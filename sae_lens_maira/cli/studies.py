@@ -58,30 +58,30 @@ def import_studies(
     Example: sae-lens-maira studies import --source mimic --images mimic-cxr-jpg --reports mimic-cxr --out mimic.parquet
 
     Args:
-        source: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray (Open-I), folder (pictures or
+        source: Mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray (Open-I), folder (pictures or
             DICOM), csv, or phantom.
         out: Parquet file of the table; studies left out and files not used are listed next to it as .skipped.csv.
         images: Folder of the images; mimic: the folder above `files`, csv: the folder its paths are relative to.
-        reports: mimic: folder above the reports' `files`, if another, or mimic_cxr_sectioned.csv; iuxray: folder
+        reports: Mimic: folder above the reports' `files`, if another, or mimic_cxr_sectioned.csv; iuxray: folder
             or .tgz of XML reports.
-        projections: iuxray: projection table (indiana_projections.csv or nlmcxr_tsne_pa.csv.gz), or
+        projections: Iuxray: projection table (indiana_projections.csv or nlmcxr_tsne_pa.csv.gz), or
             several in brackets.
-        assume_frontal: iuxray, folder: true takes images of unknown view as frontal.
-        table: csv: the file.
-        columns: csv: our column and its name in the file, for example "{frontal: image_path}".
-        licence: folder, csv: licence of studies that state none, credentialed if not given; it never
+        assume_frontal: Iuxray, folder: true takes images of unknown view as frontal.
+        table: Csv: the file.
+        columns: Csv: our column and its name in the file, for example "{frontal: image_path}".
+        licence: Folder, csv: licence of studies that state none, credentialed if not given; it never
             loosens a stated one.
-        relicense_from: csv: licence word in the file to replace by --to; the only way to loosen a licence.
-        to: csv: the licence that replaces it.
-        cut_reports: csv: true cuts whole reports in the column report into sections.
-        patients: folder: each study its own patient (if not given), or each folder one patient.
-        need_images: mimic, iuxray: false keeps studies whose image files are not on this machine.
-        need_reports: folder: false keeps images without a report.
-        studies: phantom: number of studies (200 if not given).
-        study_seed: phantom: random seed of the studies (0 if not given, the seed of the phantom's training studies).
-        size: phantom: side of the images in pixels (112 if not given).
-        split: phantom: split name given to all studies.
-        workers: mimic: threads that read reports (16 if not given).
+        relicense_from: Csv: licence word in the file to replace by --to; the only way to loosen a licence.
+        to: Csv: the licence that replaces it.
+        cut_reports: Csv: true cuts whole reports in the column report into sections.
+        patients: Folder: each study its own patient (if not given), or each folder one patient.
+        need_images: Mimic, iuxray: false keeps studies whose image files are not on this machine.
+        need_reports: Folder: false keeps images without a report.
+        studies: Phantom: number of studies (200 if not given).
+        study_seed: Phantom: random seed of the studies (0 if not given, the seed of the phantom's training studies).
+        size: Phantom: side of the images in pixels (112 if not given).
+        split: Phantom: split name given to all studies.
+        workers: Mimic: threads that read reports (16 if not given).
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.errors import ConfigError
@@ -216,11 +216,11 @@ def validate_studies(
     Args:
         table: Parquet or CSV.
         root: Folder that relative image paths start from; the table's own if not given.
-        images: decode reads every image as the model would, open reads headers, exist asks the file system, none.
-        most: issues printed; all are counted.
-        workers: threads that look at images.
+        images: Decode reads every image as the model would, open reads headers, exist asks the file system, none.
+        most: Issues printed; all are counted.
+        workers: Threads that look at images.
         out: CSV for all issues.
-        as_json: print JSON instead of text.
+        as_json: Print JSON instead of text.
     """
     from sae_lens_maira.errors import StudyError
     from sae_lens_maira.maira2.images import check_image, read_stretched

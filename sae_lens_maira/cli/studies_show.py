@@ -34,12 +34,12 @@ def show(
     Args:
         table: Parquet or CSV.
         root: Folder that relative image paths start from; the table's own if not given.
-        study: id of one study to show instead, with its text and rule labels.
+        study: Id of one study to show instead, with its text and rule labels.
         figure: PNG to draw: the images of the study, or the frontal images of a sample.
-        labels: reports whose rule labels are counted, drawn at random; 0 for none.
+        labels: Reports whose rule labels are counted, drawn at random; 0 for none.
         shown: Images in the figure of a sample.
         seed: Random seed of the samples.
-        as_json: print JSON instead of text.
+        as_json: Print JSON instead of text.
     """
     from sae_lens_maira.cli.studies import open_table
     from sae_lens_maira.errors import StudyError
@@ -156,8 +156,8 @@ def draw_frontals(studies: "Sequence[Study]", file: Path) -> None:
     """Frontal images side by side, each under its id and the observations its report states as present.
 
     Raises:
-        StudyError: no study has a frontal image.
-        ImageError: an image cannot be read.
+        StudyError: No study has a frontal image.
+        ImageError: An image cannot be read.
     """
     from matplotlib.figure import Figure
 

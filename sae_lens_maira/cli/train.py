@@ -48,26 +48,26 @@ def train(
     Example: sae-lens-maira train --config recipes/phantom.yaml
 
     Args:
-        options: what is read, and what is kept of it.
-        out: folder of the SAE, which plain SAELens loads.
-        sae: fields of MatryoshkaTrainingSAEConfig without d_in, for example "{d_sae: 1024, k: 16, ...}".
-        trainer: fields of SAELens' SAETrainerConfig; with checkpoint_path and n_checkpoints a stopped run continues,
+        options: What is read, and what is kept of it.
+        out: Folder of the SAE, which plain SAELens loads.
+        sae: Fields of MatryoshkaTrainingSAEConfig without d_in, for example "{d_sae: 1024, k: 16, ...}".
+        trainer: Fields of SAELens' SAETrainerConfig; with checkpoint_path and n_checkpoints a stopped run continues,
             with "logger: {wandb_project: NAME}" it is logged to Weights & Biases.
-        provider: of a store: roles, rates, buffer_rows, workers; direct: buffer_rows, mix_fraction, group.
-        direct: run the model while training and keep nothing on disk; the first hook point is trained on.
-        control: train a control SAE instead, with a random decoder or encoder that stays fixed (soft: within a cosine
+        provider: For a store: roles, rates, buffer_rows, workers; direct: buffer_rows, mix_fraction, group.
+        direct: Run the model while training and keep nothing on disk; the first hook point is trained on.
+        control: Train a control SAE instead, with a random decoder or encoder that stays fixed (soft: within a cosine
             of 0.8); everything else as given.
-        init: start from the weights of this SAE, a folder or a published release, instead of random ones; d_sae,
+        init: Start from the weights of this SAE, a folder or a published release, instead of random ones; d_sae,
             levels and k must be the same.
-        backend: implementation of the step: triton on CUDA, sparse elsewhere (auto), or the dense reference.
-        candidates: search the largest activations with a low-precision product first and score only those in float32;
+        backend: Implementation of the step: triton on CUDA, sparse elsewhere (auto), or the dense reference.
+        candidates: Search the largest activations with a low-precision product first and score only those in float32;
             the result stays exact. auto: wherever that is faster.
-        autocast: round the operands of products to bfloat16, as trainer.autocast does. Faster, not exact.
-        sole_writer: reuse norms and bfloat16 copies that the triton optimizer made; false if other code changes the
+        autocast: Round the operands of products to bfloat16, as trainer.autocast does. Faster, not exact.
+        sole_writer: Reuse norms and bfloat16 copies that the triton optimizer made; false if other code changes the
             weights during the training.
-        resume: continue from the newest checkpoint; false sets existing checkpoints aside and starts again.
-        estimate: print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
-        as_json: print JSON instead of text.
+        resume: Continue from the newest checkpoint; false moves existing checkpoints away and starts again.
+        estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
+        as_json: Print JSON instead of text.
     """
     if estimate:
         from sae_lens_maira.cli.estimate import of_train, write_estimate
@@ -119,7 +119,7 @@ def train(
         if steps.checkpoint_path is not None and not resume and not ranks.rank:
             aside = set_aside(steps.checkpoint_path)
             if aside is not None:
-                sys.stderr.write(f"existing checkpoints are set aside in {aside}\n")
+                sys.stderr.write(f"existing checkpoints were moved to {aside}\n")
         ranks.barrier("checkpoints listed")
         newest = None
         if steps.checkpoint_path is not None and resume:

@@ -43,7 +43,7 @@ class AdapterConfig:
     Attributes:
         latents: Latent numbers.
         batch_size: Latents per batch file and page.
-        before, behind: Tokens of context before and after a peak.
+        before, after: Tokens of context before and after a peak.
         top: Number of sequences with the largest activations.
         intervals, per_interval: Number of activation intervals, and of sequences per interval.
         page: Also write the classic page. It loads scripts from two other hosts; None writes it only if every study is
@@ -55,7 +55,7 @@ class AdapterConfig:
     latents: Sequence[int]
     batch_size: int = 32
     before: int = 12
-    behind: int = 12
+    after: int = 12
     top: int = 20
     intervals: int = 5
     per_interval: int = 5
@@ -67,11 +67,11 @@ class AdapterConfig:
         """Refuse sizes that make the runner fail.
 
         Raises:
-            ConfigError: a size is too small, or a latent is listed twice.
+            ConfigError: A size is too small, or a latent is listed twice.
         """
-        if min(self.batch_size, self.before, self.behind, self.top) < 1:
+        if min(self.batch_size, self.before, self.after, self.top) < 1:
             raise ConfigError(
-                "batch_size, before, behind and top must be at least 1, since sae-dashboard has no empty windows. Give "
+                "batch_size, before, after and top must be at least 1, since sae-dashboard has no empty windows. Give "
                 "larger numbers."
             )
         if not self.latents or len(set(self.latents)) != len(self.latents):
@@ -107,9 +107,9 @@ def run_saedashboard(
 
     Raises:
         ConfigError: sae-dashboard is not installed, or a latent does not exist.
-        PrivacyError: a study is not known to be public or synthetic, and `allow_credentialed` is not set or the classic
+        PrivacyError: A study is not known to be public or synthetic, and `allow_credentialed` is not set or the classic
             page was requested.
-        RecordError: the rows do not fit, or the folder contains files.
+        RecordError: The rows do not fit, or the folder contains files.
     """
     if not 0 <= min(config.latents) <= max(config.latents) < sae.cfg.d_sae:
         raise ConfigError(
@@ -137,7 +137,7 @@ def run_saedashboard(
             readout,
             copied.b_dec.detach(),
             Path(cache),
-            (config.before, config.behind),
+            (config.before, config.after),
             PROMPTS_PER_FILE,
         )
         latents = sorted(config.latents)
@@ -217,7 +217,7 @@ class _Theirs:
         parts = self._parts
         sequences = parts.SequencesConfig(
             stack_mode="stack-all",
-            buffer=(config.before, config.behind),
+            buffer=(config.before, config.after),
             compute_buffer=True,
             n_quantiles=config.intervals,
             top_acts_group_size=min(config.top, prompts.rows),

@@ -63,9 +63,9 @@ def write_export(
         The folder.
 
     Raises:
-        PrivacyError: a study is not known to be public or synthetic, and `allow_credentialed` is not set.
-        RecordError: the folder contains files, or a record contains a number that is not finite.
-        ConfigError: the target's model has no such layer.
+        PrivacyError: A study is not known to be public or synthetic, and `allow_credentialed` is not set.
+        RecordError: The folder contains files, or a record contains a number that is not finite.
+        ConfigError: The target's model has no such layer.
     """
     meta, explained = records.meta, interpretations or {}
     licence = licence_of(records, "writing Neuronpedia files", allow_credentialed)
@@ -157,7 +157,7 @@ def explanation_row(interpretation: Interpretation, source: str, target: Target)
     """Build a row of Neuronpedia's table Explanation.
 
     Scores and the explainer's name are in the notes: the import has no field for scores, and the explainer's column
-    accepts only models that the site knows.
+    accepts only models that the site has.
     """
     text = interpretation.explanation or ""
     named = f"{target.model_id}|{source}|{interpretation.latent}|{interpretation.explainer}|{text}"

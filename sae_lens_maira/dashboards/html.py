@@ -66,7 +66,7 @@ def write_page(
         Path of `index.html`.
 
     Raises:
-        PrivacyError: a study is not known to be public or synthetic and `allow_credentialed` is not set, or an image
+        PrivacyError: A study is not known to be public or synthetic and `allow_credentialed` is not set, or an image
             path leaves its folder.
         RecordError: `out` contains other files, a context refers to an unknown study, or an image is missing.
     """

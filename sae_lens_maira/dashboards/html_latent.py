@@ -2,7 +2,7 @@
 
     numbers     three significant digits
     roles       run-length encoded, [role, count]
-    heat        activation maps, one character per patch, scaled to the map's maximum; patch numbers where few fire
+    maps        activation maps, one character per patch, scaled to the map's maximum; patch numbers where few fire
     images      the centre crop that the model saw, in grey, one PNG per study and view
 
 A latent's data never exceed their limit: contexts that do not fit are dropped from the end of the longest list, and
@@ -71,7 +71,7 @@ def latent_page(
     """Build the JSON of one record, at most `limit` bytes long.
 
     Raises:
-        RecordError: a context refers to a study that the record set does not list, or no context fits.
+        RecordError: A context refers to a study that the record set does not list, or no context fits.
     """
     lists = [
         [_context(c, studies) for c in record.top],
@@ -177,7 +177,7 @@ def _context(context: Context, studies: dict[str, StudyInfo]) -> dict[str, Any]:
         "values": [
             rounded(value) if value else value if value is None else 0 for value in context.activations
         ],
-        "heat": maps,
+        "maps": maps,
     }
 
 
@@ -257,8 +257,8 @@ class ImageFolder:
         """Copy the study's images if they are not there yet.
 
         Raises:
-            RecordError: an image is missing.
-            PrivacyError: an image path leaves the root folder.
+            RecordError: An image is missing.
+            PrivacyError: An image path leaves the root folder.
         """
         if entry.study not in self._shown:
             self._shown[entry.study] = self._write(entry, self._number[entry.study])

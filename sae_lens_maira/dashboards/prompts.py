@@ -133,7 +133,7 @@ def write_prompts(
         per_file: Prompts per file, the runner's minibatch size.
 
     Raises:
-        RecordError: there are no rows, or more positions than the runner supports.
+        RecordError: There are no rows, or more positions than the runner supports.
     """
     ids: dict[int, np.ndarray] = {}
     first, hook_name, side = len(readout.tokens), "", readout.side
@@ -148,8 +148,8 @@ def write_prompts(
         raise RecordError(
             "The studies have no activation rows, so there is nothing to show. Give studies with reports."
         )
-    before, behind = buffer[0] + 1, buffer[1]
-    length = before + max(map(len, ids.values())) + behind
+    before, after = buffer[0] + 1, buffer[1]
+    length = before + max(map(len, ids.values())) + after
     if len(ids) * length > MOST_POSITIONS:
         raise RecordError(
             f"{len(ids)} studies of up to {length} positions were given; sae-dashboard's quantiles accept at most "

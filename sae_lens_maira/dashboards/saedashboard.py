@@ -2,8 +2,8 @@
 
 Keys and meanings are those of sae-dashboard 0.8, and every key is always present. Numbers are finite and rounded to 5
 digits; the density is not rounded. Quantities that records do not contain (alignment with neurons, correlations, logit
-histograms, vectors) are empty lists. Features are written one per line as they are read, so memory does not grow with
-the number of latents.
+histograms, vectors) are empty lists. Features are written one per line while they are read, so memory does not grow
+with the number of latents.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def feature(
     """Build one entry of `features` in a batch file.
 
     Raises:
-        RecordError: a number is not finite.
+        RecordError: A number is not finite.
     """
     return (
         {"feature_index": record.latent}
@@ -96,9 +96,9 @@ def write_saedashboard(
         The folder.
 
     Raises:
-        PrivacyError: a study is not known to be public or synthetic, and `allow_credentialed` is not set.
-        RecordError: the folder contains files, or a record contains a number that is not finite.
-        ConfigError: the target's model has no such layer.
+        PrivacyError: A study is not known to be public or synthetic, and `allow_credentialed` is not set.
+        RecordError: The folder contains files, or a record contains a number that is not finite.
+        ConfigError: The target's model has no such layer.
     """
     shown = window or Window()
     meta = records.meta

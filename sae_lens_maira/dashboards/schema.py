@@ -199,7 +199,7 @@ def object_issues(
     """Check one object against a schema.
 
     Args:
-        place: Where the object is.
+        place: Position of the object.
         row: Parsed JSON.
         schema: Type per field.
         what: Name of the object in messages.
@@ -270,7 +270,7 @@ def repeated_issues(place: Line, what: str, key: Any, seen: Any) -> Iterator[Iss
 
 
 def type_issues(place: Line, what: str, name: Any) -> Iterator[Issue]:
-    """Report an explanation type that Neuronpedia's database does not know: it then takes no explanation at all."""
+    """Report an explanation type that is not in Neuronpedia's database, which then rejects all explanations."""
     if name is not None and name not in EXPLANATION_TYPES:
         yield place.issue(
             f"{what} has the explanation type {name!r}; expected one of {', '.join(EXPLANATION_TYPES)}"

@@ -35,7 +35,7 @@ class Window:
         """Check the sizes.
 
         Raises:
-            RecordError: nothing would be shown, or more than Neuronpedia accepts.
+            RecordError: Nothing would be shown, or more than Neuronpedia accepts.
         """
         if self.text < 1 or self.patches < 0 or 1 + self.text + self.patches > MAX_TOKENS:
             raise RecordError(
@@ -79,8 +79,8 @@ def sequences(
         listed: Studies whose licence is known; None skips the check.
 
     Raises:
-        PrivacyError: a context shows a study that is not listed.
-        RecordError: a number is not finite, or a context's tokens and values differ in length.
+        PrivacyError: A context shows a study that is not listed.
+        RecordError: A number is not finite, or a context's tokens and values differ in length.
     """
     window = window or Window()
     groups: list[tuple[str, float, float, float, tuple[Context, ...]]] = [
@@ -139,7 +139,7 @@ def finite(value: float, latent: int, digits: int = DIGITS) -> float:
     """Round a value to `digits` decimals.
 
     Raises:
-        RecordError: the value is NaN or infinite.
+        RecordError: The value is NaN or infinite.
     """
     if not math.isfinite(value):
         raise RecordError(

@@ -44,7 +44,7 @@ def safe_address(url: str) -> str:
     """Check that a key may be sent to an address, and strip its trailing slash.
 
     Raises:
-        ConfigError: it is neither https nor http on this machine, or contains a user name.
+        ConfigError: It is neither https nor http on this machine, or contains a user name.
     """
     parts = urlsplit(url)
     local = parts.hostname in ("localhost", "127.0.0.1", "::1")
@@ -81,10 +81,10 @@ class Site:
         self._opener = urllib.request.build_opener(*handlers)
 
     def has_model(self, model_id: str) -> bool:
-        """Whether the server knows a model. There is no GET route; the POST answers null for an unknown model.
+        """Whether the server has a model. There is no GET route; the POST answers null for an unknown model.
 
         Raises:
-            ServerError: the server refused, or its answer is not one of a Neuronpedia server.
+            ServerError: The server refused, or its answer is not one of a Neuronpedia server.
         """
         item = f"the look-up of model {model_id}"
         answer = self._json("POST", "model/get", {"id": model_id}, item)
@@ -93,7 +93,7 @@ class Site:
         return answer is not None
 
     def has_source_set(self, model_id: str, name: str) -> bool:
-        """Whether the server knows a source set; one that cannot be looked up is refused by the POST that follows."""
+        """Whether the server has a source set; one that cannot be looked up is refused by the POST that follows."""
         path, item = f"source-set/{model_id}/{name}", f"the look-up of source set {name}"
         try:
             body = self._ask("GET", path, None)
@@ -111,7 +111,7 @@ class Site:
         """Send a body, and check that the answer is that of a Neuronpedia server that accepted it.
 
         Raises:
-            ServerError: the server refused it, the connection broke, or the answer is a page, empty or an error; the
+            ServerError: The server refused it, the connection broke, or the answer is a page, empty or an error; the
                 message names `item`.
         """
         answer = self._json("POST", path, body, item)
@@ -180,7 +180,7 @@ class Journal:
         upload: Destination.
 
     Raises:
-        RecordError: the file belongs to another upload, or is damaged.
+        RecordError: The file belongs to another upload, or is damaged.
     """
 
     def __init__(self, path: Path, upload: dict[str, str]) -> None:
@@ -224,7 +224,7 @@ class Journal:
         """Whether a feature was sent before.
 
         Raises:
-            RecordError: another version of it was sent.
+            RecordError: Another version of it was sent.
         """
         before = self.features.get(feature["index"])
         if before is not None and before != _digest(feature):

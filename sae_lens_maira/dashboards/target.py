@@ -62,7 +62,7 @@ class Target:
         """Check the names against Neuronpedia's rules.
 
         Raises:
-            ConfigError: a name or the number of layers is invalid.
+            ConfigError: A name or the number of layers is invalid.
         """
         if not MODEL_NAME.fullmatch(self.model_id):
             raise ConfigError(
@@ -112,7 +112,7 @@ class Target:
         """Return the source id of a layer.
 
         Raises:
-            ConfigError: the model has no such layer.
+            ConfigError: The model has no such layer.
         """
         if not 0 <= layer < self.layers:
             raise ConfigError(
@@ -156,7 +156,7 @@ def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path
         Path of the configuration.
 
     Raises:
-        ConfigError: the folder has no SAE configuration, or its SAE has a different size.
+        ConfigError: The folder has no SAE configuration, or its SAE has a different size.
     """
     path = Path(folder) / SAE_CFG_FILENAME
     try:

@@ -51,7 +51,7 @@ def api_feature(
     """Build one entry of `features`; None for a latent without an activation, which the server would refuse.
 
     Raises:
-        RecordError: a number is not finite.
+        RecordError: A number is not finite.
     """
     activations = [_activation(sequence) for sequence in sequences(record, window, listed)]
     if record.status == "dead" or not any(max(activation["values"]) > 0 for activation in activations):
@@ -90,8 +90,8 @@ def payloads(
         Payloads with at least one feature.
 
     Raises:
-        RecordError: a number is not finite.
-        ConfigError: the limits are not within the server's.
+        RecordError: A number is not finite.
+        ConfigError: The limits are not within the server's.
     """
     if not 1 <= max_features <= MAX_FEATURES or max_bytes < 1:
         raise ConfigError(
@@ -129,8 +129,8 @@ def write_payloads(
     With credentialed data (`allow_credentialed`) the file is `payloads.credentialed.jsonl` in a marked folder.
 
     Raises:
-        PrivacyError: a study is not known to be public or synthetic, and `allow_credentialed` is not set.
-        RecordError: the folder contains files, there is nothing to send, or a number is not finite.
+        PrivacyError: A study is not known to be public or synthetic, and `allow_credentialed` is not set.
+        RecordError: The folder contains files, there is nothing to send, or a number is not finite.
     """
     licence = licence_of(records, "writing Neuronpedia files", allow_credentialed)
     with new_folder(out, licence) as folder:
@@ -197,7 +197,7 @@ def check_licences(records: RecordSet) -> None:
     """Refuse records of studies that must not leave this machine.
 
     Raises:
-        PrivacyError: a study is not known to be public or synthetic, no study is listed, or the folder is marked.
+        PrivacyError: A study is not known to be public or synthetic, no study is listed, or the folder is marked.
         RecordError: studies.jsonl is missing.
     """
     licences = [entry.licence for entry in records.studies.values()]
@@ -244,10 +244,10 @@ def upload(
         What was or would be sent.
 
     Raises:
-        PrivacyError: a study must not leave this machine; no connection was made.
-        RecordError: a payload exceeds the server's limits, or a latent changed since it was sent.
-        ServerError: the server refused or the connection broke; the message names the item.
-        ConfigError: there is no key, or the address is not safe.
+        PrivacyError: A study must not leave this machine; no connection was made.
+        RecordError: A payload exceeds the server's limits, or a latent changed since it was sent.
+        ServerError: The server refused or the connection broke; the message names the item.
+        ConfigError: There is no key, or the address is not safe.
     """
     check_licences(records)
     url = safe_address(base_url or (LOCALHOST if localhost else SITE))

@@ -48,7 +48,7 @@ def validate(folder: Path | str) -> tuple[str, list[Issue]]:
         The format ("saedashboard", "export" or "api") and its issues in order of file and line.
 
     Raises:
-        RecordError: the folder contains none of the formats.
+        RecordError: The folder contains none of the formats.
     """
     folder = Path(folder)
     if any(folder.glob("batch-*.json")):

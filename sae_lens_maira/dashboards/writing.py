@@ -31,7 +31,7 @@ def read_interpretations(folder: Path | str) -> dict[int, list[Interpretation]]:
     """Read the interpretations stored with a record set, per latent; empty if there are none.
 
     Raises:
-        RecordError: a line is not an interpretation.
+        RecordError: A line is not an interpretation.
     """
     return by_latent(load(folder))
 
@@ -126,7 +126,7 @@ def licence_of(records: RecordSet, action: str, allow: bool) -> str:
         The strictest licence class.
 
     Raises:
-        PrivacyError: a study is not known to be public or synthetic, and `allow` is not set.
+        PrivacyError: A study is not known to be public or synthetic, and `allow` is not set.
         RecordError: studies.jsonl is missing or damaged.
     """
     return check_shareable([entry.licence for entry in records.studies.values()], action, allow=allow)
@@ -158,7 +158,7 @@ def batches_of(records: RecordSet, size: int) -> list[tuple[int, list[int]]]:
     """Split the latents of a record set into `(number, latents)` batches, in order.
 
     Raises:
-        RecordError: the record set is empty.
+        RecordError: The record set is empty.
     """
     latents = [int(latent) for latent in records.table["latent"]]
     if not latents:

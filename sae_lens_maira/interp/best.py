@@ -31,14 +31,14 @@ class Best:
     """The best latent of one finding.
 
     Attributes:
-        finding: finding key.
-        place: name of the record set that contains the latent.
-        latent: latent number.
-        agreement, low: agreement with the finding on train examples, and its lower 95 % limit, the basis of the choice.
-        n: number of train examples.
-        interpretation: interpretation of the latent; None where it has none.
-        named: whether the explanation names the finding, with its side where it says one.
-        exact: whether it names this finding and no other.
+        finding: Finding key.
+        place: Name of the record set that contains the latent.
+        latent: Latent number.
+        agreement, low: Agreement with the finding on train examples, and its lower 95 % limit, the basis of the choice.
+        n: Number of train examples.
+        interpretation: Interpretation of the latent; None where it has none.
+        named: Whether the explanation names the finding, with its side where it says one.
+        exact: Whether it names this finding and no other.
     """
 
     finding: str
@@ -68,13 +68,13 @@ def best_latents(
     """The best latent of every finding over one or more record sets.
 
     Args:
-        places: folders of interpreted record sets of one model by name, such as "text" and "image".
-        seed: random seed of the split by patient, the one that the interpretations had.
-        least: number of active and of silent train examples needed.
-        explainer: explainer whose interpretations are read.
+        places: Folders of interpreted record sets of one model by name, such as "text" and "image".
+        seed: Random seed of the split by patient, the one that the interpretations had.
+        least: Number of active and of silent train examples needed.
+        explainer: Explainer whose interpretations are read.
 
     Raises:
-        RecordError: the sets have different findings, or a set has no interpretation by that explainer.
+        RecordError: The sets have different findings, or a set has no interpretation by that explainer.
     """
     sets = {name: RecordSet.open(folder) for name, folder in places.items()}
     keys = next(iter(sets.values())).meta.findings
@@ -167,11 +167,11 @@ def write_best_figure(sets: Mapping[str, Sequence[Best]], path: Path | str) -> N
     """PNG of detection per finding: a dot with its 95 % interval per set, and the first set's shuffled control.
 
     Args:
-        sets: best latents by name; the first is the one reported, the others are controls.
-        path: path of the PNG.
+        sets: Best latents by name; the first is the one reported, the others are controls.
+        path: Path of the PNG.
 
     Raises:
-        RecordError: the first set has no score.
+        RecordError: The first set has no score.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -34,14 +34,14 @@ class Plan:
     """Which latents to explain and how to test the explanations.
 
     Attributes:
-        latents: latent numbers; None for every latent that is not dead.
-        methods: scorers that ask a language model.
-        n_train: active examples shown to the explainer, plus a quarter as many silent ones (offline: all examples).
-        n_test: active examples in the test questions, and as many silent ones.
-        batch: texts per question.
-        least: active studies needed in each half; a latent with fewer is "too_rare".
-        pictures: images with outlined patches shown to the explainer per image latent, for a model that sees.
-        seed: random seed of the split by patient and of all sampling.
+        latents: Latent numbers; None for every latent that is not dead.
+        methods: Scorers that ask a language model.
+        n_train: Active examples shown to the explainer, plus a quarter as many silent ones (offline: all examples).
+        n_test: Active examples in the test questions, and as many silent ones.
+        batch: Texts per question.
+        least: Active studies needed in each half; a latent with fewer is "too_rare".
+        pictures: Images with outlined patches shown to the explainer per image latent, for a model that sees.
+        seed: Random seed of the split by patient and of all sampling.
     """
 
     latents: Sequence[int] | None = None
@@ -74,11 +74,11 @@ class Example:
     """One study as a latent sees it, and whether the latent is active there.
 
     Attributes:
-        context: context of the latent in the study.
+        context: Context of the latent in the study.
         study: Study of the context.
-        active: whether the latent is active in it.
-        interval: index of the record's activation interval of this context, 0 the highest; -1 where silent.
-        max: the latent's largest activation in the record set, the unit of the 0-10 scale.
+        active: Whether the latent is active in it.
+        interval: Index of the record's activation interval of this context, 0 the highest; -1 where silent.
+        max: The latent's largest activation in the record set, the unit of the 0-10 scale.
     """
 
     context: Context
@@ -101,11 +101,11 @@ class LatentTask:
     """One latent ready to be explained and scored.
 
     Attributes:
-        latent: latent number.
-        train, test: sampled examples of both halves.
-        tokens: output tokens that the latent raises most.
+        latent: Latent number.
+        train, test: Sampled examples of both halves.
+        tokens: Output tokens that the latent raises most.
         edges: (low, high) of every activation interval, highest first.
-        enough: whether both halves have the active and silent examples that the plan needs.
+        enough: Whether both halves have the active and silent examples that the plan needs.
     """
 
     latent: int
@@ -120,19 +120,19 @@ class Tasks:
     """Latent tasks of a plan, built one at a time: `tasks[latent]` reads one record and samples its examples.
 
     Attributes:
-        latents: latent numbers of the plan, in order.
+        latents: Latent numbers of the plan, in order.
     """
 
     def __init__(self, records: RecordSet, plan: Plan, offline: bool) -> None:
         """Split the patients.
 
         Args:
-            records: record set to read.
-            plan: what to explain.
-            offline: give the explainer all train examples instead of a sample.
+            records: Record set to read.
+            plan: What to explain.
+            offline: Give the explainer all train examples instead of a sample.
 
         Raises:
-            RecordError: the record set has fewer than two patients, or no record of a latent of the plan.
+            RecordError: The record set has fewer than two patients, or no record of a latent of the plan.
         """
         absent = next((n for n in plan.latents or () if n not in records), None)
         if absent is not None:
@@ -169,7 +169,7 @@ def train_patients(studies: Iterable[StudyInfo], seed: int = 0, share: float = 0
     """Patients whose studies may be shown to an explainer; all others are for testing.
 
     Raises:
-        RecordError: fewer than two patients.
+        RecordError: Fewer than two patients.
     """
     patients = sorted({study.patient for study in studies}, key=lambda patient: _hash(seed, patient))
     if len(patients) < 2:
@@ -187,7 +187,7 @@ def split_examples(record: LatentRecord, studies: Mapping[str, StudyInfo], train
     A study that occurs several times (as a top context and in an interval) is kept where its value is largest.
 
     Raises:
-        RecordError: a context names a study that the record set does not have, or is active in a zero context.
+        RecordError: A context names a study that the record set does not have, or is active in a zero context.
     """
     best: dict[str, Example] = {}
     lows = [interval.low for interval in record.intervals]

@@ -59,17 +59,17 @@ class Server:
     """Which model to ask, and the limits of a run.
 
     Attributes:
-        model: name of the model at the server.
-        base_url: address of the server, `OPENAI_BASE_URL` if not given; without a scheme only for this machine.
+        model: Name of the model at the server.
+        base_url: Address of the server, `OPENAI_BASE_URL` if not given; without a scheme only for this machine.
         api_key: API key, `OPENAI_API_KEY` if not given; local servers need none.
-        concurrency: questions in flight at once.
-        max_retries: retries of one question after 429, 5xx, timeouts and lost connections; `Retry-After` is obeyed.
-        timeout: seconds for one answer as a whole, and the longest `Retry-After` that is obeyed.
-        max_tokens: most tokens of one answer, thoughts included.
-        max_tokens_total: budget of tokens, prompts and answers together; None for no limit.
-        max_requests: budget of requests; None for no limit.
-        usd_per_mtok: price of a million prompt and answer tokens; None where unknown.
-        allow_remote: allow text of credentialed studies to leave this machine.
+        concurrency: Questions in flight at once.
+        max_retries: Retries of one question after 429, 5xx, timeouts and lost connections; `Retry-After` is obeyed.
+        timeout: Seconds for one answer as a whole, and the longest `Retry-After` that is obeyed.
+        max_tokens: Most tokens of one answer, thoughts included.
+        max_tokens_total: Budget of tokens, prompts and answers together; None for no limit.
+        max_requests: Budget of requests; None for no limit.
+        usd_per_mtok: Price of a million prompt and answer tokens; None where unknown.
+        allow_remote: Allow text of credentialed studies to leave this machine.
     """
 
     model: str
@@ -99,7 +99,7 @@ class Server:
         """Address that questions are sent to, with its scheme.
 
         Raises:
-            ConfigError: the address has no scheme and is not this machine, or is not an HTTP address.
+            ConfigError: The address has no scheme and is not this machine, or is not an HTTP address.
         """
         given = (self.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).strip()
         address = given.rstrip("/")
@@ -122,7 +122,7 @@ class Server:
 
     @property
     def name(self) -> str:
-        """The address as it is shown: without user, password and query."""
+        """The address without user, password and query."""
         parts = urlsplit(self.url)
         host = parts.hostname or ""
         host = f"[{host}]" if ":" in host else host
@@ -143,13 +143,13 @@ class Usage:
     """What a run used.
 
     Attributes:
-        requests: requests sent, retries not counted.
-        cached: answers from the journal.
-        retries: retries of all requests.
-        tokens_in, tokens_out: prompt and answer tokens as counted by the server.
-        usable, unusable, over_budget: outcomes of the questions, cached answers included in `usable`.
-        problems: number of unusable answers per reason.
-        adapted: what was renamed or dropped for this server.
+        requests: Requests sent, retries not counted.
+        cached: Answers from the journal.
+        retries: Retries of all requests.
+        tokens_in, tokens_out: Prompt and answer tokens as counted by the server.
+        usable, unusable, over_budget: Outcomes of the questions, cached answers included in `usable`.
+        problems: Number of unusable answers per reason.
+        adapted: What was renamed or dropped for this server.
     """
 
     requests: int = 0
@@ -203,14 +203,14 @@ class Judge:
         """Ask one question.
 
         Args:
-            messages: chat messages.
-            form: schema of the answer.
-            licences: licence classes of the studies whose text or images are in the messages.
-            topic: kind of question; a run stops when the first questions of a topic all fail.
+            messages: Chat messages.
+            form: Schema of the answer.
+            licences: Licence classes of the studies whose text or images are in the messages.
+            topic: Kind of question; a run stops when the first questions of a topic all fail.
 
         Raises:
-            PrivacyError: credentialed text would leave the machine; nothing was sent.
-            ServerError: the first questions all failed, or the server stopped answering.
+            PrivacyError: Credentialed text would leave the machine; nothing was sent.
+            ServerError: The first questions all failed, or the server stopped answering.
         """
         check_destination(licences, self.server.url, self.server.allow_remote)
         async with self._slots:
@@ -237,7 +237,7 @@ class Judge:
                 self._keep(dialect)
                 self.usage.usable += 1
                 self._proven.add(topic)
-                if cached:  # Proves nothing about the server as it is now.
+                if cached:  # Proves nothing about the server's present state.
                     self.usage.cached += 1
                 else:
                     self._answered.add(topic)

@@ -95,8 +95,8 @@ def ask_explanation(
 
     Args:
         active: (text, place in the image or None, strength 1 to 10) of every active example.
-        silent: texts of silent examples.
-        tokens: output tokens that the latent raises most.
+        silent: Texts of silent examples.
+        tokens: Output tokens that the latent raises most.
         pictures: `data:` URIs of the first active examples' images with active patches outlined, for a model that
             sees; they follow the text as image parts.
     """
@@ -200,11 +200,11 @@ def question(
     """The messages that ask for an explanation of these examples.
 
     Args:
-        examples: examples sampled from the train half.
-        tokens: output tokens that the latent raises most.
-        seed: random seed for the windows of silent examples.
-        pictures: number of active examples of an image latent whose outlined images are shown.
-        folder: folder of the record set, which contains the images.
+        examples: Examples sampled from the train half.
+        tokens: Output tokens that the latent raises most.
+        seed: Random seed for the windows of silent examples.
+        pictures: Number of active examples of an image latent whose outlined images are shown.
+        folder: Folder of the record set, which contains the images.
     """
     modality, rng = modality_of(examples), random.Random(seed)
     firing = [e for e in examples if e.active]
@@ -242,16 +242,16 @@ async def explain(
     """Ask for an explanation.
 
     Args:
-        judge: client of the language model.
-        task: the latent and its train examples.
-        keys: finding keys, for the category.
-        plan: seed, and the number of images to show.
-        folder: folder of the record set.
-        licences: licence classes of the record set.
+        judge: Client of the language model.
+        task: The latent and its train examples.
+        keys: Finding keys, for the category.
+        plan: Seed, and the number of images to show.
+        folder: Folder of the record set.
+        licences: Licence classes of the record set.
 
     Raises:
-        PrivacyError: credentialed text would leave the machine.
-        ServerError: the server does not answer.
+        PrivacyError: Credentialed text would leave the machine.
+        ServerError: The server does not answer.
     """
     asked = question(task.train, task.tokens, plan.seed, plan.pictures, folder)
     reply = await judge.ask(asked, Sentence, licences, topic="explanation")

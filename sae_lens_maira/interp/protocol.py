@@ -57,9 +57,9 @@ class Problem:
         kind: "connection", "timeout", "too large", "server error", "rate limit", "stopped" (no question will be
             answered), "refused" (this question as it was put), "no completion", "cut off", "invalid", "not JSON",
             "declined".
-        words: what the server said, or what was found.
-        parameter: the request's parameter that the server names, "" if none.
-        retry: whether the same question may succeed later.
+        words: What the server said, or what was found.
+        parameter: The request's parameter that the server names, "" if none.
+        retry: Whether the same question may succeed later.
     """
 
     kind: str
@@ -76,10 +76,10 @@ class Completion:
     """What a server generated.
 
     Attributes:
-        text: the message's content, "" where the server sent none.
-        reasoning: thoughts that the server kept apart from the content.
-        finish: finish reason, "stop" if the server gives none.
-        served_model: name of the model that answered.
+        text: The message's content, "" where the server sent none.
+        reasoning: Thoughts that the server kept apart from the content.
+        finish: Finish reason, "stop" if the server gives none.
+        served_model: Name of the model that answered.
         tokens: (prompt, completion) tokens as counted by the server; 0 where it counts none.
     """
 
@@ -95,9 +95,9 @@ class Dialect:
     """What one server takes.
 
     Attributes:
-        format: how the schema is given: "json_schema", "json_object" or "plain".
-        limit: name of the parameter that limits the answer's tokens; "" for none.
-        temperature: whether `temperature` is sent.
+        format: How the schema is given: "json_schema", "json_object" or "plain".
+        limit: Name of the parameter that limits the answer's tokens; "" for none.
+        temperature: Whether `temperature` is sent.
     """
 
     format: str = "json_schema"
@@ -131,10 +131,10 @@ class Dialect:
         """The body of a chat-completion request.
 
         Args:
-            model: name of the model.
-            messages: chat messages.
-            form: schema of the answer.
-            max_tokens: most tokens of the answer.
+            model: Name of the model.
+            messages: Chat messages.
+            form: Schema of the answer.
+            max_tokens: Most tokens of the answer.
         """
         schema = form.model_json_schema()
         request: dict[str, Any] = {"model": model, "messages": messages}
@@ -157,9 +157,9 @@ def adapted(dialect: Dialect, problem: Problem, proven: bool) -> Dialect | None:
     """The dialect to try next after a problem, or None where no change of the request could help.
 
     Args:
-        dialect: as the question was put.
-        problem: what came back.
-        proven: whether this server has already answered such a question in the dialect; then only a named
+        dialect: As the question was put.
+        problem: What came back.
+        proven: Whether this server has already answered such a question in the dialect; then only a named
             parameter is changed.
     """
     lower = problem.words.lower()
@@ -193,8 +193,8 @@ def read_response(status: int, headers: Mapping[str, str], body: bytes) -> Compl
 
     Args:
         status: HTTP status code.
-        headers: response headers, names in lower case.
-        body: decoded body.
+        headers: Response headers, names in lower case.
+        body: Decoded body.
     """
     if 300 <= status < 400:
         target = headers.get("location", "another address")
@@ -248,8 +248,8 @@ def read_answer(completion: Completion, form: type[Form]) -> Form | Problem:
     """The answer in a completion, or why there is none.
 
     Args:
-        completion: what the server generated.
-        form: schema of the answer.
+        completion: What the server generated.
+        form: Schema of the answer.
     """
     if completion.finish == "length":
         thinking = _THOUGHT_OPEN.search(completion.text) or (completion.reasoning and not completion.text)
@@ -329,7 +329,7 @@ def _objects(text: str, form: type[Form]) -> list[Form]:
             one = form.model_validate(value)
             one.model_dump_json()  # Refuses lone surrogates, which no file of ours could hold.
         except (ValueError, ValidationError, RecursionError):
-            at = text.find("{", at + 1)  # Not an answer: search on behind this brace.
+            at = text.find("{", at + 1)  # Not an answer: search on after this brace.
         else:
             found.append(one)
             at = text.find("{", end)

@@ -1,10 +1,10 @@
-"""Read interpretations that others published: a table whose columns nobody has described.
+"""Read interpretations that others published: a table whose columns are not documented.
 
     latent (int) | interpretation (str) | score (float, 0..1) | every other column as it was | source (file)
 
 Columns are found by their usual names, otherwise by content: the latent is a column of distinct whole numbers, the
 interpretation the column with the longest texts. What stays ambiguous is an error that lists the columns. Which column
-was taken, and what was converted, is written to the frame's `attrs["notes"]`. A published score is kept as it is,
+was taken, and what was converted, is written to the frame's `attrs["notes"]`. A published score is kept unchanged,
 without counts or a control: it was made with other examples and cannot be compared with ours number by number.
 """
 
@@ -61,7 +61,7 @@ def read_published(
         The interpretations with a text, and notes on which columns were taken and what was converted.
 
     Raises:
-        RecordError: the file cannot be read, or a column is missing, ambiguous or of an unknown scale.
+        RecordError: The file cannot be read, or a column is missing, ambiguous or of an unknown scale.
     """
     frame = read_interpretations(path, latent=latent, interpretation=text, score=score)
     found = []
@@ -111,7 +111,7 @@ def read_interpretations(
         latent. A latent may have several rows. `attrs["notes"]` lists what was taken and converted.
 
     Raises:
-        RecordError: there is no table, no column can be identified as the latent's or the text's, or the scores are of
+        RecordError: There is no table, no column can be identified as the latent's or the text's, or the scores are of
             an unknown scale.
     """
     root = Path(path)

@@ -2,7 +2,7 @@
 
 One `Interpretation` per latent and explainer, stored as one JSON line each in `interpretations.jsonl` of the record
 set. A score counts what was asked, answered and unusable; nothing is imputed. Its control is the score of the same
-questions with another latent's explanation. Neuronpedia knows a fixed list of explanation types: `explanation_type`
+questions with another latent's explanation. Neuronpedia has a fixed list of explanation types: `explanation_type`
 maps our method to the nearest of them.
 """
 
@@ -40,7 +40,7 @@ EXPLANATION_TYPES = (
     "python-code",
     "human",
 )
-"""The explanation types that Neuronpedia's database knows: `typeName` is a foreign key, others are refused there."""
+"""The explanation types in Neuronpedia's database: `typeName` is a foreign key, others are refused there."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Score:
     """Score of one explanation by one scorer and judge.
 
     Attributes:
-        method: name of the scorer, such as "detection" (see `score.py`).
-        judge: model that judged, or "truth" / "words" for the judges without a language model.
-        asked: number of questions.
-        answered: number of usable answers.
-        unusable: number of answers that were cut off, refused or malformed; asked = answered + unusable.
-        true_positive, false_positive, true_negative, false_negative: counts of the usable answers.
-        balanced_accuracy: mean of sensitivity and specificity; None where a class has no answer.
-        low, high: its 95 % interval.
+        method: Name of the scorer, such as "detection" (see `score.py`).
+        judge: Model that judged, or "truth" / "words" for the judges without a language model.
+        asked: Number of questions.
+        answered: Number of usable answers.
+        unusable: Number of answers that were cut off, refused or malformed; asked = answered + unusable.
+        true_positive, false_positive, true_negative, false_negative: Counts of the usable answers.
+        balanced_accuracy: Mean of sensitivity and specificity; None where a class has no answer.
+        low, high: Its 95 % interval.
         recall_by_interval: (activation interval, recall, n), highest activations first.
     """
 
@@ -79,21 +79,21 @@ class Interpretation:
     """An explanation of one latent with its scores and controls.
 
     Attributes:
-        latent: latent number.
-        explanation: the sentence; None where there is no usable one.
-        explainer: model that wrote it, or "contrast (no LLM)" for the offline explainer.
-        method: how the explainer was asked, such as "acts_top40": active examples shown, taken evenly from the
+        latent: Latent number.
+        explanation: The sentence; None where there is no usable one.
+        explainer: Model that wrote it, or "contrast (no LLM)" for the offline explainer.
+        method: How the explainer was asked, such as "acts_top40": active examples shown, taken evenly from the
             activation intervals; "" for the offline explainer.
         category: "device", "pathology", "longitudinal change", "textual" or "other".
-        scores: scores of this explanation.
-        control: the same scorers with another latent's explanation, in the order of `scores`.
-        control_latent: the latent whose explanation that was.
+        scores: Scores of this explanation.
+        control: The same scorers with another latent's explanation, in the order of `scores`.
+        control_latent: The latent whose explanation that was.
         status: "ok", "too_rare", "unusable" or "over_budget".
-        n_train, n_test: number of examples shown to the explainer and asked about; no patient is in both.
-        prompt_version: version of the prompts.
-        journal_keys: keys of the calls in the journal.
-        records: fingerprint of the record set that it was made from; `save` fills it in.
-        licence: strictest licence class of that record set's studies; `save` fills it in.
+        n_train, n_test: Number of examples shown to the explainer and asked about; no patient is in both.
+        prompt_version: Version of the prompts.
+        journal_keys: Keys of the calls in the journal.
+        records: Fingerprint of the record set that it was made from; `save` fills it in.
+        licence: Strictest licence class of that record set's studies; `save` fills it in.
     """
 
     latent: int
@@ -119,7 +119,7 @@ class Interpretation:
 
 
 def explanation_type(method: str) -> str | None:
-    """Neuronpedia's explanation type for a method of ours: the nearest one it knows, None for the offline explainer.
+    """Neuronpedia's explanation type for a method of ours: the nearest one it has, None for the offline explainer.
 
     Args:
         method: `Interpretation.method`; where it is not a type there, the notes should name it.
@@ -133,7 +133,7 @@ def load(folder: Path | str) -> list[Interpretation]:
     """Interpretations of a record set, in the file's order; empty where none were made.
 
     Raises:
-        RecordError: a line is not an interpretation, or belongs to another record set than the folder holds.
+        RecordError: A line is not an interpretation, or belongs to another record set than the folder holds.
     """
     path = Path(folder) / FILE
     if not path.exists():
@@ -292,12 +292,12 @@ def write_figure(sets: Mapping[str, Sequence[Interpretation]], path: Path | str)
     """Histogram PNG of balanced accuracies, one panel per scorer and judge.
 
     Args:
-        sets: interpretations by name; the first is the one reported, whose shuffled explanations are drawn too, the
+        sets: Interpretations by name; the first is the one reported, whose shuffled explanations are drawn too, the
             others are controls ("untrained SAE", "raw dimensions").
-        path: path of the PNG.
+        path: Path of the PNG.
 
     Raises:
-        RecordError: the first set has no score.
+        RecordError: The first set has no score.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -347,8 +347,8 @@ def neuronpedia_rows(
     """Rows of Neuronpedia's explanation table, with our fields added.
 
     Args:
-        interpretations: interpretations; those without an explanation are left out.
-        meta: description of the record set.
+        interpretations: Interpretations; those without an explanation are left out.
+        meta: Description of the record set.
         model_id: Neuronpedia's name of the model.
         source: Neuronpedia's name of the SAE at its layer.
     """

@@ -51,9 +51,9 @@ def pick_controls(
     Latents are grouped by the findings they name, so that the cost grows with the number of latents, not its square.
 
     Args:
-        explanations: explanation by latent; None where there is none.
-        keys: finding keys.
-        seed: random seed.
+        explanations: Explanation by latent; None where there is none.
+        keys: Finding keys.
+        seed: Random seed.
 
     Returns:
         The control of every explained latent; None where no other latent qualifies.
@@ -92,12 +92,12 @@ def interpret_offline(
     """Explain by contrast and score by the known findings and by the quoted words; no language model.
 
     Args:
-        records: record set to interpret.
-        plan: latents, sample sizes and seed.
-        write: write the interpretations to the record set.
+        records: Record set to interpret.
+        plan: Latents, sample sizes and seed.
+        write: Write the interpretations to the record set.
 
     Raises:
-        RecordError: the records contradict themselves or have fewer than two patients.
+        RecordError: The records contradict themselves or have fewer than two patients.
     """
     plan = plan or Plan()
     tasks, keys = Tasks(records, plan, offline=True), records.meta.findings
@@ -144,7 +144,7 @@ def estimate(records: RecordSet, plan: Plan, server: Server) -> str:
     Sizes are measured on at most `ESTIMATED` latents and scaled to all.
 
     Raises:
-        PrivacyError: credentialed text would leave the machine.
+        PrivacyError: Credentialed text would leave the machine.
     """
     from sae_lens_maira.interp.prompts import PICTURE_TOKENS, question, tokens_of
     from sae_lens_maira.interp.score import IMAGES_PER_QUESTION
@@ -197,19 +197,19 @@ def interpret(
     """Explain and score by a language model; also works where an event loop already runs, as in a notebook.
 
     Args:
-        records: record set to interpret; the interpretations are written to its folder.
-        server: model to ask, and the limits of the run.
-        plan: what to ask.
-        journal: path of the journal; `journal.jsonl` of the record set if not given.
-        say: receives the estimate before anything is sent.
+        records: Record set to interpret; the interpretations are written to its folder.
+        server: Model to ask, and the limits of the run.
+        plan: What to ask.
+        journal: Path of the journal; `journal.jsonl` of the record set if not given.
+        say: Receives the estimate before anything is sent.
 
     Returns:
         The interpretations as they are stored (a stored one is not replaced by one that has less), and what was used.
 
     Raises:
-        PrivacyError: credentialed text would leave the machine; nothing was sent.
-        ServerError: the server does not answer, or no answer was usable; nothing was written but the journal.
-        RecordError: no latent has enough active and silent studies, or images were asked for and none are kept.
+        PrivacyError: Credentialed text would leave the machine; nothing was sent.
+        ServerError: The server does not answer, or no answer was usable; nothing was written but the journal.
+        RecordError: No latent has enough active and silent studies, or images were asked for and none are kept.
     """
     from sae_lens_maira.interp.judge import Judge
     from sae_lens_maira.interp.transport import Journal

@@ -73,10 +73,10 @@ class Item:
     """One text or image shown to a judge, the true answer, and the activation interval.
 
     Attributes:
-        text: text shown; "" for an image.
-        truth: the true answer.
-        interval: name of the activation interval, "" where silent.
-        draw: makes the image when the question is asked; None for a text.
+        text: Text shown; "" for an image.
+        truth: The true answer.
+        interval: Name of the activation interval, "" where silent.
+        draw: Makes the image when the question is asked; None for a text.
     """
 
     text: str
@@ -337,14 +337,14 @@ def outlined(example: Example, folder: Path) -> Image.Image | None:
     """The view that contains an example's chosen patch, with active patches outlined.
 
     Args:
-        example: an active example of an image latent.
-        folder: folder of the record set.
+        example: An active example of an image latent.
+        folder: Folder of the record set.
 
     Returns:
         The image, or None where the record set keeps no such image.
 
     Raises:
-        PrivacyError: the image path leaves the folder of the record set.
+        PrivacyError: The image path leaves the folder of the record set.
     """
     grid = _activation_map(example.context)
     return None if grid is None else image_of(example, folder, grid.view, active_patches(example))
@@ -357,7 +357,7 @@ def image_of(example: Example, folder: Path, view: str, patches: Collection[int]
         The image, or None where the record set keeps no such image.
 
     Raises:
-        PrivacyError: the image path leaves the folder of the record set.
+        PrivacyError: The image path leaves the folder of the record set.
     """
     name = dict(example.study.images).get(view)
     grid = next((m for m in example.context.maps if m.view == view), None)

@@ -1,6 +1,6 @@
 """Requests to a language model over HTTP, and the journal of every call.
 
-`Transport` bounds the time and the size of the whole answer: a body is read as it comes and decompressed within the
+`Transport` bounds the time and the size of the whole answer: a body is read in pieces and decompressed within the
 same bound, so that a slow drip, an endless body and a compressed bomb all end as a problem. A server on this machine
 is never reached through a proxy of the environment, and redirects are not followed.
 
@@ -42,15 +42,15 @@ class Journal:
     """Usable answers by key; rows stay in the file.
 
     Attributes:
-        path: path of the file.
-        torn: lines that could not be read (0 or 1 per kill) or have changed; what they held is asked again.
+        path: Path of the file.
+        torn: Lines that could not be read (0 or 1 per kill) or have changed; what they held is asked again.
     """
 
     def __init__(self, path: Path | str) -> None:
         """Open or create the journal, readable by its owner only.
 
         Raises:
-            RecordError: none of the first lines is a JSON object: the file is not a journal.
+            RecordError: None of the first lines is a JSON object: the file is not a journal.
         """
         self.path, self.torn = Path(path), 0
         self._places: dict[bytes, int] = {}
@@ -187,15 +187,15 @@ class Transport:
     """Sends requests to one address.
 
     Attributes:
-        url: address of the chat completions.
-        timeout: seconds for one answer as a whole.
+        url: Address of the chat completions.
+        timeout: Seconds for one answer as a whole.
     """
 
     def __init__(self, url: str, api_key: str, timeout: float) -> None:
         """Open a client.
 
         Raises:
-            ConfigError: a proxy of the environment cannot be used.
+            ConfigError: A proxy of the environment cannot be used.
         """
         self.url, self.timeout = url, timeout
         headers = {"Accept-Encoding": "identity", "Authorization": f"Bearer {api_key or 'none'}"}
@@ -217,7 +217,7 @@ class Transport:
         """Send a request once.
 
         Args:
-            request: body of the request.
+            request: Body of the request.
 
         Returns:
             The completion or a problem, and the seconds that `Retry-After` asks to wait, if any.
@@ -247,8 +247,8 @@ class _Body:
     """A body that grows up to `MOST_BYTES`, decompressed.
 
     Attributes:
-        content: decompressed bytes so far.
-        problem: why reading was stopped, or None.
+        content: Decompressed bytes so far.
+        problem: Why reading was stopped, or None.
     """
 
     def __init__(self, encoding: str) -> None:

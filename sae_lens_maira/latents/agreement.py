@@ -36,8 +36,8 @@ def study_firing(
     Args:
         encode: Encoder of the dictionary.
         rows: N rows of the wanted positions.
-        n_studies: size of the sequence that `rows.study` counts in.
-        chunk: rows encoded at once.
+        n_studies: Size of the sequence that `rows.study` counts in.
+        chunk: Rows encoded at once.
 
     Returns:
         `(fires, l0)`: (n_studies, n_units) bool, and the mean number of active units per row.
@@ -120,7 +120,7 @@ def split_by_patient(patients: Sequence[str], seed: int = 0) -> Halves:
     """Split patients into two halves, so that no patient is in both.
 
     Raises:
-        StudyError: fewer than two patients.
+        StudyError: Fewer than two patients.
     """
     names = sorted(set(patients))
     if len(names) < 2:
@@ -145,7 +145,7 @@ class Agreement:
         f1: (F,) its F1 on the second half.
         low, high: (F,) 95 % bootstrap interval of `f1` over the second half's studies.
         samples: (n_boot, F) bootstrap F1, the same resampled studies for every dictionary: differences are paired.
-        n, positives: studies of the second half, and (F,) how many of them have the finding.
+        n, positives: Studies of the second half, and (F,) how many of them have the finding.
     """
 
     name: str
@@ -192,7 +192,7 @@ def best_units(
         findings: F names.
         halves: Split of the studies.
         unit: (F,) a unit given beforehand for each finding, where nothing is to be chosen.
-        n_boot: bootstrap resamples of the second half's studies.
+        n_boot: Bootstrap resamples of the second half's studies.
         seed: Random seed of the bootstrap; equal seeds resample equal studies, which pairs the comparisons.
 
     Returns:
@@ -232,13 +232,13 @@ def best_dictionary(drawn: Sequence[Agreement]) -> int:
     chance (docs/log.md). A control must be drawn as often and be taken by the same rule.
 
     Args:
-        drawn: one or more, scored on the same studies.
+        drawn: One or more, scored on the same studies.
 
     Returns:
         The number of the one with the highest mean `choose_f1`; the first of equals.
 
     Raises:
-        StudyError: none was given.
+        StudyError: None was given.
     """
     if not drawn:
         raise StudyError("There are 0 dictionaries to choose from; score one or more with `best_units`.")

@@ -36,8 +36,8 @@ def token_weights(
         decoder: (m, d_in) decoder rows.
         gain: (d_in,) weight of the final norm.
         unembed: (vocabulary, d_in) weight of `lm_head`.
-        n: tokens at either end.
-        chunk: latents at once.
+        n: Tokens at either end.
+        chunk: Latents at once.
 
     Returns:
         `(weights, ids)`, (m, 2, n): the raised tokens, highest first, and the lowered ones, lowest first.
@@ -66,12 +66,12 @@ def finding_agreement(
 
     Args:
         true_positive: (F,) labelled studies with the finding in which it fires.
-        fired: labelled studies in which it fires.
+        fired: Labelled studies in which it fires.
         positives: (F,) labelled studies with the finding.
-        studies: labelled studies.
+        studies: Labelled studies.
         findings: F names.
         modality: "text" or "image".
-        n: how many to give; those without a true positive are left out.
+        n: How many to give; those without a true positive are left out.
     """
     union = fired + positives - true_positive
     low, high = wilson_arrays(true_positive, union)
@@ -125,10 +125,10 @@ class Relations:
 
         Args:
             latents: Latents whose neighbours are wanted.
-            n: at most so many of each relation, strongest first.
-            least: smallest Jaccard index and cosine that count.
-            refines: smallest share of a latent's rows at which the coarser one must fire.
-            chunk: latents at once.
+            n: At most so many of each relation, strongest first.
+            least: Smallest Jaccard index and cosine that count.
+            refines: Smallest share of a latent's rows at which the coarser one must fire.
+            chunk: Latents at once.
         """
         for start in range(0, len(latents), chunk):
             mine = torch.as_tensor(latents[start : start + chunk], dtype=torch.int64)
@@ -278,7 +278,7 @@ class RecordBuilder:
 
         Args:
             latent: Its number.
-            contexts: study -> context, of all studies that `wanted` names.
+            contexts: Study -> context, of all studies that `wanted` names.
             neighbours: Neighbours of the latent.
             tokens: (token, id, weight) raised and lowered.
         """

@@ -3,7 +3,7 @@
     pass 1   statistics of all latents; they determine the studies that each latent's contexts come from
     pass 2   activations of those latents in those studies, spooled to disk; then one record per latent
 
-Memory holds the statistics and one block of rows, whatever the number of studies. Any number of processes share the
+Memory holds the statistics and one block of rows, for any number of studies. Any number of processes share the
 passes, a killed one continues from the work folder, and the records are the same. Images of credentialed studies are
 copied only if the caller asks for it.
 """
@@ -324,7 +324,7 @@ def save_images(study: Study, name: str, folder: Path, side: int) -> tuple[tuple
         study: Study with images.
         name: Its pseudonym.
         folder: Folder of the record set; the files go to `images/` in it.
-        side: largest side in pixels.
+        side: Largest side in pixels.
 
     Returns:
         `(view, path relative to folder)`.

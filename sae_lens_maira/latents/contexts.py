@@ -187,7 +187,7 @@ def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
     """The record that `to_plain` made `plain` from.
 
     Raises:
-        RecordError: a field is missing or unknown.
+        RecordError: A field is missing or unknown.
     """
     builders = _builders(kind)
     if not plain.keys() <= builders.keys():

@@ -60,14 +60,14 @@ class Workdir:
         """Make the folder or continue in it.
 
         Args:
-            out: folder of the record set.
-            plan: what decides the records, as JSON values.
-            ranks: this process and the others.
+            out: Folder of the record set.
+            plan: What decides the records, as JSON values.
+            ranks: This process and the others.
             salt: Salt of the pseudonyms; drawn once by rank 0 if not given.
 
         Raises:
-            ConfigError: the ranks have no address to meet at.
-            RecordError: the folder holds an unfinished collection of another plan.
+            ConfigError: The ranks have no address to meet at.
+            RecordError: The folder holds an unfinished collection of another plan.
         """
         if not ranks.connected:
             raise ConfigError(
@@ -139,7 +139,7 @@ def count(
     """Pass 1 of this process, then the statistics of all processes together and the rows' hook point.
 
     Raises:
-        RecordError: rows do not fit the studies or the SAE, or there are none.
+        RecordError: Rows do not fit the studies or the SAE, or there are none.
     """
     own, path = make(), place.counted(place.rank)
     following, hook_name = place.rank, ""
@@ -220,10 +220,10 @@ class ContextReader:
         studies: Studies that rows are numbered by.
         sae: The SAE.
         processor: Processor of the model, which tokenizes the texts.
-        wanted: pairs of study and latent to keep.
-        names: pseudonyms of studies.
-        grid: rows and columns of patches.
-        chunk: rows encoded at once.
+        wanted: Pairs of study and latent to keep.
+        names: Pseudonyms of studies.
+        grid: Rows and columns of patches.
+        chunk: Rows encoded at once.
     """
 
     studies: Sequence[Study]
@@ -241,7 +241,7 @@ def spool(
     """Pass 2 of this process; returns when all processes are done.
 
     Raises:
-        RecordError: the pass lacked a study that the first one had.
+        RecordError: The pass lacked a study that the first one had.
     """
     folder = place.contexts(place.rank)
     files = ActivationFiles(folder)
@@ -351,7 +351,7 @@ def read_activations(folders: Sequence[Path], latents: Sequence[int]) -> Iterato
 
     Args:
         folders: Folders of the processes that wrote them; no study was written by two.
-        latents: ascending.
+        latents: Ascending.
     """
     current, entries, starts = -1, np.zeros(0, ENTRY), np.zeros(1, dtype=np.int64)
     for latent in latents:

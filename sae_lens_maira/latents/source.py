@@ -25,7 +25,7 @@ from sae_lens_maira.studies import Study
 
 
 class ActivationSource(Protocol):
-    """Units of rows by number; `ActivationRows.study` is the index in the one sequence of studies behind them."""
+    """Units of rows by number; `ActivationRows.study` is the index in their common sequence of studies."""
 
     def __len__(self) -> int: ...
 

@@ -90,7 +90,7 @@ def spatial_scores(maps: np.ndarray, cover: np.ndarray, choose: np.ndarray) -> S
         choose: (n,) True in the half on which the threshold is chosen.
 
     Raises:
-        RecordError: a half has too few studies, a study has no box, or the shapes differ.
+        RecordError: A half has too few studies, a study has no box, or the shapes differ.
     """
     n = len(maps)
     if maps.shape != cover.shape or choose.shape != (n,):

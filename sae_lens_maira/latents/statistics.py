@@ -109,7 +109,7 @@ class RowSample:
     """The active latents of at most `size` rows, those of lowest priority (up to twice as many meanwhile).
 
     Attributes:
-        limit: no row of this priority or a higher one can still be kept.
+        limit: No row of this priority or a higher one can still be kept.
     """
 
     def __init__(self, size: int, seed: int) -> None:

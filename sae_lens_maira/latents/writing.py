@@ -44,7 +44,7 @@ def write_records(
     Files are completed in a hidden folder and moved into place, `meta.json` last. What a killed process left is
     replaced. Files contain text of reports: only their owner can read them, unless the folder is shared on purpose.
 
-    A record set that the folder holds already is set aside with its interpretations, journal and images, in
+    A record set that the folder already contains is moved, with its interpretations, journal and images, in
     `replaced-<fingerprint>`, and a warning names that folder. If the new set turns out to be the same, its
     interpretations and journal stay.
 
@@ -63,18 +63,18 @@ def write_records(
     folder = Path(folder)
     with private_files(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        aside = _set_aside(folder)
+        replaced = _move_away(folder)
         try:
             _write(folder, meta, studies, texts, records, map_sums)
         except BaseException:
-            _put_back(aside, folder)
+            _put_back(replaced, folder)
             raise
     made = RecordSet.open(folder)
-    if aside is not None and aside.name == _aside_name(made.fingerprint):
-        _put_back(aside, folder, only=DERIVED)
-    elif aside is not None:
+    if replaced is not None and replaced.name == _name_of_replaced(made.fingerprint):
+        _put_back(replaced, folder, only=DERIVED)
+    elif replaced is not None:
         warnings.warn(
-            f"{folder} held another record set. It is in {aside} now, with the interpretations, journal and images "
+            f"{folder} held another record set. It is in {replaced} now, with the interpretations, journal and images "
             "that belong to it.",
             stacklevel=2,
         )
@@ -103,38 +103,38 @@ def _write(
     staged.rmdir()
 
 
-def _set_aside(folder: Path) -> Path | None:
+def _move_away(folder: Path) -> Path | None:
     """Move a record set, and what was made from it, into a folder of its own; None where there is nothing."""
     patterns = (META, TABLE, STUDIES, TEXTS, *DERIVED, "images", "records-*.jsonl", "maps-*.npz")
     there = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     if not there:
         return None
     complete = (folder / META).is_file()
-    aside = folder / (_aside_name(sha256_of(folder / META)) if complete else "replaced-incomplete")
+    replaced = folder / (_name_of_replaced(sha256_of(folder / META)) if complete else "replaced-incomplete")
     number = 1
-    while aside.exists():
+    while replaced.exists():
         number += 1
-        aside = folder / f"{aside.name.partition('.')[0]}.{number}"
-    aside.mkdir()
+        replaced = folder / f"{replaced.name.partition('.')[0]}.{number}"
+    replaced.mkdir()
     for path in there:
-        path.replace(aside / path.name)
-    return aside
+        path.replace(replaced / path.name)
+    return replaced
 
 
-def _put_back(aside: Path | None, folder: Path, only: Sequence[str] | None = None) -> None:
-    """Move files that were set aside back to where the folder lacks them, and drop the rest."""
-    if aside is None:
+def _put_back(replaced: Path | None, folder: Path, only: Sequence[str] | None = None) -> None:
+    """Move files back that the folder lacks, and delete the rest."""
+    if replaced is None:
         return
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == META):
+    for path in sorted(replaced.iterdir(), key=lambda path: path.name == META):
         target = folder / path.name
         if only is None or (path.name in only and not target.exists()):
             if target.is_dir():
                 shutil.rmtree(target)
             path.replace(target)
-    shutil.rmtree(aside)
+    shutil.rmtree(replaced)
 
 
-def _aside_name(fingerprint: str) -> str:
+def _name_of_replaced(fingerprint: str) -> str:
     return f"replaced-{fingerprint[:12]}"
 
 

@@ -75,7 +75,7 @@ def test_change_words_are_counted_with_the_prior_swapped(tmp_path):
     """Both arms count change words; a study keeps its findings, so both arms hold the same studies."""
     recipe = ROOT / "recipes" / "counterfactual_prior"
     words = ["--config", str(recipe.with_suffix(".yaml")), "--studies", "6", "--out", str(tmp_path)]
-    subprocess.run([sys.executable, str(recipe.with_suffix(".py")), *words], check=True, timeout=300)
+    subprocess.run([sys.executable, str(recipe.with_suffix(".py")), *words], check=True, timeout=1000)
     counted = pd.read_csv(tmp_path / "words.csv")
     assert set(counted["arm"]) == {"own prior", "swapped prior"}
     assert counted["word"].isin(["new", "larger", "smaller", "unchanged"]).all()
@@ -132,7 +132,7 @@ def test_the_planted_cause_is_looked_for(tmp_path):
     words = ["--seeds", "[5]", "--statements", "1", "--teaching", "60", "--out", str(tmp_path)]
     words += ["--train_studies", "20", "--d_sae", "64", "--steps", "50", "--saes", str(tmp_path / "saes")]
     script = [sys.executable, str(recipe.with_suffix(".py")), "--config", str(recipe.with_suffix(".yaml"))]
-    subprocess.run([*script, *words], check=True, timeout=300)
+    subprocess.run([*script, *words], check=True, timeout=1000)
     (row,) = pd.read_csv(tmp_path / "planted-5.csv").to_dict("records")
     assert "nasogastric" in row["sentence"]
     assert 0 < row["area, 0.5 patch"] <= row["area, 1.0 patch"] < 0.5

@@ -52,7 +52,7 @@ def test_torchrun_trains_the_sae_of_one_process(convention, store, tmp_path):
         [*command, "-m", "sae_lens_maira", *words(store, tmp_path / "two", sae)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1000,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -97,7 +97,7 @@ def test_a_killed_rank_ends_the_other(store, tmp_path):
             assert all(rank.poll() is None for rank in ranks)
             time.sleep(0.1)
         os.kill(ranks[1].pid, signal.SIGKILL)
-        _, error = ranks[0].communicate(timeout=20)
+        _, error = ranks[0].communicate(timeout=300)
         assert ranks[0].returncode == 2
         assert "Rank 1 of 2 has given no sign of life" in error
         assert list((tmp_path / "checkpoints").glob("rescue_*/trainer_state.pt"))

@@ -240,7 +240,7 @@ def test_a_rerun_with_other_settings_is_refused_or_starts_again(store, tmp_path,
     assert train(store, tmp_path / "sae", "--seed", "5", **places) == 2
     assert "run.seed is 0 in the checkpoint and 5 here" in capsys.readouterr().err
     assert train(store, tmp_path / "sae", "--resume", "false", **(places | {"lr": 0.002})) == 0
-    assert "set aside in" in capsys.readouterr().err
+    assert "were moved to" in capsys.readouterr().err
 
 
 def test_a_run_is_logged_to_weights_and_biases(store, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
 
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 
@@ -189,3 +190,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("SAE_LENS_MAIRA_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def release(tmp_path, published):
+    """Three SAEs in folders, the largest as safetensors, with a run's checkpoints and tables next to them."""
+    root = tmp_path / "release"
+    for expansion in (2, 4):
+        published.write_pt(
+            root / f"layer15_ef{expansion}", published.state_of(expansion), published.config_of(expansion)
+        )
+    (root / "layer15_ef8").mkdir()
+    save_file(published.state_of(8), root / "layer15_ef8" / "ae.safetensors")
+    published.write_pt(root / "layer15_ef8", published.state_of(8, seed=1), published.config_of(8))
+    published.write_pt(root / "layer15_ef4" / "checkpoints", published.state_of(4, seed=2), name="ae_100.pt")
+    (root / "README.md").write_text("---\nlibrary_name: dictionary-learning\n---\n")
+    (root / "layer15_ef4" / "interpretations.csv").write_text("latent,interpretation\n0,pacemaker\n")
+    return root

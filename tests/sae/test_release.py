@@ -9,43 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import SAE
-from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 from safetensors.torch import save_file
 
 from sae_lens_maira.errors import SAEError
 from sae_lens_maira.interface import load_sae
 from sae_lens_maira.sae import (
-    MatryoshkaSAE,
     load_matryoshka,
     load_release,
-    maira2_sae_disk_loader,
-    maira2_sae_loader,
     register_release,
     resolve_sae,
 )
 from sae_lens_maira.sae import release as release_module
-from sae_lens_maira.sae.candidates import weight_files, worth_downloading
 from sae_lens_maira.sae.release import cache_root, hook_of
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("cache")]
-
-
-@pytest.fixture
-def release(tmp_path, published):
-    """Three SAEs in folders, the largest as safetensors, with a run's checkpoints and tables beside them."""
-    root = tmp_path / "release"
-    for expansion in (2, 4):
-        published.write_pt(
-            root / f"layer15_ef{expansion}", published.state_of(expansion), published.config_of(expansion)
-        )
-    (root / "layer15_ef8").mkdir()
-    save_file(published.state_of(8), root / "layer15_ef8" / "ae.safetensors")
-    published.write_pt(root / "layer15_ef8", published.state_of(8, seed=1), published.config_of(8))
-    published.write_pt(root / "layer15_ef4" / "checkpoints", published.state_of(4, seed=2), name="ae_100.pt")
-    (root / "README.md").write_text("---\nlibrary_name: dictionary-learning\n---\n")
-    (root / "layer15_ef4" / "interpretations.csv").write_text("latent,interpretation\n0,pacemaker\n")
-    return root
 
 
 @pytest.mark.parametrize("expansion", [2, 4, 8])
@@ -341,68 +318,6 @@ def test_an_unknown_submodule_is_refused(tmp_path, published):
         load_release(tmp_path)
     given = load_release(tmp_path, hook_name="blocks.4.hook_resid_post").cfg.metadata.to_dict()
     assert given["release"]["hook_source"] == "given"
-
-
-def test_what_a_name_says_about_the_expansion(published):
-    """Before the large files are downloaded, configurations decide, then names."""
-    names = ["README.md", "a/ae.pt", "a/config.json", "b/ae.pt", "b/config.json", "b/checkpoints/ae_5.pt"]
-    configs = {"a/ae.pt": published.config_of(2), "b/ae.pt": published.config_of(4)}
-    wanted = {"expansion": 4, "d_in": None, "folder": None}
-    assert worth_downloading(names, configs, **wanted) == ["b/ae.pt"]
-    assert worth_downloading(names, {}, expansion=None, d_in=None, folder="a/") == ["a/ae.pt"]
-    for pattern in ("layer15_ef{}", "x{}", "expansion-{}", "{}x", "expansion_factor_{}", "sae_exp{}_k64"):
-        folders = [f"{pattern.format(e)}/ae.pt" for e in (2, 4, 8, 14, 40)]
-        assert worth_downloading(folders, {}, **wanted) == [folders[1]], pattern
-    assert worth_downloading(["one/ae.pt", "two/ae.pt"], {}, **wanted) == ["one/ae.pt", "two/ae.pt"]
-
-
-def test_one_weights_file_per_folder():
-    names = [
-        "a/ae.pt",
-        "a/ae.safetensors",
-        "a/sparsity.safetensors",
-        "a/checkpoints/ae_1.pt",
-        "b/x.bin",
-        "c.csv",
-    ]
-    assert weight_files(names) == ["a/ae.safetensors", "b/x.bin"]
-    assert weight_files(["a/checkpoints/ae_1.pt"]) == ["a/checkpoints/ae_1.pt"]
-
-
-def test_saelens_from_pretrained(release, published):
-    """SAELens' own door, with its list of ids, its configuration getter and its error for a wrong id."""
-    register_release("maira-2-sae-test", release)
-    sae = SAE.from_pretrained("maira-2-sae-test", "expansion_8")
-    assert isinstance(sae, MatryoshkaSAE)
-    assert sae.level_widths == (12, 24, 48)
-    rows = torch.randn(10, published.d_in)
-    torch.testing.assert_close(sae.encode(rows), published.reference(published.state_of(8), rows)[0])
-    config = load_sae_config_from_huggingface("maira-2-sae-test", "expansion_2")
-    assert config["d_sae"] == 12
-    assert config["metadata"]["hook_name"] == "blocks.15.hook_resid_post"
-    with pytest.raises(ValueError, match="expansion_2"):
-        SAE.from_pretrained("maira-2-sae-test", "expansion_3")
-    half = SAE.from_pretrained("maira-2-sae-test", "expansion_4", dtype="bfloat16")
-    assert half.W_enc.dtype == torch.bfloat16
-
-
-def test_published_release_is_registered():
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    lookup = get_pretrained_saes_directory()["maira-2-sae"]
-    assert lookup.repo_id == "microsoft/maira-2-sae"
-    assert set(lookup.saes_map) == {"expansion_2", "expansion_4", "expansion_8"}
-    with pytest.raises(SAEError, match="already has"):
-        register_release("gpt2-small-res-jb")
-
-
-def test_converters_for_saelens(release):
-    """The public way in, which needs no registration."""
-    by_id = SAE.from_pretrained(str(release), "expansion_4", converter=maira2_sae_loader)
-    by_path = SAE.load_from_disk(release / "layer15_ef4", converter=maira2_sae_disk_loader)
-    for sae in (by_id, by_path):
-        assert isinstance(sae, MatryoshkaSAE)
-        assert sae.level_widths == (6, 12, 24)
 
 
 def test_load_sae_takes_every_name(hub, published):

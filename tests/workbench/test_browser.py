@@ -18,7 +18,6 @@ selenium = pytest.importorskip("selenium")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(
         shutil.which("chromium") is None or shutil.which("chromedriver") is None, reason="no Chromium here"
     ),

@@ -17,8 +17,6 @@ from sae_lens_maira.workbench.run import RunningWorkbench
 from sae_lens_maira.workbench.session import Cancelled
 from sae_lens_maira.workbench.spec import RunSpec
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def running(session):

@@ -262,7 +262,7 @@ def test_unknown_names_are_refused(session, first):
 
 def test_uploads_at_the_same_time_are_different_studies(session, monkeypatch):
     """Both are decoded before either gets its id: two ids, two images."""
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=300)
 
     def decoded(content):
         both.wait()

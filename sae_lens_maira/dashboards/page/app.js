@@ -54,7 +54,7 @@ function saeIndex(data) {
     if (!page.refinedBy.has(latent)) page.refinedBy.set(latent, []);
     page.refinedBy.get(latent).push([columns.latent[i], value]);
   }));
-  // Columns without a value say nothing and would take room from the names.
+  // Columns without a value are empty and would take space from the names.
   const known = (value) => value !== null && value !== "" && value !== -1;
   page.heads = HEADS.filter(([key]) => key === "name" || columns[key].some(known));
   page.places = new Set(columns.at.filter(Boolean)).size;

@@ -57,7 +57,7 @@ function drawLatent(data) {
     element("div", { className: "columns" }, drawHistogram(data), drawFiring(data), drawTokens("Raises", data.top_tokens), drawTokens("Lowers", data.bottom_tokens)),
     element("div", { className: "columns two" }, drawAgreement(data), drawNeighbours(data)),
     ...drawSpace(data),
-    data.maps.length ? section("Mean maps", element("div", { className: "films" }, ...data.maps.map((map) => film(data, map, { map: true, scale: map.max }, `mean over ${map.studies} studies, max ${number(map.max)}`)))) : null,
+    data.maps.length ? section("Mean maps", element("div", { className: "radiographs" }, ...data.maps.map((map) => drawMap(data, map, { map: true, scale: map.max }, `mean over ${map.studies} studies, max ${number(map.max)}`)))) : null,
     section(`Hits in images (${hits("image").length})`, hits("image").length ? list(hits("image")) : element("p", { className: "faint", text: "None among the largest activations." })),
     section(`Hits in text (${hits("text").length})`, hits("text").length ? list(hits("text")) : element("p", { className: "faint", text: "None among the largest activations." })),
     section("Contexts per interval", data.intervals.length ? null : element("p", { className: "faint", text: "None." }), ...data.intervals.map((interval) => folded(`${number(interval.low)} to ${number(interval.high)} · ${number(100 * interval.fraction)} % of rows · ${interval.contexts.length} contexts`, () => list(interval.contexts)))),
@@ -152,7 +152,7 @@ function drawContext(context, data, scale) {
       study.labelled_by === "rule_labels" ? element("span", { className: "faint", text: " labels by rule" }) : null,
       study.licence && shareable(study.licence) ? element("span", { className: "faint", text: ` ${study.licence} study` }) : null),
     shareable(study.licence) ? null : element("p", { className: "licence", role: "note", text: `${study.licence === "credentialed" ? "Credentialed study" : "Study of an unknown licence"}: its text and images stay on this machine.` }),
-    context.heat.length ? element("div", { className: "films" }, ...context.heat.map((heat) => film(data, heat, { scale: scale.image || heat.max, image: study.images[heat.view], boxes: heat.view === "frontal" ? study.boxes : [], patch: context.patch && context.patch[0] === heat.view ? context.patch : null }, heat.max > 0 ? `max ${number(heat.max)}` : read ? "silent" : "patches not read"))) : null,
+    context.maps.length ? element("div", { className: "radiographs" }, ...context.maps.map((activation) => drawMap(data, activation, { scale: scale.image || activation.max, image: study.images[activation.view], boxes: activation.view === "frontal" ? study.boxes : [], patch: context.patch && context.patch[0] === activation.view ? context.patch : null }, activation.max > 0 ? `max ${number(activation.max)}` : read ? "silent" : "patches not read"))) : null,
     drawText(context, scale.text || context.value));
 }
 
@@ -165,7 +165,7 @@ function drawText(context, top) {
       const value = context.values[i];
       const token = element("span", { text: context.tokens[i], title: value === null ? "not harvested" : number(value), className: i === context.peak ? "token peak" : "token" });
       if (value === null) token.classList.add("unread");
-      else if (value > 0 && top > 0) token.style.setProperty("--heat", `${Math.round(10 + 75 * Math.min(1, value / top))}%`), token.classList.add("fires");
+      else if (value > 0 && top > 0) token.style.setProperty("--activation", `${Math.round(10 + 75 * Math.min(1, value / top))}%`), token.classList.add("fires");
       part.append(token);
     }
     box.append(part);
@@ -173,32 +173,32 @@ function drawText(context, top) {
   return box;
 }
 
-function heatLevels(heat, alphabet) {
-  const last = alphabet.length - 1, grid = new Float32Array(heat.rows * heat.cols);
-  const read = (letter) => alphabet.indexOf(letter) / last * heat.max;
-  if (heat.dense !== undefined) for (let i = 0; i < grid.length; i++) grid[i] = read(heat.dense[i]);
-  else heat.patches.forEach((patch, i) => { grid[patch] = read(heat.sparse[i]); });
+function activationLevels(activation, alphabet) {
+  const last = alphabet.length - 1, grid = new Float32Array(activation.rows * activation.cols);
+  const read = (letter) => alphabet.indexOf(letter) / last * activation.max;
+  if (activation.dense !== undefined) for (let i = 0; i < grid.length; i++) grid[i] = read(activation.dense[i]);
+  else activation.patches.forEach((patch, i) => { grid[patch] = read(activation.sparse[i]); });
   return grid;
 }
 
-function film(data, heat, { scale, image, boxes = [], patch = null, map = false }, caption) {
+function drawMap(data, activation, { scale, image, boxes = [], patch = null, map = false }, caption) {
   const at = page.place.get(data.latent), best = page.tables.finding[page.columns.finding[at]];
-  const cell = Math.max(1, Math.round(WIDE / heat.cols));
-  const canvas = element("canvas", { width: heat.cols * cell, height: heat.rows * cell, role: "img", "aria-label": `${map ? "Mean heatmap" : "Heatmap"} of the ${heat.view} image, ${caption}` });
-  const paint = canvas.getContext("2d"), grid = heatLevels(heat, data.alphabet);
+  const cell = Math.max(1, Math.round(WIDE / activation.cols));
+  const canvas = element("canvas", { width: activation.cols * cell, height: activation.rows * cell, role: "img", "aria-label": `${map ? "Mean heatmap" : "Heatmap"} of the ${activation.view} image, ${caption}` });
+  const paint = canvas.getContext("2d"), grid = activationLevels(activation, data.alphabet);
   grid.forEach((value, i) => {
     if (value <= 0) return;
     const part = Math.min(1, value / (scale || 1));
-    // Amber over grey, opaque enough to see where it is faint and clear enough to see the film where it is strong.
+    // Amber over grey, opaque enough to see where it is faint and clear enough to see the image where it is strong.
     paint.fillStyle = `hsla(${44 - 32 * part}, 100%, 55%, ${0.18 + 0.52 * part})`;
-    paint.fillRect((i % heat.cols) * cell, Math.floor(i / heat.cols) * cell, cell, cell);
+    paint.fillRect((i % activation.cols) * cell, Math.floor(i / activation.cols) * cell, cell, cell);
   });
   if (patch) {
     paint.strokeStyle = "#7df";
     paint.lineWidth = 2;
     paint.strokeRect(patch[2] * cell - 1, patch[1] * cell - 1, cell + 2, cell + 2);
   }
-  const radiograph = () => element("img", { src: image, alt: `${heat.view} radiograph`, loading: "lazy" });
+  const radiograph = () => element("img", { src: image, alt: `${activation.view} radiograph`, loading: "lazy" });
   const frame = element("div", { className: image ? "frame" : "frame bare" }, image ? radiograph() : null, canvas,
     ...boxes.map(([finding, left, top, right, bottom]) => {
       const box = element("div", { className: finding === best ? "box best" : "box", role: "img", "aria-label": `Box of ${words(finding)}` }, element("span", { text: words(finding) }));
@@ -206,6 +206,6 @@ function film(data, heat, { scale, image, boxes = [], patch = null, map = false 
       return box;
     }));
   // Where the latent fires: the radiograph alone, and next to it the one with the map.
-  const pair = image && heat.max > 0 ? element("div", { className: "pair" }, element("div", { className: "frame" }, radiograph()), frame) : frame;
-  return element("div", { className: heat.max > 0 ? "film" : "film quiet" }, pair, element("p", { className: "faint", text: `${heat.view} · ${caption}` }));
+  const pair = image && activation.max > 0 ? element("div", { className: "pair" }, element("div", { className: "frame" }, radiograph()), frame) : frame;
+  return element("div", { className: activation.max > 0 ? "radiograph" : "radiograph quiet" }, pair, element("p", { className: "faint", text: `${activation.view} · ${caption}` }));
 }
