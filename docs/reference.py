@@ -1,6 +1,6 @@
-"""Pages of the reference, made while the site is built: one per room from its docstrings, one from the commands' help.
+"""Pages made from docstrings when the site is built: a page per package, the errors, and the help of every command.
 
-A page holds the room's own docstring, then every public module of it. MkDocs calls `on_files`; nothing is written to
+A page holds the package's own docstring, then every public module of it. MkDocs calls `on_files`; nothing is written to
 the source tree, so that a new module cannot be forgotten.
 """
 
@@ -21,21 +21,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def pages() -> dict[str, str]:
-    """Page name -> Markdown, for every room, the errors and the commands."""
-    made = {folder.name: room_page(folder) for folder in rooms()}
+    """Page name -> Markdown, for every package, the errors and the commands."""
+    made = {folder.name: package_page(folder) for folder in packages()}
     made["errors"] = f"# errors\n\n::: {PACKAGE}.errors\n"
     made["commands"] = commands_page()
     return made
 
 
-def rooms() -> list[Path]:
+def packages() -> list[Path]:
     """Folders with a public module: those of the library and `hooks`."""
     inside = [file.parent for file in sorted((ROOT / PACKAGE).glob("*/__init__.py"))]
     return [folder for folder in inside if folder.name != "commands"] + [ROOT / "hooks"]
 
 
-def room_page(folder: Path) -> str:
-    """The docstring of the room, then of each of its modules."""
+def package_page(folder: Path) -> str:
+    """The docstring of the package, then of each of its modules."""
     name = f"{PACKAGE}.{folder.name}"
     modules = [file.stem for file in sorted(folder.glob("*.py")) if not file.stem.startswith("_")]
     blocks = [f"# {folder.name}", f"::: {name}\n    options:\n      members: false"]

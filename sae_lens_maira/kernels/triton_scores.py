@@ -84,7 +84,7 @@ class TritonScores:
         table = self._table
         if self._encoder is not None:
             least = (threshold * safety).expand(self.shape[1])
-            # Beside the products, b_enc is subtracted and norms are divided by: each rounds once.
+            # In addition to the products, b_enc is subtracted and norms are divided by: each rounds once.
             least = least if self.norms is None else least / self.norms
             bounds = least - self._weights.b_enc
             bounds -= (least + self._weights.b_enc.abs()) * 2.0**-22

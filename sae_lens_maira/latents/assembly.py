@@ -178,7 +178,7 @@ class CollectConfig:
         intervals: Number of octaves of activation, highest first, that get contexts.
         per_interval: Number of contexts per octave.
         zero: Number of contexts of studies in which the latent never fires.
-        min_studies: With fewer active studies a latent has the status "rare".
+        min_studies: A latent that is active in fewer studies has the status "rare".
         tokens: Number of output tokens that the decoder row raises most, and lowers most.
         findings: Number of findings of highest F1 per modality.
         neighbours: Number of neighbours per relation.

@@ -4,7 +4,7 @@
     padding values take no part in this and are painted as background, the darkest value of the picture
 
 A window or LUT that leaves no contrast (width 0, outside the data) is ignored with a warning. Colour files of one frame
-are read as their luminance; files of several frames are refused. Pixels of at most 16 bits stay as they are stored,
+are read as their luminance; files of several frames are refused. Pixels of at most 16 bits keep their stored values,
 next to a table of levels, so that no large array of floats is needed. Needs pydicom (the extra `dicom`).
 """
 
@@ -196,7 +196,7 @@ def _displayed(stored: np.ndarray, dataset: Any, inverted: bool, path: Path) -> 
     low, high = levels[shown].min(), levels[shown].max()
     if inverted:
         levels = low + high - levels
-    levels = np.where(padding, low, np.clip(levels, low, high))  # codes that do not occur matter to nobody
+    levels = np.where(padding, low, np.clip(levels, low, high))  # for codes that occur
     return Decoded(levels, None) if codes is None else Decoded(codes, levels)
 
 

@@ -1,7 +1,7 @@
 """A batch of encoded studies: what the model reads, and what every position is.
 
-Rows are studies, columns are positions; `pixel_values` holds the images of all rows in row order. Beside each
-token stand its role, and for image positions the image's number within the study, its view and the patch's
+Rows are studies, columns are positions; `pixel_values` holds the images of all rows in row order. Each
+token has its role, and at image positions the image's number within the study, its view and the patch's
 row and column.
 """
 
@@ -57,9 +57,9 @@ class Maira2Encoding:
         return inputs
 
     def forward_inputs(self) -> dict[str, torch.Tensor]:
-        """The arguments of one forward without a cache: without the mask where all padding stands on the right.
+        """The arguments of one forward without a cache: without the mask where all padding is on the right.
 
-        A causal model reads nothing behind a token, so such a mask changes no value at a real token; without it
+        A causal model reads nothing after a token, so such a mask changes no value at a real token; without it
         attention needs no mask at all, which is faster. Values at padding then mean nothing.
         """
         inputs = self.model_inputs()
@@ -77,7 +77,7 @@ class Maira2Encoding:
         return dataclasses.replace(self, **moved)
 
     def rows(self, start: int, stop: int) -> "Maira2Encoding":
-        """Rows `start` to `stop` (exclusive) with their images; padding stays as it is."""
+        """Rows `start` to `stop` (exclusive) with their images; padding is kept."""
         first, last = sum(self.images_per_row[:start]), sum(self.images_per_row[:stop])
         cut: dict[str, Any] = {
             field.name: getattr(self, field.name)[start:stop]
@@ -105,7 +105,7 @@ class Maira2Encoding:
             )
         if not bool(self.attention_mask[:, -1].all()):
             raise PromptError(
-                "The encoding is padded on the right, so generated tokens would stand behind padding. Encode"
+                "The encoding is padded on the right, so generated tokens would come after padding. Encode"
                 ' with padding_side="left" to generate.'
             )
         new = generated_ids.to(self.input_ids.device, self.input_ids.dtype)

@@ -26,7 +26,7 @@ def generate_reports(
     max_new_tokens: int | None = None,
     **generate: Any,
 ) -> list[ParsedReport]:
-    """Generate one report per study, greedily unless told otherwise, in one batch.
+    """Generate one report per study, greedily by default, in one batch.
 
     Args:
         model: a loaded model.

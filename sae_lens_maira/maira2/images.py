@@ -220,7 +220,7 @@ def box_to_image(
 def box_to_crop(
     box: tuple[float, float, float, float], width: int, height: int
 ) -> tuple[float, float, float, float] | None:
-    """Map a box from the whole image (0..1) to the centre square crop, clipped; None if it lies outside."""
+    """Map a box from the whole image (0..1) to the centre square crop, clipped; None if it is outside."""
     (left, top), (across, down) = _crop_in_image(width, height)
     x_min, x_max = ((value - left) / across for value in (box[0], box[2]))
     y_min, y_max = ((value - top) / down for value in (box[1], box[3]))
@@ -278,7 +278,7 @@ def centre_crop(
     """Crop the centre square of an image, which is what the model sees, and move its boxes.
 
     Args:
-        image: A whole image, or a crop made before (which stays as it is).
+        image: A whole image, or a crop made before (which is not cropped again).
         boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of `image`.
         side: largest side in pixels; smaller images are not enlarged.
 

@@ -57,7 +57,7 @@ _MODEL_KEYWORDS = (
 
 
 def source_of(path_or_id: str | Path) -> str:
-    """The folder or hub id that a model's name stands for; "phantom" is the model that ships with the package."""
+    """Folder or hub id of a model's name; "phantom" is the model that ships with the package."""
     shipped = Path(__file__).parents[1] / "phantom" / "weights"
     return str(shipped if str(path_or_id) == PHANTOM else path_or_id)
 
@@ -227,13 +227,13 @@ def load_processor(path_or_id: str | Path, **hub: Any) -> Maira2Processor:
     except Exception as error:  # missing files and bad JSON surface as many kinds
         raise CheckpointError(
             f"No processor could be loaded from {path_or_id} ({type(error).__name__}: {error}). Expected were"
-            " a preprocessor_config.json (or processor_config.json) and the tokenizer's files beside the"
+            " a preprocessor_config.json (or processor_config.json) and the tokenizer's files next to the"
             " weights; copy them there, or write them with `save_processor`."
         ) from error
     if processor.image_token_id in (None, processor.tokenizer.unk_token_id):
         raise CheckpointError(
             f"The tokenizer in {path_or_id} does not know {processor.image_token!r}. The tokenizer of a"
-            " MAIRA-2 checkpoint, with its 207 added tokens, was expected; copy it beside the weights."
+            " MAIRA-2 checkpoint, with its 207 added tokens, was expected; copy it next to the weights."
         )
     return processor
 

@@ -5,7 +5,7 @@
 
 It is a `LlavaForConditionalGeneration` whose vision tower is a backbone (its *layer-normed* feature map is
 used, not `hidden_states[-1]`) and whose projector is deeper. Unlike LLaVA it refuses to run with image
-placeholders but no images, which would give wrong numbers without a word.
+placeholders but no images, which would silently give wrong numbers.
 """
 
 import functools
@@ -26,7 +26,7 @@ _ON_ONE_DEVICE = ["LlamaDecoderLayer", "Dinov2Layer", "Dinov2Embeddings"]
 class Maira2Projector(nn.Module):
     """`projector_n_layers` linear layers with an activation between them: `(..., d_vision) -> (..., d_text)`.
 
-    The linear layers sit at `layers.0`, `layers.2`, `layers.4`, `layers.6`, as in the published checkpoint.
+    The linear layers are `layers.0`, `layers.2`, `layers.4`, `layers.6`, as in the published checkpoint.
     """
 
     def __init__(self, config: Maira2Config) -> None:

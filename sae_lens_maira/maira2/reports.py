@@ -4,7 +4,7 @@
 
 Boxes are x_min, y_min, x_max, y_max, relative to the centre square crop of the frontal image (`images.py`
 maps them to the whole image). A generation may be cut off or loop: whole findings are kept, everything else
-is handed back as `leftover`.
+is returned as `leftover`.
 """
 
 import re

@@ -63,7 +63,7 @@ ROLE_PRESETS: dict[str, frozenset[TokenRole]] = {
 }
 
 DEFAULT_ROLES = "content"
-"""The preset that harvest, latents and quickstart use unless told otherwise."""
+"""The default preset of harvest, latents and quickstart."""
 
 RoleFilter = str | TokenRole | Iterable[TokenRole | str]
 
@@ -115,4 +115,4 @@ ADDED_TOKENS: tuple[str, ...] = (
 )
 
 GROUNDING_TOKENS = frozenset(ADDED_TOKENS[: 2 + 2 * COORDINATE_BINS + 2])
-"""The tokens that may stand in a grounded report: everything but the three image tokens."""
+"""The tokens that may occur in a grounded report: everything but the three image tokens."""

@@ -3,7 +3,7 @@
 The ids of a prompt are exactly the tokenizer's ids of the prompt's string: tokenising segment by segment
 would give others wherever a merge or a space marker crosses a border. Roles are assigned afterwards through
 character offsets: a token belongs to the segment of its first character that is not a space (of its first
-character if it is all spaces). A report is tokenised as a string of its own and put behind the prompt, so
+character if it is all spaces). A report is tokenised as a string of its own and put after the prompt, so
 that the prompt's ids are the same with and without it, as generation sees them.
 """
 
@@ -83,7 +83,7 @@ def tokenize_prompts(
 
 
 def append_reports(tokenizer: Any, rows: Sequence[Row], reports: Sequence[str]) -> list[Row]:
-    """Put each report and the closing `</s>` behind its row, as REPORT positions."""
+    """Put each report and the closing `</s>` after its row, as REPORT positions."""
     batch = tokenizer(
         list(reports),
         add_special_tokens=False,

@@ -1,9 +1,9 @@
 """Processor files that every supported transformers reads the same way.
 
 Two traps are closed here. transformers 5 rebuilds a `LlamaTokenizer` from its vocabulary and drops the
-normaliser of `tokenizer.json`: behind every `<image>` the published prompt then has other ids than the model
+normaliser of `tokenizer.json`: after every `<image>` the published prompt then has other ids than the model
 was trained with. And a processor saved by transformers 5 names classes that 4.56 does not have. So
-`tokenizer.json` is always taken as it stands, and what is written carries only names that both know.
+`tokenizer.json` is always used unchanged, and what is written has only names that both accept.
 """
 
 import json

@@ -67,7 +67,7 @@ def image_features_result(features: list[torch.Tensor], backbone_output: Any) ->
 def portable_text_config(text_config: dict[str, Any]) -> dict[str, Any]:
     """Rewrite the rotary settings of a text configuration for the installed transformers.
 
-    A configuration saved by transformers 5 holds `rope_parameters`, which 4.56 ignores in silence: the model
+    A configuration saved by transformers 5 holds `rope_parameters`, which 4.56 silently ignores: the model
     would run with unscaled positions. transformers 5 reads both spellings.
     """
     rope = text_config.get("rope_parameters")

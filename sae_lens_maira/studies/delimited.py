@@ -27,7 +27,7 @@ TEXT = pd.StringDtype("pyarrow")
 def csv_frame(
     path: Path, errors: str = "strict", known: Iterable[str] = (), columns: Iterable[str] | None = None
 ) -> pd.DataFrame:
-    """The cells of a delimited file as text, "" where empty; "NA" and "None" are kept as they are.
+    """The cells of a delimited file as text, "" where empty; "NA" and "None" are kept as text.
 
     Args:
         path: File with a header line, also compressed (.gz).

@@ -1,4 +1,4 @@
-"""Metrics of other packages on generated reports, behind one interface.
+"""Metrics of other packages on generated reports, with one interface.
 
     metric(reports, references) -> MetricScores      any function of this form is a metric
 

@@ -4,7 +4,7 @@
 
 A report is cut at headers of a table of known names only, so that "LUNGS:" inside the findings ends nothing. A header
 is a known name at the start of a line in any case, with a colon, a dash, as a markdown title or alone on its line; or
-a known name behind the end of a sentence. Wrapped lines are joined, de-identification marks (`___`) stay. Of a header
+a known name after the end of a sentence. Wrapped lines are joined, de-identification marks (`___`) stay. Of a header
 that comes twice the last filled one counts, or the chest's where the report names regions. A title such as
 "CHEST, TWO VIEWS:" that is followed by prose is the findings where no findings header is. Findings that only refer to
 the impression ("See impression.", "None.") are replaced by it, and `findings_from_impression` says so.
@@ -87,7 +87,7 @@ class _Header(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportSections:
-    """Sections as one line of text each, None where missing or without a word."""
+    """Sections as one line of text each, None where missing or empty."""
 
     findings: str | None
     impression: str | None
@@ -104,17 +104,17 @@ class ReportSections:
 
     @property
     def as_prior(self) -> str | None:
-        """What a later study is told of this one: findings and impression with their names, else the whole body."""
+        """Prior report that a later study uses: findings and impression with their names, else the whole body."""
         parts = [("FINDINGS", self.findings), ("IMPRESSION", self.impression)]
-        told = " ".join(f"{name}: {text}" for name, text in parts if text)
-        return told or self.body or None
+        named = " ".join(f"{name}: {text}" for name, text in parts if text)
+        return named or self.body or None
 
 
 def parse_sections(text: str) -> ReportSections:
     """Cut a report into sections.
 
     Args:
-        text: The report as it is in the file.
+        text: The report, unchanged from the file.
 
     Returns:
         Its sections; all None for a report without headers, whose text is then in `body`.
@@ -224,9 +224,9 @@ def _without_next_title(section: str) -> tuple[str, str]:
 
 
 def _main_part(text: str) -> tuple[str, list[str]]:
-    """The report itself without its banner, and the addenda and wet reads that stand apart from it."""
+    """The report itself without its banner, and the addenda and wet reads that are separate from it."""
     blocks = [block for block in _RULE.split(text) if block.strip()]
-    # What stands above the banner of a later block was written apart from that report.
+    # What is above the banner of a later block was written apart from that report.
     first = max((n for n, block in enumerate(blocks) if _BANNER.match(block.lstrip("\n"))), default=0)
     report, aside = [], []
     for number, block in enumerate(blocks):

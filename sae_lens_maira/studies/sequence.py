@@ -58,7 +58,7 @@ def study_of_row(row: Mapping[str, Any], root: Path, number: int) -> Study:
 
     Args:
         row: Name in `RECORD` -> value; a value that is not text counts as empty.
-        root: Folder that relative image paths are below; an absolute path is kept as it is.
+        root: Folder that relative image paths are below; an absolute path is kept.
         number: Row number for the error message.
 
     Raises:

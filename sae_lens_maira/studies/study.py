@@ -1,6 +1,6 @@
 """One radiological study: what goes into the model and, where it is known, what is true about it.
 
-A `Study` carries images (paths, arrays or PIL images), the sections of its report, a licence that later rooms
+A `Study` carries images (paths, arrays or PIL images), the sections of its report, a licence that later packages
 obey, and an optional truth: one `Finding` per statement. Boxes are (x_min, y_min, x_max, y_max) in 0..1 of
 the frontal image with image left = patient right.
 """
@@ -28,7 +28,7 @@ SIDED_KEYS = ("pleural effusion", "pneumothorax", "consolidation")
 
 
 class Licence(str, enum.Enum):
-    """Where a study may go: later rooms refuse to send credentialed data off the machine."""
+    """Where a study may go: later packages refuse to send credentialed data off the machine."""
 
     PUBLIC = "public"
     CREDENTIALED = "credentialed"
@@ -137,7 +137,7 @@ class Study:
     """Statements with `.text` and `.boxes`: `GroundedStatement`, or maira2's `GroundedFinding`."""
     split: str | None = None
     licence: Licence = Licence.CREDENTIALED
-    """Unless told otherwise, a study is treated as credentialed and stays on the machine."""
+    """By default, a study is treated as credentialed and stays on the machine."""
     truth: tuple[Finding, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -152,10 +152,10 @@ class Study:
         except StudyError as error:
             raise StudyError(f"Study {self.study_id} is not valid. {error}") from None
         if self.truth is not None and not self.has_prior:
-            told = [finding.name for finding in self.truth if finding.change is not None]
-            if told:
+            changed = [finding.name for finding in self.truth if finding.change is not None]
+            if changed:
                 raise StudyError(
-                    f"Study {self.study_id} states a change of {', '.join(told)} but has neither a prior "
+                    f"Study {self.study_id} states a change of {', '.join(changed)} but has neither a prior "
                     f"image nor a prior report; expected change=None without a prior. Add the prior, or drop "
                     f"the change."
                 )

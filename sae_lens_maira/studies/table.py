@@ -259,7 +259,7 @@ def safe_name(study_id: str, length: int = 100) -> str:
 
     Args:
         study_id: Any text.
-        length: Most bytes of an id that is used as it is.
+        length: Most bytes of an id that is used unchanged.
     """
     clean = re.sub(r"[^A-Za-z0-9._-]", "_", study_id)
     if clean == study_id and len(clean) <= length and clean.strip("."):

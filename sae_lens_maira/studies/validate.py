@@ -93,8 +93,8 @@ def _duplicate_ids(frame: pd.DataFrame) -> Iterator[TableIssue]:
 
 
 def _split_leaks(frame: pd.DataFrame) -> Iterator[TableIssue]:
-    told = frame[frame["split"].notna()]
-    leaking = told.loc[told.groupby("patient_id")["split"].transform("nunique") > 1]
+    assigned = frame[frame["split"].notna()]
+    leaking = assigned.loc[assigned.groupby("patient_id")["split"].transform("nunique") > 1]
     for patient, rows in leaking.groupby("patient_id", sort=False).indices.items():
         splits = ", ".join(sorted(set(leaking["split"].iloc[rows])))
         yield TableIssue(
@@ -245,8 +245,8 @@ def _warnings(frame: pd.DataFrame) -> Iterator[TableIssue]:
     licences = frame["licence"].value_counts()
     if len(licences) > 1:
         rare = _where(frame["licence"] == licences.index[-1])
-        told = ", ".join(f"{count} {name}" for name, count in licences.items())
+        counts = ", ".join(f"{count} {name}" for name, count in licences.items())
         strict = Licence.CREDENTIALED.value
         yield TableIssue(
-            IssueKind.MIXED_LICENCES, tuple(rare), f"{told}; what is made of it is {strict} if any is"
+            IssueKind.MIXED_LICENCES, tuple(rare), f"{counts}; what is made of it is {strict} if any is"
         )

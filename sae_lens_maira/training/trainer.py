@@ -247,7 +247,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
             if not isfinite(float(result.loss)):
                 raise not_finite_error(sae, x, self.n_training_steps)
-        # Everything that can fail, ranks included, lies behind us: from here on state changes.
+        # Everything that can fail, ranks included, is done: from here on state changes.
         plan.after(result, self.n_training_steps)
         if plan.unit_decoder and self.n_training_steps <= plan.sae.cfg.threshold_start_step:
             self._minima.append(result.min_positive)

@@ -81,7 +81,7 @@ function drawScores(data) {
     element("p", { className: "explanation", text: one.explanation || `no explanation: ${words(one.status)}` }),
     element("p", { className: "faint", text: `${one.explainer} · shown ${one.n_train}, asked about ${one.n_test} examples, no patient in both` }),
     one.scores.length ? table(["Scorer", "Judge", "Balanced accuracy [95 %]", one.control_latent === null ? "Control" : `Control: explanation of #${one.control_latent}`, "Answered"],
-      one.scores.map((score) => [score.method, score.judge, verdict(score), verdict(one.control.find((c) => c.method === score.method && c.judge === score.judge)), `${score.answered} of ${score.asked}`]), "Scores beside their control") : null)));
+      one.scores.map((score) => [score.method, score.judge, verdict(score), verdict(one.control.find((c) => c.method === score.method && c.judge === score.judge)), `${score.answered} of ${score.asked}`]), "Scores and their controls") : null)));
 }
 
 function drawHistogram({ histogram }) {

@@ -4,7 +4,7 @@
     patient00001/study1/view1_frontal.jpg  view2_lateral.jpg             ->  study "patient00001/study1"
     *.dcm                                                                ->  grouped by their headers (`dicom.py`)
 
-A report with section headers is cut into sections; one without is used as it is. Studies count as credentialed unless
+A report with section headers is cut into sections; one without is used whole. Studies count as credentialed unless
 a licence is given. Every file that is not used is listed with a reason. Pictures are not opened.
 """
 
