@@ -1,106 +1,117 @@
 """Cues of the rule labeller: the words around a phrase that affirm, doubt or deny it.
 
-Regular expressions over lower-case text as in `phrases`. Most lists come in pairs: a cue BEFORE a mention
-reaches forward, a cue AFTER it reaches back. `labels` decides how far, and which cue wins.
+Regular expressions over lower-case text as in `phrases`. In a cue, " not" also matches "n't", "can not" also matches
+"cannot" and "can't", and "NOT" at the start of a cue matches "not" and every contraction. Most lists come in pairs: a
+cue BEFORE a mention reaches forward, a cue AFTER it reaches back. `labels` decides how far, and which cue wins.
 """
 
 NORMAL_PHRASES = (
     r"(?:within )?normal limits",
     r"(?:is|are|appears?|remains?) (?:\w+ )?(?:normal|clear|unremarkable)",
     r"no (?:acute|active|significant|focal)",
-    r"lungs? (?:\w+ ){0,3}(?:clear|well (?:expanded|inflated|aerated))",
+    r"(?:lungs?|heart|chest)(?: and (?:lungs?|heart))? (?:\w+ ){0,3}(?:clear|normal|unremarkable|well (?:expanded|inflated|aerated))",
     r"intact",
     r"(?:clear|normal) (?:lungs?|chest|heart)",
-    r"no acute (?:\w+ ){0,2}(?:process|abnormalit\w+|disease|findings?)",
-    r"(?:normal|unremarkable) (?:chest|radiograph|study|examination|lungs?)",
+    r"no (?:acute )?(?:\w+ ){0,2}(?:process|abnormalit\w+|disease)",
+    r"(?:normal|unremarkable) (?:portable )?(?:chest|radiograph|study|exam|examination|lungs?)",
 )
 """A text that states one of these and no observation is normal; a text without either is unknown."""
 
-_GONE = r"(?:resol(?:ution|v\w+)|clear(?:ing|ance|ed)|disappear\w*)"
+_DEGREE = (
+    r"(?:interval|significant(?:ly)?|appreciabl[ey]|relevant(?:ly)?|substantial(?:ly)?|definite(?:ly)?|major|gross(?:ly)?"
+    r"|great(?:ly)?|much|marked(?:ly)?|acute(?:ly)?|further|real(?:ly)?|yet|been|any|large(?:ly)?|notable|important)"
+)
+_GONE = r"(?:resol(?:ution|v\w+)|clear(?:ing|ance|ed)|disappear\w*|vanish\w*)"
 _PARTLY = (
-    r"(?:near(?:ly)?|almost|incomplete(?:ly)?|partial(?:ly)?|partly|mostly|largely|substantial(?:ly)?|significant(?:ly)?|some"
-    r"|continu\w+|ongoing|further|progressive|gradual(?:ly)?|slow(?:ly)?|early|moderate|interval partial"
-    r"|not(?: yet| been| fully| completely| entirely)*)"
+    r"(?:near(?:ly)?|almost|virtual(?:ly)?|incomplete(?:ly)?|partial(?:ly)?|part(?:ly)?|mostly|largely|substantial(?:ly)?"
+    r"|significant(?:ly)?|some|slight(?:ly)?|mild|continu\w+|ongoing|further|progressive(?:ly)?|gradual(?:ly)?|slow(?:ly)?"
+    r"|early|moderate|interval partial|not(?: yet| been| fully| completely| entirely| totally)*)"
+)
+SHOWN = (
+    r"(?:seen|identified|present|visuali[sz]ed|visible|detected|detectable|apparent|evident|demonstrated|appreciated|noted"
+    r"|recogni[sz]ed|found|observed|shown|discerned|depicted|imaged|perceived)"
 )
 PSEUDO_NEGATION = (
-    r"no (?:\w+ )?(?:interval |significant |appreciable |relevant |substantial |definite )*changes?",
-    r"not (?:significantly |substantially |appreciably )?(?:changed|different)",
-    r"no (?:further )?(?:increase|decrease|improvement|progression|difference)",
-    r"(?:do|does|did|has|have) not (?:significantly )?"
-    r"(?:changed?|increased?|decreased?|improved?|progress\w*|worsen\w*)",
-    r"without (?:\w+ ){0,2}change",
+    rf"(?:no|without(?: any)?) (?:\w+ )?(?:{_DEGREE} )*changes?",
+    rf"NOT (?:{_DEGREE} )*(?:changed|different)",
+    rf"no (?:{_DEGREE} )?(?:increase|decrease|improvement|progression|difference|worsening)",
+    rf"(?:do|does|did|has|have) not (?:{_DEGREE} )*(?:chang\w+|increas\w+|decreas\w+|improv\w+|progress\w*|worsen\w*|enlarged?)",
+    r"without (?:\w+ ){0,2}changes?",
     rf"without (?:yet )?(?:complete|full|total|entire) {_GONE}",
     r"not only",
     r"(?:no|without|beyond|little) doubt",
     r"not necessarily",
-    r"no longer enlarging",
+    r"no longer (?:enlarging|increasing|growing)",
     rf"{_PARTLY} (?:(?:but|and|though) \w+ )?(?:interval )?(?:complete(?:ly)? |total(?:ly)? |entire(?:ly)? )?{_GONE}",
-    rf"\w+n't (?:yet |been |fully |completely |entirely )*{_GONE}",
-    rf"{_GONE} (?:almost|nearly|partially|incompletely|in part|for the most part|slowly|gradually|as expected)",
-    r"(?:is|are|be) (?:resolving|clearing)",
-    r"(?:until|ensure|document|confirm|follow|monitor|to) (?:\w+ ){0,2}(?:resolution|clearing)",
+    rf"NOT (?:yet |been |fully |completely |entirely |totally )*{_GONE}",
+    rf"(?:fail\w*|yet|continu\w+|beginning|starting|expected|slow) to (?:\w+ )?(?:resolve|clear)",
+    rf"{_GONE} (?:almost|nearly|partially|partly|incompletely|in part|for the most part|slowly|gradually|as expected)",
+    r"(?:is|are|be) (?:\w+ )?(?:resolving|clearing)",
+    r"(?:until|ensure|document|confirm|assure|demonstrate|follow|monitor|to|after|pending) (?:\w+ ){0,2}(?:resolution|clearing)",
     r"(?:almost|nearly|mostly|largely) (?:\w+ )?gone",
-    r"not (?:yet |been )*(?:removed|withdrawn|taken out|pulled)",
-    r"(?:could|can|should|may|might|to|consider|recommend\w*|suggest\w*|advise\w*|before|prior to|pending)"
+    r"NOT (?:yet |been )*(?:removed|withdrawn|taken out|pulled)",
+    r"(?:could|can|should|may|might|to|consider|recommend\w*|suggest\w*|advise\w*|before|prior to|pending|for)"
     r" (?:be |the |its )*(?:remov(?:ed|al)|withdrawn|withdrawal|pulled|discontinued)",
-    r"not (?:well|fully|completely|entirely|optimally|adequately) (?:seen|visuali[sz]ed|evaluated|assessed|included)",
+    r"NOT (?:be )?(?:well|fully|completely|entirely|optimally|adequately) (?:seen|visuali[sz]ed|evaluated|assessed|included|imaged)",
+    r"NOT (?:as|so) (?!likely|probable)\w+(?: seen)?",
+    r"NOT (?:\w+ )?(?:clear|normal|expanded|inflated|hyperinflated|aerated|included|imaged|rotated|upright|available)",
+    r"(?:no|not? (?:\w+ ){0,3}available|without)(?: \w+)? (?:prior|previous|comparison)s?(?: \w+){0,2}(?: available)?",
+    rf"(?:not|no) (?:\w+ )?(?:previously|before|earlier) {SHOWN}",
 )
 """Look like negations, deny nothing about what follows."""
 
-SHOWN = (
-    r"(?:seen|identified|present|visuali[sz]ed|visible|detected|apparent|evident|demonstrated|appreciated|noted"
-    r"|recogni[sz]ed|found|observed|shown)"
+_RESEMBLE = (
+    r"(?:suspicious|concerning|suggestive|typical|characteristic|consistent|compatible|worrisome|diagnostic|indicative"
+    r"|convincing|representative)"
 )
 NEGATION_BEFORE = (
     r"no (?:\w+ )?(?:evidence|signs?|suggestion|indication)(?: of)?",
     r"no",
-    r"not?(?: \w+){0,2} (?:evidence|sign|signs|suggestion|indication) of",
+    r"not?(?: \w+){0,2} (?:evidence|signs?|suggestion|indication) of",
     r"without",
     r"w/o",
-    r"free of",
-    r"free from",
-    r"(?:clear|devoid) of",
+    r"(?:free|clear|devoid) (?:of|from)",
     r"(?:absence|lack|disappearance) of",
-    r"negative for",
+    r"absent(?=:)",
+    r"negative(?: for|(?=:))",
     r"neither",
     r"nor",
     r"never",
     r"nothing (?:\w+ ){0,2}(?:to|suggest\w*|that)",
     r"(?:resolved|resolution of|clear(?:ing|ance) of)",
-    r"(?:do|does|did|could|can|would) not (?:\w+ )?(?:\w+)",
-    r"(?:do|does|did|could|ca|wo|would)n't (?:\w+ )?(?:\w+)",
+    r"(?:do|does|did|can not|could|would|wo|ca) not (?:\w+ )?(?:\w+)",
+    r"(?:is|are|was|were|has|have|had) not",
     r"fail(?:s|ed)? to \w+",
-    r"(?:cannot|can't|unable to) (?:\w+ )?(?:see|identify|find|detect|appreciate|demonstrate|recogni[sz]e)",
-    r"(?:it is|it's|this is|these are) not",
+    r"unable to (?:\w+ )?(?:see|identify|find|detect|appreciate|demonstrate|recogni[sz]e)",
+    r"(?:it's|it is|this is|these are) not",
     r"(?:nowhere|not (?:an?|due|from|related))",
-    r"(?:not|\w+n't) (?:see|seen|identify|demonstrate|show|have|appear|reveal|detect|any)",
-    r"(?:is|are|was|were)n't",
+    r"NOT (?:see|seen|identify|demonstrate|show|have|appear|reveal|detect|any)",
+    r"NOT (?:\w+ )?(?:likely|expected|thought|felt|favou?red|suspected|believed) to(?: \w+)?(?: an?)?",
     r"unlikely (?:to|due|related|that|for|given)",
     r"(?<![a-z]\s)unlikely",
     r"an? unlikely",
-    r"(?:rather|more likely|more probable) than",
+    r"(?:rather|(?:more|much more|most) (?:\w+ )?(?:likely|probabl[ey]|typical|suggestive|consistent|compatible|in keeping)"
+    r"(?: [\w-]+){0,6}?|likelier(?: [\w-]+){0,4}?) than",
     r"(?:instead of|as opposed to)",
-    r"(?:has|have|is) not",
-    r"not (?:\w+ )?(?:suspicious|concerning|suggestive|typical|characteristic|consistent|compatible|worrisome"
-    r"|diagnostic|indicative|convincing|representative) (?:for|of|with)",
+    rf"NOT (?:\w+ )?{_RESEMBLE} (?:for|of|with)",
     r"(?:excludes|excluded|rules out|ruled out)",
+    r"(?:argu\w+|speak\w*|weigh\w*|mitigat\w+|evidence) against",
     r"doubt(?:ful)?(?: for| of)?",
     r"(?:improbable|implausible)(?: that| for| to)?",
-    r"low (?:clinical )?(?:likelihood|probability|suspicion|concern|chance) (?:of|for)",
+    r"low (?:clinical |index of )?(?:likelihood|probability|suspicion|concern|chance) (?:of|for)",
 )
+_ENDS = r"(?=\s*(?:[.,;)]|$)| (?:since|after|following|in|on|from|with|over|and|completely|entirely|by|now|today)\b)"
 NEGATION_AFTER = (
     rf"nowhere (?:to be )?{SHOWN}",
-    rf"(?:(?:is|are|was|were) (?:not|no longer)|(?:is|are|was|were)n't) (?:\w+ ){{0,2}}{SHOWN}",
-    rf"(?:could|can) ?(?:not|n't) be (?:\w+ )?{SHOWN}",
-    rf"(?:couldn't|can't) be (?:\w+ )?{SHOWN}",
+    rf"(?:NOT|no longer) (?:\w+ ){{0,2}}{SHOWN}",
+    rf"(?:could|can) not be (?:\w+ )?{SHOWN}",
     r"(?:is|are) not(?=\s*(?:[.,;]|$))",
     rf"no longer (?:\w+ )?(?:{SHOWN}|in place|there)",
-    r"(?:has|have|had) (?:\w+ ){0,2}(?:resolved|cleared|disappeared|gone|vanished)",
-    r"(?:has|have|had|did) not (?:\w+ )?(?:developed?|recur\w*|appear\w*|occur\w*|formed?|re-?accumulated?)",
-    r"(?:has|have|had|did)n't (?:\w+ )?(?:developed?|recur\w*|appear\w*|occur\w*|formed?|re-?accumulated?)",
-    r"(?:is|are|was|were|has been|have been) (?:\w+ )?(?:absent|resolved|excluded|ruled out|gone)",
-    rf"not (?:\w+ )?{SHOWN}",
-    r"(?:resolved|cleared)(?=\s*(?:[.,;]|$)| (?:since|after|following|in|completely|entirely|by|now)\b)",
+    r"(?:has|have|had|having|to have|appears?|seems?|now|since|is|are|was|were) (?:\w+ ){0,2}"
+    r"(?:resolved|cleared|disappeared|gone|vanished|evacuated)",
+    r"(?:has|have|had|did) not (?:\w+ )?(?:developed?|recur\w*|appear\w*|occur\w*|formed?|re-?accumulated?|returned)",
+    r"(?:is|are|was|were|has been|have been) (?:\w+ )?(?:absent|excluded|ruled out)",
+    rf"(?:resolved|cleared){_ENDS}",
 )
 # Read as present, since they state more than even odds: "likely", "probably", "suggesting", "suspicious for",
 # "concerning for", "worrisome for", "suspected". Uncertain: what is named as one possibility, or not excluded.
@@ -109,51 +120,55 @@ UNCERTAIN_BEFORE = (
     r"(?<!is\s)(?<!are\s)(?<!felt\s)(?<!be\s)(?:no longer )?less (?:likely|probable|probably)",
     r"less (?:likely|probable) (?:to|due|related|that)",
     r"query",
-    rf"to (?:\w+ ){{0,3}}{_EXCLUDE}",
+    r"(?:exclude|rule out|excluding|ruling out)",
+    rf"(?:not|n't) (?:\w+ ){{0,2}}{_EXCLUDE}",
     r"(?:to|can|could|would|and) (?:\w+ ){0,2}(?:ensure|confirm|document|verify|establish) (?:\w+ ){0,3}"
     r"(?:absence|lack|presence) of",
     r"(?:hard|difficult|impossible|unable) to (?:tell|distinguish|differentiate|separate)",
-    r"(?:indistinguishable|cannot be (?:distinguished|differentiated|separated)) from",
+    r"(?:indistinguishable|can not be (?:\w+ )?(?:distinguished|differentiated|separated)) from",
     r"either",
     r"whether",
     r"(?:versus|vs\.?)",
-    r"favou?r(?:s|ed|ing)? (?:\w+ ){1,5}over",
+    r"favou?r(?:s|ed|ing)?(?: [\w-]+){0,5} over",
     r"may(?:be)?",
     r"might",
     r"could",
     r"possib(?:le|ly|ility of)",
     r"potential(?:ly)?",
+    r"perhaps",
     r"suspicion (?:of|for)",
     r"concern (?:for|of)",
-    r"question(?:able|ed)?(?: of)?",
+    r"question(?:able|ed|s)?(?: of)?",
     r"equivocal",
-    rf"(?:cannot|can not|can't|could not|couldn't) (?:\w+ )?{_EXCLUDE}",
-    rf"(?:not|n't|hard to|difficult to|impossible to|unable to|not possible to) (?:\w+ )?{_EXCLUDE}",
     r"if (?:there is|clinical)",
-    r"differential",
-    r"(?:evaluate|eval|assess|assessment|evaluation|look|check|r/o|rule out|please) (?:for|of)?",
-    r"(?:raise|raises|raising) (?:\w+ ){0,3}(?:possibility|concern|question)",
+    r"(?:differential|ddx|(?:diagnostic|other|alternative|primary|main) considerations?)(?: (?:diagnos[ie]s|considerations?|includes?|would|are|is|for|this|these))*",
+    r"(?:evaluate|eval|assess|assessment|evaluation|look|check|r/o|please) (?:for|of)?",
+    r"(?:raise|raises|raising) (?:\w+ ){0,3}(?:possibility|concern|question|suspicion)",
     r"(?:can|should) be considered",
 )
 UNCERTAIN_AFTER = (
-    rf"(?:cannot|can not|can't|could not|couldn't|not) (?:\w+ ){{0,3}}{_EXCLUDE}",
-    r"(?:is|are) (?:\w+ )?(?:possible|not excluded|questionable|questioned|uncertain|equivocal)",
+    rf"(?:can not|could not) (?:\w+ ){{0,3}}{_EXCLUDE}",
+    rf"NOT (?:\w+ ){{0,3}}{_EXCLUDE}",
+    rf"(?:should|must|needs? to|has to|have to|to|would need to|may|might) be (?:\w+ )?{_EXCLUDE}",
+    r"(?:is|are|remains?) (?:\w+ )?(?:possible|questionable|questioned|uncertain|equivocal|indeterminate|unclear)",
     rf"(?:hard|difficult|impossible|not possible) to (?:\w+ ){{0,2}}{_EXCLUDE}",
-    r"(?:should|could|may|might|must) (?:also )?be (?:\w+ )?(?:considered|present|suspected|entertained)",
+    r"(?:should|could|may|might|must|can) (?:also |still )?be (?:\w+ )?(?:considered|present|suspected|entertained)",
     r"(?:versus|vs)",
-    r"(?:is|are|remains?) (?:a|in the) (?:\w+ )?(?:consideration|differential|possibility|concern)",
+    r"(?:is|are|remains?) (?:also )?(?:a|in the|within the|another) (?:\w+ )?(?:consideration|differential|possibility|concern)",
+    r"(?:in|given) the (?:appropriate|proper|right|correct) (?:clinical )?(?:setting|context|scenario)",
+    r"if clinically suspected",
 )
-DOUBTED = r"\b(?:may|might|could|possibl[ey]|questionabl[ey])\b"
+DOUBTED = r"\b(?:may|might|could|possibl[ey]|questionabl[ey]|query)\b"
 """Inside a mention: "the heart may be enlarged"."""
 LESS_LIKELY_AFTER = (r"less (?:\w+ )?(?:likely|probable|favou?red)", r"not (?:as |so )likely")
 EARLIER = (
     r"\s*(?:previously|before|earlier|yesterday"
-    r"|(?:on|in|at) (?:the )?(?:prior|previous|earlier|last|preceding|old|comparison)|last \w+)\b"
+    r"|(?:on|in|at) (?:the |any )?(?:prior|previous|earlier|last|preceding|old|comparison)|last \w+)\b"
 )
 """Directly behind "was not seen": the finding was not there before, and is now."""
 UNLIKELY_AFTER = (
-    r"unlikely",
-    r"not (?:\w+ )?(?:likely|favou?red|suspected|probable|expected)",
+    r"unlikely(?! (?:to|due|related|that)\b(?! be present))",
+    r"not (?:\w+ )?(?:likely|favou?red|suspected|probable|expected)(?! to\b)",
     r"not (?:thought|felt) to be present",
     r"(?:improbable|implausible|doubtful|doubted)",
 )
@@ -163,8 +178,16 @@ LIKELIHOOD_BEFORE = (
 )
 LOW_AFTER = (r"(?:is|are|remains?|seems?|appears?) (?:\w+ )?(?:low|remote|small|slim|minimal)",)
 """A mention between the two is unlikely: "the likelihood of edema is low"."""
-PART_BEFORE = (r"(?:most|much|majority|bulk|some|part|portion|component|half) of (?:\w+ ){0,4}",)
-"""In front of a mention that "has cleared": a part of it has not."""
+PART_BEFORE = (
+    r"(?:most|much|majority|bulk|some|part|portion|component|half|one|two|several) of (?:\w+ ){0,4}",
+)
+"""In front of a mention that "has cleared" or "was removed": a part of it has not."""
+EXTENT_BEFORE = (
+    r"(?:extent|severity|size|volume|acuity|age|chronicity|etiology|cause|contributions?|position|location|tips?|course|side port) of (?:[\w-]+ ){0,4}",
+)
+"""In front of a mention whose extent is unclear or cannot be assessed: the finding itself is there."""
+TIP_AFTER = r"\s+(?:tips?|side ?port|side ?hole|course|position)\b"
+"""Directly behind a device: what follows is about a part of it."""
 RESIDUE_AFTER = (
     r"now (?:only )?(?:mild|minimal|small|trace|faint|tiny)",
     r"with (?:\w+ ){0,2}residu(?:al|um|a)(?=\s*(?:[.,;]|$|component|disease|change))",
@@ -176,10 +199,10 @@ REMOVED_BEFORE = (
     r"(?:removed|explanted|discontinued)(?: (?:the|a|an|his|her|left|right|prior|previous))*(?=\s*$)",
 )
 REMOVED_AFTER = (
-    r"(?:has|have|had|was|were|is|are|been) (?:\w+ ){0,2}(?:removed|taken out|explanted|discontinued|out)",
+    r"(?:has|have|had|was|were|is|are|been) (?:\w+ ){0,2}(?:removed|taken out|explanted|discontinued|out|decannulated)",
     r"(?:has|have|had|was|were|been) (?:\w+ ){0,2}(?:withdrawn|pulled)"
     r"(?! (?:back|by|to|up|slightly|\d|(?!complete|entire)\w+ly))",
-    r"(?:removed|removal|explanted|discontinued|pulled(?! back)|out(?= since| of place|\s*(?:[.,;]|$)))",
+    r"(?:removed|removal|explanted|discontinued|decannulat\w+|pulled(?! back)|out(?= since| of place|\s*(?:[.,;]|$)))",
 )
 """Cues that a device is no longer in place."""
 PLACED = r"\b(?:placement|insertion|replac\w+|exchang\w+|placed|inserted)\b"
@@ -187,25 +210,41 @@ PLACED = r"\b(?:placement|insertion|replac\w+|exchang\w+|placed|inserted)\b"
 _ANSWER = r"\s*(?::|=|\?+|\(|\t|\||\s[-\u2013\u2014](?=\s))\s*"
 """Separators between the name of a finding and its value in a list."""
 _NO = (
-    r"(?:none|no(?: evidence)?(?=\s*(?:[.,;)\n]|$))|absent|negative|neg|nil"
-    r"|not (?:present|seen|identified|visuali[sz]ed|evident)|resolved|cleared|excluded|ruled out|removed|gone)\b"
+    r"(?:none|no(?: evidence)?(?=\s*(?:[.,;)\n]|$))|absent|negative|neg|nil|n/a"
+    r"|not (?:present|seen|identified|visuali[sz]ed|evident|applicable)|no longer|unlikely|resolved|cleared|excluded"
+    r"|ruled out|removed|gone)(?!\w)"
 )
+_MAYBE = r"(?:possibl[ey]|questionable|equivocal|\?|uncertain|maybe|indeterminate|suspected|cannot (?:be )?exclude\w*)"
 _JOINED = r"(?:\s*(?:/|\band\b|\bor\b)\s*[\w-]+(?: [\w-]+){0,3}){0,2}"
 """More findings in front of a value that they share: "edema/effusion: none"."""
-VALUE_ABSENT = rf"(?:{_JOINED}{_ANSWER}{_NO}|[,;.]\s+(?:and |but )?none (?:is |are |was |were )?{SHOWN}\b)"
-VALUE_PRESENT = rf"{_JOINED}{_ANSWER}(?:yes|present|positive|pos)\b"
-VALUE_UNCERTAIN = (
-    rf"{_JOINED}{_ANSWER}(?:possibl[ey]|questionable|equivocal|\?|uncertain|maybe|indeterminate"
-    r"|cannot (?:be )?exclude\w*)"
+VALUE_ABSENT = (
+    rf"(?:{_JOINED}{_ANSWER}(?:previously {SHOWN},? (?:but )?(?:now )?)?{_NO}"
+    rf"|[,;.]\s+(?:and |but )?none (?:is |are |was |were )?{SHOWN}\b)"
 )
+VALUE_PRESENT = (
+    rf"{_JOINED}{_ANSWER}(?:(?:yes|present|positive|pos)\b"
+    r"|(?:none|no|absent)\b[^.;,:]*?\b(?:left|right)\b[^.;,:]*,?[^.;,:]*?\b(?:small|mild|moderate|large|trace|minimal|present|tiny)\b)"
+)
+VALUE_UNCERTAIN = rf"{_JOINED}{_ANSWER}{_MAYBE}"
+LABEL = rf"{_JOINED}\s*:\s*"
+"""Behind a mention that is only the name of what follows: "Effusion: no large effusion"."""
+VALUE = rf"(?:{VALUE_ABSENT}|{VALUE_PRESENT}|{VALUE_UNCERTAIN})"
 """What a list writes behind the name of a finding."""
 
+_MODAL = r"(?:may|might|can|could|would|will|should)"
+_PERCEIVE = (
+    r"(?:see|detect|identify|assess|evaluate|appreciate|visuali[sz]e|diagnose|recogni[sz]e|judge|determine|comment on"
+    r"|interpret|characteri[sz]e|quantify|gauge|measure)"
+)
 NO_STATEMENT_BEFORE = (
-    r"history",
-    r"(?:man|woman|male|female|patient|pt|m|f) with",
-    r"(?:patient|pt|he|she) (?:previously )?had",
-    r"(?:treated|treatment|hospitali[sz]ed|admitted) for",
-    r"(?:status post|s/p) (?:treatment|therapy) (?:of|for)",
+    r"(?:history|hx|h/o|pmh)(?: (?:of|is|significant|notable|includes|for))*",
+    r"(?:man|woman|male|female|patient|pt|m|f|child|infant|boy|girl|gentleman|lady) with",
+    r"\d+\s?(?:yo|y/o|yrs?|years? old)?\s?(?:m|f|male|female|man|woman)? with",
+    r"(?:patient|pt|he|she) (?:previously )?(?:had|has (?:a )?history)",
+    r"(?:present(?:s|ed|ing)|admitted|diagnosed|hospitali[sz]ed|readmitted|transferred) (?:\w+ ){0,2}(?:with|for)",
+    r"(?:known to have|suffer\w* from|recently treated|recovering from|recent (?:diagnosis|admission|hospitali[sz]ation) (?:of|for))",
+    r"(?:treated|treatment|therapy|antibiotics?|diuresis) for",
+    r"(?:status post|s/p) (?:\w+ )?(?:treatment|therapy|resection|repair) (?:of|for)",
     r"(?:performed|obtained|ordered|requested|done|acquired|indicated) (?:\w+ ){0,2}"
     r"(?:for|to|because of|given|due to)(?: \w+){0,4}?(?: (?:suspicion|concern|question|evaluation|assessment))?"
     r"(?: (?:of|for))?",
@@ -213,34 +252,42 @@ NO_STATEMENT_BEFORE = (
 """What was known or asked before the image was read."""
 NO_STATEMENT_AFTER = (
     r"(?:is|are|may be|can be|could be|would be|might be|should be) (?:\w+ )?"
-    r"(?:missed|overlooked|undetected|underestimated|occult|obscured)",
-    r"(?:would|could|may|might) be (?:better|best|more) (?:\w+ )?"
-    r"(?:seen|evaluated|assessed|shown|depicted|appreciated) (?:with|on|by|using|in)",
-    r"(?:go|goes|remain|be) (?:undetected|unnoticed|unrecogni[sz]ed)",
+    r"(?:missed|overlooked|undetected|underestimated|occult|obscured|masked|hidden|concealed|inapparent|invisible)",
+    rf"{_MODAL} (?:\w+ )?be (?:better|best|more) (?:\w+ )?"
+    r"(?:seen|evaluated|assessed|shown|depicted|appreciated|characteri[sz]ed|visuali[sz]ed)(?: (?:with|on|by|using|in))?",
+    rf"(?:would|may|might|will) (?:easily )?not (?:\w+ )?(?:be )?{SHOWN}",
+    rf"(?:may|might|can|could|would|is|are) (?:\w+ )?(?:be )?(?:\w+ )?(?:hard|difficult|impossible|challenging) to {_PERCEIVE}",
+    r"(?:go|goes|remain|be|escape) (?:undetected|unnoticed|unrecogni[sz]ed|detection)",
     r"(?:in the past|years? ago|last year)",
-    r"(?:cannot|can not|could not|can't|couldn't) be (?:\w+ )?(?:evaluated|assessed|judged|determined|commented)",
+    r"(?:can not|could not) be (?:\w+ ){0,2}(?:evaluated|assessed|judged|determined|commented|diagnosed)",
+    r"(?:is|are) (?:\w+ )?(?:limited|suboptimal|precluded)",
+    rf"(?:is|are) not (?:\w+ )?(?:evaluated|assessed|evaluable|assessable)",
 )
 SEEN_ELSEWHERE = (
-    r"\s+(?:seen )?on (?:the |an )?(?:prior|previous|outside) (?:ct|study|imaging|mri|exam)\s*(?:[.;]|$)"
+    r"\s+(?:(?:seen )?on (?:the |an )?(?:prior|previous|outside) (?:ct|study|imaging|mri|exam)\s*(?:[.;]|$)"
+    r"|(?:treatment|therapy|protocol|precautions|work-?up|prophylaxis)\b)"
 )
-"""Directly behind a mention: it was seen on another image."""
+"""Directly behind a mention: it was seen on another image, or names a treatment."""
 MISSED_BEFORE = (
     r"(?:needed|required|necessary|recommended|helpful|useful|advised|suggested|preferred|superior)(?: \w+){0,3}"
     r" (?:detect\w*|diagnos\w+|identif\w+|recogni\w+|exclusion)(?: [\w-]+){0,4}\s*$",
     r"(?:(?:may|might|can|could|will|often|commonly|radiographs?|films?|views?)"
-    r" (?:be )?(?:miss|overlook)(?:ed)?|misses)(?: [\w-]+){0,7}\s*$",
-    r"(?:better|best|more|well|less|in|not|poorly) ?(?:suited|sensitive|able)(?: [\w-]+){0,6}\s*$",
+    r" (?:be )?(?:miss|overlook|obscure|mask|hide|conceal|underestimate)(?:ed)?"
+    r"|misses|masks?|(?:exaggerat\w+|accentuat\w+|magnif\w+))(?: [\w-]+){0,7}\s*$",
+    r"(?:better|best|more|well|less|in|not|poorly) ?(?:suited|sensitive|able|optimi[sz]ed|tailored|designed)(?: [\w-]+){0,6}\s*$",
 )
 """Clauses about what images can show."""
 LIMITED = (
     r"(?:limit\w*|reduc\w*|decreas\w*|insensitive|not sensitive|low|poor|difficult\w*|suboptimal\w*|preclud\w*"
     r"|hinder\w*|compromis\w*|lower\w*|diminish\w*|impair\w*|hamper\w*|restrict\w*|obscur\w*|degrad\w*|confound\w*"
-    r"|challenging|not (?:sensitive|adequate|reliable|possible)|inadequate|insufficient|unreliable|impossible"
-    r"|prevent\w*|less sensitive)"
+    r"|challenging|not (?:sensitive|adequate|reliable|possible|optimi[sz]ed|tailored|designed|intended|dedicated|performed)"
+    r"|inadequate|insufficient|unreliable|impossible|incomplete(?:ly)?|complicat\w*|affect\w*|mak\w+ it|interfer\w*"
+    r"|prevent\w*|less sensitive|(?:more|better|most) (?:\w+ )?(?:sensitive|suited|accurate|reliable)|would be better)"
 )
 TASK = (
-    r"(?:sensitiv\w*|insensitive|detect\w*|evaluat\w*|assess\w*|exclu(?:sion|ding)|ability|diagnosis|diagnosing|identification|identifying"
-    r"|visuali[sz]ation|interpretation|characteri[sz]ation|recognition|depiction|adequate|reliable)"
+    r"(?:sensitiv\w*|insensitive|detect\w*|evaluat\w*|assess\w*|exclu(?:sion|ding)|ability|diagnosis|diagnosing"
+    r"|diagnose|identification|identifying|identify|visuali[sz]ation|interpretation|characteri[sz]ation|recognition"
+    r"|depiction|adequate|reliable|discerning|appreciat\w+|estimation|accuracy)"
 )
 """A clause with both, the task before the mention, describes the technique and states nothing about the finding."""
 RESULT = (
@@ -254,6 +301,7 @@ TERMINATION = (
     r"however",
     r"although",
     r"though",
+    r"yet(?! to\b)",
     r"aside from",
     r"apart from",
     r"except(?: for)?",
@@ -264,10 +312,16 @@ TERMINATION = (
     r"whereas",
     r"due to",
     r"secondary to",
-    r"and there (?:is|are)",
+    r"and (?:there|it) (?:is|are)",
     r"(?<!no\s)there (?:is|are|has|remains|'s)",
-    r"with (?!no\b)(?:\w+ )?(?:small|moderate|large|mild|stable|unchanged|persistent|associated)",
+    r"with (?!no\b)(?:\w+ )?(?:small|moderate|large|mild|stable|unchanged|persistent|associated|residual|new)",
 )
+APPOSITION = (
+    r",\s+(?:while|although|though|if|as|seen|noted|described|present|identified|reported|visuali[sz]ed|demonstrated|known"
+    r"|new|previously|prior|which)\b[^,.;]{1,50},(?=\s+(?:is|are|was|were|has|have|had|remains?|appears?|cannot|can"
+    r"|could|may|might|seems?)\b)"
+)
+"""Words between commas that part a mention from its verb: "effusion, seen previously, has resolved"."""
 EXPLAINS = (
     r"\b(?:reflect\w*|represent\w*|suggest\w*|consistent|compatible|concerning|suspicious|worrisome|likely|probably|due"
     r"|secondary|related|could be|may be|might be)\b"
@@ -278,13 +332,14 @@ CAUSES = r"\b(?:due to|represent\w*|reflect\w*|caused by|secondary to|related to
 SIZE_WORDS = (
     r"(?:small|moderate|large|mild|severe|stable|unchanged|persistent|bilateral|minimal|tiny|trace|increas\w+|worsening"
     r"|there|the|left|right|bibasilar|low|mildly|moderately|improving|decreas\w+|known|chronic|old|healed|residual"
-    r"|slight|extensive|subtle|again|possible|probable|likely)"
+    r"|slight|extensive|subtle|again|possible|probable|likely|only|just|simply|merely|marked|borderline|patchy|improved)"
 )
 _CLINICAL = r"clinical (?:history|information|indication|question|details?|data|background|concern|statement)"
 SILENT_SECTIONS = (
     rf"indications?|history|{_CLINICAL}|reasons? for (?:the )?(?:exam\w*|study|visit|order|request|consult\w*|test)"
     r"|(?:exam )?reason|technique|comparisons?|exam(?:ination)?|study|procedure|type of examination|chief complaint"
     r"|clinical|(?:signs? and )?symptoms?|hx|pmh|past medical history|presenting complaint|background|question"
+    r"|admitting diagnosis|diagnosis on admission|provisional diagnosis|referral|request"
 )
 """Headers of sections that ask or describe, and state nothing about this image."""
 

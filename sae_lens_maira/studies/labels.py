@@ -17,6 +17,7 @@ from functools import cache
 
 from sae_lens_maira.studies import cues, phrases
 from sae_lens_maira.studies.phrases import OBSERVATIONS
+from sae_lens_maira.studies.segments import BULLET, is_english, sentences, stated_text
 
 
 class RuleStatus(str, enum.Enum):
@@ -42,65 +43,16 @@ class RuleLabel:
 
 _REACH = 300
 """Characters around a mention in which a cue may be; bounds the time of texts without full stops."""
-_LONG_WORD = re.compile(r"[^\W_]{65,}")
-
 _RANK = {RuleStatus.PRESENT: 2, RuleStatus.UNCERTAIN: 1, RuleStatus.ABSENT: 0, RuleStatus.UNKNOWN: -1}
-_VALUE = rf"(?:{cues.VALUE_ABSENT}|{cues.VALUE_PRESENT}|{cues.VALUE_UNCERTAIN})"
-_ITEM = r"(?:\(?\d+[.)]|[-*\u2022\u2013\u2014]+)"
-_SENTENCE = re.compile(
-    rf"(?!(?i:{_VALUE}))(?:(?<!\bvs)\.(?=\s|$)|[;!](?=\s|$)|(?<=[\w)])\?+(?=[\s)]|$)"
-    r"|(?<=[a-zA-Z])(?<!heart)(?<!size)(?<!silhouette)(?<!mediastinum)(?<!contour)(?<!contours):(?=\s)"
-    rf"|\s(?=[-*\u2022\u2013\u2014]+\s))|\n[ \t]*\n|\n[ \t]*(?={_ITEM}\s)",
-    re.IGNORECASE,
-)
-_SHORT_LINE = re.compile(r"^[^\n]{1,50}\n(?=[ \t]*[A-Z][a-z])", re.MULTILINE)
-_BULLET = re.compile(rf"^\s*{_ITEM}\s+")
-_HEADER = re.compile(
-    r"(?:^|\n|(?<=[.?!;] ))[ \t]*([A-Z][A-Z ()/,&-]{2,60}?|(?i:findings?|impressions?|"
-    + cues.SILENT_SECTIONS
-    + r"))(?:[ \t]*:|[ \t]+[-\u2013\u2014](?=\s))",
-    re.MULTILINE,
-)
-_SILENT = re.compile(rf"(?:{cues.SILENT_SECTIONS})", re.IGNORECASE)
 
 
 @cache
 def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    body = "|".join(f"(?:{pattern})" for pattern in patterns).replace(" ", r"[\s:-]+")
-    return re.compile(rf"(?<!\w)(?:{body})(?![\w])")
-
-
-def _blank_silent(text: str) -> str:
-    """Overwrite sections that state nothing (indication, technique ...) with blanks, keeping every position.
-
-    A silent section ends at the next header, at a blank line, or where none follows at the end of its line.
-    """
-    out = list(text)
-    headers = list(_HEADER.finditer(text))
-    for index, header in enumerate(headers):
-        if not _SILENT.fullmatch(header[1].strip()):
-            continue
-        end = headers[index + 1].start() if index + 1 < len(headers) else len(text)
-        gap = re.search(r"\n[ \t]*\n", text[header.end() : end])
-        end = (
-            header.end() + gap.start()
-            if gap and text[header.end() : header.end() + gap.start()].strip()
-            else end
-        )
-        out[header.start() : end] = [c if c == "\n" else " " for c in text[header.start() : end]]
-    return "".join(out)
-
-
-def _sentences(text: str) -> Iterator[tuple[int, str, bool]]:
-    """(start, sentence, whether it ends with a question mark); a short line before a capital is a sentence."""
-    cuts = [(cut.start(), cut.end()) for cut in _SENTENCE.finditer(text)]
-    cuts += [(line.end() - 1, line.end()) for line in _SHORT_LINE.finditer(text)]
-    start = 0
-    for end, after in sorted(set(cuts)):
-        if end >= start:
-            yield start, text[start:end], text[end : end + 1] == "?"
-            start = after
-    yield start, text[start:], False
+    """One expression of some phrases or cues, with the abbreviations that `cues` explains written out."""
+    body = "|".join(f"(?:{pattern})" for pattern in patterns)
+    body = body.replace("can not", "(?:cannot|can not|can't)").replace("NOT", r"(?:not|cannot|\w+n't)")
+    body = body.replace(" not", r"(?: not|n't)").replace(" ", r"[\s:-]+")
+    return re.compile(rf"(?<!\w)(?:{body})(?!\w)")
 
 
 def _mask(text: str, pattern: re.Pattern[str]) -> str:
@@ -131,9 +83,19 @@ _QUESTION_BEFORE = re.compile(r"\?\s*(?:[a-z]+\s+){0,2}$")
 _ALTERNATIVE = re.compile(r"(?:\s+[\w-]+){0,2}?\s+or\b")
 
 
-def _cut(between: str, after: str) -> bool:
-    """Whether a comma or "and" behind a negation opens a positive statement: "no edema, small effusion"."""
-    cut = re.search(rf"(?:,\s+(?:and\s+)?|\band\s+)(?:an?\s+)?{cues.SIZE_WORDS}\b", between)
+def _cut(between: str, after: str, device: bool, gone: bool) -> bool:
+    """Whether a comma or "and" behind a negation opens a positive statement: "no edema, small effusion".
+
+    Args:
+        between: Words between the negation and the mention.
+        after: Words behind the mention.
+        device: Whether the mention is a device, which no list of denied findings contains.
+        gone: Whether the negation is "resolution of", which "and" continues.
+    """
+    joint = r",\s+(?:and\s+)?" if gone else r"(?:,\s+(?:and\s+)?|\band\s+)"
+    cut = re.search(rf"{joint}(?:an?\s+)?{cues.SIZE_WORDS}\b", between)
+    if cut is None and device:
+        cut = re.search(",", between)
     if cut is None and _HAS_VERB.match(after):
         cut = re.search(r"(?:,|\band\b)(?:\s+[\w-]+){0,3}\s*$", between)
     return cut is not None and not re.search(r"\b(?:or|nor)\b", between[cut.end() :] + after)
@@ -157,11 +119,16 @@ def _is_removed(before: str, near: str, after: str) -> bool:
     """Whether the device between `before` and `after` is no longer in place."""
     cue = _last(cues.REMOVED_BEFORE, before)
     if cue is None:
-        return _compiled(cues.REMOVED_AFTER).search(near) is not None
+        return _compiled(cues.REMOVED_AFTER).search(near) is not None and not _last(cues.PART_BEFORE, before)
     between = before[cue.end() :]
     return not re.search(cues.PLACED, between) and not (
         re.search(r",|\band\b", between) and _HAS_VERB.match(after)
     )
+
+
+def _is_extent(before: str, after: str) -> bool:
+    """Whether a cue is about the extent or a part of what is mentioned: "the tip of the tube is not seen"."""
+    return _last(cues.EXTENT_BEFORE, before) is not None or re.match(cues.TIP_AFTER, after) is not None
 
 
 def _states_nothing(sentence: str, before: str, after: str, start: int, end: int) -> bool:
@@ -171,31 +138,49 @@ def _states_nothing(sentence: str, before: str, after: str, start: int, end: int
         return True
     if _compiled(cues.MISSED_BEFORE).search(before):
         return True
-    if _reaches_back(cues.NO_STATEMENT_AFTER, after) or re.match(cues.SEEN_ELSEWHERE, after):
+    if re.match(cues.SEEN_ELSEWHERE, after):
+        return True
+    if _reaches_back(cues.NO_STATEMENT_AFTER, after) and not _is_extent(before, after):
         return True
     around = sentence[max(start - _REACH, 0) : end + _REACH]
     return _TASK.search(before) is not None and _LIMITED.search(around) is not None
 
 
+def _before(sentence: str, start: int) -> str:
+    """Words in front of a mention that can reach it: those of its clause, and behind a label such as "Lungs:"."""
+    before = sentence[max(start - _REACH, 0) : start]
+    before = before[max(_last_end(_compiled(cues.TERMINATION), before), 0) :]
+    label, colon, rest = before.rpartition(":")
+    return before if colon and _of_list(label, True) is not None else rest
+
+
+def _after(sentence: str, end: int) -> str:
+    """Words behind a mention that can reach it: up to the next clause or label."""
+    text = re.sub(cues.APPOSITION, " ", sentence[end : end + _REACH])
+    stop = _compiled(cues.TERMINATION).search(text)
+    text = text[: stop.start() if stop else len(text)][:70]
+    label = re.search(r"[,;.]\s+[\w /-]+:", text)
+    text = text[: label.start()] if label else text
+    own = _OWN_VERB.search(text)
+    return text[: own.end()] if own else text
+
+
 def _status(
-    sentence: str, start: int, end: int, carried: RuleStatus | None, device: bool
+    sentence: str, start: int, end: int, carried: RuleStatus | None, observation: str
 ) -> RuleStatus | None:
     """Status of the mention at [start, end) of a lower-case sentence; None where it states nothing.
 
     `carried` is the status that a question mark or the line in front of a list gives to its mentions.
     """
-    stops = _compiled(cues.TERMINATION)
-    before = sentence[max(start - _REACH, 0) : start]
-    before = before[max(_last_end(stops, before), 0) :]
-    stop = stops.search(sentence, end, end + _REACH)
-    after = sentence[end : stop.start() if stop else len(sentence)][:70]
-    own = _OWN_VERB.search(after)
-    after = after[: own.end()] if own else after
+    before, after = _before(sentence, start), _after(sentence, end)
     near = re.split("[,;]", after, maxsplit=1)[0]
-    if re.match(cues.VALUE_ABSENT, after):
-        return RuleStatus.ABSENT
+    label = re.match(cues.LABEL, after)
+    if label and _compiled(phrases.PHRASES[observation]).search(sentence, end + label.end()):
+        return None
     if re.match(cues.VALUE_PRESENT, after):
         return RuleStatus.PRESENT
+    if re.match(cues.VALUE_ABSENT, after):
+        return RuleStatus.ABSENT
     if _states_nothing(sentence, before, after, start, end):
         return None
     if _DENIED.search(sentence[start:end]):
@@ -206,27 +191,34 @@ def _status(
         return carried
     if _QUESTION_BEFORE.search(before) or re.match(rf"\s*\(\?\)|{cues.VALUE_UNCERTAIN}", after):
         return RuleStatus.UNCERTAIN
+    device = observation == "support_devices"
     if device and _is_removed(before, near, after):
         return RuleStatus.ABSENT
     if _compiled(cues.UNLIKELY_AFTER).search(near) or (
         _last(cues.LIKELIHOOD_BEFORE, before) and _compiled(cues.LOW_AFTER).search(near)
     ):
         return RuleStatus.ABSENT
-    if _compiled(cues.LESS_LIKELY_AFTER).search(near) or _reaches_back(cues.UNCERTAIN_AFTER, after):
+    if _compiled(cues.LESS_LIKELY_AFTER).search(near) or (
+        _reaches_back(cues.UNCERTAIN_AFTER, after) and not _is_extent(before, after)
+    ):
         return RuleStatus.UNCERTAIN
-    if _reaches_back(cues.NEGATION_AFTER, after, cues.EARLIER) and not _last(cues.PART_BEFORE, before):
+    part = _last(cues.PART_BEFORE, before) or _is_extent(before, after)
+    if _reaches_back(cues.NEGATION_AFTER, after, cues.EARLIER) and not part:
         return RuleStatus.ABSENT
     negation = _last(cues.NEGATION_BEFORE, before)
     doubt = _last(cues.UNCERTAIN_BEFORE, before)
-    if negation and not _cut(before[negation.end() :], sentence[end:]):
-        if _compiled(cues.RESIDUE_AFTER).search(after) and re.match("resol|clear", negation[0]):
+    gone = negation is not None and re.match("resol|clear|absence|disap", negation[0]) is not None
+    if negation and not _cut(before[negation.end() :], sentence[end:], device, gone):
+        if gone and _compiled(cues.RESIDUE_AFTER).search(after):
             return RuleStatus.PRESENT
+        if re.search(r"\bcan be (?:\w+ )?(?:excluded|ruled out)", after):
+            return RuleStatus.UNCERTAIN
         # "cannot exclude" holds both cues; a doubt behind or around the negation wins.
         return RuleStatus.UNCERTAIN if doubt and doubt.end() > negation.start() else RuleStatus.ABSENT
     cause = re.search(cues.CAUSES, sentence[:start])
     if cause and (re.search(r"\bor\b", cause[0]) or _ALTERNATIVE.match(after)):
         return RuleStatus.UNCERTAIN
-    if doubt and len(before) - doubt.end() <= 70:
+    if doubt and len(before) - doubt.end() <= 100:
         return RuleStatus.UNCERTAIN
     return RuleStatus.PRESENT
 
@@ -243,25 +235,18 @@ def _mentions(sentence: str, carried: RuleStatus | None) -> Iterator[tuple[str, 
             continue
         for found in _compiled(phrases.PHRASES[observation]).finditer(masked):
             if not any(a < found.end() and found.start() < b for a, b in denied):
-                device = observation == "support_devices"
-                yield observation, *found.span(), _status(masked, *found.span(), carried, device)
+                yield observation, *found.span(), _status(masked, *found.span(), carried, observation)
 
 
-def _of_list(sentence: str, colon: bool) -> RuleStatus | None:
+def _of_list(line: str, colon: bool) -> RuleStatus | None:
     """Status that a line gives to the list behind it: "negative for:" denies, "differential includes:" doubts."""
-    body = sentence.strip()
-    negation = _last(cues.NEGATION_BEFORE, body)
+    body = line.strip().rstrip(": ")
+    body = re.sub(r"\s+(?:the )?following$|(?<=differential)(?:\s+\w+){1,3}$", "", body)
+    negation = _last(cues.NEGATION_BEFORE, f"{body}:")
     if negation and negation.end() == len(body) and (colon or negation.start() == 0):
         return RuleStatus.ABSENT
-    doubt = _last(cues.UNCERTAIN_BEFORE, re.sub(r"(?<=differential)(?:\s+\w+){1,3}$", "", body))
-    return RuleStatus.UNCERTAIN if colon and doubt and doubt.end() == len(doubt.string) else None
-
-
-def is_english(text: str) -> bool:
-    """Whether a text has fewer function words of other languages, and words in other letters, than English ones."""
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    foreign = sum(word in cues.FOREIGN or not word.isascii() for word in words)
-    return foreign == 0 or foreign < sum(word in cues.ENGLISH for word in words)
+    doubt = _last(cues.UNCERTAIN_BEFORE, body)
+    return RuleStatus.UNCERTAIN if colon and doubt and doubt.end() == len(body) else None
 
 
 def rule_labels(text: str) -> dict[str, RuleLabel]:
@@ -280,23 +265,20 @@ def rule_labels(text: str) -> dict[str, RuleLabel]:
     unknown = {"no_finding": RuleLabel(RuleStatus.UNKNOWN, (0, len(text)), " ".join(text.split()))}
     if not is_english(text):
         return unknown
-    # A word of thousands of letters states nothing, and patterns over it take quadratic time.
-    stated = _LONG_WORD.sub(lambda word: " " * len(word[0]), text.replace("\u2019", "'"))
-    stated = _blank_silent(stated)
+    stated = stated_text(text)
     labels: dict[str, RuleLabel] = {}
     heading: RuleStatus | None = None
-    for offset, sentence, asked in _sentences(stated):
+    for offset, sentence, asked in sentences(stated):
         lower = sentence.lower()
-        if lower.strip() and not _BULLET.match(lower):
+        if lower.strip() and not BULLET.match(lower):
             heading = None
         carried = heading or (RuleStatus.UNCERTAIN if asked else None)
         for observation, start, end, status in _mentions(lower, carried):
             old = labels.get(observation)
             if status is not None and (old is None or _RANK[status] > _RANK[old.status]):
-                evidence = " ".join(_BULLET.sub("", sentence).split())
+                evidence = " ".join(BULLET.sub("", sentence).split())
                 labels[observation] = RuleLabel(status, (offset + start, offset + end), evidence)
-        colon = stated[offset + len(sentence) : offset + len(sentence) + 1] == ":"
-        heading = heading or _of_list(lower, colon)
+        heading = heading or _of_list(lower, lower.rstrip().endswith(":"))
     found = _compiled(cues.NORMAL_PHRASES).search(_mask(stated.lower(), _compiled(cues.PSEUDO_NEGATION)))
     if not labels and found is None:
         return unknown

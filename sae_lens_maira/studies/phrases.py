@@ -25,54 +25,57 @@ OBSERVATIONS = (
 """The 14 observations, in the usual order."""
 
 _HEART = (
-    r"(?:heart(?: silhouettes?| shadow| contours?)?|cardiac (?:silhouettes?|size|contours?|shadow|diameter)"
-    r"|cardiopericardial silhouette|cardiothoracic ratio)"
+    r"(?:heart(?: silhouettes?| shadow| contours?)?|cardiac (?:silhouettes?|size|contours?|shadow|diameter|outline)"
+    r"|cardiopericardial silhouette|cardiothoracic (?:ratio|index))"
 )
 _WORD = r"(?:(?!and\b|or\b|nor\b|but\b|with\b|without\b|no\b(?! longer))[\w']+ )"
 """A word that does not begin another part of the sentence."""
 _LARGE = (
-    r"(?:enlarged|enlargement|widened|widening|wide|wider|larger|broad|broadened|dilated"
+    r"(?:enlarged|enlarging|enlargement|widened|widening|wide|wider|larger|broad|broadened|dilated"
     r"|increased(?! since)|above normal|(?:more|greater) than (?:half|normal))"
 )
+_IS = r"(?:is|isn't|remains?|appears?|looks?|seems?|(?:does not|doesn't) (?:appear|look|seem))"
+_LUNG = r"(?:lungs?|pulmonary|hilar|perihilar|parenchymal|lobe|bronchogenic)"
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "enlarged_cardiomediastinum": (
-        r"(?:widened|widening of the|enlarged|enlargement of(?: the)?|wide)"
-        rf" (?:{_WORD}{{0,2}}|(?:heart|cardiac) and )(?:cardio)?mediastin\w+",
-        rf"(?:cardio)?mediastin\w+ (?:{_WORD}|(?:n?either|nor|with|and) ){{0,6}}?(?:{_LARGE}|prominent)",
+        r"(?:widened|widening of(?: the)?|enlarged|enlargement of(?: the)?|wide|prominent|broadened|broadening of(?: the)?)"
+        rf" (?:{_WORD}{{0,2}}|(?:heart|cardiac) and )(?:cardio)?mediastin(?:um|al)\b(?! (?:lymph\w*|node\w*|adeno\w+|vein\w*|mass\w*))",
+        rf"(?:cardio)?mediastin(?:um|al)\b(?! (?:lymph\w*|node\w*|adeno\w+|vein\w*|mass\w*)) "
+        rf"(?:{_WORD}|(?:n?either|nor|with|and) ){{0,6}}?(?:{_LARGE}|prominent)",
     ),
     "cardiomegaly": (
         r"cardiomegaly",
         rf"{_HEART}(?: size)? (?:(?!normal){_WORD}){{0,6}}?{_LARGE}",
-        rf"(?:enlarged|enlargement of the|enlargement of) {_WORD}{{0,2}}?{_HEART}",
+        rf"(?:enlarged|enlargement of the|enlargement of|enlarging) {_WORD}{{0,2}}?{_HEART}",
         r"cardiac enlargement",
         rf"{_HEART} and mediastin\w+ {_WORD}{{0,4}}?{_LARGE}",
         r"(?:enlarged|enlargement of the) (?:heart|cardiac) and mediastin\w+",
-        rf"{_HEART} (?:is|isn't|remains|appears|does not appear|doesn't appear) (?:\w+ )?"
-        r"(?:large|prominent|big|globular)",
-        r"(?:large|big) heart",
-        r"(?:increased|increase in) (?:heart|cardiac) size",
+        rf"{_HEART} {_IS} (?:\w+ ){{0,2}}?(?:large|prominent|big|globular)",
+        rf"(?:large|big|prominent|globular) {_HEART}",
+        rf"(?:increased?|increase in|increasing) (?:the )?(?:size of )?(?:the )?{_HEART}",
     ),
     "lung_opacity": (
         r"opacit(?:y|ies)",
         r"opacifications?",
         r"opacified",
         r"infiltrates?",
-        r"airspace disease",
-        r"air space disease",
+        r"(?:airspace|air space|alveolar) (?:disease|process|abnormalit\w+|changes?)",
         r"reticulation",
         r"interstitial markings",
         r"haziness",
+        r"ground glass(?! nodul\w+)",
+        r"(?:increased|hazy|patchy|airspace|parenchymal|streaky|ill defined) densit(?:y|ies)",
     ),
     "lung_lesion": (
         r"nodul(?:e|es|ar densit\w+)",
-        r"(?:lung|pulmonary|hilar|perihilar|lobe) mass(?:es)?",
+        rf"{_LUNG} mass(?:es)?",
         r"mass(?:es)?(?! effect)",
         r"granulomas?",
-        r"cavitary lesions?",
-        r"lung lesions?",
+        rf"(?:{_LUNG}|cavitary|cavitating|spiculated) lesions?",
         r"tumou?rs?",
         r"metastas[ei]s",
+        rf"{_LUNG} (?:cancers?|carcinomas?|malignanc(?:y|ies)|neoplasms?)",
     ),
     "edema": (
         r"o?edema",
@@ -85,47 +88,68 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "pneumonia": (
         r"(?:broncho)?pneumonias?",
         r"pneumonic",
+        r"pna",
         r"(?:superimposed |pulmonary )?infections?",
         r"infectious (?:process|etiolog\w+|infiltrates?|consolidation)",
     ),
     "atelectasis": (
-        r"atelecta\w+",
-        r"(?:lung|lobar|lobe|lobes) collapse",
-        r"collapse of the (?:\w+ ){0,3}(?:lobe|lung)s?",
+        r"(?:micro)?atelecta(?:sis|ses|tic)",
+        r"(?:lung|lobar|lobe|lobes|segmental|basilar|retrocardiac|upper|lower) collapse",
+        r"collapse of the (?:\w+ ){0,3}(?:lobe|lung|base)s?",
+        r"collapse (?:and|or) consolidation",
+        r"collapse(?=/)",
         r"collapsed (?:\w+ )?(?:lung|lobe)",
     ),
-    "pneumothorax": (r"pneumothora(?:x|ces)", r"hydropneumothora(?:x|ces)", r"ptx"),
+    "pneumothorax": (r"(?:hydro|haemo|hemo)?pneumothora(?:x|ces)", r"ptx"),
     "pleural_effusion": (
         r"(?<!pericardial\s)(?<!joint\s)effusions?",
-        r"pleural fluid",
-        r"hydrothorax",
-        r"hydropneumothora(?:x|ces)",
+        r"pleural (?:fluid|collections?)",
+        r"(?:hydro|haemo|hemo)thora(?:x|ces)",
+        r"empyema",
+        r"(?:hydro|haemo|hemo)pneumothora(?:x|ces)",
+        r"(?:loculated|layering|subpulmonic) fluid",
         r"fluid in the (?:\w+ )?(?:fissures?|pleural space)",
     ),
     "pleural_other": (
-        r"pleural (?:\w+ )?(?:thickening|plaques?|scarring|calcifications?)",
-        r"(?:apical|biapical) thickening",
+        r"pleural (?:\w+ )?(?:thickening|plaques?|scar(?:s|ring)?|calcifications?|fibrosis)",
+        r"pleur(?:al|o) parenchymal (?:\w+ )?(?:scar(?:s|ring)?|thickening)",
+        r"(?:apical|biapical) (?:thickening|caps?|capping)",
+        r"thickening of the (?:\w+ )?pleura",
         r"fibrothorax",
     ),
-    "fracture": (r"(?:micro)?fractures?", r"fractured"),
+    "fracture": (r"(?:micro)?fractures?", r"fractured", r"fxs?"),
     "support_devices": (
-        r"(?:et|ng|og|endotracheal|nasogastric|orogastric|enteric|nasoenteric|feeding|dobb?hoff|chest) tubes?",
+        r"(?:et|ng|og|nj|endotracheal|nasogastric|orogastric|enteric|nasoenteric|nasojejunal|feeding|gastric|gastrostomy"
+        r"|peg|dobb?hoff|chest|thoracostomy|pleural|tracheal|tracheostomy|trach|drainage|suction)"
+        r" (?:suction |drainage )?tubes?",
         r"dobb?hoff",
-        r"(?:ett|ngt|ogt|cvc|iabp)",
+        r"(?:ett|ngt|ogt|cvc|cvl|iabp|lvad|ecmo|impella|mediport)",
         r"swan ganz",
-        r"(?:balloon pump|defibrillator|(?:mediastinal|pleural|chest) drains?)",
+        r"balloon pump",
+        r"(?:implantable |cardioverter )*defibrillator",
+        r"(?:mediastinal|pleural|chest|pericardial|thoracic|surgical|pigtail) drains?",
+        r"pleurx(?: catheter)?",
         r"tracheostomy",
-        r"(?:picc|central|jugular|subclavian|ij|dialysis|swan ganz|venous) (?:\w+ )?(?:lines?|catheters?)",
+        r"(?:picc?|central|jugular|subclavian|ij|dialysis|swan ganz|venous|femoral|arterial|tunnell?ed|hickman|access)"
+        r" (?:\w+ )?(?:lines?|catheters?|sheaths?)",
         r"picc",
         r"catheters?",
+        r"(?:introducer|vascular|venous) sheaths?",
         r"pacemakers?",
         r"pacer",
-        r"(?:icd|aicd)",
-        r"(?:pacemaker|pacer|icd) leads?",
+        r"(?:temporary )?pac(?:ing|er|emaker) (?:wires?|leads?|electrodes?|device)",
+        r"(?:a?icd)(?: leads?)?",
         r"port a cath",
-        r"(?:sternotomy|sternal) wires",
+        r"portacath",
+        r"(?:chest|infusion|venous) port",
+        r"(?:sternotomy|sternal|cerclage) wires",
         r"pigtail",
+        r"(?:ventricular )?assist device",
+        r"(?:ecmo|venous|arterial) cannulas?e?",
+        r"(?:lines? (?:and|or) tubes?|tubes? (?:and|or) lines?|lines?/tubes?|tubes?/lines?)",
+        r"(?:(?:support|supportive|monitoring)(?: and | or |/)?){1,2} (?:devices?|apparatus|equipment|hardware|lines?|tubes?)",
         r"(?:prosthetic|replaced) (?:\w+ )?valve",
+        r"valve (?:prosthes[ie]s|replacements?)",
     ),
 }
 """Mentions. Whether one is affirmed is decided from the cues around it."""
@@ -134,12 +158,12 @@ ABSENT_PHRASES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (
         rf"{_HEART}(?: size)? (?:(?!enlarged|above|greater|more)\w+ ){{0,5}}?(?:normal|unremarkable)",
         rf"{_HEART}(?: size)? {_WORD}{{0,5}}?(?:top normal|upper limits? of normal)",
-        r"(?:normal|unremarkable) (?:heart|cardiac) (?:size|silhouette)",
-        rf"{_HEART}(?: size)?,? (?:[\w']+ ){{0,4}}(?:normal,? )?(?:[\w']+ )?(?:not|non) (?:\w+ )?{_LARGE}",
+        r"(?:normal|unremarkable) (?:heart|cardiac) (?:size|silhouette|contours?)",
+        rf"{_HEART}(?: size)?,? (?:[\w']+ ){{0,4}}(?:normal,? )?(?:[\w']+ )?(?:not|non) (?:\w+ )?(?:{_LARGE}|large|big)",
     ),
     "enlarged_cardiomediastinum": (
-        r"(?:cardio)?mediastin\w+(?: (?!enlarged|widened)\w+){0,5}? (?:normal|unremarkable)",
-        r"(?:normal|unremarkable) (?:cardio)?mediastin\w+",
+        r"(?:cardio)?mediastin(?:um|al)(?: (?!enlarged|widened)\w+){0,5}? (?:normal|unremarkable)",
+        r"(?:normal|unremarkable) (?:cardio)?mediastin(?:um|al)",
     ),
     "lung_opacity": (r"lungs (?:\w+ ){0,3}clear", r"clear lungs"),
 }
