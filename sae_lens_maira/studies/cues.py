@@ -17,6 +17,19 @@ NORMAL_PHRASES = (
 )
 """A text that states one of these and no observation is normal; a text without either is unknown."""
 
+_ANATOMY = (
+    r"(?:heart|cardiac|cardiomediastinal|mediastin\w+|lungs?|pulmonary|vascul\w+|vessels?|hil(?:a|ar|um)|costophrenic|pleural"
+    r"|(?:hemi)?diaphragm\w*|osseous|bon(?:es?|y)|ribs?|spine|trachea\w*|aort\w+|parenchyma\w*|interstiti\w+|silhouettes?"
+    r"|sulcus|sulci|angles?|patient)"
+)
+OTHER_STATEMENTS = (
+    rf"{_ANATOMY} (?:[\w-]+ ){{0,6}}?(?:is|are|was|were|has|have|remains?|appears?|seems?|stable|unchanged|demonstrate\w*|show\w*)",
+    r"(?:extubat\w+|intubated|low lung volumes|hyperinflat\w+|hyperexpan\w+|emphysema\w*|bronchiectasis|scoliosis|kyphosis"
+    r"|congestion|engorgement|blunting|scarring|degenerative|tortuous|hernia|pneumomediastinum|pneumoperitoneum|free air"
+    r"|adenopathy|lymphadenopathy|calcifi\w+|osteopenia|atheroscler\w+)",
+)
+"""A text that states one of these can be read, though none of the 14 observations may be mentioned."""
+
 _DEGREE = (
     r"(?:interval|significant(?:ly)?|appreciabl[ey]|relevant(?:ly)?|substantial(?:ly)?|definite(?:ly)?|major|gross(?:ly)?"
     r"|great(?:ly)?|much|marked(?:ly)?|acute(?:ly)?|further|real(?:ly)?|yet|been|any|large(?:ly)?|notable|important)"
@@ -29,7 +42,7 @@ _PARTLY = (
 )
 SHOWN = (
     r"(?:seen|identified|present|visuali[sz]ed|visible|detected|detectable|apparent|evident|demonstrated|appreciated|noted"
-    r"|recogni[sz]ed|found|observed|shown|discerned|depicted|imaged|perceived)"
+    r"|recogni[sz]ed|found|observed|shown|discerned|depicted|imaged|perceived|confirmed|re-?demonstrated|reproduced)"
 )
 PSEUDO_NEGATION = (
     rf"(?:no|without(?: any)?) (?:\w+ )?(?:{_DEGREE} )*changes?",
@@ -161,6 +174,11 @@ UNCERTAIN_AFTER = (
 DOUBTED = r"\b(?:may|might|could|possibl[ey]|questionabl[ey]|query)\b"
 """Inside a mention: "the heart may be enlarged"."""
 LESS_LIKELY_AFTER = (r"less (?:\w+ )?(?:likely|probable|favou?red)", r"not (?:as |so )likely")
+EXPLAINED_AWAY = (
+    r"[^,;]{0,40}\b(?:nipple shadows?|artifact\w*|artefact\w*|skin folds?|summation|(?:vessels?|vascular) (?:seen )?(?:on end|end-on)"
+    r"|due to (?:\w+ ){0,2}(?:position(?:ing)?|technique|projection|rotation|magnification))\b"
+)
+"""Directly behind a mention: what looks like the finding is probably something else."""
 EARLIER = (
     r"\s*(?:previously|before|earlier|yesterday"
     r"|(?:on|in|at) (?:the |any )?(?:prior|previous|earlier|last|preceding|old|comparison)|last \w+)\b"

@@ -79,7 +79,7 @@ _TASK = re.compile(rf"\b{cues.TASK}(?:\s+(?!{cues.RESULT}\b)[\w-]+){{0,7}}\s+$")
 _LIMITED = re.compile(rf"\b{cues.LIMITED}\b")
 _RESULT = re.compile(rf"\b(?:shows?|demonstrat\w+|reveal\w*|{_VERB})")
 _DENIED = re.compile(r"\b(?:not|non|neither|nor|no|without)\b|n't\b")
-_QUESTION_BEFORE = re.compile(r"\?\s*(?:[a-z]+\s+){0,2}$")
+_QUESTION_BEFORE = re.compile(r"\?\s*(?:[a-z-]+\s+){0,4}$")
 _ALTERNATIVE = re.compile(r"(?:\s+[\w-]+){0,2}?\s+or\b")
 
 
@@ -92,6 +92,8 @@ def _cut(between: str, after: str, device: bool, gone: bool) -> bool:
         device: Whether the mention is a device, which no list of denied findings contains.
         gone: Whether the negation is "resolution of", which "and" continues.
     """
+    if "__" in between:  # a masked phrase, such as "no change in"
+        return True
     joint = r",\s+(?:and\s+)?" if gone else r"(?:,\s+(?:and\s+)?|\band\s+)"
     cut = re.search(rf"{joint}(?:an?\s+)?{cues.SIZE_WORDS}\b", between)
     if cut is None and device:
@@ -218,6 +220,8 @@ def _status(
     cause = re.search(cues.CAUSES, sentence[:start])
     if cause and (re.search(r"\bor\b", cause[0]) or _ALTERNATIVE.match(after)):
         return RuleStatus.UNCERTAIN
+    if re.match(cues.EXPLAINED_AWAY, sentence[end : end + _REACH]):
+        return RuleStatus.UNCERTAIN
     if doubt and len(before) - doubt.end() <= 100:
         return RuleStatus.UNCERTAIN
     return RuleStatus.PRESENT
@@ -279,9 +283,10 @@ def rule_labels(text: str) -> dict[str, RuleLabel]:
                 evidence = " ".join(BULLET.sub("", sentence).split())
                 labels[observation] = RuleLabel(status, (offset + start, offset + end), evidence)
         heading = heading or _of_list(lower, lower.rstrip().endswith(":"))
-    found = _compiled(cues.NORMAL_PHRASES).search(_mask(stated.lower(), _compiled(cues.PSEUDO_NEGATION)))
+    masked = _mask(stated.lower(), _compiled(cues.PSEUDO_NEGATION))
+    found = _compiled(cues.NORMAL_PHRASES).search(masked)
     if not labels and found is None:
-        return unknown
+        return {} if _compiled(cues.OTHER_STATEMENTS).search(masked) else unknown
     troubled = [
         o for o, label in labels.items() if label.status is not RuleStatus.ABSENT and o != "support_devices"
     ]

@@ -95,9 +95,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "atelectasis": (
         r"(?:micro)?atelecta(?:sis|ses|tic)",
         r"(?:lung|lobar|lobe|lobes|segmental|basilar|retrocardiac|upper|lower) collapse",
-        r"collapse of the (?:\w+ ){0,3}(?:lobe|lung|base)s?",
-        r"collapse (?:and|or) consolidation",
-        r"collapse(?=/)",
+        r"(?<!vertebral\s)(?<!body\s)(?<!endplate\s)collapse(?! of (?:the |a )?(?:\w+ )?(?:vertebra\w*|t\d|l\d))",
         r"collapsed (?:\w+ )?(?:lung|lobe)",
     ),
     "pneumothorax": (r"(?:hydro|haemo|hemo)?pneumothora(?:x|ces)", r"ptx"),
@@ -116,6 +114,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"(?:apical|biapical) (?:thickening|caps?|capping)",
         r"thickening of the (?:\w+ )?pleura",
         r"fibrothorax",
+        r"(?<=effusion/)thickening",
     ),
     "fracture": (r"(?:micro)?fractures?", r"fractured", r"fxs?"),
     "support_devices": (

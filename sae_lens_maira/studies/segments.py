@@ -73,7 +73,7 @@ def sentences(text: str) -> Iterator[tuple[int, str, bool]]:
 
 def is_english(text: str) -> bool:
     """Whether a text has fewer function words of other languages, and words in other letters, than English ones."""
-    words = re.findall(r"[^\W\d_]+", text.lower())
+    words = re.findall(r"[^\W\d_]+", re.sub(r"\bnon-", "", text.lower()))
     foreign = sum(word in cues.FOREIGN or not word.isascii() for word in words)
     return foreign == 0 or foreign < sum(word in cues.ENGLISH for word in words)
 
