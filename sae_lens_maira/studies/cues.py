@@ -70,6 +70,8 @@ PSEUDO_NEGATION = (
     r"NOT (?:\w+ )?(?:clear|normal|expanded|inflated|hyperinflated|aerated|included|imaged|rotated|upright|available)",
     r"(?:no|not? (?:\w+ ){0,3}available|without)(?: \w+)? (?:prior|previous|comparison)s?(?: \w+){0,2}(?: available)?",
     rf"(?:not|no) (?:\w+ )?(?:previously|before|earlier) {SHOWN}",
+    rf"NOT (?:\w+ )?{SHOWN} (?:previously|before|earlier|yesterday|last \w+"
+    r"|(?:on|in|at) (?:the |any )?(?:prior|previous|earlier|last|preceding|old|comparison))",
 )
 """Look like negations, deny nothing about what follows."""
 
@@ -101,7 +103,8 @@ NEGATION_BEFORE = (
     r"NOT (?:see|seen|identify|demonstrate|show|have|appear|reveal|detect|any)",
     r"NOT (?:\w+ )?(?:likely|expected|thought|felt|favou?red|suspected|believed) to(?: \w+)?(?: an?)?",
     r"unlikely (?:to|due|related|that|for|given)",
-    r"(?<![a-z]\s)unlikely",
+    r"(?:(?<=and\s)|(?<=but\s)|(?<![a-z]\s))unlikely",
+    r"unlikely (?:an?|any|true|real)",
     r"an? unlikely",
     r"(?:rather|(?:more|much more|most) (?:\w+ )?(?:likely|probabl[ey]|typical|suggestive|consistent|compatible|in keeping)"
     r"(?: [\w-]+){0,6}?|likelier(?: [\w-]+){0,4}?) than",
@@ -155,7 +158,8 @@ UNCERTAIN_BEFORE = (
     r"equivocal",
     r"if (?:there is|clinical)",
     r"(?:differential|ddx|(?:diagnostic|other|alternative|primary|main) considerations?)(?: (?:diagnos[ie]s|considerations?|includes?|would|are|is|for|this|these))*",
-    r"(?:evaluate|eval|assess|assessment|evaluation|look|check|r/o|please) (?:for|of)?",
+    r"(?:evaluate|eval|assess|assessment|evaluation|look|check) (?:for|of)",
+    r"(?<!to\s)(?:evaluate|eval|assess|check|please|r/o)",
     r"(?:raise|raises|raising) (?:\w+ ){0,3}(?:possibility|concern|question|suspicion)",
     r"(?:can|should) be considered",
 )
@@ -179,11 +183,6 @@ EXPLAINED_AWAY = (
     r"|due to (?:\w+ ){0,2}(?:position(?:ing)?|technique|projection|rotation|magnification))\b"
 )
 """Directly behind a mention: what looks like the finding is probably something else."""
-EARLIER = (
-    r"\s*(?:previously|before|earlier|yesterday"
-    r"|(?:on|in|at) (?:the |any )?(?:prior|previous|earlier|last|preceding|old|comparison)|last \w+)\b"
-)
-"""Directly behind "was not seen": the finding was not there before, and is now."""
 UNLIKELY_AFTER = (
     r"unlikely(?! (?:to|due|related|that)\b(?! be present))",
     r"not (?:\w+ )?(?:likely|favou?red|suspected|probable|expected)(?! to\b)",

@@ -80,6 +80,7 @@ _LIMITED = re.compile(rf"\b{cues.LIMITED}\b")
 _RESULT = re.compile(rf"\b(?:shows?|demonstrat\w+|reveal\w*|{_VERB})")
 _DENIED = re.compile(r"\b(?:not|non|neither|nor|no|without)\b|n't\b")
 _QUESTION_BEFORE = re.compile(r"\?\s*(?:[a-z-]+\s+){0,4}$")
+_KNOWN = re.compile(r"\bknown(?:\s+[\w-]+){0,3}\s*$")
 _ALTERNATIVE = re.compile(r"(?:\s+[\w-]+){0,2}?\s+or\b")
 
 
@@ -109,12 +110,9 @@ def _governs(between: str) -> bool:
     return listed and not re.search(cues.EXPLAINS, between)
 
 
-def _reaches_back(patterns: tuple[str, ...], after: str, behind: str = "(?!)") -> bool:
-    """Whether one of the cues in `after` governs the mention and is not followed by `behind`."""
-    return any(
-        _governs(after[: cue.start()]) and not re.match(behind, after[cue.end() :])
-        for cue in _compiled(patterns).finditer(after)
-    )
+def _reaches_back(patterns: tuple[str, ...], after: str) -> bool:
+    """Whether one of the cues in `after` governs the mention."""
+    return any(_governs(after[: cue.start()]) for cue in _compiled(patterns).finditer(after))
 
 
 def _is_removed(before: str, near: str, after: str) -> bool:
@@ -135,14 +133,15 @@ def _is_extent(before: str, after: str) -> bool:
 
 def _states_nothing(sentence: str, before: str, after: str, start: int, end: int) -> bool:
     """Whether the mention belongs to the history or to a clause about the technique."""
-    known = _last(cues.NO_STATEMENT_BEFORE, before)
-    if known and not _RESULT.search(before[known.end() :]):
+    history = _last(cues.NO_STATEMENT_BEFORE, before)
+    if history and not _RESULT.search(before[history.end() :]):
         return True
     if _compiled(cues.MISSED_BEFORE).search(before):
         return True
     if re.match(cues.SEEN_ELSEWHERE, after):
         return True
-    if _reaches_back(cues.NO_STATEMENT_AFTER, after) and not _is_extent(before, after):
+    known = _is_extent(before, after) or _KNOWN.search(before)
+    if _reaches_back(cues.NO_STATEMENT_AFTER, after) and not known:
         return True
     around = sentence[max(start - _REACH, 0) : end + _REACH]
     return _TASK.search(before) is not None and _LIMITED.search(around) is not None
@@ -205,7 +204,7 @@ def _status(
     ):
         return RuleStatus.UNCERTAIN
     part = _last(cues.PART_BEFORE, before) or _is_extent(before, after)
-    if _reaches_back(cues.NEGATION_AFTER, after, cues.EARLIER) and not part:
+    if _reaches_back(cues.NEGATION_AFTER, after) and not part:
         return RuleStatus.ABSENT
     negation = _last(cues.NEGATION_BEFORE, before)
     doubt = _last(cues.UNCERTAIN_BEFORE, before)
@@ -222,7 +221,7 @@ def _status(
         return RuleStatus.UNCERTAIN
     if re.match(cues.EXPLAINED_AWAY, sentence[end : end + _REACH]):
         return RuleStatus.UNCERTAIN
-    if doubt and len(before) - doubt.end() <= 100:
+    if doubt and len(before) - doubt.end() <= 70:
         return RuleStatus.UNCERTAIN
     return RuleStatus.PRESENT
 

@@ -46,10 +46,10 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "cardiomegaly": (
         r"cardiomegaly",
-        rf"{_HEART}(?: size)? (?:(?!normal){_WORD}){{0,6}}?{_LARGE}",
+        rf"{_HEART}(?: size)? (?:(?!normal)(?:{_WORD}|(?:and|but) (?=remains?|is|appears?|again|still))){{0,6}}?{_LARGE}",
         rf"(?:enlarged|enlargement of the|enlargement of|enlarging) {_WORD}{{0,2}}?{_HEART}",
         r"cardiac enlargement",
-        rf"{_HEART} and mediastin\w+ {_WORD}{{0,4}}?{_LARGE}",
+        rf"(?:{_HEART}|cardiac) and mediastin\w+ {_WORD}{{0,4}}?{_LARGE}",
         r"(?:enlarged|enlargement of the) (?:heart|cardiac) and mediastin\w+",
         rf"{_HEART} {_IS} (?:\w+ ){{0,2}}?(?:large|prominent|big|globular)",
         rf"(?:large|big|prominent|globular) {_HEART}",
@@ -110,7 +110,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "pleural_other": (
         r"pleural (?:\w+ )?(?:thickening|plaques?|scar(?:s|ring)?|calcifications?|fibrosis)",
-        r"pleur(?:al|o) parenchymal (?:\w+ )?(?:scar(?:s|ring)?|thickening)",
+        r"pleur(?:al|o)(?: |/)parenchymal (?:\w+ )?(?:scar(?:s|ring)?|thickening)",
         r"(?:apical|biapical) (?:thickening|caps?|capping)",
         r"thickening of the (?:\w+ )?pleura",
         r"fibrothorax",
@@ -147,6 +147,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"(?:ecmo|venous|arterial) cannulas?e?",
         r"(?:lines? (?:and|or) tubes?|tubes? (?:and|or) lines?|lines?/tubes?|tubes?/lines?)",
         r"(?:(?:support|supportive|monitoring)(?: and | or |/)?){1,2} (?:devices?|apparatus|equipment|hardware|lines?|tubes?)",
+        r"(?:the|this) (?:tube|lines?(?= (?:is|ends?|terminat\w+|tip)))",
         r"(?:prosthetic|replaced) (?:\w+ )?valve",
         r"valve (?:prosthes[ie]s|replacements?)",
     ),
@@ -155,13 +156,14 @@ PHRASES: dict[str, tuple[str, ...]] = {
 
 ABSENT_PHRASES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (
-        rf"{_HEART}(?: size)? (?:(?!enlarged|above|greater|more)\w+ ){{0,5}}?(?:normal|unremarkable)",
+        rf"{_HEART}(?: size)? (?:(?!enlarged|above|greater|more)\w+ ){{0,6}}?(?:normal|unremarkable)",
+        r"cardiac(?:,| and|/) (?:\w+ and )?mediastin\w+ (?:(?!enlarged|widened)\w+ ){0,5}?(?:normal|unremarkable)",
         rf"{_HEART}(?: size)? {_WORD}{{0,5}}?(?:top normal|upper limits? of normal)",
         r"(?:normal|unremarkable) (?:heart|cardiac) (?:size|silhouette|contours?)",
         rf"{_HEART}(?: size)?,? (?:[\w']+ ){{0,4}}(?:normal,? )?(?:[\w']+ )?(?:not|non) (?:\w+ )?(?:{_LARGE}|large|big)",
     ),
     "enlarged_cardiomediastinum": (
-        r"(?:cardio)?mediastin(?:um|al)(?: (?!enlarged|widened)\w+){0,5}? (?:normal|unremarkable)",
+        r"(?:cardio)?mediastin(?:um|al)(?: (?!enlarged|widened)\w+){0,6}? (?:normal|unremarkable)",
         r"(?:normal|unremarkable) (?:cardio)?mediastin(?:um|al)",
     ),
     "lung_opacity": (r"lungs (?:\w+ ){0,3}clear", r"clear lungs"),
