@@ -9,7 +9,8 @@ NORMAL_PHRASES = (
     r"(?:within )?normal limits",
     r"(?:is|are|appears?|remains?) (?:\w+ )?(?:normal|clear|unremarkable)",
     r"no (?:acute|active|significant|focal)",
-    r"(?:lungs?|heart|chest)(?: and (?:lungs?|heart))? (?:\w+ ){0,3}(?:clear|normal|unremarkable|well (?:expanded|inflated|aerated))",
+    r"(?:lungs?|heart|chest)(?: and (?:lungs?|heart))? (?:\w+ ){0,3}(?:clear|normal|unremarkable|well (?:expanded"
+    r"|inflated|aerated))",
     r"intact",
     r"(?:clear|normal) (?:lungs?|chest|heart)",
     r"no (?:acute )?(?:\w+ ){0,2}(?:process|abnormalit\w+|disease)",
@@ -18,37 +19,47 @@ NORMAL_PHRASES = (
 """A text that states one of these and no observation is normal; a text without either is unknown."""
 
 _ANATOMY = (
-    r"(?:heart|cardiac|cardiomediastinal|mediastin\w+|lungs?|pulmonary|vascul\w+|vessels?|hil(?:a|ar|um)|costophrenic|pleural"
-    r"|(?:hemi)?diaphragm\w*|osseous|bon(?:es?|y)|ribs?|spine|trachea\w*|aort\w+|parenchyma\w*|interstiti\w+|silhouettes?"
+    r"(?:heart|cardiac|cardiomediastinal|mediastin\w+|lungs?|pulmonary|vascul\w+|vessels?|hil(?:a|ar|um)"
+    r"|costophrenic|pleural"
+    r"|(?:hemi)?diaphragm\w*|osseous|bon(?:es?|y)|ribs?|spine|trachea\w*|aort\w+|parenchyma\w*|interstiti\w+"
+    r"|silhouettes?"
     r"|sulcus|sulci|angles?|patient)"
 )
 OTHER_STATEMENTS = (
-    rf"{_ANATOMY} (?:[\w-]+ ){{0,6}}?(?:is|are|was|were|has|have|remains?|appears?|seems?|stable|unchanged|demonstrate\w*|show\w*)",
-    r"(?:extubat\w+|intubated|low lung volumes|hyperinflat\w+|hyperexpan\w+|emphysema\w*|bronchiectasis|scoliosis|kyphosis"
-    r"|congestion|engorgement|blunting|scarring|degenerative|tortuous|hernia|pneumomediastinum|pneumoperitoneum|free air"
+    rf"{_ANATOMY} (?:[\w-]+ ){{0,6}}?(?:is|are|was|were|has|have|remains?|appears?|seems?|stable|unchanged"
+    rf"|demonstrate\w*|show\w*)",
+    r"(?:extubat\w+|intubated|low lung volumes|hyperinflat\w+|hyperexpan\w+|emphysema\w*|bronchiectasis|scoliosis"
+    r"|kyphosis"
+    r"|congestion|engorgement|blunting|scarring|degenerative|tortuous|hernia|pneumomediastinum|pneumoperitoneum"
+    r"|free air"
     r"|adenopathy|lymphadenopathy|calcifi\w+|osteopenia|atheroscler\w+)",
 )
 """A text that states one of these can be read, though none of the 14 observations may be mentioned."""
 
 _DEGREE = (
-    r"(?:interval|significant(?:ly)?|appreciabl[ey]|relevant(?:ly)?|substantial(?:ly)?|definite(?:ly)?|major|gross(?:ly)?"
+    r"(?:interval|significant(?:ly)?|appreciabl[ey]|relevant(?:ly)?|substantial(?:ly)?|definite(?:ly)?|major"
+    r"|gross(?:ly)?"
     r"|great(?:ly)?|much|marked(?:ly)?|acute(?:ly)?|further|real(?:ly)?|yet|been|any|large(?:ly)?|notable|important)"
 )
 _GONE = r"(?:resol(?:ution|v\w+)|clear(?:ing|ance|ed)|disappear\w*|vanish\w*)"
 _PARTLY = (
-    r"(?:near(?:ly)?|almost|virtual(?:ly)?|incomplete(?:ly)?|partial(?:ly)?|part(?:ly)?|mostly|largely|substantial(?:ly)?"
-    r"|significant(?:ly)?|some|slight(?:ly)?|mild|continu\w+|ongoing|further|progressive(?:ly)?|gradual(?:ly)?|slow(?:ly)?"
+    r"(?:near(?:ly)?|almost|virtual(?:ly)?|incomplete(?:ly)?|partial(?:ly)?|part(?:ly)?|mostly|largely"
+    r"|substantial(?:ly)?"
+    r"|significant(?:ly)?|some|slight(?:ly)?|mild|continu\w+|ongoing|further|progressive(?:ly)?|gradual(?:ly)?"
+    r"|slow(?:ly)?"
     r"|early|moderate|interval partial|not(?: yet| been| fully| completely| entirely| totally)*)"
 )
 SHOWN = (
-    r"(?:seen|identified|present|visuali[sz]ed|visible|detected|detectable|apparent|evident|demonstrated|appreciated|noted"
+    r"(?:seen|identified|present|visuali[sz]ed|visible|detected|detectable|apparent|evident|demonstrated"
+    r"|appreciated|noted"
     r"|recogni[sz]ed|found|observed|shown|discerned|depicted|imaged|perceived|confirmed|re-?demonstrated|reproduced)"
 )
 PSEUDO_NEGATION = (
     rf"(?:no|without(?: any)?) (?:\w+ )?(?:{_DEGREE} )*changes?",
     rf"NOT (?:{_DEGREE} )*(?:changed|different)",
     rf"no (?:{_DEGREE} )?(?:increase|decrease|improvement|progression|difference|worsening)",
-    rf"(?:do|does|did|has|have) not (?:{_DEGREE} )*(?:chang\w+|increas\w+|decreas\w+|improv\w+|progress\w*|worsen\w*|enlarged?)",
+    rf"(?:do|does|did|has|have) not (?:{_DEGREE} )*(?:chang\w+|increas\w+|decreas\w+|improv\w+|progress\w*"
+    rf"|worsen\w*|enlarged?)",
     r"without (?:\w+ ){0,2}changes?",
     rf"without (?:yet )?(?:complete|full|total|entire) {_GONE}",
     r"not only",
@@ -57,18 +68,23 @@ PSEUDO_NEGATION = (
     r"no longer (?:enlarging|increasing|growing)",
     rf"{_PARTLY} (?:(?:but|and|though) \w+ )?(?:interval )?(?:complete(?:ly)? |total(?:ly)? |entire(?:ly)? )?{_GONE}",
     rf"NOT (?:yet |been |fully |completely |entirely |totally )*{_GONE}",
-    rf"(?:fail\w*|yet|continu\w+|beginning|starting|expected|slow) to (?:\w+ )?(?:resolve|clear)",
-    rf"{_GONE} (?:almost|nearly|partially|partly|incompletely|in part|for the most part|slowly|gradually|as expected)",
+    r"(?:fail\w*|yet|continu\w+|beginning|starting|expected|slow) to (?:\w+ )?(?:resolve|clear)",
+    rf"{_GONE} (?:almost|nearly|partially|partly|incompletely|in part|for the most part|slowly|gradually"
+    rf"|as expected)",
     r"(?:is|are|be) (?:\w+ )?(?:resolving|clearing)",
-    r"(?:until|ensure|document|confirm|assure|demonstrate|follow|monitor|to|after|pending) (?:\w+ ){0,2}(?:resolution|clearing)",
+    r"(?:until|ensure|document|confirm|assure|demonstrate|follow|monitor|to|after"
+    r"|pending) (?:\w+ ){0,2}(?:resolution|clearing)",
     r"(?:almost|nearly|mostly|largely) (?:\w+ )?gone",
     r"NOT (?:yet |been )*(?:removed|withdrawn|taken out|pulled)",
     r"(?:could|can|should|may|might|to|consider|recommend\w*|suggest\w*|advise\w*|before|prior to|pending|for)"
     r" (?:be |the |its )*(?:remov(?:ed|al)|withdrawn|withdrawal|pulled|discontinued)",
-    r"NOT (?:be )?(?:well|fully|completely|entirely|optimally|adequately) (?:seen|visuali[sz]ed|evaluated|assessed|included|imaged)",
+    r"NOT (?:be )?(?:well|fully|completely|entirely|optimally|adequately) (?:seen|visuali[sz]ed|evaluated|assessed"
+    r"|included|imaged)",
     r"NOT (?:as|so) (?!likely|probable)\w+(?: seen)?",
-    r"NOT (?:\w+ )?(?:clear|normal|expanded|inflated|hyperinflated|aerated|included|imaged|rotated|upright|available)",
-    r"(?:no|not? (?:\w+ ){0,3}available|without)(?: \w+)? (?:prior|previous|comparison)s?(?: \w+){0,2}(?: available)?",
+    r"NOT (?:\w+ )?(?:clear|normal|expanded|inflated|hyperinflated|aerated|included|imaged|rotated|upright"
+    r"|available)",
+    r"(?:no|not? (?:\w+ ){0,3}available|without)(?: \w+)? (?:prior|previous"
+    r"|comparison)s?(?: \w+){0,2}(?: available)?",
     rf"(?:not|no) (?:\w+ )?(?:previously|before|earlier) {SHOWN}",
     rf"NOT (?:\w+ )?{SHOWN} (?:previously|before|earlier|yesterday|last \w+"
     r"|(?:on|in|at) (?:the |any )?(?:prior|previous|earlier|last|preceding|old|comparison))",
@@ -76,7 +92,8 @@ PSEUDO_NEGATION = (
 """Look like negations, deny nothing about what follows."""
 
 _RESEMBLE = (
-    r"(?:suspicious|concerning|suggestive|typical|characteristic|consistent|compatible|worrisome|diagnostic|indicative"
+    r"(?:suspicious|concerning|suggestive|typical|characteristic|consistent|compatible|worrisome|diagnostic"
+    r"|indicative"
     r"|convincing|representative)"
 )
 NEGATION_BEFORE = (
@@ -93,7 +110,9 @@ NEGATION_BEFORE = (
     r"nor",
     r"never",
     r"nothing (?:\w+ ){0,2}(?:to|suggest\w*|that)",
-    r"(?:resolved|resolution of|clear(?:ing|ance) of)",
+    r"(?:resolved(?! (?:since|after|following|in|by|with|on|from|over|and|but|now|completely|entirely)\b)"
+    r"|resolution of"
+    r"|clear(?:ing|ance) of)",
     r"(?:do|does|did|can not|could|would|wo|ca) not (?:\w+ )?(?:\w+)",
     r"(?:is|are|was|were|has|have|had) not",
     r"fail(?:s|ed)? to \w+",
@@ -106,7 +125,8 @@ NEGATION_BEFORE = (
     r"(?:(?<=and\s)|(?<=but\s)|(?<![a-z]\s))unlikely",
     r"unlikely (?:an?|any|true|real)",
     r"an? unlikely",
-    r"(?:rather|(?:more|much more|most) (?:\w+ )?(?:likely|probabl[ey]|typical|suggestive|consistent|compatible|in keeping)"
+    r"(?:rather|(?:more|much more|most) (?:\w+ )?(?:likely|probabl[ey]|typical|suggestive|consistent|compatible"
+    r"|in keeping)"
     r"(?: [\w-]+){0,6}?|likelier(?: [\w-]+){0,4}?) than",
     r"(?:instead of|as opposed to)",
     rf"NOT (?:\w+ )?{_RESEMBLE} (?:for|of|with)",
@@ -132,6 +152,8 @@ NEGATION_AFTER = (
 # Read as present, since they state more than even odds: "likely", "probably", "suggesting", "suspicious for",
 # "concerning for", "worrisome for", "suspected". Uncertain: what is named as one possibility, or not excluded.
 _EXCLUDE = r"(?:exclude[ds]?|excluding|rule[ds]? out|ruling out)"
+SUBJECT_OF_DOUBT = r"\bdifferential(?: \w+)? (?:for|of) (?:[\w-]+ ){0,4}$"
+"""In front of a finding whose causes are listed: "the differential for the opacity includes"."""
 UNCERTAIN_BEFORE = (
     r"(?<!is\s)(?<!are\s)(?<!felt\s)(?<!be\s)(?:no longer )?less (?:likely|probable|probably)",
     r"less (?:likely|probable) (?:to|due|related|that)",
@@ -157,7 +179,8 @@ UNCERTAIN_BEFORE = (
     r"question(?:able|ed|s)?(?: of)?",
     r"equivocal",
     r"if (?:there is|clinical)",
-    r"(?:differential|ddx|(?:diagnostic|other|alternative|primary|main) considerations?)(?: (?:diagnos[ie]s|considerations?|includes?|would|are|is|for|this|these))*",
+    r"(?:differential|ddx|(?:diagnostic|other|alternative|primary|main) considerations?)(?: (?:diagnos[ie]s"
+    r"|considerations?|includes?|would|are|is|for|this|these))*",
     r"(?:evaluate|eval|assess|assessment|evaluation|look|check) (?:for|of)",
     r"(?<!to\s)(?:evaluate|eval|assess|check|please|r/o)",
     r"(?:raise|raises|raising) (?:\w+ ){0,3}(?:possibility|concern|question|suspicion)",
@@ -171,7 +194,8 @@ UNCERTAIN_AFTER = (
     rf"(?:hard|difficult|impossible|not possible) to (?:\w+ ){{0,2}}{_EXCLUDE}",
     r"(?:should|could|may|might|must|can) (?:also |still )?be (?:\w+ )?(?:considered|present|suspected|entertained)",
     r"(?:versus|vs)",
-    r"(?:is|are|remains?) (?:also )?(?:a|in the|within the|another) (?:\w+ )?(?:consideration|differential|possibility|concern)",
+    r"(?:is|are|remains?) (?:also )?(?:a|in the|within the|another) (?:\w+ )?(?:consideration|differential"
+    r"|possibility|concern)",
     r"(?:in|given) the (?:appropriate|proper|right|correct) (?:clinical )?(?:setting|context|scenario)",
     r"if clinically suspected",
 )
@@ -179,7 +203,8 @@ DOUBTED = r"\b(?:may|might|could|possibl[ey]|questionabl[ey]|query)\b"
 """Inside a mention: "the heart may be enlarged"."""
 LESS_LIKELY_AFTER = (r"less (?:\w+ )?(?:likely|probable|favou?red)", r"not (?:as |so )likely")
 EXPLAINED_AWAY = (
-    r"[^,;]{0,40}\b(?:nipple shadows?|artifact\w*|artefact\w*|skin folds?|summation|(?:vessels?|vascular) (?:seen )?(?:on end|end-on)"
+    r"[^,;]{0,40}\b(?:nipple shadows?|artifact\w*|artefact\w*|skin folds?|summation|(?:vessels?"
+    r"|vascular) (?:seen )?(?:on end|end-on)"
     r"|due to (?:\w+ ){0,2}(?:position(?:ing)?|technique|projection|rotation|magnification))\b"
 )
 """Directly behind a mention: what looks like the finding is probably something else."""
@@ -200,7 +225,8 @@ PART_BEFORE = (
 )
 """In front of a mention that "has cleared" or "was removed": a part of it has not."""
 EXTENT_BEFORE = (
-    r"(?:extent|severity|size|volume|acuity|age|chronicity|etiology|cause|contributions?|position|location|tips?|course|side port) of (?:[\w-]+ ){0,4}",
+    r"(?:extent|severity|size|volume|acuity|age|chronicity|etiology|cause|contributions?|position|location|tips?"
+    r"|course|side port) of (?:[\w-]+ ){0,4}",
 )
 """In front of a mention whose extent is unclear or cannot be assessed: the finding itself is there."""
 TIP_AFTER = r"\s+(?:tips?|side ?port|side ?hole|course|position)\b"
@@ -216,10 +242,12 @@ REMOVED_BEFORE = (
     r"(?:removed|explanted|discontinued)(?: (?:the|a|an|his|her|left|right|prior|previous))*(?=\s*$)",
 )
 REMOVED_AFTER = (
-    r"(?:has|have|had|was|were|is|are|been) (?:\w+ ){0,2}(?:removed|taken out|explanted|discontinued|out|decannulated)",
+    r"(?:has|have|had|was|were|is|are|been) (?:\w+ ){0,2}(?:removed|taken out|explanted|discontinued|out"
+    r"|decannulated)",
     r"(?:has|have|had|was|were|been) (?:\w+ ){0,2}(?:withdrawn|pulled)"
     r"(?! (?:back|by|to|up|slightly|\d|(?!complete|entire)\w+ly))",
-    r"(?:removed|removal|explanted|discontinued|decannulat\w+|pulled(?! back)|out(?= since| of place|\s*(?:[.,;]|$)))",
+    r"(?:removed|removal|explanted|discontinued|decannulat\w+|pulled(?! back)|out(?= since| of place|\s*(?:[.,;]"
+    r"|$)))",
 )
 """Cues that a device is no longer in place."""
 PLACED = r"\b(?:placement|insertion|replac\w+|exchang\w+|placed|inserted)\b"
@@ -240,7 +268,8 @@ VALUE_ABSENT = (
 )
 VALUE_PRESENT = (
     rf"{_JOINED}{_ANSWER}(?:(?:yes|present|positive|pos)\b"
-    r"|(?:none|no|absent)\b[^.;,:]*?\b(?:left|right)\b[^.;,:]*,?[^.;,:]*?\b(?:small|mild|moderate|large|trace|minimal|present|tiny)\b)"
+    r"|(?:none|no|absent)\b[^.;,:]*?\b(?:left|right)\b[^.;,:]*,?[^.;,:]*?\b(?:small|mild|moderate|large|trace"
+    r"|minimal|present|tiny)\b)"
 )
 VALUE_UNCERTAIN = rf"{_JOINED}{_ANSWER}{_MAYBE}"
 LABEL = rf"{_JOINED}\s*:\s*"
@@ -259,7 +288,8 @@ NO_STATEMENT_BEFORE = (
     r"\d+\s?(?:yo|y/o|yrs?|years? old)?\s?(?:m|f|male|female|man|woman)? with",
     r"(?:patient|pt|he|she) (?:previously )?(?:had|has (?:a )?history)",
     r"(?:present(?:s|ed|ing)|admitted|diagnosed|hospitali[sz]ed|readmitted|transferred) (?:\w+ ){0,2}(?:with|for)",
-    r"(?:known to have|suffer\w* from|recently treated|recovering from|recent (?:diagnosis|admission|hospitali[sz]ation) (?:of|for))",
+    r"(?:known to have|suffer\w* from|recently treated|recovering from|recent (?:diagnosis|admission"
+    r"|hospitali[sz]ation) (?:of|for))",
     r"(?:treated|treatment|therapy|antibiotics?|diuresis) for",
     r"(?:status post|s/p) (?:\w+ )?(?:treatment|therapy|resection|repair) (?:of|for)",
     r"(?:performed|obtained|ordered|requested|done|acquired|indicated) (?:\w+ ){0,2}"
@@ -271,14 +301,16 @@ NO_STATEMENT_AFTER = (
     r"(?:is|are|may be|can be|could be|would be|might be|should be) (?:\w+ )?"
     r"(?:missed|overlooked|undetected|underestimated|occult|obscured|masked|hidden|concealed|inapparent|invisible)",
     rf"{_MODAL} (?:\w+ )?be (?:better|best|more) (?:\w+ )?"
-    r"(?:seen|evaluated|assessed|shown|depicted|appreciated|characteri[sz]ed|visuali[sz]ed)(?: (?:with|on|by|using|in))?",
+    r"(?:seen|evaluated|assessed|shown|depicted|appreciated|characteri[sz]ed|visuali[sz]ed)(?: (?:with|on|by|using"
+    r"|in))?",
     rf"(?:would|may|might|will) (?:easily )?not (?:\w+ )?(?:be )?{SHOWN}",
-    rf"(?:may|might|can|could|would|is|are) (?:\w+ )?(?:be )?(?:\w+ )?(?:hard|difficult|impossible|challenging) to {_PERCEIVE}",
+    rf"(?:may|might|can|could|would|is|are) (?:\w+ )?(?:be )?(?:\w+ )?(?:hard|difficult|impossible"
+    rf"|challenging) to {_PERCEIVE}",
     r"(?:go|goes|remain|be|escape) (?:undetected|unnoticed|unrecogni[sz]ed|detection)",
     r"(?:in the past|years? ago|last year)",
     r"(?:can not|could not) be (?:\w+ ){0,2}(?:evaluated|assessed|judged|determined|commented|diagnosed)",
     r"(?:is|are) (?:\w+ )?(?:limited|suboptimal|precluded)",
-    rf"(?:is|are) not (?:\w+ )?(?:evaluated|assessed|evaluable|assessable)",
+    r"(?:is|are) not (?:\w+ )?(?:evaluated|assessed|evaluable|assessable)",
 )
 SEEN_ELSEWHERE = (
     r"\s+(?:(?:seen )?on (?:the |an )?(?:prior|previous|outside) (?:ct|study|imaging|mri|exam)\s*(?:[.;]|$)"
@@ -291,15 +323,18 @@ MISSED_BEFORE = (
     r"(?:(?:may|might|can|could|will|often|commonly|radiographs?|films?|views?)"
     r" (?:be )?(?:miss|overlook|obscure|mask|hide|conceal|underestimate)(?:ed)?"
     r"|misses|masks?|(?:exaggerat\w+|accentuat\w+|magnif\w+))(?: [\w-]+){0,7}\s*$",
-    r"(?:better|best|more|well|less|in|not|poorly) ?(?:suited|sensitive|able|optimi[sz]ed|tailored|designed)(?: [\w-]+){0,6}\s*$",
+    r"(?:better|best|more|well|less|in|not|poorly) ?(?:suited|sensitive|able|optimi[sz]ed|tailored"
+    r"|designed)(?: [\w-]+){0,6}\s*$",
 )
 """Clauses about what images can show."""
 LIMITED = (
     r"(?:limit\w*|reduc\w*|decreas\w*|insensitive|not sensitive|low|poor|difficult\w*|suboptimal\w*|preclud\w*"
     r"|hinder\w*|compromis\w*|lower\w*|diminish\w*|impair\w*|hamper\w*|restrict\w*|obscur\w*|degrad\w*|confound\w*"
-    r"|challenging|not (?:sensitive|adequate|reliable|possible|optimi[sz]ed|tailored|designed|intended|dedicated|performed)"
+    r"|challenging|not (?:sensitive|adequate|reliable|possible|optimi[sz]ed|tailored|designed|intended|dedicated"
+    r"|performed)"
     r"|inadequate|insufficient|unreliable|impossible|incomplete(?:ly)?|complicat\w*|affect\w*|mak\w+ it|interfer\w*"
-    r"|prevent\w*|less sensitive|(?:more|better|most) (?:\w+ )?(?:sensitive|suited|accurate|reliable)|would be better)"
+    r"|prevent\w*|less sensitive|(?:more|better|most) (?:\w+ )?(?:sensitive|suited|accurate|reliable)"
+    r"|would be better)"
 )
 TASK = (
     r"(?:sensitiv\w*|insensitive|detect\w*|evaluat\w*|assess\w*|exclu(?:sion|ding)|ability|diagnosis|diagnosing"
@@ -334,46 +369,24 @@ TERMINATION = (
     r"with (?!no\b)(?:\w+ )?(?:small|moderate|large|mild|stable|unchanged|persistent|associated|residual|new)",
 )
 APPOSITION = (
-    r",\s+(?:while|although|though|if|as|seen|noted|described|present|identified|reported|visuali[sz]ed|demonstrated|known"
+    r",\s+(?:while|although|though|if|as|seen|noted|described|present|identified|reported|visuali[sz]ed"
+    r"|demonstrated|known"
     r"|new|previously|prior|which)\b[^,.;]{1,50},(?=\s+(?:is|are|was|were|has|have|had|remains?|appears?|cannot|can"
     r"|could|may|might|seems?)\b)"
 )
 """Words between commas that part a mention from its verb: "effusion, seen previously, has resolved"."""
 EXPLAINS = (
-    r"\b(?:reflect\w*|represent\w*|suggest\w*|consistent|compatible|concerning|suspicious|worrisome|likely|probably|due"
-    r"|secondary|related|could be|may be|might be)\b"
+    r"\b(?:reflect\w*|represent\w*|suggest\w*|consistent|compatible|concerning|suspicious|worrisome|likely"
+    r"|probably|due"
+    r"|secondary|related|could be|may be|might be|include[sd]?|including)\b"
 )
 """Between a finding and its explanation: a doubt about the explanation is none about the finding."""
 CAUSES = r"\b(?:due to|represent\w*|reflect\w*|caused by|secondary to|related to)\s+(?:[\w-]+\s+){0,5}$"
 """In front of "A or B", one of which is the cause."""
 SIZE_WORDS = (
-    r"(?:small|moderate|large|mild|severe|stable|unchanged|persistent|bilateral|minimal|tiny|trace|increas\w+|worsening"
+    r"(?:small|moderate|large|mild|severe|stable|unchanged|persistent|bilateral|minimal|tiny|trace|increas\w+"
+    r"|worsening"
     r"|there|the|left|right|bibasilar|low|mildly|moderately|improving|decreas\w+|known|chronic|old|healed|residual"
-    r"|slight|extensive|subtle|again|possible|probable|likely|only|just|simply|merely|marked|borderline|patchy|improved)"
-)
-_CLINICAL = r"clinical (?:history|information|indication|question|details?|data|background|concern|statement)"
-SILENT_SECTIONS = (
-    rf"indications?|history|{_CLINICAL}|reasons? for (?:the )?(?:exam\w*|study|visit|order|request|consult\w*|test)"
-    r"|(?:exam )?reason|technique|comparisons?|exam(?:ination)?|study|procedure|type of examination|chief complaint"
-    r"|clinical|(?:signs? and )?symptoms?|hx|pmh|past medical history|presenting complaint|background|question"
-    r"|admitting diagnosis|diagnosis on admission|provisional diagnosis|referral|request"
-)
-"""Headers of sections that ask or describe, and state nothing about this image."""
-
-# Words that decide whether a text is English: its function words, and those of other languages. Words that several of
-# them share ("no", "in", "a", "is", "normal", "et" of "ET tube") decide nothing.
-ENGLISH = frozenset(
-    """
-    the are were not of and or there with without for at this that has have been be seen on
-    to by from it may clear left right small stable unchanged new evidence
-    """.split()  # noqa: SIM905 - one word per item would take a hundred lines
-)
-FOREIGN = frozenset(
-    """
-    el la los las de del se sin con y en un una por que al derecho izquierdo derecha izquierda der die
-    das und kein keine keinen nicht ist sind mit ohne im ein eine le les des du est sont pas sans
-    avec une dans gauche droit il lo gli di e non sono senza na os da em com sem ao het een van
-    geen niet rechts links beidseits herz lunge lungen nachweis hinweis pulmones derrame coeur poumon poumons polmoni
-    cuore versamento brak bez ingen inget yok
-    """.split()  # noqa: SIM905 - one word per item would take a hundred lines
+    r"|slight|extensive|subtle|again|possible|probable|likely|only|just|simply|merely|marked|borderline|patchy"
+    r"|improved)"
 )

@@ -17,7 +17,7 @@ from functools import cache
 
 from sae_lens_maira.studies import cues, phrases
 from sae_lens_maira.studies.phrases import OBSERVATIONS
-from sae_lens_maira.studies.segments import BULLET, is_english, sentences, stated_text
+from sae_lens_maira.studies.segments import BULLET, folded, is_english, sentences, without_silent_sections
 
 
 class RuleStatus(str, enum.Enum):
@@ -43,6 +43,8 @@ class RuleLabel:
 
 _REACH = 300
 """Characters around a mention in which a cue may be; bounds the time of texts without full stops."""
+_MASK = "\u01c2"
+"""A letter that no report contains; underscores stand for removed names in MIMIC-CXR."""
 _RANK = {RuleStatus.PRESENT: 2, RuleStatus.UNCERTAIN: 1, RuleStatus.ABSENT: 0, RuleStatus.UNKNOWN: -1}
 
 
@@ -56,7 +58,7 @@ def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _mask(text: str, pattern: re.Pattern[str]) -> str:
-    return pattern.sub(lambda found: "_" * len(found[0]), text)
+    return pattern.sub(lambda found: _MASK * len(found[0]), text)
 
 
 def _last_end(pattern: re.Pattern[str], text: str) -> int:
@@ -93,7 +95,7 @@ def _cut(between: str, after: str, device: bool, gone: bool) -> bool:
         device: Whether the mention is a device, which no list of denied findings contains.
         gone: Whether the negation is "resolution of", which "and" continues.
     """
-    if "__" in between:  # a masked phrase, such as "no change in"
+    if _MASK in between:  # a masked phrase, such as "no change in"
         return True
     joint = r",\s+(?:and\s+)?" if gone else r"(?:,\s+(?:and\s+)?|\band\s+)"
     cut = re.search(rf"{joint}(?:an?\s+)?{cues.SIZE_WORDS}\b", between)
@@ -107,7 +109,8 @@ def _cut(between: str, after: str, device: bool, gone: bool) -> bool:
 def _governs(between: str) -> bool:
     """Whether a cue reaches back over `between`: a list, without another clause or an explanation."""
     listed = "," not in between or re.search(r"\b(?:and|or)\b|/", between) is not None
-    return listed and not re.search(cues.EXPLAINS, between)
+    clause = re.search(r",\s+and (?:an?|the)\b", between) is not None
+    return listed and not clause and not re.search(cues.EXPLAINS, between)
 
 
 def _reaches_back(patterns: tuple[str, ...], after: str) -> bool:
@@ -178,6 +181,7 @@ def _status(
     label = re.match(cues.LABEL, after)
     if label and _compiled(phrases.PHRASES[observation]).search(sentence, end + label.end()):
         return None
+    after = after[: label.start() + 1] if label and not re.match(cues.VALUE, after) else after
     if re.match(cues.VALUE_PRESENT, after):
         return RuleStatus.PRESENT
     if re.match(cues.VALUE_ABSENT, after):
@@ -195,11 +199,11 @@ def _status(
     device = observation == "support_devices"
     if device and _is_removed(before, near, after):
         return RuleStatus.ABSENT
-    if _compiled(cues.UNLIKELY_AFTER).search(near) or (
+    if _reaches_back(cues.UNLIKELY_AFTER, near) or (
         _last(cues.LIKELIHOOD_BEFORE, before) and _compiled(cues.LOW_AFTER).search(near)
     ):
         return RuleStatus.ABSENT
-    if _compiled(cues.LESS_LIKELY_AFTER).search(near) or (
+    if _reaches_back(cues.LESS_LIKELY_AFTER, near) or (
         _reaches_back(cues.UNCERTAIN_AFTER, after) and not _is_extent(before, after)
     ):
         return RuleStatus.UNCERTAIN
@@ -219,6 +223,8 @@ def _status(
     cause = re.search(cues.CAUSES, sentence[:start])
     if cause and (re.search(r"\bor\b", cause[0]) or _ALTERNATIVE.match(after)):
         return RuleStatus.UNCERTAIN
+    if re.search(cues.SUBJECT_OF_DOUBT, before):
+        return RuleStatus.PRESENT
     if re.match(cues.EXPLAINED_AWAY, sentence[end : end + _REACH]):
         return RuleStatus.UNCERTAIN
     if doubt and len(before) - doubt.end() <= 70:
@@ -268,7 +274,7 @@ def rule_labels(text: str) -> dict[str, RuleLabel]:
     unknown = {"no_finding": RuleLabel(RuleStatus.UNKNOWN, (0, len(text)), " ".join(text.split()))}
     if not is_english(text):
         return unknown
-    stated = stated_text(text)
+    stated, positions = folded(without_silent_sections(text))
     labels: dict[str, RuleLabel] = {}
     heading: RuleStatus | None = None
     for offset, sentence, asked in sentences(stated):
@@ -280,7 +286,8 @@ def rule_labels(text: str) -> dict[str, RuleLabel]:
             old = labels.get(observation)
             if status is not None and (old is None or _RANK[status] > _RANK[old.status]):
                 evidence = " ".join(BULLET.sub("", sentence).split())
-                labels[observation] = RuleLabel(status, (offset + start, offset + end), evidence)
+                span = (positions[offset + start], positions[offset + end - 1] + 1)
+                labels[observation] = RuleLabel(status, span, evidence)
         heading = heading or _of_list(lower, lower.rstrip().endswith(":"))
     masked = _mask(stated.lower(), _compiled(cues.PSEUDO_NEGATION))
     found = _compiled(cues.NORMAL_PHRASES).search(masked)
@@ -290,7 +297,7 @@ def rule_labels(text: str) -> dict[str, RuleLabel]:
         o for o, label in labels.items() if label.status is not RuleStatus.ABSENT and o != "support_devices"
     ]
     if not troubled:
-        span = found.span() if found else (0, len(text))
+        span = (positions[found.start()], positions[found.end() - 1] + 1) if found else (0, len(text))
         labels["no_finding"] = RuleLabel(RuleStatus.PRESENT, span, " ".join(text[slice(*span)].split()))
     return labels
 

@@ -25,7 +25,8 @@ OBSERVATIONS = (
 """The 14 observations, in the usual order."""
 
 _HEART = (
-    r"(?:heart(?: silhouettes?| shadow| contours?)?|cardiac (?:silhouettes?|size|contours?|shadow|diameter|outline)"
+    r"(?:heart(?:'s| silhouettes?| shadow| contours?)?|cardiac (?:silhouettes?|size|contours?|shadow|diameter"
+    r"|outline)"
     r"|cardiopericardial silhouette|cardiothoracic (?:ratio|index))"
 )
 _WORD = r"(?:(?!and\b|or\b|nor\b|but\b|with\b|without\b|no\b(?! longer))[\w']+ )"
@@ -39,14 +40,17 @@ _LUNG = r"(?:lungs?|pulmonary|hilar|perihilar|parenchymal|lobe|bronchogenic)"
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "enlarged_cardiomediastinum": (
-        r"(?:widened|widening of(?: the)?|enlarged|enlargement of(?: the)?|wide|prominent|broadened|broadening of(?: the)?)"
-        rf" (?:{_WORD}{{0,2}}|(?:heart|cardiac) and )(?:cardio)?mediastin(?:um|al)\b(?! (?:lymph\w*|node\w*|adeno\w+|vein\w*|mass\w*))",
+        r"(?:widened|widening of(?: the)?|enlarged|enlargement of(?: the)?|wide|prominent|broadened"
+        r"|broadening of(?: the)?)"
+        rf" (?:{_WORD}{{0,2}}|(?:heart|cardiac) and )(?:cardio)?mediastin(?:um|al)\b(?! (?:lymph\w*|node\w*"
+        rf"|adeno\w+|vein\w*|mass\w*))",
         rf"(?:cardio)?mediastin(?:um|al)\b(?! (?:lymph\w*|node\w*|adeno\w+|vein\w*|mass\w*)) "
         rf"(?:{_WORD}|(?:n?either|nor|with|and) ){{0,6}}?(?:{_LARGE}|prominent)",
     ),
     "cardiomegaly": (
         r"cardiomegaly",
-        rf"{_HEART}(?: size)? (?:(?!normal)(?:{_WORD}|(?:and|but) (?=remains?|is|appears?|again|still))){{0,6}}?{_LARGE}",
+        rf"{_HEART}(?: size)? (?:(?!normal)(?:{_WORD}|(?:and|but) (?=remains?|is|appears?|again"
+        rf"|still))){{0,6}}?{_LARGE}",
         rf"(?:enlarged|enlargement of the|enlargement of|enlarging) {_WORD}{{0,2}}?{_HEART}",
         r"cardiac enlargement",
         rf"(?:{_HEART}|cardiac) and mediastin\w+ {_WORD}{{0,4}}?{_LARGE}",
@@ -118,7 +122,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "fracture": (r"(?:micro)?fractures?", r"fractured", r"fxs?"),
     "support_devices": (
-        r"(?:et|ng|og|nj|endotracheal|nasogastric|orogastric|enteric|nasoenteric|nasojejunal|feeding|gastric|gastrostomy"
+        r"(?:et|ng|og|nj|endotracheal|nasogastric|orogastric|enteric|nasoenteric|nasojejunal|feeding|gastric"
+        r"|gastrostomy"
         r"|peg|dobb?hoff|chest|thoracostomy|pleural|tracheal|tracheostomy|trach|drainage|suction)"
         r" (?:suction |drainage )?tubes?",
         r"dobb?hoff",
@@ -129,7 +134,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"(?:mediastinal|pleural|chest|pericardial|thoracic|surgical|pigtail) drains?",
         r"pleurx(?: catheter)?",
         r"tracheostomy",
-        r"(?:picc?|central|jugular|subclavian|ij|dialysis|swan ganz|venous|femoral|arterial|tunnell?ed|hickman|access)"
+        r"(?:picc?|central|jugular|subclavian|ij|dialysis|swan ganz|venous|femoral|arterial|tunnell?ed|hickman"
+        r"|access)"
         r" (?:\w+ )?(?:lines?|catheters?|sheaths?)",
         r"picc",
         r"catheters?",
@@ -146,7 +152,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"(?:ventricular )?assist device",
         r"(?:ecmo|venous|arterial) cannulas?e?",
         r"(?:lines? (?:and|or) tubes?|tubes? (?:and|or) lines?|lines?/tubes?|tubes?/lines?)",
-        r"(?:(?:support|supportive|monitoring)(?: and | or |/)?){1,2} (?:devices?|apparatus|equipment|hardware|lines?|tubes?)",
+        r"(?:(?:support|supportive|monitoring)(?: and | or |/)?){1,2} (?:devices?|apparatus|equipment|hardware"
+        r"|lines?|tubes?)",
         r"(?:the|this) (?:tube|lines?(?= (?:is|ends?|terminat\w+|tip)))",
         r"(?:prosthetic|replaced) (?:\w+ )?valve",
         r"valve (?:prosthes[ie]s|replacements?)",
@@ -160,11 +167,13 @@ ABSENT_PHRASES: dict[str, tuple[str, ...]] = {
         r"cardiac(?:,| and|/) (?:\w+ and )?mediastin\w+ (?:(?!enlarged|widened)\w+ ){0,5}?(?:normal|unremarkable)",
         rf"{_HEART}(?: size)? {_WORD}{{0,5}}?(?:top normal|upper limits? of normal)",
         r"(?:normal|unremarkable) (?:heart|cardiac) (?:size|silhouette|contours?)",
-        rf"{_HEART}(?: size)?,? (?:[\w']+ ){{0,4}}(?:normal,? )?(?:[\w']+ )?(?:not|non) (?:\w+ )?(?:{_LARGE}|large|big)",
+        rf"{_HEART}(?: size)?,? (?:[\w']+ ){{0,4}}(?:normal,? )?(?:[\w']+ )?(?:not|non) (?:\w+ )?(?:{_LARGE}|large"
+        rf"|big)",
     ),
     "enlarged_cardiomediastinum": (
         r"(?:cardio)?mediastin(?:um|al)(?: (?!enlarged|widened)\w+){0,6}? (?:normal|unremarkable)",
-        r"(?:normal|unremarkable) (?:cardio)?mediastin(?:um|al)",
+        r"(?:normal|unremarkable) (?:(?:heart|cardiac)(?: size| silhouette)?(?: and "
+        r"|, ))?(?:cardio)?mediastin(?:um|al)",
     ),
     "lung_opacity": (r"lungs (?:\w+ ){0,3}clear", r"clear lungs"),
 }

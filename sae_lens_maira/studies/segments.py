@@ -1,7 +1,7 @@
 """Cut a report into sentences and list items, for `labels`.
 
-Sections that state nothing (indication, technique ...) are overwritten with blanks. Positions are those of the given
-text throughout, so that a label can point at the words that it was read from.
+Runs of blanks are folded, and sections that state nothing (indication, technique ...) are overwritten. `folded` returns
+the positions in the given text, so that a label can point at the words that it was read from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,44 @@ from collections.abc import Iterator
 
 from sae_lens_maira.studies import cues
 
-_LONG_WORD = re.compile(r"[^\W_]{65,}")
+_CLINICAL = r"clinical (?:history|information|indication|question|details?|data|background|concern|statement)"
+SILENT_SECTIONS = (
+    rf"indications?|history|{_CLINICAL}|reasons? for (?:the )?(?:exam\w*|study|visit|order|request|consult\w*|test)"
+    r"|(?:exam )?reason|technique|comparisons?|exam(?:ination)?|study|procedure|type of examination|chief complaint"
+    r"|clinical|(?:signs? and )?symptoms?|hx|pmh|past medical history|presenting complaint|background|question"
+    r"|admitting diagnosis|diagnosis on admission|provisional diagnosis|referral|request"
+)
+"""Headers of sections that ask or describe, and state nothing about this image."""
+
+# Words that decide whether a text is English: its function words, and those of other languages. Words that several of
+# them share ("no", "in", "a", "is", "normal", "et" of "ET tube") decide nothing.
+ENGLISH = frozenset(
+    """
+    the are were not of and or there with without for at this that has have been be seen on
+    to by from it may clear left right small stable unchanged new evidence
+    """.split()  # noqa: SIM905 - one word per item would take a hundred lines
+)
+FOREIGN = frozenset(
+    """
+    el la los las de del se sin con y en un una por que al derecho izquierdo derecha izquierda der die
+    das und kein keine keinen nicht ist sind mit ohne im ein eine le les des du est sont pas sans
+    avec une dans gauche droit il lo gli di e non sono senza na os da em com sem ao het een van
+    geen niet rechts links beidseits herz lunge lungen nachweis hinweis pulmones derrame coeur poumon poumons polmoni
+    cuore versamento brak bez ingen inget yok
+    """.split()  # noqa: SIM905 - one word per item would take a hundred lines
+)
+
+# Runs that state nothing, and what is kept of each: patterns over long runs would take cubic time.
+_RUNS = tuple(
+    re.compile(run)
+    for run in (
+        r"()[^\W_]{65,}",
+        r"([ \t])[ \t]+",
+        r"(_{3})_+",
+        r"(\n)(?:[ \t]?\n){2,}",
+        r"([\s:-]{6})[\s:-]+",
+    )
+)
 _ITEM = r"(?:\(?\d{1,2}[.)]|\(?[a-h][.)]|[-*\u2022\u2013\u2014]+)"
 _SENTENCE = re.compile(
     rf"(?!(?i:{cues.VALUE}))(?:(?<!\bvs)(?<!\bdr)(?<!\bapprox)\.(?=\s|$)|[;!](?=\s|$)|(?<=[\w)])\?+(?=[\s)]|$)"
@@ -22,23 +59,43 @@ _SENTENCE = re.compile(
 _SHORT_LINE = re.compile(r"^[^\n]{1,50}\n(?=[ \t]*[A-Z][a-z])", re.MULTILINE)
 _HEADER = re.compile(
     r"(?:^|\n|(?<=[.?!;] ))[ \t]*([A-Z][A-Z ()/,&-]{2,60}?|(?i:findings?|impressions?|"
-    + cues.SILENT_SECTIONS
+    + SILENT_SECTIONS
     + r"))(?:[ \t]*:|[ \t]+[-\u2013\u2014](?=\s))",
     re.MULTILINE,
 )
-_SILENT = re.compile(rf"(?:{cues.SILENT_SECTIONS})", re.IGNORECASE)
+_SILENT = re.compile(rf"(?:{SILENT_SECTIONS})", re.IGNORECASE)
 
 BULLET = re.compile(rf"^\s*{_ITEM}\s+")
 """The marker in front of a list item."""
 
 
-def stated_text(text: str) -> str:
-    """A report with everything overwritten by blanks that states nothing, character for character.
+def folded(text: str) -> tuple[str, list[int]]:
+    """Fold runs of blanks, empty lines and dashes, and drop words of more than 64 letters.
 
-    A word of thousands of letters states nothing, and patterns over it take quadratic time. A silent section ends at
-    the next header, at a blank line, or where none follows at the end of the text.
+    Args:
+        text: The text.
+
+    Returns:
+        The folded text with straight apostrophes, and the position in `text` of each of its characters.
     """
-    text = _LONG_WORD.sub(lambda word: " " * len(word[0]), text.replace("\u2019", "'"))
+    text = text.replace("\u2019", "'").replace("\u0130", "I")  # the one letter whose lower case is longer
+    positions = list(range(len(text)))
+    for run in _RUNS:
+        kept: list[int] = []
+        start = 0
+        for found in run.finditer(text):
+            kept += range(start, found.end(1))
+            start = found.end()
+        kept += range(start, len(text))
+        text, positions = "".join(text[i] for i in kept), [positions[i] for i in kept]
+    return text, positions
+
+
+def without_silent_sections(text: str) -> str:
+    """Overwrite sections that state nothing (indication, technique ...) with blanks, keeping every position.
+
+    A silent section ends at the next header, at a blank line, or where none follows at the end of the text.
+    """
     out = list(text)
     headers = list(_HEADER.finditer(text))
     for index, header in enumerate(headers):
@@ -74,8 +131,8 @@ def sentences(text: str) -> Iterator[tuple[int, str, bool]]:
 def is_english(text: str) -> bool:
     """Whether a text has fewer function words of other languages, and words in other letters, than English ones."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"\bnon-", "", text.lower()))
-    foreign = sum(word in cues.FOREIGN or not word.isascii() for word in words)
-    return foreign == 0 or foreign < sum(word in cues.ENGLISH for word in words)
+    foreign = sum(word in FOREIGN or not word.isascii() for word in words)
+    return foreign == 0 or foreign < sum(word in ENGLISH for word in words)
 
 
-__all__ = ["BULLET", "is_english", "sentences", "stated_text"]
+__all__ = ["BULLET", "folded", "is_english", "sentences", "without_silent_sections"]

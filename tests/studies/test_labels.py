@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from sae_lens_maira.studies.labels import present_observations, rule_labels
+from sae_lens_maira.studies.labels import is_unknown, present_observations, rule_labels
 
 REFERENCE = {
     "consolidation": "consolidation",
@@ -72,6 +73,22 @@ def test_the_span_points_at_the_mention_in_the_given_text() -> None:
     label = rule_labels(text)["edema"]
     assert text[slice(*label.span)] == "edema"
     assert label.evidence == "Mild pulmonary edema"
+
+
+@pytest.mark.parametrize("run", [" " * 5000, "-" * 5000, "a" * 5000, "\n" * 5000, " \n - " * 1000])
+def test_long_runs_take_little_time_and_leave_spans_right(run: str) -> None:
+    """Patterns over unfolded runs took cubic time: 5,000 letters without a blank took more than a minute."""
+    text = f"Heart normal. {run} Small left effusion."
+    start = time.process_time()
+    label = rule_labels(text)["pleural_effusion"]
+    assert time.process_time() - start < 5
+    assert (label.status, text[slice(*label.span)]) == ("present", "effusion")
+
+
+def test_a_statement_outside_the_observations_is_readable_and_names_none() -> None:
+    assert rule_labels("The cardiac and mediastinal silhouettes are stable.") == {}
+    assert rule_labels("There is subcutaneous emphysema.") == {}
+    assert is_unknown(rule_labels("INDICATION: Evaluate for pneumonia."))
 
 
 def test_sections_that_ask_are_not_evidence() -> None:
