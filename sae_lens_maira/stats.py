@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 Z95 = 1.959963984540054
@@ -55,6 +56,12 @@ class Bootstrap:
     high: np.ndarray
 
 
+def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95 % percentile interval of bootstrap samples (draws, ...)."""
+    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
+    return low, high
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int = 1000, seed: int = 0
 ) -> Bootstrap:
@@ -72,8 +79,7 @@ def bootstrap(
     """
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
     samples = np.asarray(statistic(weights))
-    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
-    return Bootstrap(samples, low, high)
+    return Bootstrap(samples, *interval(samples))
 
 
 def bootstrap_mean(values: np.ndarray, draws: int = 1000, seed: int = 0) -> Bootstrap:
@@ -110,9 +116,10 @@ def f1_of_firing(fires: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return f1(fired.T @ known, fired.sum(0)[:, None], known.sum(0)[None])
 
 
-def explained_by_sums(residual: float, variance: float) -> float:
-    """Explained variance from the sum of squared errors and that of squared distances to the mean; NaN without any."""
-    return 1 - residual / variance if variance > 0 else math.nan
+def explained_by_sums(residual: ArrayLike, variance: ArrayLike) -> np.ndarray:
+    """Explained variance (...) from sums of squared errors and of squared distances to the mean; NaN without any."""
+    above, below = np.asarray(residual, dtype=float), np.asarray(variance, dtype=float)
+    return 1 - np.divide(above, below, out=np.full(below.shape, math.nan), where=below > 0)
 
 
 class ExplainedVariance:
@@ -153,7 +160,7 @@ class ExplainedVariance:
     @property
     def value(self) -> float:
         """1 - residual / variance; NaN where the rows do not vary."""
-        return explained_by_sums(self.residual, self.variance)
+        return float(explained_by_sums(self.residual, self.variance))
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 With the flaw the phantom takes one finding for another and hardly sees a third. On the choosing half the false and the
 missing statements are attributed to latents of image patches; candidates remove or strengthen only the part of those
-latents that causes them (`attribution.causes`), and "no correction" is one of the candidates. The one of highest label
-F1 is judged once on the other half, next to its parts and to random latents of equal norm.
+latents that causes them (`steering.correction.along`), and "no correction" is one of the candidates. The one of highest
+label F1 is judged once on the other half, next to its parts and to random latents of equal norm.
 
     python recipes/steering/clinical_causes.py --config recipes/steering/clinical_causes.yaml
 """
@@ -11,7 +11,7 @@ F1 is judged once on the other half, next to its parts and to random latents of 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import RowSettings, read_rows
-from sae_lens_maira.attribution.causes import NOTHING, CauseCorrection, Causes, gather, spared
+from sae_lens_maira.attribution.causes import Causes, gather
 from sae_lens_maira.attribution.sentences import split_sentences
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.hooks import HookedMaira2
@@ -28,7 +28,16 @@ from sae_lens_maira.io import atomic_write
 from sae_lens_maira.phantom import generate_studies, load_phantom, phantom_reader
 from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.recipes._shared import sae_of
-from sae_lens_maira.steering.correction import f1_change, micro_f1, report_counts
+from sae_lens_maira.steering import AddVectors, steered_reports
+from sae_lens_maira.steering.correction import (
+    along,
+    f1_change,
+    mean_step,
+    micro_f1,
+    report_counts,
+    spared,
+)
+from sae_lens_maira.steering.positions import patches
 from sae_lens_maira.studies import Study, known_findings
 
 FALSE, RIGHT, CAUSE, MISSED = "false", "right", "cause", "missed"
@@ -90,21 +99,21 @@ def run(settings: Settings) -> dict[str, Any]:
     choose, report = drawn[::2], drawn[1::2]
     truth = {id(part): known_findings(part, reader)[0] for part in (choose, report)}
 
-    def texts(made: CauseCorrection, part: Sequence[Study]) -> list[str]:
-        return made.reports(hooked, sae, hook, part, settings.max_new_tokens)
+    def texts(items: list[AddVectors], part: Sequence[Study]) -> list[str]:
+        return steered_reports(maira, sae, hook, items, part, settings.max_new_tokens)
 
     def counts(written: list[str], part: list[Study], n: int | None = None) -> np.ndarray:
         return report_counts(written, truth[id(part)][:n], reader)
 
-    plain = texts(NOTHING, choose)
+    plain = texts([], choose)
     causes = _causes(hooked, sae, hook, choose, plain, flaw, reader.read)
     candidates = _candidates(sae, causes, settings)
     tried: dict[str, np.ndarray] = {}
     for name, made in tqdm(candidates.items(), desc="candidates"):
-        written = plain[: settings.tuned] if made is NOTHING else texts(made, choose[: settings.tuned])
+        written = plain[: settings.tuned] if not made else texts(made, choose[: settings.tuned])
         tried[name] = counts(written, choose, settings.tuned)
     best = max(tried, key=lambda name: micro_f1(tried[name]))
-    before = counts(texts(NOTHING, report), report)
+    before = counts(texts([], report), report)
     arms = {"chosen": candidates[best]}
     if best != "no correction":
         removed, _, strengthened = best.partition(" + ")
@@ -176,32 +185,34 @@ def _causes(
     return causes
 
 
-def _candidates(sae: Any, causes: dict[str, Causes], settings: Settings) -> dict[str, CauseCorrection]:
+def _candidates(sae: Any, causes: dict[str, Causes], settings: Settings) -> dict[str, list[AddVectors]]:
     """Every combination of removing and strengthening; the first is no correction."""
     kept = [causes[CAUSE].direction] if causes[CAUSE].n else []
     false = spared(causes[FALSE].direction, kept)
     missing = spared(causes[MISSED].direction, [*kept, causes[FALSE].direction])
     ranked = (causes[FALSE].latents - causes[RIGHT].latents).argsort(descending=True).tolist()
     needed = causes[MISSED].latents.argsort(descending=True).tolist()
-    found = {"no correction": NOTHING}
+    found: dict[str, list[AddVectors]] = {"no correction": []}
     for n in settings.removed:
-        removal = CauseCorrection.along(sae, ranked[:n], false, -1.0) if n else NOTHING
+        removal = [along(sae, ranked[:n], false, -1.0)] if n else []
         if n:
             found[f"remove {n}"] = removal
         for m in settings.strengthened:
             for factor in settings.factors if m else ():
-                boost = CauseCorrection.along(sae, needed[:m], missing, factor - 1)
+                boost = along(sae, needed[:m], missing, factor - 1)
                 name = f"strengthen {m} by {factor:g}"
-                found[f"remove {n} + {name}" if n else name] = removal + boost
+                found[f"remove {n} + {name}" if n else name] = [*removal, boost]
     return found
 
 
-def _random(sae: Any, made: CauseCorrection, acts: torch.Tensor, seed: int) -> CauseCorrection:
+def _random(sae: Any, made: list[AddVectors], acts: torch.Tensor, seed: int) -> list[AddVectors]:
     """As many random active latents, removed in part, so that the mean norm of the change is the same."""
-    active = [int(j) for j in (acts > 0).any(0).nonzero()[:, 0] if int(j) not in made.latents]
-    drawn = np.random.default_rng(seed).choice(active, len(made.latents), replace=False)
-    other = CauseCorrection(tuple(int(j) for j in drawn), -sae.W_dec.detach().float()[drawn.tolist()])
-    return CauseCorrection(other.latents, other.change * (made.norm(acts) / other.norm(acts)))
+    taken = {j for item in made for j in item.latents}
+    active = [int(j) for j in (acts > 0).any(0).nonzero()[:, 0] if int(j) not in taken]
+    n = sum(len(item.latents) for item in made)
+    drawn = [int(j) for j in np.random.default_rng(seed).choice(active, n, replace=False)]
+    other = AddVectors(latents=tuple(drawn), vectors=-sae.W_dec.detach().float()[drawn], where=patches())
+    return [replace(other, strength=mean_step(made, acts) / mean_step([other], acts))]
 
 
 def report_run(settings: Settings) -> Path:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
 from sae_lens_maira.cli.parser import run_recipe
@@ -23,13 +22,13 @@ from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.interface import chosen_studies, finding_reader, named_model
 from sae_lens_maira.io import atomic_write
 from sae_lens_maira.latents import split_by_patient
-from sae_lens_maira.maira2 import Maira2, generate_reports
+from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
 from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
-from sae_lens_maira.steering import Intervention, steering
+from sae_lens_maira.steering import Intervention, steered_reports
 from sae_lens_maira.steering.correction import (
     Correction,
     best_of,
@@ -96,20 +95,7 @@ class Arms:
         file = self.folder / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
-        texts: list[str] = []
-        for start in tqdm(range(0, len(studies), 32), desc=name, leave=False):
-            part = list(studies[start : start + 32])
-            if items:
-                encoding = self.maira.processor.encode(part).to(
-                    self.maira.model.device, self.maira.model.dtype
-                )
-                with steering(self.maira, self.sae, self.hook, items, encoding, require_effect=False) as run:
-                    texts += [report.text for report in run.reports(self.maira.processor, self.budget)]
-            else:
-                plain = generate_reports(
-                    self.maira.model, self.maira.processor, part, max_new_tokens=self.budget
-                )
-                texts += [report.text for report in plain]
+        texts = steered_reports(self.maira, self.sae, self.hook, items, studies, self.budget)
         atomic_write(file, json.dumps(texts))
         return texts
 

@@ -1,16 +1,10 @@
-"""Correct a model by the causes of its errors: change, per latent, only what causes a false or a missing statement.
+"""Gather the causes of a model's errors: attributions of false, right and missing statements over studies.
 
-    h'(p) = h(p) + sum over chosen latents j of a_j(p) c_j          at the frontal patches
-    c_j = -share (W_j . u) u      removes the part of j that causes a false statement
-    c_j = (factor - 1) (W_j . u) u      strengthens the part of j that a missing statement needs
-
-u is the mean direction of the statement's gradient at its causal patches, made orthogonal to those of the statements
-that are to be spared. Latents are ranked by attribution. A latent that is silent changes nothing, so the correction is
-conditional on what else the image shows.
+Per kind of statement, the mean effect of every latent at the frontal patches, and the mean direction u of the gradient
+at the causal patches. `steering.correction.along` makes corrections of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +16,6 @@ from sae_lens_maira.attribution.residual import ResidualRun
 from sae_lens_maira.attribution.sentences import Sentence, report_sentences
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.hooks import HookedMaira2
-from sae_lens_maira.maira2 import Maira2Encoding
 
 
 class Causes:
@@ -98,90 +91,4 @@ def gather(
         into.add(latents, (weight[:, None] * unit).sum(0) / weight.sum().clamp(min=1e-12))
 
 
-@dataclass(frozen=True)
-class CauseCorrection:
-    """A change per unit of activation of some latents.
-
-    Attributes:
-        latents: The latents.
-        change: (n, d_model) what a unit of activation of each adds to the stream.
-    """
-
-    latents: tuple[int, ...]
-    change: torch.Tensor
-
-    @staticmethod
-    def along(
-        sae: SAE[Any], latents: Sequence[int], direction: torch.Tensor, amount: float
-    ) -> "CauseCorrection":
-        """Change the part of some decoder rows along a unit direction by a multiple of itself (-1 removes it)."""
-        rows = sae.W_dec.detach().float()[list(latents)]
-        return CauseCorrection(tuple(latents), amount * (rows @ direction)[:, None] * direction)
-
-    def __add__(self, other: "CauseCorrection") -> "CauseCorrection":
-        if not self.latents or not other.latents:
-            return self if self.latents else other
-        return CauseCorrection(self.latents + other.latents, torch.cat([self.change, other.change]))
-
-    @torch.no_grad()
-    def reports(
-        self,
-        hooked: HookedMaira2,
-        sae: SAE[Any],
-        hook_name: str,
-        studies: Sequence[Any],
-        max_new_tokens: int | None = None,
-        batch: int = 32,
-    ) -> list[str]:
-        """Greedy reports of some studies with the correction; without any edit if it has no latents."""
-        processor: Any = hooked.processor
-        texts: list[str] = []
-        for start in range(0, len(studies), batch):
-            encoding = processor.encode(list(studies[start : start + batch]))
-            edits = [(hook_name, self._edit(sae, encoding))] if self.latents else []
-            with hooked.hooks(fwd_hooks=edits):
-                found = hooked.generate(encoding, return_type="reports", max_new_tokens=max_new_tokens)
-            texts += [report.text for report in found]
-        return texts
-
-    def norm(self, acts: torch.Tensor) -> float:
-        """Mean norm of the change over rows of activations (n, d_sae)."""
-        return float((acts[:, list(self.latents)] @ self.change).norm(dim=1).mean()) if self.latents else 0.0
-
-    def _edit(self, sae: SAE[Any], encoding: Maira2Encoding) -> Any:
-        frontal = encoding.view == 0
-        length = frontal.shape[1]
-
-        def edit(value: torch.Tensor, hook: Any) -> torch.Tensor | None:
-            if value.shape[1] < length:
-                return None  # a decoding step with a cache
-            here = frontal.to(value.device)
-            acts = sae.encode(value[here].to(sae.W_dec))[:, list(self.latents)].float()
-            edited = value.clone()
-            edited[here] = (value[here].float() + acts @ self.change).to(value.dtype)
-            return edited
-
-        return edit
-
-
-def spared(direction: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(d_model,) unit part of a direction that is orthogonal to other directions.
-
-    Raises:
-        InterventionError: Nothing is left of it.
-    """
-    left = direction
-    if others:
-        basis = torch.linalg.qr(torch.stack(list(others), 1)).Q
-        left = direction - basis @ (basis.T @ direction)
-    if not bool(left.norm() > 1e-6):
-        raise InterventionError(
-            "The direction is in the span of those that are to be spared. Spare fewer statements."
-        )
-    return left / left.norm()
-
-
-NOTHING = CauseCorrection((), torch.zeros(0, 1))
-"""No correction."""
-
-__all__ = ["NOTHING", "CauseCorrection", "Causes", "gather", "spared"]
+__all__ = ["Causes", "gather"]

@@ -36,7 +36,7 @@ _TEXT_NAMES = (
 )  # fmt: skip
 _SCORE_NAMES = (
     "score", "detection_score", "detection", "interpretation_score", "interpretability_score",
-    "interpretability", "f1", "f1_score", "balanced_accuracy", "accuracy", "auroc", "auc", "correlation",
+    "interpretability", "fuzzing", "f1", "f1_score", "balanced_accuracy", "accuracy", "auroc", "auc", "correlation",
 )  # fmt: skip
 _PERCENT = re.compile(r"percent|pct|%", re.IGNORECASE)
 
@@ -148,14 +148,15 @@ def _read(file: Path) -> pd.DataFrame:
             frame = pd.read_parquet(file)
             return frame if frame.index.equals(pd.RangeIndex(len(frame))) else frame.reset_index()
         if suffix in (".csv", ".tsv"):
-            return pd.read_csv(file, sep="\t" if suffix == ".tsv" else None, engine="python")
+            sep = "\t" if suffix == ".tsv" else None
+            return pd.read_csv(file, sep=sep, engine="python", encoding="utf-8-sig")
         if suffix not in TABLE_SUFFIXES:
             raise RecordError(
                 f"{file} ends in {suffix or 'nothing'}; expected one of {', '.join(TABLE_SUFFIXES)}."
             )
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if suffix in (".jsonl", ".ndjson"):
-            return pd.DataFrame([json.loads(line) for line in text.splitlines() if line.strip()])
+            return _records([json.loads(line) for line in text.splitlines() if line.strip()])
         frame = _frame_of(json.loads(text))
     except (ValueError, OSError, RecursionError) as error:
         if isinstance(error, RecordError):
@@ -170,7 +171,7 @@ def _frame_of(value: Any) -> pd.DataFrame | None:
     """A frame from JSON: every shape that `read_interpretations` names, None from anything else."""
     if isinstance(value, list):
         if value and all(isinstance(row, dict) for row in value):
-            return pd.DataFrame(value)
+            return _records(value)
         is_table = len(value) > 0 and all(isinstance(row, list) and len(row) > 1 for row in value)
         return pd.DataFrame(value).rename(columns=str) if is_table else None  # orient="values"
     if not isinstance(value, dict) or not value:
@@ -182,7 +183,10 @@ def _frame_of(value: Any) -> pd.DataFrame | None:
         return _frame_of(value["data"])
     if all(_index_of(key) is not None for key in value):  # {latent: text or record}, orient="index"
         rows = [row if isinstance(row, dict) else {"interpretation": row} for row in value.values()]
-        return _with_index(pd.DataFrame(rows), [_index_of(key) for key in value])
+        if any(
+            isinstance(entry, str) for row in rows for entry in row.values()
+        ):  # else keys such as "layer_15"
+            return _with_index(_records(rows), [_index_of(key) for key in value])
     columns = list(value.values())
     if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
         if columns[0] and not isinstance(columns[0][0], (dict, list)):
@@ -199,6 +203,11 @@ def _frame_of(value: Any) -> pd.DataFrame | None:
         if frame is not None:
             return frame
     return None
+
+
+def _records(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A frame of records; the entries of a mapping inside a record are columns, such as "scores_detection"."""
+    return pd.json_normalize(rows, sep="_")
 
 
 def _with_index(frame: pd.DataFrame, index: Any) -> pd.DataFrame:
@@ -275,7 +284,8 @@ def _scores(column: pd.Series, name: str, file: Path, notes: list[str]) -> pd.Se
 
 
 def _by_name(columns: dict[str, str], names: Sequence[str], fits: Any) -> str | None:
-    normal = {re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_"): column for column in columns.values()}
+    spaced = {re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", column): column for column in columns.values()}
+    normal = {re.sub(r"[^a-z0-9]+", "_", key.lower()).strip("_"): column for key, column in spaced.items()}
     exact = [normal[name] for name in names if name in normal and fits(normal[name])]
     if exact:
         return exact[0]

@@ -19,7 +19,7 @@ import torch
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import StudyError
-from sae_lens_maira.stats import bootstrap, f1, f1_of_firing
+from sae_lens_maira.stats import bootstrap, f1, f1_of_firing, interval
 
 
 class Encoder(Protocol):
@@ -266,5 +266,5 @@ def paired_difference(a: Agreement, b: Agreement) -> Difference:
             f"{len(b.findings)}; a paired comparison needs the same ones, so score both with the same split and seed."
         )
     samples = (a.samples - b.samples).mean(1)
-    low, high = np.quantile(samples, [0.025, 0.975])
+    low, high = interval(samples)
     return Difference(float((a.f1 - b.f1).mean()), float(low), float(high))

@@ -349,7 +349,7 @@ class _Sums:
             width=width,
             role=role,
             rows=self.rows,
-            explained_variance=explained_by_sums(float(self.error[level]), self.variance),
+            explained_variance=float(explained_by_sums(float(self.error[level]), self.variance)),
             explained_variance_per_token=float(self.per_token[level]) / self.rows
             if self.variance > 0
             else math.nan,

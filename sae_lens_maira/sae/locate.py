@@ -20,7 +20,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_maira.errors import SAEError
-from sae_lens_maira.stats import bootstrap
+from sae_lens_maira.stats import bootstrap, explained_by_sums
 
 LocateBatch = tuple[Mapping[str, Tensor], np.ndarray, np.ndarray]
 """Rows by hook point (n, d_in), number of each row's study (n,), and its kind (n,) as text such as "image"."""
@@ -195,4 +195,4 @@ class _StudySums:
     def resampled(self, weights: np.ndarray) -> np.ndarray:
         """(draws,) explained variance under weights (draws, n_studies)."""
         residual = np.asarray(list(self.residual.values()))
-        return 1 - (weights @ residual) / np.maximum(weights @ self._variances(), 1e-300)
+        return explained_by_sums(weights @ residual, weights @ self._variances())

@@ -4,6 +4,7 @@ from sae_lens_maira.steering.engine import Effect
 from sae_lens_maira.steering.interventions import (
     Ablate,
     Add,
+    AddVectors,
     AtLeast,
     AtMost,
     Direction,
@@ -17,11 +18,12 @@ from sae_lens_maira.steering.interventions import (
 )
 from sae_lens_maira.steering.maps import LatentMap, difference_map, map_directions, mean_patch_maps
 from sae_lens_maira.steering.positions import Schedule
-from sae_lens_maira.steering.run import Steering, steering
+from sae_lens_maira.steering.run import Steering, steered_reports, steering
 
 __all__ = [
     "Ablate",
     "Add",
+    "AddVectors",
     "AtLeast",
     "AtMost",
     "Direction",
@@ -39,5 +41,6 @@ __all__ = [
     "map_directions",
     "mean_patch_maps",
     "save_interventions",
+    "steered_reports",
     "steering",
 ]

@@ -2,22 +2,28 @@
 
     h' = h + sum_suppress -share a_j W_j + sum_boost (factor - 1) a_j W_j          at the frontal patches
 
-Both parts multiply activations that the image itself causes, so an image without them is left alone. Latents are
-ranked on studies with known errors and judged on others, by the change of the label F1 over all findings, with random
-latents that change the stream as much as control.
+Both parts multiply activations that the image itself causes, so an image without them is left alone. `along` changes
+only a part of the decoder rows, along a unit direction u such as a statement's mean gradient (`attribution.causes`):
+
+    h' = h + sum_j a_j c_j,     c_j = -share (W_j . u) u  to remove it,     c_j = (factor - 1) (W_j . u) u  to boost it
+
+Latents are ranked on studies with known errors and judged on others, by the change of the label F1 over all findings,
+with random latents that change the stream as much as control.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from sae_lens import SAE
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.latents import Encoder
 from sae_lens_maira.stats import bootstrap, f1
-from sae_lens_maira.steering.interventions import Intervention, Scale
+from sae_lens_maira.steering.interventions import AddVectors, Intervention, Scale
 from sae_lens_maira.steering.maps import mean_patch_maps
 from sae_lens_maira.steering.positions import patches
 from sae_lens_maira.studies import FindingReader
@@ -60,6 +66,44 @@ class Correction:
         for latents, amount in ((self.suppress, -self.share), (self.boost, self.factor - 1)):
             total += amount * acts[:, list(latents)] @ decoder[list(latents)]
         return float(total.norm(dim=1).mean())
+
+
+def along(sae: SAE[Any], latents: Sequence[int], direction: torch.Tensor, amount: float) -> AddVectors:
+    """Change the part of decoder rows along a unit direction (d_model,) by a multiple of itself, at frontal patches.
+
+    Args:
+        sae: SAE whose latents are meant.
+        latents: The latents.
+        direction: Unit direction; made orthogonal to others by `spared`.
+        amount: -1 removes the part.
+    """
+    rows = sae.W_dec.detach().float()[list(latents)]
+    return AddVectors(
+        latents=tuple(latents), vectors=amount * (rows @ direction)[:, None] * direction, where=patches()
+    )
+
+
+def mean_step(items: Sequence[AddVectors], acts: torch.Tensor) -> float:
+    """Mean norm of the change by `items` over rows of activations (n, d_sae)."""
+    steps = torch.stack([acts[:, list(one.latents)] @ one.vectors for one in items])
+    return float(steps.sum(0).norm(dim=1).mean())
+
+
+def spared(direction: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(d_model,) unit part of a direction that is orthogonal to other directions.
+
+    Raises:
+        InterventionError: Nothing is left of it.
+    """
+    left = direction
+    if others:
+        basis = torch.linalg.qr(torch.stack(list(others), 1)).Q
+        left = direction - basis @ (basis.T @ direction)
+    if not bool(left.norm() > 1e-6):
+        raise InterventionError(
+            "The direction is in the span of those that are to be spared. Spare fewer statements."
+        )
+    return left / left.norm()
 
 
 def tied_to_errors(

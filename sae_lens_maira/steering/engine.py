@@ -18,7 +18,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens_maira.errors import InterventionError
 from sae_lens_maira.maira2 import Maira2Encoding
 from sae_lens_maira.sae import MatryoshkaSAE
-from sae_lens_maira.steering.interventions import Direction, Intervention, LatentIntervention
+from sae_lens_maira.steering.interventions import AddVectors, Direction, Intervention, LatentIntervention
 from sae_lens_maira.steering.positions import Layout
 
 LARGEST_SHARE = 4
@@ -240,6 +240,11 @@ class Engine:
             )
         if len(set(latents)) < len(latents):
             raise InterventionError(f"Latents {latents} contain one twice; name each once.")
+        if isinstance(item, AddVectors) and item.vectors.shape != (len(latents), d_model):
+            raise InterventionError(
+                f"The vectors have shape {tuple(item.vectors.shape)}; {len(latents)} latents and a stream of {d_model} "
+                f"dimensions need ({len(latents)}, {d_model})."
+            )
         units = torch.ones(d_sae)
         if item.needs_unit:
             if p99 is None or p99.shape != (d_sae,):
@@ -331,7 +336,12 @@ class Engine:
                     key = subset.slots(torch.tensor(item.if_latent[:1], dtype=torch.long))
                     gate = gate & (acts[:, key] > self._thresholds[i])
                 value = value.expand_as(current)
-                new[:, slots] = torch.where(gate, item.change(current, value, weight[:, None]), current)
+                if isinstance(item, AddVectors):
+                    amount = torch.where(gate, value * weight[:, None] * acts[:, slots], 0.0)
+                    delta += (amount @ item.vectors.to(amount)).to(h.device)
+                    changed |= amount.any(1).to(h.device)
+                else:
+                    new[:, slots] = torch.where(gate, item.change(current, value, weight[:, None]), current)
         if subset is not None and acts is not None and new is not None:
             moved = (new != acts).any(1)
             if bool(moved.any()):

@@ -3,6 +3,7 @@
     h' = h + (a' - a) W_dec,      a = encode(h)
     add     a' = a + s w u        set  a' = s w u       at_least  a' = max(a, s w u)
     at_most a' = a + w (min(a, s u) - a)     scale  a' = a + w (s a - a)     ablate  a' = a - w a
+    add_vectors h' = h + s w a V,  with vectors V of the caller in place of decoder rows
 
 s is the strength, u the unit (the p99 of the latent, or 1) and w the weight of the schedule at the position; where w
 is 0 nothing happens. Strength 0 of `SetTo` and `AtMost` is a value and not a no-op.
@@ -196,6 +197,28 @@ class Ablate(LatentIntervention):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class AddVectors(LatentIntervention):
+    """Let latents write vectors (n, d_model) besides their decoder rows, in proportion to their own activation.
+
+    A latent that is silent changes nothing. The activations are those before any intervention.
+    """
+
+    vectors: torch.Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vectors.ndim != 2 or not bool(torch.isfinite(self.vectors).all()):
+            raise InterventionError(
+                f"The vectors have shape {tuple(self.vectors.shape)}; they must be finite, (latents, d_model)."
+            )
+
+    @property
+    def is_factor(self) -> bool:
+        """Always True."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Direction(Intervention):
     """Add a direction (d_model,): h' = h + s w v, or with `relative` h' = h + s w |h| v / |v|."""
 
@@ -219,7 +242,7 @@ FORMAT = "sae-lens-maira interventions 1"
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        *(Add, SetTo, AtLeast, AtMost, Scale, Ablate, Direction),
+        *(Add, SetTo, AtLeast, AtMost, Scale, Ablate, AddVectors, Direction),
         *(positions.Both, positions.Either, positions.Roles, positions.Window, positions.Patches),
     )
 }

@@ -26,6 +26,7 @@ from sae_lens_maira.maira2 import (
     Maira2ForConditionalGeneration,
     Maira2Processor,
     ParsedReport,
+    generate_reports,
 )
 from sae_lens_maira.steering.engine import Effect, Engine
 from sae_lens_maira.steering.interventions import Intervention
@@ -139,6 +140,39 @@ def steering(
             stack.callback(handle.remove)
         yield run
     engine.require(require_effect)
+
+
+def steered_reports(
+    maira: Maira2,
+    sae: SAE[Any] | None,
+    hook_name: str,
+    interventions: Sequence[Intervention],
+    studies: Sequence[Any],
+    max_new_tokens: int = MAX_NEW_TOKENS["findings"],
+    batch_size: int = 32,
+) -> list[str]:
+    """Greedy reports of studies under interventions; the model's own without any.
+
+    Args:
+        maira: The model.
+        sae: SAE whose latents are meant; None if there are only directions.
+        hook_name: A hook point of shape (B, L, d_model) inside the decoder.
+        interventions: What to do, in order; may be empty, and may change nothing in some studies.
+        studies: What to report on.
+        max_new_tokens: Maximum length of a report.
+        batch_size: Studies per forward.
+    """
+    texts: list[str] = []
+    for start in range(0, len(studies), batch_size):
+        part = list(studies[start : start + batch_size])
+        if interventions:
+            encoding = maira.processor.encode(part).to(maira.model.device, maira.model.dtype)
+            with steering(maira, sae, hook_name, interventions, encoding, require_effect=False) as run:
+                reports = run.reports(maira.processor, max_new_tokens)
+        else:
+            reports = generate_reports(maira.model, maira.processor, part, max_new_tokens=max_new_tokens)
+        texts += [report.text for report in reports]
+    return texts
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def check(frame):
         ("feature_idx", "llm_description", "f1"),
         ("index", "label", "balanced_accuracy"),
         ("zz", "qq", "detection_score_mean"),
+        ("FeatureID", "shortLabel", "fuzzScore"),
     ],
     ids=lambda names: names[0],
 )
@@ -67,8 +68,10 @@ def test_column_names(suffix, names, tmp_path):
         {f"latent_{r['latent']}": {"explanation": r["interpretation"], "f1": r["score"]} for r in ROWS},
         {"meta": {"model": "m"}, "interpretations": ROWS},
         {"feature": [0, 3, 6], "explanation": TEXTS, "score": SCORES},
+        {"sae": {"layer_15": {"latents": ROWS}}},
+        [{"id": r["latent"], "text": r["interpretation"], "scores": {"detection": r["score"]}} for r in ROWS],
     ],
-    ids=["by latent", "by named latent", "below a key", "columns"],
+    ids=["by latent", "by named latent", "below a key", "columns", "below a layer", "scores in a mapping"],
 )
 def test_shapes_of_json(value, tmp_path):
     (tmp_path / "table.json").write_text(json.dumps(value))
@@ -105,6 +108,13 @@ def test_a_folder_gives_one_frame(tmp_path):
     frame = read_interpretations(tmp_path)
     assert frame["source"].tolist() == ["b.parquet", "b.parquet", "ef2/a.csv"]
     assert sorted(frame["latent"]) == [0, 3, 6]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    """Excel writes UTF-8 with a mark, and semicolons where the comma is the decimal sign."""
+    frame = pd.DataFrame(renamed("zz", "qq"))
+    frame.to_csv(tmp_path / "t.csv", index=False, sep=";", encoding="utf-8-sig")
+    check(read_interpretations(tmp_path / "t.csv", latent="zz"))
 
 
 def test_columns_can_be_named(tmp_path):

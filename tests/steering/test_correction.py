@@ -1,4 +1,4 @@
-"""Correction: twins move the stream as much, counts and F1 by hand, multiplied latents leave empty images alone."""
+"""Correction: controls move the stream as much, parts of rows, counts and F1 by hand, empty images stay as they are."""
 
 from dataclasses import replace
 
@@ -8,16 +8,21 @@ import torch
 
 from sae_lens_maira.activations import RowSettings, read_rows
 from sae_lens_maira.errors import InterventionError
-from sae_lens_maira.steering import steering
+from sae_lens_maira.steering import Ablate, AddVectors, steered_reports, steering
 from sae_lens_maira.steering.correction import (
     Correction,
+    along,
     best_of,
     f1_change,
     label_counts,
+    mean_step,
     micro_f1,
     random_control,
+    spared,
     tied_to_errors,
 )
+from sae_lens_maira.steering.engine import Engine
+from sae_lens_maira.steering.positions import patches
 
 pytestmark = pytest.mark.compat
 HOOK = "blocks.3.hook_resid_post"
@@ -106,3 +111,55 @@ def test_the_milder_of_equals_is_chosen_and_nothing_is_refused():
     assert best_of([(mild, counts), (strong, counts)]) is mild
     with pytest.raises(InterventionError, match="no latent"):
         Correction().interventions()
+
+
+def test_a_part_is_removed_and_the_rest_of_the_row_stays(steering_sae):
+    """The change along a direction is the row's own part there; amount -1 leaves nothing of it."""
+    u = torch.nn.functional.normalize(torch.randn(128), dim=0)
+    made, rows = along(steering_sae, [3, 5], u, -1.0), steering_sae.W_dec.detach()[[3, 5]]
+    left = rows + made.vectors
+    torch.testing.assert_close(left @ u, torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(left, rows - (rows @ u)[:, None] * u)
+    acts = torch.zeros(2, 64)
+    acts[0, 5] = 2.0
+    assert mean_step([made], acts) == pytest.approx(float((rows[1] @ u).abs()), rel=1e-5)
+
+
+def test_a_spared_direction_keeps_no_part_of_the_others():
+    a, b, c = torch.randn(3, 16)
+    left = spared(a, [b, c])
+    assert float(left.norm()) == pytest.approx(1, abs=1e-5)
+    assert float((left @ b).abs()) < 1e-4
+    assert float((left @ c).abs()) < 1e-4
+    with pytest.raises(InterventionError, match="span"):
+        spared(b, [2 * b])
+
+
+def test_vectors_that_are_negative_rows_ablate(phantom, few, steering_sae):
+    """Latents that write the negative of their rows are ablated; without activation nothing changes."""
+    encoding = phantom.processor.encode(few)
+    chosen = (3, 9)
+    vectors = -steering_sae.W_dec.detach()[list(chosen)]
+    items = [
+        AddVectors(latents=chosen, vectors=vectors, where=patches()),
+        Ablate(latents=chosen, where=patches()),
+    ]
+    hidden = torch.randn(len(few), encoding.input_ids.shape[1], 128)
+    one, other = (Engine(steering_sae, [item], encoding, None, 128)(hidden) for item in items)
+    assert one is not None
+    assert other is not None
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(one, hidden)
+    frontal = encoding.view == 0
+    assert torch.equal(one[~frontal], hidden[~frontal])
+    with pytest.raises(InterventionError, match="need \\(2, 128\\)"):
+        Engine(steering_sae, [replace(items[0], vectors=vectors[:1])], encoding, None, 128)
+
+
+def test_reports_of_many_studies(phantom, few, steering_sae):
+    """No intervention gives the plain reports, in any batches; a strong one gives others."""
+    plain = steered_reports(phantom, steering_sae, HOOK, [], few, 20)
+    assert plain == steered_reports(phantom, None, HOOK, [], few, 20, batch_size=3)
+    u = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(0)), dim=0)
+    strong = AddVectors(latents=tuple(range(64)), vectors=5 * u.expand(64, 128), where=patches())
+    assert steered_reports(phantom, steering_sae, HOOK, [strong], few, 20, batch_size=3) != plain

@@ -11,9 +11,11 @@ from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
 from sae_lens_maira.steering import (
     Ablate,
     Add,
+    AddVectors,
     AtLeast,
     AtMost,
     Direction,
+    Intervention,
     Scale,
     SetTo,
     load_interventions,
@@ -35,6 +37,7 @@ def all_kinds() -> list:
         AtMost(latents=(7,), strength=0.7, if_active=True, where=roles("indication")),
         Scale(latents=(9,), strength=2.0, if_latent=(5, 0.25), where=window(4)),
         Ablate(latents=(2,)),
+        AddVectors(latents=(4, 6), vectors=torch.randn(2, 128, generator=generator), where=patches()),
         Direction(vector=torch.randn(128, generator=generator), strength=-0.2, relative=True),
     ]
 
@@ -43,9 +46,7 @@ def same(left, right) -> bool:
     """Equal in type and in every field, tensors bit for bit."""
     if isinstance(left, torch.Tensor):
         return torch.equal(left, right)
-    if isinstance(left, (Both, Either, Add, SetTo, AtLeast, AtMost, Scale, Ablate, Direction)) or hasattr(
-        left, "weights"
-    ):
+    if isinstance(left, (Both, Either, Intervention)) or hasattr(left, "weights"):
         return type(left) is type(right) and all(
             same(getattr(left, f.name), getattr(right, f.name)) for f in fields(left)
         )
