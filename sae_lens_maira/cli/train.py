@@ -98,7 +98,7 @@ def train(
         torch.manual_seed(options.seed)
         config = _sae_config(sae, width, place)
         config.metadata.hook_name = options.hook_names[0]
-        config.metadata.model_name = "maira2-phantom" if options.model == "phantom" else label(options.model)
+        config.metadata.model_name = label(options.model)
         config.metadata.token_roles = roles
         if not direct:
             config.metadata.activation_store = os.path.relpath(str(options.store), out)

@@ -19,6 +19,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, RowProvider
+from sae_lens_maira.maira2.loading import PHANTOM
 from sae_lens_maira.sae import (
     MatryoshkaSAE,
     MatryoshkaTrainingSAE,
@@ -158,7 +159,7 @@ def _train(values: np.ndarray, hook_name: str, plan: TrainingPlan) -> None:
             control=plan.control,
         )
         config.metadata.hook_name = hook_name
-        config.metadata.model_name = "maira2-phantom"
+        config.metadata.model_name = PHANTOM
         sae = MatryoshkaTrainingSAE(config)
         if plan.data_decoder:
             _start_at_rows(sae, torch.tensor(values))

@@ -39,7 +39,7 @@ def rows_of(store):
 def config(folder, **more):
     given = {
         "dataset_path": "",
-        "model_name": "maira2-phantom",
+        "model_name": "phantom",
         "model_batch_size": 4,
         "hook_name": HOOK,
         "d_in": 128,

@@ -129,10 +129,11 @@ def test_one_seed_of_phantom_studies_everywhere():
     assert found["studies import"] is None  # of one source only; 0 there
 
 
-def test_an_option_from_a_pipe(capsys):
+def test_an_option_from_a_pipe(tmp_path):
     """A configuration may come from a pipe."""
     done = subprocess.run(
         [sys.executable, "-m", "sae_lens_maira", "quickstart", "--config", "/dev/stdin"],
+        cwd=tmp_path,
         input="studies: -5\n",
         capture_output=True,
         text=True,

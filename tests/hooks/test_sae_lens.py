@@ -14,6 +14,7 @@ from sae_lens_maira.errors import HookError, PromptError
 from sae_lens_maira.hooks import HookedMaira2, Maira2ActivationsStore, Maira2Evaluator, maira2_runner
 from sae_lens_maira.maira2 import TokenRole, role_mask
 from sae_lens_maira.maira2.versions import has_transformer_bridge
+from sae_lens_maira.phantom import generate_studies
 
 pytestmark = [
     pytest.mark.compat,
@@ -66,6 +67,22 @@ def test_saelens_runner_trains_on_studies(
             plain = host(encoding)
             difference = (host.run_with_saes(encoding, saes=sae, use_error_term=True) - plain).abs().max()
         assert difference <= 1e-5 * plain.abs().max()
+
+
+def test_saelens_runner_trains_on_the_phantom_by_its_name(tmp_path: Path) -> None:
+    """The name that the runner records is the name that loads the model; plain SAELens reads the SAE."""
+    hooked = HookedMaira2.from_pretrained("phantom")
+    sae = BatchTopKTrainingSAEConfig(d_in=128, d_sae=64, k=4)
+    out = str(tmp_path / "out")
+    runner = maira2_runner(hooked, generate_studies(4, seed=7), sae, RESID, 4 * 64, output_path=out, **SMALL)
+    trained = runner.run()
+    metadata = SAE.load_from_disk(out).cfg.metadata
+    assert (metadata.model_name, metadata.hook_name) == ("phantom", RESID)
+    again = HookedMaira2.from_pretrained(metadata.model_name)
+    study = generate_studies(1, seed=8)[0]
+    with torch.no_grad():
+        logits = again.run_with_saes(study, saes=trained, use_error_term=True)
+        assert torch.allclose(logits, hooked(study), atol=1e-4)
 
 
 @pytest.mark.parametrize("roles", ["image_only", "paper", TokenRole.REPORT])
