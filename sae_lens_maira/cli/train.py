@@ -37,6 +37,8 @@ def train(
     candidates: Literal["auto", "off", "bf16", "tf32"] = "off",
     autocast: bool = False,
     sole_writer: bool = True,
+    shard_optimizer: bool = False,
+    cuda_graph: bool = False,
     resume: bool = True,
     estimate: bool = False,
     as_json: bool = False,
@@ -65,6 +67,10 @@ def train(
         autocast: Round the operands of products to bfloat16, as trainer.autocast does. Faster, not exact.
         sole_writer: Reuse norms and bfloat16 copies that the triton optimizer made; false if other code changes the
             weights during the training.
+        shard_optimizer: With several processes, divide the optimizer's state over them: a quarter to a half less memory
+            per process and a shorter update. A killed process then costs the steps since the last checkpoint.
+        cuda_graph: Record steps without dead latents in CUDA graphs, so that the CPU queues two launches per step. Not
+            yet run on a GPU. Where it is not possible the reason is printed.
         resume: Continue from the newest checkpoint; false moves existing checkpoints away and starts again.
         estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
         as_json: Print JSON instead of text.
@@ -114,6 +120,8 @@ def train(
                 candidates=candidates,
                 sole_writer=sole_writer and resolve_backend(backend, place) == "triton",
                 comm=comm,
+                shard_optimizer=shard_optimizer,
+                cuda_graph=cuda_graph,
                 run_settings=settings,
             )
         if steps.checkpoint_path is not None and not resume and not ranks.rank:

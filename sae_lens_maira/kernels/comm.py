@@ -1,13 +1,15 @@
 """Reductions over the processes that share one batch: the interface, a single process, and torch.distributed.
 
 The step of rank r sees its own rows. Selection, losses, thresholds and gradients of the whole batch follow from sums
-and minima over ranks, so every rank applies the same update and weights are sent only once, at the start. Shares of a
-batch may differ in size or be empty.
+and minima over ranks. Either every rank then applies the same update, and weights are sent only once, at the start;
+or each rank receives the sums of its share of the latents, updates these rows and sends them to the others. Shares of
+a batch may differ in size or be empty.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,23 @@ class Communicator(Protocol):
         """One integer per rank, in rank order."""
         ...
 
+    def start_sum_(self, tensor: torch.Tensor, own_rows: bool = False) -> "Pending":
+        """Begin to sum a tensor over ranks in place.
+
+        Args:
+            tensor: Not to be touched before `Pending.wait`.
+            own_rows: Whether each rank needs the sums of its share of the rows only (see `shares`). The other rows
+                are undefined afterwards.
+        """
+        ...
+
+
+class Pending:
+    """Exchanges under way."""
+
+    def wait(self) -> None:
+        """Return when their results can be used; on a GPU, by work that is queued after this call."""
+
 
 class LocalCommunicator:
     """One process: every reduction is the identity."""
@@ -58,6 +77,10 @@ class LocalCommunicator:
     def counts(self, value: int) -> list[int]:
         """Return the one value."""
         return [value]
+
+    def start_sum_(self, tensor: torch.Tensor, own_rows: bool = False) -> Pending:
+        """Do nothing."""
+        return Pending()
 
 
 class ProcessGroupCommunicator:
@@ -85,6 +108,49 @@ class ProcessGroupCommunicator:
     def min_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Elementwise minimum over ranks, in place."""
         return self._reduce(tensor, dist.ReduceOp.MIN)
+
+    def start_sum_(self, tensor: torch.Tensor, own_rows: bool = False) -> Pending:
+        """Begin to sum a tensor.
+
+        With `own_rows` every share is reduced to its owner: the traffic of a reduce-scatter, for shares of any size.
+        """
+        started = _Started(self, tensor)
+        if own_rows:
+            for owner, rows in self._owned(tensor):
+                started.begin(dist.reduce, rows, dst=owner)
+        elif tensor.numel():
+            started.begin(dist.all_reduce, slice(None))
+        return started
+
+    def start_spread_(self, tensor: torch.Tensor) -> Pending:
+        """Begin to overwrite every share of the rows of a tensor with its owner's: an all-gather in place."""
+        started = _Started(self, tensor)
+        for owner, rows in self._owned(tensor):
+            started.begin(dist.broadcast, rows, src=owner)
+        return started
+
+    def collect(self, share: torch.Tensor, length: int) -> torch.Tensor | None:
+        """Rows of all shares, in memory of the host, on rank 0; None on the others.
+
+        Args:
+            share: This rank's rows.
+            length: Rows of all ranks.
+        """
+        own = shares(length, self.size)
+        if self.rank > 0:
+            if len(share):
+                with self._explained():
+                    dist.send(share.contiguous().to(self._device), dst=0)
+            return None
+        whole = torch.empty(length, *share.shape[1:], dtype=share.dtype)
+        whole[own[0]] = share.cpu()
+        for owner, rows in list(enumerate(own))[1:]:
+            part = share.new_empty(rows.stop - rows.start, *share.shape[1:], device=self._device)
+            if len(part):
+                with self._explained():
+                    dist.recv(part, src=owner)
+                whole[rows] = part.cpu()
+        return whole
 
     def counts(self, value: int) -> list[int]:
         """One integer per rank, in rank order."""
@@ -116,9 +182,40 @@ class ProcessGroupCommunicator:
             dist.all_reduce(sent, op)
         return tensor if direct else tensor.copy_(sent)
 
+    def _owned(self, tensor: torch.Tensor) -> list[tuple[int, slice]]:
+        """Owner and rows of every share that is not empty."""
+        return [(r, rows) for r, rows in enumerate(shares(len(tensor), self.size)) if rows.start < rows.stop]
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
             raise self._ranks.explain(error) from error
+
+
+def shares(length: int, size: int) -> list[slice]:
+    """Rows that each rank owns; they differ by at most one in number and may be none."""
+    edges = [length * rank // size for rank in range(size + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+class _Started(Pending):
+    """Exchanges of one tensor, or of a copy of it where the group needs another device or memory order."""
+
+    def __init__(self, comm: ProcessGroupCommunicator, tensor: torch.Tensor) -> None:
+        direct = tensor.is_contiguous() and tensor.device.type == comm._device.type
+        self._comm, self._tensor, self._works = comm, tensor, []
+        self._sent = tensor if direct else tensor.contiguous().to(comm._device)
+
+    def begin(self, exchange: Callable[..., Any], rows: slice, **options: int) -> None:
+        """Begin an exchange of some rows."""
+        with self._comm._explained():
+            self._works.append(exchange(self._sent[rows], async_op=True, **options))
+
+    def wait(self) -> None:
+        with self._comm._explained():
+            for work in self._works:
+                work.wait()
+        if self._sent is not self._tensor:
+            self._tensor.copy_(self._sent)

@@ -107,6 +107,7 @@ def fused_step(
     workspace: Workspace | None = None,
     comm: Communicator | None = None,
     out: Gradients | None = None,
+    own_rows: bool = False,
 ) -> StepResult:
     """Losses, gradients and sparse activations of one batch.
 
@@ -120,6 +121,7 @@ def fused_step(
         workspace: Buffers reused between steps.
         comm: Reductions over ranks; None means one process.
         out: Buffers (d_sae, d_in) that W_enc_t's and W_dec's gradients are written to.
+        own_rows: Whether those two gradients are wanted for this rank's share of the latents only.
 
     Raises:
         BackendError: shapes, types or the backend do not fit.
@@ -139,7 +141,7 @@ def fused_step(
         from sae_lens_maira.kernels.triton_stages import TRITON  # triton is imported only when it runs
 
         stages = TRITON
-    return run_stages(stages, weights, x, spec, dead, workspace or Workspace(), group, out)
+    return run_stages(stages, weights, x, spec, dead, workspace or Workspace(), group, out, own_rows)
 
 
 def _check(weights: Weights, x: torch.Tensor, spec: StepSpec) -> None:

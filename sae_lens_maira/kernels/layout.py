@@ -5,7 +5,7 @@ Bag number row * L + level, bag boundaries `offsets` (B L + 1,). By latent: a st
 boundaries `pointers` (d_sae + 1,). Nothing here waits for a device.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -68,11 +68,14 @@ def sort_by_latent(cols: torch.Tensor, d_sae: int) -> tuple[torch.Tensor, torch.
     return order, latents, torch.searchsorted(latents, constants(range(d_sae + 1), torch.int32, cols.device))
 
 
-@lru_cache(maxsize=64)
+@cache
 def constants(
     values: tuple[float, ...] | range, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """A tensor of fixed numbers on a device, made once: a copy from the host would make the host wait."""
+    """A tensor of fixed numbers on a device, made once: a copy from the host would make the host wait.
+
+    It is kept for good, since a captured CUDA graph may read it.
+    """
     if isinstance(values, range):
         return torch.arange(values.start, values.stop, values.step, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, device=device)

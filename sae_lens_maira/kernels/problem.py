@@ -148,11 +148,13 @@ class StepResult:
         aux_loss: Auxiliary loss with its coefficient, 0-d.
         sae_out: (rows of this rank, d_in) reconstruction of the last level.
         acts: Kept entries of this rank's rows.
-        gradients: Gradients of `loss`, summed over ranks.
+        gradients: Gradients of `loss`, summed over ranks; of the two matrices perhaps this rank's share of the latents
+            only, with other rows undefined (`own_rows`).
         squares: (2,) sums of squares of W_dec's and W_enc's gradients, where the backend has them; else None.
         fired: (d_sae,) tokens each latent fired on.
         min_positive: Smallest kept activation, 0-d; inf if nothing fired.
         tokens: Rows of the whole batch.
+        n_dead: Dead latents that the auxiliary loss used.
         backend: The backend that ran.
     """
 
@@ -166,4 +168,5 @@ class StepResult:
     fired: torch.Tensor
     min_positive: torch.Tensor
     tokens: int
+    n_dead: int = 0
     backend: str

@@ -16,7 +16,7 @@ import torch
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import scores, sparse
 from sae_lens_maira.kernels.auxiliary import add_aux_loss
-from sae_lens_maira.kernels.comm import Communicator
+from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator
 from sae_lens_maira.kernels.layout import constants
 from sae_lens_maira.kernels.problem import DeadMask, Gradients, SparseActs, StepResult, StepSpec, Weights
 from sae_lens_maira.kernels.selection import Selected, refuse_broken, select_and_lay_out
@@ -39,6 +39,20 @@ class Stages(NamedTuple):
 SPARSE = Stages("sparse", scores.encode, select_and_lay_out, sparse.prefix_decode, sparse.latent_backward)
 
 
+class Attempt(NamedTuple):
+    """The passes over one selection, and what the rest of the step needs of them."""
+
+    batch: int
+    tokens: int
+    xc: torch.Tensor
+    found: Any
+    kept: Selected
+    decoded: Decoded
+    grads: LatentGradients
+    fired: torch.Tensor
+    dead: torch.Tensor | None
+
+
 @torch.no_grad()
 def run_stages(
     stages: Stages,
@@ -49,8 +63,59 @@ def run_stages(
     workspace: Workspace,
     comm: Communicator,
     gradients: Gradients | None = None,
+    own_rows: bool = False,
 ) -> StepResult:
     """Losses and gradients of one batch on one backend; see `dispatch.fused_step`."""
+    for attempt in _attempts(stages, weights, x, spec, dead, workspace, comm, gradients):
+        numbers = _numbers(attempt, spec)
+        found = None if numbers is None else numbers.tolist()
+        right, n_dead = _read(found, attempt.kept.check is not None)
+        if right:
+            break
+    else:
+        raise AssertionError("the last attempt of a selection is right")
+    workspace.threshold = attempt.kept.threshold
+    return _finish(stages, weights, x, spec, comm, attempt, n_dead, own_rows)
+
+
+@torch.no_grad()
+def first_attempt(
+    stages: Stages,
+    weights: Weights,
+    x: torch.Tensor,
+    spec: StepSpec,
+    dead: DeadMask,
+    workspace: Workspace,
+    gradients: Gradients,
+) -> tuple[StepResult, torch.Tensor, torch.Tensor]:
+    """The step as if its first selection were right and no latent dead; sizes are fixed and nothing is read back.
+
+    `workspace.threshold` has to be on the device.
+
+    Returns:
+        The result; the threshold for the next step; and numbers (int64): whether the selection is right, three more
+        of it, the number of dead latents (of each level, if levels have their own), and whether the loss is finite.
+    """
+    comm = LocalCommunicator()
+    attempt = next(_attempts(stages, weights, x, spec, dead, workspace, comm, gradients))
+    result = _finish(stages, weights, x, spec, comm, attempt, [0], own_rows=False)
+    numbers, threshold = _numbers(attempt, spec), attempt.kept.threshold
+    assert numbers is not None
+    assert isinstance(threshold, torch.Tensor)
+    return result, threshold, torch.cat((numbers, result.loss.isfinite().view(1).to(numbers.dtype)))
+
+
+def _attempts(
+    stages: Stages,
+    weights: Weights,
+    x: torch.Tensor,
+    spec: StepSpec,
+    dead: DeadMask,
+    workspace: Workspace,
+    comm: Communicator,
+    gradients: Gradients | None,
+) -> Iterator[Attempt]:
+    """Encode, then select, decode and go back, once or more often; the first attempt is right as a rule."""
     batch, d_sae = x.shape[0], weights.W_dec.shape[0]
     tokens = sum(comm.counts(batch))
     n = spec.count(tokens)
@@ -74,13 +139,22 @@ def run_stages(
         grads = stages.latent_backward(layout, kept.h, decoded.suffix, operand, W_dec, out, spec.frozen)
         fired = comm.sum_(layout.fired)
         mask = dead if dead is None or isinstance(dead, torch.Tensor) else dead(fired)
-        right, n_dead = _read(kept.check, mask, spec)
-        if right:
-            break
-    else:
-        raise AssertionError("the last attempt of a selection is right")
-    workspace.threshold = kept.threshold
+        yield Attempt(batch, tokens, xc, found, kept, decoded, grads, fired, mask)
 
+
+def _finish(
+    stages: Stages,
+    weights: Weights,
+    x: torch.Tensor,
+    spec: StepSpec,
+    comm: Communicator,
+    attempt: Attempt,
+    n_dead: list[int],
+    own_rows: bool,
+) -> StepResult:
+    """Losses, the auxiliary loss, biases and sums over ranks."""
+    batch, tokens, xc, found, kept, decoded, grads, fired, mask = attempt
+    layout = kept.layout
     db_dec = decoded.suffix[:, 0].sum(dim=0, dtype=x.dtype)
     squared = comm.sum_(decoded.squared)
     level_losses = torch.div(squared, tokens, out=x.new_empty(spec.levels))
@@ -94,43 +168,53 @@ def run_stages(
         squares = None  # of gradients before the auxiliary loss
         loss = loss + aux_loss
 
+    pending = [comm.start_sum_(matrix, own_rows) for matrix in (grads.W_dec, grads.W_enc_t)]
     if spec.centre:
         db_dec.addmv_(weights.W_enc, grads.b_enc, alpha=-1)
-    for gradient in (grads.W_dec, grads.W_enc_t, grads.b_enc, db_dec):
+    for gradient in (grads.b_enc, db_dec):
         comm.sum_(gradient)
     # Comparisons drop NaN silently; a dense step would carry it into the loss, and so does this one.
     loss = torch.add(loss, found.poison(), out=x.new_empty(()))
+    for sums in pending:
+        sums.wait()
     return StepResult(
         loss=loss,
         level_losses=level_losses,
         aux_loss=aux_loss.to(x.dtype),
         sae_out=decoded.errors[-1].add_(x),
-        acts=SparseActs(layout.rows, layout.cols, kept.values, (batch, d_sae)),
+        acts=SparseActs(layout.rows, layout.cols, kept.values, (batch, spec.widths[-1])),
         gradients=Gradients(grads.W_enc_t, grads.b_enc, grads.W_dec, db_dec),
         squares=squares,
         fired=fired,
         min_positive=kept.smallest if comm.size == 1 else comm.min_(kept.smallest.clone()),
         tokens=tokens,
+        n_dead=n_dead[-1],
         backend=stages.name,
     )
 
 
-def _read(check: torch.Tensor | None, dead: torch.Tensor | None, spec: StepSpec) -> tuple[bool, list[int]]:
-    """Whether a selection is right, and how many latents are dead; one copy to the host for both.
+def _numbers(attempt: Attempt, spec: StepSpec) -> torch.Tensor | None:
+    """What the host has to know of an attempt, int64: its check, and how many latents are dead.
 
-    The numbers are those below each level's width where levels have auxiliary losses of their own, else one number.
+    The latter are those below each level's width where levels have auxiliary losses of their own, else one number.
     """
-    numbers = [] if check is None else [check]
+    dead, numbers = attempt.dead, []
+    if attempt.kept.check is not None:
+        numbers.append(attempt.kept.check)
     if dead is not None and spec.aux.kind == "matryoshka":
         ends = constants(tuple(width - 1 for width in spec.widths), torch.int64, dead.device)
         numbers.append(dead.cumsum(0)[ends])
     elif dead is not None and spec.aux.kind != "none":
         numbers.append(dead.sum().view(1))
     if not numbers:
-        return True, [0]
-    found = (numbers[0] if len(numbers) == 1 else torch.cat(numbers)).tolist()
-    if check is None:
-        return True, found
+        return None
+    return numbers[0] if len(numbers) == 1 else torch.cat(numbers)
+
+
+def _read(found: list[int] | None, checked: bool) -> tuple[bool, list[int]]:
+    """Whether a selection is right, and how many latents are dead, from `_numbers`."""
+    if found is None or not checked:
+        return True, found or [0]
     right, _, _, broken = found[:4]
     refuse_broken(broken)
     return bool(right), found[4:] or [0]

@@ -6,6 +6,10 @@
 A program updates one row, so the row's norm costs nothing, and a bfloat16 copy for autocast costs its write. The
 clip scale, the learning rate and the number of the step are read on the device: nothing waits for them. Where
 gradient and moments are all zero, as for a latent that never fired, nothing changes and nothing is written.
+
+Rows that are held at norm 1 lose the part of the gradient along them, and are divided by their norm afterwards:
+
+    d = p / (|p| + 1e-6),   g <- g - (g . d) d,   update,   p <- p / |p|
 """
 
 # pyright: reportCallIssue=false
@@ -16,6 +20,8 @@ import math
 import torch
 import triton
 import triton.language as tl
+
+from sae_lens_maira.kernels.triton_latent_backward import width_and_warps
 
 BLOCK = 1024
 """Elements per turn: 8 per thread with 4 warps, two 128-bit loads of each of four streams."""
@@ -47,6 +53,7 @@ def adam_rows_kernel(
     width,
     SHADOW: tl.constexpr,
     FRESH: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -62,6 +69,9 @@ def adam_rows_kernel(
         m = tl.load(mean + at, mask=inside, other=0.0)
         v = tl.load(square + at, mask=inside, other=0.0)
         p = tl.load(parameter + at, mask=inside, other=0.0)
+        if UNIT:  # the whole row is in this turn
+            length = tl.sqrt(tl.sum(p * p, 0)) + 1e-6
+            g -= tl.sum(g * p, 0) / (length * length) * p
         # NaN must be written, so silence is tested, not activity.
         silent = tl.sum(((g == 0) & (m == 0) & (v == 0)).to(tl.int32), 0) == BLOCK
         write = inside & (silent == 0)
@@ -70,6 +80,10 @@ def adam_rows_kernel(
         p -= step_size * m / (tl.sqrt(v) / root_correction2 + eps)
         tl.store(mean + at, m, mask=write)
         tl.store(square + at, v, mask=write)
+        if UNIT:
+            norm = tl.sqrt(tl.sum(p * p, 0))
+            write = inside & ((silent == 0) | (tl.abs(norm - 1.0) >= 1e-6))
+            p /= norm + 1.1920929e-07
         tl.store(parameter + at, p, mask=write)
         if SHADOW:
             if FRESH:
@@ -77,6 +91,27 @@ def adam_rows_kernel(
             tl.store(shadow + at, p.to(shadow.dtype.element_ty), mask=write)
         total += tl.sum(p * p, 0)
     tl.store(norms + row, tl.sqrt(total))
+
+
+@triton.jit
+def tangent_squares_kernel(squares, gradient, parameter, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < width
+    g = tl.load(gradient + row * width + place, mask=inside, other=0.0)
+    p = tl.load(parameter + row * width + place, mask=inside, other=0.0)
+    length = tl.sqrt(tl.sum(p * p, 0)) + 1e-6
+    g -= tl.sum(g * p, 0) / (length * length) * p
+    tl.store(squares + row, tl.sum(g * g, 0))
+
+
+def tangent_norm(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Norm, 0-d, of a gradient (rows, width) without the part of each row along the parameter's row."""
+    rows, width = parameter.shape
+    block, warps = width_and_warps(width)
+    squares = torch.empty(rows, dtype=parameter.dtype, device=parameter.device)
+    tangent_squares_kernel[(rows,)](squares, gradient, parameter, width, BLOCK=block, num_warps=warps)
+    return squares.sum().sqrt()
 
 
 def next_step(step: torch.Tensor, lr: torch.Tensor, betas: tuple[float, float]) -> torch.Tensor:
@@ -97,6 +132,8 @@ def adam_rows(
     eps: float,
     shadow: torch.Tensor | None = None,
     fresh: bool = False,
+    unit: bool = False,
+    norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Update contiguous float32 (rows, width) tensors in place; row norms (rows,) of the new parameter.
 
@@ -111,9 +148,13 @@ def adam_rows(
         eps: Added to the denominator.
         shadow: (rows, width) copy in another type to refresh, or None.
         fresh: Whether the copy holds nothing yet, so that rows that do not change are copied too.
+        unit: Whether rows are held at norm 1.
+        norms: (rows,) where the norms are written; new memory if not given.
     """
     rows, width = parameter.shape
-    norms = torch.empty(rows, dtype=parameter.dtype, device=parameter.device)
+    if norms is None:
+        norms = torch.empty(rows, dtype=parameter.dtype, device=parameter.device)
+    block, warps = width_and_warps(width) if unit else (min(BLOCK, triton.next_power_of_2(width)), WARPS)
     adam_rows_kernel[(rows,)](
         parameter,
         gradient,
@@ -129,7 +170,8 @@ def adam_rows(
         width,
         SHADOW=shadow is not None,
         FRESH=fresh,
-        BLOCK=min(BLOCK, triton.next_power_of_2(width)),
-        num_warps=WARPS,
+        UNIT=unit,
+        BLOCK=block,
+        num_warps=warps,
     )
     return norms

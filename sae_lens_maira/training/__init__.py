@@ -13,6 +13,7 @@ from sae_lens_maira.training.runners import (
     ShardedBatches,
     fused_training,
 )
+from sae_lens_maira.training.sharded_optimizer import ShardedAdam
 from sae_lens_maira.training.trainer import FusedSAETrainer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "FusedSAETrainer",
     "ProcessGroupCommunicator",
     "RowMajorAdam",
+    "ShardedAdam",
     "ShardedBatches",
     "fused_training",
     "latest_checkpoint",

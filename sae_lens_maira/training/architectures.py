@@ -73,12 +73,12 @@ class StepPlan:
         limit: int = self.sae.cfg.dead_after_tokens
         return lambda fired: torch.where(fired > 0, 0, silent + tokens) >= limit
 
-    def adjust_(self, W_dec_gradient: torch.Tensor) -> None:
-        """Removes the part of each row's gradient along the row, where the class holds rows at norm 1."""
+    def adjust_(self, W_dec_gradient: torch.Tensor, latents: slice) -> None:
+        """Remove the part of each of these rows' gradient along the row, where the class holds rows at norm 1."""
         if self.unit_decoder and W_dec_gradient.numel():
-            rows = self.sae.W_dec.detach()
+            gradient, rows = W_dec_gradient[latents], self.sae.W_dec.detach()[latents]
             direction = rows / (rows.norm(dim=-1, keepdim=True) + 1e-6)
-            W_dec_gradient.sub_((W_dec_gradient * direction).sum(dim=-1, keepdim=True) * direction)
+            gradient.sub_((gradient * direction).sum(dim=-1, keepdim=True) * direction)
 
     def constrain_(self) -> None:
         """Holds a softly frozen decoder near its first directions, after the weights have changed."""

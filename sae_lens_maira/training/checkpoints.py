@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
 from sae_lens.training.sae_trainer import SAETrainer
@@ -26,6 +27,7 @@ from sae_lens_maira.checksums import damaged_files, write_sums
 from sae_lens_maira.errors import CheckpointError, MairaError
 from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.kernels import LocalCommunicator, ProcessGroupCommunicator
+from sae_lens_maira.training.sharded_optimizer import ShardedAdam
 
 PROVIDER_FILENAME = "data_provider.json"
 RUN_FILENAME = "run.json"
@@ -74,7 +76,9 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Write SAELens' checkpoint atomically, on rank 0."""
+        """Write SAELens' checkpoint atomically, on rank 0; every rank has to call this if the optimizer is divided."""
+        if isinstance(self.optimizer, ShardedAdam):
+            self.optimizer.collect()
         if self.comm.rank > 0:
             return
         base = base_path if base_path is not None else self.cfg.checkpoint_path
@@ -91,9 +95,20 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         super()._checkpoint_if_needed()
         self.n_training_steps -= 1
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank has the moments of its share of the latents only."""
+        return isinstance(self.optimizer, ShardedAdam)
+
     def save_rescue(self) -> None:
-        """Write an emergency checkpoint, on any rank."""
+        """Write an emergency checkpoint, on any rank that has the whole state."""
         if self.cfg.checkpoint_path is None:
+            return
+        if self.sharded:
+            sys.stderr.write(
+                "No rescue checkpoint is written: the optimizer's state is divided over ranks, and this rank has its "
+                "share only. The run continues from its last checkpoint.\n"
+            )
             return
         name = f"rescue_{self.n_training_samples}"
         place = Path(self.cfg.checkpoint_path) / name
@@ -259,6 +274,11 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 def provider_state(provider: Any) -> Any:
     """State of a data provider's next batch, if it can be saved and loaded."""
     return provider.state_dict() if hasattr(provider, "load_state_dict") else None
+
+
+def contiguous_W_enc(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Safetensors refuses other memory orders, and other readers should find SAELens' own."""
+    state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()
 
 
 def _check_settings(trainer: SavingTrainer[Any, Any], checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ own Adam would, so either can read the other's. On a GPU the learning rate, the 
 stay on the device, so that the host never waits.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class RowMajorAdam(torch.optim.Adam):
         use_triton: Whether float32 matrices are updated by this package's kernel, which also leaves row norms behind.
         keep_bf16: Whether that kernel writes bfloat16 copies too.
         refreshed: What the kernel left behind, by parameter.
+        unit: Matrices whose rows the kernel holds at norm 1: it removes the part of the gradient along each row, and
+            divides the row by its norm afterwards.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]) -> None:
@@ -36,16 +38,14 @@ class RowMajorAdam(torch.optim.Adam):
         self.use_triton = False
         self.keep_bf16 = False
         self.refreshed: dict[torch.nn.Parameter, Refreshed] = {}
+        self.unit: set[torch.nn.Parameter] = set()
         self._rates: dict[torch.device, tuple[float, torch.Tensor]] = {}
         self.register_state_dict_post_hook(_as_plain_adam)
         self.register_load_state_dict_post_hook(_as_fused)
 
     @torch.no_grad()
     def clip_(
-        self,
-        max_norm: float,
-        known: Sequence[torch.nn.Parameter] = (),
-        squares: torch.Tensor | None = None,
+        self, max_norm: float, known: dict[torch.nn.Parameter, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Limit the next step's gradient norm over all parameters; the norm before it, 0-d.
 
@@ -53,21 +53,9 @@ class RowMajorAdam(torch.optim.Adam):
 
         Args:
             max_norm: Largest norm.
-            known: Parameters whose gradients need not be read, since `squares` has their sums of squares.
-            squares: (len(known),)
+            known: Norms of gradients that need not be read, 0-d.
         """
-        skipped = set(known) if squares is not None else set()
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = torch.stack(
-            [
-                torch.linalg.vector_norm(_in_memory_order(p.grad))
-                for group in self.param_groups
-                for p in group["params"]
-                if p.grad is not None and p not in skipped
-            ]
-            + ([] if squares is None else list(squares.sqrt().unbind()))
-        )
-        total = torch.linalg.vector_norm(norms)
+        total = self._norm(known or {})
         scale = total + 1e-6
         scale = (scale if max_norm == 1 else scale / max_norm).clamp(min=1.0)
         if not self.use_triton and total.device.type == "cpu" and float(scale) == 1.0:
@@ -75,9 +63,26 @@ class RowMajorAdam(torch.optim.Adam):
         if total.dtype == torch.float32:
             self.grad_scale = scale
         else:  # torch's fused Adam reads its scale as float32, too coarse for float64
-            for gradient in gradients:
+            for gradient in self._gradients().values():
                 gradient.div_(scale)
         return total
+
+    def _norm(self, known: dict[torch.nn.Parameter, torch.Tensor]) -> torch.Tensor:
+        """Norm of all gradients, 0-d."""
+        norms = []
+        for p, gradient in self._gradients().items():
+            if p in self.unit:
+                from sae_lens_maira.kernels.triton_adam import (
+                    tangent_norm,
+                )  # triton is imported only when it runs
+
+                norms.append(tangent_norm(_in_memory_order(gradient), _in_memory_order(p.detach())))
+            else:
+                norms.append(known[p] if p in known else torch.linalg.vector_norm(_in_memory_order(gradient)))
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
 
     @override
     @torch.no_grad()
@@ -106,12 +111,24 @@ class RowMajorAdam(torch.optim.Adam):
         assert p.grad is not None
         p.grad = _ordered_like(p, p.grad)
 
+    def _parts(self, p: torch.nn.Parameter) -> tuple[torch.Tensor, ...]:
+        """Weights, gradient and moments that this process updates, in memory order."""
+        assert p.grad is not None
+        return tuple(
+            _in_memory_order(t) for t in (p.detach(), p.grad, *(self.state[p][name] for name in MOMENTS))
+        )
+
     def _step_fused(self, parameters: list[torch.nn.Parameter], group: dict[str, Any]) -> None:
+        if not parameters:
+            return
+        parts = [self._parts(p) for p in parameters]
+        weights, gradients, means, squares = ([part[i] for part in parts] for i in range(4))
+        on_device = self.use_triton and weights[0].dtype == torch.float32
         adam(
-            [_in_memory_order(p.detach()) for p in parameters],
-            [_in_memory_order(p.grad) for p in parameters if p.grad is not None],
-            [_in_memory_order(self.state[p][MOMENTS[0]]) for p in parameters],
-            [_in_memory_order(self.state[p][MOMENTS[1]]) for p in parameters],
+            weights,
+            gradients,
+            means,
+            squares,
             [],
             [self.state[p]["step"] for p in parameters],
             fused=True,
@@ -119,7 +136,7 @@ class RowMajorAdam(torch.optim.Adam):
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
+            lr=self._rate(group["lr"], weights[0].device) if on_device else group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
@@ -132,24 +149,31 @@ class RowMajorAdam(torch.optim.Adam):
         )  # triton is imported only when it runs
 
         state, known = self.state[p], self.refreshed.get(p)
-        assert p.grad is not None
-        rows = _in_memory_order(p.detach())
+        rows, gradient, mean, square = self._parts(p)
         shadow = known.shadow if known is not None and self.keep_bf16 else None
         fresh = shadow is None or known is None or not known.is_of(p)
         if shadow is None and self.keep_bf16:
             shadow = torch.empty_like(rows, dtype=torch.bfloat16)
         norms = adam_rows(
             rows,
-            _in_memory_order(p.grad),
-            *(_in_memory_order(state[name]) for name in MOMENTS),
+            gradient,
+            mean,
+            square,
             scale=self.grad_scale if self.grad_scale is not None else rows.new_ones(()),
             settings=next_step(state["step"], self._rate(group["lr"], p.device), group["betas"]),
             betas=group["betas"],
             eps=group["eps"],
             shadow=shadow,
             fresh=fresh,
+            unit=p in self.unit,
+            norms=known.norms if known is not None and known.norms.shape == rows.shape[:1] else None,
         )
         self.refreshed[p] = Refreshed(norms, shadow, p.data_ptr(), p._version)
+
+    def load_rates(self) -> None:
+        """Bring the learning rates on the device up to date; a captured update reads them there."""
+        for group in self.param_groups:
+            self._rate(group["lr"], group["params"][0].device)
 
     def _rate(self, lr: float, device: torch.device) -> torch.Tensor:
         """The learning rate on the device, 0-d; filling it queues a launch and waits for nothing."""

@@ -42,10 +42,12 @@ from sae_lens_maira.kernels.dispatch import Backend, resolve_candidates, say_if_
 from sae_lens_maira.kernels.problem import AskedCandidates, Candidates
 from sae_lens_maira.sae import MatryoshkaTrainingSAE
 from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
-from sae_lens_maira.training.checkpoints import SavingTrainer, provider_state
+from sae_lens_maira.training.captured import StepGraphs, reason_for_no_graphs
+from sae_lens_maira.training.checkpoints import SavingTrainer, contiguous_W_enc, provider_state
 from sae_lens_maira.training.inputs import agree_on_scaling, not_finite_error
 from sae_lens_maira.training.interruption import SafePoints
 from sae_lens_maira.training.optimizer import RowMajorAdam
+from sae_lens_maira.training.sharded_optimizer import ShardedAdam
 
 MAX_GRADIENT_NORM = 1.0
 """SAELens' fixed clipping norm."""
@@ -80,6 +82,8 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         candidates: AskedCandidates = "off",
         sole_writer: bool = False,
         comm: ProcessGroupCommunicator | None = None,
+        shard_optimizer: bool = False,
+        cuda_graph: bool = False,
         run_settings: dict[str, Any] | None = None,
     ) -> None:
         """Builds SAELens' trainer, then its optimiser and scheduler again over the fused Adam.
@@ -98,6 +102,11 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 uses the row norms and bfloat16 copies that Adam's triton kernel made. Writes that torch counts are
                 noticed, those through `.data` would not be. Triton only.
             comm: The other ranks.
+            shard_optimizer: Divide the optimizer's moments over the ranks (`ShardedAdam`): less memory and a shorter
+                update. A rank that dies takes its moments along, so no rescue checkpoint is written then.
+            cuda_graph: Record steps without dead latents in CUDA graphs (see `captured`); needs triton and one process,
+                and `sole_writer` in the dictionary_learning convention. Tensors of a step's output are then overwritten
+                by the next step. Where it is not possible the reason is given once and steps run without.
             run_settings: Further settings for the checkpoints, such as the seed: a run with others does not continue
                 from them.
 
@@ -132,7 +141,11 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._workspace = Workspace()
         self._buffers: Gradients | None = None
         assert cfg.lr_end is not None
-        self.optimizer = RowMajorAdam(sae.parameters(), cfg.lr, (cfg.adam_beta1, cfg.adam_beta2))
+        betas = (cfg.adam_beta1, cfg.adam_beta2)
+        if shard_optimizer and isinstance(self.comm, ProcessGroupCommunicator):
+            self.optimizer = ShardedAdam(sae, cfg.lr, betas, self.comm)
+        else:
+            self.optimizer = RowMajorAdam(sae.parameters(), cfg.lr, betas)
         self.lr_scheduler = get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,
@@ -145,8 +158,18 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         )
         self._sole_writer = sole_writer
         self.optimizer.use_triton = self.backend == "triton"
-        self.optimizer.keep_bf16 = cfg.autocast and sole_writer
-        sae.register_state_dict_post_hook(_contiguous_W_enc)
+        self.optimizer.keep_bf16 = cfg.autocast and sole_writer and not self.sharded
+        holds_unit_rows = isinstance(sae, MatryoshkaTrainingSAE) and sae.has_unit_decoder
+        if holds_unit_rows and self.optimizer.use_triton and not self.sharded and sae.dtype == torch.float32:
+            self.optimizer.unit.add(sae.W_dec)
+        self._n_dead = 0
+        self._graphs: StepGraphs | None = None
+        if cuda_graph:
+            reason = reason_for_no_graphs(
+                self.backend, cfg.device, self.comm.size, getattr(sae.cfg, "control", None)
+            )
+            self._graphs = StepGraphs(self, self._change, reason)
+        sae.register_state_dict_post_hook(contiguous_W_enc)
         if isinstance(self.comm, ProcessGroupCommunicator):
             for tensor in (*sae.parameters(), *sae.buffers()):
                 self.comm.broadcast_(tensor.data)
@@ -235,25 +258,24 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         with self._safe_points.safe():
             self._tokens = sum(self.comm.counts(len(x)))
             self._prepare(plan, x)
-            result = fused_step(
-                plan.weights(),
-                x,
-                plan.spec,
-                plan.dead(self.dead_neurons, self._tokens),
-                backend=self.backend,
-                workspace=self._workspace,
-                comm=self.comm,
-                out=self._gradient_buffers(sae),
-            )
-            if not isfinite(float(result.loss)):
-                raise not_finite_error(sae, x, self.n_training_steps)
-        # Everything that can fail, ranks included, is done: from here on state changes.
-        plan.after(result, self.n_training_steps)
+            captured = None
+            # Sizes of the auxiliary loss differ from step to step, so steps with dead latents run without graphs.
+            if self._graphs is not None and not self._n_dead:
+                captured = self._graphs.losses(plan, x, self._workspace, self._gradient_buffers(sae))
+            result = captured.result if captured is not None else self._losses(plan, x)
+        # Everything that can fail, ranks included, lies behind us: from here on state changes.
+        if captured is not None:
+            captured.update()
+        else:
+            self._change(plan, result)
+        self._n_dead = result.n_dead
         if plan.unit_decoder and self.n_training_steps <= plan.sae.cfg.threshold_start_step:
-            self._minima.append(result.min_positive)
+            self._minima.append(result.min_positive.clone())
             self._scale = self.activation_scaler.scaling_factor
-        self._record_firing(result)
-        self._update(sae, plan, result)
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
         acts = result.acts.to_coo()
         return TrainStepOutput(
             sae_in=sae_in,
@@ -265,8 +287,34 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             metrics={"topk_threshold": sae.topk_threshold},
         )
 
+    def _losses(self, plan: StepPlan, x: torch.Tensor) -> StepResult:
+        """Losses and gradients of centred rows (rows, d_in), checked; nothing is changed."""
+        result = fused_step(
+            plan.weights(),
+            x,
+            plan.spec,
+            plan.dead(self.dead_neurons, self._tokens),
+            backend=self.backend,
+            workspace=self._workspace,
+            comm=self.comm,
+            out=self._gradient_buffers(plan.sae),
+            own_rows=self.sharded,
+        )
+        if not isfinite(float(result.loss)):
+            raise not_finite_error(plan.sae, x, self.n_training_steps)
+        return result
+
+    @torch.no_grad()
+    def _change(self, plan: StepPlan, result: StepResult) -> None:
+        """Everything on the device that a step changes."""
+        plan.after(result, self.n_training_steps)
+        self._record_firing(result)
+        self._update(plan.sae, plan, result)
+
     def _prepare(self, plan: StepPlan, x: torch.Tensor) -> None:
         first = self.n_training_steps == 0
+        if self._rows_are_unit(plan) and not first:
+            return
         if plan.unit_decoder and first and not bool(torch.isfinite(x).all()):
             raise not_finite_error(plan.sae, x, self.n_training_steps)
         rows = x
@@ -293,12 +341,18 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.n_forward_passes_since_fired += 1
             self.n_forward_passes_since_fired[result.fired > 0] = 0
             self.act_freq_scores += result.fired
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+
+    def _rows_are_unit(self, plan: StepPlan) -> bool:
+        """Whether the optimizer has just divided decoder rows by their norms, and nobody changed them since."""
+        known = self._workspace.refreshed.get("W_dec")
+        return bool(self.optimizer.unit) and known is not None and known.is_of(plan.sae.W_dec)
 
     @torch.no_grad()
     def _update(self, sae: TrainingSAE[Any], plan: StepPlan, result: StepResult) -> None:
         gradients = result.gradients
-        plan.adjust_(gradients.W_dec)
+        if sae.W_dec not in self.optimizer.unit:
+            rows = self.optimizer.rows if isinstance(self.optimizer, ShardedAdam) else slice(None)
+            plan.adjust_(gradients.W_dec, rows)
         for parameter, gradient in (
             (sae.W_enc, gradients.W_enc_t.T if sae.W_enc.requires_grad else None),
             (sae.b_enc, gradients.b_enc),
@@ -306,17 +360,18 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             (sae.b_dec, gradients.b_dec),
         ):
             parameter.grad = gradient if parameter.requires_grad else None  # pyright: ignore[reportArgumentType]
-        squares = None if plan.unit_decoder else result.squares
-        self.optimizer.clip_(MAX_GRADIENT_NORM, (sae.W_dec, sae.W_enc), squares)
+        known = {}
+        if result.squares is not None:
+            known = dict(zip((sae.W_dec, sae.W_enc), result.squares.sqrt().unbind(), strict=True))
+        if plan.unit_decoder:  # the squares are those of the gradient before `adjust_`
+            known.pop(sae.W_dec, None)
+        self.optimizer.clip_(MAX_GRADIENT_NORM, known)
         self.optimizer.step()
         for name in ("W_enc", "W_dec") if self._sole_writer else ():
             if (refreshed := self.optimizer.refreshed.get(getattr(sae, name))) is not None:
                 self._workspace.refreshed[name] = refreshed
         self.optimizer.zero_grad()
         plan.constrain_()
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
 
     def _gradient_buffers(self, sae: Any) -> Gradients:
         W_dec = sae.W_dec
@@ -356,10 +411,3 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 "result, more slowly.",
                 stacklevel=2,
             )
-
-
-def _contiguous_W_enc(
-    module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
-) -> None:
-    """Safetensors refuses other memory orders, and other readers should find SAELens' own."""
-    state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()

@@ -44,12 +44,17 @@ def words(store: Path, out: Path, sae: str, trainer: str = TRAINER) -> list[str]
 
 @pytest.mark.parametrize("convention", list(CONVENTIONS))
 def test_torchrun_trains_the_sae_of_one_process(convention, store, tmp_path):
-    """`torchrun --nproc-per-node 2 -m sae_lens_maira train` is one training over shares of the store."""
+    """`torchrun --nproc-per-node 2 -m sae_lens_maira train` is one training over shares of the store.
+
+    In one of the conventions the optimizer's state is divided as well.
+    """
     sae = CONVENTIONS[convention]
     assert main(words(store, tmp_path / "one", sae)) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    divided = str(convention == "dictionary_learning").lower()
+    command += ["-m", "sae_lens_maira", *words(store, tmp_path / "two", sae), "--shard-optimizer", divided]
     done = subprocess.run(
-        [*command, "-m", "sae_lens_maira", *words(store, tmp_path / "two", sae)],
+        command,
         capture_output=True,
         text=True,
         timeout=1000,

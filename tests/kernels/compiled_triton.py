@@ -113,8 +113,12 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "shadow": "*bf16"
     }
     adam |= {"settings": F, "width": "i32"} | dict.fromkeys(("beta1", "beta2", "eps"), "fp32")
-    constants = {"SHADOW": True, "FRESH": False, "BLOCK": triton_adam.BLOCK}
+    constants = {"SHADOW": True, "FRESH": False, "UNIT": False, "BLOCK": triton_adam.BLOCK}
     found["adam_rows"] = (triton_adam.adam_rows_kernel, adam, constants, triton_adam.WARPS)
+    constants = constants | {"UNIT": True, "BLOCK": width}
+    found["adam_unit_rows"] = (triton_adam.adam_rows_kernel, adam, constants, wide_warps)
+    tangent = {"squares": F, "gradient": F, "parameter": F, "width": "i32"}
+    found["tangent_squares"] = (triton_adam.tangent_squares_kernel, tangent, {"BLOCK": width}, wide_warps)
     step = {"settings": F, "step": F, "lr": F} | dict.fromkeys(("log_beta1", "log_beta2"), "fp32")
     found["next_step"] = (triton_adam.next_step_kernel, step, {}, 1)
     stats = {"counts": L, "frequency": F, "since_fired": F, "size": "i32"}

@@ -175,6 +175,36 @@ def test_adam_equals_clip_and_torch_adam(width):
         torch.testing.assert_close(norms, ours.norm(dim=1))
 
 
+@pytest.mark.parametrize("width", [7, 64])
+def test_adam_holds_rows_at_norm_1(width):
+    """Projection of the gradient, clip, torch's Adam and division by the norm, each in a pass of its own."""
+    torch.manual_seed(0)
+    plain = torch.nn.Parameter(torch.nn.functional.normalize(torch.randn(6, width), dim=1))
+    with torch.no_grad():
+        plain[5] *= 3  # a row that has no gradient and is not of norm 1 yet
+    ours = torch.nn.Parameter(plain.detach().clone())
+    reference, adam = (
+        make([p], lr=0.1, betas=(0.8, 0.99)) for make, p in ((torch.optim.Adam, plain), (RowMajorAdam, ours))
+    )
+    adam.use_triton = True
+    adam.unit.add(ours)
+    for _ in range(3):
+        gradient = torch.randn(6, width)
+        gradient[2] = 0
+        gradient[5] = 0
+        ours.grad = gradient.clone()
+        direction = plain.detach() / (plain.detach().norm(dim=1, keepdim=True) + 1e-6)
+        plain.grad = gradient - (gradient * direction).sum(1, keepdim=True) * direction
+        expected = torch.nn.utils.clip_grad_norm_([plain], 1.0)
+        torch.testing.assert_close(adam.clip_(1.0), expected)
+        reference.step()
+        adam.step()
+        with torch.no_grad():
+            plain /= plain.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(adam.refreshed[ours].norms, torch.ones(6), rtol=0, atol=1e-6)
+
+
 def test_the_optimiser_takes_the_kernel_for_matrices():
     """A transposed matrix, a row-major one and a vector; what the kernel leaves behind is used until a change."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import util
@@ -50,30 +51,67 @@ def worker():
     return module
 
 
+KINDS = ("saelens", "dictionary_learning", "whitened", "saelens-sharded", "dictionary_learning-sharded")
+CONTINUED = "saelens-sharded-continued"
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    """Folder of an undisturbed run of two ranks, both conventions, and on whitened rows."""
+def one_rank(tmp_path_factory, worker) -> tuple[Path, dict[str, list[float]]]:
+    """Folder of one process's runs, and their losses."""
+    out = tmp_path_factory.mktemp("one")
+    return out, {
+        k: worker.train(k, out / k, None, None) for k in ("saelens", "dictionary_learning", "whitened")
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, one_rank) -> Path:
+    """Folder of undisturbed runs of two ranks; the last kind continues from a checkpoint of one process."""
     out = tmp_path_factory.mktemp("two")
-    torchrun(str(out), "--kind", "saelens", "dictionary_learning", "whitened")
+    shutil.copytree(
+        checkpoint_of(one_rank[0] / "saelens"), out / CONTINUED / checkpoint_of(one_rank[0] / "saelens").name
+    )
+    torchrun(str(out), "--kind", *KINDS, CONTINUED)
     return out
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The middle one of the scheduled checkpoints."""
+    return sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))[1]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "done" / "sae_weights.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["saelens", "dictionary_learning", "whitened"])
-def test_two_ranks_are_one(kind, two_ranks, worker, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_are_one(kind, two_ranks, one_rank):
     """Shares of 32 + 32, 31 + 32 and 0 + 1 rows, with dead latents and the auxiliary loss; one whitening of all."""
-    losses = worker.train(kind, tmp_path, None, None)
+    losses = one_rank[1][kind.split("-")[0]]
     both = [json.loads((two_ranks / kind / f"losses_{rank}.json").read_text()) for rank in (0, 1)]
     assert both[0] == both[1]
     if kind != "whitened":  # there no latent dies in so few steps
         assert max(losses[1::2]) > 0  # the auxiliary loss was on
     assert both[0] == pytest.approx(losses, rel=1e-5)
-    alone, together = weights(tmp_path), weights(two_ranks / kind)
+    alone, together = weights(one_rank[0] / kind.split("-")[0]), weights(two_ranks / kind)
     for name, tensor in alone.items():
-        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_divided_optimizer_changes_nothing_but_where_moments_are(two_ranks, one_rank, worker, tmp_path):
+    """Checkpoints of one and of two ranks continue on the other number, at the exact row."""
+    divided, plain = (checkpoint_of(two_ranks / kind) for kind in ("saelens-sharded", "saelens"))
+    states = [torch.load(p / "trainer_state.pt")["optimizer"]["state"] for p in (divided, plain)]
+    assert states[0].keys() == states[1].keys()
+    for number, moments in states[1].items():
+        for name, tensor in moments.items():
+            torch.testing.assert_close(states[0][number][name], tensor, rtol=1e-5, atol=1e-8, msg=name)
+    out = tmp_path / "saelens"
+    shutil.copytree(divided, out / divided.name)
+    worker.train("saelens", out, None, None)
+    for folder in (out, two_ranks / CONTINUED):
+        for name, tensor in weights(one_rank[0] / "saelens").items():
+            torch.testing.assert_close(weights(folder)[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
 def test_kills_cost_no_more_than_the_steps_since_the_last_checkpoint(two_ranks, tmp_path):

@@ -49,8 +49,10 @@ def samples(steps: int) -> int:
 def train(kind: str, out: Path, comm: ProcessGroupCommunicator | None, kill_step: int | None) -> list[float]:
     """One run to the end, or to the kill; the loss and auxiliary loss of every step done here.
 
-    `kind` is a loss convention, or "whitened": that of SAELens on whitened rows.
+    `kind` is a loss convention, or "whitened": that of SAELens on whitened rows; "-sharded" divides the optimizer's
+    state over the ranks.
     """
+    kind, sharded = kind.split("-")[0], "-sharded" in kind
     convention = cast(LossConvention, "saelens" if kind == "whitened" else kind)
     torch.manual_seed(0 if comm is None else comm.rank)  # ranks start apart: rank 0's weights must win
     cfg = MatryoshkaTrainingSAEConfig(
@@ -74,7 +76,9 @@ def train(kind: str, out: Path, comm: ProcessGroupCommunicator | None, kill_step
         n_batches_for_norm_estimate=8,
         checkpoint_path=str(out),
     )
-    trainer = FusedSAETrainer(trainer_cfg, MatryoshkaTrainingSAE(cfg), iter(()), comm=comm)
+    trainer = FusedSAETrainer(
+        trainer_cfg, MatryoshkaTrainingSAE(cfg), iter(()), comm=comm, shard_optimizer=sharded
+    )
     found = latest_checkpoint(out) if out.exists() else None
     if found is not None:
         resume(trainer, found)
