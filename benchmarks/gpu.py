@@ -4,6 +4,7 @@
     correctness     triton against the sparse backend: loss and every gradient
     whole steps     this package and SAELens' trainer, on batches that change, with 0, 2,048 and 8,192 dead latents,
                     with uniform and with Zipf-distributed firing; launches and host syncs of each
+    data path       steps on batches from a store against steps on batches in memory (`data_path.py`)
     stages          device time per kernel
 
 Sections that do not fit into the time limit are skipped and named. `--device cpu` runs everything at a tiny size, to
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import json
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -240,6 +242,15 @@ def stages(make: Callable[[], Arm]) -> dict[str, Any]:
     return {"busy_ms": round(sum(r[0] for r in rows), 3), "launches": sum(r[1] for r in rows), "kernels": top}
 
 
+def data_path(size: Size, rounds: int, options: dict[str, Any]) -> dict[str, float]:
+    """What reading, checking and shuffling rows adds to a step."""
+    from data_path import compare, write_store
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = write_store(Path(folder) / "store", size.d_in, 256, 512 if size.device == "cuda" else 16)
+        return compare(size, store, rounds, **options)
+
+
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -283,12 +294,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if gpu:
         arms["SAELens, autocast, compiled"] = {"ours": False, "autocast": True, "compiled": True}
+        arms["SAELens, float32, compiled"] = {"ours": False, "compiled": True}
+        arms["ours, autocast, CUDA graphs"] = ours | {"autocast": True, "cuda_graph": True}
+        arms["ours, candidates, CUDA graphs"] = ours | {"candidates": fast, "cuda_graph": True}
     run.section("ceilings", lambda: ceilings(size, rounds))
     backend = "triton" if gpu else "sparse"
     for options in ({}, {"autocast": True}, {"candidates": fast}):
         run.section(f"errors {options}", lambda options=options: errors(size, backend, **options), 0.5)
     for name, options in arms.items():
         run.section(name, lambda options=options: whole_step(lambda: Arm(size, **options), rounds), 0.8)
+    run.section("data path", lambda: data_path(size, rounds, ours | {"autocast": True}), 0.85)
     for name in list(arms)[:3]:
         run.section(f"stages: {name}", lambda name=name: stages(lambda: Arm(size, **arms[name])))
     args.out.write_text(json.dumps(run.found, indent=1) + "\n", encoding="utf-8")
