@@ -11,7 +11,7 @@ changed by then. The host waits for these numbers and nowhere else.
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,9 +20,6 @@ from sae_lens_maira.kernels.selection import refuse_broken
 from sae_lens_maira.kernels.step import first_attempt
 from sae_lens_maira.training.architectures import StepPlan
 from sae_lens_maira.training.inputs import not_finite_error
-
-if TYPE_CHECKING:
-    from sae_lens_maira.training.trainer import FusedSAETrainer
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Records a function of fixed tensors: what runs it again, and its result, which each run overwrites."""
@@ -120,14 +117,14 @@ class StepGraphs:
 
     def __init__(
         self,
-        trainer: "FusedSAETrainer[Any, Any]",
+        trainer: Any,
         change: Callable[[StepPlan, StepResult], None],
         reason: str | None = None,
     ) -> None:
         """Record nothing yet.
 
         Args:
-            trainer: Whose steps are recorded.
+            trainer: `FusedSAETrainer` whose steps are recorded.
             change: What its step changes on the device.
             reason: Why steps cannot be recorded, if so; it is printed.
         """

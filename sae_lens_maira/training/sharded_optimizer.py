@@ -72,11 +72,13 @@ class ShardedAdam(RowMajorAdam):
     def state_dict(self) -> dict[str, Any]:
         whole, self._whole = self._whole, {}
         own = {p: self.state[p] for p in whole}
-        self.state.update({p: own[p] | moments for p, moments in whole.items()})
+        for p, moments in whole.items():
+            self.state[p] = own[p] | moments
         try:
             return super().state_dict()
         finally:
-            self.state.update(own)
+            for p, entry in own.items():
+                self.state[p] = entry
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

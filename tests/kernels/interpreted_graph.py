@@ -90,6 +90,7 @@ def test_recorded_steps_equal_steps_without_graphs(options):
     batches[5] /= 30
     batches[10] = batches[10][:4]
     for number, batch in enumerate(batches):
+        outputs = []
         for run in (plain, ours):
             for group in run.optimizer.param_groups:
                 group["lr"] = 1e-2 / (1 + number)
@@ -97,10 +98,9 @@ def test_recorded_steps_equal_steps_without_graphs(options):
                 run.n_forward_passes_since_fired[:2] = 2e6 * (number == 7)
                 if "convention" in options:
                     run.sae.tokens_since_fired[:2] = 10**8 * (number == 7)
-            output = run._train_step(run.sae, batch)
+            outputs.append(run._train_step(run.sae, batch))
             run.n_training_steps += 1
-            if run is plain:
-                expected = output
+        expected, output = outputs
         torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
         for (name, ours_now), plain_now in zip(
             ours.sae.state_dict().items(), plain.sae.state_dict().values(), strict=True
