@@ -252,7 +252,7 @@ def peak_above(arm: Arm, x: torch.Tensor) -> int | None:
     """
     arm.step(x, 0)  # moments exist from the first step on
     if isinstance(arm.trainer, FusedSAETrainer):
-        arm.trainer._workspace, arm.trainer._buffers = Workspace(), None
+        arm.trainer._workspace = Workspace()
     gradients = sum(p.numel() * p.element_size() for p in arm.trainer.sae.parameters())
     gc.collect()
     if x.is_cuda:

@@ -139,7 +139,6 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._minima: deque[torch.Tensor] = deque(maxlen=LAST_BATCHES)
         self._scale: float | None = None
         self._workspace = Workspace()
-        self._buffers: Gradients | None = None
         assert cfg.lr_end is not None
         betas = (cfg.adam_beta1, cfg.adam_beta2)
         if shard_optimizer and isinstance(self.comm, ProcessGroupCommunicator):
@@ -258,12 +257,11 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         with self._safe_points.safe():
             self._tokens = sum(self.comm.counts(len(x)))
             self._prepare(plan, x)
-            captured = None
             # Sizes of the auxiliary loss differ from step to step, so steps with dead latents run without graphs.
-            if self._graphs is not None and not self._n_dead:
-                captured = self._graphs.losses(plan, x, self._workspace, self._gradient_buffers(sae))
+            graphs = None if self._n_dead else self._graphs
+            captured = graphs and graphs.losses(plan, x, self._workspace, self._gradient_buffers(sae))
             result = captured.result if captured is not None else self._losses(plan, x)
-        # Everything that can fail, ranks included, lies behind us: from here on state changes.
+        # Nothing that can fail is left, on any rank: from here on state changes.
         if captured is not None:
             captured.update()
         else:
@@ -360,9 +358,8 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             (sae.b_dec, gradients.b_dec),
         ):
             parameter.grad = gradient if parameter.requires_grad else None  # pyright: ignore[reportArgumentType]
-        known = {}
-        if result.squares is not None:
-            known = dict(zip((sae.W_dec, sae.W_enc), result.squares.sqrt().unbind(), strict=True))
+        roots = () if result.squares is None else result.squares.sqrt().unbind()
+        known = dict(zip((sae.W_dec, sae.W_enc), roots, strict=False))
         if plan.unit_decoder:  # the squares are those of the gradient before `adjust_`
             known.pop(sae.W_dec, None)
         self.optimizer.clip_(MAX_GRADIENT_NORM, known)
@@ -374,19 +371,9 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         plan.constrain_()
 
     def _gradient_buffers(self, sae: Any) -> Gradients:
-        W_dec = sae.W_dec
-        if (
-            self._buffers is None
-            or self._buffers.W_dec.device != W_dec.device
-            or self._buffers.W_dec.dtype != W_dec.dtype
-        ):
-            self._buffers = Gradients(
-                torch.empty_like(W_dec.detach()),
-                sae.b_enc.detach(),
-                torch.empty_like(W_dec.detach()),
-                sae.b_dec.detach(),
-            )
-        return self._buffers
+        shape, like = tuple(sae.W_dec.shape), sae.W_dec.detach()
+        W_enc_t, W_dec = (self._workspace.buffer(f"gradient of {n}", shape, like) for n in ("W_enc", "W_dec"))
+        return Gradients(W_enc_t, sae.b_enc.detach(), W_dec, sae.b_dec.detach())
 
     @torch.no_grad()
     def _lay_out_W_enc(self, sae: TrainingSAE[Any]) -> None:
