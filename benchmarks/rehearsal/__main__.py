@@ -3,7 +3,8 @@
 A random checkpoint in the published layout is written, and every command runs on four studies in a process of its own
 with two cores and 8 GB. The table has time and peak memory of each; the rehearsal fails where a command fails, takes
 more than its bound, or has more than 8 GB resident. `--small` runs the same commands at small widths in one process
-and counts tensors only.
+and counts tensors only. `--full` writes the published size (27.5 GB of float32, six files) and runs a few steps, which
+takes 20 GB of memory.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from typing import Any
 TIMEOUT_S = 3600
 
 
-def run_in_process(step: Any, file: Path) -> dict[str, Any]:
+def run_in_process(step: Any, file: Path, limit: int) -> dict[str, Any]:
     """Run a step in a process of its own with two cores; what it printed is in a file next to its figures."""
-    command = [sys.executable, "-m", "benchmarks.rehearsal.measured", str(file), *step.words]
+    command = [sys.executable, "-m", "benchmarks.rehearsal.measured", str(file), str(limit), *step.words]
     cores = sorted(os.sched_getaffinity(0))[:2]
     with file.with_suffix(".log").open("w") as log:
         done = subprocess.run(
@@ -48,18 +49,16 @@ def run_here(step: Any) -> dict[str, Any]:
     return {"code": code, "tensors": tracker.peak, "at_peak": tracker.at_peak}
 
 
-def problems(step: Any, found: dict[str, Any]) -> list[str]:
+def problems(step: Any, found: dict[str, Any], limit: float) -> list[str]:
     """What a step did wrong, as sentences."""
     if found["code"]:
         return [f"{step.name}: exit code {found['code']}"]
-    from benchmarks.rehearsal.steps import LIMIT
-
     wrong = []
     if found["tensors"] > step.bound:
         grown = f"{found['tensors'] / 1e6:,.1f} MB of tensors, {step.bound / 1e6:,.1f} MB allowed"
         wrong.append(f"{step.name}: {grown}; {found['at_peak']}")
-    if found.get("peak", 0) > LIMIT:
-        wrong.append(f"{step.name}: {found['peak'] / 1e9:.1f} GB resident, {LIMIT / 1e9:.0f} GB allowed")
+    if found.get("peak", 0) > limit:
+        wrong.append(f"{step.name}: {found['peak'] / 1e9:.1f} GB resident, {limit / 1e9:.0f} GB allowed")
     return wrong
 
 
@@ -90,7 +89,9 @@ def main() -> int:
     parser.add_argument(
         "--small", action="store_true", help="small widths, one process, tensors counted only"
     )
-    parser.add_argument("--layers", type=int, default=2, help="decoder layers at full width")
+    parser.add_argument(
+        "--full", action="store_true", help="the published size: 27.5 GB of disk, 20 GB of memory, few steps"
+    )
     parser.add_argument(
         "--only", help="comma-separated beginnings of the steps to run in a folder that has the rest"
     )
@@ -98,30 +99,31 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         work = arguments.work or Path(made)
         work.mkdir(parents=True, exist_ok=True)
-        return rehearse(work, arguments.small, arguments.layers, arguments.only)
+        return rehearse(work, arguments.small, arguments.full, arguments.only)
 
 
-def rehearse(work: Path, small: bool, layers: int, only: str | None) -> int:
+def rehearse(work: Path, small: bool, full: bool, only: str | None) -> int:
     """Write the checkpoint and the data set where they are missing, and run the steps."""
     from dataclasses import replace
 
     from benchmarks.rehearsal.checkpoint import Size, write_checkpoint
-    from benchmarks.rehearsal.steps import SMALL, steps
+    from benchmarks.rehearsal.steps import FULL_LIMIT, LIMIT, SMALL, steps
     from benchmarks.rehearsal.studies import write_mimic
 
-    size = SMALL if small else replace(Size(), layers=layers)
+    size = SMALL if small else Size() if full else replace(Size(), layers=2)
+    limit = FULL_LIMIT if full else LIMIT
     if not (work / "model" / "model.safetensors.index.json").exists():
-        write_checkpoint(work / "model", size)
+        write_checkpoint(work / "model", size, "float32" if full else "bfloat16")
     if not (work / "mimic").exists():
         write_mimic(work / "mimic", size.image, 250 if small else 2500)
     wrong: list[str] = []
     figures: dict[str, Any] = {}
     sys.stdout.write(HEAD + "\n")
-    for number, step in enumerate(steps(work, small)):
+    for number, step in enumerate(steps(work, small, full)):
         if only and not step.name.startswith(tuple(only.split(","))):
             continue
-        found = run_here(step) if small else run_in_process(step, work / f"step{number:02d}.json")
-        wrong += problems(step, found)
+        found = run_here(step) if small else run_in_process(step, work / f"step{number:02d}.json", limit)
+        wrong += problems(step, found, limit)
         sys.stdout.write(line(step.name, found, step.bound) + "\n")
         sys.stdout.flush()
         figures[step.name] = found

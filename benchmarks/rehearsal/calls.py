@@ -3,8 +3,11 @@
 import multiprocessing
 from pathlib import Path
 
+import torch
+
 import sae_lens_maira as sm
 from sae_lens_maira.maira2 import load_maira2
+from sae_lens_maira.sae import MatryoshkaSAE, MatryoshkaSAEConfig
 
 
 def load(model: str) -> None:
@@ -18,6 +21,16 @@ def read(model: str, table: str, root: str, hook: str, stop: str) -> None:
     studies = list(sm.read_studies(Path(table), Path(root)))
     study = max(studies, key=lambda s: sum(x is not None for x in (s.frontal, s.lateral, s.prior_frontal)))
     loaded.run_with_cache(study, names_filter=hook, report="teacher", stop_at_layer=int(stop))
+
+
+def steer(model: str, table: str, root: str, hook: str, tokens: str) -> None:
+    """One report of a study with one image, with and without a latent of an untrained SAE at its patches."""
+    loaded = sm.load(model, device="cpu")
+    study = next(iter(sm.read_studies(Path(table), Path(root))))
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(d_in=loaded.cfg.d_model, d_sae=16_384))
+    sae.cfg.metadata.hook_name = hook
+    units = torch.full((16_384,), 10.0)
+    loaded.steer(study, sae, {7: 1.0}, where=sm.patches("frontal"), p99=units, max_new_tokens=int(tokens))
 
 
 def ranks(model: str) -> None:

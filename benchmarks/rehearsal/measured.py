@@ -1,10 +1,10 @@
-"""Run one command and write its time and peak memory: `python -m benchmarks.rehearsal.measured FILE WORD...`
+"""Run one command and write its time and peak memory: `python -m benchmarks.rehearsal.measured FILE BYTES WORD...`
 
     peak     largest resident size (VmHWM), pages of mapped files included
     above    growth of the resident size after the model was loaded, at its largest; without a model, after the start
     tensors  the same of living tensors, see `tracker`
 
-Linux only: the kernel counts, and its counter is reset when a model has been loaded. The process may take `LIMIT` bytes
+Linux only: the kernel counts, and its counter is reset when a model has been loaded. The process may take BYTES
 of its own (RLIMIT_DATA), as on a machine of that size: commands that take a share of the free memory see the limit.
 """
 
@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rehearsal.steps import LIMIT
 from benchmarks.rehearsal.tracker import TensorBytes
 from sae_lens_maira.cli import main
 from sae_lens_maira.maira2 import Maira2ForConditionalGeneration
@@ -95,8 +94,8 @@ def run(words: list[str]) -> int:
 
 
 def _main() -> int:
-    file, words = Path(sys.argv[1]), sys.argv[2:]
-    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
+    file, limit, words = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resident = Resident()
     tracker = TensorBytes()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks.rehearsal.checkpoint import Size
 
-LIMIT = 8_000_000_000
-"""Bytes that each command may take."""
+LIMIT, FULL_LIMIT = 8_000_000_000, 20_000_000_000
+"""Bytes that each command may take, with two layers at full width and at the published size."""
 SMALL = Size(layers=2, width=256, mlp=688, heads=4, vision_layers=2, vision_width=64, image=56)
 
 STEPS = (
@@ -53,6 +53,18 @@ STEPS = (
         "--max-new-tokens 5 {allow} --out {work}/steered",
     ),
 )
+FULL_STEPS = (
+    # At the published size: name, MB, command. Weights are 13.8 GB in bfloat16.
+    ("load", 1, "call load {model}"),
+    ("studies import", 1, "studies import --source mimic --images {mimic} --out {table}"),
+    ("run_with_cache, three images, to layer 15", 600, "call read {model} {table} {mimic} {hook} 16"),
+    (
+        "harvest, layer 15, two studies",
+        1_100,
+        "harvest {recipe} {data} --split train --studies 2 --batch-size 2",
+    ),
+    ("steer, five tokens", 4_000, "call steer {model} {table} {mimic} {hook} 5"),
+)
 SCHEDULE = {
     "total_training_samples": "512",
     "train_batch_size_samples": "128",
@@ -78,15 +90,16 @@ class Step:
     bound: float
 
 
-def steps(work: Path, small: bool) -> list[Step]:
+def steps(work: Path, small: bool, full: bool = False) -> list[Step]:
     """All steps in order; each may read what earlier ones wrote.
 
     Args:
         work: Folder with `model`, `mimic`, and everything that is written.
         small: Whether the checkpoint is `SMALL`; steps that measure processes are then left out.
+        full: Whether it has the published size; few steps are run then.
     """
     names = ("model", "mimic", "store", "sae", "records")
-    places = {"work": shlex.quote(str(work)), "hook": "blocks.0.hook_resid_post"}
+    places = {"work": shlex.quote(str(work)), "hook": f"blocks.{15 if full else 0}.hook_resid_post"}
     places |= {name: shlex.quote(str(work / name)) for name in names}
     places["table"] = shlex.quote(str(work / "mimic.parquet"))
     sizes = {"sae.d_sae": "512", "sae.k": "8"} if small else {}
@@ -99,6 +112,11 @@ def steps(work: Path, small: bool) -> list[Step]:
         "allow": "--allow-credentialed true",
     }
     places |= {name: phrase.format(**places) for name, phrase in phrases.items()}
+    if full:
+        return [
+            Step(name, tuple(shlex.split(command.format(**places))), 1e6 * most)
+            for name, most, command in FULL_STEPS
+        ]
     return [
         Step(name, tuple(shlex.split(command.format(**places))), 1e6 * (at_small if small else at_full))
         for name, at_full, at_small, command in STEPS

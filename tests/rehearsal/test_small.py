@@ -48,7 +48,15 @@ def test_a_step_beyond_its_bound_is_reported(rehearsal):
     step = rehearsal("steps").Step("name", ("words",), 1e6)
     problems = rehearsal("__main__").problems
     within = {"code": 0, "tensors": 999_999, "at_peak": "aten.mm"}
-    assert problems(step, within) == []
-    assert "1.0 MB allowed; aten.mm" in problems(step, within | {"tensors": 1_000_001})[0]
-    assert "8 GB allowed" in problems(step, within | {"peak": 9e9})[0]
-    assert problems(step, {"code": 2}) == ["name: exit code 2"]
+    assert problems(step, within, 8e9) == []
+    assert "1.0 MB allowed; aten.mm" in problems(step, within | {"tensors": 1_000_001}, 8e9)[0]
+    assert "8 GB allowed" in problems(step, within | {"peak": 9e9}, 8e9)[0]
+    assert problems(step, {"code": 2}, 8e9) == ["name: exit code 2"]
+
+
+def test_the_published_size_is_rehearsed_at_layer_15(rehearsal, tmp_path):
+    """Every step of `--full` reads or writes inside the work folder, and the layer is the paper's."""
+    found = rehearsal("steps").steps(tmp_path, small=False, full=True)
+    assert [step.words[0] for step in found] == ["call", "studies", "call", "harvest", "call"]
+    assert sum("blocks.15.hook_resid_post" in " ".join(step.words) for step in found) == 3
+    assert all(str(tmp_path) in " ".join(step.words) for step in found)
