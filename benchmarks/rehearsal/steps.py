@@ -25,7 +25,7 @@ STEPS = (
     ("train", 3_000, 9, "train {recipe} {data} --split train {sizes} --out {sae}"),
     (
         "evaluate, two studies",
-        2_000,
+        1_100,
         33,
         "evaluate {read} --split train --studies 2 --batch-size 2",
     ),
@@ -40,14 +40,14 @@ STEPS = (
     ),
     (
         "attribute, one sentence",
-        2_000,
+        1_500,
         73,
         "attribute {read} --split test --studies 1 --report teacher --sentences '[0]' --method gradient "
         "--candidates 8 --n-check 4 --regenerate false {allow} --out {work}/attribution",
     ),
     (
         "steer, five tokens",
-        6_000,
+        2_700,
         175,
         "steer {read} --split test --finding pleural_effusion --steered 4 --n-latents 2 --strengths '[1.0]' "
         "--max-new-tokens 5 {allow} --out {work}/steered",
