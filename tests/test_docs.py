@@ -224,9 +224,9 @@ def others_data(folder: Path) -> None:
     (folder / "interpretations.csv").write_text(
         "latent,interpretation,score\n3,pacemaker,0.9\n", encoding="utf-8"
     )
-    film = get_testdata_file("RG1_UNCI.dcm", download=False)
-    assert isinstance(film, str), "install pydicom-data"
-    shutil.copy(film, folder / "film.dcm")
+    radiograph = get_testdata_file("RG1_UNCI.dcm", download=False)
+    assert isinstance(radiograph, str), "install pydicom-data"
+    shutil.copy(radiograph, folder / "radiograph.dcm")
 
 
 def copy_given(page: Path, material: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders written whole: after any failure the place is as before, and nothing is left beside it."""
+"""Atomic writes of files and folders: after any failure the old content is there, and no draft is left."""
 
 import os
 import resource

@@ -91,9 +91,9 @@ def test_the_command_is_declared(wheel: Path) -> None:
 
 
 def test_only_two_requirements_have_an_upper_bound(wheel: Path) -> None:
-    """Beside a plain sae-lens no version goes down: capped is sae-lens, and transformers where sae-lens caps it too.
+    """Next to a plain sae-lens no version goes down: capped is sae-lens, and transformers where sae-lens caps it too.
 
-    Holes are versions that nobody gets today. CONTRIBUTING.md has the check by installing, which takes minutes.
+    Holes are versions that no install gets today. CONTRIBUTING.md has the check by installing, which takes minutes.
     """
     with zipfile.ZipFile(wheel) as opened:
         (name,) = (name for name in opened.namelist() if name.endswith("dist-info/METADATA"))

@@ -22,7 +22,7 @@ class Source:
         split: Split of the table to read; None reads all.
         reader: Reader of findings in reports: auto, phantom or rules.
         max_new_tokens: Maximum length of a report.
-        device: Auto, cpu, cuda, ...
+        device: Device of the model: auto, cpu, cuda, ...
     """
 
     model: str = "phantom"

@@ -149,7 +149,7 @@ class StudyOptions:
         split: Read only the table's studies of this split, for example test.
         study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
         model_dtype: Precision of the model's weights; auto is float32 for the phantom and bfloat16 for others.
-        device: Auto, cpu, cuda, ...
+        device: Device of the model: auto, cpu, cuda, ...
     """
 
     model: str = "phantom"

@@ -112,7 +112,7 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
         parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
         parser.ignored.add(name)
     if "as_json" in parameters:
-        parser.add_argument("--json", action="store_true", help="print JSON instead of text.")
+        parser.add_argument("--json", action="store_true", help="Print JSON instead of text.")
     return parser
 
 

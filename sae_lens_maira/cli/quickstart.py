@@ -68,7 +68,7 @@ def measure_phantom(
         studies: Held-out studies.
         study_seed: Random seed of the studies; the phantom itself was trained on 0.
         model: "phantom" for the shipped one, or the folder of another phantom.
-        device: Auto, cpu, cuda, ...
+        device: Device of the model: auto, cpu, cuda, ...
         as_json: Print JSON instead of text.
     """
     from dataclasses import asdict

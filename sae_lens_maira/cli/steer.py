@@ -65,7 +65,7 @@ def steer(
             untrained_whitened, raw, or folders of frozen controls (train --control). By default untrained; "" for
             none, as with --records or --intervention.
         reader: Reads findings from reports: the phantom's language, rule labels, or whichever fits the studies.
-        views: Frontal steers studies with one image and no prior, all steers any study with a frontal image.
+        views: Studies to steer: frontal for those with one image and no prior, all for any with a frontal image.
         steered: Studies of each half that are steered.
         n_latents: Latents per method.
         strengths: Strengths of the sweep of maps.

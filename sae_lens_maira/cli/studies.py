@@ -58,30 +58,30 @@ def import_studies(
     Example: sae-lens-maira studies import --source mimic --images mimic-cxr-jpg --reports mimic-cxr --out mimic.parquet
 
     Args:
-        source: Mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray (Open-I), folder (pictures or
+        source: Data set: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray (Open-I), folder (pictures or
             DICOM), csv, or phantom.
         out: Parquet file of the table; studies left out and files not used are listed next to it as .skipped.csv.
-        images: Folder of the images; mimic: the folder above `files`, csv: the folder its paths are relative to.
-        reports: Mimic: folder above the reports' `files`, if another, or mimic_cxr_sectioned.csv; iuxray: folder
-            or .tgz of XML reports.
-        projections: Iuxray: projection table (indiana_projections.csv or nlmcxr_tsne_pa.csv.gz), or
+        images: Folder of the images; for mimic the folder above `files`, for csv the one its paths are relative to.
+        reports: For mimic: folder above the reports' `files`, if another, or mimic_cxr_sectioned.csv; for iuxray:
+            folder or .tgz of XML reports.
+        projections: For iuxray: projection table (indiana_projections.csv or nlmcxr_tsne_pa.csv.gz), or
             several in brackets.
-        assume_frontal: Iuxray, folder: true takes images of unknown view as frontal.
-        table: Csv: the file.
-        columns: Csv: our column and its name in the file, for example "{frontal: image_path}".
-        licence: Folder, csv: licence of studies that state none, credentialed if not given; it never
+        assume_frontal: For iuxray and folder: true takes images of unknown view as frontal.
+        table: For csv: the file.
+        columns: For csv: our column and its name in the file, for example "{frontal: image_path}".
+        licence: For folder and csv: licence of studies that state none, credentialed if not given; it never
             loosens a stated one.
-        relicense_from: Csv: licence word in the file to replace by --to; the only way to loosen a licence.
-        to: Csv: the licence that replaces it.
-        cut_reports: Csv: true cuts whole reports in the column report into sections.
-        patients: Folder: each study its own patient (if not given), or each folder one patient.
-        need_images: Mimic, iuxray: false keeps studies whose image files are not on this machine.
-        need_reports: Folder: false keeps images without a report.
-        studies: Phantom: number of studies (200 if not given).
-        study_seed: Phantom: random seed of the studies (0 if not given, the seed of the phantom's training studies).
-        size: Phantom: side of the images in pixels (112 if not given).
-        split: Phantom: split name given to all studies.
-        workers: Mimic: threads that read reports (16 if not given).
+        relicense_from: For csv: licence word in the file to replace by --to; the only way to loosen a licence.
+        to: For csv: the licence that replaces it.
+        cut_reports: For csv: true cuts whole reports in the column report into sections.
+        patients: For folder: each study its own patient (if not given), or each folder one patient.
+        need_images: For mimic and iuxray: false keeps studies whose image files are not on this machine.
+        need_reports: For folder: false keeps images without a report.
+        studies: For phantom: number of studies (200 if not given).
+        study_seed: For phantom: random seed of the studies (0 if not given, the seed of its training studies).
+        size: For phantom: side of the images in pixels (112 if not given).
+        split: For phantom: split name given to all studies.
+        workers: For mimic: threads that read reports (16 if not given).
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.errors import ConfigError
@@ -216,7 +216,7 @@ def validate_studies(
     Args:
         table: Parquet or CSV.
         root: Folder that relative image paths start from; the table's own if not given.
-        images: Decode reads every image as the model would, open reads headers, exist asks the file system, none.
+        images: Check of the images: decode reads each as the model would, open reads headers, exist looks for files.
         most: Issues printed; all are counted.
         workers: Threads that look at images.
         out: CSV for all issues.

@@ -22,7 +22,7 @@ CONTEXT = 16
 
 @pytest.fixture(scope="module")
 def store(phantom, tmp_path_factory):
-    """Eleven studies in three shards, one row in twenty of the patches beside the paper's roles."""
+    """Eleven studies in three shards, one row in twenty of the patches in addition to the paper's roles."""
     studies = generate_studies(11, seed=41)
     folder = tmp_path_factory.mktemp("store")
     settings = RowSettings(roles="paper", rates={"image": 0.05})

@@ -57,7 +57,7 @@ def table(store, hook):
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_rows_are_the_hidden_states_of_transformers(phantom, studies, store, hook):
-    """For every role, to bfloat16 rounding (2^-8 relative), and beside each row its own id and place."""
+    """For every role, to bfloat16 rounding (2^-8 relative), and each row has its own id and position."""
     layer = int(hook.split(".")[1])
     values, columns = table(store, hook)
     assert set(columns["role"]) >= {1, 2, 3, 4, 9, 10}
@@ -195,7 +195,7 @@ def test_commit_refuses_what_does_not_fit(store, tmp_path):
 
 
 def test_generated_reports_are_harvested_from_their_own_ids(phantom, studies, tmp_path):
-    """`both` gives two sets of rows a study; generated rows equal hidden states of prompt + generated ids."""
+    """`both` gives two sets of rows per study; generated rows equal hidden states of prompt + generated ids."""
     store = harvest(
         phantom,
         studies[:3],

@@ -85,10 +85,10 @@ def test_the_command_writes_pages_of_the_studies_asked_for(sae, tmp_path, capsys
     words += ["--n-check", "8", "--sentences", "[0]", "--max-new-tokens", "40", "--max-rounds", "1"]
     name = generate_studies(200, 10_000)[1].study_id
     assert main([*words, "--study", f"[{name}]", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [one["study"] for one in told["studies"]] == [name]
-    assert told["studies"][0]["sentences"][0]["drop"] is not None
-    assert Path(told["page"]).is_file()
+    printed = json.loads(capsys.readouterr().out)
+    assert [one["study"] for one in printed["studies"]] == [name]
+    assert printed["studies"][0]["sentences"][0]["drop"] is not None
+    assert Path(printed["page"]).is_file()
     assert main([*words, "--study", "[nobody]"]) == 2
     assert "nobody is not among" in capsys.readouterr().err
 

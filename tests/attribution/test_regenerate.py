@@ -42,7 +42,7 @@ def test_the_removed_entries_are_the_edit_and_the_edit_is_the_report(hooked, stu
     touched = found.delta.norm(dim=1).nonzero()[:, 0].tolist()
     assert touched == sorted({int(p) for p in found.position})
     assert bool((prompt.view[0][touched] >= 0).all())
-    # At one position of the first round, the edit lies in the span of the removed latents' decoder rows.
+    # At one position of the first round, the edit is in the span of the removed latents' decoder rows.
     place = touched[0]
     rows = sae.W_dec[found.latent[found.position == place]].T
     solved = torch.linalg.lstsq(rows, found.delta[place][:, None]).solution

@@ -199,13 +199,13 @@ def test_a_training_from_a_damaged_sae_is_refused(damage, healthy, store, tmp_pa
     ]
     words += ["--sae", "{d_sae: 256, k: 4, matryoshka_widths: [64, 256]}", "--trainer", json.dumps(steps)]
     code = main(["train", *words, "--init", str(folder)])
-    told = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr().err.splitlines()
     if damage is None:
         assert code == 0
         return
     assert code == 2
-    message = [line for line in told if line.startswith("sae-lens-maira train: ")]
-    assert len(message) == 1, told
+    message = [line for line in printed if line.startswith("sae-lens-maira train: ")]
+    assert len(message) == 1, printed
     assert str(folder) in message[0] or damage.startswith(("levels", "another width"))
     assert not out.exists()
 

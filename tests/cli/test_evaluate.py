@@ -17,7 +17,7 @@ FEW = ["--studies", "6", "--json"]
     ("name", "layer", "kind"), [("phantom-image", 3, "image"), ("phantom-text", 6, "text")]
 )
 def test_an_sae_without_metadata_is_located(name, layer, kind, tmp_path, capsys):
-    """Its own block wins with a margin, so `hidden_states[n]` and `blocks.n` are told apart."""
+    """Its own block wins with a margin, so `hidden_states[n]` and `blocks.n` are distinguished."""
     sae = load_sae_weights(name)
     sae.save_model(tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())

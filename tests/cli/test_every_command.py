@@ -62,6 +62,14 @@ def _example(hint: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_texts_are_phrases_with_a_capital(name):
+    """Every option has a help text that begins with a capital, a quotation mark or a number."""
+    for option, action in options_of(name).items():
+        assert action.help, f"{name} --{option} has no help"
+        assert not action.help[0].islower(), f"{name} --{option}: {action.help}"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_file_that_is_no_config_is_one_line_and_code_2(name, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     for kind, content in NO_CONFIG.items():

@@ -28,10 +28,10 @@ def test_recipe_harvests_then_trains(tmp_path, capsys):
     """The phantom's recipe, made small: a complete store, and an SAE that plain SAELens loads."""
     words = ["--config", str(RECIPES / "phantom.yaml"), "--store", str(tmp_path / "store")]
     assert main(["harvest", *words, *FEW, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     store = ActivationStore(tmp_path / "store")
-    assert told["complete"]
-    assert told["rows"] == len(store) > 0
+    assert printed["complete"]
+    assert printed["rows"] == len(store) > 0
     assert set(store.index(0)["role"]) >= {3, 10}
     words += [*SMALL, "--trainer.checkpoint_path", "null"]
     assert main(["train", *words, "--out", str(tmp_path / "sae"), "--json"]) == 0
@@ -126,11 +126,11 @@ def test_store_commands(tmp_path, capsys):
     assert main(["harvest", *words, "--store", store]) == 0
     capsys.readouterr()
     assert main(["store", "show", "--store", store, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["roles"] == {"report": told["rows"]}
-    assert 256 < told["bytes_per_row"] < 500
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["roles"] == {"report": printed["rows"]}
+    assert 256 < printed["bytes_per_row"] < 500
     assert main(["store", "show", "--store", store]) == 0
-    assert f"report         {told['rows']:,}" in capsys.readouterr().out
+    assert f"report         {printed['rows']:,}" in capsys.readouterr().out
     assert main(["store", "export", "--store", store, "--out", cached, "--context-size", "1"]) == 0
     assert "d_in=128" in capsys.readouterr().out
     again = [
@@ -146,9 +146,9 @@ def test_store_commands(tmp_path, capsys):
     ]
     assert main(again) == 0
     exported = json.loads(capsys.readouterr().out)
-    assert (exported["rows"], exported["left_out"], exported["d_in"]) == (told["rows"], 0, 128)
+    assert (exported["rows"], exported["left_out"], exported["d_in"]) == (printed["rows"], 0, 128)
     assert main(["store", "import", "--cached", cached, "--store", back]) == 0
-    assert f"{told['rows']:,} rows" in capsys.readouterr().out
+    assert f"{printed['rows']:,} rows" in capsys.readouterr().out
     assert main(["store", "validate", "--store", back, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["whole"] is True
     (tmp_path / "back" / "shard-000000.parquet").unlink()

@@ -42,9 +42,9 @@ def test_no_command_sends_control_characters_of_data_to_the_terminal(
     main(["studies", "show", "--table", str(hostile), *flag])
     main(["studies", "show", "--table", str(hostile), "--study", ESCAPES])
     main(["studies", "show", "--table", str(hostile), "--study", f"no such {ESCAPES}"])
-    told = "".join(capsys.readouterr())
-    assert "\\x1b[2J" in told or "\\u001b[2J" in told
-    assert not re.search(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", told)
+    printed = "".join(capsys.readouterr())
+    assert "\\x1b[2J" in printed or "\\u001b[2J" in printed
+    assert not re.search(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", printed)
     found = pd.read_csv(tmp_path / "v.csv")
     assert not found["detail"].str.match(r"[=+@\t\r-]").any()
 
@@ -106,9 +106,9 @@ def test_a_config_that_cannot_be_read_is_one_message(tmp_path, capsys, kind) -> 
     path = tmp_path / "config.yaml"
     path.write_bytes(_config(kind))
     assert main(["train", "--config", str(path)]) == 2
-    told = capsys.readouterr().err
-    assert "config" in told
-    assert len(told.strip().splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert "config" in printed
+    assert len(printed.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_json_file_of_absurd_depth_is_one_message(tmp_path, capsys, hostile, c
     (folder / "sae_weights.safetensors").write_bytes(json.dumps({}).encode())
     words = [word.format(table=hostile) for word in command]
     assert main([*words, str(folder)]) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    assert file in told
-    assert re.search("recursion|nested too deeply", told)
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert file in printed
+    assert re.search("recursion|nested too deeply", printed)

@@ -24,7 +24,7 @@ def blocks():
     """40 studies in units of 8: a unit's report tokens are fewer than a covariance wants."""
     maira, studies = load_phantom(), generate_studies(40, seed=10_000)
     harvested = ModelSource(maira, studies, "blocks.3.hook_resid_post", "generated_only", 8)
-    return [list(harvested[unit]) for unit in range(len(harvested))]  # read once: these run the model anew
+    return [list(harvested[unit]) for unit in range(len(harvested))]  # read once: these run the model again
 
 
 @pytest.fixture(scope="module")

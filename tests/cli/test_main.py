@@ -144,7 +144,7 @@ def test_an_option_from_a_pipe(tmp_path):
 
 
 def test_a_closed_pipe_is_no_error_of_ours(monkeypatch):
-    """`sae-lens-maira ... | head -1`: no traceback, and the code of any program that nobody reads."""
+    """`sae-lens-maira ... | head -1`: no traceback, and the exit code of any program whose reader is gone."""
     program = (
         "import sys, sae_lens_maira.cli as c\n"
         "c.COMMANDS['quickstart'] = lambda **_: sys.stdout.writelines('line\\n' for _ in range(100_000))\n"

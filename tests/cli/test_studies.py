@@ -59,14 +59,14 @@ def test_a_moved_phantom_table_gives_the_rows_of_the_phantom_itself(phantom_fold
 
 def test_show_counts_and_one_study(phantom_folder, capsys, tmp_path) -> None:
     table = phantom_folder / "t.parquet"
-    told = answer(capsys, "show", "--table", table, "--labels", "5")
-    assert (told["studies"], told["truth"], told["split"], told["licence"]) == (
+    printed = answer(capsys, "show", "--table", table, "--labels", "5")
+    assert (printed["studies"], printed["truth"], printed["split"], printed["licence"]) == (
         8,
         8,
         {"train": 8},
         {"synthetic": 8},
     )
-    labels = told["rule_labels"]
+    labels = printed["rule_labels"]
     assert labels["n"] == 5
     assert (
         sum(
@@ -94,8 +94,8 @@ def test_show_counts_and_one_study(phantom_folder, capsys, tmp_path) -> None:
 
 def test_validate_exits_by_what_it_finds(phantom_folder, capsys, tmp_path) -> None:
     table = phantom_folder / "t.parquet"
-    told = answer(capsys, "validate", "--table", table)
-    assert (told["studies"], told["counts"], told["issues"]) == (8, {}, [])
+    printed = answer(capsys, "validate", "--table", table)
+    assert (printed["studies"], printed["counts"], printed["issues"]) == (8, {}, [])
     frame = pd.read_parquet(table)
     frame.loc[5, "study_id"] = frame.loc[2, "study_id"]
     frame.loc[6, "frontal"] = "images/none.png"
@@ -155,17 +155,17 @@ def test_import_of_a_folder_and_of_a_csv(tmp_path, capsys) -> None:
     (tmp_path / "a.txt").write_text(REPORT)
     (tmp_path / "b.txt").write_text("IMPRESSION: Effusion.\n")
     out = tmp_path / "out" / "t.parquet"
-    told = answer(
+    printed = answer(
         capsys, "import", "--source", "folder", "--images", tmp_path, "--out", out, "--licence", "public"
     )
-    assert (told["studies"], told["licence"]) == (1, {"public": 1})
-    assert told["skipped"] == {"no report file": 1, "no findings section": 1}
+    assert (printed["studies"], printed["licence"]) == (1, {"public": 1})
+    assert printed["skipped"] == {"no report file": 1, "no findings section": 1}
     skipped = pd.read_csv(out.with_suffix(".skipped.csv"), dtype=str).dropna(subset="study_id")
     assert skipped["study_id"].tolist() == ["b", "c"]
     (tmp_path / "t.csv").write_text("study_id,patient_id,file,age\n1,p,a.png,60\n")
     words = ["--source", "csv", "--table", tmp_path / "t.csv", "--columns", "{frontal: file}", "--out", out]
-    told = answer(capsys, "import", *words)
-    assert told["notes"] == {"column 'age' is not a column of a table of studies and was left out": 1}
+    printed = answer(capsys, "import", *words)
+    assert printed["notes"] == {"column 'age' is not a column of a table of studies and was left out": 1}
     assert read_table(out, tmp_path).studies[0].frontal == tmp_path / "a.png"
     assert main(["studies", "import", *map(str, words)]) == 0
     assert f"give --root {tmp_path}" in capsys.readouterr().out
@@ -173,14 +173,14 @@ def test_import_of_a_folder_and_of_a_csv(tmp_path, capsys) -> None:
 
 def test_refusals_say_what_to_do(tmp_path, capsys) -> None:
     out = str(tmp_path / "t.parquet")
-    for words, told in (
+    for words, printed in (
         (["--source", "mimic", "--out", out], "needs images"),
         (["--source", "phantom", "--out", out, "--images", "x"], "does not read images"),
         (["--source", "phantom", "--out", "t.csv"], "ending in .parquet"),
         (["--source", "csv", "--table", "none.csv", "--out", out], "could not be read"),
     ):
         assert main(["studies", "import", *words]) == 2
-        assert told in capsys.readouterr().err
+        assert printed in capsys.readouterr().err
     Image.new("L", (9, 9), 7).save(tmp_path / "a.png")
     assert main(["studies", "import", "--source", "folder", "--images", str(tmp_path), "--out", out]) == 2
     assert "1 no report file" in capsys.readouterr().err

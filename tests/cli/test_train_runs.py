@@ -90,7 +90,7 @@ def test_a_complete_store_is_used_only_if_it_holds_what_is_asked(name, store, ph
     asked = HarvestOptions(hooks=HOOK, studies=6, rates={"image": 0.2}, device="cpu")
     opened = ActivationStore(store)
     assert asked.check_store(opened) == []
-    value, told = OPTIONS[name]
+    value, printed = OPTIONS[name]
     if value == "FOLDER":
         phantom.model.save_pretrained(tmp_path)
         value = str(tmp_path)
@@ -98,14 +98,14 @@ def test_a_complete_store_is_used_only_if_it_holds_what_is_asked(name, store, ph
         made = table_of_studies(generate_studies(6, seed=9), tmp_path)
         value = StudyTable.from_frame(made.frame, tmp_path).save(tmp_path / "studies.parquet")
     other = replace(asked, **{name: value})
-    if told is None:
+    if printed is None:
         assert other.check_store(opened) == []
-    elif told.startswith("note: "):
-        assert any(told[6:] in note for note in other.check_store(opened))
+    elif printed.startswith("note: "):
+        assert any(printed[6:] in note for note in other.check_store(opened))
     else:
         with pytest.raises(StoreError) as error:
             other.check_store(opened)
-        assert told in str(error.value)
+        assert printed in str(error.value)
 
 
 def test_a_split_of_the_table_is_other_studies(tmp_path):
@@ -160,7 +160,7 @@ def test_texts_and_images_changed_since_the_harvest_are_refused(tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "printed"),
     [
         ({"lr": -1}, "trainer.lr is -1"),
         ({"total_training_samples": "many"}, "total_training_samples is 'many'"),
@@ -171,11 +171,11 @@ def test_texts_and_images_changed_since_the_harvest_are_refused(tmp_path, capsys
         ({"logger": "wandb"}, "trainer.logger is 'wandb'"),
     ],
 )
-def test_wrong_settings_are_one_message(more, told, store, tmp_path, capsys):
+def test_wrong_settings_are_one_message(more, printed, store, tmp_path, capsys):
     """What SAELens raises or asserts ends with exit code 2, not with a traceback."""
     assert train(store, tmp_path / "sae", **more) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert printed in error
     assert "Traceback" not in error
 
 
@@ -224,7 +224,7 @@ def test_wrong_settings_of_the_sae_are_one_message(sae, store, tmp_path, capsys)
 
 @pytest.mark.parametrize("given", [None, "frozen_encoder"])
 def test_two_different_controls_are_refused(given, store, tmp_path, capsys):
-    """A recipe's `control: null` does not take --control back in silence; without --control it is a plain training."""
+    """A recipe's `control: null` does not silently override --control; without --control it is a plain training."""
     sae = json.dumps({"d_sae": 64, "k": 4, "matryoshka_widths": [16, 64], "control": given})
     assert train(store, tmp_path / "sae", "--control", "frozen_decoder", sae=sae) == 2
     assert f"--control is 'frozen_decoder' and sae.control is {given!r}" in capsys.readouterr().err

@@ -87,9 +87,13 @@ META = RecordsMeta(
 
 
 def _write(folder: Path, licence: str = "synthetic", contexts: int = 3, **changes: object) -> RecordSet:
-    Image.fromarray(np.arange(48 * 64, dtype=np.uint8).reshape(48, 64)).save(folder / "film.png")
+    Image.fromarray(np.arange(48 * 64, dtype=np.uint8).reshape(48, 64)).save(folder / "radiograph.png")
     entry = StudyInfo(
-        "s0", "p0", licence, images=(("frontal", "film.png"),), boxes=(("opacity", 0.5, 0.5, 0.75, 1.0),)
+        "s0",
+        "p0",
+        licence,
+        images=(("frontal", "radiograph.png"),),
+        boxes=(("opacity", 0.5, 0.5, 0.75, 1.0),),
     )
     return write_records(
         folder, META, [replace(entry, **changes)], [TEXT], [_record(latent, contexts) for latent in (0, 300)]
@@ -114,8 +118,8 @@ def test_a_latent_page_stays_below_its_limit_and_counts_what_it_leaves_out(tmp_p
 def test_images_are_the_centre_crop_and_boxes_move_into_it(tmp_path: Path) -> None:
     write_page(_write(tmp_path), [], tmp_path / "page")
     study = _payload(tmp_path / "page" / latent_file(0))["studies"]["s0"]
-    with Image.open(tmp_path / "page" / study["images"]["frontal"]) as film:
-        assert film.size == (48, 48)
+    with Image.open(tmp_path / "page" / study["images"]["frontal"]) as radiograph:
+        assert radiograph.size == (48, 48)
     # 64 wide, cropped by 8 on either side: x -> (64 x - 8) / 48.
     assert study["boxes"] == [["opacity", pytest.approx(0.5), 0.5, pytest.approx(0.833), 1]]
 
@@ -135,11 +139,12 @@ def test_credentialed_images_stay_out_unless_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["/etc/film.png", "../film.png", "a/../../film.png", "link.png", "C:\\film.png"]
+    "source",
+    ["/etc/radiograph.png", "../radiograph.png", "a/../../radiograph.png", "link.png", "C:\\radiograph.png"],
 )
 def test_images_outside_the_folder_are_refused(tmp_path: Path, source: str) -> None:
     """A record set cannot make the page copy files from elsewhere, also not through a link."""
-    outside = tmp_path / "film.png"
+    outside = tmp_path / "radiograph.png"
     folder = tmp_path / "records"
     folder.mkdir()
     records = _write(folder, images=(("frontal", source),))
@@ -156,9 +161,9 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"film\.png"):
+    with pytest.raises(RecordError, match="which is not part of a page"):
         write_page(_write(tmp_path), [], tmp_path)
-    assert (tmp_path / "film.png").is_file()
+    assert (tmp_path / "radiograph.png").is_file()
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:

@@ -340,10 +340,10 @@ def test_a_200_that_stored_nothing_is_not_journalled(send, site, answer):
 
 def test_explanations_of_any_method_arrive(send, site, make_set):
     """Our method names are mapped to one that the server's table knows."""
-    told = Interpretation(
+    printed = Interpretation(
         0, "fires at effusion", "m", "acts_top40", "pathology", (), (), None, "ok", 40, 20, "1"
     )
-    send(interpretations={0: [told]})
+    send(interpretations={0: [printed]})
     assert site.features[0]["explanations"] == [
         {"text": "fires at effusion", "methodName": "eleuther_acts_top20"}
     ]

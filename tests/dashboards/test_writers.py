@@ -176,12 +176,12 @@ def test_export_has_the_keys_of_a_real_one(make_set, target, tmp_path):
     assert rows["source"]["id"] == "15-res-matryoshka-16k"
     assert rows["model"]["inferenceEnabled"] is False
     assert (rows["model"]["layers"], rows["model"]["dimension"]) == (32, 4096)
-    told = shards(folder, "explanations")[0][0]
-    assert told["description"] == "fires at pleural effusion"
-    assert told["typeName"] is None
-    assert told["explanationModelName"] is None
-    assert "embedding" not in told  # exactly 256 numbers, or absent
-    assert "detection 0.80 [0.70, 0.90], control 0.50" in told["notes"]
+    printed = shards(folder, "explanations")[0][0]
+    assert printed["description"] == "fires at pleural effusion"
+    assert printed["typeName"] is None
+    assert printed["explanationModelName"] is None
+    assert "embedding" not in printed  # exactly 256 numbers, or absent
+    assert "detection 0.80 [0.70, 0.90], control 0.50" in printed["notes"]
 
 
 def test_export_passes_every_trap_of_the_importer(make_set, target, tmp_path):
@@ -254,8 +254,8 @@ def test_shards_of_another_size_hold_the_same_rows(make_set, target, tmp_path):
 
 
 def test_api_payloads_stay_within_the_servers_limits(make_set, target):
-    told = {0: [explained(0, "word " * 300), explained(0, "not shown", status="unusable")]}
-    found = list(payloads(make_set(latents=140), target, told))
+    printed = {0: [explained(0, "word " * 300), explained(0, "not shown", status="unusable")]}
+    found = list(payloads(make_set(latents=140), target, printed))
     assert max(len(p["features"]) for p in found) <= 128
     features = [f for p in found for f in p["features"]]
     assert [f["index"] for f in features] == [i for i in range(140) if i != 2]

@@ -1,4 +1,4 @@
-"""The bridge: a twin of the model, registered without boot_transformers, with names that always work."""
+"""The bridge: a weight-sharing copy of the model, registered without boot_transformers, with names that always work."""
 
 # pyright: reportPossiblyUnboundVariable=false
 # nnsight's traces may swallow exceptions by their type; they do not.

@@ -139,7 +139,7 @@ def test_generate_edited_hides_the_recipe(model: Maira2NNsight, hooked: HookedMa
 
 
 def test_reports_that_end_early_are_no_trap(model: Maira2NNsight, hooked: HookedMaira2, prompt: Any) -> None:
-    """nnsight drops what follows a loop that the model ends; the helper still hands out the ids."""
+    """nnsight drops what follows a loop that the model ends; the helper still returns the ids."""
     plain = hooked.generate(prompt, 6)
     eos = [int(plain[0, -4]), int(plain[1, -4])]
     ids = model.generate_edited(prompt, {RESID: lambda x, _: None}, 6, eos_token_id=eos, pad_token_id=0)

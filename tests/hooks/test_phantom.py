@@ -1,4 +1,4 @@
-"""The doors on the shipped phantom: bit-equal values, equal reports, and an SAE trained on its activations."""
+"""The hook interfaces on the shipped phantom: bit-equal values, equal reports, an SAE trained on its activations."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def test_every_door_gives_the_same_values(phantom: Maira2, cases: list[Any]) -> 
 
 
 def test_reports_are_equal_and_move_with_the_images(phantom: Maira2, cases: list[Any]) -> None:
-    """Greedy reports through the doors equal transformers'; without its image tokens the model writes another."""
+    """Greedy reports through the interfaces equal transformers'; without its image tokens the model writes another."""
     prompt = phantom.processor.encode(cases)
     hooked = HookedMaira2(phantom)
     with torch.no_grad():

@@ -106,7 +106,7 @@ def test_an_epoch_is_every_study_once_in_a_new_order(hooked: HookedMaira2, studi
     assert rows == [2, 2, 2, 2, 1]
     with pytest.raises(StopIteration, match="All 9 studies"):
         store.get_raw_llm_batch(raise_on_epoch_end=True)
-    store.get_raw_llm_batch(raise_on_epoch_end=True)  # told once, the next epoch runs
+    store.get_raw_llm_batch(raise_on_epoch_end=True)  # printed once, the next epoch runs
 
 
 def test_a_store_goes_on_where_its_checkpoint_stood(
@@ -239,7 +239,7 @@ def test_prefetching_and_normalisation(hooked: HookedMaira2, studies: Any) -> No
 
 
 def test_saelens_proxy_cannot_drop_the_images(tiny: Any, prompt: Any) -> None:
-    """HookedProxyLM swallows pixel_values without a word; the model itself refuses to run without them."""
+    """HookedProxyLM silently drops pixel_values; the model itself refuses to run without them."""
     from sae_lens.load_model import HookedProxyLM
 
     proxy = HookedProxyLM(tiny.model, tiny.processor.tokenizer, hook_names=["model.language_model.layers.1"])

@@ -15,12 +15,12 @@ def test_the_sentence_names_the_finding_and_its_side(hand_made, kind):
     records = hand_made(KEYS, kind=kind)
     train = train_patients(records.studies.values())
     for key, record in zip(KEYS, records.stream(), strict=True):
-        told = contrast(split_examples(record, records.studies, train).train)
-        assert told.text
-        assert named_findings(told.text, records.meta.findings) == {key}
-        assert told.category == ("device" if key == "pacemaker" else "pathology")
+        printed = contrast(split_examples(record, records.studies, train).train)
+        assert printed.text
+        assert named_findings(printed.text, records.meta.findings) == {key}
+        assert printed.category == ("device" if key == "pacemaker" else "pathology")
         if kind == "image":
-            assert "left lower zone of the frontal image" in told.text
+            assert "left lower zone of the frontal image" in printed.text
 
 
 def test_only_train_examples_are_read(hand_made):

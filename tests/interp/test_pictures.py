@@ -1,4 +1,4 @@
-"""Films with outlined patches reach a vision model as image parts, first examples first; texts stay as they were."""
+"""Radiographs with outlined patches reach a vision model as image parts, first examples first; texts are unchanged."""
 
 import base64
 import dataclasses
@@ -21,23 +21,23 @@ from sae_lens_maira.interp.prompts import PICTURE_TOKENS, question, tokens_of, w
 
 @pytest.fixture
 def examples(hand_made):
-    """Train examples of an image latent whose patch 54 of 8 x 8 fires, the films of half of them kept."""
+    """Train examples of an image latent whose patch 54 of 8 x 8 fires, the radiographs of half of them kept."""
     records = hand_made(("nodule",), kind="image")
-    Image.new("L", (80, 80), 90).save(records.folder / "film.png")
+    Image.new("L", (80, 80), 90).save(records.folder / "radiograph.png")
     train = train_patients(records.studies.values())
     found = split_examples(records[0], records.studies, train).train
     kept = []
     for number, example in enumerate(found):
-        images = (("frontal", "film.png"),) if number % 2 else ()
+        images = (("frontal", "radiograph.png"),) if number % 2 else ()
         kept.append(dataclasses.replace(example, study=dataclasses.replace(example.study, images=images)))
     return records, kept
 
 
 def test_the_firing_patch_is_outlined(examples):
     records, found = examples
-    film = outlined(found[1], records.folder)
-    assert film is not None
-    marked = np.argwhere((np.asarray(film) == COLOUR).all(-1))
+    radiograph = outlined(found[1], records.folder)
+    assert radiograph is not None
+    marked = np.argwhere((np.asarray(radiograph) == COLOUR).all(-1))
     assert marked.min(0).tolist() == [60, 60]
     assert marked.max(0).tolist() == [69, 69]
     assert outlined(found[0], records.folder) is None
@@ -46,9 +46,9 @@ def test_the_firing_patch_is_outlined(examples):
 def test_parts_follow_the_text_in_its_order(examples):
     records, found = examples
     system, user = question(found, (), pictures=2, folder=records.folder)
-    text, *films = user["content"]
-    assert [part["type"] for part in films] == ["image_url"] * 2
-    data = films[0]["image_url"]["url"].removeprefix("data:image/png;base64,")
+    text, *radiographs = user["content"]
+    assert [part["type"] for part in radiographs] == ["image_url"] * 2
+    data = radiographs[0]["image_url"]["url"].removeprefix("data:image/png;base64,")
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (80, 80)
     plain = question(found, ())[1]["content"]
     lines = text["text"].splitlines()

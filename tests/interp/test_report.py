@@ -25,16 +25,16 @@ def test_offline_run_and_report(hand_made, tmp_path, capsys):
     run(control.folder)
     assert "no LLM" in capsys.readouterr().out
     report(records.folder, tmp_path / "out", untrained=control.folder, as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert told["categories"] == {
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["categories"] == {
         "device": 1,
         "pathology": 3,
         "longitudinal change": 0,
         "textual": 0,
         "other": 0,
     }
-    assert set(told["scores"]) == {"explanations", "untrained SAE"}
-    truth = next(row for row in told["scores"]["explanations"] if row["judge"] == "truth")
+    assert set(printed["scores"]) == {"explanations", "untrained SAE"}
+    truth = next(row for row in printed["scores"]["explanations"] if row["judge"] == "truth")
     assert truth["balanced_accuracy"] == 1.0
     assert truth["control"] < 0.7
     assert Image.open(tmp_path / "out" / "scores.png").size[0] > 900
@@ -74,12 +74,12 @@ def test_run_and_report_print_json_alone(hand_made, tmp_path, capsys):
     records = hand_made(KEYS)
     run(records.folder, as_json=True)
     said = capsys.readouterr()
-    told = json.loads(said.out)
-    assert told["latents"] == len(records) == sum(told["statuses"].values())
-    assert {row["method"] for row in told["scores"]} >= {"detection"}
+    printed = json.loads(said.out)
+    assert printed["latents"] == len(records) == sum(printed["statuses"].values())
+    assert {row["method"] for row in printed["scores"]} >= {"detection"}
     assert "nothing is sent" in said.err
     report(records.folder, tmp_path, set_name="res-1k", model_id="phantom", as_json=True)
-    assert json.loads(capsys.readouterr().out)["statuses"] == told["statuses"]
+    assert json.loads(capsys.readouterr().out)["statuses"] == printed["statuses"]
     rows = [json.loads(line) for line in (tmp_path / "explanations.jsonl").read_text().splitlines()]
     assert {(row["modelId"], row["layer"]) for row in rows} == {("phantom", f"{records.meta.layer}-res-1k")}
 

@@ -135,7 +135,7 @@ def test_a_model_that_reads_scores_high_and_the_control_low(hand_made, httpserve
 
 
 def test_the_command_asks_the_server_of_the_environment(hand_made, httpserver, monkeypatch, capsys):
-    """`export OPENAI_BASE_URL`, then `interpret run --judge`: estimate first, scores last, and the journal beside."""
+    """`export OPENAI_BASE_URL`, then `interpret run --judge`: estimate first, scores last, and a journal."""
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(reading_model)
     monkeypatch.setenv("OPENAI_BASE_URL", httpserver.url_for("/v1"))
     records = hand_made(KEYS[:3])

@@ -30,13 +30,13 @@ def pixels_of(part: dict) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
-def verdict(description: str, film: np.ndarray, outlined: bool) -> bool:
+def verdict(description: str, radiograph: np.ndarray, outlined: bool) -> bool:
     """Whether the place that the description names is bright, and within the outline if there is one."""
-    bright = bool((film[62:68, SIDES[description], 0] > 150).all())
+    bright = bool((radiograph[62:68, SIDES[description], 0] > 150).all())
     if not outlined:
-        assert not (film == COLOUR).all(-1).any()
+        assert not (radiograph == COLOUR).all(-1).any()
         return bright
-    low, high = (edge(np.argwhere((film == COLOUR).all(-1)), axis=0) for edge in (np.min, np.max))
+    low, high = (edge(np.argwhere((radiograph == COLOUR).all(-1)), axis=0) for edge in (np.min, np.max))
     return bright and tuple(low) == (60, 60) and tuple(high) == (69, 69)
 
 
@@ -55,10 +55,13 @@ class Seeing:
             answer: dict = {"explanation": max(SIDES, key=lambda word: active.count(word))}
         else:
             description = user[0]["text"].removeprefix("Description: ")
-            films = [pixels_of(part) for part in user if part["type"] == "image_url"]
-            self.images += len(films)
+            radiographs = [pixels_of(part) for part in user if part["type"] == "image_url"]
+            self.images += len(radiographs)
             answer = {
-                "verdicts": [verdict(description, film, "outlined patches" in system) for film in films]
+                "verdicts": [
+                    verdict(description, radiograph, "outlined patches" in system)
+                    for radiograph in radiographs
+                ]
             }
         message = {"role": "assistant", "content": json.dumps(answer)}
         return Response(json.dumps({"choices": [{"message": message}]}), content_type="application/json")
@@ -88,7 +91,7 @@ def test_a_judge_that_sees_scores_high_and_the_control_does_not(hand_made, https
             assert control.balanced_accuracy < 0.8
         assert one.scores[0].asked == 40
     asked = [score.asked for one in done for score in (*one.scores, *one.control)]
-    # Some films are equal, and so are some questions: they are asked once.
+    # Some radiographs are equal, and so are some questions: they are asked once.
     assert 0.9 * sum(asked) < seeing.images <= sum(asked)
     before = seeing.images
     again, usage = interpret(records, server, Plan(methods=METHODS, n_test=20))

@@ -56,7 +56,7 @@ def test_meta_and_numbers(records, rows, acts):
 
 
 def test_contexts_hold_the_activations_of_their_study(records, rows, acts, studies, phantom):
-    """Peak, patch, token values and heat of each context equal the table's; intervals hold what they say."""
+    """Peak, patch, token values and map of each context equal the table's; intervals hold what they say."""
     number = {study.study_id: i for i, study in enumerate(studies)}
     tokenizer = phantom.processor.tokenizer
     for record in list(records.stream())[::5]:
@@ -78,7 +78,7 @@ def test_contexts_hold_the_activations_of_their_study(records, rows, acts, studi
                 assert value == pytest.approx(value_at[position], rel=1e-5)
                 spelled = tokenizer.convert_ids_to_tokens([token_at[position]])[0]
                 assert token == spelled.replace("\u2581", " ")
-            heat = {
+            activation = {
                 (("frontal", "lateral", "prior").index(h.view), p): v
                 for h in context.maps
                 for p, v in zip(h.patches, h.values, strict=True)
@@ -88,8 +88,8 @@ def test_contexts_hold_the_activations_of_their_study(records, rows, acts, studi
             expected = dict(
                 zip(zip(rows.view[on].tolist(), patch.tolist(), strict=True), column[on], strict=True)
             )
-            assert heat.keys() == expected.keys()
-            assert all(heat[key] == pytest.approx(expected[key], rel=1e-5) for key in heat)
+            assert activation.keys() == expected.keys()
+            assert all(activation[key] == pytest.approx(expected[key], rel=1e-5) for key in activation)
             if context.modality == "text" and context.value:
                 assert context.activations[context.peak] == context.value
                 assert context.patch is None

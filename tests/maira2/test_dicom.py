@@ -1,4 +1,4 @@
-"""DICOM films: a real chest radiograph, inversion, windows, and files that are refused."""
+"""DICOM radiographs: a real chest radiograph, inversion, windows, and files that are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.compat
 
 
 @pytest.fixture(scope="module")
-def film() -> Path:
+def radiograph() -> Path:
     """A computed radiograph of the chest, MONOCHROME1, from pydicom-data."""
     path = get_testdata_file("RG1_UNCR.dcm", download=False)
     assert isinstance(path, str)
@@ -43,8 +43,10 @@ def write_dicom(path: Path, pixels: np.ndarray, photometric: str = "MONOCHROME2"
     return path
 
 
-def test_the_real_film_goes_through_processor_and_model(tiny: Maira2, film: Path, make_study: Any) -> None:
-    study = make_study(frontal=film, indication="Masses.")
+def test_the_real_radiograph_goes_through_processor_and_model(
+    tiny: Maira2, radiograph: Path, make_study: Any
+) -> None:
+    study = make_study(frontal=radiograph, indication="Masses.")
     encoding = tiny.processor.encode(study)
     assert encoding.pixel_values is not None
     assert encoding.pixel_values.shape == (1, 3, 56, 56)
@@ -52,9 +54,9 @@ def test_the_real_film_goes_through_processor_and_model(tiny: Maira2, film: Path
     assert len(generate_reports(*tiny, study, max_new_tokens=2)) == 1
 
 
-def test_the_real_film_shows_air_dark_and_the_mediastinum_bright(film: Path) -> None:
-    """The file is MONOCHROME1: uninverted, the black corners beside the neck would be white."""
-    pixels = ImageRecipe().to_pixels(film)[0]
+def test_the_real_radiograph_shows_air_dark_and_the_mediastinum_bright(radiograph: Path) -> None:
+    """The file is MONOCHROME1: uninverted, the black corners next to the neck would be white."""
+    pixels = ImageRecipe().to_pixels(radiograph)[0]
     corner, spine, lung = (
         pixels[:12, :12].mean(),
         pixels[200:300, 240:280].mean(),
@@ -82,7 +84,7 @@ def test_rescale_and_window_are_applied(tmp_path: Path) -> None:
 
 
 def test_dicom_is_known_by_its_magic_word_not_its_name(tmp_path: Path, make_picture: Any) -> None:
-    path = write_dicom(tmp_path / "film", make_picture(0).astype(np.uint16))
+    path = write_dicom(tmp_path / "radiograph", make_picture(0).astype(np.uint16))
     assert ImageRecipe(size=56, crop=56).to_pixels(path).shape == (3, 56, 56)
 
 
@@ -94,9 +96,9 @@ def test_several_frames_are_refused(name: str) -> None:
         read_dicom(Path(path))
 
 
-def test_damaged_files_are_refused_with_a_true_sentence(tmp_path: Path, film: Path) -> None:
-    (tmp_path / "cut.dcm").write_bytes(film.read_bytes()[:200_000])
-    (tmp_path / "text.dcm").write_text("not a film")
+def test_damaged_files_are_refused_with_a_true_sentence(tmp_path: Path, radiograph: Path) -> None:
+    (tmp_path / "cut.dcm").write_bytes(radiograph.read_bytes()[:200_000])
+    (tmp_path / "text.dcm").write_text("not a radiograph")
     (tmp_path / "empty.dcm").write_bytes(b"")
     (tmp_path / "noise.dcm").write_bytes(bytes(range(256)) * 8)
     report = get_testdata_file("reportsi.dcm", download=False)
@@ -114,7 +116,7 @@ def test_damaged_files_are_refused_with_a_true_sentence(tmp_path: Path, film: Pa
         assert "Fetch" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["film", "film.dcm", "film.ima"])
+@pytest.mark.parametrize("name", ["radiograph", "radiograph.dcm", "radiograph.ima"])
 @pytest.mark.parametrize("syntax", [True, False])
 def test_a_file_without_preamble_or_transfer_syntax_is_read(tmp_path: Path, name: str, syntax: bool) -> None:
     pixels = np.arange(64, dtype=np.uint16).reshape(8, 8)
@@ -166,11 +168,11 @@ def test_padding_is_background_and_takes_no_part_in_the_scaling(
     assert np.abs(stretched[1:] - wanted).max() <= 1
 
 
-def test_stretching_codes_equals_stretching_values(tmp_path: Path, film: Path) -> None:
+def test_stretching_codes_equals_stretching_values(tmp_path: Path, radiograph: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 4096, (40, 50)).astype(np.uint16)
     files = [
-        film,
+        radiograph,
         write_dicom(tmp_path / "a.dcm", pixels, "MONOCHROME1", WindowCenter="2000", WindowWidth="1500"),
     ]
     files += [

@@ -58,24 +58,24 @@ def test_an_image_at_518_px_has_1369_patches_per_image(
     assert (int(encoding.patch_row.max()), int(encoding.patch_col.max())) == (36, 36)
 
 
-def test_every_source_of_the_same_film_gives_the_same_pixels(
+def test_every_source_of_the_same_radiograph_gives_the_same_pixels(
     recipe: ImageRecipe, make_picture: Any, tmp_path: Path
 ) -> None:
-    film = make_picture(1)
-    Image.fromarray(film).save(tmp_path / "film.png")
-    Image.fromarray(film.astype(np.uint16) * 257).save(tmp_path / "film16.png")
-    wanted = recipe.to_pixels(film)
+    radiograph = make_picture(1)
+    Image.fromarray(radiograph).save(tmp_path / "radiograph.png")
+    Image.fromarray(radiograph.astype(np.uint16) * 257).save(tmp_path / "radiograph16.png")
+    wanted = recipe.to_pixels(radiograph)
     sources = {
-        "pil": Image.fromarray(film),
-        "path": tmp_path / "film.png",
-        "string": str(tmp_path / "film.png"),
-        "rgb": Image.fromarray(film).convert("RGB"),
-        "rgb array": np.repeat(film[..., None], 3, axis=2),
-        "one channel": film[..., None],
-        "sixteen bit file": tmp_path / "film16.png",
-        "uint16": film.astype(np.uint16) * 257,
-        "signed": film.astype(np.int16) - 300,
-        "float": film.astype(np.float32) / 255,
+        "pil": Image.fromarray(radiograph),
+        "path": tmp_path / "radiograph.png",
+        "string": str(tmp_path / "radiograph.png"),
+        "rgb": Image.fromarray(radiograph).convert("RGB"),
+        "rgb array": np.repeat(radiograph[..., None], 3, axis=2),
+        "one channel": radiograph[..., None],
+        "sixteen bit file": tmp_path / "radiograph16.png",
+        "uint16": radiograph.astype(np.uint16) * 257,
+        "signed": radiograph.astype(np.int16) - 300,
+        "float": radiograph.astype(np.float32) / 255,
     }
     for name, source in sources.items():
         # a float copy may fall on the other side of a truncation: at most one grey level before resizing
@@ -158,9 +158,9 @@ def test_bad_files_are_refused_with_their_path(
 
 def test_an_animation_is_refused(recipe: ImageRecipe, make_picture: Any, tmp_path: Path) -> None:
     frames = [Image.fromarray(make_picture(seed)) for seed in range(3)]
-    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "radiograph.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(ImageError, match="3 frames"):
-        recipe.to_pixels(tmp_path / "film.gif")
+        recipe.to_pixels(tmp_path / "radiograph.gif")
 
 
 def test_a_bad_image_is_refused_by_encode(processor: Maira2Processor, make_study: Any) -> None:
@@ -179,11 +179,11 @@ def test_boxes_map_to_the_whole_image_and_back(width: int, height: int) -> None:
 
 def test_a_mapped_box_covers_the_same_pixels(recipe: ImageRecipe) -> None:
     """A white square painted on the whole image is found again where `box_to_crop` says."""
-    film = np.zeros((140, 280), dtype=np.uint8)
-    film[35:70, 140:175] = 255
+    radiograph = np.zeros((140, 280), dtype=np.uint8)
+    radiograph[35:70, 140:175] = 255
     box = box_to_crop((140 / 280, 35 / 140, 175 / 280, 70 / 140), 280, 140)
     assert box is not None
-    pixels = recipe.to_pixels(film)[0] > 0
+    pixels = recipe.to_pixels(radiograph)[0] > 0
     rows, columns = torch.where(pixels)
     found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert [int(edge) / 56 for edge in found] == pytest.approx(box, abs=1 / 56)

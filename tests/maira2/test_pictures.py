@@ -151,10 +151,10 @@ def test_masked_arrays_and_rgba_arrays() -> None:
 
 def test_formats_without_a_suffix_and_webp(tmp_path: Path) -> None:
     grey = (RAMP % 251).astype(np.uint8)
-    Image.fromarray(grey).save(tmp_path / "film", "PNG")
-    assert np.array_equal(read_grey(tmp_path / "film"), grey)
-    Image.fromarray(grey).convert("RGB").save(tmp_path / "film.webp", lossless=True)
-    assert np.array_equal(read_grey(tmp_path / "film.webp"), grey)
+    Image.fromarray(grey).save(tmp_path / "radiograph", "PNG")
+    assert np.array_equal(read_grey(tmp_path / "radiograph"), grey)
+    Image.fromarray(grey).convert("RGB").save(tmp_path / "radiograph.webp", lossless=True)
+    assert np.array_equal(read_grey(tmp_path / "radiograph.webp"), grey)
 
 
 @pytest.mark.parametrize(("width", "height"), [(3000, 10), (10, 3000), (11, 1)])

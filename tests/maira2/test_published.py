@@ -95,21 +95,21 @@ def test_output_is_text_or_a_sequence_of_findings(processor: Maira2Processor) ->
 def test_a_box_comes_back_in_the_coordinates_of_the_whole_image(
     processor: Maira2Processor, width: int, height: int
 ) -> None:
-    """A bright square at a known place of the film: its box in the model's pixels, mapped back, is that place."""
-    film = np.random.default_rng(0).integers(0, 60, (height * 4, width * 4)).astype(np.uint8)
-    side = min(film.shape)
-    left = (film.shape[1] - side) // 2 + side // 4
-    top = (film.shape[0] - side) // 2 + side // 2
-    film[top : top + side // 4, left : left + side // 4] = 255
-    grey = processor.image_to_pixels(film)[0]
+    """A bright square at a known place of the radiograph: its box in the model's pixels, mapped back, is that place."""
+    radiograph = np.random.default_rng(0).integers(0, 60, (height * 4, width * 4)).astype(np.uint8)
+    side = min(radiograph.shape)
+    left = (radiograph.shape[1] - side) // 2 + side // 4
+    top = (radiograph.shape[0] - side) // 2 + side // 2
+    radiograph[top : top + side // 4, left : left + side // 4] = 255
+    grey = processor.image_to_pixels(radiograph)[0]
     lit = grey > (grey.max() + grey.min()) / 2
     rows, columns = (torch.nonzero(lit.any(dim)).flatten() for dim in (1, 0))
     size = grey.shape[0]
     box: Any = tuple(float(edge) / size for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-    whole = processor.adjust_box_for_original_image_size(box, film.shape[1], film.shape[0])
-    scale = (film.shape[1], film.shape[0]) * 2
+    whole = processor.adjust_box_for_original_image_size(box, radiograph.shape[1], radiograph.shape[0])
+    scale = (radiograph.shape[1], radiograph.shape[0]) * 2
     wanted = (left, top, left + side // 4, top + side // 4)
-    pixel = side / size  # one pixel of the model in pixels of the film
+    pixel = side / size  # one pixel of the model in pixels of the radiograph
     assert all(abs(edge * n - want) <= pixel for edge, n, want in zip(whole, scale, wanted, strict=True))
 
 
@@ -129,12 +129,15 @@ def test_a_box_without_area_obeys_one_rule() -> None:
 def test_a_lone_surrogate_is_refused(
     processor: Maira2Processor, make_study: Any, make_picture: Any, field: str
 ) -> None:
-    bad, film = "Pain \ud83d in the chest", make_picture()
+    bad, radiograph = "Pain \ud83d in the chest", make_picture()
     calls = {
         "text": lambda: processor(text=bad),
-        "phrase": lambda: processor.format_and_preprocess_phrase_grounding_input(film, bad),
-        "report": lambda: processor.encode(make_study(frontal=film), report=[bad]),
+        "phrase": lambda: processor.format_and_preprocess_phrase_grounding_input(radiograph, bad),
+        "report": lambda: processor.encode(make_study(frontal=radiograph), report=[bad]),
     }
-    prompt = lambda: processor.encode(make_study(frontal=film, prior_frontal=film, **{field: bad}))  # noqa: E731
+
+    def prompt() -> Any:
+        return processor.encode(make_study(frontal=radiograph, prior_frontal=radiograph, **{field: bad}))
+
     with pytest.raises(PromptError, match=r"lone surrogate '\\ud83d' at character 5"):
         calls.get(field, prompt)()

@@ -22,7 +22,7 @@ def test_nothing_planted_is_the_same_model(phantom, teachers):
 
 
 def test_the_flaw_is_in_a_copy_and_of_rank_two(phantom, teachers):
-    """The given phantom keeps its weights; what changes in a patch lies in a plane, wherever the patch is."""
+    """The given phantom keeps its weights; what changes in a patch is in a plane, wherever the patch is."""
     before = phantom.model.model.multi_modal_projector.layers[-1].weight.clone()
     flawed = plant(phantom, teachers, Flaw())
     assert torch.equal(phantom.model.model.multi_modal_projector.layers[-1].weight, before)

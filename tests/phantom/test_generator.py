@@ -68,7 +68,7 @@ def test_a_study_depends_on_seed_and_index_alone() -> None:
     assert texts(generate_study(4, 7, size=64)) != texts(alone)
 
 
-def test_size_changes_the_film_and_nothing_else() -> None:
+def test_size_changes_the_radiograph_and_nothing_else() -> None:
     """Continuous coordinates: the 224 px image, averaged 2x2, is the 112 px image up to grain."""
     for index in range(6):
         small, large = generate_study(5, index, size=112), generate_study(5, index, size=224)
@@ -150,7 +150,7 @@ def test_implausible_pairs_are_never_drawn(many_studies: list[Study]) -> None:
 
 
 def test_boxes_belong_to_present_findings_on_the_right_side(many_studies: list[Study]) -> None:
-    """Patient left is image right: the box's centre lies there for every sided finding."""
+    """Patient left is image right: the box's centre is there for every sided finding."""
     for study in many_studies:
         for finding in study.truth or ():
             assert (finding.box is not None) == (finding.present and finding.name != "oedema")

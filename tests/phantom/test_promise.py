@@ -26,7 +26,7 @@ def test_held_out_accuracy(score):
 
 @pytest.mark.compat
 def test_weights_are_small():
-    """fp16 weights of at most 8 MB, beside a tokenizer that both stacks read."""
+    """fp16 weights of at most 8 MB, and a tokenizer that both stacks read."""
     files = {file.name: file.stat().st_size for file in phantom_path().iterdir()}
     assert files["model.safetensors"] <= 8 * 2**20
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= set(

@@ -41,7 +41,7 @@ def test_reads_two_thousand_reports_exactly(many_studies: list[Study]) -> None:
         ("The previously seen nasogastric tube has been removed.", set(), {"nasogastric_tube": "removed"}),
         ("The nasogastric tube is no longer seen.", set(), {"nasogastric_tube": "removed"}),
         ("Bilateral pleural effusions.", {"pleural_effusion_left", "pleural_effusion_right"}, {}),
-        ("A pleural effusion is present.", set(), {}),  # no side told: neither key may be claimed
+        ("A pleural effusion is present.", set(), {}),  # no side printed: neither key may be claimed
         ("Pulmonary oedema has improved", {"oedema"}, {"oedema": "smaller"}),
         ("LEFT LUNG NODULE; NEW RIGHT RIB FRACTURE", {"nodule", "rib_fracture"}, {"rib_fracture": "new"}),
         ("A right internal jugular central venous", {"central_venous_line"}, {}),  # cut off by max_new_tokens

@@ -65,9 +65,9 @@ def test_one_sentence_about_both_sides_has_two_boxes(many_studies: list[Study]) 
 def test_with_a_prior_every_finding_has_its_own_sentence(many_studies: list[Study]) -> None:
     for study in many_studies:
         if study.prior_frontal is not None:
-            told = [read_report(g.text).changes for g in study.grounded_report or ()]
-            assert max(len(changes) for changes in told) <= 1
-            assert sum(len(changes) for changes in told) == len(study.truth or ())
+            printed = [read_report(g.text).changes for g in study.grounded_report or ()]
+            assert max(len(changes) for changes in printed) <= 1
+            assert sum(len(changes) for changes in printed) == len(study.truth or ())
 
 
 def test_size_words_are_true(many_studies: list[Study]) -> None:

@@ -1,4 +1,4 @@
-"""An SAE is taken, and its control made and taken, by one rule; a whitened SAE stands beside a whitened control."""
+"""An SAE is taken, and its control made and taken, by one rule; a whitened SAE is compared with a whitened control."""
 
 from dataclasses import replace
 

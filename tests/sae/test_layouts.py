@@ -168,7 +168,7 @@ def test_other_files_are_named(content, word, published, tmp_path):
         load_release(tmp_path)
 
 
-@pytest.mark.parametrize("where", ["whole file", "torch.save", "beside good weights"])
+@pytest.mark.parametrize("where", ["whole file", "torch.save", "next to good weights"])
 def test_harmful_pickle_is_refused_and_does_not_run(where, tmp_path, published):
     trace = tmp_path / "it-ran"
     target = tmp_path / "sae" / "ae.pt"

@@ -280,9 +280,9 @@ def test_a_bare_state_dict_needs_its_class(hub, published):
     torch.testing.assert_close(jump.encode(rows), uncentred * (uncentred > state["threshold"]))
     with pytest.raises(SAEError, match="AutoEncoderTopK"):
         load_release(hub.source, level_widths=[24], dict_class="AutoEncoderTopK")
-    with pytest.raises(SAEError) as told:
+    with pytest.raises(SAEError) as printed:
         load_release(hub.source)
-    path, content = re.findall(r"write (.*?config\.json) with ({.*})", str(told.value))[0]
+    path, content = re.findall(r"write (.*?config\.json) with ({.*})", str(printed.value))[0]
     Path(path).write_text(content)
     assert load_release(hub.source).level_widths == (24,)
 

@@ -1,4 +1,4 @@
-"""Correction: controls move the stream as much, parts of rows, counts and F1 by hand, empty images stay as they are."""
+"""Correction: controls move the stream as much, parts of rows, counts and F1 by hand, empty images are unchanged."""
 
 from dataclasses import replace
 
@@ -28,19 +28,19 @@ pytestmark = pytest.mark.compat
 HOOK = "blocks.3.hook_resid_post"
 
 
-def test_twins_move_the_stream_as_much():
+def test_controls_move_the_stream_as_much():
     """Other latents, each once, of near density, and the same mean |delta|; another seed gives others."""
     generator = torch.Generator().manual_seed(0)
     acts = (torch.rand(400, 64, generator=generator) - torch.linspace(0, 0.9, 64)).clamp(min=0)
     decoder = torch.randn(64, 12, generator=generator)
     mine = Correction((3, 9), 0.5, (20, 21, 22), 3.0)
-    twins = [random_control(mine, acts, decoder, seed, pool=8) for seed in (1, 2)]
-    for twin in twins:
-        chosen = {*twin.suppress, *twin.boost}
+    controls = [random_control(mine, acts, decoder, seed, pool=8) for seed in (1, 2)]
+    for control in controls:
+        chosen = {*control.suppress, *control.boost}
         assert len(chosen) == 5
         assert not chosen & {3, 9, 20, 21, 22}
-        assert twin.step(acts, decoder) == pytest.approx(mine.step(acts, decoder), rel=1e-4)
-    assert twins[0] != twins[1]
+        assert control.step(acts, decoder) == pytest.approx(mine.step(acts, decoder), rel=1e-4)
+    assert controls[0] != controls[1]
     with pytest.raises(InterventionError, match="never active"):
         random_control(mine, torch.zeros(10, 64), decoder, 0)
 
@@ -49,7 +49,7 @@ def test_ranking_leaves_the_anatomy_out(phantom, few):
     """Of three units the one that every image excites is left out, however much it differs; the specific one stays."""
     rows = read_rows(phantom, few, HOOK, RowSettings(roles="image_only"), progress=False)
     wrong = np.array([True, True, False, False])
-    # What the units say of a patch stands in for the stream, and the encoder hands it on.
+    # What the units say of a patch replaces the stream, and the encoder returns it.
     base = torch.from_numpy(wrong[rows.study]).float()
     rows = replace(rows, values=torch.stack([10 + 8 * base, base, 1 - base], dim=1))
 

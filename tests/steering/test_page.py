@@ -61,7 +61,7 @@ def run(tmp_path):
 
 
 def test_numbers_marks_and_escapes(run, few):
-    """Shares stand with intervals beside the control; words that came and went are marked; nothing is markup."""
+    """Shares have intervals and the control; words that came and went are marked; nothing is markup."""
     text = write_page(run, "pleural_effusion_left", few).read_text(encoding="utf-8")
     assert "75 %<small>38 % to 75 %</small>" in text
     assert "random &lt;direction&gt;" in text

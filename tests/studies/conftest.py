@@ -1,4 +1,4 @@
-"""A small MIMIC-CXR tree in the official layout, with the quirks of the real one; films are the phantom's."""
+"""A small MIMIC-CXR tree in the official layout, with the quirks of the real one; radiographs are the phantom's."""
 
 import gzip
 import io
@@ -105,7 +105,7 @@ def build_mimic_tree(
     root: Path, cases: Sequence[Case] = QUIRKS, reports: Path | None = None, packed: bool = True
 ) -> Path:
     """Write the cases in the official layout; reports under another root if one is given."""
-    films = [study.frontal for study in generate_studies(3, seed=5, size=64)]
+    radiographs = [study.frontal for study in generate_studies(3, seed=5, size=64)]
     metadata, split = ["dicom_id,subject_id,study_id,ViewPosition,StudyDate,StudyTime,Rows"], [SPLIT_HEADER]
     number = 0
     for case in cases:
@@ -119,9 +119,11 @@ def build_mimic_tree(
                 split.append(f"{dicom},{case.study},{case.patient},{case.split}")
             if not case.without_file:
                 picture = io.BytesIO()
-                film = Image.fromarray(films[number % 3])  # pyright: ignore[reportArgumentType]: arrays
-                film.putpixel((number % 64, number // 64), 255 if number % 2 else 0)  # no two files alike
-                film.save(picture, "JPEG", quality=95)
+                radiograph = Image.fromarray(radiographs[number % 3])  # pyright: ignore[reportArgumentType]: arrays
+                radiograph.putpixel(
+                    (number % 64, number // 64), 255 if number % 2 else 0
+                )  # no two files alike
+                radiograph.save(picture, "JPEG", quality=95)
                 (root / folder / f"s{case.study}" / f"{dicom}.jpg").write_bytes(picture.getvalue())
         if case.report is not None:
             text = case.report if isinstance(case.report, bytes) else case.report.encode()

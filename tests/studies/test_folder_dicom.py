@@ -180,7 +180,7 @@ def test_priors_follow_the_dates_of_a_patient(tmp_path: Path) -> None:
     assert rows["1.e"]["report"] == "Other patient."
 
 
-def test_a_film_for_processing_gives_way_to_the_one_for_presentation(tmp_path: Path) -> None:
+def test_a_radiograph_for_processing_gives_way_to_the_one_for_presentation(tmp_path: Path) -> None:
     dicom(tmp_path / "a.dcm", ViewPosition="PA", PresentationIntentType="FOR PROCESSING")
     dicom(tmp_path / "b.dcm", ViewPosition="PA", PresentationIntentType="FOR PRESENTATION")
     imported = import_folder(tmp_path, need_reports=False)

@@ -78,8 +78,8 @@ def test_the_prior_is_the_patients_previous_study_by_date_and_time(imported) -> 
 def test_times_have_lost_their_leading_zeros() -> None:
     times = ["213014.531", "80556.875", "93.25", "0", "1000", "", "250000", "12x", "5."]
     dates = ["21800506"] * 8 + ["21800506.0"]
-    told = taken_at(pd.Series(dates), pd.Series(times))
-    assert [None if pd.isna(t) else t.strftime("%H:%M:%S.%f") for t in told] == [
+    printed = taken_at(pd.Series(dates), pd.Series(times))
+    assert [None if pd.isna(t) else t.strftime("%H:%M:%S.%f") for t in printed] == [
         "21:30:14.531000",
         "08:05:56.875000",
         None,  # 93 seconds are no time of day
@@ -141,11 +141,11 @@ def test_the_command_counts_what_is_left_out_and_the_moved_table_validates(
     root, out = mimic_tree(tmp_path / "jpg", reports=tmp_path / "txt"), tmp_path / "mimic.parquet"
     words = ["--images", str(root), "--reports", str(tmp_path / "txt"), "--out", str(out)]
     assert main(["studies", "import", "--source", "mimic", *words]) == 0
-    told = capsys.readouterr().out
-    assert "left out: 9 studies" in told
-    assert "2 no findings section" in told
-    assert "1 prior without a frontal image" in told
-    assert f"give --root {root}" in told
+    printed = capsys.readouterr().out
+    assert "left out: 9 studies" in printed
+    assert "2 no findings section" in printed
+    assert "1 prior without a frontal image" in printed
+    assert f"give --root {root}" in printed
     root.rename(tmp_path / "elsewhere")
     assert main(["studies", "validate", "--table", str(out), "--root", str(tmp_path / "elsewhere")]) == 0
     assert "8 studies, " in capsys.readouterr().out

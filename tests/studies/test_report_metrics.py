@@ -59,10 +59,10 @@ def test_a_planted_error_is_counted_once_and_as_what_it_is(kind, studies):
         if prior
         else "There is a nodule in the left upper zone. No pneumothorax."
     )
-    film = np.zeros((8, 8), dtype=np.uint8)
-    before = film if prior else None
+    radiograph = np.zeros((8, 8), dtype=np.uint8)
+    before = radiograph if prior else None
     study = Study(
-        study_id="x", patient_id="x", frontal=film, prior_frontal=before, report=text, truth=(nodule,)
+        study_id="x", patient_id="x", frontal=radiograph, prior_frontal=before, report=text, truth=(nodule,)
     )
     assert study.has_prior == prior
     everyone, texts = [*studies, study], [*(s.report or "" for s in studies), text]

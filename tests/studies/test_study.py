@@ -31,7 +31,7 @@ def test_key_carries_the_side_only_where_sides_are_separate_labels(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "printed"),
     [
         ({"side": "middle"}, "side 'middle'"),
         ({"size": "huge"}, "size 'huge'"),
@@ -44,9 +44,9 @@ def test_key_carries_the_side_only_where_sides_are_separate_labels(
         ({"box": (0.0, 0.0, 1.0, 1.2)}, "min <= max"),
     ],
 )
-def test_a_finding_that_contradicts_itself_is_refused(wrong: dict[str, object], told: str) -> None:
+def test_a_finding_that_contradicts_itself_is_refused(wrong: dict[str, object], printed: str) -> None:
     fields: dict[str, object] = {"name": "nodule", **wrong}
-    with pytest.raises(StudyError, match=told):
+    with pytest.raises(StudyError, match=printed):
         Finding(**fields)  # pyright: ignore[reportArgumentType]
 
 

@@ -62,9 +62,9 @@ def test_an_absolute_image_path_is_taken_as_it_is() -> None:
     ],
 )
 def test_bad_values_are_refused_with_their_row(change: dict[str, object], word: str) -> None:
-    with pytest.raises(StudyError, match=word) as told:
+    with pytest.raises(StudyError, match=word) as printed:
         StudyTable.from_rows([ROW, ROW | change], ".")  # pyright: ignore[reportArgumentType]: the point
-    assert "Row 1" in str(told.value)
+    assert "Row 1" in str(printed.value)
 
 
 def test_dots_inside_a_name_are_no_way_up() -> None:

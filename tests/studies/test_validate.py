@@ -209,7 +209,7 @@ def test_sound_text_in_any_language_is_no_wrong_encoding(text: str) -> None:
 @pytest.mark.parametrize("text", ["patient\u2019s", "d\u00e9j\u00e0", "\u2265 3 cm", "37\u00b0C"])
 @pytest.mark.parametrize("codec", ["cp1252", "latin-1"])
 def test_utf8_read_as_another_encoding_is_found(text: str, codec: str) -> None:
-    """Also beside text that is right."""
+    """Also next to text that is right."""
     assert wrong_encoding("caf\u00e9: " + text.encode().decode(codec))
 
 

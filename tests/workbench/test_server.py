@@ -26,7 +26,7 @@ def running(session):
 
 
 class Client:
-    """Requests to a running workbench, with its token unless told otherwise."""
+    """Requests to a running workbench, with its token by default."""
 
     def __init__(self, running: RunningWorkbench) -> None:
         self.port = running.port
@@ -138,7 +138,7 @@ def test_a_run_streams_and_ends_with_the_result(client, session):
 
 
 def test_runs_queue_and_a_page_that_goes_frees_its_place(client, session, monkeypatch):
-    """The second of two users waits and is told; when the first goes away its run stops and the second gets its own."""
+    """The second of two users waits and gets a message; when the first leaves, the second's run starts."""
     stopped = threading.Event()
 
     def slow(spec, emit, is_stopped):
@@ -221,7 +221,7 @@ def test_proxies_of_notebooks_get_an_address_of_their_own(parts, monkeypatch):
 
 
 def test_numbers_that_json_lacks_and_errors_of_the_server_are_sent_as_such(client, session, monkeypatch):
-    """An infinite perplexity is null, not a broken stream; an error that nobody foresaw is a 500 with its cause."""
+    """An infinite perplexity is null, not a broken stream; an unforeseen error is a 500 with its cause."""
     spec = {"spec": RunSpec(next(iter(session.shelf))).plain()}
     monkeypatch.setattr(
         session, "write", lambda *_: {"perplexity": float("inf"), "maps": [float("nan"), 1.0]}

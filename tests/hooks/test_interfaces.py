@@ -1,4 +1,4 @@
-"""One name, one tensor: every door gives what a plain torch hook gives, bit for bit, in fp32 and eager attention."""
+"""One name, one tensor: every interface gives what a torch hook gives, bit for bit, in fp32 and eager attention."""
 
 # pyright: reportPossiblyUnboundVariable=false
 # nnsight's traces may swallow exceptions by their type; they do not.
