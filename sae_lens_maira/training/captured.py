@@ -192,7 +192,7 @@ class StepGraphs:
     def _key(
         self, plan: StepPlan, x: torch.Tensor, workspace: Workspace, buffers: Gradients
     ) -> tuple[Any, ...]:
-        """What a recorded step depends on beside the values of tensors."""
+        """What a recorded step depends on, apart from the values of tensors."""
         sae, trainer = plan.sae, self._trainer
         fixed = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, *buffers]
         fixed += [trainer.act_freq_scores, trainer.n_forward_passes_since_fired]

@@ -341,7 +341,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.act_freq_scores += result.fired
 
     def _rows_are_unit(self, plan: StepPlan) -> bool:
-        """Whether the optimizer has just divided decoder rows by their norms, and nobody changed them since."""
+        """Whether the optimizer has just divided decoder rows by their norms, and they have not changed since."""
         known = self._workspace.refreshed.get("W_dec")
         return bool(self.optimizer.unit) and known is not None and known.is_of(plan.sae.W_dec)
 
