@@ -11,7 +11,6 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from sae_lens.constants import SAE_CFG_FILENAME
@@ -135,22 +134,15 @@ def _is_address(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"\s", url)
 
 
-def set_metadata(sae: Any, target: Target, meta: RecordsMeta) -> None:
-    """Write `neuronpedia_id`, `hook_name` and `model_name` into an SAE's metadata, in place.
+def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path:
+    """Write `neuronpedia_id`, `hook_name` and `model_name` into the configuration of a saved SAE, not its weights.
 
     SAELens' helpers read the first and the last; `model_name` is the model's name on Neuronpedia.
 
     Args:
-        sae: A SAELens SAE.
+        folder: Folder of the SAE.
         target: Names on Neuronpedia.
         meta: Metadata of the records that the dashboards are made from.
-    """
-    for name, value in _metadata(target, meta).items():
-        setattr(sae.cfg.metadata, name, value)
-
-
-def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path:
-    """Write the same metadata into the configuration of a saved SAE; its weights are not changed.
 
     Returns:
         Path of the configuration.
@@ -171,14 +163,10 @@ def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path
             f"The SAE in {folder} has (d_in, d_sae) = {size}, the records have {(meta.d_in, meta.d_sae)}; they belong "
             "to different SAEs. Give the folder of the SAE that was recorded."
         )
-    config["metadata"] = (config.get("metadata") or {}) | _metadata(target, meta)
-    rewrite_file(path, json.dumps(config))
-    return path
-
-
-def _metadata(target: Target, meta: RecordsMeta) -> dict[str, str]:
-    return {
+    config["metadata"] = (config.get("metadata") or {}) | {
         "neuronpedia_id": target.neuronpedia_id(meta.layer),
         "hook_name": meta.hook_name,
         "model_name": target.model_id,
     }
+    rewrite_file(path, json.dumps(config))
+    return path

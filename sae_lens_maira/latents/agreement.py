@@ -253,10 +253,6 @@ class Difference:
     low: float
     high: float
 
-    @property
-    def above_zero(self) -> bool:
-        return self.low > 0
-
 
 def paired_difference(a: Agreement, b: Agreement) -> Difference:
     """Compare two dictionaries scored on the same studies with the same seed."""

@@ -174,10 +174,6 @@ class StudyTable:
             values = {name: column[row] for name, column in columns.items()}
             yield {name: value if isinstance(value, str) else None for name, value in values.items()}
 
-    def to_studies(self) -> Iterator[Study]:
-        """Study records in row order, images as paths under the root; images are not opened."""
-        return iter(self.studies)
-
     def counts(self) -> dict[str, Any]:
         """Number of studies, patients, images and reports, and studies per split, view and licence."""
         frame = self.frame

@@ -12,7 +12,7 @@ from sae_lens.analysis import neuronpedia_integration
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
 from sae_lens_maira.cli import main
-from sae_lens_maira.dashboards.target import Target, save_metadata, set_metadata
+from sae_lens_maira.dashboards.target import Target, save_metadata
 from sae_lens_maira.errors import ConfigError
 
 SITE = neuronpedia_integration.NEURONPEDIA_DOMAIN
@@ -38,9 +38,14 @@ def tiny(d_sae: int = 6) -> JumpReLUSAE:
 
 
 @pytest.mark.compat
-def test_saelens_helpers_open_our_latents(make_set, target, opened):
-    sae = tiny()
-    set_metadata(sae, target, make_set().meta)
+def test_saelens_helpers_open_our_latents(make_set, target, tmp_path, opened):
+    """The configuration alone changes; plain SAELens loads it and its helpers follow it."""
+    tiny().save_model(tmp_path / "sae")
+    weights = (tmp_path / "sae" / "sae_weights.safetensors").read_bytes()
+    save_metadata(tmp_path / "sae", target, make_set().meta)
+    assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == weights
+    sae = SAE.load_from_disk(tmp_path / "sae")
+    assert sae.cfg.metadata.hook_name == "blocks.15.hook_resid_post"
     neuronpedia_integration.open_neuronpedia_feature_dashboard(sae, 3)
     assert opened == [f"{SITE}/maira-2/15-res-matryoshka-16k/3"]
     url = neuronpedia_integration.get_neuronpedia_quick_list(sae, [3, 5], "two")
@@ -52,19 +57,6 @@ def test_saelens_helpers_open_our_latents(make_set, target, opened):
     found = neuronpedia_integration.get_neuronpedia_feature(7, int(layer), names["model_name"], dataset)
     assert found["index"] == 7
     assert opened[-1] == f"{SITE}/api/feature/maira-2/15-res-matryoshka-16k/7"
-
-
-@pytest.mark.compat
-def test_a_saved_sae_keeps_the_names(make_set, target, tmp_path, opened):
-    """The configuration alone changes; plain SAELens loads it and its helpers follow it."""
-    tiny().save_model(tmp_path / "sae")
-    weights = (tmp_path / "sae" / "sae_weights.safetensors").read_bytes()
-    save_metadata(tmp_path / "sae", target, make_set().meta)
-    loaded = SAE.load_from_disk(tmp_path / "sae")
-    assert loaded.cfg.metadata.hook_name == "blocks.15.hook_resid_post"
-    neuronpedia_integration.open_neuronpedia_feature_dashboard(loaded, 0)
-    assert opened == [f"{SITE}/maira-2/15-res-matryoshka-16k/0"]
-    assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == weights
 
 
 def test_an_sae_that_was_not_recorded_is_refused(make_set, target, tmp_path):

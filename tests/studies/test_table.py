@@ -26,7 +26,7 @@ def test_phantom_studies_survive_a_table_on_another_root(tmp_path: Path) -> None
     saved = table_of_studies(studies, tmp_path / "one").save(tmp_path / "one" / "studies.parquet")
     (tmp_path / "one").rename(tmp_path / "two")
     table = StudyTable.open(tmp_path / "two" / saved.name)
-    for old, new in zip(studies, table.to_studies(), strict=True):
+    for old, new in zip(studies, table.studies, strict=True):
         assert (new.study_id, new.report, new.truth, new.licence) == (
             old.study_id,
             old.report,
@@ -40,7 +40,7 @@ def test_phantom_studies_survive_a_table_on_another_root(tmp_path: Path) -> None
 
 def test_the_root_is_not_in_the_file(tmp_path: Path) -> None:
     StudyTable.from_rows([ROW], tmp_path).save(tmp_path / "t.parquet")
-    study = next(StudyTable.open(tmp_path / "t.parquet", "/elsewhere").to_studies())
+    (study,) = StudyTable.open(tmp_path / "t.parquet", "/elsewhere").studies
     assert study.frontal == Path("/elsewhere/a/b.png")
     assert study.report is None
 
