@@ -21,9 +21,9 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
+from sae_lens_maira.activations.prefetch import prefetch
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.io import atomic_file, atomic_write
@@ -149,16 +150,18 @@ def count(
         following, hook_name = saved["next"], saved["hook_name"]
     at = began = time.monotonic()
     units = range(following, len(blocks), place.world)
-    for unit in tqdm(units, desc="statistics", unit="unit", disable=not progress):
-        for rows in blocks[unit]:
+    shown = tqdm(units, desc="statistics", unit="unit", disable=not progress)
+    for unit, block in _encoded(blocks, shown, sae, chunk):
+        if block is not None:
+            rows, acts = block
             if len(rows) and rows.study.max() >= n_studies:
                 raise RecordError(
                     f"Rows name study {rows.study.max()}, and {n_studies} studies were given; blocks number studies "
                     "as in that sequence. Give the same studies to both."
                 )
             hook_name = rows.hook_name
-            own.update(rows, encode_sparse(sae, rows.values, chunk))
-        if time.monotonic() - at >= save_seconds:
+            own.update(rows, acts)
+        elif time.monotonic() - at >= save_seconds:
             _save_counted(place, own, unit + place.world, hook_name)
             at = time.monotonic()
     if not place.finished("counted"):
@@ -177,6 +180,29 @@ def count(
             "The blocks held no rows, so there is nothing to record; give studies with reports."
         )
     return own, hook_name
+
+
+def _encoded(
+    blocks: ActivationSource, units: Iterable[int], sae: SAE[Any], chunk: int
+) -> Iterator[tuple[int, tuple[ActivationRows, torch.Tensor] | None]]:
+    """Read and encode in a thread, at most three blocks ahead of the caller, who counts meanwhile.
+
+    Yields:
+        A unit with its rows, without their values, and activations (n, d_sae); with None once the unit is complete.
+    """
+
+    def read() -> Iterator[tuple[int, tuple[ActivationRows, torch.Tensor] | None]]:
+        for unit in units:
+            for rows in blocks[unit]:
+                acts = encode_sparse(sae, rows.values, chunk)
+                yield unit, (replace(rows, values=rows.values[:, :0].clone()), acts)
+            yield unit, None
+
+    source = read()
+    for found in prefetch(repeat(lambda: next(source, None)), workers=1):
+        if found is None:
+            return
+        yield found
 
 
 def _save_counted(place: Workdir, own: LatentStatistics, following: int, hook_name: str) -> None:
