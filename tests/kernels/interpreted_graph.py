@@ -4,17 +4,21 @@ As a CUDA graph does, a replay reads what is at the recorded addresses and repea
 was read on the host, a tensor that moved or a size that changed gives another result than steps without graphs.
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interpreted_counts import counted, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from triton.runtime.interpreter import GridExecutor
 
 from sae_lens_maira.training.captured import StepGraphs
+
+sys.path.insert(0, str(Path(__file__).parent))
+from interpreted_counts import counted, trainer
 
 
 class Tape(TorchDispatchMode):
