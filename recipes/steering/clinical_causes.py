@@ -139,12 +139,10 @@ def run(settings: Settings) -> dict[str, Any]:
         written = texts(made, report)
         found = counts(written, report)
         change, low, high = f1_change(before, found, settings.seed)
-        stated = reader.table(written)
+        readable = [reader.stated(text) is not None for text in written]
+        stated, true = reader.table(written)[readable], truth[id(report)][readable]
         wrong = {
-            key: [
-                int((stated & ~truth[id(report)])[:, i].sum()),
-                int((~stated & truth[id(report)])[:, i].sum()),
-            ]
+            key: [int((stated & ~true)[:, i].sum()), int((~stated & true)[:, i].sum())]
             for i, key in enumerate(reader.names)
         }
         result["arms"][name] = {

@@ -89,7 +89,9 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
             where none belongs or none where one does.
     """
     if task not in TASKS:
-        raise ConfigError(f"The task was {task!r}; MAIRA-2 knows {', '.join(TASKS)}. Choose one of these.")
+        raise ConfigError(
+            f"The task was {task!r}; MAIRA-2's tasks are {', '.join(TASKS)}. Choose one of these."
+        )
     if study.frontal is None:
         raise PromptError(
             "The study has no frontal image. MAIRA-2 always reads a current frontal image; give one, or"

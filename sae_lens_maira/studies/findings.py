@@ -4,7 +4,7 @@
     FindingReader   text -> findings that it states, by one vocabulary
 
 A reader and the truth use the same names. Where a table has no truth, the reader labels the studies' own reports; such
-labels repeat what a report says, and are not a diagnosis.
+labels repeat what a report states, and are not a diagnosis.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,7 +93,7 @@ def truth_table(studies: Sequence[Study], names: Sequence[str]) -> np.ndarray:
         if unknown:
             raise StudyError(
                 f"Study {study.study_id} has the findings {', '.join(unknown)}; expected only {', '.join(names)}. "
-                "Use the reader of reports that knows these names."
+                "Use a reader of reports with these names."
             )
         rows.append([name in present for name in names])
     return np.array(rows, dtype=bool).reshape(len(rows), len(names))

@@ -37,13 +37,13 @@ def validate_table(
     workers: int = 16,
     progress: bool = True,
 ) -> ValidationReport:
-    """Look for everything this module knows to be wrong.
+    """Look for every kind of issue of this module.
 
     Args:
         table: the table, under the root where its images are.
         images: "decode" reads every pixel (a truncated file is found in no other way), "open" reads the files' headers,
             "exist" looks only whether they are there, "none" looks at no file.
-        read_image: reads one image and raises on failure, for "decode"; Pillow if not given, which knows no DICOM.
+        read_image: reads one image and raises on failure, for "decode"; Pillow if not given, which reads no DICOM.
         open_image: reads one header, raises on failure and returns the bytes that decoding takes; Pillow if not given.
         workers: threads that look at images.
         progress: show a bar.

@@ -48,7 +48,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class DicomFile:
-    """What the header of one file says."""
+    """Header of one file."""
 
     file: str
     study: str
@@ -74,7 +74,7 @@ class DicomStudies:
 
 
 def read_header(root: Path, file: str) -> DicomFile | str:
-    """What the header of a file says, or why the file is not used.
+    """Read the header of a file, or say why the file is not used.
 
     Args:
         root: Folder that `file` is relative to.
