@@ -199,7 +199,7 @@ def flips(sites: Sequence[Site], n: int) -> dict[str, np.ndarray]:
     for site in sites:
         if site.study in early:
             continue
-        either, moved = site.fires.any(0), np.logical_xor(*site.fires)
+        either, moved = site.fires[0] | site.fires[1], np.logical_xor(*site.fires)
         turned = site.new[0] != site.new[1]
         where = 'where "new" comes or goes' if turned else "where it does not"
         for label, latents in chosen.items():
