@@ -6,7 +6,7 @@ A run of other settings is an error that names them, so that no figure comes fro
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,21 @@ def require_settings(made: Path, settings: Mapping[str, Any], exists: bool) -> N
             f"{made} was made with other settings: {'; '.join(differ)}. Pass those to continue it, or name another "
             "folder."
         )
+
+
+def require_run(settings: Any, exists: bool, free: Collection[str] = ()) -> None:
+    """`require_settings` of a whole run into the folder `settings.out`, whose file is `settings.json`.
+
+    Args:
+        settings: Dataclass of the run.
+        exists: Whether the folder has a part of a run.
+        free: Fields that may change when a run continues, besides `out` and `progress`.
+
+    Raises:
+        ConfigError: The folder has a run of other settings, or one whose settings are not known.
+    """
+    given = {k: v for k, v in asdict(settings).items() if k not in {"out", "progress", *free}}
+    require_settings(settings.out / "settings", json.loads(json.dumps(given, default=str)), exists)
 
 
 def sae_settings(settings: Any, arm: str) -> dict[str, Any]:

@@ -46,6 +46,16 @@ def damaged_files(folder: Path) -> list[str]:
         return [SUMS]
 
 
+def unlisted_files(folder: Path) -> list[str]:
+    """Files below a folder that its `checksums.json` does not list; all of them if it cannot be read."""
+    try:
+        listed = {SUMS, *json.loads((folder / SUMS).read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, RecursionError):
+        listed = set()
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if name not in listed)
+
+
 def rewrite_file(path: Path, content: str) -> None:
     """Replace a file of a folder, and its checksum where the folder has checksums."""
     atomic_write(path, content)

@@ -33,8 +33,8 @@ _HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same as torch, safetensors and numpy report it, which are not errors of the system.
 _WRITE_FAILED = re.compile(
-    r"PytorchStreamWriter failed|unexpected pos \d+ vs|os error (?:28|122|27)\b|Os \{ code: (?:28|122|27),"
-    r"|\d+ requested and \d+ written"
+    r"PytorchStreamWriter failed|basic_ios::clear: iostream error|unexpected pos \d+ vs"
+    r"|os error (?:28|122|27)\b|Os \{ code: (?:28|122|27),|\d+ requested and \d+ written"
 )
 
 
@@ -43,13 +43,13 @@ def atomic_file(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
     """A draft to write to, which becomes `path` when the block ends; an older `path` is replaced.
 
     Args:
-        path: The file; its folder exists.
+        path: The file; its folder exists. A link stays, and the file that it leads to is replaced.
         sync: Force the bytes to disk before the rename, so that the file is whole after a power cut as well.
 
     Raises:
         DiskError: The disk is full.
     """
-    path = Path(path)
+    path = _target(path)
     draft = _draft(path)
     if sync:
         _remove_abandoned(path)
@@ -85,7 +85,7 @@ def atomic_folder(
     Whole against a kill; the files are not forced to disk one by one.
 
     Args:
-        path: The folder; parents are made.
+        path: The folder; parents are made. A link stays, and the folder that it leads to is replaced.
         existing: What becomes of a folder with files that is there by then. "refuse" fails, "keep" drops the new one
             (another process was faster with the same content), "replace" moves the old one away and removes it.
         owner: Who writes, such as a rank, where only one process at a time writes under that name: what it left when
@@ -95,7 +95,7 @@ def atomic_folder(
         DiskError: The disk is full.
         FileExistsError: "refuse", and there are files by then.
     """
-    path = Path(path)
+    path = _target(path)
     draft = _draft(path, owner)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
@@ -134,6 +134,11 @@ def _move(draft: Path, path: Path, existing: str) -> None:
         if existing != "keep" or not path.is_dir():
             raise
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _target(path: Path | str) -> Path:
+    """Where a link leads; a rename onto the link itself would put the data on another disk than the user chose."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def _draft(path: Path, owner: str | None = None) -> Path:
@@ -207,7 +212,7 @@ def locked(folder: Path | str, part: str = "") -> Iterator[None]:
     Raises:
         LockError: Another process holds the lock; the message gives its host, process id and age.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # one lock for all names of a folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = folder.with_name(f".{folder.name}.lock")
     if not part:
@@ -279,7 +284,7 @@ def save_figure(figure: "Figure", path: Path | str, **settings: Any) -> None:
 
     Args:
         figure: The figure.
-        path: The file; its folder exists.
+        path: The file; its folder exists. A link stays, and the file that it leads to is replaced.
         **settings: Further arguments of `Figure.savefig`, such as `dpi`.
 
     Raises:

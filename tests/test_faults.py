@@ -7,9 +7,10 @@ quick variant damages every file and runs one command per artefact; the slow one
 import hashlib
 import io
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -269,6 +270,92 @@ def test_a_damaged_checkpoint_ends_in_the_same_sae(damage, root):
             done = run(again, root, root / "written")
         assert (done.code, done.digest) == (0, expected.digest), (path.name, done.error)
         assert "is damaged" in done.error or (path.name, damage) == ("checksums.json", "removed")
+
+
+WRITERS: dict[str, tuple[str, ...]] = {
+    "harvest": read(f"harvest --hooks {HOOK} --studies 4 --shard-studies 2 --store {{out}} --device cpu"),
+    "train": (*TRAIN, "--trainer", json.dumps(STEPS | {"checkpoint_path": "{out}/checkpoints"})),
+    "latents": read("latents --sae {root}/sae --studies 4 --study-seed 0 --out {out} --latents 0-7 --top 2"),
+    "interpret run": read("interpret run --records {out}"),
+    "dashboards html": RECORDS,
+    "dashboards neuronpedia": ARTEFACTS["records"].commands[2],
+    "store export": read("store export --store {root}/store --out {out} --context-size 16"),
+    "store import": ARTEFACTS["cached activations"].commands[0],
+    "studies validate": read(
+        "studies validate --table {root}/table/studies.parquet --out {out}/a.csv --without-errors {out}/b.parquet"
+    ),
+    "steer": read(
+        "steer --sae {root}/sae --finding cardiomegaly --studies 40 --steered 2 --max-new-tokens 4 --out {out}"
+    ),
+    "attribute": read(
+        "attribute --sae {root}/sae --studies 1 --sentences [0] --candidates 16 --regenerate false --out {out}"
+    ),
+}
+FEW = ("harvest", "train", "latents", "interpret run", "dashboards neuronpedia")
+
+
+@contextmanager
+def disk_of(limit: int) -> Iterator[None]:
+    """The kernel refuses files over so many bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def written_by(
+    name: str, root: Path, out: Path, limit: int | None = None
+) -> tuple[int, str, dict[str, bytes]]:
+    """Exit code, stderr and the files of a command, which may find files of an earlier run."""
+    if name == "interpret run" and not out.exists():
+        shutil.copytree(root / "records", out)
+        (out / "interpretations.jsonl").unlink()
+    words = [word.replace("{root}", str(root)).replace("{out}", str(out)) for word in WRITERS[name]]
+    complained = io.StringIO()
+    disk = nullcontext() if limit is None else disk_of(limit)
+    with redirect_stdout(io.StringIO()), redirect_stderr(complained), disk:
+        code = main(words)
+    files = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    return code, complained.getvalue(), files
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [*((name, 1) for name in FEW), *(pytest.param(n, 8, marks=pytest.mark.slow) for n in WRITERS)],
+)
+def test_a_full_disk_is_one_message_and_the_next_run_ends_as_if_it_had_not_been(
+    name, most, root, monkeypatch
+):
+    """At a limit below the size of each file in turn, the largest first: checkpoints and intermediate files too."""
+    monkeypatch.setattr("secrets.token_hex", lambda nbytes=None: "0" * 32)  # pseudonyms
+    folder = root / "disk"
+    out = folder / "out"  # always the same, since checkpoints record their place
+    shutil.rmtree(folder, ignore_errors=True)
+    code, error, expected = written_by(name, root, out)
+    assert code == 0, error
+    # interpret writes into a record set that is there.
+    written = [n for n in expected if name != "interpret run" or n == "interpretations.jsonl"]
+    sizes = sorted({len(expected[name]) for name in written}, reverse=True)
+    met = 0
+    for size in sizes[:: max(1, len(sizes) // most)][:most]:
+        shutil.rmtree(out)
+        code, error, _ = written_by(name, root, out, size - 1)
+        messages = [line for line in error.splitlines() if line.startswith("sae-lens-maira ")]
+        assert code == 2, (size, error)
+        assert len(messages) == 1, (size, error)
+        assert "Traceback" not in error
+        assert "No room to write" in messages[0] or "File too large" in messages[0], (size, messages)
+        assert [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".lock"))] == []
+        met += 1
+        code, error, found = written_by(name, root, out)
+        assert code == 0, (size, error)
+        assert found == expected, (
+            size,
+            sorted(n for n in found.keys() | expected if found.get(n) != expected.get(n)),
+        )
+    assert met
 
 
 def test_damage_of_a_journal_is_asked_again(tmp_path):

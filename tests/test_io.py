@@ -185,6 +185,26 @@ def test_a_lock_excludes_others_until_its_process_ends(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_links_stay_and_lead_to_what_was_written(tmp_path):
+    """A link to another disk is a choice of the user: files and folders are replaced there, under one lock."""
+    disk = tmp_path / "disk"
+    (disk / "old").mkdir(parents=True)
+    (disk / "old" / "a").write_text("old")
+    (disk / "file").write_text("old")
+    for name in ("old", "new", "file"):
+        (tmp_path / name).symlink_to(disk / name)
+    for name in ("old", "new"):
+        with atomic_folder(tmp_path / name, "replace") as draft:
+            (draft / "b").write_text("new")
+    atomic_write(tmp_path / "file", "new")
+    assert all((tmp_path / name).is_symlink() for name in ("old", "new", "file"))
+    assert names(disk) == ["file", "new", "old"]
+    assert names(disk / "old") == names(disk / "new") == ["b"]
+    assert (disk / "file").read_text() == "new"
+    with locked(tmp_path / "old"), pytest.raises(LockError, match="is in use"), locked(disk / "old"):
+        pass
+
+
 def test_parts_of_a_folder_exclude_the_whole_and_themselves(tmp_path):
     """Ranks share a folder; no other process works in it meanwhile, and no lock file is left."""
     folder = tmp_path / "work"

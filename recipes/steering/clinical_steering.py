@@ -26,6 +26,7 @@ from sae_lens_maira.maira2 import Maira2
 from sae_lens_maira.phantom import generate_studies
 from sae_lens_maira.phantom.flaws import Flaw, plant
 from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
+from sae_lens_maira.recipes._shared import require_run
 from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.sae import MatryoshkaSAE, load_matryoshka
 from sae_lens_maira.steering import Intervention, steered_reports
@@ -120,14 +121,7 @@ def run(config: Clinical) -> dict[str, Any]:
         )
     if config.flaw is None and config.sae is None:
         raise ConfigError("Without a flaw an SAE of the model is needed; pass --sae.")
-    out.mkdir(parents=True, exist_ok=True)
-    given = {name: value for name, value in asdict(config).items() if name != "out"}
-    settings, ours = out / "settings.json", json.dumps(given, sort_keys=True, default=str)
-    if settings.exists() and settings.read_text(encoding="utf-8") != ours:
-        raise ConfigError(
-            f"{out} has a run of other settings; pass the same ones to continue, or another folder."
-        )
-    atomic_write(settings, ours)
+    require_run(config, any((out / name).exists() for name in ("sae", "arms", "settings.json")))
     torch.manual_seed(config.seed)
     clean, hook = named_model(config.model, device=config.device), f"blocks.{config.layer}.hook_resid_post"
     side = clean.processor.recipe.crop

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
+from sae_lens_maira.checksums import write_parquet
 from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError, InterventionError
+from sae_lens_maira.io import atomic_file
 from sae_lens_maira.latents import study_firing
 from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
+from sae_lens_maira.recipes._shared import require_run
 from sae_lens_maira.recipes.steering.candidates import choose_map
 from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.recipes.steering.table_page import write_tables
@@ -85,9 +88,9 @@ def run_steering(settings: SteeringRun) -> Path:
     """Run what is missing and write `table.md`, `table.parquet` and figures; returns the folder.
 
     Raises:
-        ConfigError: An unknown finding or part.
+        ConfigError: An unknown finding or part, or the folder has a run of other settings.
     """
-    settings.out.mkdir(parents=True, exist_ok=True)
+    require_run(settings, _has_results(settings.out), free=("findings", "parts"))
     # About one study in five has a finding; more prompts than are needed for the rarest would only cost time.
     pool = (7 * settings.choose, 6 * settings.report)
     cohort = settings.cohort(settings.studies, settings.layer, settings.seed, pool)
@@ -111,6 +114,11 @@ def run_steering(settings: SteeringRun) -> Path:
             write_tables(settings.out)
     write_tables(settings.out)
     return settings.out
+
+
+def _has_results(out: Path) -> bool:
+    patterns = ("settings.json", "sae_*", "statistics_*.safetensors", "*/*/summary.parquet")
+    return any(next(out.glob(pattern), None) for pattern in patterns)
 
 
 def prepare(settings: SteeringRun, cohort: Cohort) -> MethodFactory:
@@ -203,7 +211,7 @@ def steer_part(
         choice = choose_map(factory, cohort, finding, choose)
         folder = settings.out / finding / part
         folder.mkdir(parents=True, exist_ok=True)
-        choice.table().to_parquet(folder / "trials.parquet")
+        write_parquet(choice.table(), folder / "trials.parquet")
         best = {name: choice.best(kind) for name, kind in kinds.items()}
         methods = factory.tried({k: (t.candidate.map, t.strength) for k, t in best.items()}) + methods
     if settings.methods:
@@ -245,7 +253,8 @@ def save_text_units(rows: ActivationRows, sae: MatryoshkaSAE, cohort: Cohort, fi
     fires, _ = study_firing(encode, mine, len(cohort.studies))
     agreement = torch.from_numpy(f1_of_firing(fires[taught], cohort.known[taught]))
     units = p99(encode(mine.values[:: max(1, len(mine) // 20_000)]))
-    save_file({"p99": units, "agreement": agreement}, file)
+    with atomic_file(file) as draft:
+        save_file({"p99": units, "agreement": agreement}, draft)
 
 
 def load_text_units(file: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from sae_lens_maira.checksums import read_parquet, write_parquet
 from sae_lens_maira.io import atomic_write, save_figure
 from sae_lens_maira.stats import wilson
 from sae_lens_maira.steering import methods as names
@@ -40,7 +41,7 @@ SHOWN = ("off_target", "kl", "perplexity", "repetition", "length", "ratio")
 def read_run(out: Path) -> pd.DataFrame:
     """All summaries of a run's folder, a row per part, finding and method."""
     frames = [
-        pd.read_parquet(file).assign(finding=file.parts[-3], part=part)
+        read_parquet(file).assign(finding=file.parts[-3], part=part)
         for part in PARTS
         for file in sorted(out.glob(f"*/{part}/summary.parquet"))
     ]
@@ -52,7 +53,7 @@ def write_tables(out: Path) -> None:
     table = read_run(out)
     if table.empty:
         return
-    table.to_parquet(out / "table.parquet")
+    write_parquet(table, out / "table.parquet")
     pages = ["# Steering all findings\n"]
     for part, title in PARTS.items():
         mine = table.loc[table.part == part]

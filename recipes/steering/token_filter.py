@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows, RowSettings, read_rows
+from sae_lens_maira.checksums import read_parquet, write_parquet
 from sae_lens_maira.cli.parser import run_recipe
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.io import atomic_write, save_figure
 from sae_lens_maira.latents import study_firing
 from sae_lens_maira.maira2 import TokenRole, resolve_roles
 from sae_lens_maira.quickstart.sae import TrainingPlan, train_sae
+from sae_lens_maira.recipes._shared import require_run
 from sae_lens_maira.recipes.steering.source import Source
 from sae_lens_maira.sae import load_matryoshka
 from sae_lens_maira.stats import explained_variance, f1_of_firing, p99
@@ -76,7 +78,10 @@ class FilterRun(Source):
 
 def run_filters(settings: FilterRun) -> Path:
     """Train and steer what is missing, and write `table.md`, `table.parquet` and `token_filter.png`."""
-    settings.out.mkdir(parents=True, exist_ok=True)
+    exists = any(
+        next(settings.out.glob(made), None) for made in ("settings.json", "sae_*", "*_[0-9].parquet")
+    )
+    require_run(settings, exists, free=("seeds",))
     wanted = [(preset, seed) for seed in range(settings.seeds) for preset in settings.presets]
     missing = [(p, s) for p, s in wanted if not (settings.out / f"{p}_{s}.parquet").exists()]
     if missing:
@@ -88,9 +93,8 @@ def run_filters(settings: FilterRun) -> Path:
         kept = RowSettings(roles="all", batch_size=16, seed=settings.seed)
         rows = read_rows(cohort.maira, cohort.studies, hook_name, kept, progress=settings.progress)
         for preset, seed in tqdm(missing, desc="SAEs", unit="SAE", disable=not settings.progress):
-            one_sae(cohort, rows, preset, seed, settings).to_parquet(
-                settings.out / f"{preset}_{seed}.parquet"
-            )
+            made = one_sae(cohort, rows, preset, seed, settings)
+            write_parquet(made, settings.out / f"{preset}_{seed}.parquet")
             write_filter_tables(settings.out)
     write_filter_tables(settings.out)
     return settings.out
@@ -158,8 +162,8 @@ def write_filter_tables(out: Path) -> None:
     files = sorted(out.glob("*_[0-9].parquet"))
     if not files:
         return
-    table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    table.to_parquet(out / "table.parquet")
+    table = pd.concat([read_parquet(file) for file in files], ignore_index=True)
+    write_parquet(table, out / "table.parquet")
     atomic_write(out / "table.md", filter_page(table))
     save_figure(filter_figure(table), out / "token_filter.png", dpi=90)
 

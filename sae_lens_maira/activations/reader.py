@@ -204,7 +204,20 @@ class RowReader:
         )  # the model writes after the last column
         processor: Any = self._processor
         encoding = processor.encode(batch, task=self.settings.task, report=report, padding_side=side)
+        self._refuse_long(encoding, chosen)
         return chosen, source, encoding
+
+    def _refuse_long(self, encoding: Maira2Encoding, chosen: Sequence[int]) -> None:
+        """StoreError if a study's text alone is longer than the model's context; three images alone may be."""
+        config: Any = self._model.config
+        most = int(config.get_text_config().max_position_embeddings)
+        lengths = (encoding.attention_mask.bool() & (encoding.roles != TokenRole.IMAGE)).sum(1).tolist()
+        for number, length in zip(chosen, lengths, strict=True):
+            if length > most:
+                raise StoreError(
+                    f"The text of study {self._study_id(number)} has {length:,} tokens, and the model's context is "
+                    f"{most:,}. Shorten its report or its sections, or leave the study out."
+                )
 
     @torch.no_grad()
     def _generated(self, prompts: Maira2Encoding) -> Maira2Encoding:

@@ -8,6 +8,7 @@ only ever inserted as text. Studies that are not known to be public or synthetic
 import base64
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,6 +28,7 @@ from sae_lens_maira.studies.words import compare_words
 
 IMAGE_SIDE = 518
 SHOWN_LATENTS = 12
+_PAGE = re.compile(r"study-\d{4,}\.(?:html|json)")
 CAUTION = (
     "An attribution shows what made this model write a sentence, not that the sentence is true. "
     "Judge it by its check."
@@ -55,6 +57,8 @@ def write_pages(
 ) -> Path:
     """Write one page per study, its graphs as JSON next to it, and an index.
 
+    Pages and graphs of an earlier run into the same folder are replaced or removed.
+
     Args:
         folder: Output folder; created if missing.
         pages: The studies.
@@ -74,6 +78,7 @@ def write_pages(
     with private_files(folder):
         mark_folder(folder, found, "attribute")  # first, so that a kill leaves no page without the mark
         names = [f"study-{number:04d}.html" for number in range(len(pages))]
+        _remove_earlier(folder)
         for name, page in zip(names, pages, strict=True):
             atomic_write(folder / name, page_html(page, about))
             if page.graphs:
@@ -83,6 +88,14 @@ def write_pages(
                 )
         atomic_write(folder / "index.html", _index(names, pages, about))
     return folder / ("index.html" if len(pages) != 1 else names[0])
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove the pages and graphs of an earlier run, and first the index that names them."""
+    (folder / "index.html").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if _PAGE.fullmatch(path.name):
+            path.unlink()
 
 
 def page_html(page: StudyPage, about: str = "") -> str:

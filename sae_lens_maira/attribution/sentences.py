@@ -116,11 +116,13 @@ def pick_sentences(sentences: Sequence[Sentence], wanted: int | Sequence[int] | 
     """The sentences of the given numbers (negative: from the end); all of them for None.
 
     Raises:
-        PromptError: There is no sentence of that number.
+        PromptError: There is no sentence of that number, or none is named.
     """
     if wanted is None:
         return list(sentences)
     numbers = [wanted] if isinstance(wanted, int) else list(wanted)
+    if not numbers:
+        raise PromptError("The list of sentences is empty; name at least one, or leave it out for all.")
     try:
         return [sentences[number] for number in numbers]
     except IndexError:

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import inspect
 import io
-import os
 import re
 import sys
-import traceback
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,16 +28,9 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from sae_lens_maira import __version__
-from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, run_command
-from sae_lens_maira.errors import MairaError
-from sae_lens_maira.io import NO_ROOM
+from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, exit_code, run_command
 
 PROGRAM = "sae-lens-maira"
-# Errors that a path or a disk causes, not this package.
-DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, *NO_ROOM}
-INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports for any other program
-
-
 # Every command, in the order of the work: its words -> the module and function that run it.
 _TABLE: dict[str, str] = {
     "quickstart": "quickstart:quickstart",
@@ -151,45 +141,11 @@ def _printable() -> Iterator[None]:
 
 def _run(name: str, options: Any) -> int:
     """Run a command with parsed options; returns the exit code."""
-    try:
+
+    def command() -> None:
         run_command(COMMANDS[name], {key: value for key, value in vars(options).items() if key != "config"})
-        sys.stdout.flush()
-    except MairaError as error:
-        _complain(f"{PROGRAM} {name}: {error}\n")
-        return 2
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the interpreter flushes once more at its end
-        return UNREAD
-    except OSError as error:
-        if error.errno not in DISK or (error.filename is None and error.errno not in NO_ROOM):
-            raise
-        place = f" at {error.filename}" if error.filename is not None else ""
-        _complain(
-            f"{PROGRAM} {name}: {error.strerror}{place}. Give another path, or free space or grant access there.\n"
-        )
-        return 2
-    except RecursionError as error:
-        if "json" not in "".join(traceback.format_exception(error)[-8:]):
-            raise
-        _complain(
-            f"{PROGRAM} {name}: a JSON file that was given is nested too deeply to be read; expected a few levels. It "
-            "was not written by this program: give the right file.\n"
-        )
-        return 2
-    except KeyboardInterrupt:
-        _complain(f"{PROGRAM} {name}: interrupted.\n")
-        return INTERRUPTED
-    return 0
 
-
-def _complain(message: str) -> None:
-    """Write a message on a line of its own: progress bars that an error left open are closed first."""
-    if "tqdm" in sys.modules:
-        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-            bar.close()
-    sys.stderr.write(message)
+    return exit_code(f"{PROGRAM} {name}", command)
 
 
 def _overview(group: str = "") -> str:

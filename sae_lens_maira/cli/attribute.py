@@ -2,11 +2,15 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae_lens_maira.cli.options import StudyOptions
 from sae_lens_maira.cli.parser import works_in
+
+if TYPE_CHECKING:
+    from sae_lens_maira.studies import Study
 
 
 @works_in("out")
@@ -61,25 +65,22 @@ def attribute(
     from sae_lens_maira.attribution.edges import sentence_graph
     from sae_lens_maira.attribution.page import StudyPage, write_pages
     from sae_lens_maira.attribution.regenerate import remove_statement, same_statement
-    from sae_lens_maira.errors import InterventionError, StudyError
+    from sae_lens_maira.errors import InterventionError
     from sae_lens_maira.interface import finding_reader, load, load_sae
     from sae_lens_maira.privacy import check_shareable
 
+    # Studies of a table are found and their licences checked before any weights are read.
+    listed = options.table_studies()
+    chosen = None if listed is None else _chosen(listed, study, studies)
+    if chosen is not None:
+        licences = [one.licence for one in chosen]
+        check_shareable(licences, "writing attribution pages", allow=allow_credentialed)
     dictionary: Any = load_sae(sae, records=records, device=options.device)
     later: Any = None if text_sae is None else load_sae(text_sae, device=options.device)
     hooked: Any = load(options.model, options.device, options.model_dtype)
-    found = options.all_studies(studies if study is None else 200, hooked.processor)
-    if study is not None:
-        wanted = {one.study_id: one for one in found if one.study_id in set(study)}
-        missing = [name for name in study if name not in wanted]
-        if missing:
-            raise StudyError(
-                f"{', '.join(missing)} is not among the {len(found):,} studies that were read. "
-                "`studies show` lists ids."
-            )
-        found = [wanted[name] for name in study]
-    chosen = list(found[: studies if study is None else len(study)])
-    check_shareable([one.licence for one in chosen], "writing attribution pages", allow=allow_credentialed)
+    if chosen is None:
+        drawn = options.first_studies(studies if study is None else 200, hooked.processor)
+        chosen = _chosen(drawn, study, studies)
     reader = finding_reader(chosen).read
     pages = []
     for one in tqdm(chosen, desc="attribute", unit="study"):
@@ -143,3 +144,18 @@ def attribute(
     for p in pages:
         sys.stdout.write(f"{p.found}\n\n")
     sys.stdout.write(f"{page}\n")
+
+
+def _chosen(found: "Sequence[Study]", names: list[str] | None, n: int) -> "list[Study]":
+    """The studies of these ids, or the first `n`; StudyError if an id is not among those found."""
+    from sae_lens_maira.errors import StudyError
+
+    if names is None:
+        return list(found[:n])
+    wanted = {one.study_id: one for one in found if one.study_id in set(names)}
+    missing = [name for name in names if name not in wanted]
+    if missing:
+        raise StudyError(
+            f"{', '.join(missing)} is not among the {len(found):,} studies that were read. `studies show` lists ids."
+        )
+    return [wanted[name] for name in names]

@@ -257,7 +257,15 @@ def saedashboard(
     from sae_lens_maira.interface import load_sae
     from sae_lens_maira.latents.contexts import Pseudonyms
     from sae_lens_maira.latents.source import ModelSource
+    from sae_lens_maira.privacy import check_shareable
 
+    listed = options.table_studies()
+    if listed is not None:  # before any weights are read
+        check_shareable(
+            [one.licence for one in listed[:studies]],
+            "writing sae-dashboard's files",
+            allow=allow_credentialed,
+        )
     config = AdapterConfig(
         latents=numbers(latents, "--latents") or (),
         before=context,

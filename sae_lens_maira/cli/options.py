@@ -168,11 +168,14 @@ class StudyOptions:
         """The first `n` studies of the table, or `n` phantom studies of the processor's image size."""
         return chosen_studies(n, self.study_seed, processor.recipe.crop, self.table, self.root, self.split)
 
+    def table_studies(self) -> "Sequence[Study] | None":
+        """All studies of the table, which takes no model; None without a table."""
+        return None if self.table is None else read_studies(self.table, self.root, self.split)
+
     def all_studies(self, n: int, processor: "Maira2Processor") -> "Sequence[Study]":
         """All studies of the table, or `n` phantom studies of the processor's image size."""
-        if self.table is not None:
-            return read_studies(self.table, self.root, self.split)
-        return self.first_studies(n, processor)
+        listed = self.table_studies()
+        return self.first_studies(n, processor) if listed is None else listed
 
     def model_source(self) -> dict[str, str]:
         """Name and fingerprint of the checkpoint and the precision that it is loaded in, as `StoreSpec.source` has."""

@@ -205,13 +205,14 @@ def validate_studies(
     most: int = 50,
     workers: int = 16,
     out: Path | None = None,
+    without_errors: Path | None = None,
     as_json: bool = False,
 ) -> None:
     """Check a table: images, ids, splits, text, priors; every issue with its rows from 0.
 
     Example: sae-lens-maira studies validate --table mimic.parquet --root mimic-cxr-jpg
 
-    Exit code 2 if there is an error; warnings alone leave it at 0.
+    Exit code 2 if there is an error; warnings alone leave it at 0, and so does --without-errors.
 
     Args:
         table: Parquet or CSV.
@@ -220,14 +221,17 @@ def validate_studies(
         most: Issues printed; all are counted.
         workers: Threads that look at images.
         out: CSV for all issues.
+        without_errors: Parquet file for the rows that no error names; relative image paths start where they did.
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.errors import StudyError
     from sae_lens_maira.maira2.images import check_image, read_stretched
+    from sae_lens_maira.privacy import private_files
     from sae_lens_maira.studies.validate import validate_table
 
+    opened = open_table(table, root, "replace")
     report = validate_table(
-        open_table(table, root, "replace"),
+        opened,
         images=images,
         read_image=read_stretched,
         open_image=check_image,
@@ -250,6 +254,18 @@ def validate_studies(
 
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(out, csv_of(pd.DataFrame(rows, columns=["severity", "kind", "rows", "detail"])))
+    if without_errors is not None:
+        kept = opened.without(row for issue in report.errors for row in issue.rows)
+        if not len(kept):
+            raise StudyError(
+                f"Every row of {table} has an error, so {without_errors} was not written. Fix them."
+            )
+        with private_files(without_errors.parent):
+            kept.save(without_errors)
+        sys.stderr.write(
+            f"{without_errors}: {len(kept):,} of {report.studies:,} studies; {report.studies - len(kept):,} with "
+            f"errors left out. Read it with --root {opened.root}.\n"
+        )
     if as_json:
         answer = {"studies": report.studies, "images": report.images, "counts": counts, "issues": rows[:most]}
         sys.stdout.write(json.dumps(answer) + "\n")
@@ -257,8 +273,9 @@ def validate_studies(
         sys.stdout.writelines(f"{issue}\n" for issue in report.issues[:most])
         found = ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "no issue"
         sys.stdout.write(f"{table}: {report.studies:,} studies, {report.images:,} images: {found}\n")
-    if report.exit_code:
+    if report.exit_code and without_errors is None:
         raise StudyError(
             f"{table} has {len(report.errors)} errors that would stop later steps or falsify them. Fix or "
-            f"leave out the rows named above{'' if out is None else f' and in {out}'}, then validate again."
+            f"leave out the rows named above{'' if out is None else f' and in {out}'}, then validate again; "
+            "--without-errors writes a table without them."
         )

@@ -95,7 +95,7 @@ def train(
         steps = _trainer_config({"autocast": autocast} | trainer, place)
         if ranks.rank == 0:
             held.enter_context(locked(out))
-            if steps.checkpoint_path is not None and Path(steps.checkpoint_path).absolute() != out.absolute():
+            if steps.checkpoint_path is not None and Path(steps.checkpoint_path).resolve() != out.resolve():
                 held.enter_context(locked(steps.checkpoint_path))
         made = _direct if direct else _stored
         batches, width, rows, roles, data = made(

@@ -99,7 +99,7 @@ def run_saedashboard(
         readout: Vocabulary and unembedding of the model.
         target: Names on Neuronpedia.
         layer: Decoder layer of the rows.
-        out: Output folder; must not exist, or be empty.
+        out: Output folder; one that an earlier run wrote is replaced.
         config: Settings.
 
     Returns:

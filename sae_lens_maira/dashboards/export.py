@@ -52,7 +52,7 @@ def write_export(
     Args:
         records: The record set.
         target: Names on Neuronpedia.
-        out: Output folder; must not exist, or be empty.
+        out: Output folder; one that an earlier run wrote is replaced.
         interpretations: Interpretations per latent; only usable ones are written.
         batch_size: Latents per shard.
         window: How much of each study is shown.

@@ -86,7 +86,7 @@ def write_saedashboard(
     Args:
         records: The record set.
         target: Names on Neuronpedia.
-        out: Output folder; must not exist, or be empty.
+        out: Output folder; one that an earlier run wrote is replaced.
         batch_size: Latents per batch file.
         window: How much of each study is shown.
         workers: Number of processes that write batches; one per core if not given.

@@ -12,6 +12,8 @@ import hashlib
 import http.client
 import json
 import os
+import queue
+import threading
 import urllib.error
 import urllib.request
 from email.message import Message
@@ -56,6 +58,14 @@ def safe_address(url: str) -> str:
     return url.rstrip("/")
 
 
+class _Refusal(Exception):
+    """A status other than 2xx: its code, the start of its body and its Retry-After."""
+
+    def __init__(self, code: int, text: str, wait: str | None) -> None:
+        super().__init__(code, text)
+        self.code, self.text, self.wait = code, text, wait
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
@@ -69,7 +79,7 @@ class Site:
     Args:
         url: Address of its API, checked by `safe_address`.
         key: API key.
-        timeout: Seconds that one request may take.
+        timeout: Seconds that one request may take as a whole.
     """
 
     def __init__(self, url: str, key: str, timeout: float) -> None:
@@ -100,10 +110,10 @@ class Site:
             return json.loads(body) not in (None, {}, [])
         except ValueError:
             return False  # a page instead of an answer: there is no such route
-        except urllib.error.HTTPError as error:
-            if error.code in (404, 405):
+        except _Refusal as refusal:
+            if refusal.code in (404, 405):
                 return False
-            raise self._refused(error, item) from None
+            raise self._refused(refusal, item) from None
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error, item) from None
 
@@ -123,8 +133,8 @@ class Site:
         sent = json_line(body).encode()
         try:
             answer = self._ask(method, path, sent)
-        except urllib.error.HTTPError as error:
-            raise self._refused(error, f"{item} ({len(sent):,} bytes)") from None
+        except _Refusal as refusal:
+            raise self._refused(refusal, f"{item} ({len(sent):,} bytes)") from None
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error, item) from None
         try:
@@ -143,21 +153,40 @@ class Site:
     def _ask(self, method: str, path: str, body: bytes | None) -> bytes:
         headers = {"X-Api-Key": self._key, "Content-Type": "application/json", "Accept": "application/json"}
         request = urllib.request.Request(f"{self.url}/{path}", data=body, headers=headers, method=method)
-        with self._opener.open(request, timeout=self.timeout) as answer:
-            content = answer.read(MAX_ANSWER + 1)
+        answered: queue.Queue[tuple[int, Message, bytes] | Exception] = queue.Queue(1)
+
+        def exchange() -> None:
+            try:
+                with self._opener.open(request, timeout=self.timeout) as answer:
+                    answered.put((answer.status, answer.headers, answer.read(MAX_ANSWER + 1)))
+            except urllib.error.HTTPError as error:
+                with error:
+                    answered.put((error.code, error.headers, error.read(500) or str(error.reason).encode()))
+            except Exception as error:
+                answered.put(error)
+
+        # In a thread: the socket's time-out starts again with every byte, so that a slow drip would go on for ever.
+        threading.Thread(target=exchange, daemon=True).start()
+        try:
+            found = answered.get(timeout=self.timeout)
+        except queue.Empty:
+            raise http.client.HTTPException(f"no whole answer within {self.timeout:g} s") from None
+        if isinstance(found, Exception):
+            raise found
+        code, fields, content = found
+        if not 200 <= code < 300:
+            raise _Refusal(code, content.decode("utf-8", "replace").strip(), fields.get("Retry-After"))
         if len(content) > MAX_ANSWER:
             raise http.client.HTTPException(f"the answer exceeds {MAX_ANSWER} bytes")
         return content
 
-    def _refused(self, error: urllib.error.HTTPError, item: str) -> ServerError:
-        message = error.read(500).decode("utf-8", "replace").strip()
-        wait = error.headers.get("Retry-After")
+    def _refused(self, refusal: _Refusal, item: str) -> ServerError:
         advice = ADVICE.get(
-            error.code, "What was accepted before is in the journal; run the same command to continue."
+            refusal.code, "What was accepted before is in the journal; run the same command to continue."
         )
+        wait = f" (retry after {refusal.wait} s)" if refusal.wait else ""
         return self._error(
-            f"{self.url} refused {item} with status {error.code}{f' (retry after {wait} s)' if wait else ''}: "
-            f"{message or error.reason}. {advice}"
+            f"{self.url} refused {item} with status {refusal.code}{wait}: {refusal.text}. {advice}"
         )
 
     def _broken(self, error: Exception, item: str) -> ServerError:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sae_lens_maira.checksums import write_sums
+from sae_lens_maira.checksums import unlisted_files, write_sums
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, Score, load
 from sae_lens_maira.io import atomic_folder
@@ -139,16 +139,21 @@ def new_folder(out: Path | str, licence: str) -> Iterator[Path]:
     Its files are readable by their owner only, and a folder with credentialed data is marked.
 
     Args:
-        out: The folder; must not exist, or be empty.
+        out: The folder. One that an earlier run wrote is replaced.
         licence: Strictest licence class of the data.
 
     Raises:
-        RecordError: `out` is a file, or a folder that contains files.
+        RecordError: `out` is a file, or a folder that contains other files.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecordError(f"{out} exists and is not an empty folder. Give a new folder, or remove this one.")
-    with private_files(out), atomic_folder(out) as folder:
+    if out.exists() and not out.is_dir():
+        raise RecordError(f"{out} is a file. Give an empty or new folder.")
+    if out.is_dir() and (other := unlisted_files(out)):
+        raise RecordError(
+            f"{out} contains {other[0]!r}, which an earlier run of this command did not write. Give an empty or new "
+            "folder."
+        )
+    with private_files(out), atomic_folder(out, "replace") as folder:
         yield folder
         mark_folder(folder, licence, "dashboards")
         write_sums(folder)

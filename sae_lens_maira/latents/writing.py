@@ -70,9 +70,12 @@ def write_records(
             _put_back(replaced, folder)
             raise
     made = RecordSet.open(folder)
-    if replaced is not None and replaced.name == _name_of_replaced(made.fingerprint):
-        _put_back(replaced, folder, only=DERIVED)
-    elif replaced is not None:
+    same = folder / _name_of_replaced(
+        made.fingerprint
+    )  # moved away just now, or by a process that was killed
+    if same.is_dir():
+        _put_back(same, folder, only=DERIVED)
+    if replaced is not None and replaced.exists():
         warnings.warn(
             f"{folder} held another record set. It is in {replaced} now, with the interpretations, journal and images "
             "that belong to it.",
@@ -104,19 +107,27 @@ def _write(
 
 
 def _move_away(folder: Path) -> Path | None:
-    """Move a record set, and what was made from it, into a folder of its own; None where there is nothing."""
-    patterns = (META, TABLE, STUDIES, TEXTS, *DERIVED, "images", "records-*.jsonl", "maps-*.npz")
-    there = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    """Move a record set, and what was made from it, into a folder of its own; None where there is nothing.
+
+    Without `meta.json`, and without anything made from it, it is what a killed process left: that is removed.
+    """
+    derived = [path for pattern in DERIVED for path in sorted(folder.glob(pattern))]
+    patterns = (TABLE, STUDIES, TEXTS, "images", "records-*.jsonl", "maps-*.npz", META)
+    there = [*derived, *(path for pattern in patterns for path in sorted(folder.glob(pattern)))]
     if not there:
         return None
     complete = (folder / META).is_file()
-    replaced = folder / (_name_of_replaced(sha256_of(folder / META)) if complete else "replaced-incomplete")
-    number = 1
-    while replaced.exists():
+    if not complete and not derived:
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return None
+    base = _name_of_replaced(sha256_of(folder / META)) if complete else "replaced-incomplete"
+    replaced, number = folder / base, 1
+    while any((replaced / path.name).exists() for path in there):
         number += 1
-        replaced = folder / f"{replaced.name.partition('.')[0]}.{number}"
-    replaced.mkdir()
-    for path in there:
+        replaced = folder / f"{base}.{number}"
+    replaced.mkdir(exist_ok=True)
+    for path in there:  # META last: without it the rest would count as left by a killed process
         path.replace(replaced / path.name)
     return replaced
 

@@ -9,6 +9,8 @@ next to a table of levels, so that no large array of floats is needed. Needs pyd
 """
 
 import logging
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,9 @@ from sae_lens_maira.maira2.pictures import luminance
 
 MAX_PIXELS = 100_000_000
 """Largest image that is decoded, in pixels; the largest radiographs have about 25 million."""
+MAX_INFLATED = 2 * MAX_PIXELS + (16 << 20)
+"""Bytes of a deflated file: 16 bits per pixel, and other elements."""
+DEFLATED = "1.2.840.10008.1.2.1.99"
 logger = logging.getLogger(__name__)
 
 
@@ -114,6 +119,7 @@ def _open(path: Path, pixels: bool) -> Any:
         raise ImageError(
             f"{path} is a text file, not DICOM ({head[:40]!r}...). Check which file this should be."
         )
+    _refuse_inflated(path)
     try:
         dataset: Any = pydicom.dcmread(path, force=True, stop_before_pixels=not pixels)
         if len(dataset) == 0:
@@ -128,6 +134,29 @@ def _open(path: Path, pixels: bool) -> Any:
             " file; check it with a DICOM viewer."
         ) from error
     return dataset
+
+
+def _refuse_inflated(path: Path) -> None:
+    """ImageError if a deflated file inflates beyond the largest image; pydicom would inflate all of it in memory."""
+    from pydicom.filereader import read_file_meta_info
+
+    try:
+        meta: Any = read_file_meta_info(path)
+        deflated = meta.get("TransferSyntaxUID") == DEFLATED
+        start = 144 + int(meta.get("FileMetaInformationGroupLength") or 0)
+    except Exception:  # not a DICOM file with a preamble: pydicom raises many kinds
+        return
+    if not deflated:
+        return
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with path.open("rb") as file, suppress(zlib.error):  # damage is reported by pydicom
+        file.seek(start)
+        while size <= MAX_INFLATED and (piece := inflate.unconsumed_tail or file.read(1 << 20)):
+            size += len(inflate.decompress(piece, 1 << 20))
+    if size > MAX_INFLATED:
+        raise ImageError(
+            f"{path} inflates to more than {MAX_INFLATED:,} bytes; no radiograph is that large. Leave the study out."
+        )
 
 
 def _is_text(head: bytes) -> bool:

@@ -7,7 +7,8 @@ transformers, takes prompts that hold their placeholders already. The published 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from sae_lens_maira.errors import ConfigError, PromptError
+from sae_lens_maira.errors import ConfigError, ImageError, PromptError
 from sae_lens_maira.maira2.encoding import Maira2Encoding
 from sae_lens_maira.maira2.images import ImageRecipe, ImageSource
-from sae_lens_maira.maira2.prompts import Prompt, StudyLike, build_prompt, check_characters, raw_prompt
+from sae_lens_maira.maira2.prompts import Prompt, StudyLike, build_prompt, check_text, raw_prompt
 from sae_lens_maira.maira2.published import PublishedMethods
 from sae_lens_maira.maira2.reports import ParsedReport, parse_report, teacher_text
 from sae_lens_maira.maira2.roles import GROUNDING_TOKENS, TokenRole
@@ -164,7 +165,10 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         encoded = tokenize_prompts(self.tokenizer, prompts, self.image_token_id, self.patches_per_side)
         if report is not None:
             encoded = append_reports(self.tokenizer, encoded, self._reports(rows, task, phrases, report))
-        pixels = [self.image_to_pixels(image) for prompt in prompts for _, image in prompt.images]
+        pixels = []
+        for study, prompt in zip(rows, prompts, strict=True):
+            with _named(study):
+                pixels += [self.image_to_pixels(image) for _, image in prompt.images]
         return Maira2Encoding(
             **pad_rows(encoded, self.tokenizer.pad_token_id, padding_side),
             pixel_values=torch.stack(pixels),
@@ -175,10 +179,11 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
 
     def build_prompt(self, study: StudyLike, task: Task = "findings", phrase: str | None = None) -> Prompt:
         """The prompt of one study, after a check that its texts hold none of the tokenizer's added tokens."""
-        prompt = build_prompt(study, task, phrase)
-        for segment in prompt.segments:
-            if segment.role not in (TokenRole.IMAGE, TokenRole.TEMPLATE, TokenRole.SEPARATOR):
-                self._refuse_tokens(segment.text, segment.role.name.lower())
+        with _named(study):
+            prompt = build_prompt(study, task, phrase)
+            for segment in prompt.segments:
+                if segment.role not in (TokenRole.IMAGE, TokenRole.TEMPLATE, TokenRole.SEPARATOR):
+                    self._refuse_tokens(segment.text, segment.role.name.lower())
         return prompt
 
     def decode_report(self, ids: torch.Tensor | Sequence[int]) -> ParsedReport:
@@ -218,7 +223,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
                 f" {len(flat)} images. Give at least one prompt, and one image for every placeholder."
             )
         for prompt in texts:
-            check_characters(prompt, "prompt")
+            check_text(prompt, "prompt")
         prompts = [raw_prompt(prompt, self.image_token) for prompt in texts]
         rows = tokenize_prompts(self.tokenizer, prompts, self.image_token_id, self.patches_per_side)
         columns = pad_rows(rows, self.tokenizer.pad_token_id, padding_side)
@@ -240,7 +245,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         return re.compile("|".join(re.escape(token) for token in tokens))
 
     def _refuse_tokens(self, text: str, field: str, allowed: frozenset[str] = frozenset()) -> None:
-        check_characters(text, field)
+        check_text(text, field)
         for found in self._added_tokens.finditer(text):
             if found.group() not in allowed:
                 raise PromptError(
@@ -260,12 +265,26 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
             )
         else:
             texts = [str(text) for text in given]
-        for text in texts:
-            self._refuse_tokens(text, "report", frozenset() if task == "findings" else GROUNDING_TOKENS)
+        allowed = frozenset() if task == "findings" else GROUNDING_TOKENS
+        for study, text in zip(studies, texts, strict=True):
+            with _named(study):
+                self._refuse_tokens(text, "report", allowed)
         return texts
 
 
 declare_processor_parts(Maira2Processor)
+
+
+@contextmanager
+def _named(study: Any) -> Iterator[None]:
+    """Errors about a study's texts and images within the block begin with its id."""
+    try:
+        yield
+    except (PromptError, ImageError) as error:
+        name = getattr(study, "study_id", None)
+        if not name:
+            raise
+        raise type(error)(f"Study {name}: {error}") from error
 
 
 def _flatten(images: Any) -> list[Any]:

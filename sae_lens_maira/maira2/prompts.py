@@ -6,6 +6,7 @@ each segment carries a `TokenRole`, roles need never be searched for afterwards.
 `N/A`. A prior report needs a prior image, as the template has no other place for it: without one it is an error.
 """
 
+import re
 from typing import Any, NamedTuple, Protocol
 
 from sae_lens_maira.errors import ConfigError, PromptError
@@ -138,17 +139,33 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
     return Prompt(tuple(segments), tuple(images))
 
 
-def check_characters(text: str, field: str) -> None:
-    """Refuse a text that is not valid Unicode.
+LONGEST_TEXT = 20_000
+"""Characters of a section that are tokenized at most; the longest public reports have about 10,000."""
+LONGEST_WORD = 1_000
+"""Letters of a word that are tokenized at most."""
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD},}}")
+
+
+def check_text(text: str, field: str) -> None:
+    """Refuse a text that no tokenizer can encode, or that no person wrote.
 
     Raises:
-        PromptError: The text holds half of a surrogate pair, which no tokenizer can encode.
+        PromptError: The text holds half of a surrogate pair, or it or one of its words is far too long.
     """
     half = next((place for place, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
     if half is not None:
         raise PromptError(
             f"The {field} holds the lone surrogate {text[half]!a} at character {half}; expected valid Unicode. "
             "Decode the source with its own encoding, or remove the character."
+        )
+    if len(text) > LONGEST_TEXT:
+        raise PromptError(
+            f"The {field} has {len(text):,} characters; at most {LONGEST_TEXT:,} were expected. Shorten it, or leave "
+            "the study out."
+        )
+    if len(text) >= LONGEST_WORD and _LONG_WORD.search(text):
+        raise PromptError(
+            f"The {field} has a word of over {LONGEST_WORD:,} letters. Correct it, or leave the study out."
         )
 
 

@@ -154,6 +154,12 @@ class StudyTable:
         """The records, each built on access: indexing, slicing and iterating never hold them all."""
         return StudySequence({name: self.frame[name].array for name in self.frame}, self.root)
 
+    def without(self, rows: Iterable[int]) -> StudyTable:
+        """The table without the rows of these numbers, counted from 0."""
+        kept = np.ones(len(self), dtype=bool)
+        kept[list(set(rows))] = False
+        return StudyTable(self.frame.loc[kept].reset_index(drop=True), self.root)
+
     def where(self, **equal: str) -> StudyTable:
         """The rows whose columns have the given values, for instance `where(split="test")`.
 

@@ -56,6 +56,17 @@ def test_maps_of_the_page_are_the_attributions(page):
     assert data["sentences"][1]["regenerated"] is None
 
 
+def test_a_run_over_fewer_studies_leaves_no_page_of_the_others(page, tmp_path):
+    """Pages and graphs of the earlier run go; what the user put into the folder stays."""
+    write_pages(tmp_path, [page, page, page])
+    for name in ("notes.txt", "study-plan.html"):
+        (tmp_path / name).write_text("mine")
+    write_pages(tmp_path, [dataclasses.replace(page, graphs=())])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"index.html", "study-0000.html", "notes.txt", "study-plan.html"}
+    assert "study-0001" not in (tmp_path / "index.html").read_text()
+
+
 @pytest.mark.parametrize("licence", ["credentialed", "unknown", None])
 def test_studies_that_may_not_be_shared_are_refused(page, licence, tmp_path):
     """Every class but public and synthetic is refused before a file is written; on request the folder is marked."""

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import io
+import json
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ import yaml
 
 from sae_lens_maira.cli import COMMANDS, build_parser, main
 from sae_lens_maira.cli.options import MOST, numbers
+from sae_lens_maira.cli.parser import FROM_ONE, SIGNED
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.io import locked
 
@@ -59,6 +61,11 @@ def _example(hint: Any) -> Any:
     if origin in (list, tuple):
         return [_example(inside[0])] * (len(inside) if origin is tuple and ... not in inside else 1)
     return {str: "x", Path: "x", int: 1, float: 0.5, bool: True}.get(origin or hint, {})
+
+
+def _word(value: Any) -> str:
+    """A value as it is typed."""
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -121,6 +128,32 @@ def test_a_list_of_latents_that_is_none_is_refused_first(name, given, capsys):
     assert f"--latents {given!r} " in err
 
 
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_numbers_that_mean_nothing_are_refused_first(name, tmp_path, capsys):
+    """Negative, zero of what must be there, and beyond 64 bits: one message, before anything is read or written."""
+    hints = hints_of(name)
+    needed = [
+        w
+        for key, a in options_of(name).items()
+        if a.required
+        for w in (f"--{key}", _word(_example(hints[key])))
+    ]
+    before = {p.name for p in tmp_path.iterdir()}
+    for key, hint in hints.items():
+        if not _kinds(hint) & {int, float} or key in SIGNED:
+            continue
+        for wrong in (
+            "-1",
+            *(["0"] if key in FROM_ONE else []),
+            *([str(2**70)] if int in _kinds(hint) else []),
+        ):
+            code = main([*name.split(), *needed, f"--{key.replace('_', '-')}={wrong}"])
+            out, err = capsys.readouterr()
+            assert (code, out, err.count("\n")) == (2, "", 1), (key, wrong, err)
+            assert f"--{key.replace('_', '-')} is " in err
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
 # Commands with --out, --store or --records that hold no lock for all of their run, and why.
 READERS = {"store show", "store validate", "workbench"}
 ONE_FILE = {"studies import", "studies validate", "locate"}  # written at the end, atomically
@@ -141,6 +174,26 @@ def test_a_command_locks_the_folder_that_it_writes(name, tmp_path, capsys):
     with locked(tmp_path / "folder"):
         assert main([*name.split(), *(word for key, v in listed.items() for word in (f"--{key}", v))]) == 2
     assert f"{tmp_path / 'folder'} is in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "place", ["below a file", "a loop of links", "a long name", "a link to nothing below a file"]
+)
+@pytest.mark.parametrize("name", [n for n in sorted(COMMANDS) if vars(COMMANDS[n]).get("works_in")])
+def test_a_folder_that_cannot_be_is_one_message(name, place, tmp_path, capsys):
+    """Whatever is in the way, the message names the path and no traceback is printed."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "link").symlink_to(tmp_path / "file" / "x")
+    places = {"below a file": "file/x", "a loop of links": "loop/x", "a long name": f"{'n' * 300}/x"}
+    values = {key: str(tmp_path / "x") for key, a in options_of(name).items() if a.required}
+    values[COMMANDS[name].works_in] = str(tmp_path / places.get(place, "link"))
+    kinds = hints_of(name)
+    listed = {key: f"[{v}]" if get_origin(kinds[key]) is list else v for key, v in values.items()}
+    assert main([*name.split(), *(word for key, v in listed.items() for word in (f"--{key}", v))]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1), err
+    assert "Traceback" not in err
 
 
 def test_numbers_and_ranges():

@@ -4,12 +4,16 @@ import io
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from sae_lens_maira.activations import read_rows
 from sae_lens_maira.cli import main, visible
+from sae_lens_maira.errors import MairaError
 from sae_lens_maira.io import csv_of
+from sae_lens_maira.studies import Licence, Study
 
 ESCAPES = "s\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"
 
@@ -66,7 +70,7 @@ def test_no_cell_of_a_table_is_a_formula() -> None:
 
 def test_ids_that_are_long_or_leave_the_folder_name_no_file_outside(hostile, tmp_path) -> None:
     """Ids become file names in one place, which keeps them in their folder and under the limit of file systems."""
-    from sae_lens_maira.studies import Licence, Study, table_of_studies
+    from sae_lens_maira.studies import table_of_studies
 
     root = tmp_path / "deep" / "root"
     root.mkdir(parents=True)
@@ -130,3 +134,75 @@ def test_a_json_file_of_absurd_depth_is_one_message(tmp_path, capsys, hostile, c
     assert "Traceback" not in printed
     assert file in printed
     assert re.search("recursion|nested too deeply", printed)
+
+
+CHOKES = {
+    "token": {"report": "The heart <unk> is normal."},
+    "image token": {"indication": "Cough <image> fever."},
+    "grounding token": {"report": "A <box> here."},
+    "thin": {"frontal": "thin.png"},
+    "long": {"report": "No effusion. " * 2000},
+    "beyond the context": {"report": "No effusion. " * 1000},
+    "word": {"report": "x" * 200_000},
+    "10 MB": {"report": "No effusion. " * 800_000},
+    "surrogate": {"report": "Clear \ud800 lungs."},
+}
+"""Changes of one study that would stop or choke a harvest of all."""
+
+
+def chokes(root) -> list[dict[str, str]]:
+    """A row per change, named after it, between two sound studies."""
+    Image.fromarray((np.arange(300_000) % 251).astype(np.uint8)[None]).save(root / "thin.png")
+    rows = []
+    for number, name in enumerate(("sound", *CHOKES, "also sound")):
+        picture = np.random.default_rng(number).integers(0, 255, (128, 128), dtype=np.uint8)
+        Image.fromarray(picture).save(root / f"{number}.png")
+        sound = {"frontal": f"{number}.png", "report": "Clear lungs.", "licence": "public"}
+        rows.append({"study_id": name, "patient_id": name} | sound | CHOKES.get(name, {}))
+    return rows
+
+
+@pytest.mark.parametrize("name", CHOKES)
+def test_a_study_that_would_choke_the_model_is_named_before_it_runs(
+    name, tmp_path, phantom, monkeypatch
+) -> None:
+    """By its id, before any forward."""
+    row = next(row for row in chokes(tmp_path) if row["study_id"] == name)
+    study = Study(
+        study_id=name,
+        patient_id="p",
+        licence=Licence.PUBLIC,
+        frontal=tmp_path / row["frontal"],
+        indication=row.get("indication"),
+        report=row["report"],
+    )
+    monkeypatch.setattr(type(phantom.model), "forward", lambda *_, **__: pytest.fail("the model ran"))
+    with pytest.raises(MairaError, match=name) as caught:
+        read_rows(phantom, [study], "blocks.0.hook_resid_post", progress=False)
+    assert len(str(caught.value)) < 500
+
+
+def test_validate_finds_them_all_and_harvest_reads_what_is_left(tmp_path, capsys) -> None:
+    """The report beyond the phantom's short context is within MAIRA-2's: only the model knows, and harvest says it."""
+    rows = [row for row in chokes(tmp_path) if row["study_id"] not in ("surrogate", "beyond the context")]
+    table, kept, store = tmp_path / "t.csv", tmp_path / "kept.parquet", tmp_path / "store"
+    pd.DataFrame(rows).to_csv(table, index=False)
+    assert main(["studies", "validate", "--table", str(table)]) == 2
+    printed = capsys.readouterr().out
+    assert all(f"row {number}:" in printed for number in range(1, len(rows) - 1))
+    harvest = [
+        "harvest",
+        "--hooks",
+        "blocks.0.hook_resid_post",
+        "--device",
+        "cpu",
+        "--store",
+        str(store),
+        "--table",
+    ]
+    assert main([*harvest, str(table)]) == 2
+    assert re.search(r"harvest: Study (image )?token: The \w+ holds '<\w+>'", capsys.readouterr().err)
+    assert main(["studies", "validate", "--table", str(table), "--without-errors", str(kept)]) == 0
+    assert f"2 of {len(rows)} studies; {len(rows) - 2} with errors left out" in capsys.readouterr().err
+    assert main([*harvest, str(kept)]) == 0
+    assert kept.stat().st_mode & 0o077 == 0

@@ -4,9 +4,11 @@ Routes, status codes, the generic text of an internal error, the limit of a tran
 routes to a page are those observed when its web application was run.
 """
 
+import contextlib
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -336,6 +338,27 @@ def test_a_200_that_stored_nothing_is_not_journalled(send, site, answer):
     site.answers = None
     assert send().features == 5
     assert sorted(site.features) == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_an_answer_that_drips_ends_in_time(send, site, monkeypatch, status, where):
+    """A byte every 50 ms, each in time for the socket: the bound is on the whole answer."""
+
+    def drip(self: Handler) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        start = f"HTTP/1.1 {status} x\r\n" + ("Content-Length: 1000\r\n\r\n" if where == "body" else "X: ")
+        self.wfile.write(start.encode())
+        with contextlib.suppress(OSError):
+            for _ in range(60):
+                time.sleep(0.05)
+                self.wfile.write(b"x")
+
+    monkeypatch.setattr(Handler, "do_POST", drip)
+    began = time.monotonic()
+    with pytest.raises(ServerError, match=r"no whole answer within 0.4 s\); what was accepted before"):
+        send(timeout=0.4)
+    assert time.monotonic() - began < 2.5
 
 
 def test_explanations_of_any_method_arrive(send, site, make_set):

@@ -283,11 +283,24 @@ def test_api_payloads_are_cut_at_bytes(make_set, target):
 def test_a_folder_with_files_is_left_alone_and_a_failed_one_leaves_nothing(make_set, target, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(RecordError, match="not an empty folder"):
+    with pytest.raises(RecordError, match="'mine', which an earlier run of this command did not write"):
         write_export(make_set(), target, tmp_path / "out")
     with pytest.raises(RecordError, match="no latent"):
         write_saedashboard(make_set(latents=0), target, tmp_path / "new")
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("records")} == {"out"}
+
+
+def test_what_an_earlier_run_wrote_is_replaced_as_a_whole(make_set, target, tmp_path):
+    """So that the same command can be run again after a kill; a file that was added since stops it."""
+    out = write_export(make_set(), target, tmp_path / "out")
+    before = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    (out / "model.jsonl").write_text("damaged")
+    write_export(make_set(), target, out)
+    assert {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    (out / "features" / "mine").write_text("mine")
+    with pytest.raises(RecordError, match="'features/mine'"):
+        write_export(make_set(), target, out)
+    assert (out / "features" / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Record sets: what is written is read back, damage is named, and nothing half-written can be opened."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -137,6 +138,36 @@ def test_another_set_is_set_aside_with_what_was_made_from_it(tmp_path):
     assert (aside / "journal.jsonl").read_text() == "of the old set"
     for name in ("interpretations.jsonl", "journal.jsonl", "images"):
         assert not (tmp_path / name).exists(), name
+
+
+def test_what_a_killed_process_left_is_removed_and_what_it_set_aside_returns(tmp_path):
+    """Every state of a rewrite that was killed: the same set again, with its interpretations, and nothing else."""
+    old = write_records(tmp_path, META, STUDIES, [TEXT], [make_record(0)])
+    (tmp_path / "interpretations.jsonl").write_text("of the old set")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("an image")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    order = [
+        "interpretations.jsonl",
+        *sorted(files.keys() - {"interpretations.jsonl", "meta.json"}),
+        "meta.json",
+    ]
+    aside = tmp_path / f"replaced-{old.fingerprint[:12]}"
+    for moved in range(len(order) + 1):
+        for path in [*tmp_path.iterdir()]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (tmp_path / "images").mkdir()
+        aside.mkdir()
+        for name in order[:moved]:
+            (aside / name).write_bytes(files[name])
+        for name in order[moved:]:
+            (tmp_path / name).write_bytes(files[name])
+        if moved == len(order):  # killed while it wrote: a part of the new set, without meta.json
+            (tmp_path / "texts.jsonl").write_bytes(b"half")
+        write_records(tmp_path, META, STUDIES, [TEXT], [make_record(0)])
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        assert found == files, moved
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [], moved
 
 
 def test_interpretations_belong_to_their_record_set(tmp_path):

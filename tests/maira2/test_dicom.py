@@ -8,10 +8,15 @@ import pytest
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    generate_uid,
+)
 
 from sae_lens_maira.errors import ImageError
-from sae_lens_maira.maira2 import ImageRecipe, Maira2, generate_reports
+from sae_lens_maira.maira2 import ImageRecipe, Maira2, dicom, generate_reports
 from sae_lens_maira.maira2.dicom import read_dicom
 from sae_lens_maira.maira2.images import check_image, read_grey, read_stretched, stretch_contrast
 
@@ -192,3 +197,22 @@ def test_an_image_far_too_large_is_refused_before_it_is_decoded(tmp_path: Path) 
     for read in (read_grey, check_image):
         with pytest.raises(ImageError, match="20000 x 20000 pixels"):
             read(path)
+
+
+def test_a_deflated_file_is_bounded_before_it_is_inflated(
+    tmp_path: Path, make_picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 MB of zeros in 8 kB are refused at a bound of 1 MB; pydicom, which inflates all of it, never reads them."""
+    sound = write_dicom(tmp_path / "x.dcm", make_picture(0))
+    data = dcmread(sound)
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    data.save_as(tmp_path / "sound.dcm", enforce_file_format=True)
+    assert np.array_equal(read_grey(tmp_path / "sound.dcm"), read_grey(sound))
+    data.add_new(0x00091001, "OB", bytes(8 << 20))
+    data.save_as(tmp_path / "bomb.dcm", enforce_file_format=True)
+    assert (tmp_path / "bomb.dcm").stat().st_size < 100_000
+    monkeypatch.setattr(dicom, "MAX_INFLATED", 1 << 20)
+    monkeypatch.setattr("pydicom.dcmread", lambda *_, **__: pytest.fail("inflated"))
+    for read in (read_grey, check_image):
+        with pytest.raises(ImageError, match=r"bomb.dcm inflates to more than 1,048,576 bytes"):
+            read(tmp_path / "bomb.dcm")

@@ -260,6 +260,18 @@ def test_a_folder_or_id_that_does_not_exist_is_refused(tmp_path: Path) -> None:
             load_maira2(absent, local_files_only=True)
 
 
+def test_a_tokenizer_with_code_of_its_own_runs_nothing(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its file names a class in `remote.py`: nothing of it runs, and nobody is asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether custom code may run"))
+    auto = {"AutoTokenizer": ["remote.Slow", "remote.Fast"]}
+    edit(copy / "tokenizer_config.json", auto_map=auto, tokenizer_class="Remote")
+    with pytest.raises(CheckpointError, match="custom code"):
+        load_maira2(copy)
+    assert "remote code ran" not in "".join(capsys.readouterr())
+
+
 def test_remote_code_and_unknown_keywords_are_refused(saved: Path) -> None:
     with pytest.raises(ConfigError, match="without remote code"):
         load_maira2(saved, trust_remote_code=True)

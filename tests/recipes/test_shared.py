@@ -14,10 +14,13 @@ from sae_lens_maira.recipes._shared import (
     box_patches,
     continue_rows,
     mean_line,
+    require_run,
     require_settings,
     sae_of,
     sae_settings,
 )
+from sae_lens_maira.recipes.steering.steering_table import SteeringRun, run_steering
+from sae_lens_maira.recipes.steering.token_filter import FilterRun, run_filters
 from sae_lens_maira.studies import Finding
 
 
@@ -87,3 +90,21 @@ def test_a_box_is_widened_by_half_a_patch_of_its_own_axis():
 
 def test_a_line_has_mean_interval_and_n():
     assert mean_line("a | b", np.ones(4)) == "| a | b | 1.000 | 1.000 to 1.000 | 4 |"
+
+
+@pytest.mark.parametrize(("run", "settings"), [(run_steering, SteeringRun), (run_filters, FilterRun)])
+def test_a_folder_with_a_run_of_other_settings_is_refused_before_anything_is_read(run, settings, tmp_path):
+    """What may change is named by the recipe; a result whose settings are not known is refused too."""
+    require_run(settings(out=tmp_path, d_sae=64), False)
+    with pytest.raises(ConfigError, match="d_sae 64 there, 128 now"):
+        run(settings(out=tmp_path, d_sae=128))
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "sae_image").mkdir()
+    with pytest.raises(ConfigError, match="its settings cannot be read"):
+        run(settings(out=tmp_path, d_sae=64))
+    assert [path.name for path in tmp_path.iterdir()] == ["sae_image"]
+
+
+def test_settings_of_a_run_that_are_free_may_change(tmp_path):
+    require_run(SteeringRun(out=tmp_path, findings=("cardiomegaly",)), False, free=("findings",))
+    require_run(SteeringRun(out=tmp_path, findings=("pacemaker",), progress=False), True, free=("findings",))
