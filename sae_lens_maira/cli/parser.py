@@ -106,7 +106,7 @@ def exit_code(program: str, call: Callable[[], None]) -> int:
         call: What to run.
 
     Returns:
-        0, 2 after such an error, 130 after an interrupt, 141 if nobody reads stdout any more.
+        0, 2 after such an error, 130 after an interrupt, 141 if the reader of stdout has ended.
     """
     try:
         call()
