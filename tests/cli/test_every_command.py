@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_is_one_message(name, place, tmp_path, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "file" / "x")
     places = {"below a file": "file/x", "a loop of links": "loop/x", "a long name": f"{'n' * 300}/x"}
     values = {key: str(tmp_path / "x") for key, a in options_of(name).items() if a.required}
-    values[COMMANDS[name].works_in] = str(tmp_path / places.get(place, "link"))
+    values[vars(COMMANDS[name])["works_in"]] = str(tmp_path / places.get(place, "link"))
     kinds = hints_of(name)
     listed = {key: f"[{v}]" if get_origin(kinds[key]) is list else v for key, v in values.items()}
     assert main([*name.split(), *(word for key, v in listed.items() for word in (f"--{key}", v))]) == 2
