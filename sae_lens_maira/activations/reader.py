@@ -174,7 +174,7 @@ class RowReader:
 
     def ordered(self, parts: Sequence[ActivationBatch]) -> ActivationBatch:
         """Batches as one, sorted by study, source and position."""
-        index: pd.DataFrame = pd.concat([part.index for part in parts], ignore_index=True)[[*COLUMNS]]
+        index = pd.concat([part.index for part in parts], ignore_index=True).loc[:, list(COLUMNS)]
         order = study_order(index)
         turned = torch.from_numpy(order)
         values = {name: torch.cat([part.values[name] for part in parts])[turned] for name in self._names}
