@@ -71,17 +71,18 @@ class SteeringStatistics:
     def save(self, file: Path) -> None:
         """Write a safetensors file, atomically."""
         tensors = {k: v.contiguous() for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        about = {"findings": json.dumps(self.findings), "shape": json.dumps(self.shape)}
+        # One entry: safetensors writes several in a random order, and equal statistics would be different files.
+        about = json.dumps({"findings": self.findings, "shape": self.shape})
         with atomic_file(file) as draft:
-            save_file(tensors, draft, about)
+            save_file(tensors, draft, {"about": about})
 
     @classmethod
     def load(cls, file: Path) -> "SteeringStatistics":
         """Read what `save` wrote; InterventionError if the file is damaged."""
         try:
             with safe_open(file, "pt") as opened:
-                about = opened.metadata()
-            findings, shape = (tuple(json.loads(about[name])) for name in ("findings", "shape"))
+                about = json.loads(opened.metadata()["about"])
+            findings, shape = (tuple(about[name]) for name in ("findings", "shape"))
             return cls(findings=findings, shape=shape, **load_file(file))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InterventionError(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sae_lens_maira.interface import load_sae_weights
 from sae_lens_maira.sae import make_control
@@ -72,3 +73,15 @@ def test_a_control_without_a_map_is_left_out_with_a_warning():
     sae = load_sae_weights("phantom-image")
     with pytest.warns(UserWarning, match="No latent of the control 'silent' differs"):
         assert factory(sae, 0).on_controls("opacity", {"silent": factory(sae, 1, scale=0.0)}) == []
+
+
+def test_saved_statistics_are_read_back_and_equal_ones_are_equal_files(tmp_path):
+    """The metadata is one entry, since safetensors orders several at random."""
+    tensors = [torch.rand(1, 4, 8) for _ in range(8)]
+    made = SteeringStatistics(("a", "b"), *tensors, shape=(2, 2))
+    made.save(tmp_path / "s.safetensors")
+    read = SteeringStatistics.load(tmp_path / "s.safetensors")
+    assert (read.findings, read.shape) == (("a", "b"), (2, 2))
+    assert torch.equal(read.gradient, made.gradient)
+    with safe_open(tmp_path / "s.safetensors", "pt") as opened:
+        assert list(opened.metadata()) == ["about"]
