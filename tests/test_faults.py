@@ -285,7 +285,7 @@ WRITERS: dict[str, tuple[str, ...]] = {
         "studies validate --table {root}/table/studies.parquet --out {out}/a.csv --without-errors {out}/b.parquet"
     ),
     "steer": read(
-        "steer --sae {root}/sae --finding cardiomegaly --studies 40 --steered 2 --max-new-tokens 4 --out {out}"
+        "steer --sae {root}/sae --finding cardiomegaly --studies 60 --steered 2 --max-new-tokens 24 --out {out}"
     ),
     "attribute": read(
         "attribute --sae {root}/sae --studies 1 --sentences [0] --candidates 16 --regenerate false --out {out}"
