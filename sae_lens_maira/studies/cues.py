@@ -9,8 +9,9 @@ NORMAL_PHRASES = (
     r"(?:within )?normal limits",
     r"(?:is|are|appears?|remains?) (?:\w+ )?(?:normal|clear|unremarkable)",
     r"no (?:acute|active|significant|focal)",
-    r"(?:lungs?|heart|chest)(?: and (?:lungs?|heart))? (?:\w+ ){0,3}(?:clear|normal|unremarkable|well (?:expanded"
-    r"|inflated|aerated))",
+    r"(?:lungs?|heart|chest|pleura\w*|mediastinum|airways?)"
+    r"(?:(?:,? and |, | / |/)(?:the )?(?:lungs?|heart|pleura\w*|mediastinum|airways?|chest)){0,3}"
+    r" (?:\w+ ){0,3}(?:clear|normal|unremarkable|well (?:expanded|inflated|aerated))",
     r"intact",
     r"(?:clear|normal) (?:lungs?|chest|heart)",
     r"no (?:acute )?(?:\w+ ){0,2}(?:process|abnormalit\w+|disease)",
@@ -186,6 +187,8 @@ UNCERTAIN_BEFORE = (
     r"(?:raise|raises|raising) (?:\w+ ){0,3}(?:possibility|concern|question|suspicion)",
     r"(?:can|should) be considered",
 )
+VERSUS_AFTER = (r"(?:versus|vs)",)
+"""Reaches back to the mentions in front of it, but not beyond "with": "effusion with atelectasis versus pneumonia"."""
 UNCERTAIN_AFTER = (
     rf"(?:can not|could not) (?:\w+ ){{0,3}}{_EXCLUDE}",
     rf"NOT (?:\w+ ){{0,3}}{_EXCLUDE}",
@@ -193,7 +196,6 @@ UNCERTAIN_AFTER = (
     r"(?:is|are|remains?) (?:\w+ )?(?:possible|questionable|questioned|uncertain|equivocal|indeterminate|unclear)",
     rf"(?:hard|difficult|impossible|not possible) to (?:\w+ ){{0,2}}{_EXCLUDE}",
     r"(?:should|could|may|might|must|can) (?:also |still )?be (?:\w+ )?(?:considered|present|suspected|entertained)",
-    r"(?:versus|vs)",
     r"(?:is|are|remains?) (?:also )?(?:a|in the|within the|another) (?:\w+ )?(?:consideration|differential"
     r"|possibility|concern)",
     r"(?:in|given) the (?:appropriate|proper|right|correct) (?:clinical )?(?:setting|context|scenario)",

@@ -169,6 +169,13 @@ def _after(sentence: str, end: int) -> str:
     return text[: own.end()] if own else text
 
 
+def _asks_of_another(after: str, observation: str) -> bool:
+    """Whether a bracket behind a mention asks for another observation: "opacity (? pneumonia)"."""
+    bracket = re.match(r"\s*\(\s*\?\s*([^)]*)", after)
+    others = (known for name, known in phrases.PHRASES.items() if name != observation)
+    return bracket is not None and any(_compiled(known).search(bracket[1]) for known in others)
+
+
 def _status(
     sentence: str, start: int, end: int, carried: RuleStatus | None, observation: str
 ) -> RuleStatus | None:
@@ -194,7 +201,9 @@ def _status(
         return RuleStatus.UNCERTAIN
     if carried is not None:
         return carried
-    if _QUESTION_BEFORE.search(before) or re.match(rf"\s*\(\?\)|{cues.VALUE_UNCERTAIN}", after):
+    if _QUESTION_BEFORE.search(before) or (
+        re.match(rf"\s*\(\?\)|{cues.VALUE_UNCERTAIN}", after) and not _asks_of_another(after, observation)
+    ):
         return RuleStatus.UNCERTAIN
     device = observation == "support_devices"
     if device and _is_removed(before, near, after):
@@ -206,6 +215,8 @@ def _status(
     if _reaches_back(cues.LESS_LIKELY_AFTER, near) or (
         _reaches_back(cues.UNCERTAIN_AFTER, after) and not _is_extent(before, after)
     ):
+        return RuleStatus.UNCERTAIN
+    if _reaches_back(cues.VERSUS_AFTER, re.split(r"\bwith\b|\(", after, maxsplit=1)[0]):
         return RuleStatus.UNCERTAIN
     part = _last(cues.PART_BEFORE, before) or _is_extent(before, after)
     if _reaches_back(cues.NEGATION_AFTER, after) and not part:

@@ -164,7 +164,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
 ABSENT_PHRASES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (
         rf"{_HEART}(?: size)? (?:(?!enlarged|above|greater|more)\w+ ){{0,6}}?(?:normal|unremarkable)",
-        r"cardiac(?:,| and|/) (?:\w+ and )?mediastin\w+ (?:(?!enlarged|widened)\w+ ){0,5}?(?:normal|unremarkable)",
+        rf"(?:{_HEART}|cardiac)(?:,? and |, | / |/)(?:the )?(?:\w+ and )?mediastin\w+"
+        r" (?:(?!enlarged|widened)\w+ ){0,5}?(?:normal|unremarkable)",
         rf"{_HEART}(?: size)? {_WORD}{{0,5}}?(?:top normal|upper limits? of normal)",
         r"(?:normal|unremarkable) (?:heart|cardiac) (?:size|silhouette|contours?)",
         rf"{_HEART}(?: size)?,? (?:[\w']+ ){{0,4}}(?:normal,? )?(?:[\w']+ )?(?:not|non) (?:\w+ )?(?:{_LARGE}|large"
