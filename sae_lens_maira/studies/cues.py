@@ -29,6 +29,7 @@ _ANATOMY = (
 OTHER_STATEMENTS = (
     rf"{_ANATOMY} (?:[\w-]+ ){{0,6}}?(?:is|are|was|were|has|have|remains?|appears?|seems?|stable|unchanged"
     rf"|demonstrate\w*|show\w*)",
+    r"(?:tips?|side ?ports?|position) (?:\w+ )?(?:is|are|projects?|ends?|terminates?|overl\w+|remains?)",
     r"(?:extubat\w+|intubated|low lung volumes|hyperinflat\w+|hyperexpan\w+|emphysema\w*|bronchiectasis|scoliosis"
     r"|kyphosis"
     r"|congestion|engorgement|blunting|scarring|degenerative|tortuous|hernia|pneumomediastinum|pneumoperitoneum"
@@ -122,7 +123,7 @@ NEGATION_BEFORE = (
     r"(?:nowhere|not (?:an?|due|from|related))",
     r"NOT (?:see|seen|identify|demonstrate|show|have|appear|reveal|detect|any)",
     r"NOT (?:\w+ )?(?:likely|expected|thought|felt|favou?red|suspected|believed) to(?: \w+)?(?: an?)?",
-    r"unlikely (?:to|due|related|that|for|given)",
+    r"unlikely (?:to be (?:due|secondary|related) to|to|due|related|that|for|given)",
     r"(?:(?<=and\s)|(?<=but\s)|(?<![a-z]\s))unlikely",
     r"unlikely (?:an?|any|true|real)",
     r"an? unlikely",
@@ -364,8 +365,7 @@ TERMINATION = (
     r"which",
     r"while",
     r"whereas",
-    r"due to",
-    r"secondary to",
+    r"(?<!likely\sto\sbe\s)(?:due|secondary) to",
     r"and (?:there|it) (?:is|are)",
     r"(?<!no\s)there (?:is|are|has|remains|'s)",
     r"with (?!no\b)(?:\w+ )?(?:small|moderate|large|mild|stable|unchanged|persistent|associated|residual|new)",

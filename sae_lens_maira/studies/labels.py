@@ -124,8 +124,13 @@ def _is_removed(before: str, near: str, after: str) -> bool:
     if cue is None:
         return _compiled(cues.REMOVED_AFTER).search(near) is not None and not _last(cues.PART_BEFORE, before)
     between = before[cue.end() :]
-    return not re.search(cues.PLACED, between) and not (
-        re.search(r",|\band\b", between) and _HAS_VERB.match(after)
+    stays = re.search(r"\b(?:with|while|but)\b", between) and re.match(
+        r"\s+(?:is |are )?(?:remain|still|unchanged)", after
+    )
+    return (
+        not stays
+        and not re.search(cues.PLACED, between)
+        and not (re.search(r",|\band\b", between) and _HAS_VERB.match(after))
     )
 
 
@@ -193,7 +198,7 @@ def _status(
         return RuleStatus.PRESENT
     if re.match(cues.VALUE_ABSENT, after):
         return RuleStatus.ABSENT
-    if _states_nothing(sentence, before, after, start, end):
+    if "which" not in sentence[start:end] and _states_nothing(sentence, before, after, start, end):
         return None
     if _DENIED.search(sentence[start:end]):
         return RuleStatus.ABSENT

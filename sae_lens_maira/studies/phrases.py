@@ -52,6 +52,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         rf"{_HEART}(?: size)? (?:(?!normal)(?:{_WORD}|(?:and|but) (?=remains?|is|appears?|again"
         rf"|still))){{0,6}}?{_LARGE}",
         rf"(?:enlarged|enlargement of the|enlargement of|enlarging) {_WORD}{{0,2}}?{_HEART}",
+        rf"{_HEART},? which (?:is|are|remains?|appears?) {_WORD}{{0,3}}?{_LARGE}",
         r"cardiac enlargement",
         rf"(?:{_HEART}|cardiac) and mediastin\w+ {_WORD}{{0,4}}?{_LARGE}",
         r"(?:enlarged|enlargement of the) (?:heart|cardiac) and mediastin\w+",
