@@ -176,7 +176,7 @@ def by_kind() -> dict[str, list[LabelledSentence]]:
 
 
 def test_no_template_file_is_empty_and_each_frequent_kind_has_110_sentences() -> None:
-    assert len(FILES) >= 8
+    assert len(FILES) >= 10
     assert len(by_kind()) == 19
     assert min(len(group) for group in by_kind().values()) >= 110
 
