@@ -90,7 +90,6 @@ def run_steering(settings: SteeringRun) -> Path:
     Raises:
         ConfigError: An unknown finding or part, or the folder has a run of other settings.
     """
-    require_run(settings, _has_results(settings.out), free=("findings", "parts"))
     # About one study in five has a finding; more prompts than are needed for the rarest would only cost time.
     pool = (7 * settings.choose, 6 * settings.report)
     cohort = settings.cohort(settings.studies, settings.layer, settings.seed, pool)
@@ -98,6 +97,7 @@ def run_steering(settings: SteeringRun) -> Path:
     wrong = sorted(set(findings) - set(cohort.reader.names))
     if wrong:
         raise ConfigError(f"findings names {wrong}; known are {', '.join(cohort.reader.names)}.")
+    require_run(settings, _has_results(settings.out), free=("findings", "parts"))
     wanted = [
         (part, finding)
         for part in settings.parts

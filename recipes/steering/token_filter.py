@@ -81,14 +81,14 @@ def run_filters(settings: FilterRun) -> Path:
     exists = any(
         next(settings.out.glob(made), None) for made in ("settings.json", "sae_*", "*_[0-9].parquet")
     )
+    if settings.sae is not None:
+        raise ConfigError("The recipe compares SAEs that it trains; leave --sae out.")
     require_run(settings, exists, free=("seeds",))
     wanted = [(preset, seed) for seed in range(settings.seeds) for preset in settings.presets]
     missing = [(p, s) for p, s in wanted if not (settings.out / f"{p}_{s}.parquet").exists()]
     if missing:
         hook_name = f"blocks.{settings.layer}.hook_resid_post"
         pool = (7 * settings.choose, 6 * settings.report)
-        if settings.sae is not None:
-            raise ConfigError("The recipe compares SAEs that it trains; leave --sae out.")
         cohort = settings.cohort(settings.studies, settings.layer, settings.seed, pool)
         kept = RowSettings(roles="all", batch_size=16, seed=settings.seed)
         rows = read_rows(cohort.maira, cohort.studies, hook_name, kept, progress=settings.progress)
