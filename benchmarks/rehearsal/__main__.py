@@ -122,7 +122,11 @@ def rehearse(work: Path, small: bool, full: bool, only: str | None) -> int:
     for number, step in enumerate(steps(work, small, full)):
         if only and not step.name.startswith(tuple(only.split(","))):
             continue
-        found = run_here(step) if small else run_in_process(step, work / f"step{number:02d}.json", limit)
+        found = (
+            run_here(step)
+            if small
+            else run_in_process(step, work / f"step{number:02d}.json", 0 if full else limit)
+        )
         wrong += problems(step, found, limit)
         sys.stdout.write(line(step.name, found, step.bound) + "\n")
         sys.stdout.flush()

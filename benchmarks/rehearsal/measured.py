@@ -5,7 +5,8 @@
     tensors  the same of living tensors, see `tracker`
 
 Linux only: the kernel counts, and its counter is reset when a model has been loaded. The process may take BYTES
-of its own (RLIMIT_DATA), as on a machine of that size: commands that take a share of the free memory see the limit.
+of its own (RLIMIT_DATA), as on a machine of that size: commands that take a share of the free memory see the limit. 0
+is no limit, for checkpoints whose files are larger than the memory: their pages count although they can be dropped.
 """
 
 import ctypes
@@ -95,7 +96,8 @@ def run(words: list[str]) -> int:
 
 def _main() -> int:
     file, limit, words = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resident = Resident()
     tracker = TensorBytes()
 
