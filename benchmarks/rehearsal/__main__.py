@@ -4,7 +4,7 @@ A random checkpoint in the published layout is written, and every command runs o
 with two cores and 8 GB. The table has time and peak memory of each; the rehearsal fails where a command fails, takes
 more than its bound, or has more than 8 GB resident. `--small` runs the same commands at small widths in one process
 and counts tensors only. `--full` writes the published size (27.5 GB of float32, six files) and runs a few steps, which
-has up to 21 GB resident, pages of the mapped files included.
+has up to 24 GB resident, pages of the mapped files included.
 """
 
 import argparse
