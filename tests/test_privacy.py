@@ -301,16 +301,16 @@ def test_records_are_readable_by_their_owner_only_and_drafts_of_killed_processes
 
 # Commands without a row in COMMANDS, and where nothing of a study's text or images can leave by them.
 OTHERS = {
-    "attribute": "gate: test_commands_that_read_a_table below",
-    "dashboards saedashboard": "gate: test_commands_that_read_a_table below",
+    "attribute": "gate: tests/test_privacy_of_tables.py",
+    "dashboards saedashboard": "gate: tests/test_privacy_of_tables.py",
     "steer": "the page: tests/steering/test_page.py; tables and page are readable by their owner only",
     "workbench": "this machine only, exports: tests/workbench/test_session.py",
     "latents": "a record set readable by its owner only, without images of closed classes; numbers on the terminal",
-    "harvest": "activations: test_numbers_hold_no_text below",
-    "train": "weights: test_numbers_hold_no_text below",
-    "evaluate": "numbers: test_numbers_hold_no_text below",
-    "match": "numbers: test_numbers_hold_no_text below",
-    "locate": "numbers: test_numbers_hold_no_text below",
+    "harvest": "activations: tests/test_privacy_of_tables.py",
+    "train": "weights: tests/test_privacy_of_tables.py",
+    "evaluate": "numbers: tests/test_privacy_of_tables.py",
+    "match": "numbers: tests/test_privacy_of_tables.py",
+    "locate": "numbers: tests/test_privacy_of_tables.py",
     "store show": "numbers of an activation store",
     "store validate": "numbers of an activation store",
     "store export": "activations of an activation store",
@@ -325,15 +325,6 @@ OTHERS = {
     "quickstart": "synthetic studies only",
     "measure-phantom": "synthetic studies only",
 }
-TABLES = {
-    "credentialed": "credentialed",
-    "unknown": "unknown",
-    "misspelt": "Public",
-    "padded": "public ",
-    "blank": "",
-    "null": None,
-    "no column": ...,
-}
 
 
 def test_every_command_is_in_one_of_the_two_tables():
@@ -343,75 +334,3 @@ def test_every_command_is_in_one_of_the_two_tables():
     gated = {next(name for name in ALL if " ".join(words).startswith(name)) for words in COMMANDS.values()}
     assert gated | set(OTHERS) == set(ALL)
     assert not gated & set(OTHERS)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every connection is an error."""
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr("socket.socket.connect", refuse)
-
-
-def closed_table(folder: Path, licence: object) -> Path:
-    """A table of two studies of a class, whose reports hold the secret word."""
-    from sae_lens_maira.phantom import generate_studies
-    from sae_lens_maira.studies import table_of_studies
-
-    frame = table_of_studies(generate_studies(2, seed=9), folder).frame
-    frame["report"] = frame["report"] + f" {SECRET}."
-    frame = frame.drop(columns="licence") if licence is ... else frame.assign(licence=licence)
-    frame.to_parquet(folder / "studies.parquet", index=False)
-    return folder / "studies.parquet"
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Every model and every SAE that is made is an error: what is refused is refused before that."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a model or an SAE was made")
-
-    monkeypatch.setattr("torch.nn.Module.__init__", refuse)
-
-
-@pytest.mark.usefixtures("no_network", "no_weights")
-@pytest.mark.parametrize("licence", TABLES)
-def test_commands_that_read_a_table(licence, tmp_path, capsys):
-    """Refused with exit code 2; no file is written and no word of a report is printed."""
-    table = str(closed_table(tmp_path / "table", TABLES[licence]))
-    classic = "dashboards saedashboard --sae phantom-image --set-name res-1k --studies 2 --latents 0-1"
-    for words in (["attribute", "--sentences", "[0]"], classic.split()):
-        assert main([*words, "--table", table, "--out", str(tmp_path / "out")]) == 2
-        told = capsys.readouterr()
-        assert SECRET not in told.out + told.err
-        assert "Traceback" not in told.err
-        assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("no_network")
-def test_numbers_hold_no_text(tmp_path, capsys):
-    """Commands whose results are numbers: no file and no line holds a word of a credentialed report."""
-    table = closed_table(tmp_path / "table", "credentialed")
-    hook = "blocks.1.hook_resid_post"
-    read = ["--hooks", hook, "--table", str(table), "--rates", "{image: 0.1}", "--device", "cpu"]
-    steps = {"total_training_samples": 64, "train_batch_size_samples": 32, "lr": 0.001}
-    rows = ["--table", str(table), "--studies", "2", "--device", "cpu"]
-    sae, out = str(tmp_path / "sae"), tmp_path / "out"
-    commands = [
-        ["harvest", *read, "--store", str(tmp_path / "store")],
-        [*["train", *read, "--store", str(tmp_path / "store"), "--out", sae, "--trainer", json.dumps(steps)],
-         "--sae", "{d_sae: 32, k: 4, matryoshka_widths: [8, 32]}"],
-        ["evaluate", "--sae", sae, *rows],
-        ["match", "--sae", sae, "--other", sae, *rows, "--out", str(out / "match")],
-        ["locate", "--sae", sae, *rows, "--out", str(out / "locate.csv")],
-    ]  # fmt: skip
-    for words in commands:
-        assert main(words) == 0, capsys.readouterr().err
-    told = capsys.readouterr()
-    assert SECRET not in told.out + told.err
-    written = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(table.parent)]
-    assert len(written) > 8
-    assert [p for p in written if SECRET.encode() in p.read_bytes()] == []

@@ -90,6 +90,11 @@ def run_steering(settings: SteeringRun) -> Path:
     Raises:
         ConfigError: An unknown finding or part, or the folder has a run of other settings.
     """
+    begun, free = _has_results(settings.out), ("findings", "parts")
+    if (
+        begun
+    ):  # refused before anything is read; a new folder is bound once its settings are known to be right
+        require_run(settings, True, free)
     # About one study in five has a finding; more prompts than are needed for the rarest would only cost time.
     pool = (7 * settings.choose, 6 * settings.report)
     cohort = settings.cohort(settings.studies, settings.layer, settings.seed, pool)
@@ -97,7 +102,8 @@ def run_steering(settings: SteeringRun) -> Path:
     wrong = sorted(set(findings) - set(cohort.reader.names))
     if wrong:
         raise ConfigError(f"findings names {wrong}; known are {', '.join(cohort.reader.names)}.")
-    require_run(settings, _has_results(settings.out), free=("findings", "parts"))
+    if not begun:
+        require_run(settings, False, free)
     wanted = [
         (part, finding)
         for part in settings.parts

@@ -28,7 +28,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from sae_lens_maira import __version__
-from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, exit_code, run_command
+from sae_lens_maira.cli.outcome import exit_code
+from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, run_command
 
 PROGRAM = "sae-lens-maira"
 # Every command, in the order of the work: its words -> the module and function that run it.

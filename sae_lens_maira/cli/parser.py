@@ -12,13 +12,10 @@ script with a YAML file of the same name, whose options are the fields of one da
 
 import contextlib
 import difflib
-import errno
 import inspect
-import os
 import re
 import sys
 import textwrap
-import traceback
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,8 +27,8 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader
 
-from sae_lens_maira.errors import ConfigError, MairaError
-from sae_lens_maira.io import NO_ROOM, locked
+from sae_lens_maira.cli.outcome import check_numbers, exit_code
+from sae_lens_maira.io import locked
 
 HELP_WIDTH = 110
 
@@ -79,7 +76,7 @@ def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
         values: Value per option, as `command_parser(...).parse_args()` returns them.
     """
     values = {key: value for key, value in values.items() if key not in _ignored(function)[1]}
-    _check_numbers(values)
+    check_numbers(values)
     if "json" in values:
         values["as_json"] = values.pop("json")
     shared = _shared_options(function)
@@ -88,112 +85,6 @@ def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
     folder = values.get(vars(function).get("works_in", ""))
     with nullcontext() if folder is None or values.get("estimate") else locked(folder):
         function(**values)
-
-
-# Errors that a path or a disk causes, not this package.
-DISK = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EIO, errno.ESTALE, errno.EXDEV),
-    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *NO_ROOM),
-}
-INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports for any other program
-
-
-def exit_code(program: str, call: Callable[[], None]) -> int:
-    """Call a command or a recipe; errors that the user can fix are one message on stderr.
-
-    Args:
-        program: Name in the message.
-        call: What to run.
-
-    Returns:
-        0, 2 after such an error, 130 after an interrupt, 141 if the reader of stdout has ended.
-    """
-    try:
-        call()
-        sys.stdout.flush()
-    except MairaError as error:
-        _complain(f"{program}: {error}\n")
-        return 2
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the interpreter flushes once more at its end
-        return UNREAD
-    except OSError as error:
-        if error.errno not in DISK or (error.filename is None and error.errno not in NO_ROOM):
-            raise
-        place = f" at {error.filename}" if error.filename is not None else ""
-        _complain(
-            f"{program}: {error.strerror}{place}. Give another path, or free space or grant access there.\n"
-        )
-        return 2
-    except RecursionError as error:
-        if "json" not in "".join(traceback.format_exception(error)[-8:]):
-            raise
-        _complain(
-            f"{program}: a JSON file that was given is nested too deeply to be read; expected a few levels. It was not "
-            "written by this program: give the right file.\n"
-        )
-        return 2
-    except KeyboardInterrupt:
-        _complain(f"{program}: interrupted.\n")
-        return INTERRUPTED
-    return 0
-
-
-def _complain(message: str) -> None:
-    """Write a message on a line of its own: progress bars that an error left open are closed first."""
-    if "tqdm" in sys.modules:
-        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-            bar.close()
-    sys.stderr.write(message)
-
-
-FROM_ONE = frozenset(
-    {
-        "batch_size",
-        "candidates",
-        "context_size",
-        "image_side",
-        "max_bytes",
-        "max_features",
-        "max_new_tokens",
-        "max_norm",
-        "max_norm_ratio",
-        "max_requests",
-        "n_latents",
-        "rank_timeout",
-        "shard_bytes",
-        "shard_studies",
-        "steered",
-        "studies",
-        "studies_per_block",
-        "timeout",
-        "top",
-        "world",
-    }
-)
-"""Options of which zero means nothing."""
-SIGNED = frozenset({"strengths", "sentences"})
-"""Options that may be negative."""
-MOST = 2**63 - 1
-
-
-def _check_numbers(values: dict[str, Any]) -> None:
-    """Refuse negative numbers, zero where it means nothing, and numbers that no library takes.
-
-    Raises:
-        ConfigError: An option has such a number.
-    """
-    for name, value in values.items():
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float) or name in SIGNED:
-                continue
-            if number < 0 or number > MOST or (number == 0 and name in FROM_ONE):
-                wanted = "a positive number" if name in FROM_ONE else "0 or more"
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is {number}; expected {wanted}, at most {MOST}."
-                )
 
 
 def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:

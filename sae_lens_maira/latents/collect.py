@@ -35,7 +35,6 @@ from sae_lens_maira.latents.contexts import TEXTS, Pseudonyms, StudyTexts, make_
 from sae_lens_maira.latents.passes import (
     ContextReader,
     Wanted,
-    Workdir,
     count,
     fingerprint_of_ids,
     read_activations,
@@ -45,6 +44,7 @@ from sae_lens_maira.latents.records import LatentRecord, RecordsMeta, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.latents.source import ActivationSource
 from sae_lens_maira.latents.statistics import LatentStatistics
+from sae_lens_maira.latents.workdir import Workdir
 from sae_lens_maira.latents.writing import write_records
 from sae_lens_maira.maira2 import Maira2, OutputHead
 from sae_lens_maira.maira2.images import centre_crop

@@ -1,25 +1,15 @@
-"""The two passes over the rows, and the scratch folder that a collection resumes from.
+"""The two passes over the rows; `workdir` is the scratch folder that a collection resumes from.
 
     pass 1   rows -> statistics of all latents                        saved every `save_seconds` and at the end
     pass 2   rows of the wanted studies -> activations of the latents that want them, and those studies' texts
 
 A process reads units rank, rank + world, ... and after a kill repeats at most the unit that it last saved.
-
-    plan.json                  what is collected, by how many ranks; another plan is refused
-    counted-0.pt               statistics of rank 0 up to some unit
-    contexts-0/                activations and texts of rank 0, with progress.json; one file per shard of latents holds
-                               16 bytes (study, latent, place, value) per activation, see `contexts` for `place`
-
-Rank 0 reads the parts of all ranks from the folder. It is removed at the end of the collection, and the salt of the
-pseudonyms with it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,92 +24,14 @@ from tqdm.auto import tqdm
 
 from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.activations.prefetch import prefetch
-from sae_lens_maira.distributed import Ranks
-from sae_lens_maira.errors import ConfigError, RecordError
-from sae_lens_maira.io import atomic_file, atomic_write
+from sae_lens_maira.errors import RecordError
+from sae_lens_maira.io import atomic_file
 from sae_lens_maira.latents.contexts import TEXTS, Pseudonyms, places_of, study_text, text_line
 from sae_lens_maira.latents.source import ActivationSource, active_entries, encode_sparse, rows_of_studies
 from sae_lens_maira.latents.statistics import LatentStatistics
+from sae_lens_maira.latents.workdir import Workdir
 from sae_lens_maira.maira2 import Maira2Processor
-from sae_lens_maira.privacy import private_files
 from sae_lens_maira.studies import Study
-
-NAME = ".collecting"
-
-
-class Workdir:
-    """One process's view of the folder.
-
-    Attributes:
-        folder: Path of the folder.
-        ranks: This process and the others.
-        rank, world: Number of this process and of all.
-        salt: Salt of the pseudonyms, the same in all processes and after a restart.
-    """
-
-    def __init__(self, out: Path, plan: dict[str, Any], ranks: Ranks, salt: str | None) -> None:
-        """Make the folder or continue in it.
-
-        Args:
-            out: Folder of the record set.
-            plan: What decides the records, as JSON values.
-            ranks: This process and the others.
-            salt: Salt of the pseudonyms; drawn once by rank 0 if not given.
-
-        Raises:
-            ConfigError: The ranks have no address to meet at.
-            RecordError: The folder holds an unfinished collection of another plan.
-        """
-        if not ranks.connected:
-            raise ConfigError(
-                f"{ranks.size} ranks that share a collection need an address to meet at, and there is none. Start "
-                "them with torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and free port of rank 0."
-            )
-        self.ranks, rank, world = ranks, ranks.rank, ranks.size
-        self.folder, self.rank, self.world = out / NAME, rank, world
-        with private_files(out):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "plan.json"
-        plan = json.loads(json.dumps(plan | {"world": world}))
-        if rank == 0 and not path.exists():
-            self.write(path, plan | {"salt": secrets.token_hex(16) if salt is None else salt})
-        ranks.barrier("plan of the collection")
-        there = json.loads(path.read_text(encoding="utf-8"))
-        self.salt: str = there.pop("salt")
-        differ = sorted(name for name in plan.keys() | there.keys() if plan.get(name) != there.get(name))
-        if differ:
-            raise RecordError(
-                f"{self.folder} holds an unfinished collection whose {', '.join(differ)} differ from what was asked. "
-                "Use the same arguments and as many processes to continue it, or remove that folder to start again."
-            )
-
-    def counted(self, rank: int) -> Path:
-        """File of a rank's statistics."""
-        return self.folder / f"counted-{rank}.pt"
-
-    def contexts(self, rank: int) -> Path:
-        """Folder of a rank's activations and texts."""
-        return self.folder / f"contexts-{rank}"
-
-    def finish(self, what: str) -> None:
-        """Mark a part as done by this process."""
-        (self.folder / f"{what}-{self.rank}.done").touch()
-
-    def finished(self, what: str) -> bool:
-        """Whether this process was done with a part, perhaps before a restart."""
-        return (self.folder / f"{what}-{self.rank}.done").exists()
-
-    def close(self) -> None:
-        """Remove the folder once no rank reads from it; return when it is gone."""
-        self.ranks.barrier("records read")
-        if self.rank == 0:
-            shutil.rmtree(self.folder)
-        self.ranks.barrier("records written")
-
-    @staticmethod
-    def write(path: Path, values: dict[str, Any]) -> None:
-        """Write JSON in one piece or not at all."""
-        atomic_write(path, json.dumps(values))
 
 
 def fingerprint_of_ids(ids: list[str]) -> str:

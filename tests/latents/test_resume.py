@@ -11,8 +11,8 @@ from sae_lens_maira.activations import RowSettings, harvest
 from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
-from sae_lens_maira.latents.passes import NAME
 from sae_lens_maira.latents.source import StoreSource
+from sae_lens_maira.latents.workdir import NAME
 
 CONFIG = CollectConfig(top=4, zero=3, per_interval=2, intervals=3, sample_rows=64, save_seconds=0.0, salt="s")
 
