@@ -35,6 +35,16 @@ def own_signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Every model and every SAE that is made is an error: what is refused is refused before that."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model or an SAE was made")
+
+    monkeypatch.setattr("torch.nn.Module.__init__", refuse)
+
+
 @pytest.fixture(scope="session")
 def phantom():
     """The shipped phantom, in float32 on the CPU."""

@@ -42,16 +42,6 @@ def closed_table(folder: Path, licence: object) -> Path:
     return folder / "studies.parquet"
 
 
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Every model and every SAE that is made is an error: what is refused is refused before that."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a model or an SAE was made")
-
-    monkeypatch.setattr("torch.nn.Module.__init__", refuse)
-
-
 @pytest.mark.usefixtures("no_network", "no_weights")
 @pytest.mark.parametrize("licence", TABLES)
 def test_commands_that_read_a_table(licence, tmp_path, capsys):

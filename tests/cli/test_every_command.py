@@ -15,7 +15,7 @@ import yaml
 
 from sae_lens_maira.cli import COMMANDS, build_parser, main
 from sae_lens_maira.cli.options import MOST, numbers
-from sae_lens_maira.cli.parser import FROM_ONE, SIGNED
+from sae_lens_maira.cli.outcome import FROM_ONE, SIGNED
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.io import locked
 
