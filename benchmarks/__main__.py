@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SEPARATE = {"timing", "counts", "gpu", "kills"}
-"""Modules that other benchmarks import, and those with a command of their own."""
+SEPARATE = {"timing", "gpu", "kills"}
+"""The module that other benchmarks import, and those with a command of their own."""
 
 
 def main() -> int:
@@ -14,7 +14,7 @@ def main() -> int:
     runs = {
         script.stem: [str(script)] for script in sorted(HERE.glob("[!_]*.py")) if script.stem not in SEPARATE
     }
-    runs["step"] = ["-m", "sae_lens_maira", "bench", "step"]
+    runs["step"] = ["-m", "sae_lens_maira", "bench", "step", "--data-path", "--mixing"]
     failed = 0
     for name, words in runs.items():
         sys.stdout.write(f"\n== {name} ==\n")

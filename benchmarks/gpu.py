@@ -1,76 +1,43 @@
 """Measure the fused step on one GPU in at most ten minutes: `python benchmarks/gpu.py --out gpu.json`.
 
     ceilings        copy bandwidth, bfloat16, TF32 and float32 products at the encoder's size
-    correctness     triton against the sparse backend: loss and every gradient
-    whole steps     this package and SAELens' trainer, on batches that change, with 0, 2,048 and 8,192 dead latents,
-                    with uniform and with Zipf-distributed firing; launches and host syncs of each
-    data path       steps on batches from a store against steps on batches in memory (`data_path.py`)
-    stages          device time per kernel
+    errors          triton against the sparse backend: loss and every gradient
+    arms            the arms of `bench step`, one after another: uniform firing with 0, 2,048 and 8,192 dead latents,
+                    Zipf firing with 0 and 2,048; launches, host syncs and peak memory
+    data path       steps on batches from a store against steps on batches in memory; the caller's time per batch
+    kernels         device time per kernel
 
-Sections that do not fit into the time limit are skipped and named. `--device cpu` runs everything at a tiny size, to
-check the script itself; figures of such a run mean nothing.
+It is `sae-lens-maira bench step` in an order of value, with a clock: sections that do not fit into the time limit are
+skipped and named. The last lines are its table. `--device cpu` runs everything at a tiny size, to check the script
+itself; figures of such a run mean nothing.
 """
 
 import argparse
-import itertools
 import json
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.matryoshka_batchtopk_sae import (
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
+
+from sae_lens_maira.bench import ARMS, Arm, Shape
+from sae_lens_maira.bench.arms import chosen_arms
+from sae_lens_maira.bench.checks import errors_of, host_work, kernels_of, peak_above, wait
+from sae_lens_maira.bench.report import environment, rows_lines, table_of_arms
+from sae_lens_maira.bench.rows import data_path
+from sae_lens_maira.bench.step import quantiles, time_arms
+
+SIZE = Shape(d_in=4096, d_sae=16384, batch=4096, k=64, device="cuda")
+TINY = Shape(d_in=32, d_sae=128, batch=64, k=4, device="cpu")
+ORDER = (
+    *("saelens_autocast", "fused_autocast_sole_writer", "fused_candidates_sole_writer", "fused", "saelens"),
+    *("saelens_autocast_compiled", "saelens_tf32", "fused_autocast_graphs", "fused_candidates_graphs"),
+    *("saelens_fused_adam", "saelens_compiled", "fused_autocast", "fused_candidates"),
 )
-from sae_lens.training.sae_trainer import SAETrainer
-
-from sae_lens_maira.kernels import StepSpec, Weights, fused_step
-from sae_lens_maira.training import FusedSAETrainer
-
-
-@dataclass(frozen=True)
-class Size:
-    """The problem: `tiny` checks the script on a CPU."""
-
-    d_in: int = 4096
-    d_sae: int = 16384
-    batch: int = 4096
-    k: int = 64
-    device: str = "cuda"
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Cumulative level widths."""
-        return (self.d_sae // 16, self.d_sae * 3 // 16, self.d_sae // 2, self.d_sae)
-
-    def sae(self, zipf: bool) -> MatryoshkaBatchTopKTrainingSAE:
-        """An SAE with unequal decoder norms; biases make latents fire by Zipf's law if asked for."""
-        torch.manual_seed(0)
-        sae = MatryoshkaBatchTopKTrainingSAE(
-            MatryoshkaBatchTopKTrainingSAEConfig(
-                d_in=self.d_in,
-                d_sae=self.d_sae,
-                k=self.k,
-                matryoshka_widths=list(self.widths),
-                device=self.device,
-            )
-        )
-        with torch.no_grad():
-            sae.W_dec.mul_(0.5 + torch.rand(self.d_sae, 1, device=self.device))
-            if zipf:
-                rank = 1 + torch.randperm(self.d_sae, device=self.device).float()
-                sae.b_enc.copy_(2.5 - 0.75 * rank.log())
-        return sae
-
-
-TINY = Size(32, 128, 64, 4, "cpu")
+"""Arms, the most telling ones first."""
 
 
 @dataclass
@@ -100,160 +67,66 @@ class Run:
         return None
 
 
-def milliseconds(run: Callable[[], Any], device: str, rounds: int, warm_up: int = 3) -> dict[str, float]:
-    """p20, p50 and p80 of wall time, the device idle before and after."""
-    times = []
-    for turn in range(-warm_up, rounds):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        if turn >= 0:
-            times.append((time.perf_counter() - start) * 1e3)
-    quantiles = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {name: round(value, 3) for name, value in zip(("p20", "p50", "p80"), quantiles, strict=True)}
-
-
-def ceilings(size: Size, rounds: int) -> dict[str, float]:
+def ceilings(shape: Shape, rounds: int) -> dict[str, float]:
     """What the device reaches with nothing of this package."""
-    x, w = (
-        torch.randn(size.batch, size.d_in, device=size.device),
-        torch.randn(size.d_sae, size.d_in, device=size.device),
-    )
-    big = torch.empty(size.batch * size.d_sae, device=size.device)
+    x, w = shape.rows(), torch.randn(shape.d_sae, shape.d_in, device=shape.device)
+    big = torch.empty(shape.batch * shape.d_sae, device=shape.device)
     other = torch.empty_like(big)
-    flop = 2 * size.batch * size.d_in * size.d_sae / 1e9
     half_x, half_w = x.bfloat16(), w.bfloat16()
-    found = {
-        "copy_gb_s": 8 * len(big) / 1e6 / milliseconds(lambda: other.copy_(big), size.device, rounds)["p50"]
-    }
-    for name, product in (
-        ("bf16", lambda: half_x @ half_w.T),
-        ("fp32", lambda: x @ w.T),
-        ("tf32", lambda: x @ w.T),
-    ):
+
+    def ms(run: Callable[[], object]) -> float:
+        return milliseconds(run, shape.device, rounds)
+
+    found = {"copy_gb_s": 8 * len(big) / 1e6 / ms(lambda: other.copy_(big))}
+    flop = 2 * shape.batch * shape.d_in * shape.d_sae / 1e9
+    for name, left, right in (("bf16", half_x, half_w), ("fp32", x, w), ("tf32", x, w)):
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        found[f"{name}_tflop_s"] = flop / milliseconds(product, size.device, rounds)["p50"]
+        found[f"{name}_tflop_s"] = flop / ms(lambda left=left, right=right: left @ right.T)
     torch.set_float32_matmul_precision("highest")
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def errors(size: Size, backend: Any, **options: Any) -> dict[str, float]:
-    """Relative errors of loss and gradients against the sparse backend in float32, an eighth of the latents dead."""
-    sae = size.sae(zipf=True)
-    weights = Weights(*(p.detach() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)))
-    x = torch.randn(size.batch, size.d_in, device=size.device)
-    dead = torch.zeros(size.d_sae, dtype=torch.bool, device=size.device)
-    dead[::8] = True
-    ours = fused_step(weights, x, StepSpec(k=size.k, widths=size.widths, **options), dead, backend=backend)
-    exact = fused_step(weights, x, StepSpec(k=size.k, widths=size.widths), dead, backend="sparse")
-    pairs = {"loss": (ours.loss, exact.loss)}
-    pairs |= {
-        n: (a, b) for n, a, b in zip(ours.gradients._fields, ours.gradients, exact.gradients, strict=True)
-    }
-    return {n: float((a.double() - b.double()).norm() / b.double().norm()) for n, (a, b) in pairs.items()}
+def milliseconds(run: Callable[[], object], device: str, rounds: int) -> float:
+    """Median of wall time, the device idle before and after."""
+    times = []
+    for _ in range(rounds + 2):
+        wait(device)
+        began = time.perf_counter()
+        run()
+        wait(device)
+        times.append((time.perf_counter() - began) * 1e3)
+    return quantiles(times[2:])["p50"]
 
 
-class Arm:
-    """One way to train; `step` runs one whole step on the next batch."""
+def figures_of(name: str, shape: Shape, settings: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Milliseconds, launches and syncs by setting of the dead latents, and peak bytes above the parameters."""
+    arm = Arm(shape, ARMS[name])
+    times, _ = time_arms(shape, {name: arm}, settings, rounds, 3)
+    work = {setting: host_work(arm, shape.rows(), shape.dead[setting]) for setting in settings}
+    found = {setting: {"ms": times[setting][name], "host": work[setting]} for setting in settings}
+    return found | {"peak_bytes": peak_above(arm, shape.rows())}
 
-    def __init__(
-        self,
-        size: Size,
-        ours: bool,
-        autocast: bool = False,
-        tf32: bool = False,
-        compiled: bool = False,
-        zipf: bool = False,
-        n_dead: int = 0,
-        **options: Any,
-    ) -> None:
-        self.size, self.tf32, self.n_dead = size, tf32, n_dead
-        cfg = SAETrainerConfig(
-            total_training_samples=10**9,
-            train_batch_size_samples=size.batch,
-            lr=1e-4,
-            lr_end=1e-4,
-            device=size.device,
-            autocast=autocast,
-            dead_feature_window=10**6,
-            logger=LoggingConfig(log_to_wandb=False),
+
+def tables(found: dict[str, Any], device: str) -> str:
+    """The tables of uniform and of Zipf firing."""
+    lines = [f"on {device}"]
+    for title in ("uniform", "zipf"):
+        measured = {
+            name: figures
+            for name in ARMS
+            if isinstance(figures := found.get(f"{title}: {name}"), dict) and figures
+        }
+        settings = dict.fromkeys(
+            key for figures in measured.values() for key in figures if key != "peak_bytes"
         )
-        self.trainer: Any
-        if ours:
-            self.trainer = FusedSAETrainer(cfg, size.sae(zipf), iter(()), **options)
-        else:
-            self.trainer = SAETrainer(cfg, size.sae(zipf), iter(()))
-            for group in self.trainer.optimizer.param_groups:
-                group["fused"] = True
-            if compiled:
-                vars(self.trainer.sae)["training_forward_pass"] = torch.compile(
-                    self.trainer.sae.training_forward_pass
-                )
-        self.batches = itertools.cycle(
-            torch.randn(size.batch, size.d_in, generator=torch.Generator().manual_seed(seed)).to(size.device)
-            for seed in range(4)
-        )
-
-    def step(self) -> None:
-        """Forward, backward, clip, Adam, statistics."""
-        silent = self.trainer.n_forward_passes_since_fired
-        silent.zero_()
-        if self.n_dead:
-            silent[:: self.size.d_sae // self.n_dead][: self.n_dead] = 2.0 * 10**6
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        self.trainer._train_step(self.trainer.sae, next(self.batches))
-        torch.set_float32_matmul_precision("highest")
-
-
-def whole_step(make: Callable[[], Arm], rounds: int) -> dict[str, Any]:
-    """Time of a step, peak memory, and host syncs as torch reports them."""
-    arm = make()
-    device = arm.size.device
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    found: dict[str, Any] = milliseconds(arm.step, device, rounds)
-    if device == "cuda":
-        found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            arm.step()
-        torch.cuda.set_sync_debug_mode("default")
-        found["syncs"] = sum("synchronizing" in str(warning.message) for warning in caught)
-    return found
-
-
-def stages(make: Callable[[], Arm]) -> dict[str, Any]:
-    """Device milliseconds and launches per step, by kernel, from torch's profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    arm = make()
-    for _ in range(4):
-        arm.step()
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if arm.size.device == "cuda" else [])
-    with profile(activities=activities) as profiler:
-        for _ in range(3):
-            arm.step()
-        _wait(arm.size.device)
-    kernels = [e for e in profiler.key_averages() if e.device_type.name == "CUDA"]
-    rows = sorted(((e.self_device_time_total / 3e3, e.count / 3, e.key[:70]) for e in kernels), reverse=True)
-    top = [{"ms": round(ms, 3), "launches": round(n, 1), "kernel": key} for ms, n, key in rows[:25]]
-    return {"busy_ms": round(sum(r[0] for r in rows), 3), "launches": sum(r[1] for r in rows), "kernels": top}
-
-
-def data_path(size: Size, rounds: int, options: dict[str, Any]) -> dict[str, float]:
-    """What reading, checking and shuffling rows adds to a step."""
-    from data_path import compare, write_store
-
-    with tempfile.TemporaryDirectory() as folder:
-        store = write_store(Path(folder) / "store", size.d_in, 256, 512 if size.device == "cuda" else 16)
-        return compare(size, store, rounds, **options)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+        lines.append(f"{title} firing, a new batch per step")
+        parts = {
+            part: {s: {name: figures[s][part] for name, figures in measured.items()} for s in settings}
+            for part in ("ms", "host")
+        }
+        lines += table_of_arms(parts["ms"], parts["host"])
+    path = found.get("data path")
+    return "\n".join([*lines, *rows_lines(path if isinstance(path, dict) else {})]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,43 +143,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             "gpu: torch sees no CUDA device. Use a CUDA build of torch, or --device cpu to try the script.\n"
         )
         return 2
-    size = Size() if gpu else TINY
+    shape = SIZE if gpu else TINY
     rounds = args.rounds if gpu else 1
     run = Run(args.limit)
-    run.note("device", torch.cuda.get_device_name() if gpu else "cpu, tiny: figures mean nothing")
-    run.note("torch", torch.__version__)
+    about = environment(args.device)
+    if not gpu:
+        about["device"] += ", tiny: figures mean nothing"
+    run.note("environment", about)
+    ways = chosen_arms(["all"], args.device)
+    run.section("ceilings", lambda: ceilings(shape, rounds))
     fast: Any = "tf32" if gpu else "bf16"
-    ours: dict[str, Any] = {"ours": True, "backend": "triton" if gpu else "sparse", "sole_writer": gpu}
-    arms: dict[str, dict[str, Any]] = {
-        "ours, autocast": ours | {"autocast": True},
-        "ours, candidates (exact)": ours | {"candidates": fast},
-        "ours, float32": ours,
-        "ours, autocast, 2048 dead": ours | {"autocast": True, "n_dead": size.d_sae // 8},
-        "ours, autocast, 8192 dead": ours | {"autocast": True, "n_dead": size.d_sae // 2},
-        "ours, autocast, Zipf": ours | {"autocast": True, "zipf": True},
-        "ours, candidates, Zipf": ours | {"candidates": fast, "zipf": True},
-        "SAELens, autocast": {"ours": False, "autocast": True},
-        "SAELens, autocast, 2048 dead": {"ours": False, "autocast": True, "n_dead": size.d_sae // 8},
-        "SAELens, autocast, 8192 dead": {"ours": False, "autocast": True, "n_dead": size.d_sae // 2},
-        "SAELens, TF32": {"ours": False, "tf32": True},
-        "SAELens, float32": {"ours": False},
-        "ours, float32, 2048 dead": ours | {"n_dead": size.d_sae // 8},
-    }
-    if gpu:
-        arms["SAELens, autocast, compiled"] = {"ours": False, "autocast": True, "compiled": True}
-        arms["SAELens, float32, compiled"] = {"ours": False, "compiled": True}
-        arms["ours, autocast, CUDA graphs"] = ours | {"autocast": True, "cuda_graph": True}
-        arms["ours, candidates, CUDA graphs"] = ours | {"candidates": fast, "cuda_graph": True}
-    run.section("ceilings", lambda: ceilings(size, rounds))
-    backend = "triton" if gpu else "sparse"
+    zipf = replace(shape, zipf=True)
     for options in ({}, {"autocast": True}, {"candidates": fast}):
-        run.section(f"errors {options}", lambda options=options: errors(size, backend, **options), 0.5)
-    for name, options in arms.items():
-        run.section(name, lambda options=options: whole_step(lambda: Arm(size, **options), rounds), 0.8)
-    run.section("data path", lambda: data_path(size, rounds, ours | {"autocast": True}), 0.85)
-    for name in list(arms)[:3]:
-        run.section(f"stages: {name}", lambda name=name: stages(lambda: Arm(size, **arms[name])))
+        backend = "triton" if gpu else "sparse"
+        run.section(f"errors {options}", lambda o=options, b=backend: errors_of(zipf, b, **o), 0.5)
+    order = [name for name in ORDER if name in ways and (gpu or not ways[name].compiled)]
+    for name in order:
+        dead = ("idle", "on", "many")
+        run.section(f"uniform: {name}", lambda n=name, d=dead: figures_of(n, shape, d, rounds), 0.7)
+        if not ways[name].compiled:
+            dead = ("idle", "on")
+            run.section(f"zipf: {name}", lambda n=name, d=dead: figures_of(n, zipf, d, rounds), 0.75)
+    fastest = {
+        n: ways[n] for n in ("fused_autocast_sole_writer", "fused_candidates_sole_writer") if n in ways
+    }
+    per_study = 512 if gpu else 16
+    run.section(
+        "data path", lambda: data_path(shape, fastest or {"fused": ways["fused"]}, rounds, per_study), 0.8
+    )
+    for name in order[:3]:
+        run.section(f"kernels: {name}", lambda n=name: kernels_of(Arm(shape, ways[n]), shape.rows()))
     args.out.write_text(json.dumps(run.found, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(tables(run.found, about["device"]))
     return 0
 
 

@@ -172,6 +172,25 @@ class Ranks:
                 if missing:
                     time.sleep(0.05)
 
+    def least(self, name: str, number: int) -> int:
+        """The smallest of the numbers of all ranks; a barrier of the same name.
+
+        Args:
+            name: What the number is, for the message.
+            number: This rank's number.
+
+        Raises:
+            RankError: A rank failed or died; the message names it.
+        """
+        if self._store is None:
+            return number
+        turn = self._meetings.get(name, 0) + 1
+        with self._reachable():
+            self._store.set(f"number/{name}/{turn}/{self.rank}", str(number))
+        self.barrier(name)
+        with self._reachable():
+            return min(int(self._store.get(f"number/{name}/{turn}/{r}")) for r in range(self.size))
+
     def join_group(self, device: str = "cpu") -> None:
         """Start torch.distributed's default group, for the exchange of tensors.
 

@@ -80,6 +80,10 @@ def test_a_barrier_waits_for_a_slow_rank_and_names_a_dead_one():
     one.barrier("work")
     assert time.monotonic() - began > 1.8
     late.join()
+    other = threading.Thread(target=two.least, args=("rows", 3))
+    other.start()
+    assert one.least("rows", 5) == 3
+    other.join()
     two._ended.set()  # as if the process had been killed
     with pytest.raises(RankError, match=r"Rank 1 of 2 has given no sign of life for \d+ s"):
         one.barrier("more work")

@@ -31,6 +31,7 @@ ALLOWED = {
     # SAELens' store reads rows by the reader that everything uses, so this one file is above activations.
     "hooks.sae_lens": {"maira2", "hooks", "activations"},
     "training": {"sae", "kernels", "activations"},
+    "bench": {"training", "sae", "kernels", "activations", "maira2"},
     "latents": {"activations", "sae", "maira2", "studies"},
     "interp": {"latents", "studies"},
     "dashboards": {"latents", "interp", "maira2"},

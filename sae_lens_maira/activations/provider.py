@@ -6,14 +6,15 @@ position of the next batch: threads read the next buffer and prepare the next ba
 SAELens' own mixing buffer drops the rows left at the end of an epoch and cannot be resumed, so it is not used.
 """
 
-from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from sae_lens_maira.activations.mixing import Mixing
 from sae_lens_maira.activations.prefetch import BatchMemory, empty_rows
 from sae_lens_maira.activations.sampling import RoleRates, rate_table, role_rates
 from sae_lens_maira.activations.segments import SEGMENT
@@ -21,6 +22,7 @@ from sae_lens_maira.activations.store import ActivationStore
 from sae_lens_maira.activations.store_spec import DTYPES
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
+from sae_lens_maira.memory import free_bytes
 
 
 class _Buffer(NamedTuple):
@@ -45,13 +47,6 @@ class _Prepared(NamedTuple):
     batch: torch.Tensor
     place: tuple[int, int, int]
     ready: torch.cuda.Event | None
-
-
-def _effective(batch: int, counts: np.ndarray) -> float:
-    """Expected 1 / (sum of squared shares of studies) of a batch drawn from studies with so many rows each."""
-    total = max(counts.sum(), 1.0)
-    same = (counts * np.maximum(counts - 1, 0)).sum() / max(total * (total - 1), 1.0)
-    return 1 / (1 / batch + (1 - 1 / batch) * same)
 
 
 def require_same_batches(state: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -86,12 +81,13 @@ class StoreProvider:
         seed: int = 0,
         roles: str | Collection[TokenRole | str] = "all",
         rates: RoleRates | None = None,
-        buffer_rows: int = 65536,
+        buffer_rows: int | None = None,
         workers: int = 2,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
         ahead: int | None = None,
+        agree: Callable[[int], int] | None = None,
     ) -> None:
         """Look at the manifest; rows are read when a batch needs them.
 
@@ -102,7 +98,9 @@ class StoreProvider:
             seed: Random seed of the shuffle.
             roles: Rows to use.
             rates: The mixture: share of a role's rows per epoch, drawn again in each epoch, e.g. `{"image": 0.1}`.
-            buffer_rows: Rows that are mixed, rounded up to whole segments of 1,024; memory holds twice as many.
+            buffer_rows: Rows that are mixed, rounded up to whole segments of 1,024; memory holds twice as many. If not
+                given, as many as batches need to reach 0.9 of the ideal mixing, in at most a quarter of the free
+                memory; a provider that loads a state then takes the size of the state.
             workers: Threads that read and check segments, the next buffer's while this one is used.
             device: Device of the batches.
             rank: Number of this process, from 0.
@@ -111,9 +109,11 @@ class StoreProvider:
                 single process, in another order. Shares differ in size.
             ahead: Batches that a thread prepares before they are asked for; 2 on a GPU, where they are copied from
                 pinned memory on a stream of their own, and 0 on a CPU, whose cores the training uses, if not given.
+            agree: Function that returns the smallest of the numbers that the processes call it with, since their free
+                memory differs; needed for several processes without `buffer_rows`.
 
         Raises:
-            StoreError: No such hook point, or no rows.
+            StoreError: No such hook point, or no rows; several processes and neither `buffer_rows` nor `agree`.
         """
         if hook not in store.spec.hooks:
             raise StoreError(
@@ -124,7 +124,6 @@ class StoreProvider:
         self._store, self._hook, self._batch, self._seed = store, hook, batch_size, seed
         self._rates = role_rates(roles, rates)
         self._table, self._device = rate_table(self._rates), torch.device(device)
-        self._per_buffer = max(1, -(-buffer_rows // SEGMENT))
         self._rank, self._world = rank, world_size
         self._segments = [
             (shard, start) for shard, rows in store.rows.items() for start in range(0, rows, SEGMENT)
@@ -135,6 +134,20 @@ class StoreProvider:
                 f"{store.folder} has no row of the wanted roles at {hook}; it holds "
                 f"{', '.join(f'{role.name.lower()} {n:,}' for role, n in present.items()) or 'no rows'}."
             )
+        self._mixing: Mixing | None = None
+        self._sized = buffer_rows is None
+        if buffer_rows is not None:
+            self._per_buffer = max(1, -(-buffer_rows // SEGMENT))
+        elif world_size > 1 and agree is None:
+            raise StoreError(
+                f"{world_size} processes share the batches, and their free memory differs. Give all of them the same "
+                "buffer_rows."
+            )
+        else:
+            free = free_bytes(torch.device("cpu"))
+            size = SEGMENT * store.spec.hooks[hook] * DTYPES[store.spec.dtype].itemsize
+            wanted = self.mixing.default_segments(size, free)
+            self._per_buffer = wanted if agree is None else agree(wanted)
         self._roles: dict[int, np.ndarray] = {}
         self._epoch, self._buffer, self._offset = 0, 0, 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="store")
@@ -177,41 +190,34 @@ class StoreProvider:
         Raises:
             StoreError: It belongs to another store, shuffle or mixture.
         """
-        require_same_batches(state, self._identity())
+        mine, theirs = self._identity(), state.get("identity")
+        if self._sized and isinstance(theirs, dict) and isinstance(theirs.get("buffer_rows"), int):
+            mine["buffer_rows"] = theirs["buffer_rows"]
+        require_same_batches(state, mine)
         for job in self._prepared:
             job.cancel()
         while self._prepared:
             job = self._prepared.popleft()
             if not job.cancelled():
                 job.result()
+        self._resize(mine["buffer_rows"] // SEGMENT)
         self._place = self._epoch, self._buffer, self._offset = (
             state["epoch"],
             state["buffer"],
             state["offset"],
         )
 
-    def mixing(self) -> tuple[float, float]:
-        """Effective number of studies per batch, 1 / (sum of squared shares): of the first buffer, and the ideal.
+    @property
+    def mixing(self) -> Mixing:
+        """How the rows of the store mix, estimated from the index of a few shards."""
+        if self._mixing is None:
+            self._mixing = Mixing.of_store(self._store, self._batch, self._table)
+        return self._mixing
 
-        The ideal is that of rows drawn from the whole store, with equally many rows of every study.
-        """
-        chosen = np.random.default_rng([self._seed, 0]).permutation(len(self._segments))[: self._per_buffer]
-        rows: Counter[int] = Counter()
-        indices: dict[int, np.ndarray] = {}
-        for number in chosen.tolist():
-            shard, start = self._segments[number]
-            if shard not in indices:
-                columns = self._store.index(shard, ["study", "role"])
-                weight = self._table[columns["role"].to_numpy()]
-                indices[shard] = np.stack([columns["study"].to_numpy(), weight])
-            study, weight = indices[shard][:, start : start + SEGMENT]
-            names, inverse = np.unique(study, return_inverse=True)
-            for name, count in zip(names.tolist(), np.bincount(inverse, weight).tolist(), strict=True):
-                rows[int(name)] += count
-        counts = np.array([count for count in rows.values() if count > 0])
-        total = sum(n * self._rates.get(role, 0.0) for role, n in self._store.role_counts().items())
-        studies = self._store.spec.n_studies
-        return _effective(self._batch, counts), _effective(self._batch, np.full(studies, total / studies))
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of the buffer, whole segments of 1,024."""
+        return self._per_buffer * SEGMENT
 
     def __next__(self) -> torch.Tensor:
         if not self._depth:
@@ -324,6 +330,16 @@ class StoreProvider:
         shard, start = self._segments[number]
         return min(SEGMENT, self._store.rows[shard] - start)
 
+    def _resize(self, segments: int) -> None:
+        """Use buffers of another size from the next batch on."""
+        if segments == self._per_buffer:
+            return
+        if self._ahead is not None:
+            for job in self._ahead.kept:
+                job.cancel()
+        self._per_buffer, self._ahead, self._loaded = segments, None, None
+        self._spare.clear()
+
     def _memory(self) -> torch.Tensor:
         """Memory for this rank's segments of any buffer."""
         largest = sorted(self._rows_of(number) for number in range(len(self._segments)))
@@ -337,7 +353,7 @@ class StoreProvider:
             "hook point": self._hook,
             "batch_size": self._batch,
             "seed": self._seed,
-            "buffer_rows": self._per_buffer * SEGMENT,
+            "buffer_rows": self.buffer_rows,
             "store": self._store.fingerprint,
             "rows": len(self._store),
             "rates": self.rates,

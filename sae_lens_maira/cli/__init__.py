@@ -191,9 +191,9 @@ def _bench(words: list[str]) -> int:
         typed = " ".join(words) or "nothing"
         sys.stderr.write(f"{PROGRAM} bench: {typed} is not a benchmark; try bench step --help.\n")
         return 2
-    from sae_lens_maira.training.benchmark import main as step
+    from sae_lens_maira.bench.step import main as step
 
-    return step(words[1:])
+    return exit_code(f"{PROGRAM} bench step", lambda: step(words[1:]))
 
 
 _CONTROL = re.compile(r"\x1b\[A|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -117,6 +117,8 @@ def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
         return all(fits for fits, _ in parts), type(value)(made for _, made in parts)
     if (origin or hint) in (dict, Mapping):
         return isinstance(value, Mapping), value
+    if (origin or hint) is Callable:
+        return callable(value), value
     # A nested configuration is given as a mapping.
     return hint is Any or not isinstance(hint, type) or isinstance(value, (hint, Mapping)), value
 
@@ -131,6 +133,8 @@ def _described(hint: Any) -> str:
         return f"a list of {_described(inner[0])}" if inner else "a list"
     if (origin or hint) in (dict, Mapping):
         return "a mapping"
+    if (origin or hint) is Callable:
+        return "a function"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -261,6 +261,7 @@ def _stored(
 ) -> tuple[Any, int, int | None, str | list[str], dict[str, Any]]:
     """A provider over the store, harvested first if it is not complete; d_in; rows; their roles; its fingerprint."""
     from sae_lens_maira.activations import ActivationStore, StoreProvider
+    from sae_lens_maira.activations.mixing import describe_mixing
     from sae_lens_maira.cli.store import harvest_store
     from sae_lens_maira.errors import StoreError
 
@@ -289,13 +290,17 @@ def _stored(
     given = {"seed": options.seed, "device": place} | settings
     with _said_once("The settings of the provider"):
         given = checked_fields("provider", given, StoreProvider)
-        batches = StoreProvider(activations, hook, batch, rank=ranks.rank, world_size=ranks.size, **given)
-    if not ranks.rank:
-        found, ideal = batches.mixing()
-        sys.stderr.write(
-            f"A batch of {batch:,} rows has {found:,.0f} effective studies, {found / ideal:.0%} of the {ideal:,.0f} "
-            f"of rows from the whole store{'' if found > ideal / 2 else '; raise provider.buffer_rows to mix more'}.\n"
+        batches = StoreProvider(
+            activations,
+            hook,
+            batch,
+            rank=ranks.rank,
+            world_size=ranks.size,
+            agree=lambda rows: ranks.least("rows of the buffer", rows),
+            **given,
         )
+    if not ranks.rank:
+        sys.stderr.write(describe_mixing(batches.mixing, batches.buffer_rows))
     spec = activations.spec
     roles = _stored_roles(activations, settings.get("roles", "all"), batches.rates)
     return batches, spec.hooks[hook], len(activations), roles, {"store": activations.fingerprint}

@@ -9,6 +9,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_maira.activations import ActivationStore, StoreProvider, StoreSpec
+from sae_lens_maira.activations.mixing import Mixing
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
 
@@ -120,17 +121,43 @@ def test_a_thread_that_works_ahead_changes_nothing(store):
 
 
 def test_mixing_counts_studies_per_batch(store):
-    """The expected effective number of studies is that of the batches that come out."""
-    provider = StoreProvider(store, HOOK, 512, buffer_rows=4096)
-    expected, ideal = provider.mixing()
+    """The ideal is what a buffer of all rows gives, with unequal studies and one role thinned."""
+    provider = StoreProvider(store, HOOK, 512, buffer_rows=100_000, rates={"image": 0.2})
     edges = np.cumsum(ROWS)
-    measured = []
-    for _ in range(8):  # one buffer
+    squares = []
+    for _ in range(19):  # one buffer
         study = np.searchsorted(edges, next(provider)[:, 0].numpy(), side="right")
-        share = np.bincount(study, minlength=len(ROWS)) / 512
-        measured.append(1 / (share**2).sum())
-    assert expected == pytest.approx(1 / np.mean(1 / np.array(measured)), rel=0.05)
-    assert ideal == pytest.approx(len(ROWS), rel=0.02)
+        squares.append(((np.bincount(study, minlength=len(ROWS)) / 512) ** 2).sum())
+    assert provider.mixing.ideal == pytest.approx(1 / np.mean(squares), rel=0.02)
+    assert provider.mixing.effective(4) < provider.mixing.effective(15) == provider.mixing.ideal
+
+
+def test_the_default_buffer_mixes_enough_or_takes_a_quarter_of_the_free_memory():
+    """Stores of 200,000 studies at 4,096 numbers per row: `paper` with 512 studies per shard, all tokens with 41."""
+    row, free = 2 * 4096, 64e9
+    for rows_per_study, per_shard, share, most in ((237, 512, 0.92, 1.6e9), (2938, 41, 0.9, 16e9)):
+        mixing = Mixing(4096, 200_000 * rows_per_study // 1024, 1 / per_shard, 1 / 200_000)
+        segments = mixing.default_segments(1024 * row, free)
+        assert mixing.effective(segments) >= share * mixing.ideal
+        assert 2 * segments * 1024 * row <= most
+        poor = mixing.default_segments(1024 * row, 8e9)  # two buffers of 1 GB
+        assert 2 * poor * 1024 * row <= 2e9
+        assert mixing.effective(poor) >= 0.5 * mixing.ideal
+
+
+def test_a_provider_that_chose_its_buffer_takes_the_size_of_the_state(store):
+    """Free memory differs between machines; the batches of a continued run do not."""
+    one = StoreProvider(store, HOOK, 67, seed=3, buffer_rows=2048)
+    for _ in range(50):
+        next(one)
+    other = StoreProvider(store, HOOK, 67, seed=3, ahead=2)
+    assert other.buffer_rows == 15 * 1024
+    next(other)
+    other.load_state_dict(one.state_dict())
+    for _ in range(100):
+        assert torch.equal(next(one), next(other))
+    with pytest.raises(StoreError, match="Give all of them the same buffer_rows"):
+        StoreProvider(store, HOOK, 67, rank=0, world_size=2)
 
 
 def test_batches_are_the_callers_own(store):

@@ -1,19 +1,15 @@
 """Launches and host syncs of a whole training step on the triton path; run by test_triton.py with the interpreter."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 
+from sae_lens_maira.bench.counts import counted
 from sae_lens_maira.kernels.problem import AskedCandidates
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_maira.training import FusedSAETrainer
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.counts import counted
 
 
 def trainer(
