@@ -281,17 +281,56 @@ def harvest_cost(
     return Cost("harvest", device, 2 * shard, stored, flops, notes)
 
 
-def train_cost(d_in: int, d_sae: int, samples: int, batch: int, rows: float, row_bytes: int = 2) -> Cost:
-    """Cost of `train`: weights, gradients, two moments and two matrices of work in float32, and one batch's rows."""
+def train_cost(
+    d_in: int,
+    d_sae: int,
+    samples: int,
+    batch: int,
+    rows: float,
+    *,
+    buffer_rows: float,
+    row_bytes: int = 2,
+    ranks: int = 1,
+    shard_optimizer: bool = False,
+) -> Cost:
+    """Cost of `train`, per process.
+
+    Weights, gradients, two moments and one matrix of work in float32, the rows of the batch, and two buffers of rows in
+    main memory.
+
+    Args:
+        d_in: Width of the rows.
+        d_sae: Number of latents.
+        samples: Rows in all.
+        batch: Rows per batch of all processes.
+        rows: Rows of the table.
+        buffer_rows: Rows that are mixed.
+        row_bytes: Bytes of a stored number.
+        ranks: Number of processes.
+        shard_optimizer: Whether the moments are divided over them.
+    """
     weights = 2 * d_in * d_sae * 4
-    device = 5 * weights + batch * (4 * d_sae + 12 * d_in)
+    owners = ranks if shard_optimizer else 1
+    moments = 2 * weights / owners
+    device = 3 * weights + moments + batch / ranks * (4 * d_sae + 12 * d_in)
+    buffers = 2 * buffer_rows * d_in * row_bytes / ranks
     read = samples * d_in * row_bytes
+    divided = [f"{_gb(2 * weights / n)} over {n}" for n in (2, 4, 8) if ranks == 1]
+    shares = f"divided over {ranks} processes" if owners > 1 else "not divided"
     notes = (
+        f"weights and gradients {_gb(2 * weights)}, the optimizer's moments {_gb(moments)} ({shares})",
+        *(
+            [f"with --shard-optimizer true the moments of a process take {', '.join(divided)}"]
+            if divided
+            else ()
+        ),
         f"{samples:,} rows of {d_in:,} numbers are read, {_gb(read)}",
         f"that is {samples / max(rows, 1):.1f} passes over the rows of the table",
         f"at 2 GB per second the reading alone takes {_time(read / 2e9)}",
+        f"host memory is two buffers of {buffer_rows:,.0f} rows{'' if ranks == 1 else ', divided over the processes'}; "
+        "unless given, at most a quarter of what is free",
     )
-    return Cost("train", device, None, weights, 2.0 * d_in * d_sae * samples, notes)
+    return Cost("train", device, buffers, weights, 2.0 * d_in * d_sae * samples, notes)
 
 
 def latents_cost(

@@ -143,7 +143,12 @@ def _studies_per_shard(folder: Path | str, reader: RowReader, dtype: str, shard_
     if (Path(folder) / "store.json").exists():
         return ActivationStore(folder).spec.shard_studies
     size = reader.rows_per_study() * sum(reader.hooks.values()) * DTYPES[dtype].itemsize
-    return int(min(MOST_STUDIES, max(1, shard_bytes // max(size, 1))))
+    return studies_that_fit(size, shard_bytes)
+
+
+def studies_that_fit(study_bytes: float, shard_bytes: float) -> int:
+    """Studies per shard of a size, each with so many bytes of rows; at least one and at most `MOST_STUDIES`."""
+    return int(min(MOST_STUDIES, max(1, shard_bytes // max(study_bytes, 1))))
 
 
 def study_fingerprint(study: Study) -> str:

@@ -95,7 +95,7 @@ class Mixing:
         """
         needed = min(self.segments, max(LEAST_SEGMENTS, self.segments_for(ENOUGH)))
         even = -(-self.segments // (self.segments // needed))
-        return min(even, max(1, int(MEMORY_SHARE * free / (2 * segment_bytes))))
+        return int(min(even, max(1, MEMORY_SHARE * free // (2 * segment_bytes))))
 
     @property
     def _between(self) -> float:

@@ -7,7 +7,11 @@ import json
 import sys
 from typing import Any
 
+from sae_lens_maira.activations.harvest import studies_that_fit
+from sae_lens_maira.activations.mixing import Mixing
+from sae_lens_maira.activations.segments import SEGMENT
 from sae_lens_maira.cli.options import HarvestOptions, StudyOptions
+from sae_lens_maira.distributed import rank_info
 from sae_lens_maira.maira2.loading import load_config, load_processor
 from sae_lens_maira.sizing import (
     Cost,
@@ -19,12 +23,16 @@ from sae_lens_maira.sizing import (
     train_cost,
 )
 
+UNLIMITED = 1e18
+"""Bytes of free memory that limit no buffer."""
 METHODS = 4
 """Methods and controls that `steer` compares, each with its reports; the number of reports is approximate."""
 
 
 def write_estimate(cost: Cost, as_json: bool) -> None:
-    """Print a cost as text or JSON."""
+    """Print a cost as text or JSON; of several processes the first one prints."""
+    if rank_info().rank:
+        return
     sys.stdout.write(json.dumps(cost.as_dict()) + "\n" if as_json else cost.text())
 
 
@@ -51,24 +59,53 @@ def of_harvest(options: HarvestOptions) -> Cost:
     )
 
 
-def of_train(options: HarvestOptions, sae: dict[str, Any], trainer: dict[str, Any]) -> Cost:
-    """Cost of `train`, the harvest not included.
+def of_train(
+    options: HarvestOptions,
+    sae: dict[str, Any],
+    trainer: dict[str, Any],
+    provider: dict[str, Any] | None = None,
+    shard_optimizer: bool = False,
+) -> Cost:
+    """Cost of `train` per process, the harvest not included; as many processes as torchrun, SLURM or --world say.
 
     Args:
         options: The options of the command.
         sae: Fields of the SAE's configuration; d_sae is read.
         trainer: Fields of SAELens' trainer configuration; the batch and the number of samples are read.
+        provider: Settings of the provider; buffer_rows is read.
+        shard_optimizer: Whether the optimizer's state is divided over the processes.
     """
     size, studies = _sizes(options, options.studies)
     sources = studies.sources(options.reports, options.max_new_tokens)
+    batch, row_bytes = int(trainer["train_batch_size_samples"]), 4 if options.dtype == "float32" else 2
+    rows = sum(source.rows(options.roles, options.rates) for source in sources.values())
+    asked = (provider or {}).get("buffer_rows")
     return train_cost(
         size.width,
         int(sae["d_sae"]),
         int(trainer["total_training_samples"]),
-        int(trainer["train_batch_size_samples"]),
-        sum(source.rows(options.roles, options.rates) for source in sources.values()),
-        4 if options.dtype == "float32" else 2,
+        batch,
+        rows,
+        buffer_rows=float(
+            asked or _buffer_rows(options, rows, studies.studies, batch, size.width * row_bytes)
+        ),
+        row_bytes=row_bytes,
+        ranks=rank_info(rank=options.rank, world=options.world).size,
+        shard_optimizer=shard_optimizer,
     )
+
+
+def _buffer_rows(options: HarvestOptions, rows: float, studies: int, batch: int, row_bytes: int) -> int:
+    """Rows of the buffer that mixes a store of so many rows, as `StoreProvider` sizes it with memory to spare."""
+    per_study = max(1.0, rows / max(1, studies))
+    shard = studies_that_fit(per_study * row_bytes * len(options.hook_names), options.shard_bytes)
+    mixing = Mixing(
+        batch,
+        max(1, -(-int(rows) // SEGMENT)),
+        within=1 / min(studies, options.shard_studies or shard),
+        whole=1 / studies,
+    )
+    return mixing.default_segments(SEGMENT * row_bytes, UNLIMITED) * SEGMENT
 
 
 def of_latents(

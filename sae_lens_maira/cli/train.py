@@ -78,7 +78,7 @@ def train(
     if estimate:
         from sae_lens_maira.cli.estimate import of_train, write_estimate
 
-        return write_estimate(of_train(options, sae, trainer), as_json)
+        return write_estimate(of_train(options, sae, trainer, provider, shard_optimizer), as_json)
     import torch
 
     from sae_lens_maira.interface import device_of, label

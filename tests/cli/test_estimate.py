@@ -85,6 +85,25 @@ def test_commands_print_an_estimate_and_run_nothing(words, capsys, monkeypatch):
     assert "device memory" in capsys.readouterr().out
 
 
+def test_processes_divide_batch_buffer_and_with_an_option_the_moments(capsys):
+    words = ["train", "--config", "recipes/phantom.yaml", "--studies", "20", "--estimate", "true", "--json"]
+    found = []
+    for more in (
+        [],
+        ["--rank", "0", "--world", "8"],
+        ["--rank", "0", "--world", "8", "--shard-optimizer", "true"],
+    ):
+        assert main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    alone, plain, divided = found
+    weights = alone["disk_bytes"]
+    assert plain["device_bytes"] - divided["device_bytes"] == 2 * weights * 7 // 8
+    assert alone["device_bytes"] > plain["device_bytes"]
+    assert plain["host_bytes"] == alone["host_bytes"] // 8
+    assert "over 8" in alone["notes"][1]
+    assert "divided over 8 processes" in divided["notes"][0]
+
+
 def test_bytes_of_a_forward_and_of_a_gradient_are_those_of_the_published_decoder(monkeypatch, rehearsal):
     """Tensors without values, of the published sizes: what lives at once is at most the estimate, and at least 80 %."""
     from torch._subclasses import FakeTensorMode
