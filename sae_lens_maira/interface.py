@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from sae_lens_maira.distributed import local_rank
 from sae_lens_maira.errors import ConfigError, SAEError
+from sae_lens_maira.ranks import local_rank
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,9 @@ import time
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from sae_lens_maira.distributed import RankInfo, Ranks, distributed, local_rank, rank_info
+from sae_lens_maira.distributed import Ranks, distributed
 from sae_lens_maira.errors import ConfigError, RankError
+from sae_lens_maira.ranks import RankInfo, check_single_process, local_rank, rank_info
 
 TORCHRUN = {
     "RANK": "2",
@@ -53,6 +54,14 @@ def test_a_task_of_a_slurm_array_is_no_rank(monkeypatch, capsys):
     with distributed() as ranks:
         assert (ranks.rank, ranks.size) == (0, 1)
     assert "--rank $SLURM_ARRAY_TASK_ID" in capsys.readouterr().err
+
+
+def test_a_task_of_a_slurm_step_may_run_a_command_of_its_own(monkeypatch, capsys):
+    """A command that shares no work runs in each task, and the first one says so."""
+    for name, value in (STEP | {"SLURM_PROCID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    check_single_process("evaluate")
+    assert "each process does all of it, and this is rank 0 of 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("rank", "world"), [(1, None), (None, 2), (2, 2), (-1, 2)])

@@ -30,6 +30,7 @@ from jsonargparse import ArgumentParser
 from sae_lens_maira import __version__
 from sae_lens_maira.cli.outcome import exit_code
 from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, run_command
+from sae_lens_maira.ranks import check_single_process
 
 PROGRAM = "sae-lens-maira"
 # Every command, in the order of the work: its words -> the module and function that run it.
@@ -144,6 +145,8 @@ def _run(name: str, options: Any) -> int:
     """Run a command with parsed options; returns the exit code."""
 
     def command() -> None:
+        if "rank" not in vars(options):
+            check_single_process(name)
         run_command(COMMANDS[name], {key: value for key, value in vars(options).items() if key != "config"})
 
     return exit_code(f"{PROGRAM} {name}", command)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sae_lens_maira.cli.options import StudyOptions, numbers
 from sae_lens_maira.distributed import TIMEOUT_S, distributed
+from sae_lens_maira.errors import RankError
 from sae_lens_maira.interface import label, load_sae, output_head, phantom_studies
 
 if TYPE_CHECKING:
@@ -135,8 +136,11 @@ def latents(
     )
     labels = None if table is None or _has_truth(chosen) else _rule_labels
     keys = FINDING_KEYS if table is None else None
-    with distributed(rank, world, rank_timeout) as ranks:
-        records = collect_records(blocks, chosen, dictionary, reader, out, config, labels, keys, ranks)
+    try:
+        with distributed(rank, world, rank_timeout) as ranks:
+            records = collect_records(blocks, chosen, dictionary, reader, out, config, labels, keys, ranks)
+    except RankError as error:
+        raise _explained(error, out) from error
     if ranks.rank:
         return
     counts = records.table["status"].value_counts().to_dict()
@@ -148,6 +152,16 @@ def latents(
     sys.stdout.write(table_shown[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}") + "\n")
     words = ", ".join(f"{n} {status}" for status, n in counts.items())
     sys.stdout.write(f"{len(records)} latents ({words}) of {records.meta.studies} studies in {out}\n")
+
+
+def _explained(error: RankError, out: Path) -> RankError:
+    """The error of ranks that did not meet, with a sentence if the records are already complete."""
+    from sae_lens_maira.latents.recordset import META
+    from sae_lens_maira.latents.workdir import NAME
+
+    if not (out / META).is_file() or (out / NAME).exists():
+        return error
+    return RankError(f"{error} {out} is already complete: it holds the records of an earlier run.")
 
 
 def _stored(

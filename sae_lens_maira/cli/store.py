@@ -125,19 +125,25 @@ def show(store: Path, as_json: bool = False) -> None:
         sys.stdout.write(f"  {role:14} {n:,}\n")
 
 
-def validate(store: Path, as_json: bool = False) -> None:
+def validate(store: Path, sums: Path | None = None, as_json: bool = False) -> None:
     """Read every file of a store once and compare it with the manifest; damaged shards are named.
 
     Example: sae-lens-maira store validate --store runs/phantom_store
 
     Args:
         store: Folder of the store.
+        sums: File to write with the SHA-256 of every file; `sha256sum -c` in a copy of the folder compares them.
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.activations import ActivationStore
+    from sae_lens_maira.io import atomic_write, sha256_of
 
     opened = ActivationStore(store)
     opened.validate()
+    if sums is not None:
+        files = [file["name"] for shard in opened.rows for file in opened.entry(shard)["files"]]
+        files += ["store.json", "studies.json", *(f"shard-{shard:06d}.json" for shard in opened.rows)]
+        atomic_write(sums, "".join(f"{sha256_of(store / name)}  {name}\n" for name in sorted(files)))
     if as_json:
         facts = {"store": str(store), "shards": len(opened.rows), "of": opened.spec.n_shards, "whole": True}
         sys.stdout.write(json.dumps(facts) + "\n")

@@ -176,6 +176,21 @@ def test_a_command_locks_the_folder_that_it_writes(name, tmp_path, capsys):
     assert f"{tmp_path / 'folder'} is in use" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - BY_RANK))
+def test_a_command_that_shares_no_work_refuses_torchrun(name, tmp_path, monkeypatch, capsys):
+    """Before anything is read; tasks of a SLURM step may run different commands and are warned only."""
+    hints, options = hints_of(name), options_of(name)
+    needed = [
+        w for key, a in options.items() if a.required for w in (f"--{key}", _word(_example(hints[key])))
+    ]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    assert main([*name.split(), *needed]) == 2
+    assert not list(tmp_path.iterdir())
+    assert f"{name} works in one process, and this is rank 1 of 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "place", ["below a file", "a loop of links", "a long name", "a link to nothing below a file"]
 )

@@ -1,5 +1,6 @@
 """`harvest` and `train` from a recipe: one command gives an SAE; ranks come from the environment; tables are read."""
 
+import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -149,7 +150,11 @@ def test_store_commands(tmp_path, capsys):
     assert (exported["rows"], exported["left_out"], exported["d_in"]) == (printed["rows"], 0, 128)
     assert main(["store", "import", "--cached", cached, "--store", back]) == 0
     assert f"{printed['rows']:,} rows" in capsys.readouterr().out
-    assert main(["store", "validate", "--store", back, "--json"]) == 0
+    sums = tmp_path / "sums"
+    assert main(["store", "validate", "--store", back, "--sums", str(sums), "--json"]) == 0
+    listed = dict(line.split("  ")[::-1] for line in sums.read_text().splitlines())
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(back).iterdir()}
+    assert listed == {name: digest for name, digest in found.items() if not name.startswith(".")}
     assert json.loads(capsys.readouterr().out)["whole"] is True
     (tmp_path / "back" / "shard-000000.parquet").unlink()
     assert main(["store", "validate", "--store", back]) == 2

@@ -1,5 +1,7 @@
 """The command `latents`: its controls, and where studies, roles and activations come from."""
 
+import socket
+
 import pytest
 import torch
 
@@ -49,6 +51,21 @@ def test_whitening_reads_on_until_there_are_rows_enough(blocks, dictionary):
     control_sae = _stand_in("untrained_whitened", dictionary, blocks, seed=0)
     spread = ((rows - rows.mean(0)) @ control_sae.W_enc).std(0)
     assert float(spread.detach().mean()) == pytest.approx(1, abs=0.15)
+
+
+def test_a_rank_that_comes_too_late_finds_complete_records(tmp_path, monkeypatch, capsys):
+    """Its error names the rank that is gone and says that nothing is left to do."""
+    (tmp_path / "meta.json").write_text("{}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in (address | {"RANK": "1", "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    words = ["latents", "--sae", "phantom-image", "--studies", "1", "--out", str(tmp_path)]
+    assert main([*words, "--rank-timeout", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "Rank 1 of 2 could not reach rank 0" in error
+    assert f"{tmp_path} is already complete" in error
 
 
 def test_no_rows_are_said(blocks, dictionary):
