@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from sae_lens_maira.kernels.layout import sort_by_latent
 from sae_lens_maira.kernels.problem import StepSpec, Weights
 from sae_lens_maira.kernels.selection import compact, refuse_broken
 from sae_lens_maira.kernels.sparse import sampled_product
@@ -22,6 +23,8 @@ from sae_lens_maira.kernels.workspace import Workspace
 
 PAD = 32
 """Extra columns of the augmented product: two hold the margin, the rest keep rows aligned to 64 bytes."""
+USED = 8
+"""Extra columns that a product on a CPU reads: a 4 % shorter product at d_in 1,024 takes as much less time."""
 
 
 Buffer = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]
@@ -102,7 +105,8 @@ class BoundedScores:
         self.xc, self.W_enc, self.b_enc, self.norms = xc, W_enc, b_enc, norms
         self.shape = (xc.shape[0], W_enc.shape[1])
         left, right = augment(xc, W_enc, kind, buffer)
-        self.upper = low_precision_product(left, right, kind, buffer)
+        used = xc.shape[1] + USED
+        self.upper = low_precision_product(left[:, :used], right[:, :used], kind, buffer)
         if kind == "tf32":
             self.upper = self.upper + self.upper.abs() * 2.0**-10
         self._checksum = right[:, W_enc.shape[0]].sum(dtype=torch.float32) + b_enc.sum()
@@ -122,13 +126,17 @@ class BoundedScores:
         bound = lo - self.b_enc if self.norms is None or lo == 0 else lo / self.norms - self.b_enc
         # Rounding is monotone: U >= bound implies round(U) >= round(bound), so nothing is lost by rounding
         # the bound.
-        index = compact(self.upper >= bound.to(self.upper.dtype))
-        rows, cols = index // self.shape[1], index % self.shape[1]
-        products = sampled_product(rows, cols, self.xc, self.W_enc)
+        index = compact(reaches(self.upper, bound.to(self.upper.dtype)))
+        rows = torch.div(index, self.shape[1], rounding_mode="floor")
+        cols = index - rows * self.shape[1]
+        # Latent by latent, each row of the encoder is read once and from the next place in memory.
+        order, _, pointers = sort_by_latent(cols.to(torch.int32), self.shape[1])
+        products = self.xc.new_empty(len(index))
+        products[order] = sampled_product(pointers, rows[order], self.W_enc.T, self.xc.T)
         refuse_broken(int((products.to(self.upper.dtype) > self.upper.view(-1)[index]).sum()))
-        h = products + self.b_enc[cols]
-        index, h, values = _with_values(index, h, self.norms, self.shape[1])
-        inside = values > lo
+        h = products.add_(self.b_enc[cols])
+        values = h if self.norms is None else h * self.norms[cols]
+        inside = (values > lo).nonzero().squeeze(1)
         return index[inside], h[inside], values[inside]
 
     def columns(self, latents: torch.Tensor) -> torch.Tensor:
@@ -138,6 +146,19 @@ class BoundedScores:
     def poison(self) -> torch.Tensor:
         """0, or NaN if a weight of the encoder is not finite."""
         return self._checksum * 0 if self.norms is None else (self._checksum + self.norms.sum()) * 0
+
+
+def reaches(table: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Mask of table >= bound for a table (rows, n) and bounds (n,) of one type; a NaN in the table may pass.
+
+    Numbers that are not negative order as their bits do, and a CPU compares integers in half the time.
+    """
+    bits = torch.int16 if table.dtype == torch.bfloat16 else torch.int32
+    mask = table.view(bits) >= bound.clamp(min=0).view(bits)
+    below = (bound < 0).nonzero().squeeze(1)
+    if len(below):
+        mask[:, below] = table[:, below] >= bound[below]
+    return mask
 
 
 def augment(
@@ -150,10 +171,11 @@ def augment(
     left = buffer("left", (xc.shape[0], d_in + PAD), like)
     right = buffer("right", (W_enc.shape[1], d_in + PAD), like)
     left[:, d_in:], right[:, d_in:] = 0, 0
-    lost_x, norm_x, _ = _round_rows(xc, left, kind)
-    lost_w, norm_w, full_w = _round_rows(W_enc.T, right, kind)
+    lost_x, full_x = _round_rows(xc, left, kind)
+    lost_w, full_w = _round_rows(W_enc.T, right, kind)
+    kept_x, kept_w = full_x + lost_x, full_w + lost_w  # at least the norms of the rounded rows
     left[:, d_in], right[:, d_in] = _up(lost_x, kind), _up(full_w, kind)
-    left[:, d_in + 1], right[:, d_in + 1] = _up(norm_x, kind), _up(lost_w + accumulation * norm_w, kind)
+    left[:, d_in + 1], right[:, d_in + 1] = _up(kept_x, kind), _up(lost_w + accumulation * kept_w, kind)
     return left, right
 
 
@@ -195,23 +217,20 @@ def low_precision_product(
         setattr(matmul, name, before)
 
 
-def _round_rows(
-    values: torch.Tensor, out: torch.Tensor, kind: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Write rounded rows into out; norms of what rounding lost, of the rounded rows and of the rows."""
+def _round_rows(values: torch.Tensor, out: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write rounded rows into out; norms of what rounding lost and of the rows."""
     rows, width = values.shape
-    lost, kept, full = (values.new_empty(rows) for _ in range(3))
-    block = max(1, (1 << 20) // max(width, 1))  # 4 MB of float32: the temporaries stay in cache
+    lost, full = values.new_empty(rows), values.new_empty(rows)
+    block = max(1, (1 << 20) // max(width, 1))  # 4 MB of float32: the temporary stays in cache
+    back = values.new_empty(min(block, rows), width)
     for start in range(0, rows, block):
         stop = min(start + block, rows)
-        part = values[start:stop]
-        rounded = round_to(part, kind)
-        out[start:stop, :width] = rounded
-        back = rounded.to(values.dtype)
-        torch.linalg.vector_norm(back, dim=1, out=kept[start:stop])
+        part, rounded = values[start:stop], out[start:stop, :width]
+        rounded.copy_(part if kind == "bf16" else round_to(part, kind))
         torch.linalg.vector_norm(part, dim=1, out=full[start:stop])
-        torch.linalg.vector_norm(back.sub_(part), dim=1, out=lost[start:stop])
-    return lost, kept, full
+        error = back[: stop - start].copy_(rounded).sub_(part)
+        torch.linalg.vector_norm(error, dim=1, out=lost[start:stop])
+    return lost, full
 
 
 def _up(values: torch.Tensor, kind: str) -> torch.Tensor:

@@ -20,8 +20,10 @@ from sae_lens_maira.kernels.comm import Communicator
 from sae_lens_maira.kernels.layout import Layout, build_layout
 from sae_lens_maira.kernels.workspace import Workspace
 
-SAFETY = 0.95
+SAFETY = 0.98
 """Last step's threshold times this is the first lower bound; too high only costs a second compaction."""
+SAFER = 0.9
+"""The same for the second lower bound."""
 SAMPLED_ROWS = 16
 SAMPLE_SLACK = 1.15
 
@@ -136,6 +138,7 @@ def lower_bounds(
         return
     if hint is not None and hint > 0:
         yield hint * SAFETY
+        yield hint * SAFER
     rows, _ = scores.shape
     share = n / max(tokens, 1)
     estimate = torch.tensor(torch.inf, dtype=torch.float64)

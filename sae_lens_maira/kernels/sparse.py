@@ -87,76 +87,50 @@ def latent_backward(
         out: Buffers for dW_dec and dW_enc_t, (d_sae, d_in) each, overwritten.
         frozen: Matrices whose gradient is left out and returned as an empty tensor.
     """
-    d_in = xc.shape[1]
-    gradient = suffix.reshape(layout.batch * layout.levels, d_in)
-    bags = bags_of(layout.rows, layout.cols, layout.widths)
-    dh = sampled_product(bags, layout.cols, gradient, W_dec.T, layout.offsets)
+    gradient = suffix.reshape(layout.batch * layout.levels, xc.shape[1])
+    order, pointers = layout.by_latent, layout.pointers
+    bags = bags_of(layout.rows, layout.cols, layout.widths)[order]
+    # Latent by latent, each row of W_dec is read once and from the next place in memory.
+    dh = sampled_product(pointers, bags, W_dec, gradient.T)
     nothing = W_dec.new_empty(0)
     W_dec_grad, W_enc_grad = out if out is not None else (nothing, nothing)
-    order, pointers = layout.by_latent, layout.pointers
     if "W_dec" in frozen:
         W_dec_grad = nothing
     else:
         W_dec_grad = W_dec_grad if out is not None else torch.empty_like(W_dec)
-        _bags_into(W_dec_grad, bags[order], gradient, pointers, h[order])
+        _sum_of_rows(pointers, bags, h[order], gradient, W_dec_grad)
     if "W_enc" in frozen:
         W_enc_grad = nothing
     else:
         W_enc_grad = W_enc_grad if out is not None else torch.empty_like(W_dec)
-        _bags_into(W_enc_grad, layout.rows[order], xc, pointers, dh[order])
-    b_enc = torch.zeros(layout.d_sae, dtype=h.dtype, device=h.device).index_add_(0, layout.cols, dh)
+        _sum_of_rows(pointers, layout.rows[order], dh, xc, W_enc_grad)
+    b_enc = torch.zeros(layout.d_sae, dtype=h.dtype, device=h.device).index_add_(0, layout.latents, dh)
     return LatentGradients(W_dec_grad, W_enc_grad, b_enc)
 
 
 def sampled_product(
-    rows: torch.Tensor,
-    cols: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    offsets: torch.Tensor | None = None,
+    offsets: torch.Tensor, cols: torch.Tensor, left: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor:
-    """(left @ right)[rows, cols] for row-major entries, (nnz,); right may be a transposed view.
+    """Entries of left @ right, row by row, (nnz,).
 
     Args:
-        rows: (nnz,) ascending.
-        cols: (nnz,) ascending within a row.
+        offsets: (m + 1,) first entry of each row.
+        cols: (nnz,) columns of the entries, ascending within a row.
         left: (m, d).
-        right: (d, n).
-        offsets: (m + 1,) first entry of each row, if known.
+        right: (d, n); may be a transposed view.
     """
     if len(cols) == 0:
         return left.new_zeros(0)
-    if offsets is None:
-        counts = torch.bincount(rows, minlength=left.shape[0])
-        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     pattern = _csr(offsets, cols, left.new_zeros(len(cols)), (left.shape[0], right.shape[1]))
     return torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
 
 
-ROWS_AT_ONCE = 1 << 20
-"""Elements of one slice of a (d_sae, d_in) gradient: 4 MB of float32, which the allocator reuses.
-
-A fresh (d_sae, d_in) tensor per step costs more in page faults than the arithmetic that fills it.
-"""
-
-
-def _bags_into(
-    out: torch.Tensor, index: torch.Tensor, table: torch.Tensor, pointers: torch.Tensor, weights: torch.Tensor
+def _sum_of_rows(
+    pointers: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, out: torch.Tensor
 ) -> None:
-    number = len(pointers) - 1
-    if len(index) == 0:
-        out.zero_()
-        return
-    step = max(1, ROWS_AT_ONCE // max(1, table.shape[1]))
-    edges = pointers[::step].tolist() + ([] if number % step == 0 else [int(pointers[-1])])
-    for place, start in enumerate(range(0, number, step)):
-        stop, first, last = min(start + step, number), edges[place], edges[place + 1]
-        if first == last:
-            out[start:stop].zero_()
-            continue
-        out[start:stop] = _bags(
-            index[first:last], table, pointers[start : stop + 1] - first, weights[first:last]
-        )
+    """Row j of out becomes the weighted sum of the table's rows index[pointers[j]:pointers[j + 1]]."""
+    matrix = _csr(pointers, index, weights, (len(out), len(table)))
+    torch.addmm(out, matrix, table, beta=0.0, out=out)
 
 
 def _bags(

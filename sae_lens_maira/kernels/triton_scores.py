@@ -17,13 +17,15 @@ from sae_lens_maira.kernels.comm import Communicator
 from sae_lens_maira.kernels.layout import build_layout
 from sae_lens_maira.kernels.problem import StepSpec, Weights
 from sae_lens_maira.kernels.scores import PAD, accumulation_error, low_precision_product, storage
-from sae_lens_maira.kernels.selection import SAFETY, Selected, lower_bounds, refuse_broken
+from sae_lens_maira.kernels.selection import Selected, lower_bounds, refuse_broken
 from sae_lens_maira.kernels.triton_candidates import Encoder, Table
 from sae_lens_maira.kernels.triton_select import Kept, select_rows, shortened
 from sae_lens_maira.kernels.workspace import Workspace
 
 ROOM = 2
-"""Candidates that fit, in multiples of the kept entries: 0.95 of the threshold lets 1.2 to 1.4 times as many pass."""
+"""Candidates that fit, in multiples of the kept entries: SAFETY lets 1.2 to 1.4 times as many pass."""
+SAFETY = 0.95
+"""Last step's threshold times this is the lower bound of the first attempt; a miss repeats the passes over entries."""
 TF32_SLACK = 2.0**-10
 """Rounding of a sum on TF32 units, relative to its size."""
 

@@ -78,7 +78,7 @@ class RowMajorAdam(torch.optim.Adam):
 
                 norms.append(tangent_norm(_in_memory_order(gradient), _in_memory_order(p.detach())))
             else:
-                norms.append(known[p] if p in known else torch.linalg.vector_norm(_in_memory_order(gradient)))
+                norms.append(known[p] if p in known else norm_of(_in_memory_order(gradient)))
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def _gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -184,6 +184,14 @@ class RowMajorAdam(torch.optim.Adam):
             tensor.fill_(lr)
             self._rates[device] = (lr, tensor)
         return tensor
+
+
+def norm_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of all elements, 0-d; a CPU multiplies them in less time than `vector_norm` takes."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return torch.linalg.vector_norm(tensor)
+    flat = tensor.view(-1)
+    return torch.dot(flat, flat).sqrt()
 
 
 def _ordered_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
