@@ -32,7 +32,8 @@ class Shape:
         k: Active latents per row, on average.
         device: "cpu" or "cuda".
         widths: Cumulative widths of the levels; a sixteenth, three sixteenths, a half and all of d_sae if empty.
-        zipf: Whether a few latents fire on most tokens.
+        zipf: Whether a few latents fire on most tokens: the most frequent 1/64 take 0.55 of the kept entries at
+            (1024, 8192, 1024, 32), in trained SAEs 0.12 to 0.6.
     """
 
     d_in: int
@@ -66,7 +67,8 @@ class Shape:
             sae.b_dec.normal_(0, 0.02)
             if self.zipf:
                 rank = 1 + torch.randperm(self.d_sae, device=self.device).float()
-                sae.b_enc.add_(2.5 - 0.75 * rank.log())
+                spread = sae.W_enc.norm(dim=0).mean()  # standard deviation of a score without bias
+                sae.b_enc.add_(spread * (1.65 - 0.5 * rank.log()))
         return sae
 
     def rows(self, number: int = 0) -> torch.Tensor:

@@ -149,7 +149,7 @@ class BoundedScores:
 
 
 def reaches(table: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """Mask of table >= bound for a table (rows, n) and bounds (n,) of one type; a NaN in the table may pass.
+    """Mask of table >= bound for a table (rows, n) and bounds (n,) of one type, with 0.0 above -0.0; a NaN may pass.
 
     Numbers that are not negative order as their bits do, and a CPU compares integers in half the time.
     """

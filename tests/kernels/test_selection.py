@@ -5,7 +5,7 @@ import torch
 
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import LocalCommunicator, StepSpec, fused_step
-from sae_lens_maira.kernels.scores import BoundedScores, DenseScores, augment, round_to
+from sae_lens_maira.kernels.scores import BoundedScores, DenseScores, augment, reaches, round_to
 from sae_lens_maira.kernels.selection import compact, kth_largest, select
 
 pytestmark = pytest.mark.compat
@@ -72,6 +72,18 @@ def test_the_margin_is_an_upper_bound(kind, spread):
     # The margin is useful: far below the sum of worst-case roundings.
     worst = x.double().norm(dim=1)[:, None] * W.double().norm(dim=0) * (2**-7 if kind == "bf16" else 2**-9)
     assert ((bound - exact) <= 2 * worst).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_comparing_bits_equals_comparing_numbers(dtype):
+    """For bounds of either sign, zeros of both, infinities and numbers below the normal range."""
+    special = torch.tensor([0.0, -0.0, 1e-39, -1e-39, 3.0, -3.0, torch.inf, -torch.inf])
+    table = torch.cat((torch.randn(40, 8), special[:, None].expand(8, 8))).to(dtype)
+    for bound in (special.to(dtype), torch.randn(8).to(dtype), table[0]):
+        found, expected = reaches(table, bound), table >= bound
+        assert torch.equal(found[:, bound != 0], expected[:, bound != 0])
+        missed = expected & ~found  # -0.0, which is the bound of no positive score, beside a bound of 0.0
+        assert ((table == 0) & table.signbit())[missed].all()
 
 
 def test_candidates_give_the_exact_selection_at_every_scale(make_weights, assert_equal_steps):
