@@ -123,7 +123,7 @@ def select(scores: Scores, n: int, tokens: int, comm: Communicator, hint: float 
         # Entries left out of the compaction are at most lo (1 + rounding of lo / norm).
         if lo > 0 and threshold <= lo * (1 + 8 * torch.finfo(values.dtype).eps):
             continue
-        kept = keep(values, threshold, ties, comm)
+        kept = keep(values, threshold, ties, comm).nonzero().squeeze(1)
         return Selection(index[kept], h[kept], values[kept], threshold)
     raise AssertionError("the last bound is 0, where every positive entry is a candidate")
 
