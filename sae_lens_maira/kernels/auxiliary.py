@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from sae_lens_maira.kernels.comm import Communicator
+from sae_lens_maira.kernels.comm import Communicator, Division
+from sae_lens_maira.kernels.own_latents import largest, own_dead
 from sae_lens_maira.kernels.problem import StepSpec
 from sae_lens_maira.kernels.sparse import LatentGradients
 
@@ -35,49 +36,53 @@ def add_aux_loss(
     W_dec: torch.Tensor,
     errors: list[torch.Tensor],
     tokens: int,
-    comm: Communicator,
+    division: Division,
     grads: LatentGradients,
 ) -> torch.Tensor:
-    """Adds the auxiliary gradients to `grads` in place; this rank's share of the loss, 0-d float64.
+    """Adds the auxiliary gradients to `grads` in place; the loss of this rank's rows, 0-d float64.
 
     Args:
         spec: The step.
-        dead: (d_sae,) boolean.
+        dead: (d_sae,) boolean, of all ranks' latents.
         n_dead: Dead latents: below each level's width for kind "matryoshka", else in all.
-        scores: Source of h for the dead columns.
+        scores: Source of h for the dead columns of this rank's latents.
         xc: (B, d_in) centred input.
-        W_dec: (d_sae, d_in).
+        W_dec: (latents of this rank, d_in).
         errors: e_l = reconstruction - x (B, d_in): of every level for kind "matryoshka", else of the last
             one.
         tokens: Rows over all ranks.
-        comm: Reductions over ranks.
+        division: The ranks that have other rows or other latents.
         grads: Gradients to add to.
     """
+    own = n_dead
+    if division.latents.size > 1:
+        dead, own = own_dead(dead, spec, division.latents)
     total = torch.zeros((), dtype=torch.float64, device=xc.device)
     # A stable sort puts the dead latents first, in order, without asking the device how many there are.
-    latents = dead.to(torch.uint8).sort(descending=True, stable=True).indices[: n_dead[-1]]
-    if spec.aux.kind == "matryoshka":
-        spans = list(zip((0, *n_dead), n_dead, errors, strict=False))
-    else:
-        spans = [(0, n_dead[-1], errors[-1])]
-    for first, last, error in spans:
-        if first < last:
+    latents = dead.to(torch.uint8).sort(descending=True, stable=True).indices[: own[-1]]
+    errors = errors if spec.aux.kind == "matryoshka" else errors[-1:]
+    for first, last, before, until, error in zip((0, *own), own, (0, *n_dead), n_dead, errors, strict=False):
+        if before < until:
             inside = latents[first:last]
-            total += _add_span(spec, inside, scores, xc, W_dec, error, tokens, comm, grads)
+            total += _add_span(
+                spec, inside, until - before, scores, xc, W_dec, error, tokens, division, grads
+            )
     return total
 
 
 def _add_span(
     spec: StepSpec,
     latents: torch.Tensor,
+    n_dead: int,
     scores: Columns,
     xc: torch.Tensor,
     W_dec: torch.Tensor,
     error: torch.Tensor,
     tokens: int,
-    comm: Communicator,
+    division: Division,
     grads: LatentGradients,
 ) -> torch.Tensor:
+    """Adds the gradients of some of this rank's dead latents, of `n_dead` in all; the loss."""
     aux = spec.aux
     k_aux = aux.k_aux if aux.k_aux is not None else xc.shape[1] // 2
     z = scores.columns(latents)
@@ -85,23 +90,25 @@ def _add_span(
     if aux.kind == "dictionary_learning":
         alive = z > 0
         z = z.relu_()
-    if len(latents) > k_aux:
+    if n_dead > k_aux:
         ranked = z if scores.norms is None else z * scores.norms[latents]
-        top = ranked.topk(k_aux, dim=-1, sorted=False).indices
-        chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, top, True)
+        chosen = largest(ranked, k_aux, division.latents)
         alive = chosen if alive is None else alive & chosen
         z = z * chosen
     rows = W_dec[latents]
     product = _half_product if spec.autocast else torch.mm
     # z W_dec - residual, since residual = -error.
-    off = error + product(z, rows) if spec.autocast else torch.addmm(error, z, rows)
+    if spec.autocast or division.latents.size > 1:
+        off = error + division.latents.sum_(product(z, rows))
+    else:
+        off = torch.addmm(error, z, rows)
     squared = torch.linalg.vector_norm(off, dim=1).double().square_().sum()
     if aux.kind == "dictionary_learning":
-        scale = aux.coefficient / _spread(error, tokens, comm)
+        scale = aux.coefficient / _spread(error, tokens, division.rows)
         scale = torch.where(torch.isfinite(scale), scale, 0.0)  # a constant residual: that library gives 0
         gradient = off.mul_((2 * scale / tokens).to(off.dtype))
     else:
-        scale = aux.coefficient * min(len(latents) / k_aux, 1.0)
+        scale = aux.coefficient * min(n_dead / k_aux, 1.0)
         gradient = off.mul_(2 * scale / tokens)
     dz = product(gradient, rows.T)
     if alive is not None:

@@ -1,15 +1,16 @@
 """Reductions over the processes that share one batch: the interface, a single process, and torch.distributed.
 
-The step of rank r sees its own rows. Selection, losses, thresholds and gradients of the whole batch follow from sums
-and minima over ranks. Either every rank then applies the same update, and weights are sent only once, at the start;
-or each rank receives the sums of its share of the latents, updates these rows and sends them to the others. Shares of
-a batch may differ in size or be empty.
+The batch is divided by rows or by latents. By rows, every rank has all weights and its share of the rows. Selection,
+losses, thresholds and gradients of the whole batch follow from sums and minima over ranks. Either every rank then
+applies the same update, and weights are sent only once, at the start; or each rank receives the sums of its share of
+the latents, updates these rows and sends them to the others. Shares of a batch may differ in size or be empty. By
+latents, see `own_latents`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,10 @@ class Communicator(Protocol):
 
     def counts(self, value: int) -> list[int]:
         """One integer per rank, in rank order."""
+        ...
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows (n_r, d), concatenated in rank order."""
         ...
 
     def start_sum_(self, tensor: torch.Tensor, own_rows: bool = False) -> "Pending":
@@ -78,9 +83,33 @@ class LocalCommunicator:
         """Return the one value."""
         return [value]
 
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows as they are."""
+        return rows
+
     def start_sum_(self, tensor: torch.Tensor, own_rows: bool = False) -> Pending:
         """Do nothing."""
         return Pending()
+
+
+class Division(NamedTuple):
+    """How a batch is divided over ranks; at most one of the two has several."""
+
+    rows: Communicator
+    """Ranks that have other rows."""
+    latents: Communicator
+    """Ranks that have other latents of the same rows."""
+
+    @classmethod
+    def of(cls, comm: Communicator, own_latents: bool) -> "Division":
+        """Division of a batch by latents or by rows."""
+        alone = LocalCommunicator()
+        return cls(alone, comm) if own_latents else cls(comm, alone)
+
+    @property
+    def ranks(self) -> Communicator:
+        """All ranks."""
+        return self.rows if self.latents.size == 1 else self.latents
 
 
 class ProcessGroupCommunicator:
@@ -129,14 +158,14 @@ class ProcessGroupCommunicator:
             started.begin(dist.broadcast, rows, src=owner)
         return started
 
-    def collect(self, share: torch.Tensor, length: int) -> torch.Tensor | None:
+    def collect(self, share: torch.Tensor, own: list[slice], length: int) -> torch.Tensor | None:
         """Rows of all shares, in memory of the host, on rank 0; None on the others.
 
         Args:
             share: This rank's rows.
+            own: Rows of each rank.
             length: Rows of all ranks.
         """
-        own = shares(length, self.size)
         if self.rank > 0:
             if len(share):
                 with self._explained():
@@ -145,12 +174,30 @@ class ProcessGroupCommunicator:
         whole = torch.empty(length, *share.shape[1:], dtype=share.dtype)
         whole[own[0]] = share.cpu()
         for owner, rows in list(enumerate(own))[1:]:
-            part = share.new_empty(rows.stop - rows.start, *share.shape[1:], device=self._device)
+            part = share.new_empty(len(range(length)[rows]), *share.shape[1:], device=self._device)
             if len(part):
                 with self._explained():
                     dist.recv(part, src=owner)
                 whole[rows] = part.cpu()
         return whole
+
+    def scatter_(self, share: torch.Tensor, own: list[slice], whole: torch.Tensor) -> torch.Tensor:
+        """Overwrite this rank's rows with those of rank 0's tensor, in place; the reverse of `collect`.
+
+        Args:
+            share: This rank's rows.
+            own: Rows of each rank.
+            whole: Rows of all ranks, on any device; read on rank 0 only.
+        """
+        if self.rank == 0:
+            for owner, rows in list(enumerate(own))[1:]:
+                with self._explained():
+                    dist.send(whole[rows].contiguous().to(self._device), dst=owner)
+            return share.copy_(whole[own[0]])
+        received = torch.empty(share.shape, dtype=share.dtype, device=self._device)
+        with self._explained():
+            dist.recv(received, src=0)
+        return share.copy_(received)
 
     def counts(self, value: int) -> list[int]:
         """One integer per rank, in rank order."""

@@ -14,6 +14,7 @@ import torch
 
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator
+from sae_lens_maira.kernels.own_latents import own_spec
 from sae_lens_maira.kernels.problem import (
     AskedCandidates,
     Candidates,
@@ -108,13 +109,14 @@ def fused_step(
     comm: Communicator | None = None,
     out: Gradients | None = None,
     own_rows: bool = False,
+    own_latents: bool = False,
 ) -> StepResult:
     """Losses, gradients and sparse activations of one batch.
 
     Args:
         weights: The SAE's parameters. W_enc (d_in, d_sae) is read fastest as the transposed view of a
             contiguous (d_sae, d_in) tensor.
-        x: This rank's rows (batch, d_in), float32 or float64, the weights' type.
+        x: This rank's rows (batch, d_in), float32 or float64, the weights' type; all rows with `own_latents`.
         spec: Selection, levels, losses.
         dead: Dead latents (d_sae,), or a function that gives them from this batch's fire counts.
         backend: Which implementation runs; see `resolve_backend`. The result names it.
@@ -122,13 +124,15 @@ def fused_step(
         comm: Reductions over ranks; None means one process.
         out: Buffers (d_sae, d_in) that W_enc_t's and W_dec's gradients are written to.
         own_rows: Whether those two gradients are wanted for this rank's share of the latents only.
+        own_latents: Whether the weights are those of this rank's share of the latents (`own_latents.latents_of`), and
+            every rank passes the same rows. `spec` and `dead` are those of all latents.
 
     Raises:
         BackendError: shapes, types or the backend do not fit.
     """
     name = resolve_backend(backend, x.device)
     group: Communicator = LocalCommunicator() if comm is None else comm
-    _check(weights, x, spec)
+    _check(weights, x, spec, own_spec(spec, group).widths[-1] if own_latents else spec.widths[-1])
     if name == "reference":
         if group.size > 1:
             raise BackendError(
@@ -141,16 +145,19 @@ def fused_step(
         from sae_lens_maira.kernels.triton_stages import TRITON  # triton is imported only when it runs
 
         stages = TRITON
-    return run_stages(stages, weights, x, spec, dead, workspace or Workspace(), group, out, own_rows)
+    return run_stages(
+        stages, weights, x, spec, dead, workspace or Workspace(), group, out, own_rows, own_latents
+    )
 
 
-def _check(weights: Weights, x: torch.Tensor, spec: StepSpec) -> None:
+def _check(weights: Weights, x: torch.Tensor, spec: StepSpec, latents: int) -> None:
     d_sae, d_in = weights.W_dec.shape
     if x.ndim != 2 or x.shape[1] != d_in:
         raise BackendError(f"The batch has shape {tuple(x.shape)}; expected (tokens, {d_in}).")
-    if spec.widths[-1] != d_sae:
+    if latents != d_sae:
+        share = "" if latents == spec.widths[-1] else f", of which this rank has {latents}"
         raise BackendError(
-            f"The last level width is {spec.widths[-1]} but the SAE has {d_sae} latents; they must agree."
+            f"The last level width is {spec.widths[-1]}{share}, but the SAE has {d_sae} latents; they must agree."
         )
     types = {x.dtype, *(weight.dtype for weight in weights)}
     if len(types) != 1 or x.dtype not in (torch.float32, torch.float64):

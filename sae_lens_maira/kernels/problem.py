@@ -147,9 +147,9 @@ class StepResult:
         level_losses: (levels,) mean squared error of each level, summed over d_in, not weighted.
         aux_loss: Auxiliary loss with its coefficient, 0-d.
         sae_out: (rows of this rank, d_in) reconstruction of the last level.
-        acts: Kept entries of this rank's rows.
+        acts: Kept entries of this rank's rows; with `own_latents`, of its latents, numbered as in the whole SAE.
         gradients: Gradients of `loss`, summed over ranks; of the two matrices perhaps this rank's share of the latents
-            only, with other rows undefined (`own_rows`).
+            only, with other rows undefined (`own_rows`). With `own_latents` they have the shapes of its weights.
         squares: (2,) sums of squares of W_dec's and W_enc's gradients, where the backend has them; else None.
         fired: (d_sae,) tokens each latent fired on.
         min_positive: Smallest kept activation, 0-d; inf if nothing fired.

@@ -5,7 +5,8 @@
 so the input's gradient, a full product in SAELens, is one matrix-vector product. The order of stages is the same on
 every backend; `Stages` says which implementation of each runs. A selection on a GPU may be an attempt: everything up
 to the gradients is launched, then its check and the number of dead latents are read, once. Sums over ranks happen
-here, and before anything that outlives the step is changed.
+here, and before anything that outlives the step is changed. Ranks have other rows of the batch, or other latents (see
+`own_latents`).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ import torch
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import scores, sparse
 from sae_lens_maira.kernels.auxiliary import add_aux_loss
-from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator
+from sae_lens_maira.kernels.comm import Communicator, Division, LocalCommunicator
 from sae_lens_maira.kernels.layout import constants
+from sae_lens_maira.kernels.own_latents import decode_over_ranks, of_all_latents, own_spec
 from sae_lens_maira.kernels.problem import DeadMask, Gradients, SparseActs, StepResult, StepSpec, Weights
 from sae_lens_maira.kernels.selection import Selected, refuse_broken, select_and_lay_out
 from sae_lens_maira.kernels.sparse import Decoded, LatentGradients
@@ -64,9 +66,11 @@ def run_stages(
     comm: Communicator,
     gradients: Gradients | None = None,
     own_rows: bool = False,
+    own_latents: bool = False,
 ) -> StepResult:
     """Losses and gradients of one batch on one backend; see `dispatch.fused_step`."""
-    for attempt in _attempts(stages, weights, x, spec, dead, workspace, comm, gradients):
+    division = Division.of(comm, own_latents)
+    for attempt in _attempts(stages, weights, x, spec, dead, workspace, division, gradients):
         numbers = _numbers(attempt, spec)
         found = None if numbers is None else numbers.tolist()
         right, n_dead = _read(found, attempt.kept.check is not None)
@@ -75,7 +79,7 @@ def run_stages(
     else:
         raise AssertionError("the last attempt of a selection is right")
     workspace.threshold = attempt.kept.threshold
-    return _finish(stages, weights, x, spec, comm, attempt, n_dead, own_rows)
+    return _finish(stages, weights, x, spec, division, attempt, n_dead, own_rows)
 
 
 @torch.no_grad()
@@ -96,9 +100,9 @@ def first_attempt(
         The result; the threshold for the next step; and numbers (int64): whether the selection is right, three more
         of it, the number of dead latents (of each level, if levels have their own), and whether the loss is finite.
     """
-    comm = LocalCommunicator()
-    attempt = next(_attempts(stages, weights, x, spec, dead, workspace, comm, gradients))
-    result = _finish(stages, weights, x, spec, comm, attempt, [0], own_rows=False)
+    alone = Division.of(LocalCommunicator(), own_latents=False)
+    attempt = next(_attempts(stages, weights, x, spec, dead, workspace, alone, gradients))
+    result = _finish(stages, weights, x, spec, alone, attempt, [0], own_rows=False)
     numbers, threshold = _numbers(attempt, spec), attempt.kept.threshold
     assert numbers is not None
     assert isinstance(threshold, torch.Tensor)
@@ -112,12 +116,13 @@ def _attempts(
     spec: StepSpec,
     dead: DeadMask,
     workspace: Workspace,
-    comm: Communicator,
+    division: Division,
     gradients: Gradients | None,
 ) -> Iterator[Attempt]:
     """Encode, then select, decode and go back, once or more often; the first attempt is right as a rule."""
-    batch, d_sae = x.shape[0], weights.W_dec.shape[0]
-    tokens = sum(comm.counts(batch))
+    rows, latents = division
+    batch, d_sae = x.shape[0], spec.widths[-1]
+    tokens = sum(rows.counts(batch))
     n = spec.count(tokens)
     if n > tokens * d_sae:
         raise BackendError(
@@ -133,11 +138,17 @@ def _attempts(
     W_dec, operand = (workspace.bf16("W_dec", weights.W_dec), xc.bfloat16()) if halve else (weights.W_dec, xc)
     found = stages.encode(weights, xc, operand, norms, spec, workspace)
     out = None if gradients is None else (gradients.W_dec, gradients.W_enc_t)
-    for kept in stages.select(found, n, tokens, comm, workspace, spec.widths):
+    # The selection sees rows of a share of the latents as further rows.
+    scored, widths = tokens * latents.size, own_spec(spec, latents).widths
+    for kept in stages.select(found, n, scored, division.ranks, workspace, widths):
         layout = kept.layout
-        decoded = stages.prefix_decode(layout, kept.h, W_dec, weights.b_dec, x, scales, per_level)
+        inputs = layout, kept.h, W_dec, weights.b_dec, x, scales
+        if latents.size > 1:
+            decoded = decode_over_ranks(stages.prefix_decode, *inputs, latents)
+        else:
+            decoded = stages.prefix_decode(*inputs, per_level)
         grads = stages.latent_backward(layout, kept.h, decoded.suffix, operand, W_dec, out, spec.frozen)
-        fired = comm.sum_(layout.fired)
+        fired = of_all_latents(rows.sum_(layout.fired), d_sae, latents)
         mask = dead if dead is None or isinstance(dead, torch.Tensor) else dead(fired)
         yield Attempt(batch, tokens, xc, found, kept, decoded, grads, fired, mask)
 
@@ -147,46 +158,52 @@ def _finish(
     weights: Weights,
     x: torch.Tensor,
     spec: StepSpec,
-    comm: Communicator,
+    division: Division,
     attempt: Attempt,
     n_dead: list[int],
     own_rows: bool,
 ) -> StepResult:
     """Losses, the auxiliary loss, biases and sums over ranks."""
     batch, tokens, xc, found, kept, decoded, grads, fired, mask = attempt
-    layout = kept.layout
+    layout, (rows, latents) = kept.layout, division
     db_dec = decoded.suffix[:, 0].sum(dim=0, dtype=x.dtype)
-    squared = comm.sum_(decoded.squared)
+    squared = rows.sum_(decoded.squared)
     level_losses = torch.div(squared, tokens, out=x.new_empty(spec.levels))
     loss = squared.dot(constants(tuple(w / tokens for w in spec.weights_of_levels), squared.dtype, x.device))
     aux_loss = constants((0.0,), x.dtype, x.device)[0]
-    squares = grads.squares if comm.size == 1 else None
+    squares = grads.squares if rows.size == 1 else None
     if mask is not None and n_dead[-1]:
-        aux_loss = comm.sum_(
-            add_aux_loss(spec, mask, n_dead, found, xc, weights.W_dec, decoded.errors, tokens, comm, grads)
+        aux_loss = rows.sum_(
+            add_aux_loss(
+                spec, mask, n_dead, found, xc, weights.W_dec, decoded.errors, tokens, division, grads
+            )
         )
         squares = None  # of gradients before the auxiliary loss
         loss = loss + aux_loss
 
-    pending = [comm.start_sum_(matrix, own_rows) for matrix in (grads.W_dec, grads.W_enc_t)]
+    pending = [rows.start_sum_(matrix, own_rows) for matrix in (grads.W_dec, grads.W_enc_t)]
+    if latents.rank > 0:  # all ranks have the same rows, so their sum enters once
+        db_dec.zero_()
     if spec.centre:
         db_dec.addmv_(weights.W_enc, grads.b_enc, alpha=-1)
-    for gradient in (grads.b_enc, db_dec):
-        comm.sum_(gradient)
+    rows.sum_(grads.b_enc)
+    division.ranks.sum_(db_dec)
     # Comparisons drop NaN silently; a dense step would carry it into the loss, and so does this one.
-    loss = torch.add(loss, found.poison(), out=x.new_empty(()))
+    loss = torch.add(loss, latents.sum_(found.poison()), out=x.new_empty(()))
     for sums in pending:
         sums.wait()
+    cols = layout.cols if latents.size == 1 else layout.cols * latents.size + latents.rank
+    smallest = kept.smallest if division.ranks.size == 1 else division.ranks.min_(kept.smallest.clone())
     return StepResult(
         loss=loss,
         level_losses=level_losses,
         aux_loss=aux_loss.to(x.dtype),
         sae_out=decoded.errors[-1].add_(x),
-        acts=SparseActs(layout.rows, layout.cols, kept.values, (batch, spec.widths[-1])),
+        acts=SparseActs(layout.rows, cols, kept.values, (batch, spec.widths[-1])),
         gradients=Gradients(grads.W_enc_t, grads.b_enc, grads.W_dec, db_dec),
         squares=squares,
         fired=fired,
-        min_positive=kept.smallest if comm.size == 1 else comm.min_(kept.smallest.clone()),
+        min_positive=smallest,
         tokens=tokens,
         n_dead=n_dead[-1],
         backend=stages.name,

@@ -52,6 +52,16 @@ def test_odd_shapes(batch, d_in, widths, k, make_weights, assert_equal_steps):
     assert_equal_steps(triton_step(weights, x, spec), reference_step(weights, x, spec), 1e-13)
 
 
+@pytest.mark.parametrize("aux", ["matryoshka", "dictionary_learning"])
+def test_latents_divided_over_ranks(aux, make_weights, divided_step, assert_equal_steps):
+    weights = make_weights(7, 31)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    dead = torch.rand(31) < 0.5
+    spec = StepSpec(k=3.3, widths=(10, 31), aux=AuxSpec(kind=aux))
+    ours = divided_step(2, TRITON, weights, x, spec, dead)
+    assert_equal_steps(ours, reference_step(weights, x, spec, dead), 1e-13)
+
+
 def test_a_d_in_of_several_stretches(make_weights, assert_equal_steps):
     weights = make_weights(1500, 12)
     x = torch.randn(3, 1500, dtype=torch.float64)
