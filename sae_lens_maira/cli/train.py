@@ -38,6 +38,7 @@ def train(
     autocast: bool = False,
     sole_writer: bool = True,
     shard_optimizer: bool = False,
+    shard_latents: bool = False,
     cuda_graph: bool = False,
     resume: bool = True,
     estimate: bool = False,
@@ -69,6 +70,9 @@ def train(
             weights during the training.
         shard_optimizer: With several processes, divide the optimizer's state over them: a quarter to a half less memory
             per process and a shorter update. A killed process then costs the steps since the last checkpoint.
+        shard_latents: With several processes, divide the latents over them: weights, gradients and optimizer state per
+            process are divided by their number, and every process reads all rows of a batch from the others. For very
+            wide SAEs; the SAE is the same. Not together with shard_optimizer.
         cuda_graph: Record steps without dead latents in CUDA graphs, so that the CPU queues two launches per step. Not
             yet run on a GPU. Where it is not possible the reason is printed.
         resume: Continue from the newest checkpoint; false moves existing checkpoints away and starts again.
@@ -108,6 +112,10 @@ def train(
         config.metadata.token_roles = roles
         if not direct:
             config.metadata.activation_store = os.path.relpath(str(options.store), out)
+        if (
+            shard_latents and comm is not None
+        ):  # each rank takes its share to its device; rank 0 has the whole
+            config.device = "meta" if ranks.rank else "cpu"
         dictionary = MatryoshkaTrainingSAE(config)
         initial = None if init is None else initial_sae(init, config)
         settings = data | {"seed": options.seed, "init": init}
@@ -121,6 +129,7 @@ def train(
                 sole_writer=sole_writer and resolve_backend(backend, place) == "triton",
                 comm=comm,
                 shard_optimizer=shard_optimizer,
+                shard_latents=shard_latents,
                 cuda_graph=cuda_graph,
                 run_settings=settings,
             )

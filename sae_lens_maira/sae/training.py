@@ -71,10 +71,16 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
     @override
     def initialize_weights(self) -> None:
+        """Draw on the CPU, so that the weights of a seed are the same on every device."""
+        device = self.device
+        self.device = device if device.type == "meta" else torch.device("cpu")
         super().initialize_weights()
+        self.device = device
         if self.has_unit_decoder:
             self.W_dec.data = unit_rows(self.W_dec.data)
             self.W_enc.data = self.W_dec.data.T.clone().contiguous()
+        for name, parameter in list(self.named_parameters()):
+            setattr(self, name, torch.nn.Parameter(parameter.detach().to(device)))
 
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> "MatryoshkaTrainingSAE":

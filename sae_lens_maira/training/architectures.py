@@ -8,6 +8,7 @@ A `StepPlan` holds the numbers (`StepSpec`) and the three things a class does ar
 W_dec's gradient, and after. It mirrors each class's `training_forward_pass`.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -109,6 +110,41 @@ class StepPlan:
             sae.topk_threshold = (1 - rate) * threshold + rate * lowest
         else:
             sae.topk_threshold = torch.where(fired_at_all, (1 - rate) * threshold + rate * lowest, threshold)
+
+
+@torch.no_grad()
+def set_missing_threshold(
+    sae: TrainingSAE[Any], minima: list[float], scale: float | None, steps: int, warn: bool
+) -> None:
+    """Set a threshold that the run was too short to set, from its last batches.
+
+    Args:
+        sae: The SAE after its last step; changed if it is a `MatryoshkaTrainingSAE` without a threshold.
+        minima: Smallest kept activations of the last batches.
+        scale: Factor of the inputs of these batches; None means 1.
+        steps: Steps of the run.
+        warn: Whether to say so.
+    """
+    if not isinstance(sae, MatryoshkaTrainingSAE) or float(sae.topk_threshold) >= 0:
+        return
+    if not minima:
+        if warn:
+            warnings.warn(
+                f"The run ended after {steps} steps, and the threshold was never set: no smallest kept activation of "
+                "its last batches is known. Every positive activation passes. Train longer, or lower "
+                "threshold_start_step.",
+                stacklevel=3,
+            )
+        return
+    threshold = sum(minima) / len(minima) / (scale or 1.0)
+    sae.topk_threshold.fill_(threshold)
+    if warn:
+        warnings.warn(
+            f"The run ended after {steps} steps, before the threshold is first set (step "
+            f"{sae.cfg.threshold_start_step + 1}). It is set to {threshold:.4g}, the mean of the smallest kept "
+            f"activations of the last {len(minima)} batches. Train longer, or lower threshold_start_step.",
+            stacklevel=3,
+        )
 
 
 def check_architecture(sae: TrainingSAE[Any]) -> None:

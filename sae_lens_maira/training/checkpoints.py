@@ -27,7 +27,8 @@ from sae_lens_maira.checksums import damaged_files, write_sums
 from sae_lens_maira.errors import CheckpointError, MairaError
 from sae_lens_maira.io import atomic_folder
 from sae_lens_maira.kernels import LocalCommunicator, ProcessGroupCommunicator
-from sae_lens_maira.training.sharded_optimizer import ShardedAdam
+from sae_lens_maira.training.latent_shares import LatentShares
+from sae_lens_maira.training.sharded_optimizer import DividedAdam, ShardedAdam
 
 PROVIDER_FILENAME = "data_provider.json"
 RUN_FILENAME = "run.json"
@@ -56,10 +57,12 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     Attributes:
         comm: The other ranks.
         run_settings: Further settings that a continued run must share, such as the seed, as JSON values.
+        shares: The division of latents over ranks, if they are divided.
     """
 
     comm: ProcessGroupCommunicator | LocalCommunicator
     run_settings: dict[str, Any]
+    shares: LatentShares | None = None
     _place: Any = None
     """State of the data provider after the last complete step."""
 
@@ -76,9 +79,11 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Write SAELens' checkpoint atomically, on rank 0; every rank has to call this if the optimizer is divided."""
-        if isinstance(self.optimizer, ShardedAdam):
+        """Write SAELens' checkpoint atomically, on rank 0; every rank has to call this if state is divided."""
+        if isinstance(self.optimizer, DividedAdam):
             self.optimizer.collect()
+        if self.shares is not None:
+            self.shares.collect()
         if self.comm.rank > 0:
             return
         base = base_path if base_path is not None else self.cfg.checkpoint_path
@@ -104,10 +109,11 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Write an emergency checkpoint, on any rank that has the whole state."""
         if self.cfg.checkpoint_path is None:
             return
-        if self.sharded:
+        if isinstance(self.optimizer, DividedAdam):
+            what = "the optimizer's state is" if self.shares is None else "latents are"
             sys.stderr.write(
-                "No rescue checkpoint is written: the optimizer's state is divided over ranks, and this rank has its "
-                "share only. The run continues from its last checkpoint.\n"
+                f"No rescue checkpoint is written: {what} divided over ranks, and this rank has its share only. The "
+                "run continues from its last checkpoint.\n"
             )
             return
         name = f"rescue_{self.n_training_samples}"
@@ -129,7 +135,7 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Read a checkpoint of this trainer or of SAELens'."""
         fresh = self.lr_scheduler.state_dict() if self._is_longer(Path(checkpoint_path)) else None
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        super().load_trainer_state(checkpoint_path)
+        self._load_on_host(checkpoint_path)
         if fresh is not None:
             self._reschedule(fresh, rates)
         place = Path(checkpoint_path) / PROVIDER_FILENAME
@@ -139,6 +145,16 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._place = provider_state(self.data_provider)
         done = self.n_training_samples
         self.checkpoint_thresholds = [at for at in self.checkpoint_thresholds if at >= done]
+
+    def _load_on_host(self, checkpoint_path: Path | str) -> None:
+        """Read SAELens' state into memory of the host; the optimizer takes to the device what it keeps."""
+        device, self.cfg.device = self.cfg.device, "cpu"
+        try:
+            super().load_trainer_state(checkpoint_path)
+        finally:
+            self.cfg.device = device
+        self.act_freq_scores = self.act_freq_scores.to(device)
+        self.n_forward_passes_since_fired = self.n_forward_passes_since_fired.to(device)
 
     def _is_longer(self, checkpoint: Path) -> bool:
         saved = _saved_settings(checkpoint)

@@ -39,7 +39,7 @@ def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE
     """
     sae = trainer.sae
     given = initial_sae(source, sae.cfg)
-    weights = {name: value.detach().to(sae.W_dec) for name, value in given.state_dict().items()}
+    weights = {name: value.detach().to("cpu", sae.dtype) for name, value in given.state_dict().items()}
     norms = weights["W_dec"].norm(dim=1)
     # Decoder rows of norm 1 make activations comparable in both conventions.
     weights["W_enc"] = weights["W_enc"] * norms
@@ -48,6 +48,8 @@ def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE
     if given.cfg.apply_b_dec_to_input != sae.cfg.apply_b_dec_to_input:
         sign = 1 if sae.cfg.apply_b_dec_to_input else -1
         weights["b_enc"] = weights["b_enc"] + sign * weights["b_dec"] @ weights["W_enc"]
+    if trainer.shares is not None:
+        weights = {name: trainer.shares.own(name, value) for name, value in weights.items()}
     scale = _scale(trainer)
     for name in ("W_enc", "W_dec"):
         getattr(sae, name).copy_(weights[name])

@@ -69,17 +69,21 @@ class RowMajorAdam(torch.optim.Adam):
 
     def _norm(self, known: dict[torch.nn.Parameter, torch.Tensor]) -> torch.Tensor:
         """Norm of all gradients, 0-d."""
-        norms = []
+        return torch.linalg.vector_norm(torch.stack(list(self._norms(known).values())))
+
+    def _norms(self, known: dict[torch.nn.Parameter, torch.Tensor]) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Norm of each gradient, 0-d."""
+        norms = {}
         for p, gradient in self._gradients().items():
             if p in self.unit:
                 from sae_lens_maira.kernels.triton_adam import (
                     tangent_norm,
                 )  # triton is imported only when it runs
 
-                norms.append(tangent_norm(_in_memory_order(gradient), _in_memory_order(p.detach())))
+                norms[p] = tangent_norm(_in_memory_order(gradient), _in_memory_order(p.detach()))
             else:
-                norms.append(known[p] if p in known else norm_of(_in_memory_order(gradient)))
-        return torch.linalg.vector_norm(torch.stack(norms))
+                norms[p] = known[p] if p in known else norm_of(_in_memory_order(gradient))
+        return norms
 
     def _gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}

@@ -30,7 +30,6 @@ from typing_extensions import override
 
 from sae_lens_maira.errors import BackendError
 from sae_lens_maira.kernels import (
-    Gradients,
     LocalCommunicator,
     ProcessGroupCommunicator,
     StepResult,
@@ -40,17 +39,19 @@ from sae_lens_maira.kernels import (
 )
 from sae_lens_maira.kernels.dispatch import Backend, resolve_candidates, say_if_emulated
 from sae_lens_maira.kernels.problem import AskedCandidates, Candidates
-from sae_lens_maira.sae import MatryoshkaTrainingSAE
-from sae_lens_maira.training.architectures import StepPlan, check_architecture, reason_for_dense
+from sae_lens_maira.training.architectures import (
+    StepPlan,
+    check_architecture,
+    reason_for_dense,
+    set_missing_threshold,
+)
 from sae_lens_maira.training.captured import StepGraphs, reason_for_no_graphs
 from sae_lens_maira.training.checkpoints import SavingTrainer, contiguous_W_enc, provider_state
 from sae_lens_maira.training.inputs import agree_on_scaling, not_finite_error
 from sae_lens_maira.training.interruption import SafePoints
-from sae_lens_maira.training.optimizer import RowMajorAdam
-from sae_lens_maira.training.sharded_optimizer import ShardedAdam
+from sae_lens_maira.training.latent_shares import LatentShares, check_division
+from sae_lens_maira.training.update import apply_gradients, gradient_buffers, make_optimizer, rows_are_unit
 
-MAX_GRADIENT_NORM = 1.0
-"""SAELens' fixed clipping norm."""
 LAST_BATCHES = 32
 """Batches that give the threshold of a run that is too short to set it."""
 
@@ -60,10 +61,12 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     Over N processes (`comm`, a `ProcessGroupCommunicator`), `cfg.train_batch_size_samples` is the batch of all ranks
     together, every rank's data provider yields its share of the rows, and losses, selection and gradients are those of
-    one process with all rows. Rank 0 writes checkpoints and logs.
+    one process with all rows. Rank 0 writes checkpoints and logs. With `shard_latents` every rank has its share of the
+    latents and gathers all rows; `fit` then returns the whole SAE, in memory of the host, on rank 0 only.
 
     `TrainStepOutput` holds detached tensors; `feature_acts` is a coalesced sparse tensor, and `hidden_pre` is the same
-    tensor, since a kept pre-activation is positive and thus equals its activation.
+    tensor, since a kept pre-activation is positive and thus equals its activation. With `shard_latents` the rows are
+    those of all ranks, and `feature_acts` has the entries of this rank's latents.
 
     Attributes:
         backend: The backend that runs: "triton", "sparse" or "reference".
@@ -83,6 +86,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         sole_writer: bool = False,
         comm: ProcessGroupCommunicator | None = None,
         shard_optimizer: bool = False,
+        shard_latents: bool = False,
         cuda_graph: bool = False,
         run_settings: dict[str, Any] | None = None,
     ) -> None:
@@ -104,6 +108,9 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             comm: The other ranks.
             shard_optimizer: Divide the optimizer's moments over the ranks (`ShardedAdam`): less memory and a shorter
                 update. A rank that dies takes its moments along, so no rescue checkpoint is written then.
+            shard_latents: Divide the latents over the ranks (`LatentShares`): a rank has weights, gradients and moments
+                of its share. The SAE given on rank 0 may be in memory of the host; the others' are not read. No rescue
+                checkpoint is written, and there is no evaluation during the training.
             cuda_graph: Record steps without dead latents in CUDA graphs (see `captured`); needs triton and one process,
                 and `sole_writer` in the dictionary_learning convention. Tensors of a step's output are then overwritten
                 by the next step. Where it is not possible the reason is given once and steps run without.
@@ -111,8 +118,8 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 from them.
 
         Raises:
-            BackendError: the backend cannot run on the SAE's device.
-            SAEError: the SAE's normalisation works with no trainer.
+            BackendError: The backend cannot run on the SAE's device, or latents cannot be divided.
+            SAEError: The SAE's normalisation works with no trainer.
         """
         check_architecture(sae)
         self.comm = LocalCommunicator() if comm is None else comm
@@ -121,8 +128,12 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             cfg = replace(cfg, logger=replace(cfg.logger, log_to_wandb=False))
         if cfg.lr_end is None:  # as SAELens' runner configurations do; its trainer asserts that somebody has
             cfg = replace(cfg, lr_end=cfg.lr / 10)
-        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         self.backend: Backend = resolve_backend(backend, cfg.device)
+        group = self.comm if isinstance(self.comm, ProcessGroupCommunicator) else None
+        if shard_latents and group is not None:
+            check_division(sae, group, self.backend, shard_optimizer, evaluator)
+            self.shares = LatentShares(sae, group, cfg.device)
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         if sole_writer and self.backend != "triton":
             raise BackendError(
                 f"sole_writer was set, but the backend is {self.backend}. Only triton's Adam makes norms and copies "
@@ -136,15 +147,15 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._reasons_said: set[str] = set()
         self._safe_points = SafePoints()
         self._tokens = 0
+        self._fired = torch.empty(0)
         self._minima: deque[torch.Tensor] = deque(maxlen=LAST_BATCHES)
         self._scale: float | None = None
         self._workspace = Workspace()
         assert cfg.lr_end is not None
-        betas = (cfg.adam_beta1, cfg.adam_beta2)
-        if shard_optimizer and isinstance(self.comm, ProcessGroupCommunicator):
-            self.optimizer = ShardedAdam(sae, cfg.lr, betas, self.comm)
-        else:
-            self.optimizer = RowMajorAdam(sae.parameters(), cfg.lr, betas)
+        divided = self.shares is not None
+        self.optimizer = make_optimizer(
+            sae, cfg, self.comm, self.backend, sole_writer, shard_optimizer, divided
+        )
         self.lr_scheduler = get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,
@@ -156,11 +167,6 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             num_cycles=cfg.n_restart_cycles,
         )
         self._sole_writer = sole_writer
-        self.optimizer.use_triton = self.backend == "triton"
-        self.optimizer.keep_bf16 = cfg.autocast and sole_writer and not self.sharded
-        holds_unit_rows = isinstance(sae, MatryoshkaTrainingSAE) and sae.has_unit_decoder
-        if holds_unit_rows and self.optimizer.use_triton and not self.sharded and sae.dtype == torch.float32:
-            self.optimizer.unit.add(sae.W_dec)
         self._n_dead = 0
         self._graphs: StepGraphs | None = None
         if cuda_graph:
@@ -169,9 +175,9 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
             self._graphs = StepGraphs(self, self._change, reason)
         sae.register_state_dict_post_hook(contiguous_W_enc)
-        if isinstance(self.comm, ProcessGroupCommunicator):
+        if group is not None and not divided:
             for tensor in (*sae.parameters(), *sae.buffers()):
-                self.comm.broadcast_(tensor.data)
+                group.broadcast_(tensor.data)
 
     @override
     def fit(self) -> T_TRAINING_SAE:
@@ -186,7 +192,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 # Also in a single process: its scale is then that of any number of ranks to the last bits.
                 if group is not None or self.sae.cfg.normalize_activations == "expected_average_only_in":
                     agree_on_scaling(self, self.comm)
-                return self._plain(super().fit())
+                return self._finished(super().fit())
             except (KeyboardInterrupt, InterruptedException):
                 if group is None and self.cfg.checkpoint_path is not None:
                     self.save_checkpoint(str(self.n_training_samples))
@@ -203,27 +209,8 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def set_final_sae_metadata(self) -> None:
         """Also set a threshold that the run was too short to set, from its last batches."""
         super().set_final_sae_metadata()
-        known = [value for value in map(float, self._minima) if isfinite(value)]
-        if not isinstance(self.sae, MatryoshkaTrainingSAE) or float(self.sae.topk_threshold) >= 0:
-            return
-        if not known:
-            if self.comm.rank == 0:
-                warnings.warn(
-                    f"The run ended after {self.n_training_steps} steps, and the threshold was never set: no smallest "
-                    "kept activation of its last batches is known. Every positive activation passes. Train longer, or "
-                    "lower threshold_start_step.",
-                    stacklevel=2,
-                )
-            return
-        threshold = sum(known) / len(known) / (self._scale or 1.0)
-        self.sae.topk_threshold.fill_(threshold)
-        if self.comm.rank == 0:
-            warnings.warn(
-                f"The run ended after {self.n_training_steps} steps, before the threshold is first set (step "
-                f"{self.sae.cfg.threshold_start_step + 1}). It is set to {threshold:.4g}, the mean of the smallest "
-                f"kept activations of the last {len(known)} batches. Train longer, or lower threshold_start_step.",
-                stacklevel=2,
-            )
+        minima = [value for value in map(float, self._minima) if isfinite(value)]
+        set_missing_threshold(self.sae, minima, self._scale, self.n_training_steps, warn=self.comm.rank == 0)
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
@@ -240,6 +227,14 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return output
 
     @override
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+        """SAELens' numbers; over several ranks L0 is that of all rows and latents."""
+        logged = super().build_train_step_log_dict(output, n_training_samples)
+        if self.comm.size > 1:
+            logged["metrics/l0"] = float(self._fired.sum()) / self._tokens
+        return logged
+
+    @override
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: torch.Tensor) -> TrainStepOutput:
         reason = self.dense_reason = reason_for_dense(sae, sae_in)
         if reason is not None:
@@ -253,20 +248,24 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         sae.train()
         self._lay_out_W_enc(sae)
         x = sae_in.detach().to(sae.dtype)
+        if self.shares is not None:
+            sae_in = x = self.comm.gather_rows(x)
         plan = StepPlan(sae, self.cfg.autocast, self.candidates)
         with self._safe_points.safe():
-            self._tokens = sum(self.comm.counts(len(x)))
+            self._tokens = len(x) if self.shares is not None else sum(self.comm.counts(len(x)))
             self._prepare(plan, x)
             # Sizes of the auxiliary loss differ from step to step, so steps with dead latents run without graphs.
             graphs = None if self._n_dead else self._graphs
-            captured = graphs and graphs.losses(plan, x, self._workspace, self._gradient_buffers(sae))
+            captured = graphs and graphs.losses(
+                plan, x, self._workspace, gradient_buffers(sae, self._workspace)
+            )
             result = captured.result if captured is not None else self._losses(plan, x)
         # Nothing that can fail is left, on any rank: from here on state changes.
         if captured is not None:
             captured.update()
         else:
             self._change(plan, result)
-        self._n_dead = result.n_dead
+        self._n_dead, self._fired = result.n_dead, result.fired
         if plan.unit_decoder and self.n_training_steps <= plan.sae.cfg.threshold_start_step:
             self._minima.append(result.min_positive.clone())
             self._scale = self.activation_scaler.scaling_factor
@@ -295,8 +294,9 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             backend=self.backend,
             workspace=self._workspace,
             comm=self.comm,
-            out=self._gradient_buffers(plan.sae),
+            out=gradient_buffers(plan.sae, self._workspace),
             own_rows=self.sharded,
+            own_latents=self.shares is not None,
         )
         if not isfinite(float(result.loss)):
             raise not_finite_error(plan.sae, x, self.n_training_steps)
@@ -307,16 +307,16 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Everything on the device that a step changes."""
         plan.after(result, self.n_training_steps)
         self._record_firing(result)
-        self._update(plan.sae, plan, result)
+        apply_gradients(self.optimizer, plan, result, self._workspace if self._sole_writer else None)
 
     def _prepare(self, plan: StepPlan, x: torch.Tensor) -> None:
         first = self.n_training_steps == 0
-        if self._rows_are_unit(plan) and not first:
+        if rows_are_unit(self.optimizer, plan.sae, self._workspace) and not first:
             return
         if plan.unit_decoder and first and not bool(torch.isfinite(x).all()):
             raise not_finite_error(plan.sae, x, self.n_training_steps)
         rows = x
-        if plan.unit_decoder and first and isinstance(self.comm, ProcessGroupCommunicator):
+        if plan.unit_decoder and first and self.shares is None:
             rows = self.comm.gather_rows(x)
         step_input = TrainStepInput(
             sae_in=rows,
@@ -340,48 +340,16 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.n_forward_passes_since_fired[result.fired > 0] = 0
             self.act_freq_scores += result.fired
 
-    def _rows_are_unit(self, plan: StepPlan) -> bool:
-        """Whether the optimizer has just divided decoder rows by their norms, and they have not changed since."""
-        known = self._workspace.refreshed.get("W_dec")
-        return bool(self.optimizer.unit) and known is not None and known.is_of(plan.sae.W_dec)
-
-    @torch.no_grad()
-    def _update(self, sae: TrainingSAE[Any], plan: StepPlan, result: StepResult) -> None:
-        gradients = result.gradients
-        if sae.W_dec not in self.optimizer.unit:
-            rows = self.optimizer.rows if isinstance(self.optimizer, ShardedAdam) else slice(None)
-            plan.adjust_(gradients.W_dec, rows)
-        for parameter, gradient in (
-            (sae.W_enc, gradients.W_enc_t.T if sae.W_enc.requires_grad else None),
-            (sae.b_enc, gradients.b_enc),
-            (sae.W_dec, gradients.W_dec),
-            (sae.b_dec, gradients.b_dec),
-        ):
-            parameter.grad = gradient if parameter.requires_grad else None  # pyright: ignore[reportArgumentType]
-        roots = () if result.squares is None else result.squares.sqrt().unbind()
-        known = dict(zip((sae.W_dec, sae.W_enc), roots, strict=False))
-        if plan.unit_decoder:  # the squares are those of the gradient before `adjust_`
-            known.pop(sae.W_dec, None)
-        self.optimizer.clip_(MAX_GRADIENT_NORM, known)
-        self.optimizer.step()
-        for name in ("W_enc", "W_dec") if self._sole_writer else ():
-            if (refreshed := self.optimizer.refreshed.get(getattr(sae, name))) is not None:
-                self._workspace.refreshed[name] = refreshed
-        self.optimizer.zero_grad()
-        plan.constrain_()
-
-    def _gradient_buffers(self, sae: Any) -> Gradients:
-        shape, like = tuple(sae.W_dec.shape), sae.W_dec.detach()
-        W_enc_t, W_dec = (self._workspace.buffer(f"gradient of {n}", shape, like) for n in ("W_enc", "W_dec"))
-        return Gradients(W_enc_t, sae.b_enc.detach(), W_dec, sae.b_dec.detach())
-
     @torch.no_grad()
     def _lay_out_W_enc(self, sae: TrainingSAE[Any]) -> None:
         if not sae.W_enc.T.is_contiguous():
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
 
     @torch.no_grad()
-    def _plain(self, sae: T_TRAINING_SAE) -> T_TRAINING_SAE:
+    def _finished(self, sae: T_TRAINING_SAE) -> T_TRAINING_SAE:
+        """The SAE in SAELens' memory order; whole on rank 0."""
+        if self.shares is not None:
+            self.shares.restore()
         sae.W_enc.data = sae.W_enc.data.contiguous()
         return sae
 

@@ -13,7 +13,10 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAEConfig,
 )
 from sae_lens.saes.sae import TrainingSAE
+from torch._C._distributed_c10d import HashStore
 
+from sae_lens_maira.distributed import Ranks
+from sae_lens_maira.kernels import ProcessGroupCommunicator
 from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 
 
@@ -87,3 +90,11 @@ def make_config() -> Callable[..., SAETrainerConfig]:
 def planted_data() -> type[PlantedData]:
     """The class of data providers."""
     return PlantedData
+
+
+@pytest.fixture
+def one_rank() -> Iterator[ProcessGroupCommunicator]:
+    """A process group of this process alone."""
+    ranks = Ranks(0, 1, HashStore)
+    yield ProcessGroupCommunicator(ranks)
+    ranks.close()

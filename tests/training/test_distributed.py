@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,28 +52,33 @@ def worker():
     return module
 
 
-KINDS = ("saelens", "dictionary_learning", "whitened", "saelens-sharded", "dictionary_learning-sharded")
-CONTINUED = "saelens-sharded-continued"
+PLAIN = ("saelens", "dictionary_learning", "whitened")
+ALONE = (*PLAIN, "saelens-init")
+DIVIDED = ("saelens-sharded", "dictionary_learning-sharded", *(f"{kind}-latents" for kind in ALONE))
+CONTINUED = ("saelens-sharded-continued", "dictionary_learning-latents-continued")
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory, worker) -> tuple[Path, dict[str, list[float]]]:
     """Folder of one process's runs, and their losses."""
     out = tmp_path_factory.mktemp("one")
-    return out, {
-        k: worker.train(k, out / k, None, None) for k in ("saelens", "dictionary_learning", "whitened")
-    }
+    return out, {kind: worker.train(kind, out / kind, None, None) for kind in ALONE}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, one_rank) -> Path:
-    """Folder of undisturbed runs of two ranks; the last kind continues from a checkpoint of one process."""
+    """Folder of undisturbed runs of two ranks; those of CONTINUED start from a checkpoint of one process."""
     out = tmp_path_factory.mktemp("two")
-    shutil.copytree(
-        checkpoint_of(one_rank[0] / "saelens"), out / CONTINUED / checkpoint_of(one_rank[0] / "saelens").name
-    )
-    torchrun(str(out), "--kind", *KINDS, CONTINUED)
+    for kind in CONTINUED:
+        checkpoint = checkpoint_of(one_rank[0] / undivided(kind))
+        shutil.copytree(checkpoint, out / kind / checkpoint.name)
+    torchrun(str(out), "--kind", *PLAIN, *DIVIDED, *CONTINUED)
     return out
+
+
+def undivided(kind: str) -> str:
+    """The kind of one process that a kind of several ranks has to equal."""
+    return re.sub("-(sharded|latents|continued)", "", kind)
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -84,33 +90,40 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "done" / "sae_weights.safetensors")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN + DIVIDED)
 def test_two_ranks_are_one(kind, two_ranks, one_rank):
     """Shares of 32 + 32, 31 + 32 and 0 + 1 rows, with dead latents and the auxiliary loss; one whitening of all."""
-    losses = one_rank[1][kind.split("-")[0]]
+    losses = one_rank[1][undivided(kind)]
     both = [json.loads((two_ranks / kind / f"losses_{rank}.json").read_text()) for rank in (0, 1)]
     assert both[0] == both[1]
-    if kind != "whitened":  # there no latent dies in so few steps
+    if not kind.startswith("whitened"):  # there no latent dies in so few steps
         assert max(losses[1::2]) > 0  # the auxiliary loss was on
     assert both[0] == pytest.approx(losses, rel=1e-5)
-    alone, together = weights(one_rank[0] / kind.split("-")[0]), weights(two_ranks / kind)
+    alone, together = weights(one_rank[0] / undivided(kind)), weights(two_ranks / kind)
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-def test_a_divided_optimizer_changes_nothing_but_where_moments_are(two_ranks, one_rank, worker, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "continued"), [("saelens-sharded", CONTINUED[0]), ("dictionary_learning-latents", CONTINUED[1])]
+)
+def test_what_is_divided_is_saved_whole(kind, continued, two_ranks, one_rank, worker, tmp_path):
     """Checkpoints of one and of two ranks continue on the other number, at the exact row."""
-    divided, plain = (checkpoint_of(two_ranks / kind) for kind in ("saelens-sharded", "saelens"))
-    states = [torch.load(p / "trainer_state.pt")["optimizer"]["state"] for p in (divided, plain)]
-    assert states[0].keys() == states[1].keys()
-    for number, moments in states[1].items():
-        for name, tensor in moments.items():
-            torch.testing.assert_close(states[0][number][name], tensor, rtol=1e-5, atol=1e-8, msg=name)
-    out = tmp_path / "saelens"
+    convention = undivided(kind)
+    divided, plain = checkpoint_of(two_ranks / kind), checkpoint_of(one_rank[0] / convention)
+    states = [torch.load(p / "trainer_state.pt") for p in (divided, plain)]
+    moments = [state["optimizer"]["state"] for state in states]
+    assert moments[0].keys() == moments[1].keys()
+    for number, expected in moments[1].items():
+        for name, tensor in expected.items():
+            torch.testing.assert_close(moments[0][number][name], tensor, rtol=1e-4, atol=1e-8, msg=name)
+    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+        assert torch.equal(states[0][name], states[1][name]), name
+    out = tmp_path / convention
     shutil.copytree(divided, out / divided.name)
-    worker.train("saelens", out, None, None)
-    for folder in (out, two_ranks / CONTINUED):
-        for name, tensor in weights(one_rank[0] / "saelens").items():
+    worker.train(convention, out, None, None)
+    for folder in (out, two_ranks / continued):
+        for name, tensor in weights(one_rank[0] / convention).items():
             torch.testing.assert_close(weights(folder)[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 

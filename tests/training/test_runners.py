@@ -15,13 +15,10 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.training import multi_sae_trainer, sae_trainer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.prefetch import PrefetchingIterator
-from torch._C._distributed_c10d import HashStore
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_lens_maira.checksums import SUMS
-from sae_lens_maira.distributed import Ranks
 from sae_lens_maira.errors import BackendError
-from sae_lens_maira.kernels import ProcessGroupCommunicator
 from sae_lens_maira.training import (
     FusedLanguageModelSAETrainingRunner,
     FusedSAETrainer,
@@ -123,14 +120,6 @@ def test_a_sae_lens_without_the_name_is_noticed(monkeypatch):
     monkeypatch.delattr(multi_sae_trainer, "SAETrainer")
     with pytest.raises(BackendError, match="multi_sae_trainer no longer names SAETrainer"), fused_training():
         pass
-
-
-@pytest.fixture
-def one_rank():
-    """A process group of this process alone."""
-    ranks = Ranks(0, 1, HashStore)
-    yield ProcessGroupCommunicator(ranks)
-    ranks.close()
 
 
 def test_a_runner_over_ranks_trains_on_shares(one_rank, model, tmp_path):

@@ -5,6 +5,7 @@ rank 0 of two with nothing. `--kill-step` makes the named ranks kill themselves 
 """
 
 import argparse
+import copy
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from sae_lens.config import SAETrainerConfig
 
 from sae_lens_maira.distributed import distributed
-from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_maira.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, load_matryoshka
 from sae_lens_maira.sae.config import LossConvention
 from sae_lens_maira.training import (
     FusedSAETrainer,
@@ -25,10 +26,11 @@ from sae_lens_maira.training import (
     latest_checkpoint,
     resume,
 )
+from sae_lens_maira.training.initial import start_from
 
 ROWS = (64, 63, 1, 64)
 STEPS = 14
-D_IN, D_SAE = 24, 64
+D_IN, D_SAE = 24, 65
 
 
 def whole_batches(start: int) -> Iterator[torch.Tensor]:
@@ -50,9 +52,9 @@ def train(kind: str, out: Path, comm: ProcessGroupCommunicator | None, kill_step
     """One run to the end, or to the kill; the loss and auxiliary loss of every step done here.
 
     `kind` is a loss convention, or "whitened": that of SAELens on whitened rows; "-sharded" divides the optimizer's
-    state over the ranks.
+    state over the ranks, "-latents" the latents; "-init" starts from another SAE.
     """
-    kind, sharded = kind.split("-")[0], "-sharded" in kind
+    kind, *options = kind.split("-")
     convention = cast(LossConvention, "saelens" if kind == "whitened" else kind)
     torch.manual_seed(0 if comm is None else comm.rank)  # ranks start apart: rank 0's weights must win
     cfg = MatryoshkaTrainingSAEConfig(
@@ -77,8 +79,18 @@ def train(kind: str, out: Path, comm: ProcessGroupCommunicator | None, kill_step
         checkpoint_path=str(out),
     )
     trainer = FusedSAETrainer(
-        trainer_cfg, MatryoshkaTrainingSAE(cfg), iter(()), comm=comm, shard_optimizer=sharded
+        trainer_cfg,
+        MatryoshkaTrainingSAE(cfg),
+        iter(()),
+        comm=comm,
+        shard_optimizer="sharded" in options,
+        shard_latents="latents" in options,
     )
+    if "init" in options:
+        torch.manual_seed(7)
+        other = MatryoshkaTrainingSAE(copy.deepcopy(cfg))
+        other.b_enc.data.normal_()
+        start_from(trainer, load_matryoshka(other))
     found = latest_checkpoint(out) if out.exists() else None
     if found is not None:
         resume(trainer, found)
