@@ -42,17 +42,27 @@ def words(store: Path, out: Path, sae: str, trainer: str = TRAINER) -> list[str]
     return [*shared, "--sae", sae, "--trainer", trainer, "--provider", "{buffer_rows: 8192}"]
 
 
-@pytest.mark.parametrize("convention", list(CONVENTIONS))
-def test_torchrun_trains_the_sae_of_one_process(convention, store, tmp_path):
-    """`torchrun --nproc-per-node 2 -m sae_lens_maira train` is one training over shares of the store.
+@pytest.fixture(scope="module")
+def one_process(store, tmp_path_factory) -> dict[str, Path]:
+    """SAEs of one process, by convention."""
+    folder = tmp_path_factory.mktemp("one")
+    for convention, sae in CONVENTIONS.items():
+        assert main(words(store, folder / convention, sae)) == 0
+    return {convention: folder / convention for convention in CONVENTIONS}
 
-    In one of the conventions the optimizer's state is divided as well.
-    """
-    sae = CONVENTIONS[convention]
-    assert main(words(store, tmp_path / "one", sae)) == 0
+
+@pytest.mark.parametrize(
+    ("convention", "options"),
+    [
+        ("saelens", []),
+        ("dictionary_learning", ["--shard-optimizer", "true"]),
+        ("saelens", ["--shard-latents", "true"]),
+    ],
+)
+def test_torchrun_trains_the_sae_of_one_process(convention, options, store, one_process, tmp_path):
+    """`torchrun --nproc-per-node 2 -m sae_lens_maira train` is one training over shares of the store."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    divided = str(convention == "dictionary_learning").lower()
-    command += ["-m", "sae_lens_maira", *words(store, tmp_path / "two", sae), "--shard-optimizer", divided]
+    command += ["-m", "sae_lens_maira", *words(store, tmp_path, CONVENTIONS[convention]), *options]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -64,7 +74,9 @@ def test_torchrun_trains_the_sae_of_one_process(convention, store, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Rank 0 of 2, from torchrun" in done.stderr
     assert done.stdout.count("trained at") == 1  # rank 0 alone reports
-    one, two = (load_file(tmp_path / name / "sae_weights.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(folder / "sae_weights.safetensors") for folder in (one_process[convention], tmp_path)
+    )
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(
