@@ -138,7 +138,7 @@ def _attempts(
     W_dec, operand = (workspace.bf16("W_dec", weights.W_dec), xc.bfloat16()) if halve else (weights.W_dec, xc)
     found = stages.encode(weights, xc, operand, norms, spec, workspace)
     out = None if gradients is None else (gradients.W_dec, gradients.W_enc_t)
-    # The selection sees rows of a share of the latents as further rows.
+    # To the selection, the same rows of another share of the latents are more rows.
     scored, widths = tokens * latents.size, own_spec(spec, latents).widths
     for kept in stages.select(found, n, scored, division.ranks, workspace, widths):
         layout = kept.layout

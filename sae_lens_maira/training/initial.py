@@ -41,15 +41,16 @@ def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE
     given = initial_sae(source, sae.cfg)
     weights = {name: value.detach().to("cpu", sae.dtype) for name, value in given.state_dict().items()}
     norms = weights["W_dec"].norm(dim=1)
+    threshold = weights["threshold"] * norms
+    if trainer.shares is not None:
+        weights = {name: trainer.shares.own(name, value) for name, value in weights.items()}
+        norms = trainer.shares.own("b_enc", norms)
     # Decoder rows of norm 1 make activations comparable in both conventions.
-    weights["W_enc"] = weights["W_enc"] * norms
-    weights["b_enc"], threshold = weights["b_enc"] * norms, weights["threshold"] * norms
+    weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
     weights["W_dec"] = weights["W_dec"] / norms[:, None]
     if given.cfg.apply_b_dec_to_input != sae.cfg.apply_b_dec_to_input:
         sign = 1 if sae.cfg.apply_b_dec_to_input else -1
         weights["b_enc"] = weights["b_enc"] + sign * weights["b_dec"] @ weights["W_enc"]
-    if trainer.shares is not None:
-        weights = {name: trainer.shares.own(name, value) for name, value in weights.items()}
     scale = _scale(trainer)
     for name in ("W_enc", "W_dec"):
         getattr(sae, name).copy_(weights[name])

@@ -248,10 +248,10 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         sae.train()
         self._lay_out_W_enc(sae)
         x = sae_in.detach().to(sae.dtype)
-        if self.shares is not None:
-            sae_in = x = self.comm.gather_rows(x)
         plan = StepPlan(sae, self.cfg.autocast, self.candidates)
         with self._safe_points.safe():
+            if self.shares is not None:
+                sae_in = x = self.comm.gather_rows(x)
             self._tokens = len(x) if self.shares is not None else sum(self.comm.counts(len(x)))
             self._prepare(plan, x)
             # Sizes of the auxiliary loss differ from step to step, so steps with dead latents run without graphs.

@@ -35,6 +35,15 @@ def test_ranks_give_the_step_of_one_process(
     assert_equal_steps(ours, expected, 1e-13)
 
 
+def test_low_precision_candidates_of_a_share_are_exact(make_weights, divided_step, assert_equal_steps):
+    weights = make_weights(37, 101, torch.float32)
+    x = torch.randn(23, 37)
+    options = {"k": 5.3, "widths": (10, 101), "aux": AuxSpec(kind="topk")}
+    dead = torch.rand(101) < 0.5
+    ours = divided_step(2, SPARSE, weights, x, StepSpec(**options, candidates="bf16"), dead)
+    assert_equal_steps(ours, fused_step(weights, x, StepSpec(**options), dead, backend="reference"), 1e-6)
+
+
 def test_more_entries_than_a_rank_has(make_weights, divided_step, assert_equal_steps):
     """k is larger than a rank's share, and one rank has no dead latent."""
     weights = make_weights(16, 40)

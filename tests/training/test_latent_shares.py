@@ -25,6 +25,18 @@ def test_one_rank_has_the_whole(kind, one_rank, make_sae, make_config, planted_d
         torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
 
 
+def test_logged_l0_is_that_of_all_ranks(make_sae, make_config, planted_data):
+    trainer = FusedSAETrainer(make_config(2), make_sae("ours"), planted_data(24, 64))
+    output = trainer.step(next(trainer.data_provider))
+    alone = trainer.build_train_step_log_dict(output, 64)["metrics/l0"]
+    trainer.comm.size = 2
+    trainer._tokens, trainer._fired = (
+        128,
+        3 * trainer._fired,
+    )  # the other rank: as many rows, twice the activations
+    assert trainer.build_train_step_log_dict(output, 64)["metrics/l0"] == pytest.approx(1.5 * alone)
+
+
 def test_a_softly_frozen_decoder_is_divided_with_its_first_directions(
     one_rank, make_sae, make_config, planted_data
 ):
