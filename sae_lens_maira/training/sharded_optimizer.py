@@ -114,7 +114,8 @@ class LatentAdam(DividedAdam):
         self, sae: TrainingSAE[Any], lr: float, betas: tuple[float, float], comm: ProcessGroupCommunicator
     ) -> None:
         own = [latents_of(rank, comm.size) for rank in range(comm.size)]
-        super().__init__(sae, lr, betas, comm, own, [sae.W_enc, sae.b_enc, sae.W_dec])
+        b_enc: Any = sae.b_enc  # declared by each class of SAE
+        super().__init__(sae, lr, betas, comm, own, [sae.W_enc, b_enc, sae.W_dec])
 
     @override
     def _as_stored(self, p: torch.nn.Parameter, rows: torch.Tensor) -> torch.Tensor:

@@ -103,8 +103,8 @@ def apply_gradients(
         known.pop(sae.W_dec, None)
     optimizer.clip_(MAX_GRADIENT_NORM, known)
     optimizer.step()
-    for name in ("W_enc", "W_dec") if workspace is not None else ():
-        if (refreshed := optimizer.refreshed.get(getattr(sae, name))) is not None:
-            workspace.refreshed[name] = refreshed
+    if workspace is not None:
+        left = {name: optimizer.refreshed.get(getattr(sae, name)) for name in ("W_enc", "W_dec")}
+        workspace.refreshed |= {name: value for name, value in left.items() if value is not None}
     optimizer.zero_grad()
     plan.constrain_()

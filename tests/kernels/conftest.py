@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sae_lens_maira.kernels import Gradients, SparseActs, StepResult, Weights, Workspace
+from sae_lens_maira.kernels import Gradients, SparseActs, StepResult, StepSpec, Weights, Workspace
 from sae_lens_maira.kernels.comm import LocalCommunicator
+from sae_lens_maira.kernels.problem import DeadMask
 from sae_lens_maira.kernels.step import Stages, run_stages
 
 
@@ -80,12 +81,14 @@ def in_threads(size: int, body: Callable[[ThreadCommunicator], Any]) -> list[Any
 def divided_step() -> Callable[..., StepResult]:
     """One step whose latents are divided over ranks, put together; ranks agree on what they all have."""
 
-    def step(size: int, stages: Stages, weights: Weights, x: torch.Tensor, *rest: Any) -> StepResult:
+    def step(
+        size: int, stages: Stages, weights: Weights, x: torch.Tensor, spec: StepSpec, dead: DeadMask
+    ) -> StepResult:
         def of_rank(comm: ThreadCommunicator) -> StepResult:
             own = slice(comm.rank, None, size)
             W_enc, b_enc, W_dec, b_dec = weights
             share = Weights(W_enc[:, own], b_enc[own].contiguous(), W_dec[own].contiguous(), b_dec)
-            return run_stages(stages, share, x, *rest, Workspace(), comm, own_latents=True)
+            return run_stages(stages, share, x, spec, dead, Workspace(), comm, own_latents=True)
 
         results = in_threads(size, of_rank)
         first, gradients = results[0], results[0].gradients
