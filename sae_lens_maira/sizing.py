@@ -292,6 +292,8 @@ def train_cost(
     row_bytes: int = 2,
     ranks: int = 1,
     shard_optimizer: bool = False,
+    shard_latents: bool = False,
+    levels: int = 1,
 ) -> Cost:
     """Cost of `train`, per process.
 
@@ -308,17 +310,20 @@ def train_cost(
         row_bytes: Bytes of a stored number.
         ranks: Number of processes.
         shard_optimizer: Whether the moments are divided over them.
+        shard_latents: Whether the latents are; each process then has all rows, and errors of all levels.
+        levels: Number of levels.
     """
     weights = 2 * d_in * d_sae * 4
-    owners = ranks if shard_optimizer else 1
-    moments = 2 * weights / owners
-    device = 3 * weights + moments + batch / ranks * (4 * d_sae + 12 * d_in)
+    owners = ranks if shard_optimizer or shard_latents else 1
+    moments, own = 2 * weights / owners, weights / ranks if shard_latents else weights
+    of_rows = batch * (12 + 8 * levels) * d_in if shard_latents else batch / ranks * 12 * d_in
+    device = 3 * own + moments + batch / ranks * 4 * d_sae + of_rows
     buffers = 2 * buffer_rows * d_in * row_bytes / ranks
     read = samples * d_in * row_bytes
     divided = [f"{_gb(2 * weights / n)} over {n}" for n in (2, 4, 8) if ranks == 1]
     shares = f"divided over {ranks} processes" if owners > 1 else "not divided"
     notes = (
-        f"weights and gradients {_gb(2 * weights)}, the optimizer's moments {_gb(moments)} ({shares})",
+        f"weights and gradients {_gb(2 * own)}, the optimizer's moments {_gb(moments)} ({shares})",
         *(
             [f"with --shard-optimizer true the moments of a process take {', '.join(divided)}"]
             if divided

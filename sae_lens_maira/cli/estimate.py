@@ -65,6 +65,7 @@ def of_train(
     trainer: dict[str, Any],
     provider: dict[str, Any] | None = None,
     shard_optimizer: bool = False,
+    shard_latents: bool = False,
 ) -> Cost:
     """Cost of `train` per process, the harvest not included; as many processes as torchrun, SLURM or --world say.
 
@@ -74,6 +75,7 @@ def of_train(
         trainer: Fields of SAELens' trainer configuration; the batch and the number of samples are read.
         provider: Settings of the provider; buffer_rows is read.
         shard_optimizer: Whether the optimizer's state is divided over the processes.
+        shard_latents: Whether the latents are.
     """
     size, studies = _sizes(options, options.studies)
     sources = studies.sources(options.reports, options.max_new_tokens)
@@ -92,6 +94,8 @@ def of_train(
         row_bytes=row_bytes,
         ranks=rank_info(rank=options.rank, world=options.world).size,
         shard_optimizer=shard_optimizer,
+        shard_latents=shard_latents,
+        levels=len(sae.get("matryoshka_widths") or sae.get("group_fractions") or [1]),
     )
 
 

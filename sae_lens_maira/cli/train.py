@@ -82,7 +82,8 @@ def train(
     if estimate:
         from sae_lens_maira.cli.estimate import of_train, write_estimate
 
-        return write_estimate(of_train(options, sae, trainer, provider, shard_optimizer), as_json)
+        cost = of_train(options, sae, trainer, provider, shard_optimizer, shard_latents)
+        return write_estimate(cost, as_json)
     import torch
 
     from sae_lens_maira.interface import device_of, label

@@ -92,16 +92,18 @@ def test_processes_divide_batch_buffer_and_with_an_option_the_moments(capsys):
         [],
         ["--rank", "0", "--world", "8"],
         ["--rank", "0", "--world", "8", "--shard-optimizer", "true"],
+        ["--rank", "0", "--world", "8", "--shard-latents", "true"],
     ):
         assert main([*words, *more]) == 0
         found.append(json.loads(capsys.readouterr().out))
-    alone, plain, divided = found
+    alone, plain, divided, shares = found
     weights = alone["disk_bytes"]
     assert plain["device_bytes"] - divided["device_bytes"] == 2 * weights * 7 // 8
     assert alone["device_bytes"] > plain["device_bytes"]
     assert plain["host_bytes"] == alone["host_bytes"] // 8
     assert "over 8" in alone["notes"][1]
     assert "divided over 8 processes" in divided["notes"][0]
+    assert 5 * weights // 8 < shares["device_bytes"] < divided["device_bytes"]
 
 
 def test_bytes_of_a_forward_and_of_a_gradient_are_those_of_the_published_decoder(monkeypatch, rehearsal):
