@@ -1,15 +1,15 @@
-"""The command line: `sae-lens-maira COMMAND --help` describes each command.
+"""Command line; `sae-lens-maira COMMAND --help` describes each command.
 
-A command is one function of a module of this package; `_TABLE` lists them all and `parser.py` makes options and help
-from the function's arguments and docstring. Heavy modules are imported when their command runs.
+A command is a function in a module of this package. `_TABLE` lists all commands, and `parser.py` makes options and help
+from the arguments and the docstring of the function. Heavy modules are imported when their command runs.
 
     stdout   the result, with --json one JSON value     exit 0     done
-    stderr   progress and errors                        exit 2     one paragraph: an error that the user can fix
+    stderr   progress and errors                        exit 2     one message: an error that the user can fix
                                                         exit 1     a traceback: a bug in this package
-                                                        exit 130   interrupted; 141: the reader of stdout is gone
+                                                        exit 130   interrupted; 141: the reader of stdout has ended
 
-stdout and stderr print control characters as escapes: a study id or a report may hold terminal sequences that move the
-cursor, rename the window or hide what a message says.
+stdout and stderr print control characters as escapes, since a study id or a report may contain terminal sequences that
+move the cursor, rename the window or hide text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sae_lens_maira.cli.parser import HELP_WIDTH, command_parser, run_command
 from sae_lens_maira.ranks import check_single_process
 
 PROGRAM = "sae-lens-maira"
-# Every command, in the order of the work: its words -> the module and function that run it.
+# Every command, in the order of use: its words -> the module and function that run it.
 _TABLE: dict[str, str] = {
     "quickstart": "quickstart:quickstart",
     "studies import": "studies:import_studies",
@@ -66,7 +66,7 @@ _TABLE: dict[str, str] = {
 
 
 class _Commands(UserDict[str, Any]):
-    """Command name -> function. A command's module is imported when its function is asked for."""
+    """Command name -> function. The module of a command is imported on first use."""
 
     def __getitem__(self, key: str) -> Callable[..., None]:
         target = self.data[key]
@@ -80,7 +80,7 @@ COMMANDS = _Commands(_TABLE)
 
 
 def build_parser(name: str) -> ArgumentParser:
-    """The parser of a command.
+    """Make the parser of a command.
 
     Args:
         name: A key of `COMMANDS`, such as "latents" or "interpret run".
@@ -89,7 +89,7 @@ def build_parser(name: str) -> ArgumentParser:
 
 
 def help_of(name: str) -> str:
-    """The text that `sae-lens-maira NAME --help` prints.
+    """Return the text that `sae-lens-maira NAME --help` prints.
 
     Args:
         name: A key of `COMMANDS`.
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Command-line arguments; those of the process if not given.
 
     Returns:
-        0, or another exit code of this module's docstring.
+        Exit code, as listed in the module docstring.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["bench"]:
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _printable() -> Iterator[None]:
-    """Within the block, characters that stdout or stderr cannot encode are printed as escapes."""
+    """Context in which characters that stdout or stderr cannot encode are printed as escapes."""
     changed = []
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
@@ -142,7 +142,7 @@ def _printable() -> Iterator[None]:
 
 
 def _run(name: str, options: Any) -> int:
-    """Run a command with parsed options; returns the exit code."""
+    """Run a command with parsed options; return the exit code."""
 
     def command() -> None:
         if "rank" not in vars(options):
@@ -153,7 +153,7 @@ def _run(name: str, options: Any) -> int:
 
 
 def _overview(group: str = "") -> str:
-    """All commands, or those of a group, each with the first line of its help."""
+    """List all commands, or those of a group, each with the first line of its help."""
     lines = {
         n: (inspect.getdoc(f) or "").splitlines()[0] for n, f in COMMANDS.items() if f"{n} ".startswith(group)
     }
@@ -164,7 +164,8 @@ def _overview(group: str = "") -> str:
         f"  {name:<{width}}  {_cut(line, HELP_WIDTH - width - 4)}\n" for name, line in lines.items()
     )
     return (
-        f"usage: {PROGRAM} {group or 'COMMAND '}[options]\n\n{shown}\n{PROGRAM} COMMAND --help says more.\n"
+        f"usage: {PROGRAM} {group or 'COMMAND '}[options]\n\n{shown}\n"
+        f"{PROGRAM} COMMAND --help describes a command.\n"
     )
 
 
@@ -173,7 +174,7 @@ def _cut(line: str, width: int) -> str:
 
 
 def _no_command(words: list[str]) -> int:
-    """A group alone lists its members; anything else is an error that names the nearest command."""
+    """Handle words that are not a command: list the members of a group, else report the nearest command."""
     members = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if members and words[1:2] in (["--help"], ["-h"]):
         sys.stdout.write(_overview(f"{words[0]} "))
@@ -189,7 +190,7 @@ def _no_command(words: list[str]) -> int:
 
 
 def _bench(words: list[str]) -> int:
-    """Benchmarks have parsers of their own: they also run as scripts, where jsonargparse is not wanted."""
+    """Run a benchmark. Benchmarks have their own parsers, since they also run as scripts without jsonargparse."""
     if words[:1] != ["step"]:
         typed = " ".join(words) or "nothing"
         sys.stderr.write(f"{PROGRAM} bench: {typed} is not a benchmark; try bench step --help.\n")
@@ -203,14 +204,14 @@ _CONTROL = re.compile(r"\x1b\[A|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202
 
 
 def visible(text: str) -> str:
-    """The text with control characters as escapes."""
+    """Replace control characters by escapes."""
     return _CONTROL.sub(
         lambda found: found[0] if found[0] == "\x1b[A" else found[0].encode("unicode_escape").decode(), text
     )
 
 
 class _VisibleStream:
-    """A text stream whose `write` goes through `visible`; everything else is the stream's own."""
+    """Text stream whose `write` applies `visible`; all other attributes are those of the wrapped stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -229,7 +230,7 @@ class _VisibleStream:
 
 @contextlib.contextmanager
 def visible_streams() -> Iterator[None]:
-    """Within the block, stdout and stderr print control characters as escapes."""
+    """Context in which stdout and stderr print control characters as escapes."""
     out: Any = _VisibleStream(sys.stdout)
     err: Any = _VisibleStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -1,4 +1,4 @@
-"""The command `attribute`: attribute each sentence of a report to latents and places."""
+"""The command `attribute`: attribute each sentence of a report to latents and image patches."""
 
 import json
 import sys
@@ -40,22 +40,24 @@ def attribute(
 
     Args:
         sae: Folder of an SAE, a release, or phantom-image.
-        options: The model and the studies.
-        out: Folder of the pages; made if missing.
+        options: Model and studies.
+        out: Folder of the pages; created if missing.
         study: Ids of the studies to explain; the first ones if not given.
         studies: Number of studies to explain.
         records: Folder of latent records, for the names of latents.
         text_sae: SAE of report tokens at a later block, such as phantom-text: measures the graph from image latents
             to text latents to each sentence.
-        report: Explain the model's own report, or the study's.
+        report: Explain the report that the model generates, or the study's report.
         sentences: Numbers of the sentences to explain, from 0; all if not given.
-        method: "integrated" adds up to the true effect of removing the candidates; "gradient" is faster and does not.
-        roles: Token roles whose positions count; what the SAE was trained on if not given.
-        candidates: Entries (latent, position) per sentence that are integrated over.
-        n_check: Entries that the check removes.
-        regenerate: Write the report again without the entries that cause each sentence.
-        max_rounds: Times that entries are removed and the report is written again, until the statement is gone.
-        max_new_tokens: Budget of a generated report.
+        method: Attribution method: the values of "integrated" sum to the true effect of removing the candidates; those
+            of "gradient" do not, but it is faster.
+        roles: Token roles whose positions are used; those that the SAE was trained on if not given.
+        candidates: Number of entries (latent, position) per sentence that are integrated over.
+        n_check: Number of entries that the ablation check removes.
+        regenerate: Generate the report again without the entries that cause each sentence.
+        max_rounds: Largest number of times that entries are removed and the report is generated again, until it no
+            longer contains the statement.
+        max_new_tokens: Largest number of tokens of a generated report.
         allow_credentialed: Also write pages of studies that are not known to be public or synthetic.
         as_json: Print JSON instead of text.
     """
@@ -147,7 +149,7 @@ def attribute(
 
 
 def _chosen(found: "Sequence[Study]", names: list[str] | None, n: int) -> "list[Study]":
-    """The studies of these ids, or the first `n`; StudyError if an id is not among those found."""
+    """Select the studies with these ids, or the first `n`. Raises StudyError for an unknown id."""
     from sae_lens_maira.errors import StudyError
 
     if names is None:

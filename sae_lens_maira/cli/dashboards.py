@@ -1,4 +1,4 @@
-"""Commands of dashboards: the page, Neuronpedia's files, sae-dashboard itself, validation and upload."""
+"""Commands of dashboards: page, Neuronpedia's files, sae-dashboard, validation and upload."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def html(
     Args:
         records: Folder of latent records.
         out: Folder of the page; an existing page in it is replaced.
-        images: Copy the radiographs of the contexts shown; if not given, only if every study is public or synthetic.
+        images: Copy the images of the shown studies; if not given, only if every study is public or synthetic.
         image_root: Folder that image paths are relative to; the records' folder if not given.
         allow_credentialed: Write data of credentialed studies too, in a marked folder that stays on this machine.
         as_json: Print JSON instead of the page's path.
@@ -75,9 +75,10 @@ def neuronpedia(
         description: Description of the source set.
         url: Address of a page that shows more, such as one with the images.
         dataset: Description of the studies.
-        text_window: Text tokens shown around a peak ("export" and "saedashboard").
-        patches: Most image patches shown ("export" and "saedashboard").
-        sae: Folder of the SAE; its metadata get the names, so that SAELens' Neuronpedia helpers find the latents.
+        text_window: Number of text tokens shown around a peak ("export" and "saedashboard").
+        patches: Largest number of image patches shown ("export" and "saedashboard").
+        sae: Folder of the SAE; the names are added to its metadata, so that SAELens' Neuronpedia helpers find the
+            latents.
         allow_credentialed: Write data of credentialed studies too, in a marked folder that stays on this machine.
         as_json: Print JSON instead of text.
     """
@@ -177,7 +178,7 @@ def upload(
         records: Folder of latent records.
         set_name: Source set to create, lower case with single hyphens.
         journal: File that records what was sent; `upload-<set_name>.jsonl` in the records' folder if not given.
-        confirm: "true" sends; the key is read from NEURONPEDIA_API_KEY.
+        confirm: Send the data; the key is read from NEURONPEDIA_API_KEY.
         localhost: Use a Neuronpedia server on this machine.
         new_model: Create the model too; needed once per model.
         model_id: Name of the model on Neuronpedia.
@@ -225,9 +226,9 @@ def saedashboard(
     allow_credentialed: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Run sae-dashboard itself over some latents of an SAE: its batch files and its classic page.
+    """Run sae-dashboard over some latents of an SAE, for its batch files and its classic page.
 
-    Keeps every row in memory and takes 20 to 30 ms per latent. For all latents of a model, write records and use
+    It keeps all rows in memory and takes 20 to 30 ms per latent. For all latents of a model, write records and use
     `dashboards neuronpedia --kind saedashboard`. Needs the extra `dashboard`.
 
     Example: sae-lens-maira dashboards saedashboard --sae sae_image --out classic --set-name res-1k --latents 0-31
@@ -242,7 +243,7 @@ def saedashboard(
         seed: Random seed of sae-dashboard's choice of sequences; the study seed if not given.
         hook: Hook point, if the SAE does not name its own.
         model_id: Name of the model in the files.
-        context: Tokens before and after a peak.
+        context: Number of tokens before and after a peak.
         top: Number of sequences with the largest activations.
         page: Write the classic page, which loads scripts from two other hosts; if not given, only if every study is
             public or synthetic.

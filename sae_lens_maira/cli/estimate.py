@@ -1,6 +1,6 @@
-"""What `--estimate` of harvest, train, latents and steer prints: memory, disk and time, before anything runs.
+"""Estimates of memory, disk and time for `--estimate` of harvest, train, latents and steer.
 
-The configuration, the tokenizer and the table are read; no weights are, and no image is opened.
+Only the configuration, the tokenizer and the table are read, but no weights and no images.
 """
 
 import json
@@ -26,7 +26,7 @@ from sae_lens_maira.sizing import (
 UNLIMITED = 1e18
 """Bytes of free memory that limit no buffer."""
 METHODS = 4
-"""Methods and controls that `steer` compares, each with its reports; the number of reports is approximate."""
+"""Number of methods and controls that `steer` compares, each with its own reports; approximate."""
 
 
 def write_estimate(cost: Cost, as_json: bool) -> None:
@@ -37,7 +37,7 @@ def write_estimate(cost: Cost, as_json: bool) -> None:
 
 
 def of_harvest(options: HarvestOptions) -> Cost:
-    """Cost of `harvest` on one process.
+    """Estimate the cost of `harvest` on one process.
 
     Args:
         options: The options of the command.
@@ -67,13 +67,13 @@ def of_train(
     shard_optimizer: bool = False,
     shard_latents: bool = False,
 ) -> Cost:
-    """Cost of `train` per process, the harvest not included; as many processes as torchrun, SLURM or --world say.
+    """Estimate the cost of `train` per process, without the harvest, for the ranks of torchrun, SLURM or --world.
 
     Args:
         options: The options of the command.
-        sae: Fields of the SAE's configuration; d_sae is read.
-        trainer: Fields of SAELens' trainer configuration; the batch and the number of samples are read.
-        provider: Settings of the provider; buffer_rows is read.
+        sae: Fields of the SAE's configuration, of which d_sae is used.
+        trainer: Fields of SAELens' trainer configuration, of which batch size and number of samples are used.
+        provider: Settings of the provider, of which buffer_rows is used.
         shard_optimizer: Whether the optimizer's state is divided over the processes.
         shard_latents: Whether the latents are.
     """
@@ -115,13 +115,13 @@ def _buffer_rows(options: HarvestOptions, rows: float, studies: int, batch: int,
 def of_latents(
     options: StudyOptions, sae: Any, studies: int, roles: Any, stored: bool, batch_size: int
 ) -> Cost:
-    """Cost of `latents`.
+    """Estimate the cost of `latents`.
 
     Args:
         options: The model and its studies.
         sae: The SAE, with its hook point.
         studies: Number of phantom studies.
-        roles: Which tokens are read.
+        roles: Roles of the tokens that are read.
         stored: Whether rows come from a store.
         batch_size: Studies per forward.
     """
@@ -147,7 +147,7 @@ def of_steer(
     max_new_tokens: int,
     controls: int = 0,
 ) -> Cost:
-    """Cost of `steer`: two halves, every strength on the first, the best of each method on the second.
+    """Estimate the cost of `steer`: every strength on the first half, the best of each method on the second.
 
     Args:
         options: The model and its studies.
@@ -156,7 +156,7 @@ def of_steer(
         steered: Studies of each half.
         strengths: Strengths of the sweep.
         max_new_tokens: Length of a report.
-        controls: Number of control SAEs, each of the SAE's size and with a sweep of its own.
+        controls: Number of control SAEs, each of the SAE's size and with its own sweep.
     """
     size, counted = _sizes(options, studies, all_studies=False)
     return steer_cost(

@@ -1,4 +1,4 @@
-"""The commands `evaluate`, `match`, `locate`: quality of an SAE, latents shared by two, and where one was trained."""
+"""The commands `evaluate`, `match`, `locate`: quality of an SAE, latents shared by two SAEs, hook point of an SAE."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def evaluate(
         studies: Number of phantom studies, or of studies from the start of the table.
         hook: Hook point, if the SAE does not name its own.
         batch_size: Studies per forward pass while rows are read; 1 or 2 at MAIRA-2's size on a small GPU.
-        workers: Threads that read and encode images ahead of the model.
+        workers: Number of threads that read and preprocess images in advance.
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.evaluation import evaluate as run
@@ -56,7 +56,7 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions(StudyOptions):
-    """Which rows are read.
+    """Options of the rows to read.
 
     Attributes:
         studies: Number of phantom studies, or of studies from the start of the table.
@@ -73,7 +73,7 @@ class ReadOptions(StudyOptions):
     seed: int = 0
 
     def reader(self, hook_names: list[str] | None) -> "tuple[RowReader, int]":
-        """A reader of the rows and the number of studies; None reads the output of every block."""
+        """Make a reader of the rows, and return the number of studies; None for the output of every block."""
         from sae_lens_maira.activations import RowReader, RowSettings
         from sae_lens_maira.errors import StudyError
 
@@ -93,7 +93,7 @@ class ReadOptions(StudyOptions):
         return RowReader(maira, chosen, hook_names, settings), len(chosen)
 
     def _rates(self) -> "dict[Any, float] | None":
-        """The image rate, where image patches are read at all."""
+        """Share of image patches by role, if image patches are read."""
         from sae_lens_maira.activations import RowSettings
         from sae_lens_maira.maira2 import TokenRole
 
@@ -111,21 +111,21 @@ def match(
     out: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Find the latents of one SAE in another: other seed, level, release, layer or kind of token.
+    """Find the latents of one SAE in another, for example of another seed, level, release, layer or modality.
 
     Both SAEs read the same positions, each at its own hook point. Latents are paired one to one by the correlation of
-    their activations and the cosine of their decoders. The same is done for a shuffled and for an untrained SAE; a pair
-    counts as found if it scores above 99 % of the pairs of both.
+    their activations and the cosine of their decoder rows. The controls are the same pairing with a shuffled and with
+    an untrained SAE: a pair counts as found if it scores above 99 % of the pairs of both.
 
     Example: sae-lens-maira match --sae phantom-image --other phantom-text --studies 20
 
     Args:
-        sae: Folder of the SAE whose latents are looked for, or a release.
+        sae: Folder of the SAE whose latents are searched for, or a release.
         other: Folder of the SAE that is searched, or a release.
         options: The model, its studies and the rows to read.
         hook: Hook point of --sae, if the SAE does not name its own.
         other_hook: Hook point of --other, if the SAE does not name its own.
-        out: Folder for pairs.csv, summary.json and scores.png; made if missing.
+        out: Folder for pairs.csv, summary.json and scores.png; created if missing.
         as_json: Print the summary as JSON instead of a table.
     """
     import torch
@@ -156,9 +156,9 @@ def locate(
 ) -> None:
     """Find the hook point at which an SAE was trained, by explained variance over all layers.
 
-    The SAE's own metadata are not used. The margin to the next best hook point has an interval over studies; where it
-    includes 0, the place is not decided. A layer number of unknown counting ("layer 15" as blocks.15 or as
-    hidden_states[15]) is resolved in this way.
+    The metadata of the SAE are not used. The margin to the second best hook point has an interval over studies; if it
+    includes 0, the result is undecided. Use this to find out how a layer number was counted, such as "layer 15" as
+    blocks.15 or as hidden_states[15].
 
     Example: sae-lens-maira locate --sae phantom-text --studies 20
 

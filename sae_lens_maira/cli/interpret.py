@@ -36,9 +36,9 @@ def run(
 ) -> None:
     """Explain the latents of a record set and score the explanations on unseen patients.
 
-    Without a judge nothing leaves the process: the offline explainer contrasts words and findings. With a judge, an
-    OpenAI-compatible server is asked (OPENAI_BASE_URL, OPENAI_API_KEY), and the journal in the record set resumes a
-    run that was stopped. The estimate is printed first.
+    Without a judge nothing is sent: the offline explainer contrasts words and findings of active and silent studies.
+    With a judge, questions go to an OpenAI-compatible server (OPENAI_BASE_URL, OPENAI_API_KEY), and a stopped run
+    resumes from the journal in the record set. An estimate is printed first.
 
     Example: sae-lens-maira interpret run --records records --judge qwen3-8b --base-url http://127.0.0.1:8000/v1
 
@@ -47,21 +47,23 @@ def run(
         judge: Name of the language model at the server, which explains and judges; none for the offline explainer.
         base_url: Address of the server, instead of OPENAI_BASE_URL.
         latents: Numbers and ranges such as "0-49,77"; all latents that are not dead if not given.
-        methods: Scorers, comma-separated: detection, fuzzing, intruder, and for a model that sees image_detection and
-            image_fuzzing.
-        n_train: Active examples shown to the explainer, at least 5.
-        n_test: Active examples in the test questions, at least 5, and as many silent ones.
-        batch_size: Texts per question.
-        concurrency: Questions in flight at once.
-        judge_max_tokens: Most tokens of one answer; a reasoning model needs 4000 or more.
-        timeout: Seconds for one answer as a whole, and the longest Retry-After that is obeyed.
-        retries: Retries of one question after 429, 5xx, timeouts and lost connections.
+        methods: Scorers, comma-separated: detection, fuzzing, intruder, and for a model with image input
+            image_detection and image_fuzzing.
+        n_train: Number of active examples shown to the explainer, at least 5.
+        n_test: Number of active examples in the test questions, at least 5, with as many silent ones.
+        batch_size: Number of texts per question.
+        concurrency: Number of questions sent at the same time.
+        judge_max_tokens: Largest number of tokens of one answer; a reasoning model needs 4000 or more.
+        timeout: Seconds for one whole answer, and the longest Retry-After that is respected.
+        retries: Largest number of retries of a question after 429, 5xx, timeouts and lost connections.
         max_tokens_total: Budget of tokens.
         max_requests: Budget of requests.
-        usd_per_mtok: Your price of a million prompt and answer tokens, such as "0.15,0.60".
-        allow_remote: Allow text of credentialed studies to go to a server on another machine.
+        usd_per_mtok: Price of a million prompt tokens and of a million answer tokens in US dollars, such as
+            "0.15,0.60".
+        allow_remote: Allow sending text of credentialed studies to a server on another machine.
         estimate_only: Print the estimate and stop.
-        pictures: Images with outlined patches shown to the explainer per image latent, for a model that sees.
+        pictures: Number of images with outlined patches shown to the explainer per image latent, for a model with image
+            input.
         seed: Random seed of the split by patient and of all sampling.
         as_json: Print statuses, scores and costs as JSON; the estimate then goes to stderr.
     """
@@ -139,11 +141,11 @@ def report_scores(
     set_name: str | None = None,
     as_json: bool = False,
 ) -> None:
-    """Table, histogram against controls and counts per category of a record set's interpretations.
+    """Report the scores of a record set's interpretations: table, histogram with controls, counts per category.
 
-    Where the records have boxes of findings, it also scores where the best image latents fire: whether the strongest
-    patch touches the box (pointing), the share of activation inside (energy) and the IoU of the map, each next to the
-    latent's map from another study.
+    If the records have boxes of findings, it also scores where the best image latents fire: whether the strongest patch
+    touches the box (pointing), the share of activation inside (energy) and the IoU of the map. The control of each
+    score is the latent's map from another study.
 
     Example: sae-lens-maira interpret report --records records --untrained records_untrained --out report
 
@@ -155,8 +157,8 @@ def report_scores(
         raw: Interpreted records of raw residual dimensions, drawn in the same figure.
         frozen_decoder: Interpreted records of an SAE trained with a frozen random decoder.
         frozen_encoder: Interpreted records of an SAE trained with a frozen random encoder.
-        model_id: Model's name on Neuronpedia, in `explanations.jsonl`.
-        set_name: Name of the source set there, lower case with single hyphens; the records' SAE name if not given.
+        model_id: Name of the model on Neuronpedia, for `explanations.jsonl`.
+        set_name: Name of the source set on Neuronpedia, lower case with single hyphens; the SAE's name if not given.
         as_json: Print JSON instead of text.
     """
     import pandas as pd
@@ -248,10 +250,11 @@ def published(
     Args:
         records: Record set of that SAE.
         file: CSV, TSV, Parquet, JSON or JSON lines with one interpretation per row, or a folder of such tables.
-        name: Name of their explainer.
-        latent_column: Column with the latent's number; found by its name if not given.
-        text_column: Column with the sentence; found by its name if not given.
-        score_column: Column with a score from 0 to 1 or in percent; found by its name if not given. "none" takes none.
+        name: Name for the explainer of these interpretations.
+        latent_column: Column with the latent's index; found by its name if not given.
+        text_column: Column with the explanation; found by its name if not given.
+        score_column: Column with a score from 0 to 1 or in percent; found by its name if not given. "none" for no
+            score.
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.interp.published import read_published
@@ -284,21 +287,21 @@ def findings(
     seed: int = 0,
     as_json: bool = False,
 ) -> None:
-    """The best latent of each finding, chosen on train patients: its explanation, and detection on unseen patients.
+    """Show the best latent of each finding, selected on train patients, with its detection score on unseen patients.
 
-    Needs record sets with known findings that `interpret run` has explained without a model. Several sets of one
-    model, such as those of a text and an image SAE, are searched together.
+    This needs record sets with known findings that `interpret run` has explained without a language model. Several sets
+    of one model, such as those of a text and an image SAE, are searched together.
 
     Example: sae-lens-maira interpret findings --records "[text, image]" --untrained "[text_u, image_u]" --out best
 
     Args:
         records: Interpreted record sets.
-        untrained: Interpreted record sets of untrained SAEs, chosen from in the same way.
+        untrained: Interpreted record sets of untrained SAEs, treated in the same way.
         raw: Interpreted record sets of raw residual dimensions.
         frozen_decoder: Interpreted record sets of SAEs trained with a frozen random decoder.
         frozen_encoder: Interpreted record sets of SAEs trained with a frozen random encoder.
         out: Folder for `best_latents.csv` and `best_latents.png`; nothing is written if not given.
-        seed: Random seed of the split by patient, the one that `interpret run` had.
+        seed: Random seed of the split by patient; use that of `interpret run`.
         as_json: Print JSON instead of text.
     """
     import pandas as pd

@@ -1,6 +1,6 @@
 """The command `latents`: records of an SAE's latents, over phantom studies or a table, from the model or a store.
 
-A killed collection continues when the command is given again.
+A killed collection continues when the command is run again.
 """
 
 import json
@@ -53,39 +53,40 @@ def latents(
 ) -> None:
     """Record what every latent of an SAE fires on: contexts, findings, tokens, neighbours, maps.
 
-    Killed at any time, the same command continues. Under torchrun or srun every process reads its share of the
-    studies; the records are those of one process.
+    After a kill, run the same command again to continue. Under torchrun or srun every process reads its share of the
+    studies; the records are the same as those of one process.
 
     Example: sae-lens-maira latents --sae quickstart_out/sae_image --out records --roles image_only
 
     Args:
         sae: Folder of the SAE, a release, phantom-image or phantom-text.
-        out: Folder of the record set; made if missing.
-        options: The model that the SAE was trained on, and the studies. Findings are the table's truth, or rule labels
-            of the reports where it has none.
-        studies: Phantom studies to read, unless a table is given; 200, or as many as the store holds.
-        store: Activations that `harvest` wrote of the same studies, instead of running the model twice. If not given,
-            the store that the SAE was trained on, where it holds exactly the studies that were asked for.
+        out: Folder of the record set; created if missing.
+        options: The model that the SAE was trained on, and the studies. Findings come from the table's truth, or from
+            rule labels of the reports.
+        studies: Number of phantom studies to read, unless a table is given; 200, or as many as the store contains.
+        store: Activation store of the same studies, to read instead of running the model twice. If not given, the store
+            that the SAE was trained on is used if it contains exactly the requested studies.
         hook: Hook point, if the SAE does not name its own.
         roles: Tokens to read: content, image_only, paper, paper_last_image, text_only, generated_only, all, or a list
             of roles; if not given, those that the SAE was trained on, else content.
-        control: Record, instead of the trained SAE, an untrained one or the residual stream's own dimensions (raw)
-            with the same sparsity; untrained_whitened in addition for an SAE trained on whitened rows. A frozen
-            control is trained (`train --control`): pass its folder as --sae.
+        control: Record a control of the same sparsity instead of the trained SAE: untrained, raw (the dimensions of the
+            residual stream), or untrained_whitened for an SAE trained on whitened rows. A frozen control is trained
+            (`train --control`); pass its folder as --sae.
         latents: Numbers and ranges such as "0-49,77" to write records of; all if not given.
-        top: Contexts of largest activation to keep per latent.
-        per_interval: Contexts to keep per octave of activation.
-        zero: Contexts to keep of studies in which the latent is silent.
-        keep_images: Copy images also of credentialed studies (true) or of none (false).
+        top: Number of contexts of largest activation per latent.
+        per_interval: Number of contexts per octave of activation.
+        zero: Number of contexts of studies in which the latent does not fire.
+        keep_images: Copy images also of credentialed studies (true) or of no study (false); of other studies if not
+            given.
         image_side: Largest side of a copied image in pixels.
-        studies_per_block: Studies in memory at once when the model reads them; 32 for the phantom, else 16.
-        batch_size: Studies per forward.
-        workers: Threads that decode and encode images before the model needs them.
+        studies_per_block: Number of studies in memory when the model reads them; 32 for the phantom, else 16.
+        batch_size: Number of studies per forward pass.
+        workers: Number of threads that decode and preprocess images in advance.
         seed: Random seed of all sampling; the study seed if not given.
         rank: Number of this process, instead of torchrun's or SLURM's; needs --world.
         world: Number of processes that share the work.
         rank_timeout: Seconds without a heartbeat after which a rank counts as dead.
-        estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
+        estimate: Print memory, disk and time for these options and stop; only the configuration and the table are read.
         as_json: Print counts as JSON instead of a table.
     """
     from sae_lens_maira.latents.collect import CollectConfig, collect_records
@@ -173,10 +174,10 @@ def _stored(
     hook_name: str,
     roles: Any,
 ) -> "tuple[OutputHead, Sequence[Study], StoreSource] | None":
-    """Output head, studies and rows of a store; None where the model has to read the studies.
+    """Output head, studies and rows of a store; None if the model has to read the studies.
 
-    A store that was named must fit. The one that the SAE was trained on is used if it holds exactly the studies that
-    were asked for; the decision is printed to stderr.
+    A store that is given with --store must match. The store that the SAE was trained on is used if it contains exactly
+    the requested studies; the decision is printed to stderr.
     """
     from sae_lens_maira.activations.harvest import check_inputs
     from sae_lens_maira.errors import ConfigError, RecordError, StoreError
@@ -196,7 +197,7 @@ def _stored(
     except (ConfigError, RecordError, StoreError) as error:
         if store is not None:
             raise
-        sys.stderr.write(f"The model reads the studies, since {folder} does not fit: {error}\n")
+        sys.stderr.write(f"The model reads the studies, since {folder} does not match: {error}\n")
         return None
     if store is None:
         sys.stderr.write(f"Activations are read from {folder}, which the SAE was trained on.\n")
@@ -204,7 +205,7 @@ def _stored(
 
 
 def _store_of(dictionary: Any, sae: Path) -> Path | None:
-    """The store that an SAE's metadata name, relative to the SAE's folder; None where there is none."""
+    """Store that an SAE's metadata name, relative to the SAE's folder; None if there is none."""
     named = dictionary.cfg.metadata.get("activation_store")
     folder = None if not named else Path(os.path.normpath(sae / named))
     return folder if folder is not None and (folder / "store.json").is_file() else None
@@ -213,7 +214,7 @@ def _store_of(dictionary: Any, sae: Path) -> Path | None:
 def _check_studies(
     options: StudyOptions, number: int | None, store: Path, ids: list[str], exactly: bool
 ) -> None:
-    """Raise ConfigError unless the studies of a store are among those that were asked for, or exactly those."""
+    """Raise ConfigError unless a store's studies are among the requested ones, or (if required) equal to them."""
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.studies import read_table
 
@@ -221,8 +222,9 @@ def _check_studies(
         number, first = number or len(ids), phantom_studies(1, options.study_seed)[0].study_id
         if number != len(ids) or first != ids[0]:
             raise ConfigError(
-                f"{store} does not hold {number} phantom studies of seed {options.study_seed}; it holds {len(ids)}, "
-                f"the first is {ids[0]}. Give the --study-seed and --studies, or the --table, that `harvest` had."
+                f"{store} does not contain {number} phantom studies of seed {options.study_seed}; it contains "
+                f"{len(ids)}, the first is {ids[0]}. Give the --study-seed and --studies, or the --table, of its "
+                "`harvest`."
             )
         return
     opened = read_table(options.table, options.root)
@@ -232,18 +234,18 @@ def _check_studies(
     where = f"{options.table}{'' if options.split is None else f' (split {options.split})'}"
     if lacking:
         raise ConfigError(
-            f"{where} lacks {len(lacking)} of the {len(ids)} studies of {store}, the first is {lacking[0]}; give the "
-            "table and the split that were harvested."
+            f"{where} does not have {len(lacking)} of the {len(ids)} studies of {store}, the first is {lacking[0]}; "
+            "give the table and the split that were harvested."
         )
     if exactly and len(there) != len(ids):
         raise ConfigError(
-            f"{where} has {len(there)} studies and {store} holds {len(ids)} of them; give --store to read only those, "
-            "or the --split that was harvested."
+            f"{where} has {len(there)} studies and {store} contains {len(ids)} of them; give --store to read only "
+            "those, or the --split that was harvested."
         )
 
 
 def _check_model(options: StudyOptions, store: "ActivationStore") -> None:
-    """Raise StoreError where a store was harvested with another checkpoint or dtype than the model that is named."""
+    """Raise StoreError if a store was harvested with another checkpoint or dtype than the given model."""
     from sae_lens_maira.activations.store_spec import other_model
     from sae_lens_maira.errors import StoreError
 
@@ -260,7 +262,7 @@ def _check_model(options: StudyOptions, store: "ActivationStore") -> None:
 
 
 def _studies_of_store(options: StudyOptions, reader: "OutputHead", ids: list[str]) -> "Sequence[Study]":
-    """The studies of a store, in its order."""
+    """Studies of a store, in its order."""
     from sae_lens_maira.studies import StudyTable, read_table
 
     if options.table is None:
@@ -272,7 +274,7 @@ def _studies_of_store(options: StudyOptions, reader: "OutputHead", ids: list[str
 
 
 def _stand_in(control: str, dictionary: Any, blocks: "ActivationSource", seed: int) -> Any:
-    """The untrained SAE or the raw dimensions, as sparse as the trained one on the rows that they are set on."""
+    """Make a control (untrained SAE or raw dimensions) that is as sparse as the trained SAE on a sample of rows."""
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.sae import make_control
 
@@ -281,12 +283,12 @@ def _stand_in(control: str, dictionary: Any, blocks: "ActivationSource", seed: i
     else:
         rows = next((block.values for unit in range(len(blocks)) for block in blocks[unit]), None)
     if rows is None:
-        raise ConfigError("There are no rows to set the control's sparsity on; give studies with reports.")
+        raise ConfigError("There are no rows to fit the control's sparsity to; give studies with reports.")
     return make_control(control, dictionary, rows, seed)
 
 
 def _spread_rows(blocks: "ActivationSource", wanted: int, most_units: int = 32) -> Any:
-    """About `wanted` rows of many studies, for a covariance: an even share of the first block of units far apart."""
+    """Sample about `wanted` rows of many studies, for a covariance: equal shares of units that are far apart."""
     import torch
 
     n_units = min(len(blocks), most_units)
@@ -301,7 +303,7 @@ def _has_truth(studies: "Sequence[Study]") -> bool:
 
 
 def _rule_labels(study: "Study") -> list[str] | None:
-    """Observations that a report states to be present; None, which is left out of scores, where it cannot be read."""
+    """Observations that a report states as present; None (left out of scores) if it cannot be read."""
     from sae_lens_maira.studies import RuleStatus, is_unknown, rule_labels
 
     labels = rule_labels(study.report or "")

@@ -1,8 +1,8 @@
 """Options that several commands share: dataclasses, lists of numbers such as "0-49,77", and parts such as `trainer`.
 
-A command takes a dataclass as a parameter `options`; on the command line and in a recipe each field is one option.
-A part sets fields of another library. Libraries check few of their fields, and a word where a number belongs fails far
-from where it was written; the messages here name the field, the value and the type.
+A command has a dataclass as its parameter `options`; on the command line and in a recipe each field is one option. A
+part sets fields of another library. Since libraries check few of their fields, the types are checked here, with
+messages that name the field, the value and the expected type.
 """
 
 import json
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from sae_lens_maira.studies import Study
 
 MOST = 10_000_000
-"""Numbers that one option may list; no SAE has as many latents."""
+"""Largest number of numbers in one option; no SAE has as many latents."""
 
 
 def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    """The numbers of a list such as "0-49,77", each once; None for None.
+    """Parse a list such as "0-49,77" to numbers, each once; None for None.
 
     Args:
-        text: The list.
+        text: List of numbers and ranges.
         option: Name of the option, for the error.
 
     Raises:
@@ -56,7 +56,7 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
         span = range(int(first), int(last or first) + 1)
         if not span:
             raise ConfigError(
-                f"{option} {text!r} holds the range {part.strip()}, which ends before it begins. Write "
+                f"{option} {text!r} contains the range {part.strip()}, which ends before it begins. Write "
                 f"{last}-{first}."
             )
         if len(span) > MOST - len(found):
@@ -72,11 +72,11 @@ _SEQUENCES = (list, tuple, set, frozenset, Sequence, Collection)
 
 
 def checked_fields(part: str, given: Mapping[str, Any], source: Callable[..., Any]) -> dict[str, Any]:
-    """The values of a part, each of the type of its field; whole numbers written as 1e3 become integers.
+    """Check the values of a part against the types of its fields; whole numbers written as 1e3 become integers.
 
     Args:
         part: Name of the part, for the message.
-        given: Value per field; fields that `source` does not have are returned unchanged.
+        given: Field -> value; fields that `source` does not have are returned unchanged.
         source: Dataclass or function whose fields or arguments the part sets.
 
     Raises:
@@ -92,7 +92,7 @@ def checked_fields(part: str, given: Mapping[str, Any], source: Callable[..., An
 
 
 def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Whether a value has a type, and the value in that type."""
+    """Return whether a value has a type, and the value converted to it."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         results = [_converted(value, one) for one in inner]
@@ -119,7 +119,7 @@ def _converted(value: Any, hint: Any) -> tuple[bool, Any]:
         return isinstance(value, Mapping), value
     if (origin or hint) is Callable:
         return callable(value), value
-    # A nested configuration is given as a mapping.
+    # A nested configuration is a mapping here.
     return hint is Any or not isinstance(hint, type) or isinstance(value, (hint, Mapping)), value
 
 
@@ -139,17 +139,17 @@ def _described(hint: Any) -> str:
 
 
 LAYOUT = ("batch_size", "seed")
-"""Settings of rows that train may differ in from its store: rounding, and which rows a rate below 1 happens to keep."""
+"""Settings that may differ between train and its store: rounding, and the random sample of a rate below 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """A model and the studies that it reads.
+    """Options of a model and its studies.
 
     Attributes:
         model: "phantom", a folder or a hub id.
         table: Parquet or CSV with one study per row, see studies import; phantom studies if not given.
-        root: Folder that the table's relative image paths start from; the table's own if not given.
+        root: Folder that the table's image paths are relative to; the table's folder if not given.
         split: Read only the table's studies of this split, for example test.
         study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
         model_dtype: Precision of the model's weights; auto is float32 for the phantom and bfloat16 for others.
@@ -165,15 +165,15 @@ class StudyOptions:
     device: str = "auto"
 
     def load_model(self, hooks: list[str] | None = None) -> "Maira2":
-        """The model; of decoder layers only those up to `hooks`, if given."""
+        """Load the model; with `hooks`, only the decoder layers up to them."""
         return named_model(self.model, dtype=self.model_dtype, device=self.device, hooks=hooks)
 
     def first_studies(self, n: int, processor: "Maira2Processor") -> "Sequence[Study]":
-        """The first `n` studies of the table, or `n` phantom studies of the processor's image size."""
+        """First `n` studies of the table, or `n` phantom studies of the processor's image size."""
         return chosen_studies(n, self.study_seed, processor.recipe.crop, self.table, self.root, self.split)
 
     def table_studies(self) -> "Sequence[Study] | None":
-        """All studies of the table, which takes no model; None without a table."""
+        """All studies of the table, without loading a model; None without a table."""
         return None if self.table is None else read_studies(self.table, self.root, self.split)
 
     def all_studies(self, n: int, processor: "Maira2Processor") -> "Sequence[Study]":
@@ -182,7 +182,7 @@ class StudyOptions:
         return self.first_studies(n, processor) if listed is None else listed
 
     def model_source(self) -> dict[str, str]:
-        """Name and fingerprint of the checkpoint and the precision that it is loaded in, as `StoreSpec.source` has."""
+        """Name, fingerprint and precision of the checkpoint, as in `StoreSpec.source`."""
         from sae_lens_maira.maira2.loading import checkpoint_fingerprint, dtype_of
 
         automatic = str(dtype_of(self.model)).removeprefix("torch.")
@@ -192,27 +192,28 @@ class StudyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestOptions(StudyOptions):
-    """Which model reads which studies, and which of their rows are kept.
+    """Options of a harvest: model, studies, and the rows to keep.
 
     Attributes:
-        hooks: A hook point such as blocks.15.hook_resid_post, or several in brackets; all of them in one pass.
-        store: Folder of the store; train needs none with --direct true.
-        studies: Phantom studies to read, unless a table is given.
+        hooks: A hook point such as blocks.15.hook_resid_post, or several in brackets, read in one pass.
+        store: Folder of the store; not needed by train with --direct true.
+        studies: Number of phantom studies to read, unless a table is given.
         study_seed: Random seed of the phantom studies; the phantom itself was trained on 0.
         roles: Tokens to keep: content (sections, report and image patches), paper, paper_last_image, text_only,
             image_only, generated_only, all, or a list of roles.
-        rates: Share to keep by role, for example "{image: 0.05}".
-        reports: Text after the prompt: teacher (the study's own report), generated, both, or prompt (none).
+        rates: Share of rows to keep by role, for example "{image: 0.05}".
+        reports: Text after the prompt: teacher (the study's report), generated, both, or prompt (none).
         max_new_tokens: Token limit of a generated report.
         task: Prompt of the studies: findings, or grounded for findings with boxes.
-        shard_studies: Studies per shard, which is what a kill can lose; as many as fit --shard-bytes if not given.
-        shard_bytes: Size of a shard in bytes, estimated; a process holds two of them in memory.
-        batch_size: Studies per forward pass.
+        shard_studies: Number of studies per shard, the work that a kill can lose; as many as fit --shard-bytes if not
+            given.
+        shard_bytes: Estimated size of a shard in bytes; a process has two shards in memory.
+        batch_size: Number of studies per forward pass.
         dtype: Precision of the stored rows.
         max_norm: Drop rows with a larger norm.
         max_norm_ratio: Drop rows whose norm exceeds this multiple of the median norm of their study and modality.
         seed: Random seed of the sampled rows, and in train of the shuffle and the initial weights.
-        workers: Threads that read and encode images before the model needs them.
+        workers: Number of threads that read and preprocess images in advance.
         rank: Number of this process, instead of torchrun's or SLURM's; needs --world.
         world: Number of processes that share the work.
         rank_timeout: Seconds without a heartbeat after which a rank counts as dead.
@@ -241,37 +242,37 @@ class HarvestOptions(StudyOptions):
 
     @property
     def hook_names(self) -> list[str]:
-        """The hook points, as a list also where a bare name was given."""
+        """Hook points as a list, also if one name was given."""
         return [self.hooks] if isinstance(self.hooks, str) else self.hooks
 
     def ranks(self) -> AbstractContextManager[Ranks]:
-        """Meet the other ranks, and wait for them at the end."""
+        """Join the other ranks, and wait for them at the end."""
         return distributed(self.rank, self.world, self.rank_timeout)
 
     def row_settings(self) -> "RowSettings":
-        """The options that decide which rows are kept."""
+        """Settings that determine which rows are kept."""
         from sae_lens_maira.activations import RowSettings
 
         names = [field.name for field in fields(RowSettings) if field.init]
         return RowSettings(**{name: getattr(self, name) for name in names})
 
     def source(self) -> dict[str, str]:
-        """Which checkpoint is read, in which dtype, and where studies come from, for a store's description."""
+        """Description of checkpoint, dtype and source of studies, for a store's specification."""
         return self.model_source() | {"studies": "phantom" if self.table is None else "table"}
 
     def check_store(self, store: "ActivationStore", inputs: bool = True) -> list[str]:
-        """Compare a complete store with what the options ask for, without loading the model.
+        """Compare a complete store with the options, without loading the model.
 
         Args:
-            store: The store.
-            inputs: Also compare texts and images of a table's studies, which reads the ends of every image file. Of
-                several ranks one is enough.
+            store: Complete store.
+            inputs: Also compare texts and images of a table's studies, which reads the ends of every image file. With
+                several ranks, one needs to do this.
 
         Returns:
-            Sentences about differences that do not matter for training on the store.
+            Sentences about differences that do not affect training on the store.
 
         Raises:
-            StoreError: The store holds something else; the message names what differs.
+            StoreError: The store does not match the options; the message names the differences.
         """
         from sae_lens_maira.activations.harvest import check_inputs
         from sae_lens_maira.activations.store_spec import differences, other_model, other_studies
@@ -310,7 +311,7 @@ class HarvestOptions(StudyOptions):
                 found += [] if ids == store.study_ids else [other_studies(store.study_ids, ids)]
             if found:
                 raise StoreError(
-                    f"{store.folder} holds other rows than these options ask for: {'; '.join(found)}. Use the options "
+                    f"{store.folder} has other rows than these options select: {'; '.join(found)}. Use the options "
                     "of its harvest, or name another --store."
                 )
             if studies is not None and inputs:
@@ -331,11 +332,11 @@ class HarvestOptions(StudyOptions):
         return notes
 
     def load(self) -> "tuple[Maira2, Sequence[Study]]":
-        """Model and studies that the options name.
+        """Load the model and the studies.
 
         Raises:
             StudyError, CheckpointError: The table or the model cannot be read.
         """
-        # A forward over given text ends at the last hook point; writing reports takes the whole model.
+        # A forward over given text ends at the last hook point; generating reports needs the whole model.
         maira = self.load_model(self.hook_names if self.reports in ("teacher", "prompt") else None)
         return maira, self.all_studies(self.studies, maira.processor)

@@ -1,4 +1,4 @@
-"""What a command answers: exit codes and one-line errors, and numbers that are refused before it starts.
+"""Exit codes and error messages of commands, and checks of numbers before a command starts.
 
 0    done                              130  interrupted (128 + SIGINT)
 2    an error that the user can fix    141  the reader of stdout has ended (128 + SIGPIPE)
@@ -14,23 +14,23 @@ from typing import Any
 from sae_lens_maira.errors import ConfigError, MairaError
 from sae_lens_maira.io import NO_ROOM
 
-# Errors that a path or a disk causes, not this package.
+# Errors caused by a path or a disk.
 DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EIO, errno.ESTALE, errno.EXDEV),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *NO_ROOM),
 }
-INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports for any other program
+INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports for any program
 
 
 def exit_code(program: str, call: Callable[[], None]) -> int:
-    """Call a command or a recipe; errors that the user can fix are one message on stderr.
+    """Call a command or a recipe, and convert errors that the user can fix to one message on stderr.
 
     Args:
-        program: Name in the message.
-        call: What to run.
+        program: Name of the program in the message.
+        call: Function to run.
 
     Returns:
-        0, 2 after such an error, 130 after an interrupt, 141 if the reader of stdout has ended.
+        Exit code: 0, 2 after such an error, 130 after an interrupt, 141 if the reader of stdout has ended.
     """
     try:
         call()
@@ -41,7 +41,7 @@ def exit_code(program: str, call: Callable[[], None]) -> int:
     except BrokenPipeError:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the interpreter flushes once more at its end
+        )  # the interpreter flushes stdout again when it exits
         return UNREAD
     except OSError as error:
         if error.errno not in DISK or (error.filename is None and error.errno not in NO_ROOM):
@@ -66,7 +66,7 @@ def exit_code(program: str, call: Callable[[], None]) -> int:
 
 
 def _complain(message: str) -> None:
-    """Write a message on a line of its own: progress bars that an error left open are closed first."""
+    """Write a message on a separate line; progress bars that an error left open are closed first."""
     if "tqdm" in sys.modules:
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
@@ -97,14 +97,14 @@ FROM_ONE = frozenset(
         "world",
     }
 )
-"""Options of which zero means nothing."""
+"""Options for which zero is not valid."""
 SIGNED = frozenset({"strengths", "sentences"})
 """Options that may be negative."""
 MOST = 2**63 - 1
 
 
 def check_numbers(values: dict[str, Any]) -> None:
-    """Refuse negative numbers, zero where it means nothing, and numbers that no library takes.
+    """Refuse negative numbers, zero where it is not valid, and numbers that are too large for any library.
 
     Raises:
         ConfigError: An option has such a number.

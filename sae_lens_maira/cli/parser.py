@@ -1,13 +1,13 @@
 """Build the parser of one command from its function: arguments become options, the docstring becomes the help.
+jsonargparse reads types, defaults and `--config` files.
 
-jsonargparse reads types, defaults and `--config` files. This module adds hyphens in options and in the keys of config
-files (underscores are accepted too), numbers where a config file gives one for a text option (`latents: 1`), help of
-one fixed width, and one-line errors that name the command and suggest the closest option.
+This module adds hyphens in options and in keys of config files (underscores are accepted too), numbers for text options
+in config files (`latents: 1`), help of a fixed width, and one-line errors that name the command and suggest the closest
+option.
 
-A parameter `options`, annotated with a dataclass, contributes one option per field (see `options.py`); the parameter's
-default, an instance, holds the defaults of this command. A recipe is a
-script with a YAML file of the same name, whose options are the fields of one dataclass; it ends by calling
-`run_recipe`.
+A parameter `options`, annotated with a dataclass, gives one option per field (see `options.py`); its default, an
+instance, contains the defaults of this command. A recipe is a script with a YAML file of the same name, whose options
+are the fields of one dataclass. It calls `run_recipe`.
 """
 
 import contextlib
@@ -36,13 +36,14 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def accepts_parts_of(name: str, other: Callable[..., None]) -> Callable[[Command], Command]:
-    """Let `--config` of a command hold parts that only another command reads.
+    """Allow parts in `--config` of a command that only another command reads.
 
-    One recipe then serves both commands. On the command line itself these options are refused.
+    So one recipe can be used for both commands. On the command line these options are refused.
 
     Args:
         name: Name of the command that reads the parts, such as "train".
-        other: Its function; the arguments that it has and the marked function lacks are accepted and ignored.
+        other: Function of that command; its arguments that the decorated function does not have are accepted and
+            ignored.
     """
 
     def mark(function: Command) -> Command:
@@ -55,7 +56,7 @@ def accepts_parts_of(name: str, other: Callable[..., None]) -> Callable[[Command
 
 
 def works_in(option: str) -> Callable[[Command], Command]:
-    """Hold the lock of the folder that an option names while the command runs; an estimate needs none.
+    """Lock the folder that an option names while the command runs; an estimate needs no lock.
 
     Args:
         option: Name of the option.
@@ -69,11 +70,11 @@ def works_in(option: str) -> Callable[[Command], Command]:
 
 
 def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
-    """Call a command with parsed values; fields of its `options` dataclass are collected into one.
+    """Call a command with parsed values; fields of its `options` dataclass are collected into one argument.
 
     Args:
-        function: The command.
-        values: Value per option, as `command_parser(...).parse_args()` returns them.
+        function: Function of the command.
+        values: Option -> value, as `command_parser(...).parse_args()` returns them.
     """
     values = {key: value for key, value in values.items() if key not in _ignored(function)[1]}
     check_numbers(values)
@@ -88,11 +89,11 @@ def run_command(function: Callable[..., None], values: dict[str, Any]) -> None:
 
 
 def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
-    """The parser of a command.
+    """Make the parser of a command.
 
     Args:
-        name: The command, such as "latents" or "interpret run".
-        function: What it calls; an argument `as_json` becomes the switch `--json`.
+        name: Name of the command, such as "latents" or "interpret run".
+        function: Function of the command; an argument `as_json` becomes the switch `--json`.
     """
     about = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
     parser = _Parser(
@@ -118,7 +119,7 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
 
 
 def settings_parser(program: str, settings: type[Any], about: str) -> ArgumentParser:
-    """The parser of a script whose options are the fields of a dataclass.
+    """Make the parser of a script whose options are the fields of a dataclass.
 
     Args:
         program: Name of the script in help and errors.
@@ -133,7 +134,7 @@ def settings_parser(program: str, settings: type[Any], about: str) -> ArgumentPa
 
 
 def _shared_options(function: Callable[..., None]) -> type[Any] | None:
-    """The dataclass of a command's parameter `options`, or None."""
+    """Dataclass of a command's parameter `options`, or None."""
     return get_type_hints(function).get("options")
 
 
@@ -141,14 +142,14 @@ def _ignored(function: Callable[..., None]) -> tuple[str, tuple[str, ...]]:
     return vars(function).get("ignored_parts", ("", ()))
 
 
-# The C loader bounds the depth; the one in Python takes quadratic time over deep files.
+# The C loader bounds the depth; the Python loader takes quadratic time for deep files.
 _YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Help with the description's own lines, one width, and no line breaks at hyphens.
+    """Help formatter that keeps the description's lines, has a fixed width, and does not break lines at hyphens.
 
-    argparse breaks at hyphens, which would split a command that someone wants to copy.
+    argparse breaks at hyphens, which would split commands that users copy.
     """
 
     def __init__(self, prog: str, **settings: Any) -> None:
@@ -176,9 +177,9 @@ class _Parser(ArgumentParser):
     """jsonargparse's parser with hyphenated options and one-line errors.
 
     Attributes:
-        ignored: Keys that `--config` may hold and the command line may not.
-        reader: Command that reads them.
-        texts: Options that take text or a path and no number.
+        ignored: Keys that are accepted in `--config` but not on the command line.
+        reader: Command that reads these keys.
+        texts: Options for text or a path, not for a number.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -188,24 +189,26 @@ class _Parser(ArgumentParser):
         self.texts: set[str] = set()
 
     def add_texts(self, source: Callable[..., Any] | type[Any]) -> None:
-        """Add the arguments of a function, or the fields of a dataclass, that take text or a path and no number."""
+        """Add the arguments of a function, or the fields of a dataclass, that are text or a path and not a number."""
         for name, hint in get_type_hints(source).items():
             kinds = set(get_args(hint)) if get_origin(hint) is UnionType else {hint}
             if kinds & {str, Path} and not kinds & {int, float, Any}:
                 self.texts.add(name)
 
     def parse_path(self, path: Any, *rest: Any, **settings: Any) -> Any:
-        """Parse a config file; one that is not text is an error of one line."""
+        """Parse a config file; a file that is not text gives a one-line error."""
         try:
             return super().parse_path(path, *rest, **settings)
         except UnicodeDecodeError:
             self.error(f"--config: {path} is not text in UTF-8; expected a YAML file")
 
     def parse_string(self, content: str, path: Any = "", *rest: Any, **settings: Any) -> Any:
-        """Parse the text of a config file after `_spelled`; text with aliases is an error of one line."""
+        """Parse the text of a config file after `_spelled`; text with aliases gives a one-line error."""
         with contextlib.suppress(yaml.YAMLError):  # The base class reports it.
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=_YAML)):
-                self.error(f"--config: {path or 'its text'} holds YAML aliases (*name); write each value out")
+                self.error(
+                    f"--config: {path or 'its text'} contains YAML aliases (*name); write each value out"
+                )
         try:
             values = get_loader("yaml")(content)
         except (ValueError, TypeError, yaml.YAMLError):
@@ -214,12 +217,12 @@ class _Parser(ArgumentParser):
             if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
                 name = path or "its text"
                 seen = type(values).__name__ if values is not None else "no option"
-                self.error(f"--config: {name} holds {seen}; expected lines such as 'seed: 0'")
+                self.error(f"--config: {name} contains {seen}; expected lines such as 'seed: 0'")
             content = yaml.safe_dump(self._spelled(values), sort_keys=False)
         return super().parse_string(content, path, *rest, **settings)
 
     def _spelled(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Options of a config file as the parser stores them: underscores, and numbers as text for text options."""
+        """Convert options of a config file to the parser's form: underscores, and numbers as text for text options."""
         known = {action.dest for action in self._actions}
         result: dict[str, Any] = {}
         for key, value in values.items():
@@ -235,7 +238,7 @@ class _Parser(ArgumentParser):
         for word in words or ():
             name = re.split(r"[.=]", word.removeprefix("--"))[0]
             if word.startswith("--") and name in self.ignored:
-                self.error(f"--{name} is not used here; a recipe of `{self.reader}` may hold it")
+                self.error(f"--{name} is not used here; a recipe of `{self.reader}` may contain it")
         return super().parse_args(words, *rest, **settings)
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
@@ -252,18 +255,18 @@ class _Parser(ArgumentParser):
 
 
 def _hyphens(text: str) -> str:
-    """Spell options with hyphens, as users type them."""
+    """Write options with hyphens, as users type them."""
     return re.sub(r"--\w[\w.]*", lambda option: option.group().replace("_", "-"), text)
 
 
 def _underscores(word: str) -> str:
-    """Spell an option as the parser stores it; values and other words are unchanged."""
+    """Write an option as the parser stores it; values and other words are unchanged."""
     option, equals, value = word.partition("=")
     return option[:2] + option[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def _plain(message: str) -> str:
-    """Messages of jsonargparse in the words of a command line, on one line."""
+    """Rewrite messages of jsonargparse for a command line, on one line."""
     text = " ".join(message.split())
     for pattern, wording in (
         (r'Parser key "([\w.]+)":', r"--\1:"),
@@ -293,12 +296,12 @@ def run_recipe(
     about: str | None,
     arguments: list[str] | None = None,
 ) -> int:
-    """Read the settings, run (or continue), and print the path of the result.
+    """Read the settings of a recipe, run or continue it, and print the path of the result.
 
     Errors are reported as in `exit_code`.
 
     Args:
-        settings: A dataclass; its fields are the options.
+        settings: Dataclass whose fields are the options.
         run: Function that runs the recipe and returns the path of its result.
         about: Docstring of the script, for the help.
         arguments: Command-line arguments; those of the process if not given.

@@ -1,4 +1,4 @@
-"""The commands that run without data: `quickstart`, `measure-phantom`, and `workbench` with the shipped SAE."""
+"""The commands that need no data: `quickstart`, `measure-phantom`, and `workbench` with the shipped SAE."""
 
 import json
 import sys
@@ -27,13 +27,13 @@ def quickstart(
     Example: sae-lens-maira quickstart --out quickstart_out
 
     Args:
-        out: Folder of the report; made if missing.
-        studies: Phantom studies to read.
-        layer: Decoder layer whose output is read at image patches, and steered, 0 to 7.
-        text_layer: Decoder layer whose output is read at report tokens, 0 to 7.
-        finding: Finding to steer into reports that do not have it.
+        out: Folder of the report; created if missing.
+        studies: Number of phantom studies to read.
+        layer: Decoder layer, 0 to 7, whose output is read at image patches and steered.
+        text_layer: Decoder layer, 0 to 7, whose output is read at report tokens.
+        finding: Finding to steer into reports of studies that do not have it.
         seed: Random seed of the phantom studies and of all sampling.
-        model: Only "phantom": the quickstart needs findings that are known.
+        model: Only "phantom", since the quickstart needs known findings.
         as_json: Print the main figures as JSON instead of the report's path.
     """
     from sae_lens_maira.errors import ConfigError
@@ -42,7 +42,7 @@ def quickstart(
 
     if model != "phantom":
         raise ConfigError(
-            f"The quickstart was asked to run on {model!r}, and it runs on the phantom only, whose findings are known. "
+            f"--model is {model!r}, but the quickstart runs only on the phantom, whose findings are known. "
             "For another model use harvest, train, latents, interpret and steer with --model and --table; see the "
             "tutorial."
         )
@@ -65,7 +65,7 @@ def measure_phantom(
     Example: sae-lens-maira measure-phantom --studies 500
 
     Args:
-        studies: Held-out studies.
+        studies: Number of held-out studies.
         study_seed: Random seed of the studies; the phantom itself was trained on 0.
         model: "phantom" for the shipped one, or the folder of another phantom.
         device: Device of the model: auto, cpu, cuda, ...
@@ -101,18 +101,18 @@ def open_workbench(
     open_browser: bool = True,
     allow_credentialed: bool = False,
 ) -> None:
-    """Serve a page to this machine: choose a study, ask why a sentence was written, steer latents, compare reports.
+    """Serve a local page: choose a study, ask why a sentence was written, steer latents, compare reports.
 
     Example: sae-lens-maira workbench --port 8765
 
     Args:
         options: The model and the studies.
         sae: Folder of an SAE, a release, or phantom-image.
-        records: Folder of latent records: p99, names and maps of latents; the SAE's own if not given.
+        records: Folder of latent records with p99, names and maps; those of the SAE if not given.
         studies: Number of studies to choose from.
-        port: Port on 127.0.0.1; 0 takes a free one.
+        port: Port on 127.0.0.1; 0 for a free one.
         open_browser: Open the page in the browser.
-        allow_credentialed: Let exported sessions hold texts of studies that are not public or synthetic.
+        allow_credentialed: Allow texts of studies that are not public or synthetic in exported sessions.
     """
     from sae_lens_maira.errors import WorkbenchError
 
@@ -153,12 +153,12 @@ def open_workbench(
     def started(url: str) -> None:
         sys.stdout.write(f"Workbench at {url}\nOnly this machine can open it. Stop it with Ctrl-C.\n")
         sys.stdout.flush()
-        if open_browser:  # In a thread: a browser in the terminal would keep the server from starting.
+        if open_browser:  # In a thread, since a browser in the terminal would block the start of the server.
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
     serve(session, port, started)
 
 
 def _whole(name: str | Path) -> str:
-    """A path that exists, from the root; any other name unchanged."""
+    """Make an existing path absolute; other names are unchanged."""
     return str(Path(name).resolve()) if Path(name).exists() else str(name)

@@ -1,6 +1,6 @@
-"""The command `steer`: put a finding into reports or take it out, by several methods with controls.
+"""The command `steer`: insert a finding into reports or remove it, by several methods with controls.
 
-Latents are chosen and strengths tuned on the patients of one half; effects are counted on those of the other.
+Latents and strengths are chosen on one half of the patients; effects are measured on the other half.
 """
 
 import sys
@@ -44,36 +44,37 @@ def steer(
     estimate: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Steer a finding into reports (or out of them) by latents, and show what else changes.
+    """Steer a finding into reports (or out of them) by latents, and measure what else changes.
 
-    The method that works best without being a control is saved as intervention.json; --intervention applies such a
-    file to other studies.
+    The best method that is not a control is saved as intervention.json. With --intervention you apply such a file to
+    other studies.
 
     Example: sae-lens-maira steer --sae quickstart_out/sae_image --finding cardiomegaly --out steer_out
 
     Args:
         sae: SAE of image positions: a folder, a release, or phantom-image.
-        finding: Finding to put into reports, or to take out of them.
+        finding: Finding to insert into reports, or to remove from them.
         out: Folder of the page (index.html), the Parquet tables, the figure, intervention.json and errors.csv (false
-            findings, omissions, wrong sides, places and changes, before and after); made if missing.
-        options: The model that the SAE belongs to, and the studies. Findings are the table's truth, or rule labels.
+            findings, omissions, wrong sides, places and changes, before and after); created if missing.
+        options: The model that the SAE was trained on, and the studies. Findings come from the table's truth, or from
+            rule labels.
         studies: Number of phantom studies, or of studies from the start of the table.
         hook: Hook point, if the SAE does not name its own.
-        records: Latent records of the SAE; latents, p99 and maps come from them, and no activations are read.
+        records: Folder of latent records of the SAE, as the source of latents, p99 and maps; no activations are read.
         intervention: Saved interventions to apply instead of choosing latents.
         controls: Control SAEs whose latents are steered at equal norm, separated by commas: untrained,
-            untrained_whitened, raw, or folders of frozen controls (train --control). By default untrained; "" for
-            none, as with --records or --intervention.
-        reader: Reads findings from reports: the phantom's language, rule labels, or whichever fits the studies.
-        views: Studies to steer: frontal for those with one image and no prior, all for any with a frontal image.
-        steered: Studies of each half that are steered.
-        n_latents: Latents per method.
+            untrained_whitened, raw, or folders of frozen controls (train --control). By default untrained, and none
+            with --records or --intervention; "" for none.
+        reader: Reader of findings in reports: phantom, rules (rule labels), or auto for the one that fits the studies.
+        views: Studies to steer: frontal for those with one image and no prior, all for all with a frontal image.
+        steered: Number of studies of each half that are steered.
+        n_latents: Number of latents per method.
         strengths: Strengths of the sweep of maps.
-        remove: Take the finding out of reports that have it.
-        max_new_tokens: Maximum length of a report; 300 for reports of MAIRA-2.
+        remove: Remove the finding from reports that state it, instead of inserting it.
+        max_new_tokens: Largest number of tokens of a report; use 300 for MAIRA-2.
         seed: Random seed of halves and controls.
         allow_credentialed: Show images and text of credentialed studies on the page.
-        estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
+        estimate: Print memory, disk and time for these options and stop; only the configuration and the table are read.
         as_json: Print the summary as JSON instead of a table.
     """
     from sae_lens_maira.errors import ConfigError, InterventionError
@@ -87,7 +88,7 @@ def steer(
 
     if records is not None and intervention is not None:
         raise ConfigError(
-            "--records and --intervention were both given; records choose latents, a saved intervention has its own. "
+            "--records and --intervention were both given, but both define the latents to steer. "
             "Give one of them."
         )
     if controls and (records is not None or intervention is not None):
@@ -144,7 +145,7 @@ def steer(
     errors = _errors(tables, steered_studies, read, seed)
     out.mkdir(parents=True, exist_ok=True)
     with private_files(out):
-        # The tables hold reports: marked before they are written.
+        # The tables contain reports, so the folder is marked before they are written.
         mark_folder(
             out,
             strictest(getattr(study.licence, "value", study.licence) for study in steered_studies),
@@ -182,7 +183,7 @@ def steer(
 def _errors(
     tables: "SteeringTables", studies: "list[Study]", reader: "FindingReader", seed: int
 ) -> "pd.DataFrame":
-    """Errors of the reported half per method, next to those of its unsteered reports."""
+    """Count the errors of the reported half per method, and those of its unsteered reports."""
     from sae_lens_maira.steering.report_errors import error_changes
 
     reported = tables.studies.loc[tables.studies["half"] == "report"].sort_values("study")
@@ -200,7 +201,7 @@ def _recorded(
     seed: int,
     remove: bool,
 ) -> "list[Method]":
-    """Methods from latent records; RecordError if they are of another SAE."""
+    """Make methods from latent records. Raises RecordError if they belong to another SAE."""
     from sae_lens_maira.latents import RecordSet
     from sae_lens_maira.steering.methods import recorded_methods
 
@@ -221,7 +222,7 @@ def _collected(
     seed: int,
     remove: bool,
 ) -> "tuple[list[Method], Any]":
-    """Methods from activations of the choosing half, with control SAEs, and the p99 of all latents."""
+    """Make methods, with control SAEs, from activations of the selection half; also return the p99 of all latents."""
     from itertools import chain
 
     import numpy as np
@@ -262,10 +263,10 @@ def _collected(
 def _control_saes(
     controls: Sequence[str], dictionary: "MatryoshkaSAE", hook_name: str, device: str
 ) -> "dict[str, MatryoshkaSAE | None]":
-    """Control SAEs by name; None for one that is made from activations.
+    """Load control SAEs by name; None for one that is made from activations.
 
     Raises:
-        ConfigError: A folder holds an SAE of another hook point or width.
+        ConfigError: A folder contains an SAE of another hook point or width.
     """
     from sae_lens_maira.errors import ConfigError
     from sae_lens_maira.interface import load_sae
@@ -285,7 +286,7 @@ def _control_saes(
         own = str(sae.cfg.metadata.hook_name)
         if own != hook_name or sae.cfg.d_in != dictionary.cfg.d_in:
             raise ConfigError(
-                f"The control {control} is an SAE of {own} with d_in {sae.cfg.d_in}; the steered SAE is of "
+                f"The control {control} is an SAE at {own} with d_in {sae.cfg.d_in}; the steered SAE is at "
                 f"{hook_name} with d_in {dictionary.cfg.d_in}. Give a control of the same hook point."
             )
         kind = control_kind(sae) or Path(control).name
@@ -307,7 +308,7 @@ def _evaluate(
     max_new_tokens: int,
     seed: int,
 ) -> "tuple[SteeringTables, list[int]]":
-    """The tables, and the studies that are reported on."""
+    """Make the tables, and return the studies of the reported half."""
     from sae_lens_maira.steering.evaluate import evaluate_steering
 
     has, lacks = ([finding], []) if remove else ([], [finding])

@@ -1,6 +1,6 @@
 """The commands `harvest` and `store show|validate|export|import`: write an activation store, inspect it, convert it.
 
-A recipe's parts about training are accepted by `harvest` and read by `train` only.
+`harvest` accepts the parts of a recipe about training, but only `train` reads them.
 """
 
 import json
@@ -20,7 +20,7 @@ def harvest(
     estimate: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Run studies through the model and keep activations on disk; killed at any time, the same command continues.
+    """Run studies through the model and store activations on disk. After a kill, run the same command again.
 
     Under torchrun or srun every process harvests its share of the studies.
 
@@ -28,7 +28,7 @@ def harvest(
 
     Args:
         options: What is read, and what is kept of it.
-        estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
+        estimate: Print memory, disk and time for these options and stop; only the configuration and the table are read.
         as_json: Print JSON instead of text.
     """
     if estimate:
@@ -55,7 +55,7 @@ def harvest(
 
 
 def harvest_store(options: HarvestOptions, ranks: Ranks) -> Any:
-    """Load what the options name, harvest this rank's share, wait for the others and return the store.
+    """Load model and studies, harvest this rank's share, wait for the other ranks, and return the store.
 
     Raises:
         ConfigError: No store was named.
@@ -86,7 +86,7 @@ def harvest_store(options: HarvestOptions, ranks: Ranks) -> Any:
 
 
 def show(store: Path, as_json: bool = False) -> None:
-    """Show what a store holds: hook points, rows by role, size, settings, and how far its harvest is.
+    """Show the contents of a store: hook points, rows by role, size, settings, and progress of its harvest.
 
     Example: sae-lens-maira store show --store runs/phantom_store
 
@@ -126,7 +126,7 @@ def show(store: Path, as_json: bool = False) -> None:
 
 
 def validate(store: Path, sums: Path | None = None, as_json: bool = False) -> None:
-    """Read every file of a store once and compare it with the manifest; damaged shards are named.
+    """Read every file of a store and compare it with the manifest; report damaged shards.
 
     Example: sae-lens-maira store validate --store runs/phantom_store
 
@@ -163,7 +163,7 @@ def export(
         store: Folder of the store.
         out: New folder; float32, so about twice the size of a bfloat16 store.
         hook: Hook point; the store's first if not given.
-        context_size: Activation rows per row of the data set; give SAELens the same number.
+        context_size: Number of activation rows per row of the data set; give SAELens the same number.
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.activations import ActivationStore, export_cached
@@ -196,7 +196,7 @@ def bring(
     dtype: Literal["bfloat16", "float32"] | None = None,
     as_json: bool = False,
 ) -> None:
-    """Make a store of SAELens' cached activations.
+    """Make a store from SAELens' cached activations.
 
     Example: sae-lens-maira store import --cached activations/data --store runs/imported
 
@@ -204,8 +204,8 @@ def bring(
         cached: Folder that SAELens' CacheActivationsRunner or store export wrote.
         store: Folder of the new store.
         hook: Column to read, if there are several.
-        role: Role of every token, where the data set has none.
-        dtype: Precision of the stored rows; the exported store's own, else float32.
+        role: Role of every token, if the data set contains none.
+        dtype: Precision of the stored rows; that of the exported store, else float32, if not given.
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.activations import import_cached

@@ -1,4 +1,4 @@
-"""The commands `studies import` and `studies validate`: a data set into one Parquet table, and what is wrong with it.
+"""The commands `studies import` and `studies validate`: make one Parquet table of a data set, and check it.
 
 `studies.readers`, `studies.validate` and the phantom do the work. This module lists the options of each source and
 prints what was read, what was left out and why.
@@ -53,13 +53,13 @@ def import_studies(
     workers: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """Make one table of studies (Parquet) of a data set; every study that is left out is counted with its reason.
+    """Make one table of studies (Parquet) from a data set; studies that are left out are counted by reason.
 
     Example: sae-lens-maira studies import --source mimic --images mimic-cxr-jpg --reports mimic-cxr --out mimic.parquet
 
     Args:
-        source: Data set: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray (Open-I), folder (pictures or
-            DICOM), csv, or phantom.
+        source: Data set: mimic (MIMIC-CXR-JPG and MIMIC-CXR's reports), iuxray (Open-I), folder (images or DICOM), csv,
+            or phantom.
         out: Parquet file of the table; studies left out and files not used are listed next to it as .skipped.csv.
         images: Folder of the images; for mimic the folder above `files`, for csv the one its paths are relative to.
         reports: For mimic: folder above the reports' `files`, if another, or mimic_cxr_sectioned.csv; for iuxray:
@@ -68,13 +68,14 @@ def import_studies(
             several in brackets.
         assume_frontal: For iuxray and folder: true takes images of unknown view as frontal.
         table: For csv: the file.
-        columns: For csv: our column and its name in the file, for example "{frontal: image_path}".
-        licence: For folder and csv: licence of studies that state none, credentialed if not given; it never
-            loosens a stated one.
+        columns: For csv: column of the table and its name in the file, for example "{frontal: image_path}".
+        licence: For folder and csv: licence of studies that state none, credentialed if not given. A stated licence is
+            only made stricter.
         relicense_from: For csv: licence word in the file to replace by --to; the only way to loosen a licence.
         to: For csv: the licence that replaces it.
         cut_reports: For csv: true cuts whole reports in the column report into sections.
-        patients: For folder: each study its own patient (if not given), or each folder one patient.
+        patients: For folder: study (each study is a separate patient, if not given) or folder (each folder is one
+            patient).
         need_images: For mimic and iuxray: false keeps studies whose image files are not on this machine.
         need_reports: For folder: false keeps images without a report.
         studies: For phantom: number of studies (200 if not given).
@@ -117,7 +118,7 @@ def import_studies(
 
 
 def _hint(source: str, imported: "Imported") -> str:
-    """What to do about the most likely cause of studies left out."""
+    """Advice about the most likely reason for studies that were left out."""
     from sae_lens_maira.studies.readers import SkipReason
 
     counts = imported.counts()
@@ -147,7 +148,7 @@ def _read(source: str, out: Path, given: dict[str, Any]) -> "Imported":
 def _phantom(
     out: Path, studies: int = 200, study_seed: int = 0, size: int = 112, split: str | None = None
 ) -> "Imported":
-    """Phantom studies with their truth; images are written to the folder `images` next to the table."""
+    """Make a table of phantom studies with their truth; images are written to the folder `images` next to it."""
     from tqdm.auto import tqdm
 
     from sae_lens_maira.phantom import generate_study
@@ -185,14 +186,14 @@ def _print_import(imported: "Imported", out: Path, listed: Path, source: str, as
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: control and escape characters are shown as escapes and do nothing."""
+    """Replace control and escape characters by visible escapes, for a terminal."""
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda c: repr(c[0])[1:-1], text
     )
 
 
 def open_table(table: Path, root: Path | None, errors: str = "strict") -> "StudyTable":
-    """The table of studies that a command names."""
+    """Open the table of studies that a command names."""
     from sae_lens_maira.studies import read_table
 
     return read_table(table, root, errors)
@@ -216,12 +217,13 @@ def validate_studies(
 
     Args:
         table: Parquet or CSV.
-        root: Folder that relative image paths start from; the table's own if not given.
-        images: Check of the images: decode reads each as the model would, open reads headers, exist looks for files.
-        most: Issues printed; all are counted.
-        workers: Threads that look at images.
-        out: CSV for all issues.
-        without_errors: Parquet file for the rows that no error names; relative image paths start where they did.
+        root: Folder that image paths are relative to; the table's folder if not given.
+        images: Depth of the check: decode reads each image as the model does, open reads headers, exist checks that
+            files exist, none skips images.
+        most: Largest number of issues to print; all are counted.
+        workers: Number of threads that read images.
+        out: CSV file for all issues.
+        without_errors: Parquet file for the rows without errors; image paths stay relative to the same folder.
         as_json: Print JSON instead of text.
     """
     from sae_lens_maira.errors import StudyError
@@ -275,7 +277,7 @@ def validate_studies(
         sys.stdout.write(f"{table}: {report.studies:,} studies, {report.images:,} images: {found}\n")
     if report.exit_code and without_errors is None:
         raise StudyError(
-            f"{table} has {len(report.errors)} errors that would stop later steps or falsify them. Fix or "
+            f"{table} has {len(report.errors)} errors, with which later steps would fail or give wrong results. Fix or "
             f"leave out the rows named above{'' if out is None else f' and in {out}'}, then validate again; "
             "--without-errors writes a table without them."
         )

@@ -1,7 +1,7 @@
-"""The command `studies show`: what a table holds, one study of it, and a figure of its images.
+"""The command `studies show`: contents of a table, one of its studies, and a figure of its images.
 
 Prevalence of observations comes from `rule_labels` of a sample of reports, with Wilson's interval. It counts what
-reports mention by these rules, not what patients have. Texts and images are shown on this machine only.
+reports mention, which is not the same as what patients have. Texts and images are shown on this machine only.
 """
 
 import json
@@ -27,17 +27,17 @@ def show(
     seed: int = 0,
     as_json: bool = False,
 ) -> None:
-    """Show what a table of studies holds: splits, views, licences, sections, priors, and what its reports mention.
+    """Show the contents of a table of studies: splits, views, licences, sections, priors, and findings of reports.
 
     Example: sae-lens-maira studies show --table studies.parquet --figure studies.png
 
     Args:
         table: Parquet or CSV.
-        root: Folder that relative image paths start from; the table's own if not given.
+        root: Folder that image paths are relative to; the table's folder if not given.
         study: Id of one study to show instead, with its text and rule labels.
-        figure: PNG to draw: the images of the study, or the frontal images of a sample.
-        labels: Reports whose rule labels are counted, drawn at random; 0 for none.
-        shown: Images in the figure of a sample.
+        figure: PNG file for a figure: the images of the study, or the frontal images of a sample.
+        labels: Number of randomly chosen reports whose rule labels are counted; 0 for none.
+        shown: Number of images in the figure of a sample.
         seed: Random seed of the samples.
         as_json: Print JSON instead of text.
     """
@@ -68,11 +68,11 @@ def show(
 
 
 def prevalence(table: "StudyTable", n: int, seed: int) -> dict[str, Any]:
-    """Observations in a sample of reports.
+    """Count observations in a sample of reports.
 
     Args:
-        table: The table.
-        n: Reports to sample; all if there are fewer.
+        table: Table of studies.
+        n: Number of reports to sample; all if there are fewer.
         seed: Random seed of the sample.
 
     Returns:
@@ -92,7 +92,7 @@ def prevalence(table: "StudyTable", n: int, seed: int) -> dict[str, Any]:
     for text in tqdm(reports.to_numpy()[drawn], unit="report", desc="rule labels", disable=not len(drawn)):
         for name, label in rule_labels(text).items():
             counts[name][label.status.value] += 1
-    unknown = counts["no_finding"]["unknown"]  # not English, or without a statement: in no rate
+    unknown = counts["no_finding"]["unknown"]  # not English, or without a statement: left out of all rates
     read = len(drawn) - unknown
     facts: dict[str, Any] = {"n": read, "unknown": unknown}
     if read:
@@ -153,7 +153,7 @@ def _sample(table: "StudyTable", n: int, seed: int) -> "list[Study]":
 
 
 def draw_frontals(studies: "Sequence[Study]", file: Path) -> None:
-    """Frontal images side by side, each under its id and the observations its report states as present.
+    """Draw frontal images side by side, with study ids and the observations that the reports state as present.
 
     Raises:
         StudyError: No study has a frontal image.
@@ -200,7 +200,7 @@ def draw_study(study: "Study", file: Path) -> None:
     sections = ("indication", "technique", "comparison", "report")
     facts = [f"{name.upper()}: {text}" for name in sections if (text := getattr(study, name))]
     text = "\n\n".join(textwrap.fill(part, 58) for part in facts)
-    text = text.replace("$", r"\$")  # no mathematics
+    text = text.replace("$", r"\$")  # matplotlib would read it as mathematics
     axes[-1].text(
         0, 1, f"{study.study_id} ({study.licence.value})\n\n{text}", va="top", fontsize=8, wrap=False
     )

@@ -1,7 +1,7 @@
 """The command `train`: a Matryoshka SAE from a store, or straight from the model.
 
-A store that is not complete is harvested first. A run that was stopped continues from its newest undamaged checkpoint
-if its settings are the same.
+An incomplete store is harvested first. A stopped run continues from its newest undamaged checkpoint if its settings are
+the same.
 """
 
 import json
@@ -44,7 +44,7 @@ def train(
     estimate: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Train a Matryoshka SAE on a store, harvesting it first where it is not complete; or straight from the model.
+    """Train a Matryoshka SAE on a store, which is harvested first if it is not complete, or directly from the model.
 
     Under torchrun or srun all processes train one SAE: each reads its share of the store and of every batch.
 
@@ -52,20 +52,20 @@ def train(
 
     Args:
         options: What is read, and what is kept of it.
-        out: Folder of the SAE, which plain SAELens loads.
+        out: Folder of the SAE, which can be loaded with plain SAELens.
         sae: Fields of MatryoshkaTrainingSAEConfig without d_in, for example "{d_sae: 1024, k: 16, ...}".
         trainer: Fields of SAELens' SAETrainerConfig; with checkpoint_path and n_checkpoints a stopped run continues,
             with "logger: {wandb_project: NAME}" it is logged to Weights & Biases.
         provider: For a store: roles, rates, buffer_rows, workers; direct: buffer_rows, mix_fraction, group.
-        direct: Run the model while training and keep nothing on disk; the first hook point is trained on.
+        direct: Run the model during training and store nothing on disk; the SAE is trained at the first hook point.
         control: Train a control SAE instead, with a random decoder or encoder that stays fixed (soft: within a cosine
-            of 0.8); everything else as given.
+            of 0.8) and otherwise the same settings.
         init: Start from the weights of this SAE, a folder or a published release, instead of random ones; d_sae,
             levels and k must be the same.
         backend: Implementation of the step: triton on CUDA, sparse elsewhere (auto), or the dense reference.
-        candidates: Search the largest activations with a low-precision product first and score only those in float32;
-            the result stays exact. auto: wherever that is faster.
-        autocast: Round the operands of products to bfloat16, as trainer.autocast does. Faster, not exact.
+        candidates: Search the largest activations with a low-precision product first and score only these in float32;
+            the result is exact. auto does this where it is faster.
+        autocast: Round the operands of products to bfloat16, as trainer.autocast does. Faster, but not exact.
         sole_writer: Reuse norms and bfloat16 copies that the triton optimizer made; false if other code changes the
             weights during the training.
         shard_optimizer: With several processes, divide the optimizer's state over them: a quarter to a half less memory
@@ -76,7 +76,7 @@ def train(
         cuda_graph: Record steps without dead latents in CUDA graphs, so that the CPU queues two launches per step. Not
             yet run on a GPU. Where it is not possible the reason is printed.
         resume: Continue from the newest checkpoint; false moves existing checkpoints away and starts again.
-        estimate: Print memory, disk and time for these options and stop; nothing is loaded but configuration and table.
+        estimate: Print memory, disk and time for these options and stop; only the configuration and the table are read.
         as_json: Print JSON instead of text.
     """
     if estimate:
@@ -162,7 +162,7 @@ def train(
 
 @contextmanager
 def _said_once(what: str) -> Iterator[None]:
-    """Turn what SAELens raises or asserts about settings into one message."""
+    """Convert errors and assertions of SAELens about settings to one message."""
     try:
         yield
     except MairaError:
@@ -184,7 +184,7 @@ def _where(error: BaseException) -> str:
 
 
 def _trainer_config(given: dict[str, Any], place: str) -> "SAETrainerConfig":
-    """SAELens' configuration; wandb is off unless a logger is given."""
+    """Make SAELens' configuration; wandb is off unless a logger is given."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
     logger = given.get("logger")
@@ -211,10 +211,10 @@ def _trainer_config(given: dict[str, Any], place: str) -> "SAETrainerConfig":
 
 
 def _with_control(sae: dict[str, Any], control: str | None) -> dict[str, Any]:
-    """The SAE's fields with the control of --control, unless they name another.
+    """Add the control of --control to the SAE's fields.
 
     Raises:
-        ConfigError: Both name a control, and not the same; null in the fields is one as well.
+        ConfigError: Both name a control, but not the same one; null in the fields counts as a control.
     """
     if control is not None and sae.get("control", control) != control:
         raise ConfigError(
@@ -239,7 +239,7 @@ def _sae_config(given: dict[str, Any], width: int, place: str) -> "MatryoshkaTra
 
 @contextmanager
 def _logged(steps: "SAETrainerConfig", settings: dict[str, Any], rank: int) -> Iterator[None]:
-    """A Weights & Biases run around a training, as SAELens' runners start it; nothing where logging is off."""
+    """Context of a Weights & Biases run, as SAELens' runners start it; does nothing if logging is off."""
     log = steps.logger
     if not log.log_to_wandb or rank:
         yield
@@ -269,7 +269,7 @@ def _logged(steps: "SAETrainerConfig", settings: dict[str, Any], rank: int) -> I
 def _stored(
     options: HarvestOptions, ranks: Ranks, batch: int, place: str, settings: dict[str, Any]
 ) -> tuple[Any, int, int | None, str | list[str], dict[str, Any]]:
-    """A provider over the store, harvested first if it is not complete; d_in; rows; their roles; its fingerprint."""
+    """Make a provider over the store (harvested first if incomplete); also return d_in, rows, roles, fingerprint."""
     from sae_lens_maira.activations import ActivationStore, StoreProvider
     from sae_lens_maira.activations.mixing import describe_mixing
     from sae_lens_maira.cli.store import harvest_store
@@ -319,7 +319,7 @@ def _stored(
 def _direct(
     options: HarvestOptions, ranks: Ranks, batch: int, place: str, settings: dict[str, Any]
 ) -> tuple[Any, int, int | None, str | list[str], dict[str, Any]]:
-    """A provider that runs the model; d_in; None for the number of rows; their roles; what they come from."""
+    """Make a provider that runs the model; also return d_in, None for the rows, their roles, and their source."""
     from sae_lens_maira.activations import DirectProvider
 
     if ranks.size > 1:
@@ -344,14 +344,14 @@ def _direct(
 def _stored_roles(
     store: "ActivationStore", asked: str | Collection[str], rates: Mapping[str, float]
 ) -> str | list[str]:
-    """Roles of the rows that a provider takes from a store, as `_role_names`.
+    """Roles of the rows that a provider reads from a store, as `_role_names`.
 
     Args:
         store: The store.
-        asked: The provider's roles.
-        rates: The provider's rates by role name.
+        asked: Roles of the provider.
+        rates: Role name -> rate of the provider.
     """
-    # An imported store has no rates; its manifest counts its roles.
+    # An imported store has no rates, but its manifest counts its roles.
     stored = {name for name, rate in store.spec.rates.items() if rate > 0}
     stored = stored or {role.name.lower() for role in store.role_counts()}
     if store.spec.settings.get("last_image"):
@@ -362,7 +362,7 @@ def _stored_roles(
 
 
 def _role_names(rates: Mapping[str, float], last_image: bool) -> str | list[str]:
-    """Roles of the rows as the SAE's metadata name them: a list, or the preset that keeps the last image tokens."""
+    """Roles of the rows for the SAE's metadata: a list, or the preset that keeps the last image tokens."""
     if last_image:
         return "paper_last_image"
     return sorted(name.upper() for name, rate in rates.items() if rate > 0)

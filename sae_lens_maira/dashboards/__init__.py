@@ -1,1 +1,1 @@
-"""Writers over latent records: Neuronpedia files, a multimodal page, validation and a guarded upload."""
+"""Dashboards from latent records: Neuronpedia files, a page with images, validation, and a guarded upload."""

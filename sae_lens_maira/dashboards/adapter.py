@@ -1,13 +1,13 @@
-"""Run sae-dashboard itself over some latents of a MAIRA-2 SAE: its batch files and its classic page.
+"""Run sae-dashboard over some latents of a MAIRA-2 SAE, for its batch files and its classic page.
 
 `SaeVisRunner` and `NeuronpediaConverter` run unmodified, over activations in their cache. Their data are then corrected
-for what our prompts add, padding and token ids outside the vocabulary:
+for padding and for token ids outside the vocabulary, which our prompts contain:
 
     density = counts of its histogram / rows        the runner divides by positions, padding included
     share of an interval = count / rows             the lowest interval without the padding
     logits over the vocabulary only; correlations that are not finite or above one are left out
 
-Use it to check our records, or for the classic page. For all latents of a model, use the writers over latent records.
+Use this to check latent records, or for the classic page. For all latents of a model, use `dashboards neuronpedia`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def run_saedashboard(
         ConfigError: sae-dashboard is not installed, or a latent does not exist.
         PrivacyError: A study is not known to be public or synthetic, and `allow_credentialed` is not set or the classic
             page was requested.
-        RecordError: The rows do not fit, or the folder contains files.
+        RecordError: The rows do not match the studies, or the folder contains files.
     """
     if not 0 <= min(config.latents) <= max(config.latents) < sae.cfg.d_sae:
         raise ConfigError(
@@ -304,7 +304,7 @@ def correct_statistics(
 
 
 def _hit(sequence: Any, prompts: Prompts) -> int:
-    """Token id of a sequence's hit."""
+    """Token id of the token that a sequence was chosen for."""
     return int(prompts.tokens[sequence.original_index, sequence.qualifying_token_index])
 
 

@@ -3,9 +3,9 @@
     release.jsonl  model.jsonl  sourceset.jsonl  source.jsonl             one row each
     features/  activations/  explanations/  batch-N.jsonl.gz              rows of the tables of those names
 
-Activation ids are hashes of model, source, latent, study and interval: shards never share one, and a second import
-changes nothing. Gzip headers contain no time stamp. Dead latents have a row and no activations. Rows are written as
-they are read, so memory does not grow with the number of latents.
+Activation ids are hashes of model, source, latent, study and interval, so that ids are unique over shards and a second
+import changes nothing. Gzip headers contain no time stamp. Dead latents have a row and no activations. Rows are written
+while records are read, so that memory does not grow with the number of latents.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def heads(meta: RecordsMeta, target: Target, licence: str) -> dict[str, dict[str
 
 
 def _set_type(hook_name: str) -> str:
-    """The kind of activations, which Neuronpedia shows as a breadcrumb."""
+    """Type of activations, which Neuronpedia shows as a breadcrumb."""
     if "mlp" in hook_name:
         return "MLP"
     return "Attention" if "attn" in hook_name else "Residual Stream"

@@ -5,9 +5,9 @@
     data/latents/000/00012.js                  one latent, loaded when it is opened
     images/                                    centre crops of the radiographs, as the model saw them
 
-Data files are JavaScript calls with a JSON argument, since a page opened from a file may load scripts but not fetch.
-Studies that are not public or synthetic are refused unless the caller asks for them, and so are their radiographs. A
-page is written as a whole or not at all.
+Data files are JavaScript calls with a JSON argument, since a page opened from a file can load scripts but cannot fetch.
+Studies that are not public or synthetic are refused, with their images, unless the caller allows them. A page is
+written atomically.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def write_page(
 
 
 def _space_of(records: RecordSet) -> dict[int, list[dict[str, Any]]]:
-    """By latent: spatial scores against the boxes of the findings whose best image latent it is."""
+    """Latent -> spatial scores, for the best image latent of each finding, against the boxes of this finding."""
     found: dict[int, list[dict[str, Any]]] = {}
     for row in spatial_of_records(records).to_dict("records"):
         scores = {
@@ -127,7 +127,7 @@ def latent_file(latent: int) -> str:
 
 
 def about(meta: RecordsMeta, studies: dict[str, StudyInfo], images: bool, licence: str) -> dict[str, Any]:
-    """The page's description of what it was made from."""
+    """Make the page's description of its source."""
     licences = sorted({str(entry.licence) for entry in studies.values()})
     return {
         "model": meta.model,
@@ -157,7 +157,7 @@ COLUMNS = (
 
 
 def index_row(record: LatentRecord, interpretations: Sequence[Interpretation]) -> dict[str, Any]:
-    """One latent's row of the index, by column; None where a value is unknown."""
+    """Make the row of one latent in the index: column -> value, None if it is unknown."""
     best = max(record.agreement, key=lambda a: a.f1, default=None)
     name = best_named(interpretations)
     lead = leading_score(name.scores) if name else None

@@ -1,11 +1,11 @@
-"""The page's data for one latent: a compact form of its record, and the images of the studies it shows.
+"""Make the page's data for one latent: a compact form of its record, and the images of the shown studies.
 
     numbers     three significant digits
     roles       run-length encoded, [role, count]
     maps        activation maps, one character per patch, scaled to the map's maximum; patch numbers where few fire
     images      the centre crop that the model saw, in grey, one PNG per study and view
 
-A latent's data never exceed their limit: contexts that do not fit are dropped from the end of the longest list, and
+The data of a latent have a size limit: contexts that do not fit are dropped from the end of the longest list, and
 counted. Image files are numbered, since a pseudonym may not be a valid file name.
 """
 
@@ -47,7 +47,7 @@ def rounded(value: float | None, digits: int = 3) -> float | int | None:
 
 @lru_cache(65536)
 def readable(token: str) -> str:
-    """A vocabulary token as text: sentencepiece's mark becomes a space, its newline byte a newline."""
+    """Convert a vocabulary token to text: sentencepiece's mark becomes a space, its newline byte a newline."""
     return token.replace("▁", " ").replace("<0x0A>", "\n")
 
 
@@ -193,7 +193,7 @@ def _runs(roles: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 
 def _study(entry: StudyInfo, images: ImageFolder | None) -> dict[str, Any]:
-    """The page's entry of a study; boxes only with their radiograph, in coordinates of its crop."""
+    """Make the page's entry of a study; boxes only together with the image, in coordinates of its crop."""
     shown = images.add(entry) if images is not None else None
     return {
         "findings": list(entry.findings),

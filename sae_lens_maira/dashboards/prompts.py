@@ -1,4 +1,4 @@
-"""Studies in the form of a text model's prompts for sae-dashboard: token ids, cached activations, a substitute model.
+"""Convert studies to a text model's prompts for sae-dashboard: token ids, cached activations, a substitute model.
 
     prompt = pad ... pad  study  row  row  row ...  pad ... pad        one prompt per study, one token per row
 
@@ -68,7 +68,7 @@ class Prompts:
         first_study: Token id of the first study; patches have the ids before it, down to `vocabulary`.
         vocabulary: V; ids from here on have no logit.
         pad: Token id of the padding.
-        rows: Activation rows in all prompts together.
+        rows: Number of activation rows in all prompts together.
         hook_name: Hook point of the rows.
     """
 

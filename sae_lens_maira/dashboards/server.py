@@ -1,4 +1,4 @@
-"""Connection to a Neuronpedia server, and the journal of what an upload has sent.
+"""Connection to a Neuronpedia server, and the journal of an upload.
 
 The key is sent over https, or to this machine, and redirects are not followed. Server messages are shown with the key
 masked. The journal is a JSON lines file, flushed before the next request, so that a cut upload can continue:
@@ -129,7 +129,7 @@ class Site:
             raise self._strange(item, answer)
 
     def _json(self, method: str, path: str, body: dict[str, Any], item: str) -> Any:
-        """The JSON that the server answers with status 200."""
+        """Send a request and return the JSON of an answer with status 200."""
         sent = json_line(body).encode()
         try:
             answer = self._ask(method, path, sent)
@@ -165,7 +165,7 @@ class Site:
             except Exception as error:
                 answered.put(error)
 
-        # In a thread: the socket's time-out starts again with every byte, so that a slow drip would go on for ever.
+        # In a thread: the socket's time-out restarts with every byte, so that a very slow answer would never end.
         threading.Thread(target=exchange, daemon=True).start()
         try:
             found = answered.get(timeout=self.timeout)
@@ -200,7 +200,7 @@ class Site:
 
 
 class Journal:
-    """What an upload has sent, one JSON line per step, flushed to disk before the next request.
+    """Journal of an upload: one JSON line per step, flushed to disk before the next request.
 
     The first line names the destination; another destination needs another journal.
 

@@ -98,7 +98,7 @@ class Target:
         return self.release or f"{self.model_id}-{self.set_name}"
 
     def marked(self, licence: str) -> Target:
-        """These names with a notice in description and dataset if the data are credentialed."""
+        """Return these names, with a notice in description and dataset if the data are credentialed."""
         if licence in SHAREABLE:
             return self
         return replace(
@@ -128,7 +128,7 @@ class Target:
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        _ = parts.port  # an impossible one is a ValueError
+        _ = parts.port  # raises ValueError for an impossible port
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"\s", url)

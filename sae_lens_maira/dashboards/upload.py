@@ -5,8 +5,8 @@
     resume    the same call again skips what the journal contains; a step whose answer was lost is looked up again
 
 A payload has at most 128 features, 1,024 tokens per sequence, 20 logits and 512 characters per explanation. The server
-requires an activation per feature, so dead latents are left out. The bounds of the top group are null. The site keeps
-the first version of a feature for ever, so a latent that changed since it was sent is refused.
+requires an activation per feature, so that dead latents are left out. The bounds of the top group are null. The server
+never replaces a feature, so that a latent that changed since it was sent is refused.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ LOCALHOST = "http://localhost:3000/api"
 
 @dataclass(frozen=True)
 class Plan:
-    """What an upload would send, or has sent."""
+    """Summary of an upload: what would be sent, or was sent."""
 
     url: str
     model_id: str
@@ -345,7 +345,7 @@ def _check_names(server: Site, journal: Journal, target: Target, new_model: bool
 
 
 def _create(server: Site, journal: Journal, step: str, path: str, body: dict[str, Any], what: str) -> None:
-    """Create a model or source set once, recording the request before it leaves and its success after."""
+    """Create a model or source set once; the request is recorded before it is sent, and its success afterwards."""
     if journal.steps.get(step) == "done":
         return
     journal.step(step, "asked")

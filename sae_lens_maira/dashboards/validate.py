@@ -287,7 +287,7 @@ def _sae_dashboard_issues(place: Line) -> Iterator[Issue]:
 
 
 def _ordered(folder: Path, issues: Iterator[Issue]) -> list[Issue]:
-    """The issues of a folder's contents and of its checksums, by file and line."""
-    text = f"the file is missing or not what was written; if it was changed on purpose, remove {SUMS}"
+    """Order the issues of a folder's contents and of its checksums by file and line."""
+    text = f"the file is missing or was changed; if you changed it on purpose, remove {SUMS}"
     changed = (Issue(name, 0, text) for name in damaged_files(folder))
     return sorted([*changed, *issues], key=lambda one: (one.file, one.line))

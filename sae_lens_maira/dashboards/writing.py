@@ -1,7 +1,7 @@
-"""Shared by all writers: the privacy gate, new folders, batches of latents, forked workers, and interpretations.
+"""Functions shared by all writers: privacy gate, new folders, batches of latents, forked workers, interpretations.
 
 `parallel_map` forks one process per core and returns results in order. A child shares its parent's memory until it
-writes, so nothing is loaded twice. Where processes cannot be forked, or one worker is requested, the work runs in
+writes, so that nothing is loaded twice. If processes cannot be forked, or one worker is requested, the work runs in
 this process. Neuronpedia's bulk import has no field for scores, so `note` writes them into the explanation's notes,
 each with its control.
 """
@@ -45,7 +45,7 @@ def by_latent(interpretations: Iterable[Interpretation]) -> dict[int, list[Inter
 
 
 def usable(interpretations: Iterable[Interpretation]) -> list[Interpretation]:
-    """Interpretations with a usable sentence, one per sentence."""
+    """Interpretations with a usable explanation, one per distinct text."""
     kept = {one.explanation: one for one in interpretations if one.status == "ok" and one.explanation}
     return list(kept.values())
 
@@ -85,7 +85,9 @@ def shorten(text: str, limit: int) -> str:
 
 
 def note(interpretation: Interpretation) -> str:
-    """Explainer and scores in one line; every score with the score of another latent's explanation as control."""
+    """Describe explainer and scores in one line; every score with its control, the score of another latent's
+    explanation.
+    """
     parts = [f"explainer: {interpretation.explainer}"]
     if interpretation.method:
         parts.append(f"method: {interpretation.method}")
@@ -191,7 +193,7 @@ def parallel_map(
         return
     _work = work  # inherited by the children: a closure cannot be sent
     try:
-        # Blocked until a child has its own handlers, so that none runs the parent's.
+        # Signals are blocked until a child has its own handlers, so that none runs the parent's.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             pool = multiprocessing.get_context("fork").Pool(count, initializer=_own_signals)
@@ -206,7 +208,7 @@ def parallel_map(
 
 
 def _own_signals() -> None:
-    """A child must end on SIGTERM: SAELens' runner leaves a raising handler in the parent, and children inherit it."""
+    """Restore default signal handlers in a child, which would inherit the raising handler of SAELens' runner."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -1,4 +1,4 @@
-"""Interpretations of latents: explanations and their scores, each with its control."""
+"""Interpretations of latents: explanations and scores, each with its control."""
 
 from sae_lens_maira.interp.records import Interpretation, Score
 

@@ -1,11 +1,11 @@
-"""Choose the best latent of each finding on train patients, and report it on the other patients.
+"""Select the best latent of each finding on train patients, and report its scores on the other patients.
 
-    agreement(latent, finding) = (share of active studies with it + share of silent studies without it) / 2
+    agreement(latent, finding) = (share of active studies with the finding + share of silent studies without it) / 2
 
 over the latent's train examples. Latents are ranked by the lower 95 % limit, so that rare latents do not win by
-chance. The choice sees no explanation and no test patient. Reported for the chosen latent: whether its explanation
-names the finding, and its detection score on test patients with the shuffled control. Record sets of controls (an
-untrained SAE, raw dimensions) are treated the same way.
+chance. The selection uses no explanation and no test patient. For the selected latent the table reports whether its
+explanation names the finding, and its detection score on test patients with the shuffled control. Record sets of
+controls (an untrained SAE, raw dimensions) are treated in the same way.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from sae_lens_maira.stats import bootstrap_mean, wilson_arrays
 
 @dataclass(frozen=True)
 class Best:
-    """The best latent of one finding.
+    """Best latent of one finding.
 
     Attributes:
         finding: Finding key.
         place: Name of the record set that contains the latent.
         latent: Latent number.
-        agreement, low: Agreement with the finding on train examples, and its lower 95 % limit, the basis of the choice.
+        agreement, low: Agreement with the finding on train examples, and its lower 95 % limit, by which latents are
+        ranked.
         n: Number of train examples.
         interpretation: Interpretation of the latent; None where it has none.
-        named: Whether the explanation names the finding, with its side where it says one.
-        exact: Whether it names this finding and no other.
+        named: Whether the explanation names the finding, and its side if it states one.
+        exact: Whether the explanation names this finding and no other.
     """
 
     finding: str
@@ -53,24 +54,24 @@ class Best:
 
     @property
     def detection(self) -> Score | None:
-        """Detection by the known findings on test patients."""
+        """Detection score by the known findings on test patients."""
         return _by_truth(self.interpretation.scores) if self.interpretation else None
 
     @property
     def control(self) -> Score | None:
-        """The same with another latent's explanation."""
+        """Detection score with another latent's explanation."""
         return _by_truth(self.interpretation.control) if self.interpretation else None
 
 
 def best_latents(
     places: Mapping[str, Path | str], seed: int = 0, least: int = 5, explainer: str = EXPLAINER
 ) -> list[Best]:
-    """The best latent of every finding over one or more record sets.
+    """Select the best latent of every finding over one or more record sets.
 
     Args:
-        places: Folders of interpreted record sets of one model by name, such as "text" and "image".
-        seed: Random seed of the split by patient, the one that the interpretations had.
-        least: Number of active and of silent train examples needed.
+        places: Name, such as "text" or "image" -> folder of an interpreted record set; all of one model.
+        seed: Random seed of the split by patient; use that of the interpretations.
+        least: Smallest number of active and of silent train examples.
         explainer: Explainer whose interpretations are read.
 
     Raises:
@@ -104,7 +105,7 @@ def best_latents(
 def agreement(
     examples: Sequence[Example], keys: Sequence[str], least: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(F,) agreement of a latent with each finding, and its lower 95 % limit; 0 where examples are few."""
+    """(F,) agreement of a latent with each finding, and its lower 95 % limit; 0 if there are too few examples."""
     active = np.array([e.active for e in examples], dtype=bool)
     n_active, n_silent = int(active.sum()), int((~active).sum())
     if min(n_active, n_silent) < least:
@@ -121,7 +122,7 @@ def agreement(
 
 
 def best_table(best: Sequence[Best]) -> pd.DataFrame:
-    """One row per finding."""
+    """Make a table of one row per finding."""
     return pd.DataFrame(
         [
             {
@@ -144,14 +145,14 @@ def best_table(best: Sequence[Best]) -> pd.DataFrame:
 
 
 def paired_detection(table: pd.DataFrame, control: pd.DataFrame) -> tuple[float, float, float, int] | None:
-    """Mean difference of detection over the findings that both name, its 95 % bootstrap interval, and their number.
+    """Mean difference of detection over findings that both name, its 95 % bootstrap interval, and their number.
 
     Args:
         table: `best_table` of the SAE.
         control: `best_table` of a control.
 
     Returns:
-        None where fewer than two findings are named by both.
+        The four numbers; None if both name fewer than two findings.
     """
     own, other = (
         frame.loc[frame["named"]].set_index("finding")["detection"].dropna() for frame in (table, control)
@@ -164,10 +165,10 @@ def paired_detection(table: pd.DataFrame, control: pd.DataFrame) -> tuple[float,
 
 
 def write_best_figure(sets: Mapping[str, Sequence[Best]], path: Path | str) -> None:
-    """PNG of detection per finding: a dot with its 95 % interval per set, and the first set's shuffled control.
+    """Draw detection per finding as PNG: a dot with its 95 % interval per set, and the first set's shuffled control.
 
     Args:
-        sets: Best latents by name; the first is the one reported, the others are controls.
+        sets: Name -> best latents; the first set is the reported one, the others are controls.
         path: Path of the PNG.
 
     Raises:
@@ -225,7 +226,7 @@ def _interpretations(records: RecordSet, explainer: str) -> dict[int, Interpreta
 
 
 def _exact(key: str, named: frozenset[str]) -> bool:
-    """Whether only this finding is named; both sides of it count as one where its key has no side."""
+    """Whether only this finding is named; if its key has no side, both sides count as one finding."""
     return key in named and len({name_and_side(other)[0] for other in named}) == 1
 
 

@@ -1,12 +1,12 @@
 """Select the contexts that explain a latent and those that test the explanation.
 
-Patients of the whole record set are divided into a train and a test half by a hash of (seed, patient), the same for
-every latent. Neither a latent's own explanation nor the control borrowed from another latent has seen a test patient.
-Sampling comes after the split, takes equal numbers from every activation interval, and is seeded per latent, so that
-the questions about one latent do not depend on which other latents are asked about.
+The patients of the record set are divided into a train and a test half by a hash of (seed, patient), the same for every
+latent. So neither a latent's explanation nor the control from another latent is based on a test patient. Contexts are
+sampled after the split, in equal numbers from every activation interval. The seed depends on the latent, so that its
+questions do not change with the set of latents.
 
-A text is shown as the words around the chosen token; tokens above 0.3 of the latent's largest activation are marked
-`<<so>>`, adjacent ones in one mark.
+A text is shown as the words around the token of largest activation. Tokens above 0.3 of the latent's largest activation
+are marked `<<like this>>`; adjacent ones share one mark.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sae_lens_maira.errors import ConfigError, RecordError
 from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
 from sae_lens_maira.latents.recordset import RecordSet
 
-SPAN = 24  # Tokens on each side of the peak, Neuronpedia's window.
+SPAN = 24  # Number of tokens on each side of the peak, as in Neuronpedia.
 REPORT_TOKENS = 120
 MARKED_FROM = 0.3
 _SPACES = ("▁", "Ġ", " ")
@@ -31,16 +31,18 @@ METHODS = ("detection", "fuzzing", "intruder", "image_detection", "image_fuzzing
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which latents to explain and how to test the explanations.
+    """Settings: which latents to explain and how to test the explanations.
 
     Attributes:
         latents: Latent numbers; None for every latent that is not dead.
         methods: Scorers that ask a language model.
-        n_train: Active examples shown to the explainer, plus a quarter as many silent ones (offline: all examples).
-        n_test: Active examples in the test questions, and as many silent ones.
-        batch: Texts per question.
-        least: Active studies needed in each half; a latent with fewer is "too_rare".
-        pictures: Images with outlined patches shown to the explainer per image latent, for a model that sees.
+        n_train: Number of active examples shown to the explainer, with a quarter as many silent ones (offline: all
+            examples).
+        n_test: Number of active examples in the test questions, with as many silent ones.
+        batch: Number of texts per question.
+        least: Smallest number of active studies in each half; a latent with fewer has the status "too_rare".
+        pictures: Number of images with outlined patches shown to the explainer per image latent, for a model with image
+            input.
         seed: Random seed of the split by patient and of all sampling.
     """
 
@@ -54,7 +56,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse unknown scorers and sizes with which no latent could be scored."""
+        """Refuse unknown scorers, and sizes for which no latent can be scored."""
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown:
             raise ConfigError(f"Unknown scorer {unknown}; choose from {', '.join(METHODS)}.")
@@ -71,14 +73,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Example:
-    """One study as a latent sees it, and whether the latent is active there.
+    """One study as an example for a latent.
 
     Attributes:
         context: Context of the latent in the study.
         study: Study of the context.
-        active: Whether the latent is active in it.
-        interval: Index of the record's activation interval of this context, 0 the highest; -1 where silent.
-        max: The latent's largest activation in the record set, the unit of the 0-10 scale.
+        active: Whether the latent is active in the study.
+        interval: Index of the context's activation interval in the record, 0 for the highest; -1 if the latent is
+            silent.
+        max: Largest activation of the latent in the record set, which is 10 on the scale from 0 to 10.
     """
 
     context: Context
@@ -98,11 +101,11 @@ class Halves:
 
 @dataclass(frozen=True)
 class LatentTask:
-    """One latent ready to be explained and scored.
+    """One latent with its sampled examples.
 
     Attributes:
         latent: Latent number.
-        train, test: Sampled examples of both halves.
+        train, test: Sampled examples of the two halves.
         tokens: Output tokens that the latent raises most.
         edges: (low, high) of every activation interval, highest first.
         enough: Whether both halves have the active and silent examples that the plan needs.
@@ -129,7 +132,7 @@ class Tasks:
         Args:
             records: Record set to read.
             plan: What to explain.
-            offline: Give the explainer all train examples instead of a sample.
+            offline: Use all train examples instead of a sample.
 
         Raises:
             RecordError: The record set has fewer than two patients, or no record of a latent of the plan.
@@ -137,7 +140,7 @@ class Tasks:
         absent = next((n for n in plan.latents or () if n not in records), None)
         if absent is not None:
             raise RecordError(
-                f"{records.folder} has no record of latent {absent}. It holds {len(records)} latents, "
+                f"{records.folder} has no record of latent {absent}. It contains {len(records)} latents, "
                 f"{records.table['latent'].min()} to {records.table['latent'].max()}; choose from these."
             )
         self._records, self._plan, self._offline = records, plan, offline
@@ -149,7 +152,7 @@ class Tasks:
         return len(self.latents)
 
     def __getitem__(self, latent: int) -> LatentTask:
-        """Read one record; raises RecordError where it is missing, damaged or contradicts itself."""
+        """Read one record and sample its examples. Raises RecordError if it is missing, damaged or inconsistent."""
         plan, record = self._plan, self._records[latent]
         halves = split_examples(record, self._records.studies, self._train)
         rng = random.Random(f"{plan.seed}|{latent}")
@@ -166,7 +169,7 @@ class Tasks:
 
 
 def train_patients(studies: Iterable[StudyInfo], seed: int = 0, share: float = 0.5) -> frozenset[str]:
-    """Patients whose studies may be shown to an explainer; all others are for testing.
+    """Select the patients whose studies may be shown to an explainer; all others are for testing.
 
     Raises:
         RecordError: Fewer than two patients.
@@ -182,12 +185,13 @@ def train_patients(studies: Iterable[StudyInfo], seed: int = 0, share: float = 0
 
 
 def split_examples(record: LatentRecord, studies: Mapping[str, StudyInfo], train: frozenset[str]) -> Halves:
-    """All contexts of a record, each study once, in two halves by patient.
+    """Split all contexts of a record, each study once, into two halves by patient.
 
-    A study that occurs several times (as a top context and in an interval) is kept where its value is largest.
+    If a study occurs several times (as a top context and in an interval), the context of largest value is kept.
 
     Raises:
-        RecordError: A context names a study that the record set does not have, or is active in a zero context.
+        RecordError: A context refers to a study that is not in the record set, or a study with activations is among the
+            zero contexts.
     """
     best: dict[str, Example] = {}
     lows = [interval.low for interval in record.intervals]
@@ -212,7 +216,7 @@ def split_examples(record: LatentRecord, studies: Mapping[str, StudyInfo], train
 
 
 def sample(examples: Iterable[Example], active: int, silent: int, rng: random.Random) -> list[Example]:
-    """At most `active` active examples, taken evenly from the intervals, and at most `silent` silent ones."""
+    """Sample at most `active` active examples, evenly from the intervals, and at most `silent` silent ones."""
     piles: dict[int, list[Example]] = {}
     for example in examples:
         piles.setdefault(example.interval, []).append(example)
@@ -228,7 +232,7 @@ def sample(examples: Iterable[Example], active: int, silent: int, rng: random.Ra
 
 
 def scaled(value: float | None, largest: float) -> int:
-    """An activation as a whole number from 0 to 10, in tenths of the latent's largest; never 0 where active."""
+    """Convert an activation to a whole number from 0 to 10, in tenths of the latent's largest; at least 1 if active."""
     if not value or value <= 0 or largest <= 0:
         return 0
     return min(10, max(1, round(10 * value / largest)))
@@ -246,14 +250,14 @@ def interval_names(edges: Sequence[tuple[float, float]]) -> list[str]:
 
 
 def interval_of(example: Example, names: Sequence[str]) -> str:
-    """Name of an example's interval, "" where it is silent."""
+    """Name of an example's interval; "" if the latent is silent."""
     return names[example.interval] if 0 <= example.interval < len(names) else ""
 
 
 def _study(context: Context, studies: Mapping[str, StudyInfo]) -> StudyInfo:
     if context.study not in studies:
         raise RecordError(
-            f"A context refers to study {context.study}, which the record set's table of studies lacks; the files "
+            f"A context refers to study {context.study}, which is not in the record set's table of studies; the files "
             "belong to different record sets. Write the records again."
         )
     return studies[context.study]
@@ -288,7 +292,7 @@ def active_tokens(example: Example) -> frozenset[int]:
 
 
 def bounds(example: Example, modality: str, rng: random.Random) -> tuple[int, int]:
-    """First and last+1 token shown: around the peak, around a random token where silent, the report for patches."""
+    """Range of tokens to show: around the peak, around a random token if silent, the whole report for patches."""
     context, count = example.context, len(example.context.tokens)
     if modality == "image":
         report = [i for i, role in enumerate(context.roles) if role == "report"]
@@ -298,7 +302,7 @@ def bounds(example: Example, modality: str, rng: random.Random) -> tuple[int, in
 
 
 def window(example: Example, modality: str, rng: random.Random, marked: Collection[int] = ()) -> str:
-    """The text shown for an example, with marks at the token indices `marked`."""
+    """Text to show for an example, with marks at the token indices `marked`."""
     start, stop = bounds(example, modality, rng)
     tokens = example.context.tokens[start:stop]
     text = text_of(tokens, {i - start for i in marked if start <= i < stop})
@@ -306,7 +310,7 @@ def window(example: Example, modality: str, rng: random.Random, marked: Collecti
 
 
 def wrong_tokens(example: Example, modality: str, rng: random.Random) -> frozenset[int]:
-    """As many silent tokens of the window as it has active ones: the marks of a fuzzed example."""
+    """Choose as many silent tokens of the window as it has active ones, for the marks of a fuzzed example."""
     start, stop = bounds(example, modality, rng)
     right = active_tokens(example)
     silent = [i for i in range(start, stop) if not example.context.activations[i] and i not in right]
@@ -320,7 +324,7 @@ def words_of(text: str) -> list[str]:
 
 
 def peak_word(context: Context) -> str | None:
-    """The whole word that holds the chosen token; None for a patch or a punctuation mark."""
+    """Whole word that contains the token of largest activation; None for a patch or a punctuation mark."""
     if not 0 <= context.peak < len(context.tokens):
         return None
     spaced = any(token.startswith(_SPACES) for token in context.tokens)

@@ -2,10 +2,10 @@
 
     question -> journal? -> budget -> request (adapted to the server) -> retries -> answer that fits its schema
 
-Until a first answer of each topic is usable, questions of that topic go out one at a time. When they all fail, the run
-stops with the server's own words, so that a wrong address or model costs seconds. What a server refuses to take
-(`max_tokens`, `temperature`, schemas) is renamed or dropped once per run and recorded in the journal and in `Usage`.
-Time and size of an answer are bounded as a whole.
+Until the first usable answer of each topic, questions of that topic are sent one at a time. If they all fail, the run
+stops with the server's message, so that a wrong address or model costs seconds only. Parameters that a server refuses
+(`max_tokens`, `temperature`, schemas) are renamed or dropped once per run, and recorded in the journal and in `Usage`.
+Time and size of a whole answer are bounded.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from sae_lens_maira.privacy import check_destination, is_loopback, mask
 Answer = TypeVar("Answer", bound=BaseModel)
 DEFAULT_URL = "https://api.openai.com/v1"
 
-# Failed questions of one topic after which a run stops, as long as none was answered. A model that fails half of the
-# time by its own words ("cut off", "invalid") fails the first 12 in one of 4,000 runs.
+# Number of failed questions of one topic after which a run stops, if none was answered. A model that fails at random
+# half of the time ("cut off", "invalid") fails the first 12 questions in one of 4,000 runs.
 PATIENCE = {"stopped": 1, "forbidden": 1, "connection": 1, "timeout": 2, "server error": 3, "rate limit": 3}
 PATIENCE |= {"cut off": 12, "invalid": 12}
 PATIENCE_ELSE = 5
-# Failures in a row, with no answer between them, after which a run stops later on.
+# Number of consecutive failures after which a run stops later on.
 LOST = {"connection", "timeout", "server error", "rate limit", "forbidden", "no completion", "too large"}
-_NO_JSON = "The model does not answer in the JSON that was asked for; choose another model."
+_NO_JSON = "The model does not answer in the requested JSON format; choose another model."
 HINTS = {
     "connection": "Start the server, or check --base-url (OPENAI_BASE_URL).",
     "timeout": "Pass a larger --timeout for a slow model.",
@@ -56,19 +56,21 @@ HINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Which model to ask, and the limits of a run.
+    """Settings: the model to ask, and the limits of a run.
 
     Attributes:
         model: Name of the model at the server.
-        base_url: Address of the server, `OPENAI_BASE_URL` if not given; without a scheme only for this machine.
+        base_url: Address of the server, `OPENAI_BASE_URL` if not given; the scheme may be left out for this machine
+            only.
         api_key: API key, `OPENAI_API_KEY` if not given; local servers need none.
-        concurrency: Questions in flight at once.
-        max_retries: Retries of one question after 429, 5xx, timeouts and lost connections; `Retry-After` is obeyed.
-        timeout: Seconds for one answer as a whole, and the longest `Retry-After` that is obeyed.
-        max_tokens: Most tokens of one answer, thoughts included.
-        max_tokens_total: Budget of tokens, prompts and answers together; None for no limit.
+        concurrency: Number of questions sent at the same time.
+        max_retries: Largest number of retries of a question after 429, 5xx, timeouts and lost connections;
+            `Retry-After` is respected.
+        timeout: Seconds for one whole answer, and the longest `Retry-After` that is respected.
+        max_tokens: Largest number of tokens of one answer, including reasoning.
+        max_tokens_total: Budget of tokens for prompts and answers together; None for no limit.
         max_requests: Budget of requests; None for no limit.
-        usd_per_mtok: Price of a million prompt and answer tokens; None where unknown.
+        usd_per_mtok: Price of a million prompt tokens and of a million answer tokens; None if unknown.
         allow_remote: Allow text of credentialed studies to leave this machine.
     """
 
@@ -85,7 +87,7 @@ class Server:
     allow_remote: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse an address or a limit with which no question can be asked."""
+        """Refuse an address or a limit for which no question can be asked."""
         least = {"concurrency": 1, "max_retries": 0, "max_tokens": 1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
@@ -122,7 +124,7 @@ class Server:
 
     @property
     def name(self) -> str:
-        """The address without user, password and query."""
+        """Address without user, password and query."""
         parts = urlsplit(self.url)
         host = parts.hostname or ""
         host = f"[{host}]" if ":" in host else host
@@ -140,16 +142,16 @@ class Reply(Generic[Answer]):
 
 @dataclass
 class Usage:
-    """What a run used.
+    """Counts of a run: requests, tokens and outcomes.
 
     Attributes:
-        requests: Requests sent, retries not counted.
-        cached: Answers from the journal.
-        retries: Retries of all requests.
+        requests: Number of requests, without retries.
+        cached: Number of answers from the journal.
+        retries: Number of retries of all requests.
         tokens_in, tokens_out: Prompt and answer tokens as counted by the server.
-        usable, unusable, over_budget: Outcomes of the questions, cached answers included in `usable`.
+        usable, unusable, over_budget: Numbers of questions by outcome; `usable` includes cached answers.
         problems: Number of unusable answers per reason.
-        adapted: What was renamed or dropped for this server.
+        adapted: Parameters that were renamed or dropped for this server.
     """
 
     requests: int = 0
@@ -171,7 +173,7 @@ class Usage:
 
 
 class Judge:
-    """Asks a server; use as `async with Judge(server, journal) as judge`."""
+    """Client that asks a server; use as `async with Judge(server, journal) as judge`."""
 
     def __init__(self, server: Server, journal: Journal) -> None:
         self.server, self.journal, self.usage = server, journal, Usage()
@@ -181,7 +183,7 @@ class Judge:
         self._reserved = 0
         self._first: dict[str, asyncio.Lock] = {}
         self._answered: set[str] = set()  # Topics with a usable answer in this run.
-        self._proven: set[str] = set()  # Those, and topics with one in the journal.
+        self._proven: set[str] = set()  # Topics with a usable answer in this run or in the journal.
         self._failed: Counter[str] = Counter()
         self._in_a_row = 0
         self._stopped: ServerError | None = None
@@ -214,7 +216,7 @@ class Judge:
         """
         check_destination(licences, self.server.url, self.server.allow_remote)
         async with self._slots:
-            if self._stopped is not None:  # Another question found that none has a chance.
+            if self._stopped is not None:  # Another question has ended the run.
                 raise self._stopped
             if topic not in self._answered:
                 async with self._first.setdefault(topic, asyncio.Lock()):
@@ -225,7 +227,7 @@ class Judge:
             return await self._ask(messages, form, topic)
 
     async def _ask(self, messages: Messages, form: type[Answer], topic: str) -> Reply[Answer]:
-        """Ask, adapting the request to what the server takes; what helped is kept for later questions."""
+        """Ask, adapting the request to the server; changes that help are kept for later questions."""
         dialect = self._dialect
         tried = {dialect}
         while True:
@@ -237,7 +239,7 @@ class Judge:
                 self._keep(dialect)
                 self.usage.usable += 1
                 self._proven.add(topic)
-                if cached:  # Proves nothing about the server's present state.
+                if cached:  # A cached answer does not show that the server works now.
                     self.usage.cached += 1
                 else:
                     self._answered.add(topic)
@@ -258,7 +260,7 @@ class Judge:
             self.usage.adapted = dialect.changes
 
     def _failed_once(self, problem: Problem, topic: str) -> None:
-        """Count an unusable answer; raises ServerError where no further question has a chance."""
+        """Count an unusable answer. Raises ServerError if further questions would fail too."""
         self.usage.unusable += 1
         reason = self._masked(str(problem))
         self.usage.problems[reason] = self.usage.problems.get(reason, 0) + 1
@@ -287,7 +289,7 @@ class Judge:
         )
 
     def nothing_usable(self) -> ServerError | None:
-        """The error of a run that asked and got no usable answer at all."""
+        """Error of a run without any usable answer; None if there is one."""
         if self.usage.usable or not self.usage.unusable:
             return None
         reason, _ = max(self.usage.problems.items(), key=lambda item: item[1])
@@ -302,7 +304,7 @@ class Judge:
     async def _once(
         self, messages: Messages, form: type[Answer], dialect: Dialect
     ) -> tuple[Answer | Problem | None, str, bool]:
-        """(answer, problem, or None where the budget is spent; key of the request; whether the journal had it)."""
+        """Ask once; return the answer, problem or None (budget spent), the request's key, and whether it was cached."""
         request = dialect.request(self.server.model, messages, form, self.server.max_tokens)
         key = key_of(request)
         row = self.journal.get(key)
@@ -330,7 +332,7 @@ class Judge:
         return True
 
     async def _send(self, request: dict[str, Any], key: str, form: type[Answer]) -> Answer | Problem:
-        """One request with its retries; its outcome is a row of the journal."""
+        """Send one request with its retries; write the outcome to the journal."""
         began, retries = time.monotonic(), 0
         while True:
             result, wait = await self._transport.post(request)
@@ -366,7 +368,7 @@ class Judge:
         return answer
 
     def _retries(self, problem: Problem) -> int:
-        """Retries of one question: few for an address that has never answered."""
+        """Number of retries of a question: few for an address that has never answered."""
         if self._answered or problem.kind not in ("connection", "timeout"):
             return self.server.max_retries
         return min(self.server.max_retries, 2 if problem.kind == "connection" else 0)

@@ -2,10 +2,11 @@
 
 For every finding, Youden's J = share of active studies that have it - share of silent studies that have it; for
 every word the same over windows. The sentence names the finding of largest J if it is large enough, else the words.
-It is labelled "contrast (no LLM)" wherever it appears, and it reads examples of the train half only.
+The explainer is called "contrast (no LLM)" in all results, and it reads examples of the train half only.
 
-The finding keys of the record set are the only list of findings. A key such as `pleural_effusion_left` is a name and
-perhaps a side; a clause of a sentence names it if it holds the name and its side, or the name and no side at all.
+The finding keys of the record set are the only list of findings. A key such as `pleural_effusion_left` is a name with
+an optional side. A clause of a sentence names it if it contains the name with the same side, or the name without a
+side.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sae_lens_maira.interp.records import Score
 from sae_lens_maira.interp.score import Verdict, place, score_of
 
 EXPLAINER = "contrast (no LLM)"
-ENOUGH = 0.4  # A finding's J from which it is named: with 20 against 20 studies chance stays below it.
+ENOUGH = 0.4  # Smallest J of a finding that is named; with 20 against 20 studies, chance stays below it.
 WORDS = 4
 
 _SIDES = ("left", "right")
@@ -46,7 +47,7 @@ class Explanation:
 
 
 def contrast(examples: Sequence[Example], seed: int = 0) -> Explanation:
-    """Explain a latent from its train examples; the text is None where it has no active or no silent ones."""
+    """Explain a latent from its train examples; the text is None without active or without silent examples."""
     active = [e for e in examples if e.active]
     silent = [e for e in examples if not e.active]
     if not active or not silent:
@@ -77,10 +78,10 @@ def contrast(examples: Sequence[Example], seed: int = 0) -> Explanation:
 def contrasted_finding(
     active: Sequence[Example], silent: Sequence[Example]
 ) -> tuple[str, float, float] | None:
-    """(key, share of active, share of silent studies) of the finding of largest J, or None if none reaches ENOUGH.
+    """Find the finding of largest J: (key, share of active, share of silent studies), or None if none reaches ENOUGH.
 
-    A sided finding also competes without its side ("nodule on either side"). A key without a side has a larger share
-    of silent studies, so the side is named where it separates better.
+    A finding with a side is also tried without it ("nodule on either side"). The side is named if it separates active
+    from silent studies better.
     """
 
     def keys(example: Example) -> set[str]:
@@ -101,7 +102,7 @@ def contrasted_finding(
 def contrasted_words(
     active: Sequence[Example], silent: Sequence[Example], modality: str, seed: int = 0
 ) -> list[str]:
-    """Words of largest J over the windows shown, at most WORDS of them and none below 0.2."""
+    """Words of largest J over the shown windows, at most WORDS of them, each at least 0.2."""
 
     def counts(group: Sequence[Example]) -> Counter[str]:
         rng = random.Random(seed)
@@ -116,7 +117,7 @@ def contrasted_words(
 def judge_by_truth(
     explanation: str, examples: Sequence[Example], keys: Sequence[str], names: Sequence[str]
 ) -> Score:
-    """Detection by the known findings: active where the study has a finding that the explanation names."""
+    """Score detection by the known findings: predict active if the study has a finding that the explanation names."""
     named = named_findings(explanation, keys)
     return score_of(
         "detection",
@@ -126,7 +127,7 @@ def judge_by_truth(
 
 
 def judge_by_words(explanation: str, examples: Sequence[Example], names: Sequence[str]) -> Score:
-    """Detection by the quoted words: active where the text shown holds at least half of them."""
+    """Score detection by the quoted words: predict active if the shown text contains at least half of them."""
     quoted = set(re.findall(r'"([^"]+)"', explanation))
     modality, rng = modality_of(examples), random.Random(0)
     verdicts = []
@@ -138,7 +139,7 @@ def judge_by_words(explanation: str, examples: Sequence[Example], names: Sequenc
 
 
 def name_and_side(key: str) -> tuple[str, str | None]:
-    """`pleural_effusion_left` -> ("pleural effusion", "left"); a key without a side -> (name, None)."""
+    """Split a key: `pleural_effusion_left` -> ("pleural effusion", "left"); without a side -> (name, None)."""
     stem, _, last = key.rpartition("_")
     if stem and last in _SIDES:
         return stem.replace("_", " "), last
@@ -146,15 +147,15 @@ def name_and_side(key: str) -> tuple[str, str | None]:
 
 
 def key_in_words(key: str) -> str:
-    """`pleural_effusion_left` -> "left pleural effusion"."""
+    """Convert a key to words: `pleural_effusion_left` -> "left pleural effusion"."""
     name, side = name_and_side(key)
     return f"{side} {name}" if side else name
 
 
 def named_findings(text: str, keys: Iterable[str]) -> frozenset[str]:
-    """The keys that a sentence names; a name without a side names both sides.
+    """Find the keys that a sentence names; a name without a side names both sides.
 
-    Quoted words are evidence, not statements, and are skipped; so are places ("left lower zone").
+    Quoted words are evidence and not statements, so they are skipped, as are places ("left lower zone").
     """
     known = [(key, *name_and_side(key)) for key in keys]
     named = set()
@@ -168,7 +169,7 @@ def named_findings(text: str, keys: Iterable[str]) -> frozenset[str]:
 
 
 def category_of(finding: str | None, words: Iterable[str]) -> str:
-    """Category of an explanation, from the finding it names (None for none) and the words of the evidence."""
+    """Category of an explanation, from the finding that it names (or None) and the words of the evidence."""
     if finding is not None:
         return "device" if _DEVICES.search(name_and_side(finding)[0]) else "pathology"
     words = list(words)

@@ -1,6 +1,6 @@
-"""Prompts for a language model, the schema of every answer, and the question that explains a latent.
+"""Prompts for a language model, schemas of the answers, and the question that asks for an explanation.
 
-`PROMPT_VERSION` is stored with each interpretation and changes with any word here. A prompt explains once what a
+`PROMPT_VERSION` is stored with each interpretation; change it with any word of a prompt. A prompt explains what a
 latent is, shows examples, and asks for one JSON object.
 """
 
@@ -68,19 +68,19 @@ _FUZZ_IMAGES = (
 
 
 class Sentence(BaseModel):
-    """An explainer's answer."""
+    """Answer of an explainer."""
 
     explanation: Annotated[str, Field(min_length=3, max_length=400)]
 
 
 class Intruder(BaseModel):
-    """The number of the text that does not belong, from 1."""
+    """Answer of the intruder scorer: number of the text that does not belong, from 1."""
 
     number: int
 
 
 def verdicts_form(count: int) -> type[BaseModel]:
-    """The schema of `count` verdicts: a model with one field `verdicts`, a list of exactly that many booleans."""
+    """Make the schema of `count` verdicts: a model with one field `verdicts`, a list of exactly `count` booleans."""
     inside: Any = Annotated[list[bool], Field(min_length=count, max_length=count)]
     return create_model("Verdicts", verdicts=(inside, ...))
 
@@ -97,8 +97,8 @@ def ask_explanation(
         active: (text, place in the image or None, strength 1 to 10) of every active example.
         silent: Texts of silent examples.
         tokens: Output tokens that the latent raises most.
-        pictures: `data:` URIs of the first active examples' images with active patches outlined, for a model that
-            sees; they follow the text as image parts.
+        pictures: `data:` URIs of images of the first active examples, with active patches outlined, for a model with
+            image input; they follow the text as image parts.
     """
     lines = ["Active in:"]
     for text, place_words, strength in active:
@@ -145,11 +145,11 @@ VERDICTS: dict[str, Callable[[str, Sequence[str]], Messages]] = {
     "image_detection": detect_images,
     "image_fuzzing": fuzz_images,
 }
-"""The prompt of every scorer that asks for verdicts."""
+"""Scorer -> function that makes its prompt, for scorers that ask for verdicts."""
 
 
 def with_text(messages: Messages, text: str) -> Messages:
-    """The messages with one more paragraph at the end, whether the last message has parts or not."""
+    """Append a paragraph to the last message, whether it has parts or not."""
     *before, last = messages
     content = last["content"]
     more = f"{content}\n\n{text}" if isinstance(content, str) else [*content, _text(text)]
@@ -197,7 +197,7 @@ def question(
     pictures: int = 0,
     folder: Path | None = None,
 ) -> Messages:
-    """The messages that ask for an explanation of these examples.
+    """Make the messages that ask for an explanation of these examples.
 
     Args:
         examples: Examples sampled from the train half.
@@ -225,7 +225,7 @@ def question(
             if image is not None:
                 shown.append(number)
                 images.append(data_uri(image))
-        # Examples with an image come first, so that texts and images are in one order.
+        # Examples with an image come first, so that texts and images have the same order.
         order = [*shown, *(n for n in range(len(firing)) if n not in shown)]
         active = [active[n] for n in order]
     return ask_explanation(active, silent, tokens, images)
@@ -239,11 +239,11 @@ async def explain(
     folder: Path,
     licences: Iterable[str],
 ) -> Explanation:
-    """Ask for an explanation.
+    """Ask a language model for an explanation.
 
     Args:
         judge: Client of the language model.
-        task: The latent and its train examples.
+        task: Latent with its train examples.
         keys: Finding keys, for the category.
         plan: Seed, and the number of images to show.
         folder: Folder of the record set.

@@ -1,15 +1,15 @@
-"""Chat-completion protocol: the request that a server takes, and what it sends back.
+"""Chat-completion protocol: adapt requests to a server, and parse its responses.
 
-OpenAI-compatible servers differ in what they refuse. The first request uses everything; what the server names in its
-refusal is renamed or dropped, one change at a time:
+OpenAI-compatible servers refuse different parameters. The first request uses all of them; a parameter that the server
+names in its error message is renamed or dropped, one change at a time:
 
     max_tokens     -> max_completion_tokens -> dropped
     temperature    -> dropped
     json_schema    -> json_object (schema in the prompt) -> plain text (schema in the prompt)
 
-They differ in their answers too: errors come with a status or inside a 200, as JSON, as text or as a web page;
-reasoning models put thoughts before the answer; prose surrounds the JSON. An answer counts only if exactly one JSON
-object in it fits the schema. Nothing is repaired or guessed.
+Responses differ too: errors come with an error status or with status 200, as JSON, as text or as a web page; reasoning
+models write their reasoning before the answer; there may be text around the JSON. An answer is used only if exactly one
+JSON object in it matches the schema. Nothing is repaired or guessed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sae_lens_maira.interp.prompts import Messages, with_text
 
 Form = TypeVar("Form", bound=BaseModel)
 
-SHOWN = 300  # Letters of a server's words that are shown.
-LONGEST = 100_000  # Letters of an answer that are searched for JSON.
+SHOWN = 300  # Largest number of letters of a server's message that are shown.
+LONGEST = 100_000  # Largest number of letters of an answer that are searched for JSON.
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 _TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
@@ -51,15 +51,15 @@ _FORMAT = re.compile(
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a question has no usable answer.
+    """Reason why a question has no usable answer.
 
     Attributes:
         kind: "connection", "timeout", "too large", "server error", "rate limit", "stopped" (no question will be
-            answered), "refused" (this question as it was put), "no completion", "cut off", "invalid", "not JSON",
+            answered), "refused" (this form of the question), "no completion", "cut off", "invalid", "not JSON",
             "declined".
-        words: What the server said, or what was found.
-        parameter: The request's parameter that the server names, "" if none.
-        retry: Whether the same question may succeed later.
+        words: Message of the server, or description of the problem.
+        parameter: Parameter of the request that the server names; "" if none.
+        retry: Whether the same question can succeed later.
     """
 
     kind: str
@@ -73,14 +73,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server generated.
+    """Completion that a server generated.
 
     Attributes:
-        text: The message's content, "" where the server sent none.
-        reasoning: Thoughts that the server kept apart from the content.
-        finish: Finish reason, "stop" if the server gives none.
+        text: Content of the message; "" if the server sent none.
+        reasoning: Reasoning that the server sent separately from the content.
+        finish: Finish reason; "stop" if the server gives none.
         served_model: Name of the model that answered.
-        tokens: (prompt, completion) tokens as counted by the server; 0 where it counts none.
+        tokens: (prompt, completion) tokens as counted by the server; 0 if it does not count them.
     """
 
     text: str
@@ -92,7 +92,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Dialect:
-    """What one server takes.
+    """Form of requests that one server accepts.
 
     Attributes:
         format: How the schema is given: "json_schema", "json_object" or "plain".
@@ -106,14 +106,14 @@ class Dialect:
 
     @classmethod
     def of(cls, noted: Any) -> Dialect:
-        """The dialect that a journal noted, or the full one."""
+        """Read the dialect from a journal's note; without a note, use all parameters."""
         names = {f.name for f in fields(cls)}
         known = isinstance(noted, dict) and set(noted) == names and noted["format"] in FORMATS
         return cls(**noted) if known else cls()
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """What differs from the full request, in words."""
+        """Differences from the full request, in words."""
         found = []
         if self.format != "json_schema":
             found.append(
@@ -128,13 +128,13 @@ class Dialect:
     def request(
         self, model: str, messages: Messages, form: type[BaseModel], max_tokens: int
     ) -> dict[str, Any]:
-        """The body of a chat-completion request.
+        """Make the body of a chat-completion request.
 
         Args:
             model: Name of the model.
             messages: Chat messages.
             form: Schema of the answer.
-            max_tokens: Most tokens of the answer.
+            max_tokens: Largest number of tokens of the answer.
         """
         schema = form.model_json_schema()
         request: dict[str, Any] = {"model": model, "messages": messages}
@@ -154,13 +154,13 @@ class Dialect:
 
 
 def adapted(dialect: Dialect, problem: Problem, proven: bool) -> Dialect | None:
-    """The dialect to try next after a problem, or None where no change of the request could help.
+    """Choose the dialect to try after a problem; None if no change of the request can help.
 
     Args:
-        dialect: As the question was put.
-        problem: What came back.
-        proven: Whether this server has already answered such a question in the dialect; then only a named
-            parameter is changed.
+        dialect: Dialect of the failed request.
+        problem: Problem of the failed request.
+        proven: Whether this server has already answered such a question in this dialect; then only a named parameter is
+            changed.
     """
     lower = problem.words.lower()
     if problem.kind in ("refused", "no completion", "server error"):
@@ -171,7 +171,7 @@ def adapted(dialect: Dialect, problem: Problem, proven: bool) -> Dialect | None:
             return replace(dialect, temperature=False)
         if _FORMAT.search(lower) or _FORMAT.search(problem.parameter):
             return _next_format(dialect)
-    # A refusal without a name, or prose instead of JSON from a server that ignores schemas.
+    # A refusal that names no parameter, or text instead of JSON from a server that ignores schemas.
     if not proven and problem.kind in ("refused", "not JSON"):
         return _next_format(dialect)
     return None
@@ -189,7 +189,7 @@ def _next_format(dialect: Dialect) -> Dialect | None:
 
 
 def read_response(status: int, headers: Mapping[str, str], body: bytes) -> Completion | Problem:
-    """The completion in an HTTP response, or what is wrong with it.
+    """Parse an HTTP response to a completion, or return the problem.
 
     Args:
         status: HTTP status code.
@@ -245,10 +245,10 @@ def _completion(content: dict[str, Any]) -> Completion | Problem:
 
 
 def read_answer(completion: Completion, form: type[Form]) -> Form | Problem:
-    """The answer in a completion, or why there is none.
+    """Parse the answer in a completion, or return the problem.
 
     Args:
-        completion: What the server generated.
+        completion: Completion that the server generated.
         form: Schema of the answer.
     """
     if completion.finish == "length":
@@ -274,20 +274,20 @@ def read_answer(completion: Completion, form: type[Form]) -> Form | Problem:
 
 
 def final_text(text: str) -> str:
-    """The part of a model's text that is meant for the reader: thoughts and channel marks removed."""
+    """Remove reasoning and channel marks from a model's text."""
     finals = list(_FINAL.finditer(text))
     if finals:
         text = text[finals[-1].end() :]
     text = _THOUGHT.sub(" ", text)
     ends = list(_THOUGHT_END.finditer(text))
-    if ends:  # Some chat templates open the thought in the prompt.
+    if ends:  # With some chat templates the reasoning starts in the prompt.
         text = text[ends[-1].end() :]
     opened = _THOUGHT_OPEN.search(text)
     return _SPECIAL.sub(" ", text[: opened.start()] if opened else text).strip()
 
 
 def error_words(content: Any, body: bytes) -> tuple[str, str, str]:
-    """(words, code, parameter) of an error body: JSON of the usual layouts, a web page, or text."""
+    """Parse (words, code, parameter) from an error body: JSON of the usual layouts, a web page, or text."""
     code = parameter = ""
     if isinstance(content, dict):
         error = content.get("error") or content.get("detail") or content.get("message") or content
@@ -313,7 +313,7 @@ def error_words(content: Any, body: bytes) -> tuple[str, str, str]:
 
 
 def plain_words(text: str) -> str:
-    """Text of unknown origin as one short printable line."""
+    """Convert text of unknown origin to one short printable line."""
     text = html.unescape(_TAG.sub(" ", text))
     text = "".join(c if c.isprintable() else " " for c in text[: 4 * SHOWN])
     text = " ".join(text.split())
@@ -321,15 +321,15 @@ def plain_words(text: str) -> str:
 
 
 def _objects(text: str, form: type[Form]) -> list[Form]:
-    """Every JSON object in a text that fits the schema."""
+    """Find all JSON objects in a text that match the schema."""
     decoder, found, at = json.JSONDecoder(), [], text.find("{")
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
             one = form.model_validate(value)
-            one.model_dump_json()  # Refuses lone surrogates, which no file of ours could hold.
+            one.model_dump_json()  # Refuses lone surrogates, which cannot be written to a file.
         except (ValueError, ValidationError, RecursionError):
-            at = text.find("{", at + 1)  # Not an answer: search on after this brace.
+            at = text.find("{", at + 1)  # Not an answer: continue after this brace.
         else:
             found.append(one)
             at = text.find("{", end)
@@ -344,7 +344,7 @@ def _json(body: bytes) -> Any:
 
 
 def _content(content: Any) -> str:
-    """A message's content as text: a string, a list of parts, or nothing."""
+    """Convert the content of a message (a string, a list of parts, or None) to text."""
     if isinstance(content, list):
         parts = [
             p.get("text") for p in content if isinstance(p, dict) and p.get("type") in ("text", "output_text")

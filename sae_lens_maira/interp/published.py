@@ -1,11 +1,11 @@
-"""Read interpretations that others published: a table whose columns are not documented.
+"""Read published interpretations from a table whose columns are not documented.
 
     latent (int) | interpretation (str) | score (float, 0..1) | every other column as it was | source (file)
 
 Columns are found by their usual names, otherwise by content: the latent is a column of distinct whole numbers, the
-interpretation the column with the longest texts. What stays ambiguous is an error that lists the columns. Which column
-was taken, and what was converted, is written to the frame's `attrs["notes"]`. A published score is kept unchanged,
-without counts or a control: it was made with other examples and cannot be compared with ours number by number.
+interpretation the column with the longest texts. If this is ambiguous, an error lists the columns. The columns used and
+the conversions are listed in the frame's `attrs["notes"]`. A published score has no counts and no control here. It was
+measured on other examples, so that its value cannot be compared with this package's scores.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def read_published(
 
     Args:
         path: Table or folder of tables; see `read_interpretations`.
-        name: Name of their explainer.
-        latent: Column with the latent's number; found by its name or content if not given.
-        text: Column with the sentence; likewise.
-        score: Column with a score; likewise. "none" takes no score.
+        name: Name for the explainer of these interpretations.
+        latent: Column with the latent's index; found by its name or content if not given.
+        text: Column with the explanation; found by its name or content if not given.
+        score: Column with a score; found by its name if not given. "none" for no score.
 
     Returns:
-        The interpretations with a text, and notes on which columns were taken and what was converted.
+        Interpretations that have a text, and notes on the columns used and the conversions.
 
     Raises:
         RecordError: The file cannot be read, or a column is missing, ambiguous or of an unknown scale.
@@ -108,7 +108,7 @@ def read_interpretations(
 
     Returns:
         Columns latent, interpretation, score and source first, then all others of the tables; sorted by source and
-        latent. A latent may have several rows. `attrs["notes"]` lists what was taken and converted.
+        latent. A latent may have several rows. `attrs["notes"]` lists the columns used and the conversions.
 
     Raises:
         RecordError: There is no table, no column can be identified as the latent's or the text's, or the scores are of
@@ -125,13 +125,13 @@ def read_interpretations(
         except RecordError as error:
             if root.is_file():
                 raise
-            problems.append(str(error))  # a folder also holds configurations and other JSON files
+            problems.append(str(error))  # the folder may contain configurations and other JSON files
             continue
         frame.insert(3, "source", file.name if root.is_file() else file.relative_to(root).as_posix())
         frames.append(frame)
     if not frames:
         raise RecordError(
-            f"{root} holds no table of interpretations ({', '.join(TABLE_SUFFIXES)}). "
+            f"{root} contains no table of interpretations ({', '.join(TABLE_SUFFIXES)}). "
             + (" ".join(problems[:3]) or "Check the path.")
         )
     result = pd.concat(frames, ignore_index=True).sort_values(
@@ -163,12 +163,12 @@ def _read(file: Path) -> pd.DataFrame:
             raise
         raise RecordError(f"{file} is not a readable {suffix} table: {error}.") from error
     if frame is None:
-        raise RecordError(f"{file} holds no records and no columns of interpretations.")
+        raise RecordError(f"{file} contains no records and no columns of interpretations.")
     return frame
 
 
 def _frame_of(value: Any) -> pd.DataFrame | None:
-    """A frame from JSON: every shape that `read_interpretations` names, None from anything else."""
+    """Convert JSON of any layout that `read_interpretations` lists to a frame; None for other JSON."""
     if isinstance(value, list):
         if value and all(isinstance(row, dict) for row in value):
             return _records(value)
@@ -206,12 +206,12 @@ def _frame_of(value: Any) -> pd.DataFrame | None:
 
 
 def _records(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """A frame of records; the entries of a mapping inside a record are columns, such as "scores_detection"."""
+    """Convert records to a frame; entries of a mapping inside a record become columns such as "scores_detection"."""
     return pd.json_normalize(rows, sep="_")
 
 
 def _with_index(frame: pd.DataFrame, index: Any) -> pd.DataFrame:
-    """The frame with its row labels as the column "index", where no column of its own names the latents."""
+    """Add the row labels as the column "index", if no column contains the latents."""
     frame = frame.reset_index(drop=True)
     own = {str(column): column for column in frame.columns}
     if _by_name(own, _LATENT_NAMES, lambda c: _indices(frame[c]) is not None) is None:
@@ -266,19 +266,23 @@ def _named(frame: pd.DataFrame, file: Path, chosen: dict[str, str | None], notes
 
 
 def _scores(column: pd.Series, name: str, file: Path, notes: list[str]) -> pd.Series:
-    """Scores from -1 to 1; percentages are divided by 100, other scales are refused."""
+    """Read scores from -1 to 1; percentages are divided by 100, other scales are refused."""
     numbers = _numbers(column)
     if numbers is None:
-        raise RecordError(f"{file}: the column {name!r} holds no numbers; name another with --score-column.")
+        raise RecordError(
+            f"{file}: the column {name!r} contains no numbers; name another with --score-column."
+        )
     low, high = float(numbers.min()), float(numbers.max())
     written = column.astype(str).str.contains("%").any()
     if (10 < high <= 100 and low >= 0) or ((written or _PERCENT.search(name)) and low >= 0 and high <= 100):
-        notes.append(f"{file.name}: {name!r} holds percentages ({low:g} to {high:g}) and was divided by 100")
+        notes.append(
+            f"{file.name}: {name!r} contains percentages ({low:g} to {high:g}) and was divided by 100"
+        )
         return numbers / 100
     if high > 1 or low < -1:
         raise RecordError(
             f"{file}: the scores in {name!r} run from {low:g} to {high:g}; expected 0 to 1, or percentages. Convert "
-            "them, name another column with --score-column, or take none with --score-column none."
+            "them, name another column with --score-column, or use none with --score-column none."
         )
     return numbers
 
@@ -296,7 +300,7 @@ def _by_name(columns: dict[str, str], names: Sequence[str], fits: Any) -> str | 
 
 
 def _index_of(value: Any) -> int | None:
-    """12 from 12, 12.0, "12", "latent 12" or "feature_12"; None from anything else."""
+    """Parse a latent index: 12 from 12, 12.0, "12", "latent 12" or "feature_12"; None for other values."""
     if isinstance(value, bool) or value is None:
         return None
     match = re.fullmatch(r"(?:[A-Za-z_ #/:.-]*?)(\d+)(?:\.0)?", str(value).strip())
@@ -319,7 +323,7 @@ def _is_text(column: pd.Series) -> bool:
 
 
 def _numbers(column: pd.Series) -> pd.Series | None:
-    """The column as floats, also from "80" or "80 %"; None where a value is something else."""
+    """Convert a column to floats, also from "80" or "80 %"; None if a value is something else."""
     if pd.api.types.is_bool_dtype(column):
         return None
     bare: Any = pd.to_numeric(column.map(_bare), errors="coerce")

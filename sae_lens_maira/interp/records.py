@@ -1,9 +1,9 @@
-"""Interpretations of latents: explanation, scores, and a control for every score; their file, table and figure.
+"""Interpretations of latents (explanation, scores, controls), with their file, table and figure.
 
-One `Interpretation` per latent and explainer, stored as one JSON line each in `interpretations.jsonl` of the record
-set. A score counts what was asked, answered and unusable; nothing is imputed. Its control is the score of the same
-questions with another latent's explanation. Neuronpedia has a fixed list of explanation types: `explanation_type`
-maps our method to the nearest of them.
+There is one `Interpretation` per latent and explainer, stored as one JSON line in `interpretations.jsonl` of the record
+set. A score contains the numbers of questions asked, answered and unusable; nothing is imputed. Its control is the
+score of the same questions with another latent's explanation. Neuronpedia has a fixed list of explanation types;
+`explanation_type` maps a method to the nearest of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EXPLANATION_TYPES = (
     "python-code",
     "human",
 )
-"""The explanation types in Neuronpedia's database: `typeName` is a foreign key, others are refused there."""
+"""Explanation types in Neuronpedia's database, which refuses other values of `typeName`."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Score:
         answered: Number of usable answers.
         unusable: Number of answers that were cut off, refused or malformed; asked = answered + unusable.
         true_positive, false_positive, true_negative, false_negative: Counts of the usable answers.
-        balanced_accuracy: Mean of sensitivity and specificity; None where a class has no answer.
-        low, high: Its 95 % interval.
+        balanced_accuracy: Mean of sensitivity and specificity; None if a class has no answer.
+        low, high: 95 % interval of the balanced accuracy.
         recall_by_interval: (activation interval, recall, n), highest activations first.
     """
 
@@ -76,24 +76,24 @@ class Score:
 
 @dataclass(frozen=True)
 class Interpretation:
-    """An explanation of one latent with its scores and controls.
+    """Explanation of one latent with its scores and controls.
 
     Attributes:
         latent: Latent number.
-        explanation: The sentence; None where there is no usable one.
+        explanation: Explanation, one sentence; None if there is no usable one.
         explainer: Model that wrote it, or "contrast (no LLM)" for the offline explainer.
-        method: How the explainer was asked, such as "acts_top40": active examples shown, taken evenly from the
-            activation intervals; "" for the offline explainer.
+        method: Form of the question, such as "acts_top40" for 40 active examples, taken evenly from the activation
+            intervals; "" for the offline explainer.
         category: "device", "pathology", "longitudinal change", "textual" or "other".
         scores: Scores of this explanation.
-        control: The same scorers with another latent's explanation, in the order of `scores`.
-        control_latent: The latent whose explanation that was.
+        control: Scores with another latent's explanation, in the order of `scores`.
+        control_latent: Latent whose explanation the control uses.
         status: "ok", "too_rare", "unusable" or "over_budget".
-        n_train, n_test: Number of examples shown to the explainer and asked about; no patient is in both.
+        n_train, n_test: Numbers of examples shown to the explainer and used in questions; no patient is in both.
         prompt_version: Version of the prompts.
         journal_keys: Keys of the calls in the journal.
-        records: Fingerprint of the record set that it was made from; `save` fills it in.
-        licence: Strictest licence class of that record set's studies; `save` fills it in.
+        records: Fingerprint of the record set; set by `save`.
+        licence: Strictest licence class of the record set's studies; set by `save`.
     """
 
     latent: int
@@ -114,15 +114,15 @@ class Interpretation:
 
     @property
     def worth(self) -> tuple[bool, bool]:
-        """Whether it has an explanation, and whether it has a usable score."""
+        """Whether there is an explanation, and whether there is a usable score."""
         return bool(self.explanation), any(s.balanced_accuracy is not None for s in self.scores)
 
 
 def explanation_type(method: str) -> str | None:
-    """Neuronpedia's explanation type for a method of ours: the nearest one it has, None for the offline explainer.
+    """Map a method to the nearest explanation type of Neuronpedia; None for the offline explainer.
 
     Args:
-        method: `Interpretation.method`; where it is not a type there, the notes should name it.
+        method: `Interpretation.method`. If it is not one of Neuronpedia's types, name it in the notes.
     """
     if not method or method in EXPLANATION_TYPES:
         return method or None
@@ -130,10 +130,10 @@ def explanation_type(method: str) -> str | None:
 
 
 def load(folder: Path | str) -> list[Interpretation]:
-    """Interpretations of a record set, in the file's order; empty where none were made.
+    """Read the interpretations of a record set, in the file's order; empty if there are none.
 
     Raises:
-        RecordError: A line is not an interpretation, or belongs to another record set than the folder holds.
+        RecordError: A line is not an interpretation, or belongs to another record set.
     """
     path = Path(folder) / FILE
     if not path.exists():
@@ -157,7 +157,7 @@ def load(folder: Path | str) -> list[Interpretation]:
             if found[-1].records != fingerprint:
                 raise RecordError(
                     f"{path}, line {number} belongs to the record set {found[-1].records[:12] or '(not named)'}, and "
-                    f"the folder holds {fingerprint[:12] or 'none'}. Move the file away and run `sae-lens-maira "
+                    f"the folder contains {fingerprint[:12] or 'none'}. Move the file away and run `sae-lens-maira "
                     "interpret run` again."
                 )
     if total not in (None, number):
@@ -179,19 +179,19 @@ def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
 
 
 def _fingerprint(folder: Path | str) -> str:
-    """Fingerprint of the record set in a folder, empty where there is none."""
+    """Fingerprint of the record set in a folder; empty if there is none."""
     meta = Path(folder) / META
     return sha256_of(meta) if meta.is_file() else ""
 
 
 def save(folder: Path | str, done: Iterable[Interpretation]) -> list[Interpretation]:
-    """Write interpretations in place of those by the same explainer of the same latents; all others stay.
+    """Write interpretations; they replace those of the same latents by the same explainer.
 
-    A stored interpretation that has an explanation, or a usable score, is not replaced by one that has none. Each gets
-    the fingerprint of the record set and the strictest licence of its studies.
+    A stored interpretation with an explanation, or a usable score, is not replaced by one without. The fingerprint of
+    the record set and the strictest licence of its studies are added.
 
     Returns:
-        The interpretations that the file now holds for these latents and explainers, in the order given.
+        Interpretations that the file now contains for these latents and explainers, in the given order.
     """
     before, fingerprint = load(folder), _fingerprint(folder)
     studies = RecordSet.open(folder).studies.values() if fingerprint else ()
@@ -215,7 +215,7 @@ CATEGORIES = ("device", "pathology", "longitudinal change", "textual", "other")
 
 
 def table(interpretations: Sequence[Interpretation]) -> pd.DataFrame:
-    """One row per latent, explainer and scorer; interpretations without scores have one row with empty scores."""
+    """Make a table: one row per latent, explainer and scorer; an interpretation without scores has one row."""
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
@@ -261,7 +261,7 @@ def table(interpretations: Sequence[Interpretation]) -> pd.DataFrame:
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """Per explainer, scorer and judge: latents, mean score, mean control, and what was asked and lost."""
+    """Summarise per explainer, scorer and judge: latents, mean score, mean control, questions asked and unusable."""
     scored = scores.dropna(subset=["balanced_accuracy"])
     return (
         scored.groupby(["explainer", "method", "judge"], sort=False)
@@ -278,21 +278,21 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def categories(interpretations: Sequence[Interpretation]) -> dict[str, int]:
-    """How many explained latents are of each category, in a fixed order."""
+    """Number of explained latents per category, in a fixed order."""
     found = Counter(one.category for one in interpretations if one.explanation)
     return {name: found.get(name, 0) for name in CATEGORIES}
 
 
 def statuses(interpretations: Sequence[Interpretation]) -> dict[str, int]:
-    """How many interpretations ended in each status."""
+    """Number of interpretations per status."""
     return dict(Counter(one.status for one in interpretations))
 
 
 def write_figure(sets: Mapping[str, Sequence[Interpretation]], path: Path | str) -> None:
-    """Histogram PNG of balanced accuracies, one panel per scorer and judge.
+    """Draw histograms of balanced accuracies as PNG, one panel per scorer and judge.
 
     Args:
-        sets: Interpretations by name; the first is the one reported, whose shuffled explanations are drawn too, the
+        sets: Name -> interpretations. The first set is the reported one, whose shuffled control is drawn too; the
             others are controls ("untrained SAE", "raw dimensions").
         path: Path of the PNG.
 
@@ -344,13 +344,13 @@ def _of(scores: pd.DataFrame, method: str, judge: str) -> pd.DataFrame:
 def neuronpedia_rows(
     interpretations: Sequence[Interpretation], meta: RecordsMeta, model_id: str, source: str
 ) -> list[dict[str, Any]]:
-    """Rows of Neuronpedia's explanation table, with our fields added.
+    """Make rows of Neuronpedia's explanation table, with additional fields.
 
     Args:
         interpretations: Interpretations; those without an explanation are left out.
         meta: Description of the record set.
-        model_id: Neuronpedia's name of the model.
-        source: Neuronpedia's name of the SAE at its layer.
+        model_id: Name of the model in Neuronpedia.
+        source: Name of the SAE at its layer in Neuronpedia.
     """
     return [
         {
@@ -375,7 +375,7 @@ def neuronpedia_rows(
 
 
 def write_neuronpedia(rows: Sequence[Mapping[str, Any]], path: Path | str) -> None:
-    """Rows as JSON lines."""
+    """Write rows as JSON lines."""
     text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
     atomic_write(path, text)
 

@@ -1,9 +1,9 @@
-"""Interpret latents: explain all, then score each explanation together with another latent's as its control.
+"""Interpret latents: explain all, then score each explanation with another latent's explanation as control.
 
-The control of a score is the same questions with the explanation of another latent, one that names none of the same
-findings. Records are read one at a time in both passes, so that memory holds sentences and scores, never contexts of
-all latents. A killed run loses only questions in flight: the journal answers the rest when it is run again, and the
-file of interpretations is replaced once, at the end.
+The control of a score asks the same questions with the explanation of another latent that names none of the same
+findings. Records are read one at a time in both passes, so that memory contains explanations and scores, but not the
+contexts of all latents. A killed run loses only the questions that were being answered: when it is run again, the
+journal has the other answers. The file of interpretations is replaced once, at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 OFFLINE_VERSION = "contrast-1"
-ESTIMATED = 64  # Latents read for an estimate.
+ESTIMATED = 64  # Number of latents read for an estimate.
 TOO_RARE = Explanation(None, "other", status="too_rare")
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,28 +46,28 @@ R = TypeVar("R")
 def pick_controls(
     explanations: Mapping[int, str | None], keys: Sequence[str], seed: int = 0
 ) -> dict[int, int | None]:
-    """For each explained latent another one whose explanation differs and names none of the same findings.
+    """Choose for each explained latent another one whose explanation differs and names none of the same findings.
 
-    Latents are grouped by the findings they name, so that the cost grows with the number of latents, not its square.
+    Latents are grouped by the findings that they name, so that the cost grows linearly with the number of latents.
 
     Args:
-        explanations: Explanation by latent; None where there is none.
+        explanations: Latent -> explanation, or None.
         keys: Finding keys.
         seed: Random seed.
 
     Returns:
-        The control of every explained latent; None where no other latent qualifies.
+        Latent -> control latent, for every explained latent; None if no other latent qualifies.
     """
     texts = {latent: text for latent, text in explanations.items() if text}
     groups: dict[frozenset[str], list[int]] = {}
-    # Sorted by text, so that explanations that say the same are neighbours in their group.
+    # Sorted by text, so that equal explanations are neighbours in their group.
     for latent in sorted(texts, key=lambda n: (texts[n], n)):
         groups.setdefault(named_findings(texts[latent], keys), []).append(latent)
     picked: dict[int, int | None] = dict.fromkeys(texts)
     for named, members in groups.items():
         others = [group for also, group in groups.items() if not named & also]
         ends = list(accumulate(map(len, others)))
-        # A group that names nothing may give controls to itself, except those with the same text.
+        # In the group that names no finding, latents may be controls of each other, unless their texts are equal.
         own = next((i for i, group in enumerate(others) if group is members), None)
         own_texts = [texts[n] for n in members] if own is not None else []
         for latent in members:
@@ -89,7 +89,7 @@ def pick_controls(
 def interpret_offline(
     records: RecordSet, plan: Plan | None = None, write: bool = True
 ) -> list[Interpretation]:
-    """Explain by contrast and score by the known findings and by the quoted words; no language model.
+    """Explain by contrast, and score by the known findings and by the quoted words, without a language model.
 
     Args:
         records: Record set to interpret.
@@ -139,7 +139,7 @@ def interpret_offline(
 
 
 def estimate(records: RecordSet, plan: Plan, server: Server) -> str:
-    """What a run will ask, in a sentence for the user, with where the text goes.
+    """Estimate the questions of a run, as a sentence for the user that also names where the text is sent.
 
     Sizes are measured on at most `ESTIMATED` latents and scaled to all.
 
@@ -194,22 +194,22 @@ def interpret(
     journal: Path | str | None = None,
     say: Callable[[str], Any] = lambda text: None,
 ) -> tuple[list[Interpretation], Usage]:
-    """Explain and score by a language model; also works where an event loop already runs, as in a notebook.
+    """Explain and score by a language model; also works in a running event loop, as in a notebook.
 
     Args:
         records: Record set to interpret; the interpretations are written to its folder.
         server: Model to ask, and the limits of the run.
-        plan: What to ask.
+        plan: Latents, sample sizes and seed.
         journal: Path of the journal; `journal.jsonl` of the record set if not given.
-        say: Receives the estimate before anything is sent.
+        say: Function that receives the estimate before anything is sent.
 
     Returns:
-        The interpretations as they are stored (a stored one is not replaced by one that has less), and what was used.
+        The interpretations as they are stored (see `save`), and the counts of the run.
 
     Raises:
         PrivacyError: Credentialed text would leave the machine; nothing was sent.
-        ServerError: The server does not answer, or no answer was usable; nothing was written but the journal.
-        RecordError: No latent has enough active and silent studies, or images were asked for and none are kept.
+        ServerError: The server does not answer, or no answer was usable; only the journal was written.
+        RecordError: No latent has enough active and silent studies, or images are needed and the record set has none.
     """
     from sae_lens_maira.interp.judge import Judge
     from sae_lens_maira.interp.transport import Journal
@@ -295,7 +295,7 @@ async def _scores(
     licences: frozenset[str],
     control: bool = False,
 ) -> tuple[tuple[Score, ...], tuple[str, ...], bool]:
-    """(scores, journal keys, whether the budget ended them) of an explanation; nothing where there is none."""
+    """Score an explanation: (scores, journal keys, whether the budget ended early); empty without an explanation."""
     from sae_lens_maira.interp import score
 
     if not text:
@@ -327,7 +327,7 @@ async def _scores(
 
 
 async def _in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], at_once: int) -> list[R]:
-    """Results in the order of the items, at most `at_once` in work; the first error stops the others."""
+    """Run work on items, at most `at_once` at a time; return results in order. The first error stops the others."""
     results: dict[int, R] = {}
     running: dict[asyncio.Future[R], int] = {}
 
@@ -352,7 +352,7 @@ async def _in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], at_on
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, in a thread of its own where this thread already runs an event loop.
+    """Run a coroutine to its end, in a new thread if this thread already runs an event loop.
 
     Args:
         work: Coroutine to run.
@@ -379,5 +379,5 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _licences(records: RecordSet) -> frozenset[str]:
-    """Licence classes of the record set: sentences made from it may go where all of its studies may go."""
+    """Licence classes of the record set's studies, which also apply to sentences made from them."""
     return frozenset(str(study.licence) for study in records.studies.values())

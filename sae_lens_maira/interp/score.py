@@ -1,18 +1,18 @@
-"""Score an explanation: questions about test examples, counted into a balanced accuracy.
+"""Score an explanation: balanced accuracy of answers to questions about test examples.
 
     detection         in which texts is the latent active?         (active against silent studies)
     fuzzing           are the marks in the right place?            (active studies, right against wrong marks)
     intruder          which text does not belong?                  (needs no explanation: it scores the latent)
-    image_detection   in which images is the latent active?        (image latents, for a model that sees)
-    image_fuzzing     are the right patches outlined?              (image latents, for a model that sees)
+    image_detection   in which images is the latent active?        (image latents, for a model with image input)
+    image_fuzzing     are the right patches outlined?              (image latents, for a model with image input)
 
     balanced accuracy = (TP / (TP + FN) + TN / (TN + FP)) / 2
 
 Its 95 % interval combines the Wilson intervals of both rates (method of variance estimates recovery). Every question
-is counted as answered or unusable, and nothing is imputed; questions that the budget forbids are not counted.
+counts as answered or unusable, and nothing is imputed; questions beyond the budget are not counted.
 
-A patch becomes words such as "right lower zone": the left of an image is the patient's right. An outlined image shows
-the rectangles of active patches, above 0.3 of the latent's largest activation, on the crop that the record set keeps.
+A patch is described in words such as "right lower zone"; the left of an image is the patient's right. An outlined image
+shows rectangles around active patches, above 0.3 of the latent's largest activation, on the crop in the record set.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ COLOUR = (255, 220, 0)
 
 @dataclass(frozen=True)
 class Verdict:
-    """One question: the true answer, the answer given (None if unusable), and the activation interval."""
+    """Outcome of one question: the true answer, the given answer (None if unusable), and the activation interval."""
 
     truth: bool
     answer: bool | None
@@ -74,9 +74,9 @@ class Item:
 
     Attributes:
         text: Text shown; "" for an image.
-        truth: The true answer.
-        interval: Name of the activation interval, "" where silent.
-        draw: Makes the image when the question is asked; None for a text.
+        truth: True answer.
+        interval: Name of the activation interval; "" if the latent is silent.
+        draw: Function that makes the image when the question is asked; None for a text.
     """
 
     text: str
@@ -86,7 +86,7 @@ class Item:
 
 
 def score_of(method: str, judge: str, verdicts: Iterable[Verdict]) -> Score:
-    """Count verdicts into a score."""
+    """Compute a score from verdicts."""
     verdicts = list(verdicts)
     usable = [v for v in verdicts if v.answer is not None]
     count = Counter((v.truth, v.answer) for v in usable)
@@ -120,7 +120,7 @@ def score_of(method: str, judge: str, verdicts: Iterable[Verdict]) -> Score:
 
 
 def detection_items(examples: Sequence[Example], names: Sequence[str], rng: random.Random) -> list[Item]:
-    """Texts without marks, active and silent ones mixed."""
+    """Make texts without marks, active and silent ones mixed."""
     modality = modality_of(examples)
     items = [Item(window(e, modality, rng), e.active, interval_of(e, names)) for e in examples]
     rng.shuffle(items)
@@ -128,9 +128,9 @@ def detection_items(examples: Sequence[Example], names: Sequence[str], rng: rand
 
 
 def fuzzing_items(examples: Sequence[Example], names: Sequence[str], rng: random.Random) -> list[Item]:
-    """Active texts only; every second one has its marks (or its place) where the latent is silent.
+    """Make active texts, of which every second has its marks (or its place) where the latent is silent.
 
-    Negatives are active texts too: with silent ones the topic alone would give the answer away.
+    Negatives are active texts too, since with silent texts the topic alone would reveal the answer.
     """
     modality = modality_of(examples)
     items = []
@@ -151,7 +151,7 @@ def fuzzing_items(examples: Sequence[Example], names: Sequence[str], rng: random
 def intruder_sets(
     examples: Sequence[Example], names: Sequence[str], rng: random.Random, size: int = 5, null: bool = False
 ) -> list[list[Item]]:
-    """Sets of `size` texts, one of them (truth True) silent; `null` makes all silent, the control of this scorer."""
+    """Make sets of `size` texts, one of them silent (truth True). With `null` all are silent, which is the control."""
     modality = modality_of(examples)
     active = [e for e in examples if e.active]
     silent = [e for e in examples if not e.active]
@@ -173,9 +173,9 @@ def intruder_sets(
 def image_detection_items(
     examples: Sequence[Example], names: Sequence[str], rng: random.Random, folder: Path
 ) -> list[Item]:
-    """Images without outlines, active and silent ones mixed; nothing for a text latent.
+    """Make images without outlines, active and silent ones mixed; empty for a text latent.
 
-    Every image is the view in which the latent is active most often, so that the view does not give the answer away.
+    Every image shows the view in which the latent is active most often, so that the view does not reveal the answer.
     """
     view = _main_view(examples)
     items = []
@@ -191,7 +191,7 @@ def image_detection_items(
 def image_fuzzing_items(
     examples: Sequence[Example], names: Sequence[str], rng: random.Random, folder: Path
 ) -> list[Item]:
-    """Images of active studies with outlined patches; every second has the same shape moved to a silent place."""
+    """Make images of active studies with outlined patches; every second has the same shape at a silent place."""
     items = []
     for e in examples:
         right = len(items) % 2 == 0
@@ -206,7 +206,7 @@ def image_fuzzing_items(
 
 
 def moved_patches(example: Example, rng: random.Random, tries: int = 100) -> frozenset[int]:
-    """The outlined patches moved together to where the latent is silent; empty where no such place was found."""
+    """Move the outlined patches together to a place where the latent is silent; empty if no such place was found."""
     patches = active_patches(example)
     patch = example.context.patch
     grid = next((m for m in example.context.maps if patch is not None and m.view == patch[0]), None)
@@ -227,7 +227,9 @@ def moved_patches(example: Example, rng: random.Random, tries: int = 100) -> fro
 async def ask_verdicts(
     judge: Judge, method: str, explanation: str, items: Sequence[Item], batch: int, licences: Iterable[str]
 ) -> Scored:
-    """Ask a language model for verdicts, `batch` items per question; an unusable answer loses its whole batch."""
+    """Ask a language model for verdicts, `batch` items per question. After an unusable answer the whole batch is
+    unusable.
+    """
     from sae_lens_maira.interp import prompts
 
     verdicts: list[Verdict] = []
@@ -246,7 +248,7 @@ async def ask_verdicts(
 
 
 async def ask_intruder(judge: Judge, sets: Sequence[Sequence[Item]], licences: Iterable[str]) -> Scored:
-    """Ask a language model for intruders; every text of a set counts as one question, so chance is 0.5 here too."""
+    """Ask a language model for intruders. Every text of a set counts as one question, so that chance is 0.5."""
     from sae_lens_maira.interp import prompts
 
     verdicts: list[Verdict] = []
@@ -264,14 +266,14 @@ async def ask_intruder(judge: Judge, sets: Sequence[Sequence[Item]], licences: I
         else:
             verdicts += [Verdict(item.truth, None) for item in items]
         keys.append(reply.key)
-    # No interval of activation belongs to a silent text.
+    # A silent text has no activation interval.
     score = replace(score_of("intruder", judge.server.model, verdicts), recall_by_interval=())
     return Scored(score, tuple(keys), stopped)
 
 
 @dataclass(frozen=True)
 class _Drawing:
-    """Draws one image when it is asked for, so that images are not held in memory before their question."""
+    """Makes one image on demand, so that images are not in memory before their question."""
 
     example: Example
     folder: Path
@@ -290,7 +292,7 @@ def _main_view(examples: Sequence[Example]) -> str | None:
 
 
 def patch_words(view: str, row: float, col: float, rows: int, cols: int) -> str:
-    """Place of a patch: "right lower zone of the frontal image". Laterals say front and back instead of sides."""
+    """Describe a patch: "right lower zone of the frontal image". Lateral images have front and back, not sides."""
     height = ("upper", "mid", "lower")[min(2, int(3 * (row + 0.5) / rows))]
     third = min(2, int(3 * (col + 0.5) / cols))
     if view == "lateral":
@@ -301,7 +303,7 @@ def patch_words(view: str, row: float, col: float, rows: int, cols: int) -> str:
 
 
 def place(context: Context) -> str | None:
-    """Place of the chosen patch in words, None for a token."""
+    """Describe the patch of largest activation; None for a token."""
     if context.patch is None:
         return None
     view, row, col = context.patch
@@ -310,7 +312,7 @@ def place(context: Context) -> str | None:
 
 
 def wrong_place(context: Context, rng: random.Random) -> str | None:
-    """Another place of the same image, where the latent is not active at all."""
+    """Describe another place of the same image, where the latent is not active."""
     grid = _activation_map(context)
     if grid is None:
         return None
@@ -324,7 +326,7 @@ def wrong_place(context: Context, rng: random.Random) -> str | None:
 
 
 def active_patches(example: Example) -> frozenset[int]:
-    """Row-major indices of the patches that are outlined in the view of the chosen patch."""
+    """Row-major indices of the patches to outline in the view of the patch of largest activation."""
     grid = _activation_map(example.context)
     if grid is None or example.context.patch is None:
         return frozenset()
@@ -334,7 +336,7 @@ def active_patches(example: Example) -> frozenset[int]:
 
 
 def outlined(example: Example, folder: Path) -> Image.Image | None:
-    """The view that contains an example's chosen patch, with active patches outlined.
+    """Draw the view of an example's patch of largest activation, with active patches outlined.
 
     Args:
         example: An active example of an image latent.
@@ -351,7 +353,7 @@ def outlined(example: Example, folder: Path) -> Image.Image | None:
 
 
 def image_of(example: Example, folder: Path, view: str, patches: Collection[int] = ()) -> Image.Image | None:
-    """One view of an example's study as RGB, with the patches of these row-major indices outlined.
+    """Draw one view of an example's study as RGB, with the patches of these row-major indices outlined.
 
     Returns:
         The image, or None where the record set keeps no such image.
@@ -378,14 +380,14 @@ def image_of(example: Example, folder: Path, view: str, patches: Collection[int]
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as a PNG in a `data:` URI, the form in which chat messages carry it."""
+    """Convert an image to a PNG in a `data:` URI, for chat messages."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _activation_map(context: Context) -> ActivationMap | None:
-    """Activation map of the view that contains the chosen patch; None for a token."""
+    """Activation map of the view of the patch of largest activation; None for a token."""
     if context.patch is None:
         return None
     return next((m for m in context.maps if m.view == context.patch[0]), None)

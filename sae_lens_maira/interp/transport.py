@@ -1,13 +1,12 @@
-"""Requests to a language model over HTTP, and the journal of every call.
+"""Requests to a language model over HTTP, and the journal of all calls.
 
-`Transport` bounds the time and the size of the whole answer: a body is read in pieces and decompressed within the
-same bound, so that a slow drip, an endless body and a compressed bomb all end as a problem. A server on this machine
-is never reached through a proxy of the environment, and redirects are not followed.
-
-`Journal` is an append-only file of JSON lines: cache, resume and audit. The key of a row is the SHA-256 of the exact
-request, so that no usable answer is paid for twice. Failed calls and answers that did not fit stay in the file and are
-asked again. A last line torn by a kill is ended before anything is appended; the next good row would be lost with it.
-Memory holds one file offset per usable answer, and images are stored as the SHA-256 of their bytes.
+`Transport` bounds the time and the size of the whole answer: a body is read in pieces and decompressed within the same
+bound, so that a very slow, an endless or a highly compressed body becomes a problem and does not block the run. A
+server on this machine is never reached through a proxy of the environment, and redirects are not followed. `Journal` is
+an append-only file of JSON lines, used as cache, for resuming and for audit. The key of a row is the SHA-256 of the
+exact request, so that no usable answer is paid for twice. Failed calls and invalid answers remain in the file and are
+asked again. An incomplete last line, left by a kill, is ended with a newline before anything is appended. Memory
+contains one file offset per usable answer, and images are stored as the SHA-256 of their bytes.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ def key_of(request: dict[str, Any]) -> str:
 
 
 class Journal:
-    """Usable answers by key; rows stay in the file.
+    """Journal of calls: usable answers by key, with rows read from the file.
 
     Attributes:
         path: Path of the file.
-        torn: Lines that could not be read (0 or 1 per kill) or have changed; what they held is asked again.
+        torn: Number of lines that cannot be read (0 or 1 per kill) or have changed; their questions are asked again.
     """
 
     def __init__(self, path: Path | str) -> None:
         """Open or create the journal, readable by its owner only.
 
         Raises:
-            RecordError: None of the first lines is a JSON object: the file is not a journal.
+            RecordError: None of the first lines is a JSON object, so the file is not a journal.
         """
         self.path, self.torn = Path(path), 0
         self._places: dict[bytes, int] = {}
@@ -80,7 +79,7 @@ class Journal:
             key = bytes.fromhex(row.get("key", ""))
         except (ValueError, TypeError, RecursionError):
             self.torn += 1
-            # Every kill may tear one line; a file of nothing but unreadable lines is something else.
+            # Every kill can leave one incomplete line, but a file of unreadable lines only is not a journal.
             if not self._places and not self._notes and self.torn > 1:
                 raise RecordError(
                     f"Line {number} of {self.path} is not a JSON object, and neither is any line before it; this is "
@@ -96,7 +95,7 @@ class Journal:
         return len(self._places)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The row of a usable answer, or None."""
+        """Read the row of a usable answer, or None."""
         offset = self._places.get(bytes.fromhex(key))
         if offset is None:
             return None
@@ -104,26 +103,26 @@ class Journal:
         return json.loads(self._file.readline())
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write a row and hand it to the operating system, so that a killed process loses nothing.
+        """Write a row and flush it to the operating system, so that a killed process loses nothing.
 
         Args:
-            row: `key`, `request`, `usable` (whether the answer may be served again) and what came back.
+            row: `key`, `request`, `usable` (whether the answer may be used again) and the response.
         """
         offset = self._write({**row, "request": _without_images(row.get("request"))})
         if row.get("usable"):
             self._places[bytes.fromhex(row["key"])] = offset
 
     def note(self, name: str) -> Any:
-        """What was noted of the server under this name, or None."""
+        """Read a note about the server by name, or None."""
         return self._notes.get(name)
 
     def set_note(self, name: str, value: Any) -> None:
-        """Remember something about the server, such as that it takes no schemas."""
+        """Write a note about the server, such as that it does not accept schemas."""
         self._write({"note": name, "value": value})
         self._notes[name] = value
 
     def _write(self, row: dict[str, Any]) -> int:
-        # ASCII only: an answer may hold lone surrogates, which UTF-8 has no bytes for.
+        # ASCII only: an answer may contain lone surrogates, which UTF-8 cannot encode.
         line = json.dumps(with_checksum(row), allow_nan=False).encode() + b"\n"
         offset = self._file.seek(0, os.SEEK_END)
         self._file.write(line)
@@ -147,7 +146,7 @@ class Journal:
 
 
 def _without_images(value: Any) -> Any:
-    """A copy of a request in which every image is replaced by its hash."""
+    """Copy a request with every image replaced by its hash."""
     if isinstance(value, dict):
         return {name: _without_images(inside) for name, inside in value.items()}
     if isinstance(value, list):
@@ -161,10 +160,11 @@ MOST_BYTES = 4 << 20
 
 
 def _import_event_loop() -> None:
-    """Import the lazy part of `anyio`, which the client needs, while nnsight's `save` is off `object`.
+    """Import the lazy part of `anyio`, which the client needs, while nnsight's `save` is removed from `object`. nnsight
+    adds a method `save` to every object.
 
-    nnsight mounts a method `save` on every object; anyio then refuses its own classes ("Attribute 'save' is missing
-    its type annotation") if it is imported later. The method is removed for the import and put back.
+    If anyio is imported after this, it refuses its own classes ("Attribute 'save' is missing its type annotation"). The
+    method is removed for the import and added again.
     """
     nnsight = sys.modules.get("nnsight")
     if nnsight is None or not hasattr(object, "save"):
@@ -188,7 +188,7 @@ class Transport:
 
     Attributes:
         url: Address of the chat completions.
-        timeout: Seconds for one answer as a whole.
+        timeout: Seconds for one whole answer.
     """
 
     def __init__(self, url: str, api_key: str, timeout: float) -> None:
@@ -220,12 +220,12 @@ class Transport:
             request: Body of the request.
 
         Returns:
-            The completion or a problem, and the seconds that `Retry-After` asks to wait, if any.
+            The completion or a problem, and the seconds of `Retry-After`, if any.
         """
         try:
             return await asyncio.wait_for(self._post(request), self.timeout)
         except (asyncio.TimeoutError, httpx.TimeoutException):
-            return Problem("timeout", f"no whole answer within {self.timeout:g} s", retry=True), None
+            return Problem("timeout", f"no complete answer within {self.timeout:g} s", retry=True), None
         except (httpx.ConnectError, httpx.ProxyError) as error:
             return Problem("connection", plain_words(str(error)) or "no connection", retry=True), None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
@@ -244,7 +244,7 @@ class Transport:
 
 
 class _Body:
-    """A body that grows up to `MOST_BYTES`, decompressed.
+    """Response body of at most `MOST_BYTES`, decompressed while it is read.
 
     Attributes:
         content: Decompressed bytes so far.
@@ -256,11 +256,12 @@ class _Body:
         self._inflate = zlib.decompressobj(wbits=47) if encoding.lower() in ("gzip", "deflate") else None
         if self._inflate is None and encoding.lower() not in ("", "identity"):
             self.problem = Problem(
-                "no completion", f"the body is compressed as {plain_words(encoding)!r}, unasked"
+                "no completion",
+                f"the body is compressed as {plain_words(encoding)!r}, which was not requested",
             )
 
     def add(self, piece: bytes) -> bool:
-        """Take more of the body; False where nothing more is wanted."""
+        """Add a piece of the body; False if no more is needed."""
         self._raw += len(piece)
         if self.problem is None:
             try:
@@ -274,7 +275,7 @@ class _Body:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Seconds to wait, from a number or an HTTP date; None where the header is missing or means nothing."""
+    """Parse seconds to wait from a number or an HTTP date; None if the header is missing or not valid."""
     if retry_after is None:
         return None
     try:

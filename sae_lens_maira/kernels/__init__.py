@@ -1,12 +1,12 @@
-"""The training step of a (Matryoshka) BatchTopK SAE without its dense (batch, d_sae) tensors.
+"""Training step of a (Matryoshka) BatchTopK SAE without dense (batch, d_sae) tensors.
 
-One function, `fused_step`, gives the losses and every parameter's gradient of one batch:
+One function, `fused_step`, computes the losses and the gradient of every parameter for one batch:
 
     loss = sum_l c_l mean_b |x_b - prefix_l(b)|^2 + auxiliary loss on dead latents
 
-Three backends give the same numbers: `reference` (dense PyTorch, the specification), `sparse` (PyTorch
-operators that touch the selected entries only, on any device) and `triton` (CUDA). `resolve_backend` says
-which one runs. Importing this package imports no triton.
+Three backends give the same numbers: `reference` (dense PyTorch, the specification), `sparse` (PyTorch operators on the
+selected entries only, on any device) and `triton` (CUDA). `resolve_backend` returns which one runs. Importing this
+package does not import triton.
 """
 
 from sae_lens_maira.kernels.comm import Communicator, LocalCommunicator, ProcessGroupCommunicator

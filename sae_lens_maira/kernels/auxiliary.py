@@ -1,10 +1,10 @@
-"""The auxiliary loss on dead latents, as dense products over the dead columns only.
+"""Auxiliary loss on dead latents, as dense products over the dead columns only.
 
     z = h[:, dead] (k_aux largest per token),   e = z W_dec[dead] - residual,   aux = a mean_b |e|^2
 
-Unlike the main path this is not sparse: thousands of dead latents fire per token. With all `nd` dead latents
-gathered, each product costs nd / d_sae of a dense one, and with nd <= k_aux nothing has to be ranked at all.
-Norms cancel here as well. Under autocast the four products round their operands to bfloat16, as SAELens' do.
+Unlike the main loss this is not sparse, since thousands of dead latents are used per token. With the `nd` dead latents
+gathered, each product costs nd / d_sae of a dense one. With nd <= k_aux no ranking is needed. The decoder norms cancel
+here as well. Under autocast the four products round their operands to bfloat16, as in SAELens.
 """
 
 from typing import Protocol
@@ -18,12 +18,12 @@ from sae_lens_maira.kernels.sparse import LatentGradients
 
 
 class Columns(Protocol):
-    """Scores of which single columns can be read."""
+    """Protocol of scores whose columns can be read individually."""
 
     norms: torch.Tensor | None
 
     def columns(self, latents: torch.Tensor) -> torch.Tensor:
-        """H (rows, latents) of some latents."""
+        """Return h (rows, latents) of some latents."""
         ...
 
 
@@ -122,7 +122,7 @@ def _add_span(
 
 
 def _half_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """A product with operands rounded to bfloat16, as autocast computes it; the result in the left one's type."""
+    """Multiply with operands rounded to bfloat16, as under autocast; the result has the type of the left operand."""
     return (left.to(torch.bfloat16) @ right.to(torch.bfloat16)).to(left.dtype)
 
 

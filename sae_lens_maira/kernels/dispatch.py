@@ -1,8 +1,8 @@
 """Choose and run a backend of the fused step.
 
-`auto` means triton on a CUDA device where triton is installed, and sparse everywhere else. Any other name
-runs that backend or fails with the reason; nothing switches silently. With TRITON_INTERPRET=1 triton's interpreter
-runs the kernels on a CPU, for tests.
+`auto` is triton on a CUDA device with triton installed, and sparse everywhere else. Any other name runs that backend or
+raises an error with the reason; there is no silent fallback. With TRITON_INTERPRET=1 triton's interpreter runs the
+kernels on a CPU, for tests.
 """
 
 import importlib.util
@@ -32,17 +32,17 @@ Backend = Literal["auto", "triton", "sparse", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 WIDE_ENOUGH = 512
-"""d_in from which candidates pay on a CPU."""
+"""Smallest d_in for which candidates save time on a CPU."""
 
 logger = logging.getLogger(__name__)
 _said: list[str] = []
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton", "sparse", "reference"]:
-    """The backend that `backend` means on this device.
+    """Choose the backend for a name and a device.
 
     Raises:
-        BackendError: the name is unknown, or triton was asked for where it cannot run.
+        BackendError: The name is unknown, or triton was requested where it cannot run.
     """
     kind = torch.device(device).type
     installed = importlib.util.find_spec("triton") is not None
@@ -70,10 +70,10 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
 def resolve_candidates(
     candidates: AskedCandidates, device: torch.device | str, d_in: int, autocast: bool, dtype: torch.dtype
 ) -> Candidates:
-    """The candidates that `candidates` means: "auto" takes the fastest exact way, by the device and the width.
+    """Choose the candidate search: "auto" is the fastest exact search for the device and the width.
 
-    That is TF32 on CUDA, and bfloat16 on a CPU with AVX-512 where rows are wide enough to pay for it. Autocast rounds
-    anyway, and bounds exist for float32 only: "auto" is "off" there.
+    This is TF32 on CUDA, and bfloat16 on a CPU with AVX-512 if rows are wide enough. "auto" is "off" under autocast,
+    which rounds anyway, and for types other than float32, which have no bounds.
     """
     if candidates != "auto":
         return candidates
@@ -89,7 +89,7 @@ def _has_wide_bf16() -> bool:
 
 
 def say_if_emulated(candidates: str, device: torch.device | str) -> None:
-    """Log, once per process, that bfloat16 candidates cost time here: on a CPU without AVX-512 they are emulated."""
+    """Log once per process if bfloat16 candidates are slow on this CPU: without AVX-512 they are emulated."""
     if candidates == "bf16" and torch.device(device).type == "cpu" and not _has_wide_bf16() and not _said:
         _said.append(candidates)
         logger.warning(
@@ -111,7 +111,7 @@ def fused_step(
     own_rows: bool = False,
     own_latents: bool = False,
 ) -> StepResult:
-    """Losses, gradients and sparse activations of one batch.
+    """Compute losses, gradients and sparse activations of one batch.
 
     Args:
         weights: The SAE's parameters. W_enc (d_in, d_sae) is read fastest as the transposed view of a
@@ -128,7 +128,7 @@ def fused_step(
             every rank passes the same rows. `spec` and `dead` are those of all latents.
 
     Raises:
-        BackendError: shapes, types or the backend do not fit.
+        BackendError: Shapes or types do not match, or the backend cannot run.
     """
     name = resolve_backend(backend, x.device)
     group: Communicator = LocalCommunicator() if comm is None else comm
@@ -136,13 +136,15 @@ def fused_step(
     if name == "reference":
         if group.size > 1:
             raise BackendError(
-                "The reference backend sees one process only, but the step spans "
+                "The reference backend works in one process only, but the step has "
                 f"{group.size} ranks. Use backend='sparse'."
             )
         return reference_step(weights, x, spec, dead)
     stages = SPARSE
     if name == "triton":
-        from sae_lens_maira.kernels.triton_stages import TRITON  # triton is imported only when it runs
+        from sae_lens_maira.kernels.triton_stages import (
+            TRITON,
+        )  # triton is imported only when this backend runs
 
         stages = TRITON
     return run_stages(

@@ -1,4 +1,4 @@
-"""The step as data: what is trained (`StepSpec`), with what (`Weights`), and what comes out (`StepResult`).
+"""Data classes of the training step: settings (`StepSpec`), parameters (`Weights`) and result (`StepResult`).
 
 With xc = x - b_dec (or x), h = xc W_enc + b_enc and n_j = |W_dec[j]| (or 1), the int(k B) largest positive
 entries of h n over the whole batch are kept. Level l decodes the kept latents below widths[l]:
@@ -7,7 +7,6 @@ r_l = b_dec + sum h_j W_dec[j].
     loss = sum_l level_weights[l] mean_b |r_l - x|^2 + aux
 
 The activation that is reported, thresholded and logged is h n; the coefficient that multiplies W_dec is h.
-This module computes nothing.
 """
 
 from collections.abc import Callable
@@ -22,27 +21,27 @@ AuxKind = Literal["none", "topk", "matryoshka", "dictionary_learning"]
 Candidates = Literal["off", "bf16", "tf32"]
 AskedCandidates = Literal["auto", "off", "bf16", "tf32"]
 DeadMask = torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None
-"""A mask (d_sae,), or a function from this batch's fire counts (d_sae,) to one, or no dead latents at all."""
+"""A mask (d_sae,), a function from this batch's fire counts (d_sae,) to a mask, or None for no dead latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuxSpec:
-    """The auxiliary loss that lets dead latents reconstruct what is left over.
+    """Settings of the auxiliary loss, in which dead latents reconstruct the residual.
 
-    kind "topk" is SAELens' (raw pre-activations, residual of the last level, scaled by min(dead / k_aux, 1));
-    "matryoshka" does so once per level with that level's residual and dead latents; "dictionary_learning"
-    uses rectified pre-activations and divides by the variance of the residual.
+    Kind "topk" is that of SAELens (raw pre-activations, residual of the last level, scaled by min(dead / k_aux, 1)).
+    Kind "matryoshka" is the same once per level, with that level's residual and dead latents. Kind
+    "dictionary_learning" uses rectified pre-activations and divides by the variance of the residual.
     """
 
     kind: AuxKind = "none"
     coefficient: float = 1.0
     k_aux: int | None = None
-    """Dead latents used per token; None means d_in // 2."""
+    """Number of dead latents per token; None means d_in // 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec:
-    """Everything about the step that is not a tensor."""
+    """Settings of the step, without tensors."""
 
     k: float
     """Mean number of latents kept per token; int(k * tokens) are kept per batch."""
@@ -56,17 +55,17 @@ class StepSpec:
     """Whether b_dec is subtracted from the input."""
     aux: AuxSpec = field(default_factory=AuxSpec)
     autocast: bool = False
-    """Whether the encoder product may round its operands to bfloat16, as torch.autocast does."""
+    """Whether the encoder product rounds its operands to bfloat16, as torch.autocast does."""
     candidates: Candidates = "off"
-    """Find candidates with a low-precision product, then score and select them exactly. Still exact."""
+    """Type of a low-precision product that finds candidates, which are then scored and selected exactly."""
     frozen: frozenset[str] = frozenset()
-    """Names of matrices that are not trained, of "W_enc" and "W_dec": their gradients are not computed."""
+    """Names of matrices that are not trained ("W_enc", "W_dec"); their gradients are not computed."""
 
     def __post_init__(self) -> None:
-        """Checks the values against each other.
+        """Check that the values are consistent.
 
         Raises:
-            ConfigError: widths are not increasing, there is not one weight per level, or an unknown name is frozen.
+            ConfigError: Widths are not increasing, there is not one weight per level, or an unknown name is frozen.
         """
         pairs = zip((0, *self.widths), self.widths, strict=False)
         if not self.widths or any(after <= before for before, after in pairs):
@@ -78,17 +77,17 @@ class StepSpec:
             )
         if not self.frozen <= {"W_enc", "W_dec"}:
             raise ConfigError(
-                f"Frozen parameters are {sorted(self.frozen)}; expected W_enc, W_dec or both, or nothing."
+                f"Frozen parameters are {sorted(self.frozen)}; expected W_enc, W_dec, both or none."
             )
         if self.autocast and self.candidates != "off":
             raise ConfigError(
-                "Both autocast and exact low-precision candidates were asked for. Autocast rounds the "
+                "Both autocast and exact low-precision candidates were requested. Autocast rounds the "
                 "encoder product anyway, so there is nothing exact to recover; switch one of them off."
             )
 
     @property
     def weights_of_levels(self) -> tuple[float, ...]:
-        """One weight per level."""
+        """Weight of each level."""
         return self.level_weights if self.level_weights is not None else (1.0,) * len(self.widths)
 
     @property
@@ -97,12 +96,12 @@ class StepSpec:
         return len(self.widths)
 
     def count(self, tokens: int) -> int:
-        """Entries kept in a batch of so many tokens; the same floored product as SAELens'."""
+        """Number of entries kept in a batch of this many tokens; rounded down as in SAELens."""
         return int(self.k * tokens)
 
 
 class Weights(NamedTuple):
-    """W_enc (d_in, d_sae) in any memory order, b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,)."""
+    """Parameters: W_enc (d_in, d_sae) in any memory order, b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,)."""
 
     W_enc: torch.Tensor
     b_enc: torch.Tensor
@@ -111,7 +110,7 @@ class Weights(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the total loss; W_enc's is transposed, (d_sae, d_in), as its pass writes it.
+    """Gradients of the total loss; that of W_enc is transposed, (d_sae, d_in).
 
     The gradient of a frozen matrix is an empty tensor.
     """
@@ -131,7 +130,7 @@ class SparseActs(NamedTuple):
     shape: tuple[int, int]
 
     def to_coo(self) -> torch.Tensor:
-        """A coalesced sparse (batch, d_sae) tensor."""
+        """Convert to a coalesced sparse (batch, d_sae) tensor."""
         indices = torch.stack((self.rows, self.cols))
         return torch.sparse_coo_tensor(
             indices, self.values, self.shape, is_coalesced=True, check_invariants=False
@@ -140,11 +139,11 @@ class SparseActs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Losses, gradients and the sparse activations of one batch; over all ranks except where said.
+    """Losses, gradients and sparse activations of one batch, over all ranks unless noted.
 
     Attributes:
         loss: Total loss, 0-d.
-        level_losses: (levels,) mean squared error of each level, summed over d_in, not weighted.
+        level_losses: (levels,) squared error of each level, summed over d_in, averaged over rows, not weighted.
         aux_loss: Auxiliary loss with its coefficient, 0-d.
         sae_out: (rows of this rank, d_in) reconstruction of the last level.
         acts: Kept entries of this rank's rows; with `own_latents`, of its latents, numbered as in the whole SAE.

@@ -1,8 +1,8 @@
-"""The specification: the training step in plain dense PyTorch, gradients by autograd.
+"""Reference backend: the training step in plain dense PyTorch, with gradients by autograd.
 
-Written for reading, not for speed. Every (batch, d_sae) tensor is made, norms stay inside the graph (their
-gradients cancel; the other backends rely on it), levels are decoded one after another. Ties in the selection
-go to the lowest flat index, which makes the result unique.
+This is the specification and is written for clarity, not speed. It makes every (batch, d_sae) tensor, keeps norms in
+the graph (their gradients cancel, which the other backends rely on), and decodes levels one after another. Ties in the
+selection go to the lowest flat index, so that the result is unique.
 """
 
 import torch
@@ -19,7 +19,7 @@ from sae_lens_maira.kernels.problem import (
 
 
 def reference_step(weights: Weights, x: torch.Tensor, spec: StepSpec, dead: DeadMask = None) -> StepResult:
-    """Losses and gradients of one batch x (batch, d_in), as defined in `problem`."""
+    """Compute losses and gradients of one batch x (batch, d_in), as defined in `problem`."""
     with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=spec.autocast):
         W_enc, b_enc, W_dec, b_dec = (weight.detach().clone().requires_grad_() for weight in weights)
         centred = x - b_dec if spec.centre else x
@@ -66,7 +66,7 @@ def reference_step(weights: Weights, x: torch.Tensor, spec: StepSpec, dead: Dead
 def keep_largest(scaled: torch.Tensor, n: int) -> torch.Tensor:
     """Mask of the n largest positive entries of (batch, d_sae); ties go to the lowest flat index.
 
-    NaN counts as larger than any number, as in torch.topk, so that it reaches the loss.
+    NaN counts as larger than any number, as in torch.topk, so that the loss becomes NaN.
     """
     flat = scaled.flatten()
     order = flat.sort(descending=True, stable=True).indices[:n]

@@ -1,19 +1,19 @@
-"""Clip and Adam in one pass over memory on the GPU, leaving behind what the next step would read the weights for.
+"""Gradient clipping and Adam in one pass over memory on the GPU, which also computes row norms for the next step.
 
     g <- g / scale,   m <- m + (1 - b1)(g - m),   v <- b2 v + (1 - b2) g^2
     p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-A program updates one row, so the row's norm costs nothing, and a bfloat16 copy for autocast costs its write. The
-clip scale, the learning rate and the number of the step are read on the device: nothing waits for them. Where
-gradient and moments are all zero, as for a latent that never fired, nothing changes and nothing is written.
+A program updates one row, so that the row's norm needs no further read, and a bfloat16 copy for autocast only its
+write. The clip scale, the learning rate and the step number are read on the device, so that the host does not wait.
+Rows whose gradient and moments are all zero, as for a latent that never fired, are not written.
 
-Rows that are held at norm 1 lose the part of the gradient along them, and are divided by their norm afterwards:
+For rows of norm 1, the part of the gradient along the row is removed, and the updated row is divided by its norm:
 
     d = p / (|p| + 1e-6),   g <- g - (g . d) d,   update,   p <- p / |p|
 """
 
 # pyright: reportCallIssue=false
-# triton's own types know neither launch options (num_warps) nor that a jitted function is launched, not called.
+# triton's type hints contain neither launch options (num_warps) nor the launch syntax of a jitted function.
 
 import math
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from sae_lens_maira.kernels.triton_latent_backward import width_and_warps
 
 BLOCK = 1024
-"""Elements per turn: 8 per thread with 4 warps, two 128-bit loads of each of four streams."""
+"""Elements per iteration: 8 per thread with 4 warps, two 128-bit loads from each of four tensors."""
 WARPS = 4
 
 
@@ -69,10 +69,10 @@ def adam_rows_kernel(
         m = tl.load(mean + at, mask=inside, other=0.0)
         v = tl.load(square + at, mask=inside, other=0.0)
         p = tl.load(parameter + at, mask=inside, other=0.0)
-        if UNIT:  # the whole row is in this turn
+        if UNIT:  # the whole row is in this iteration
             length = tl.sqrt(tl.sum(p * p, 0)) + 1e-6
             g -= tl.sum(g * p, 0) / (length * length) * p
-        # NaN must be written, so silence is tested, not activity.
+        # The test is for zeros and not for activity, so that NaN is written.
         silent = tl.sum(((g == 0) & (m == 0) & (v == 0)).to(tl.int32), 0) == BLOCK
         write = inside & (silent == 0)
         m += (1 - beta1) * (g - m)
@@ -106,7 +106,7 @@ def tangent_squares_kernel(squares, gradient, parameter, width, BLOCK: tl.conste
 
 
 def tangent_norm(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Norm, 0-d, of a gradient (rows, width) without the part of each row along the parameter's row."""
+    """Norm (0-d) of a gradient (rows, width) without the part of each row along the parameter's row."""
     rows, width = parameter.shape
     block, warps = width_and_warps(width)
     squares = torch.empty(rows, dtype=parameter.dtype, device=parameter.device)
@@ -115,7 +115,7 @@ def tangent_norm(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tenso
 
 
 def next_step(step: torch.Tensor, lr: torch.Tensor, betas: tuple[float, float]) -> torch.Tensor:
-    """Count a step (0-d float32) up; (2,) step size and root of the second correction, for `adam_rows`."""
+    """Increment the step number (0-d float32); return (2,) step size and root of the second correction."""
     settings = torch.empty(2, dtype=torch.float32, device=step.device)
     next_step_kernel[(1,)](settings, step, lr, math.log(betas[0]), math.log(betas[1]), num_warps=1)
     return settings
@@ -135,21 +135,21 @@ def adam_rows(
     unit: bool = False,
     norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Update contiguous float32 (rows, width) tensors in place; row norms (rows,) of the new parameter.
+    """Update contiguous float32 (rows, width) tensors in place; return the row norms (rows,) of the new parameter.
 
     Args:
-        parameter: Weights.
+        parameter: Weights to update.
         gradient: Gradient before clipping.
         mean: First moment.
         square: Second moment.
         scale: 0-d; the gradient is divided by it.
-        settings: From `next_step`.
-        betas: Decay of the moments.
-        eps: Added to the denominator.
-        shadow: (rows, width) copy in another type to refresh, or None.
-        fresh: Whether the copy holds nothing yet, so that rows that do not change are copied too.
-        unit: Whether rows are held at norm 1.
-        norms: (rows,) where the norms are written; new memory if not given.
+        settings: Result of `next_step`.
+        betas: Decay rates of the moments.
+        eps: Constant added to the denominator.
+        shadow: (rows, width) copy in another type to update, or None.
+        fresh: Whether the copy is still uninitialised, so that unchanged rows are copied too.
+        unit: Whether rows are kept at norm 1.
+        norms: (rows,) output tensor of the norms; a new tensor if not given.
     """
     rows, width = parameter.shape
     if norms is None:

@@ -1,12 +1,12 @@
-"""Candidates of the selection on the GPU: entries above a lower bound, row by row, columns ascending.
+"""Find candidates of the selection on the GPU: entries above a lower bound, by row, columns ascending.
 
-Dense scores are compared as they are. Bounds of scores, from a low-precision product, are compared with the bound of
-each latent, and the entries that pass are scored exactly (float32) from rows of x and W_enc. A row's candidates are
-contiguous in the buffer; rows come in any order, which no later result depends on.
+Dense scores are compared directly. Bounds of scores, from a low-precision product, are compared with the bound of each
+latent, and the entries above it are scored exactly (float32) from rows of x and W_enc. A row's candidates are
+contiguous in the buffer. Rows may be in any order, which does not change later results.
 """
 
 # pyright: reportCallIssue=false
-# triton's own types know neither launch options (num_warps) nor that a jitted function is launched, not called.
+# triton's type hints contain neither launch options (num_warps) nor the launch syntax of a jitted function.
 
 from typing import NamedTuple
 
@@ -17,25 +17,25 @@ import triton.language as tl
 ROWS = 2
 """Rows per program: norms and biases are read once for all of them."""
 BLOCK = 512
-"""Columns per turn: with `ROWS` rows and 8 warps, 4 scores per thread and 64 registers, half of all warps at once."""
+"""Columns per iteration: with `ROWS` rows and 8 warps, 4 scores per thread and 64 registers, at half occupancy."""
 
 ROUNDED = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}
-"""Rounding of a stored bound, relative to its size: twice that of the type."""
+"""Relative rounding error of a stored bound: twice that of the type."""
 
 
 class Table(NamedTuple):
-    """Scores of every entry. Dense: (table + bias) * norms is h * norm. Bounded: table >= bounds marks candidates."""
+    """Scores of all entries. Dense: (table + bias) * norms is h * norm. Bounds: table >= bounds marks candidates."""
 
     table: torch.Tensor
     """(rows, d_sae) h, a bfloat16 product, or upper bounds of a low-precision product."""
     bias: torch.Tensor | None = None
-    """(d_sae,) added to the table; None if it is in it."""
+    """(d_sae,) added to the table; None if the table contains it."""
     norms: torch.Tensor | None = None
-    """(d_sae,) None means 1."""
+    """(d_sae,) norms of decoder rows; None means 1."""
     bounds: torch.Tensor | None = None
     """(d_sae,) smallest bound of a candidate, in the table's type; None for dense scores."""
     slack: float = 0.0
-    """What a bound is raised by before it is compared, relative to its size."""
+    """Relative amount added to a bound before it is compared."""
 
 
 class Found(NamedTuple):
@@ -47,11 +47,11 @@ class Found(NamedTuple):
     starts: torch.Tensor
     counts: torch.Tensor
     total: torch.Tensor
-    """(1,) candidates of this rank; more than fit if the buffer was too small."""
+    """(1,) number of candidates of this rank; larger than the buffer if that was too small."""
 
 
 class Encoder(NamedTuple):
-    """What the exact scores of candidates are computed from; W_enc_t is (d_sae, d_in)."""
+    """Inputs of the exact scores of candidates; W_enc_t is (d_sae, d_in)."""
 
     xc: torch.Tensor
     W_enc_t: torch.Tensor
@@ -89,7 +89,8 @@ def candidates_kernel(
     number = tl.zeros([ROWS], dtype=tl.int32)
     begin = tl.zeros([ROWS], dtype=tl.int32)
     wrong = 0
-    # The first turn counts, so that a row knows its place; the second finds the scores in the cache and writes.
+    # The first iteration counts, which gives the position of the row; the second reads the scores from the cache and
+    # writes.
     for turn in tl.static_range(2):
         for start in range(0, d_sae, BLOCK):
             col = start + tl.arange(0, BLOCK)
@@ -111,7 +112,7 @@ def candidates_kernel(
             if turn == 0:
                 number += tl.sum(hit, 1)
                 if not BOUNDED:
-                    # Comparisons drop NaN; a finite value times 0 is 0.
+                    # Comparisons ignore NaN; a finite value times 0 is 0.
                     strange = inside & ~(tl.abs(value) < float("inf"))
                     wrong += tl.sum(tl.sum(strange.to(tl.int32), 1), 0)
             else:
@@ -186,17 +187,17 @@ def find_candidates(
     broken: torch.Tensor,
     encoder: Encoder | None,
 ) -> Found:
-    """Launch the search.
+    """Launch the search for candidates.
 
     Args:
         scores: Dense scores, or bounds of them.
-        threshold: 0-d; times `safety` it is the lower bound.
+        threshold: 0-d; the lower bound is `threshold * safety`.
         safety: Factor of the threshold.
-        capacity: Candidates that the buffer holds.
-        total: (1,) int32, 0; becomes the number of candidates.
-        odd: (1,) int32, 0; becomes the number of dense scores that are not finite.
-        broken: (1,) int64, 0; becomes the number of scores above their bound.
-        encoder: What exact scores are computed from, where `scores` holds bounds.
+        capacity: Size of the buffer in candidates.
+        total: (1,) int32, initially 0; receives the number of candidates.
+        odd: (1,) int32, initially 0; receives the number of dense scores that are not finite.
+        broken: (1,) int64, initially 0; receives the number of scores above their bound.
+        encoder: Inputs of the exact scores, if `scores` contains bounds.
     """
     table, bias, norms, bounds, slack = scores
     rows, d_sae = table.shape

@@ -1,12 +1,13 @@
-"""The backward pass over latents on the GPU: dW_dec, dW_enc and db_enc of a latent by one program, in one walk.
+"""Backward pass over latents on the GPU: one program computes dW_dec, dW_enc and db_enc of a latent in one pass.
 
     t = S_row . W_dec[j],    dW_dec[j] += h S_row,    dW_enc_t[j] += t xc_row,    db_enc[j] += t
 
-A program holds whole rows of d_in in registers, so S and xc are read once for all of these. S is stored level by
-level: latents of one level read (batch, d_in) of it, which stays in the L2 cache. A latent that fires on every token
-would keep one program busy long after the rest: entries beyond its first `SEGMENT` are summed by other programs, and
-a second kernel adds these pieces in order. The number of programs depends on sizes only, so nothing is read back, and
-there are no atomics: the same bits every time. Sums of squares of both gradients come out on the way.
+A program keeps whole rows of d_in in registers, so that S and xc are read once for all three gradients. S is stored
+level by level: latents of one level read (batch, d_in) of it, which fits the L2 cache. One program per latent would be
+slow for a latent that fires on every token. Therefore entries beyond the first `SEGMENT` of a latent are summed by
+other programs, and a second kernel adds these pieces in order. The number of programs depends on sizes only, so that
+nothing is read back to the host. There are no atomics, so that results are reproducible bit by bit. The sums of squares
+of both gradients are computed in the same pass.
 """
 
 # pyright: reportCallIssue=false
@@ -21,12 +22,13 @@ from sae_lens_maira.kernels.layout import Layout, constants
 from sae_lens_maira.kernels.sparse import LatentGradients
 
 SEGMENT = 64
-"""Entries per program. At k = 64, d_sae / batch = 4 a latent has 16 on average; a hot one gives at most batch / 64
-pieces, and partial sums take at most 2 nnz / 64 rows of memory."""
+"""Entries per program. At k = 64 and d_sae / batch = 4 a latent has 16 entries on average. A very frequent latent gives
+at most batch / 64 pieces, and partial sums take at most 2 nnz / 64 rows of memory.
+"""
 LARGEST_WIDTH = 16384
-"""Rows are held in registers whole: 8 elements of 5 vectors per thread, 16 warps at d_in = 4096."""
+"""Largest d_in. Whole rows are in registers: 8 elements of 5 vectors per thread, 16 warps at d_in = 4096."""
 STAGES = 2
-"""Entries whose rows are on their way while another is added."""
+"""Number of entries whose rows are loaded while another one is added."""
 ADDED_AT_ONCE = 1024
 """Columns per program of the kernel that adds pieces."""
 
@@ -57,16 +59,17 @@ def latent_backward_kernel(
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Programs below `pieces` take the later pieces of latents with more than SEGMENT entries, the others a latent each.
+    # Programs below `pieces` process the later pieces of latents with more than SEGMENT entries, the others one latent
+    # each.
     program = tl.program_id(0)
     extra = program < pieces
     latent = (program - pieces).to(tl.int64)
     if extra:
         latent = tl.load(latents + program * SEGMENT).to(tl.int64)
-    known = latent < d_sae  # unused places of the layout have the latent d_sae
+    known = latent < d_sae  # unused positions of the layout have the latent d_sae
     begin = tl.load(pointers + latent, mask=known, other=0)
     end = tl.load(pointers + latent + 1, mask=known, other=0)
-    # Each multiple of SEGMENT inside a latent's entries gives one piece; there are never fewer of them than pieces.
+    # Each multiple of SEGMENT within a latent's entries gives one piece; there are at least as many programs as pieces.
     nth = tl.where(extra, program - begin // SEGMENT, 0)
     first = begin + nth * SEGMENT
     last = tl.minimum(first + SEGMENT, end)
@@ -163,7 +166,7 @@ def width_and_warps(d_in: int) -> tuple[int, int]:
     block = int(triton.next_power_of_2(d_in))
     if block > LARGEST_WIDTH:
         raise BackendError(
-            f"d_in is {d_in}; the triton backend holds rows of at most {LARGEST_WIDTH} in registers. "
+            f"d_in is {d_in}; the triton backend supports at most {LARGEST_WIDTH}, since rows are kept in registers. "
             "Use backend='sparse'."
         )
     return block, min(16, max(1, block // 256))
@@ -179,9 +182,9 @@ def latent_backward(
     frozen: frozenset[str] = frozenset(),
     segment: int = SEGMENT,
 ) -> LatentGradients:
-    """Same contract as `sparse.latent_backward`; suffix, xc and W_dec may be bfloat16.
+    """Same interface as `sparse.latent_backward`; suffix, xc and W_dec may be bfloat16.
 
-    One walk makes both gradients, so that of a frozen matrix is computed here too, and dropped.
+    One pass computes both gradients, so that the gradient of a frozen matrix is computed too and then dropped.
     """
     d_in, d_sae = xc.shape[1], layout.d_sae
     block, warps = width_and_warps(d_in)

@@ -1,11 +1,11 @@
-"""Prefix decode on the GPU: every level's error, its square and the suffix gradient in one gather of W_dec rows.
+"""Prefix decoding on the GPU: errors of all levels, their squares and the suffix gradient, with one read of W_dec rows.
 
     e_l = b_dec - x + sum_{entries of levels <= l} h W_dec[col],     S_m = sum_{l >= m} s_l e_l
 
-One program holds one stretch of d_in of one token in registers and walks the token's entries level by level. The
-stretch is the slow grid axis, so that a quarter of W_dec at a time is what the L2 cache has to hold. Errors stay in
-registers until S, which is stored level by level, is written once. Squares are written per program and summed
-afterwards in float64: no atomics, the same bits every time.
+One program keeps one part of d_in of one token in registers and processes the token's entries level by level. The part
+is the slow grid axis, so that only a quarter of W_dec has to be in the L2 cache at a time. Errors stay in registers
+until S, which is stored level by level, is written once. Squares are written per program and summed afterwards in
+float64, without atomics, so that results are reproducible bit by bit.
 """
 
 # pyright: reportCallIssue=false
@@ -19,7 +19,7 @@ from sae_lens_maira.kernels.layout import Layout, constants
 from sae_lens_maira.kernels.sparse import Decoded
 
 LARGEST_BLOCK = 1024
-"""A quarter of d_in = 4096: of W_dec at d_sae = 16384 that is 67 MB in float32 and 34 MB in bfloat16."""
+"""A quarter of d_in = 4096. This part of W_dec at d_sae = 16384 is 67 MB in float32 and 34 MB in bfloat16."""
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def prefix_decode_kernel(
 
 
 def block_and_warps(d_in: int) -> tuple[int, int]:
-    """Stretch of d_in per program, and warps for 8 elements per thread: two 128-bit loads of float32."""
+    """Part of d_in per program, and number of warps for 8 elements per thread: two 128-bit loads of float32."""
     block = min(LARGEST_BLOCK, int(triton.next_power_of_2(d_in)))
     return block, max(1, block // 256)
 
@@ -85,7 +85,7 @@ def prefix_decode(
     scales: tuple[float, ...],
     keep_errors: bool = False,
 ) -> Decoded:
-    """Same contract as `sparse.prefix_decode`. W_dec may be a bfloat16 copy; S then is bfloat16 too."""
+    """Same interface as `sparse.prefix_decode`. W_dec may be a bfloat16 copy; S then is bfloat16 too."""
     batch, levels, d_in = layout.batch, layout.levels, x.shape[1]
     block, warps = block_and_warps(d_in)
     stretches = int(triton.cdiv(d_in, block))

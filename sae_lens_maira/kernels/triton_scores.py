@@ -1,7 +1,7 @@
 """Scores h = xc W_enc + b_enc on the GPU, in full or as bounds, and the search for the n largest of them.
 
-The first attempt starts from the last step's threshold and is not waited for: the caller finds in `check` whether it
-was right. If not, or where there is no threshold yet, bounds from a sample are tried until one is right.
+The first attempt uses the last step's threshold and runs asynchronously: the caller reads from `check` whether it was
+right. If it was not, or without a threshold, bounds from a sample are tried until one is right.
 """
 
 # pyright: reportCallIssue=false
@@ -23,15 +23,15 @@ from sae_lens_maira.kernels.triton_select import Kept, select_rows, shortened
 from sae_lens_maira.kernels.workspace import Workspace
 
 ROOM = 2
-"""Candidates that fit, in multiples of the kept entries: SAFETY lets 1.2 to 1.4 times as many pass."""
+"""Size of the candidate buffer as a multiple of the kept entries: `SAFETY` gives a factor of 1.2 to 1.4."""
 SAFETY = 0.95
-"""Last step's threshold times this is the lower bound of the first attempt; a miss repeats the passes over entries."""
+"""Factor of the last threshold for the first attempt's lower bound; after a miss the passes over entries are repeated."""
 TF32_SLACK = 2.0**-10
-"""Rounding of a sum on TF32 units, relative to its size."""
+"""Relative rounding error of a sum on TF32 units."""
 
 
 class TritonScores:
-    """Scores of one batch; `norms` are those of the decoder rows, or None for 1."""
+    """Scores of one batch; `norms` are the norms of the decoder rows, or None for 1."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class TritonScores:
         )
 
     def sample(self, rows: int) -> torch.Tensor:
-        """H * norm of evenly spaced rows, flattened."""
+        """Return h * norm of evenly spaced rows, flattened."""
         every = max(1, self.shape[0] // rows)
         if self._encoder is None:
             h = self._with_bias(self._table.table[::every], slice(None))
@@ -62,14 +62,14 @@ class TritonScores:
         return (h if self.norms is None else h * self.norms).flatten()
 
     def columns(self, latents: torch.Tensor) -> torch.Tensor:
-        """H (rows, latents) of some latents."""
+        """Return h (rows, latents) of some latents."""
         if self._encoder is None:
             return self._with_bias(self._table.table.index_select(1, latents), latents)
         rows = self._encoder.W_enc_t.index_select(0, latents)
         return torch.addmm(self._weights.b_enc[latents], self._xc, rows.T)
 
     def poison(self) -> torch.Tensor:
-        """0-d float64: 0, or NaN if a score or a weight of the encoder is not finite."""
+        """0-d float64: NaN if a score or a weight of the encoder is not finite, else 0."""
         assert self._poison is not None, "dense scores are searched before their poison is known"
         return self._poison
 
@@ -82,11 +82,11 @@ class TritonScores:
         safety: float,
         room: int,
     ) -> Kept:
-        """One attempt with the lower bound threshold * safety and a buffer of `room` candidates."""
+        """Try to select with the lower bound threshold * safety and a buffer of `room` candidates."""
         table = self._table
         if self._encoder is not None:
             least = (threshold * safety).expand(self.shape[1])
-            # In addition to the products, b_enc is subtracted and norms are divided by: each rounds once.
+            # Besides the products, the subtraction of b_enc and the division by norms round once each.
             least = least if self.norms is None else least / self.norms
             bounds = least - self._weights.b_enc
             bounds -= (least + self._weights.b_enc.abs()) * 2.0**-22
@@ -108,7 +108,9 @@ def encode(
     spec: StepSpec,
     workspace: Workspace,
 ) -> TritonScores:
-    """Scores of centred rows xc (B, d_in), also as the bfloat16 `operand`; with candidates, upper bounds of them."""
+    """Compute scores of centred rows xc (B, d_in), also as the bfloat16 `operand`; with candidates, upper bounds of
+    them.
+    """
     rows, d_sae = xc.shape[0], weights.W_dec.shape[0]
     if spec.candidates != "off":
         return _bounded(weights, xc, norms, spec, workspace)
@@ -179,7 +181,7 @@ def round_rows_kernel(
     norm_lost = tl.sqrt(tl.sum(lost * lost, 0))
     norm_kept = tl.sqrt(tl.sum(kept * kept, 0))
     norm_full = tl.sqrt(tl.sum(full * full, 0))
-    # Two more columns make the product a bound: |x - x~| |w| and |x~| (|w - w~| + c |w~|).
+    # Two more columns turn the product into an upper bound: |x - x~| |w| and |x~| (|w - w~| + c |w~|).
     if WEIGHT:
         one = norm_full * up
         two = (norm_lost + accumulation * norm_kept) * up
@@ -203,11 +205,11 @@ def select(
     workspace: Workspace,
     widths: tuple[int, ...],
 ) -> Iterator[Selected]:
-    """Attempts to find the n largest entries; the first whose `check` holds is the selection."""
+    """Yield attempts to find the n largest entries; the first whose `check` is true is the selection."""
     like = scores.like
     if n == 0:
         layout = build_layout(like.new_empty(0, dtype=torch.int64), scores.shape[0], widths)
-        scores.select(1, widths, comm, like.new_zeros(()), 1.0, 1)  # notes scores that are not finite
+        scores.select(1, widths, comm, like.new_zeros(()), 1.0, 1)  # counts scores that are not finite
         yield Selected(layout, like, like, workspace.threshold, like.new_full((), torch.inf))
         return
     room = min(max(1, scores.shape[0] * scores.shape[1]), ROOM * n + 1024)
@@ -217,7 +219,7 @@ def select(
             hint = like.new_tensor(hint)
         kept = scores.select(n, widths, comm, hint, SAFETY, room)
         yield Selected(kept.layout, kept.h, kept.values, kept.threshold, kept.threshold, kept.check)
-        hint = None  # its check has failed
+        hint = None  # its check failed
     for lo in lower_bounds(scores, n, tokens, comm, None if hint is None else float(hint)):
         while True:
             kept = scores.select(n, widths, comm, like.new_tensor(lo), 1.0, room)

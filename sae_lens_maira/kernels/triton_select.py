@@ -1,11 +1,11 @@
-"""Exact selection on the GPU without waiting for it: the n largest of h * norm over a batch, as a `Layout`.
+"""Exact, asynchronous selection on the GPU: the n largest of h * norm over a batch, as a `Layout`.
 
     1. candidates: every entry above a lower bound, by `triton_candidates`
     2. threshold: the n-th largest candidate, eight bits of the floats per pass (histograms)
-    3. entries above the threshold, and of those equal to it the first in row-major order, are written in place
+    3. entries above the threshold, and the first entries equal to it in row-major order, are written in place
 
-Sizes are fixed before anything is known (n kept entries, a buffer of candidates), so nothing is read back. `check`
-holds whether the candidates contained the n largest; the caller reads it once, later, together with other numbers.
+Sizes are fixed in advance (n kept entries, a buffer of candidates), so that nothing is read back to the host. `check`
+contains whether the candidates included the n largest; the caller reads it later, together with other numbers.
 """
 
 # pyright: reportCallIssue=false
@@ -24,11 +24,11 @@ from sae_lens_maira.kernels.triton_candidates import Encoder, Table, find_candid
 ENTRIES = 2048
 """Candidates per program of a histogram."""
 AT_ONCE = 128
-"""Candidates of one row per turn; a row has 64 to 128 on average."""
+"""Candidates of one row per iteration; a row has 64 to 128 on average."""
 
 
 class Kept(NamedTuple):
-    """The kept entries of this rank."""
+    """Kept entries of this rank."""
 
     layout: Layout
     h: torch.Tensor
@@ -36,14 +36,15 @@ class Kept(NamedTuple):
     threshold: torch.Tensor
     """0-d; the n-th largest entry over all ranks, or 0 if fewer than n are positive."""
     check: torch.Tensor
-    """(4,) int64: whether the selection is right, candidates here, kept entries here, bounds that were broken."""
+    """(4,) int64: whether the selection is right; candidates and kept entries of this rank; number of violated bounds.
+    """
     poison: torch.Tensor
-    """0-d float64: 0, or NaN if a dense score is not finite."""
+    """0-d float64: NaN if a dense score is not finite, else 0."""
 
 
 @triton.jit
 def resolve(histograms, remaining, DONE: tl.constexpr):
-    """Leading `DONE` digits of the n-th largest, and how many entries with these digits belong to the n."""
+    """Leading `DONE` digits of the n-th largest entry, and how many entries with these digits are among the n."""
     bins = tl.arange(0, 256)
     found = tl.zeros([1], dtype=tl.int64).sum(0)
     for digit in tl.static_range(DONE):
@@ -70,7 +71,7 @@ def histogram_kernel(
         found, _ = resolve(histograms, n, DONE)  # pyright: ignore[reportGeneralTypeIssues]
         shift: tl.constexpr = 8 * (DIGITS - 1 - DONE)
         digit = ((bits >> shift) & 255).to(tl.int32)
-        # Entries equal to 0 are below every bound: they fill the buffer's end and mark candidates that fell through.
+        # Entries equal to 0 are below every bound: they fill the end of the buffer and mark rejected candidates.
         match = (place < number) & (value > 0)
         if DONE > 0:
             match = match & ((bits >> (shift + 8)) == found)
@@ -102,7 +103,7 @@ def count_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    # Every program finds the threshold for itself: a few hundred numbers from the cache instead of a launch.
+    # Every program computes the threshold: it reads a few hundred numbers from the cache, which avoids a launch.
     found, remaining = resolve(histograms, n, DIGITS)  # pyright: ignore[reportGeneralTypeIssues]
     if DIGITS == 8:  # noqa: SIM108 - a ternary compiles both
         nth_largest = found.to(tl.float64, bitcast=True)
@@ -113,7 +114,7 @@ def count_kernel(
     if row == 0:
         lo = tl.load(threshold) * safety
         fits = tl.load(total) <= capacity
-        # An entry that is no candidate is at most lo, up to the rounding of a bound.
+        # An entry that is not a candidate is at most lo, up to the rounding of a bound.
         right = fits & ((lo <= 0) | (enough & (nth_largest > lo * (1 + 1e-6))))
         tl.store(kth, nth_largest)
         tl.store(ties, tl.where(enough, remaining, 0))
@@ -195,7 +196,7 @@ def write_kernel(
     tl.store(offsets + row * LEVELS + 1 + level, (base + below).to(tl.int64), mask=level < LEVELS)
     if row == tl.num_programs(0) - 1:
         tl.store(check + 2, begin.to(tl.int64))
-        for start in range(begin, n, BLOCK):  # unused places sort behind every latent
+        for start in range(begin, n, BLOCK):  # unused positions sort after every latent
             place = start + tl.arange(0, BLOCK)
             tl.store(keys_out + place, tl.broadcast_to(d_sae, [BLOCK]), mask=place < n)
 
@@ -210,17 +211,17 @@ def select_rows(
     capacity: int,
     encoder: Encoder | None = None,
 ) -> Kept:
-    """Launch the selection; nothing is read back.
+    """Launch the selection; nothing is read back to the host.
 
     Args:
         scores: Dense scores, or bounds of them.
-        n: Entries to keep over all ranks, at least 1.
+        n: Number of entries to keep over all ranks, at least 1.
         widths: Cumulative level widths.
         comm: Reductions over ranks.
-        threshold: 0-d, on the device; times `safety` the lower bound of the candidates.
-        safety: 1 if `threshold` is the bound itself.
-        capacity: Candidates that the buffer holds.
-        encoder: Computes exact scores of the candidates where `scores` holds bounds.
+        threshold: 0-d, on the device; the lower bound of the candidates is `threshold * safety`.
+        safety: Factor of the threshold; 1 if `threshold` is the bound.
+        capacity: Size of the buffer in candidates.
+        encoder: Inputs of the exact scores of candidates, if `scores` contains bounds.
     """
     rows, d_sae = scores.table.shape
     device, dtype = threshold.device, threshold.dtype
@@ -296,7 +297,7 @@ def select_rows(
 
 
 def shortened(kept: Kept, number: int) -> Kept:
-    """A selection without the unused places behind its first entries."""
+    """Cut a selection to its first entries, without unused positions."""
     layout = kept.layout
     layout = layout._replace(
         rows=layout.rows[:number],
@@ -308,7 +309,7 @@ def shortened(kept: Kept, number: int) -> Kept:
 
 
 def _share_ties(ties: torch.Tensor, ends: torch.Tensor, comm: Communicator) -> None:
-    """Replace the number of ties that all ranks keep by this rank's part; lower ranks come first."""
+    """Replace the number of ties that all ranks keep by this rank's share; lower ranks take precedence."""
     here = torch.zeros(comm.size, dtype=torch.int64, device=ties.device)
     here[comm.rank] = ends[1, -1]
     before = comm.sum_(here)[: comm.rank].sum()

@@ -1,4 +1,4 @@
-"""The triton backend as one object: which kernel runs in which stage.
+"""Table of the triton backend: the kernel of each stage.
 
 Importing this module imports triton; `dispatch` does so only when the backend runs.
 """

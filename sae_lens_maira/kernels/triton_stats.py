@@ -2,11 +2,11 @@
 
     frequency += count,     since_fired <- 0 if count > 0 else since_fired + 1
 
-One launch and three vectors of d_sae.
+This takes one launch and reads or writes three vectors of length d_sae.
 """
 
 # pyright: reportCallIssue=false
-# triton's own types know neither launch options (num_warps) nor that a jitted function is launched, not called.
+# triton's type hints contain neither launch options (num_warps) nor the launch syntax of a jitted function.
 
 import torch
 import triton
@@ -27,6 +27,6 @@ def firing_kernel(counts, frequency, since_fired, size, BLOCK: tl.constexpr):
 
 
 def record_firing_(counts: torch.Tensor, frequency: torch.Tensor, since_fired: torch.Tensor) -> None:
-    """Updates frequency and since_fired (d_sae,) float32 in place from counts (d_sae,) int64."""
+    """Update frequency and since_fired (d_sae,) float32 in place from counts (d_sae,) int64."""
     size = len(counts)
     firing_kernel[(triton.cdiv(size, BLOCK),)](counts, frequency, since_fired, size, BLOCK=BLOCK, num_warps=4)

@@ -1,4 +1,4 @@
-"""What lives from step to step: buffers, the last threshold, and what the optimizer left for the next step."""
+"""State that is reused between steps: buffers, the last threshold, and results of the optimizer for the next step."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Refreshed(NamedTuple):
-    """What an optimizer computed from a weight (d_sae, d_in) while it had it in hand."""
+    """Results that the optimizer computed from a weight (d_sae, d_in) during its update."""
 
     norms: torch.Tensor
     """(d_sae,) row norms."""
@@ -16,16 +16,16 @@ class Refreshed(NamedTuple):
     version: int
 
     def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether the weight is still the tensor that this came from, unchanged as far as torch counts changes."""
+        """Whether this was computed from the given weight, and torch has counted no change since."""
         return weight.data_ptr() == self.pointer and weight._version == self.version
 
 
 class Workspace:
-    """Buffers reused by the next step, and the last threshold. Losing it costs time, never exactness.
+    """Buffers that the next step reuses, and the last threshold. Without it results are the same, but slower.
 
     Attributes:
-        threshold: The last selection's threshold; a 0-d tensor where reading it would make the host wait.
-        refreshed: Norms and copies by the name of the weight.
+        threshold: Threshold of the last selection; a 0-d tensor if reading it would make the host wait.
+        refreshed: Name of a weight -> its norms and copy.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Workspace:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def norms(self, W_dec: torch.Tensor) -> torch.Tensor:
-        """(d_sae,) row norms, from the optimizer's pass if it left them."""
+        """(d_sae,) row norms, from the optimizer's pass if it computed them."""
         known = self.refreshed.get("W_dec")
         return (
             known.norms
@@ -43,14 +43,14 @@ class Workspace:
         )
 
     def bf16(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A bfloat16 copy of a (d_sae, d_in) weight, from the optimizer's pass if it left one."""
+        """bfloat16 copy of a (d_sae, d_in) weight, from the optimizer's pass if it made one."""
         known = self.refreshed.get(name)
         if known is not None and known.shadow is not None and known.is_of(weight):
             return known.shadow
         return weight.to(torch.bfloat16)
 
     def buffer(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised tensor of this shape, the same storage as last time if it fits."""
+        """Uninitialised tensor of this shape, in the same storage as last time if it fits."""
         found = self._buffers.get(name)
         if found is None or found.shape != shape or found.dtype != like.dtype or found.device != like.device:
             found = torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Records of latents: where they fire, what they agree with, and their file format."""
+"""Latent records: activations, agreement with findings, and their file format."""
 
 from sae_lens_maira.latents.agreement import (
     Agreement,

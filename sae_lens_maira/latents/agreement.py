@@ -1,12 +1,13 @@
-"""Agreement of latents with known findings: the F1 of firing, chosen on one half, reported on the other.
+"""Agreement of latents with known findings: F1 of firing, with selection on one half of the patients and scores on the
+other.
 
 A latent fires in a study if it is active at one or more of the study's rows. Against the truth of one finding
 
     F1 = 2 TP / (2 TP + FP + FN),
 
-with no threshold tuned. The best of many latents is found on the studies of one half of the patients and scored on the
-other half. F1 separates trained from untrained SAEs where the AUROC of a maximum does not: a maximum over 1,000 random
-directions correlates with anything.
+without a tuned threshold. The best of many latents is selected on the studies of one half of the patients and scored on
+the other half. F1 separates trained from untrained SAEs where the AUROC of a maximum does not, since the best of 1,000
+random directions correlates with almost any label.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from sae_lens_maira.stats import bootstrap, f1, f1_of_firing, interval
 
 
 class Encoder(Protocol):
-    """Anything that turns rows (n, d_in) into unit activations (n, n_units), 0 where a unit is silent."""
+    """Protocol of functions from rows (n, d_in) to unit activations (n, n_units), 0 where a unit does not fire."""
 
     def __call__(self, values: torch.Tensor, /) -> torch.Tensor: ...
 
@@ -36,8 +37,8 @@ def study_firing(
     Args:
         encode: Encoder of the dictionary.
         rows: N rows of the wanted positions.
-        n_studies: Size of the sequence that `rows.study` counts in.
-        chunk: Rows encoded at once.
+        n_studies: Number of studies that `rows.study` refers to.
+        chunk: Number of rows encoded at once.
 
     Returns:
         `(fires, l0)`: (n_studies, n_units) bool, and the mean number of active units per row.
@@ -60,7 +61,7 @@ def study_firing(
 class MeanDifference:
     """One supervised direction per finding: mean of rows of positive studies minus mean of rows of negative ones.
 
-    It uses the labels of the first half, and its threshold is tuned there for F1. It is a supervised reference for
+    The labels of the first half are used, and the threshold is tuned there for F1. It is a supervised reference for
     unsupervised units.
     """
 
@@ -99,7 +100,7 @@ class MeanDifference:
 
 
 def _best_threshold(score: np.ndarray, truth: np.ndarray) -> float:
-    """The threshold of `score` with the highest F1 against `truth`, halfway between neighbouring scores."""
+    """Threshold of `score` with the highest F1 against `truth`, halfway between neighbouring scores."""
     order = np.argsort(-score, kind="stable")
     hits = np.cumsum(truth[order])
     best = int(f1(hits, np.arange(1, len(order) + 1), truth.sum()).argmax())
@@ -135,17 +136,17 @@ def split_by_patient(patients: Sequence[str], seed: int = 0) -> Halves:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The best unit of one dictionary for each finding.
+    """Best unit of one dictionary for each finding.
 
     Attributes:
         name: Name of the dictionary ("Matryoshka SAE", "untrained SAE", ...).
         findings: (F,) names.
-        unit: (F,) the unit chosen on the first half.
-        choose_f1: (F,) its F1 on that first half, used to choose between dictionaries (optimistically biased).
+        unit: (F,) unit selected on the first half.
+        choose_f1: (F,) its F1 on the first half, used to choose between dictionaries (optimistically biased).
         f1: (F,) its F1 on the second half.
         low, high: (F,) 95 % bootstrap interval of `f1` over the second half's studies.
-        samples: (n_boot, F) bootstrap F1, the same resampled studies for every dictionary: differences are paired.
-        n, positives: Studies of the second half, and (F,) how many of them have the finding.
+        samples: (n_boot, F) bootstrap F1, with the same resampled studies for every dictionary, so that differences are
+        paired. n, positives: Number of studies of the second half, and (F,) how many of them have the finding.
     """
 
     name: str
@@ -160,7 +161,7 @@ class Agreement:
     positives: np.ndarray
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per finding."""
+        """Table of one row per finding."""
         columns = {
             "unit": self.unit,
             "f1": self.f1,
@@ -183,7 +184,7 @@ def best_units(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> Agreement:
-    """Choose each finding's unit on the first half and score it on the second.
+    """Select each finding's unit on the first half and score it on the second.
 
     Args:
         name: Name of the dictionary.
@@ -191,8 +192,8 @@ def best_units(
         truth: (n_studies, F) bool.
         findings: F names.
         halves: Split of the studies.
-        unit: (F,) a unit given beforehand for each finding, where nothing is to be chosen.
-        n_boot: Bootstrap resamples of the second half's studies.
+        unit: (F,) given unit of each finding, if none is to be selected.
+        n_boot: Number of bootstrap resamples of the second half's studies.
         seed: Random seed of the bootstrap; equal seeds resample equal studies, which pairs the comparisons.
 
     Returns:
@@ -226,19 +227,19 @@ def best_units(
 
 
 def best_dictionary(drawn: Sequence[Agreement]) -> int:
-    """Which of several dictionaries agrees best with the findings on the half that units are chosen on.
+    """Index of the dictionary that agrees best with the findings on the selection half.
 
-    SAEs that differ in their initial weights alone learn different latents, and which finding gets one of its own is
-    chance (docs/log.md). A control must be drawn as often and be taken by the same rule.
+    SAEs that differ only in their initial weights learn different latents, and it is chance which findings get a latent
+    (docs/log.md). A control must be trained with as many seeds and selected by the same rule.
 
     Args:
-        drawn: One or more, scored on the same studies.
+        drawn: One or more dictionaries, scored on the same studies.
 
     Returns:
-        The number of the one with the highest mean `choose_f1`; the first of equals.
+        Index of the one with the highest mean `choose_f1`; the first of equal ones.
 
     Raises:
-        StudyError: None was given.
+        StudyError: No dictionary was given.
     """
     if not drawn:
         raise StudyError("There are 0 dictionaries to choose from; score one or more with `best_units`.")

@@ -1,7 +1,7 @@
-"""One record from the statistics of one latent: its contexts, agreement, neighbours and output tokens.
+"""Build the record of one latent from its statistics: contexts, agreement, neighbours and output tokens.
 
-Everything here reads finished statistics; nothing is measured. Octaves of activation become the record's intervals,
-bins of a quarter octave its histogram, sums its means.
+The statistics are complete at this point. Octaves of activation become the record's intervals, bins of a quarter octave
+its histogram, sums its means.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,13 +30,13 @@ from sae_lens_maira.stats import BINS_PER_OCTAVE, EDGES, LOWEST_OCTAVE, f1, wils
 def token_weights(
     decoder: torch.Tensor, gain: torch.Tensor, unembed: torch.Tensor, n: int, chunk: int = 512
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that each latent's decoder row raises and lowers most.
+    """Find the tokens that each latent's decoder row raises and lowers most.
 
     Args:
         decoder: (m, d_in) decoder rows.
         gain: (d_in,) weight of the final norm.
         unembed: (vocabulary, d_in) weight of `lm_head`.
-        n: Tokens at either end.
+        n: Number of tokens that are raised, and that are lowered.
         chunk: Latents at once.
 
     Returns:
@@ -62,16 +62,16 @@ def finding_agreement(
     modality: str,
     n: int,
 ) -> tuple[FindingAgreement, ...]:
-    """The findings that one latent agrees with best, by F1 of firing.
+    """Findings that one latent agrees with best, by F1 of firing.
 
     Args:
-        true_positive: (F,) labelled studies with the finding in which it fires.
-        fired: Labelled studies in which it fires.
-        positives: (F,) labelled studies with the finding.
-        studies: Labelled studies.
+        true_positive: (F,) number of labelled studies with the finding in which the latent fires.
+        fired: Number of labelled studies in which it fires.
+        positives: (F,) number of labelled studies with the finding.
+        studies: Number of labelled studies.
         findings: F names.
         modality: "text" or "image".
-        n: How many to give; those without a true positive are left out.
+        n: Largest number of findings; findings without a true positive are left out.
     """
     union = fired + positives - true_positive
     low, high = wilson_arrays(true_positive, union)
@@ -94,14 +94,14 @@ def finding_agreement(
 
 
 class Relations:
-    """Neighbours of latents: in firing, in direction, and from finer to coarser levels."""
+    """Neighbours of latents: by co-firing, by decoder direction, and from finer to coarser levels."""
 
     def __init__(self, samples: Sequence[RowSample], decoder: torch.Tensor, levels: np.ndarray) -> None:
-        """Take the sampled rows and the weights.
+        """Store the sampled rows and the weights.
 
         Args:
-            samples: Rows of either modality.
-            decoder: (d_sae, d_in).
+            samples: Sampled rows of each modality.
+            decoder: (d_sae, d_in) decoder.
             levels: (d_sae,) level of each latent, 0 the coarsest.
         """
         d_sae = len(decoder)
@@ -121,13 +121,13 @@ class Relations:
     def of(
         self, latents: Sequence[int], n: int, least: float = 0.1, refines: float = 0.9, chunk: int = 256
     ) -> Iterator[tuple[Neighbour, ...]]:
-        """Neighbours of each of `latents`, in that order.
+        """Find the neighbours of each of `latents`, in that order.
 
         Args:
-            latents: Latents whose neighbours are wanted.
-            n: At most so many of each relation, strongest first.
-            least: Smallest Jaccard index and cosine that count.
-            refines: Smallest share of a latent's rows at which the coarser one must fire.
+            latents: Latents whose neighbours are found.
+            n: Largest number of neighbours per relation, strongest first.
+            least: Smallest Jaccard index and cosine of a neighbour.
+            refines: Smallest share of a latent's rows at which the coarser latent must fire.
             chunk: Latents at once.
         """
         for start in range(0, len(latents), chunk):
@@ -160,14 +160,14 @@ def _best(scores: torch.Tensor, n: int, least: float) -> list[list[tuple[int, fl
 
 
 BINS_PER_BAR = BINS_PER_OCTAVE // 4
-"""Quantile bins that one bar of a record's histogram joins: a bar is a quarter of an octave wide."""
+"""Number of quantile bins per bar of a record's histogram: a bar is a quarter of an octave wide."""
 
 Weights = Sequence[tuple[str, int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """What a record set keeps of each latent.
+    """Settings of a collection: what a record set contains for each latent.
 
     Attributes:
         model: Name of the model, for the record set's meta.
@@ -189,7 +189,7 @@ class CollectConfig:
         chunk: Number of rows encoded at once.
         salt: Salt of the pseudonyms; random and not kept if None.
         seed: Random seed of all sampling.
-        save_seconds: Seconds of work that a kill may lose.
+        save_seconds: Seconds between saves, that is, the work that a kill can lose.
         progress: Whether to show progress bars.
     """
 
@@ -237,7 +237,7 @@ class RecordBuilder:
         self._by_octave = statistics.histogram.sum(0).view(-1, OCTAVES, BINS_PER_OCTAVE).sum(-1).numpy()
 
     def modality_of(self, latent: int) -> str:
-        """The modality at which the latent fires at a larger share of rows."""
+        """Modality at which the latent fires at a larger share of rows."""
         share = self._s.fired[:, latent].numpy() / np.maximum(self._s.rows, 1)
         return MODALITIES[int(share.argmax())]
 
@@ -246,7 +246,7 @@ class RecordBuilder:
         return occupied[: self._config.intervals].tolist()
 
     def _in_octave(self, latent: int, octave: int) -> list[int]:
-        """Sampled studies whose peak is in the octave, largest first."""
+        """Sampled studies whose peak activation is in the octave, largest first."""
         place = latent * OCTAVES + octave
         items, values = self._s.octaves.item[place], self._s.octaves.value[place]
         order = np.lexsort((items, -values))
@@ -256,12 +256,12 @@ class RecordBuilder:
         return [study for study in self._s.top_study[latent].tolist() if study >= 0]
 
     def _zero(self, latent: int) -> list[int]:
-        """Sampled studies in which it never fires, in the order of their draw."""
+        """Sampled studies in which the latent never fires, in sampling order."""
         order = np.argsort(self._s.zero.priority[latent])
         return [int(self._s.zero.item[latent, i]) for i in order if self._s.zero.item[latent, i] >= 0]
 
     def wanted(self, latent: int) -> list[int]:
-        """Studies that the latent needs a context of."""
+        """Studies whose contexts the record needs."""
         studies = {*self._top(latent), *self._zero(latent)}
         for octave in self._octaves_of(latent):
             studies.update(self._in_octave(latent, octave))
@@ -274,13 +274,13 @@ class RecordBuilder:
         neighbours: tuple[Neighbour, ...],
         tokens: tuple[Weights, Weights],
     ) -> LatentRecord:
-        """The record of one latent.
+        """Build the record of one latent.
 
         Args:
-            latent: Its number.
-            contexts: Study -> context, of all studies that `wanted` names.
+            latent: Index of the latent.
+            contexts: Study -> context, for all studies of `wanted`.
             neighbours: Neighbours of the latent.
-            tokens: (token, id, weight) raised and lowered.
+            tokens: (token, id, weight) of the raised and the lowered tokens.
         """
         s, rows = self._s, int(self._s.rows.sum())
         studies = int(s.any_fired[latent])
@@ -353,7 +353,7 @@ class RecordBuilder:
         self, latent: int, octave: int, contexts: dict[int, Context], rows: int, largest: float
     ) -> Interval:
         low = 2.0 ** (LOWEST_OCTAVE + octave)
-        # The outermost octaves also hold what is beyond them.
+        # The outermost octaves also contain all values beyond them.
         high = 2 * low if octave < OCTAVES - 1 else max(2 * low, largest * 1.001)
         return Interval(
             low=low if octave else 0.0,

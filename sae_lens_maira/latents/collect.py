@@ -1,11 +1,11 @@
-"""Latent records from studies and an SAE, in two passes over the same rows.
+"""Collect latent records from studies and an SAE, in two passes over the same rows.
 
     pass 1   statistics of all latents; they determine the studies that each latent's contexts come from
     pass 2   activations of those latents in those studies, spooled to disk; then one record per latent
 
-Memory holds the statistics and one block of rows, for any number of studies. Any number of processes share the
-passes, a killed one continues from the work folder, and the records are the same. Images of credentialed studies are
-copied only if the caller asks for it.
+Memory contains the statistics and one block of rows, for any number of studies. Several processes can share the passes,
+and a killed process continues from the work folder; the records are the same. Images of credentialed studies are copied
+only on request.
 """
 
 import dataclasses
@@ -67,32 +67,32 @@ def collect_records(
     findings: Sequence[str] | None = None,
     ranks: Ranks | None = None,
 ) -> RecordSet:
-    """Collect the records of an SAE's latents and write them, or continue where a killed process stopped.
+    """Collect the records of an SAE's latents and write them, or continue after a kill.
 
     Args:
         source: Shards of rows, whole studies in ascending order, numbered as in `studies`; read twice.
-        studies: The studies with their reports.
+        studies: Studies with reports.
         sae: Any SAELens SAE with a decoder `W_dec` (d_sae, d_in).
-        maira: The model, or its tokenizer, final norm and `lm_head` alone.
+        maira: Model, or only its tokenizer, final norm and `lm_head`.
         out: Folder of the record set.
-        config: What to keep.
-        labels: Function that returns the finding keys of a study, None where they are unknown; the studies' own truth
-            if not given.
-        findings: Finding keys to measure agreement for; all that occur if not given.
-        ranks: This process and the others that share the passes, all with the same arguments; rank 0 writes the
-            records. A single process if not given.
+        config: Settings of the collection.
+        labels: Function from a study to its finding keys, None where they are unknown; the truth of the studies if not
+            given.
+        findings: Finding keys for which agreement is measured; all keys that occur if not given.
+        ranks: Processes that share the passes, all with the same arguments; rank 0 writes the records. One process if
+            not given.
 
     Returns:
         The record set, opened.
 
     Raises:
-        RecordError: Rows do not fit the studies or the SAE, the two passes differ, or the folder holds an unfinished
-            collection of something else.
+        RecordError: Rows do not match the studies or the SAE, the two passes differ, or the folder contains an
+            unfinished collection with other settings.
         RankError: Another rank failed or died.
-        LockError: Another process collects into the folder.
+        LockError: Another process writes to the folder.
     """
     ranks = ranks or Ranks()
-    # The ranks are one owner of the folder, which the first of them locks.
+    # All ranks together own the folder; rank 0 locks it.
     with nullcontext() if ranks.rank else locked(out):
         return _collect(
             source, studies, sae, maira, Path(out), config or CollectConfig(), labels, findings, ranks
@@ -110,13 +110,14 @@ def _collect(
     findings: Sequence[str] | None,
     ranks: Ranks,
 ) -> RecordSet:
-    """`collect_records`, with the folder locked."""
+    """Implement `collect_records` while the folder is locked."""
     head = maira if isinstance(maira, OutputHead) else OutputHead.of(maira)
     d_sae, side = int(sae.cfg.d_sae), head.processor.patches_per_side
     latents = list(range(d_sae)) if config.latents is None else sorted(set(config.latents))
     if latents and not 0 <= latents[0] <= latents[-1] < d_sae:
         raise RecordError(
-            f"Latents {latents[0]} to {latents[-1]} were asked of {d_sae}; choose from 0 to {d_sae - 1}."
+            f"Latents {latents[0]} to {latents[-1]} were requested, but the SAE has {d_sae}; choose from 0 to "
+            f"{d_sae - 1}."
         )
     keys, truth, labelled = _truth(studies, labels, findings)
     place = Workdir(out, _plan(source, studies, sae, config, keys, truth), ranks, config.salt)
@@ -192,7 +193,9 @@ def _plan(
     keys: tuple[str, ...],
     truth: np.ndarray,
 ) -> dict[str, Any]:
-    """What decides the records. A control is set on rows, whose last bits may differ between processes."""
+    """Everything that determines the records. A control is fitted on rows, whose last bits may differ between
+    processes.
+    """
     chosen = dataclasses.asdict(config)
     for name in ("salt", "save_seconds", "progress", "chunk"):
         del chosen[name]
@@ -218,7 +221,7 @@ def _records(
     head: OutputHead,
     config: CollectConfig,
 ) -> Iterator[LatentRecord]:
-    """One record after the other, from the spooled activations and texts of all processes."""
+    """Yield records one by one, from the activations and texts that all processes wrote."""
     folders = [place.contexts(rank) for rank in range(place.world)]
     decoder = sae.W_dec.detach().float()
     relations = Relations(builder.samples, decoder.cpu(), builder.levels).of(latents, config.neighbours)
@@ -292,7 +295,7 @@ def study_info(
     labelled_by: str,
     images: tuple[tuple[str, str], ...],
 ) -> StudyInfo:
-    """The entry of one study; boxes are those of its truth, in the crop where images are kept."""
+    """Make the entry of one study; boxes come from its truth, relative to the crop if images are kept."""
     boxes = tuple(
         (finding.key, *finding.box)
         for finding in study.truth or ()
@@ -322,12 +325,12 @@ def save_images(study: Study, name: str, folder: Path, side: int) -> tuple[tuple
 
     Args:
         study: Study with images.
-        name: Its pseudonym.
-        folder: Folder of the record set; the files go to `images/` in it.
+        name: Pseudonym of the study.
+        folder: Folder of the record set; the files are written to its subfolder `images`.
         side: Largest side in pixels.
 
     Returns:
-        `(view, path relative to folder)`.
+        `(view, path relative to folder)` of every image.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     stem = hashlib.sha256(name.encode()).hexdigest()[:16]

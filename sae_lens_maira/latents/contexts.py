@@ -1,13 +1,13 @@
 """Contexts of latents, the text of their studies, and records as JSON.
 
-    place >= 0: index of the shown token;    place < 0: patch -1 - place of the views one after another
+    place >= 0: index of the shown token;    place < 0: patch -1 - place, over all views in order
     pseudonym = first 16 hex digits of SHA-256(salt, kind, id)
     from_plain(kind, to_plain(record)) == record              any dataclass of numbers, strings and tuples
     record_from_plain(record_to_plain(record), texts) == record
 
-Text is stored once per study, one line of `texts.jsonl`; contexts are lists that refer to it by the study's pseudonym.
-A field that is missing or unknown is an error, since it means another version or a truncated file. Credentialed studies
-never appear under their own id. Public and synthetic ones keep their ids, so that records can be traced to them.
+Text is stored once per study, as one line of `texts.jsonl`; contexts refer to it by the study's pseudonym. A missing or
+unknown field is an error, since it means another version or a truncated file. Credentialed studies never appear under
+their own ids. Public and synthetic studies keep their ids, so that records can be traced to them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Pseudonyms:
-    """Names of studies and patients; without a given salt a fresh one is drawn and kept nowhere."""
+    """Pseudonyms of studies and patients. Without a given salt, a random one is used and not stored."""
 
     def __init__(self, salt: str | None = None) -> None:
         self._salt = secrets.token_hex(16) if salt is None else salt
@@ -65,13 +65,13 @@ SHOWN = (
     TokenRole.PHRASE,
     TokenRole.REPORT,
 )
-"""Roles whose tokens a context shows; others are shown where their activations were read."""
+"""Roles whose tokens a context always shows; tokens of other roles are shown if their activations were read."""
 
 
 def study_text(
     processor: Maira2Processor, study: Study, rows: ActivationRows, grid: tuple[int, int], name: str
 ) -> StudyText:
-    """Tokens of a study as its contexts show them, checked against the tokens that were read.
+    """Make the text of a study for its contexts, checked against the tokens that were read.
 
     Images are not opened.
 
@@ -96,7 +96,7 @@ def study_text(
     fits = (at < len(row.input_ids)) & (row.input_ids[np.minimum(at, len(row.input_ids) - 1)] == token)
     if not fits.all():
         raise RecordError(
-            f"The rows of study {name} were read from another text than the study has now: {int((~fits).sum())} of "
+            f"The rows of study {name} come from another text than the study has now: {int((~fits).sum())} of "
             f"{len(at)} tokens differ, the first at position {int(at[~fits][0])}. Give the table that was harvested, "
             "or harvest it again."
         )
@@ -118,7 +118,7 @@ def study_text(
 
 
 def spell(token: str) -> str:
-    """A SentencePiece token as readable text: its word mark a space, a byte its character where it is ASCII."""
+    """Convert a SentencePiece token to readable text: the word mark to a space, an ASCII byte to its character."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         code = int(token[3:5], 16)
         return chr(code) if code < 128 else token
@@ -126,12 +126,12 @@ def spell(token: str) -> str:
 
 
 def short(value: float) -> float:
-    """Six significant digits: half the size of float32's exact decimals."""
+    """Round to six significant digits, which takes half the space of exact float32 decimals."""
     return float(f"{value:.6g}")
 
 
 def places_of(rows: ActivationRows, text: StudyText, grid: tuple[int, int]) -> np.ndarray:
-    """(n,) place of each of a study's rows, as described at the top of this module."""
+    """(n,) place of each row of a study, as defined in the module docstring."""
     number = np.searchsorted(np.asarray(text.positions, dtype=np.int64), rows.position)
     patch = rows.view.astype(np.int64) * grid[0] * grid[1] + rows.patch_row.astype(np.int64) * grid[1]
     return np.where(rows.is_image, -1 - patch - rows.patch_col, number)
@@ -140,16 +140,16 @@ def places_of(rows: ActivationRows, text: StudyText, grid: tuple[int, int]) -> n
 def make_context(
     texts: Mapping[str, StudyText], study: str, place: np.ndarray, value: np.ndarray, modality: str = "text"
 ) -> Context:
-    """One latent's context in one study.
+    """Make the context of one latent in one study.
 
-    The span shown is the whole text without special tokens at its ends, unless the latent fires at them.
+    The shown span is the whole text without special tokens at its ends, unless the latent fires at them.
 
     Args:
         texts: Source of the study's text.
         study: Pseudonym of the study.
         place: (n,) places of the latent's activations, in any order.
         value: (n,) activations there, above zero.
-        modality: Modality of a context without activations.
+        modality: Modality to set if there are no activations.
     """
     text = texts[study]
     order = np.argsort(place, kind="stable")
@@ -179,12 +179,12 @@ def make_context(
 
 
 def to_plain(record: Any) -> dict[str, Any]:
-    """A record as dicts, lists, numbers and strings, ready for `json.dumps(..., allow_nan=False)`."""
+    """Convert a record to dicts, lists, numbers and strings for `json.dumps(..., allow_nan=False)`."""
     return asdict(record)
 
 
 def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
-    """The record that `to_plain` made `plain` from.
+    """Convert the result of `to_plain` back to the record.
 
     Raises:
         RecordError: A field is missing or unknown.
@@ -211,7 +211,7 @@ def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
 
 @cache
 def _builders(kind: type) -> dict[str, Callable[[Any], Any] | None]:
-    """Per field what makes its value from the plain one; None where that is the value itself."""
+    """Field -> function from the JSON value to the field's value; None if they are equal."""
     return {name: _builder(hint) for name, hint in typing.get_type_hints(kind).items()}
 
 
@@ -232,13 +232,13 @@ def _builder(hint: Any) -> Callable[[Any], Any] | None:
     return None
 
 
-# Study texts and contexts: JSON lists, since a record set holds up to a million of them.
+# Study texts and contexts are JSON lists, since a record set contains up to a million of them.
 
 TEXTS = "texts.jsonl"
 
 
 def text_line(text: StudyText) -> bytes:
-    """One line of `texts.jsonl`. The study comes first, so that the index is built without parsing the rest."""
+    """Make one line of `texts.jsonl`. The study comes first, so that the index is built without parsing the rest."""
     roles = [[name, len(list(run))] for name, run in groupby(text.roles)]
     read = [int(was) for was in text.read]
     row = [text.study, text.tokens, text.positions, roles, read, text.span, text.views]
@@ -246,14 +246,14 @@ def text_line(text: StudyText) -> bytes:
 
 
 class StudyTexts(Mapping[str, StudyText]):
-    """Texts of studies in one or more files of `text_line`s; a bounded number of them is kept in memory."""
+    """Texts of studies from one or more files of `text_line`s; a bounded number of texts is kept in memory."""
 
     def __init__(self, *paths: Path, cached: int = 4096) -> None:
         self._paths = paths
         self._load = lru_cache(cached)(self._read)
 
     def __getitem__(self, study: str) -> StudyText:
-        """The text of a study; raises RecordError where it is missing or damaged."""
+        """Read the text of a study. Raises RecordError if it is missing or damaged."""
         return self._load(study)
 
     def __contains__(self, study: object) -> bool:
@@ -294,7 +294,7 @@ class StudyTexts(Mapping[str, StudyText]):
                 line = file.read(length).decode("utf-8", "surrogatepass")
             name, tokens, positions, roles, read, span, views = json.loads(line)
             if name != study:
-                raise ValueError(f"the line of {study} holds {name}")
+                raise ValueError(f"the line of {study} contains {name}")
             return StudyText(
                 study,
                 tuple(tokens),
@@ -309,7 +309,7 @@ class StudyTexts(Mapping[str, StudyText]):
 
 
 def record_to_plain(record: LatentRecord) -> dict[str, Any]:
-    """A record as its line holds it: contexts as lists; mean maps are stored in a file of their own."""
+    """Convert a record to the content of its line: contexts as lists, without mean maps, which have their own file."""
     intervals = [
         {"low": i.low, "high": i.high, "fraction": i.fraction, "contexts": [_row(c) for c in i.contexts]}
         for i in record.intervals
@@ -325,10 +325,10 @@ def record_to_plain(record: LatentRecord) -> dict[str, Any]:
 def record_from_plain(
     plain: dict[str, Any], texts: Mapping[str, StudyText], maps: tuple[MeanMap, ...] = ()
 ) -> LatentRecord:
-    """The record that `record_to_plain` made `plain` from.
+    """Convert the result of `record_to_plain` back to the record.
 
     Args:
-        plain: The parsed line.
+        plain: Parsed line.
         texts: Source of the contexts' texts.
         maps: Mean maps of the latent.
 

@@ -4,9 +4,9 @@
     finding map[f, j]   = the same over frontal images of the labelled studies with finding f
     absent              = (N * labelled - n * present) / (N - n)      N, n rows at a patch
 
-Maps of findings exist for frontal images only. Their sums need 4 bytes per finding, latent and patch. Where that
-exceeds the byte budget, patches are pooled 2 by 2, then 3 by 3 and so on; the record set says on which grid they are.
-On disk a map is float16 shares of its largest value, compressed, so zeros take almost no space.
+Maps per finding exist for frontal images only. Their sums need 4 bytes per finding, latent and patch. If this exceeds
+the byte budget, patches are pooled 2 by 2, then 3 by 3 and so on; the record set contains the grid. On disk a map is
+stored as float16 shares of its largest value, compressed, so that zeros take almost no space.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.stats import mean_map
 
 MAP_BYTES = 2 << 30
-"""Default budget for the sums of the findings' maps in memory: full resolution at 16,384 latents and 20 findings."""
+"""Default budget in bytes for the sums of the maps per finding: full resolution at 16,384 latents and 20 findings."""
 
 
 def pooled_grid(grid: tuple[int, int], maps: int, budget: int) -> tuple[int, tuple[int, int]]:
-    """Smallest pooling factor with which `maps` float32 maps fit the budget, and the grid that it gives."""
+    """Smallest pooling factor for which `maps` float32 maps fit the budget, and the resulting grid."""
     factor = 1
     while True:
         pooled = (-(-grid[0] // factor), -(-grid[1] // factor))
@@ -43,10 +43,10 @@ class MapSums:
     """Running sums of activations per latent and patch.
 
     Attributes:
-        grid: Rows and columns of patches; (0, 0) counts nothing.
+        grid: Rows and columns of patches; (0, 0) disables maps.
         views: View -> (d_sae, patches) float32 sums.
-        rows: View -> (patches,) int64 rows read at each patch.
-        studies: View -> studies with that view.
+        rows: View -> (patches,) int64 number of rows read at each patch.
+        studies: View -> number of studies with that view.
         pool, finding_grid: Pooling factor and grid of the findings' maps.
         findings: (F + 1, d_sae, pooled patches) float32 sums over labelled studies with each finding; the last one is
             over all labelled studies. None without findings.
@@ -56,14 +56,14 @@ class MapSums:
     def __init__(
         self, d_sae: int, grid: tuple[int, int], truth: np.ndarray, labelled: np.ndarray, budget: int
     ) -> None:
-        """Start with zeros.
+        """Set all sums to zero.
 
         Args:
             d_sae: Number of latents.
             grid: Rows and columns of patches.
             truth: (n_studies, F) bool.
             labelled: (n_studies,) bool.
-            budget: Bytes that the findings' sums may take.
+            budget: Largest size in bytes of the sums per finding.
         """
         self.d_sae, self.grid = d_sae, grid
         self.views: dict[str, torch.Tensor] = {}
@@ -75,7 +75,9 @@ class MapSums:
         n = truth.shape[1] + 1 if truth.shape[1] else 0
         self.pool, self.finding_grid = pooled_grid(grid, n * d_sae, budget) if n and all(grid) else (1, grid)
         self._cells = self.finding_grid[0] * self.finding_grid[1]
-        self.findings: torch.Tensor | None = None  # 1.3 GB at MAIRA-2's size, so only once a patch is seen
+        self.findings: torch.Tensor | None = (
+            None  # made when the first patch is read: 1.3 GB at MAIRA-2's size
+        )
         self.finding_rows = torch.zeros(n, self._cells, dtype=torch.int64)
 
     def update(self, rows: Any, row: torch.Tensor, latent: torch.Tensor, value: torch.Tensor) -> None:
@@ -144,18 +146,18 @@ class MapSums:
         self.finding_rows += other.finding_rows
 
     def state(self) -> dict[str, Any]:
-        """Everything counted, for `restore`."""
+        """Return all sums, for `restore`."""
         own = ("views", "rows", "studies", "findings", "finding_rows")
         return {name: getattr(self, name) for name in own}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Replace all sums by those of a `state`."""
         for name, value in state.items():
             setattr(self, name, value)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the sums."""
+        """Size of the sums in bytes."""
         tensors = [*self.views.values(), *self.rows.values(), self.finding_rows]
         return sum(t.nbytes for t in tensors) + (0 if self.findings is None else self.findings.nbytes)
 
@@ -169,21 +171,23 @@ class MapSums:
         return tuple(sorted(maps, key=lambda one: VIEWS.index(one.view)))
 
     def finding_means(self, latents: Sequence[int]) -> np.ndarray | None:
-        """(n, F + 1, pooled patches) mean maps of `latents`, None where no image was read or no finding is known."""
+        """(n, F + 1, pooled patches) mean maps of `latents`; None if no image was read or no finding is known."""
         if self.findings is None:
             return None
         return mean_map(self.findings[:, list(latents)], self.finding_rows[:, None]).transpose(0, 1).numpy()
 
 
 def to_half(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(shares, largest)`: float16 shares of the largest value of every map (..., patches), and that value."""
+    """Convert maps (..., patches) to `(shares, largest)`: float16 shares of the largest value of each map, and this
+    value.
+    """
     largest = values.max(-1).astype(np.float32)
     shares = values / np.where(largest > 0, largest, 1)[..., None]
     return np.where(shares < 2.0**-11, 0, shares).astype(np.float16), largest
 
 
 def from_half(shares: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """Maps (..., patches) float32 of `to_half`."""
+    """Convert the result of `to_half` back to float32 maps (..., patches)."""
     return shares.astype(np.float32) * largest[..., None]
 
 
@@ -221,7 +225,7 @@ def write_maps(
 
 
 class MapFile:
-    """Mean maps of the latents of one file; arrays are read when they are first asked for."""
+    """Mean maps of the latents of one file; arrays are read on first use."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._arrays = path, {}
@@ -234,7 +238,7 @@ class MapFile:
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """Rows and columns of patches, None where no latent of the file fires on an image."""
+        """Rows and columns of patches; None if no latent of the file fires on an image."""
         for view in VIEWS:
             if view in self:
                 rows, cols, _ = self[f"{view}_shape"].tolist()
@@ -271,14 +275,14 @@ class MapFile:
         return tuple(maps)
 
     def view(self, latents: Sequence[int], view: str) -> np.ndarray | None:
-        """(n, patches) overall means of `latents`, None where no latent of the file fires in that view."""
+        """(n, patches) overall means of `latents`; None if no latent of the file fires in that view."""
         if view not in self:
             return None
         at = [self._index[latent] for latent in latents]
         return from_half(self[view][at], self[f"{view}_largest"][at])
 
     def finding(self, latents: Sequence[int], finding: int, present: bool) -> np.ndarray | None:
-        """(n, patches) means over labelled studies with, or without, a finding; None where none are stored."""
+        """(n, patches) means over labelled studies with, or without, a finding; None if none are stored."""
         if "findings" not in self:
             return None
         at = [self._index[latent] for latent in latents]

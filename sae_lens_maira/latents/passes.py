@@ -1,9 +1,10 @@
-"""The two passes over the rows; `workdir` is the scratch folder that a collection resumes from.
+"""The two passes over the rows of a collection; see `workdir` for the scratch folder.
 
     pass 1   rows -> statistics of all latents                        saved every `save_seconds` and at the end
-    pass 2   rows of the wanted studies -> activations of the latents that want them, and those studies' texts
+    pass 2   rows of the selected studies -> activations of the latents with contexts in them, and texts of these
+    studies
 
-A process reads units rank, rank + world, ... and after a kill repeats at most the unit that it last saved.
+A process reads units rank, rank + world, ... After a kill it repeats at most the work since its last save.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def count(
     save_seconds: float,
     progress: bool,
 ) -> tuple[LatentStatistics, str]:
-    """Pass 1 of this process, then the statistics of all processes together and the rows' hook point.
+    """Run pass 1 of this process; return the statistics of all processes together, and the hook point of the rows.
 
     Raises:
-        RecordError: Rows do not fit the studies or the SAE, or there are none.
+        RecordError: Rows do not match the studies or the SAE, or there are none.
     """
     own, path = make(), place.counted(place.rank)
     following, hook_name = place.rank, ""
@@ -68,8 +69,8 @@ def count(
             rows, acts = block
             if len(rows) and rows.study.max() >= n_studies:
                 raise RecordError(
-                    f"Rows name study {rows.study.max()}, and {n_studies} studies were given; blocks number studies "
-                    "as in that sequence. Give the same studies to both."
+                    f"Rows refer to study {rows.study.max()}, but {n_studies} studies were given; blocks number "
+                    "studies as in that sequence. Give the same studies to both."
                 )
             hook_name = rows.hook_name
             own.update(rows, acts)
@@ -89,7 +90,7 @@ def count(
             hook_name = hook_name or saved["hook_name"]
     if not own.n_studies:
         raise RecordError(
-            "The blocks held no rows, so there is nothing to record; give studies with reports."
+            "The blocks contain no rows, so there is nothing to record; give studies with reports."
         )
     return own, hook_name
 
@@ -97,10 +98,10 @@ def count(
 def _encoded(
     blocks: ActivationSource, units: Iterable[int], sae: SAE[Any], chunk: int
 ) -> Iterator[tuple[int, tuple[ActivationRows, torch.Tensor] | None]]:
-    """Read and encode in a thread, at most three blocks ahead of the caller, who counts meanwhile.
+    """Read and encode in a thread, at most three blocks ahead, while the caller counts.
 
     Yields:
-        A unit with its rows, without their values, and activations (n, d_sae); with None once the unit is complete.
+        Unit, its rows without their values, and activations (n, d_sae); rows are None when the unit is complete.
     """
 
     def read() -> Iterator[tuple[int, tuple[ActivationRows, torch.Tensor] | None]]:
@@ -125,7 +126,7 @@ def _save_counted(place: Workdir, own: LatentStatistics, following: int, hook_na
 def _load_counted(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged archive
+    except Exception as error:  # torch raises many types for a damaged archive
         raise RecordError(
             f"{path} cannot be read ({error}); remove its folder and collect the records again."
         ) from None
@@ -135,14 +136,14 @@ class Wanted:
     """Pairs (study, latent) that need a context, as sorted numbers."""
 
     def __init__(self, pairs: Sequence[tuple[int, Sequence[int]]], d_sae: int) -> None:
-        """Take (latent, its studies) of every latent."""
+        """Store the pairs, given as (latent, its studies)."""
         self._d_sae = d_sae
         parts = [np.asarray(studies, dtype=np.int64) * d_sae + latent for latent, studies in pairs]
         self._pairs = np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
         self.studies = np.unique(self._pairs // d_sae)
 
     def holds(self, study: np.ndarray, latent: np.ndarray) -> np.ndarray:
-        """Which of the pairs (n,), (n,) are wanted."""
+        """Mask of the pairs (n,), (n,) that need a context."""
         if not len(self._pairs):
             return np.zeros(len(study), dtype=bool)
         pair = study * self._d_sae + latent
@@ -152,13 +153,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ContextReader:
-    """Settings that turn rows into activations and texts.
+    """Settings for converting rows to activations and texts.
 
     Attributes:
-        studies: Studies that rows are numbered by.
-        sae: The SAE.
+        studies: Studies, in the order that rows refer to.
+        sae: SAE that encodes the rows.
         processor: Processor of the model, which tokenizes the texts.
-        wanted: Pairs of study and latent to keep.
+        wanted: Pairs of study and latent that need a context.
         names: Pseudonyms of studies.
         grid: Rows and columns of patches.
         chunk: Rows encoded at once.
@@ -176,10 +177,10 @@ class ContextReader:
 def spool(
     blocks: ActivationSource, reader: ContextReader, place: Workdir, save_seconds: float, progress: bool
 ) -> None:
-    """Pass 2 of this process; returns when all processes are done.
+    """Run pass 2 of this process; return when all processes are done.
 
     Raises:
-        RecordError: The pass lacked a study that the first one had.
+        RecordError: A study of the first pass is missing in this pass.
     """
     folder = place.contexts(place.rank)
     files = ActivationFiles(folder)
@@ -215,14 +216,14 @@ def spool(
     all_found = sum(json.loads(path.read_text(encoding="utf-8"))["found"] for path in logs)
     if all_found != len(reader.wanted.studies):
         raise RecordError(
-            f"The second pass over the blocks found {all_found} studies where the first one wanted "
-            f"{len(reader.wanted.studies)}; blocks must give the same rows whenever they are read."
+            f"The second pass over the blocks found {all_found} studies, but the first one selected "
+            f"{len(reader.wanted.studies)}; blocks must contain the same rows in both passes."
         )
 
 
 @torch.no_grad()
 def _spool_block(rows: ActivationRows, reader: ContextReader, files: ActivationFiles, texts: Path) -> int:
-    """Activations and texts of a block of wanted studies; returns how many studies it held."""
+    """Write activations and texts of a block of selected studies; return its number of studies."""
     edges = np.r_[0, np.flatnonzero(np.diff(rows.study)) + 1, len(rows)]
     where = np.zeros(len(rows), dtype=np.int32)
     lines = []
@@ -252,7 +253,7 @@ LATENTS_PER_SHARD = 256
 
 
 class ActivationFiles:
-    """Files of activations in one folder, written by one process."""
+    """Activation files of one process in one folder."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -270,26 +271,26 @@ class ActivationFiles:
                     file.write(entries[start:stop].tobytes())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by file name: the argument of `cut`."""
+        """File name -> size in bytes, the argument of `cut`."""
         return {path.name: path.stat().st_size for path in self._folder.glob("activations-*")}
 
     def cut(self, sizes: dict[str, int]) -> None:
-        """Drop what was appended since `sizes` were taken."""
+        """Truncate files to earlier `sizes`."""
         for path in self._folder.glob("activations-*"):
             with path.open("r+b") as file:
                 file.truncate(sizes.get(path.name, 0))
 
 
 Activations = dict[int, tuple[np.ndarray, np.ndarray]]
-"""Study -> (n,) places and (n,) values of one latent's entries there, in row order."""
+"""Study -> (n,) places and (n,) values of one latent's entries, in row order."""
 
 
 def read_activations(folders: Sequence[Path], latents: Sequence[int]) -> Iterator[tuple[int, Activations]]:
-    """`(latent, its entries)` for ascending `latents`, one shard of latents in memory at a time.
+    """Yield `(latent, its entries)` for ascending `latents`, with one shard of latents in memory at a time.
 
     Args:
-        folders: Folders of the processes that wrote them; no study was written by two.
-        latents: Ascending.
+        folders: Folders of all processes; each study is in one of them only.
+        latents: Indices of latents, ascending.
     """
     current, entries, starts = -1, np.zeros(0, ENTRY), np.zeros(1, dtype=np.int64)
     for latent in latents:
@@ -300,7 +301,7 @@ def read_activations(folders: Sequence[Path], latents: Sequence[int]) -> Iterato
             entries = np.concatenate([np.zeros(0, ENTRY), *parts])
             entries = entries[
                 np.lexsort((entries["study"], entries["latent"]))
-            ]  # stable: rows of a study keep their order
+            ]  # stable, so that rows of a study keep their order
             numbers = np.arange(LATENTS_PER_SHARD + 1) + current * LATENTS_PER_SHARD
             starts = np.searchsorted(entries["latent"], numbers)
         place = latent - current * LATENTS_PER_SHARD

@@ -1,10 +1,10 @@
-"""Latent records: everything that interpretation, dashboards and steering read about a latent.
+"""Data classes of latent records, which interpretation, dashboards and steering read.
 
     record = numbers + contexts            context = (study, start, end, sparse activations)
 
-A record is plain data. Text and image positions are counted separately, since a latent that reads a finding in a patch
-and one that repeats it in the report are different. Each study's tokens are stored once, as a `StudyText`; contexts
-refer to it. Studies have pseudonyms where their licence asks for it.
+Text and image positions are counted separately, since a latent that detects a finding in a patch differs from one that
+repeats it in the report. Each study's tokens are stored once, as a `StudyText`; contexts refer to it. Credentialed
+studies have pseudonyms.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from sae_lens_maira.errors import RecordError
 from sae_lens_maira.maira2.prompts import VIEWS
 
 MODALITIES = ("text", "image")
-"""Where a latent can fire: at tokens of text, or at image patches."""
+"""Modalities of positions: tokens of text, and image patches."""
 
 
 @dataclass(frozen=True)
 class ActivationMap:
-    """A latent's activations on one image, sparse.
+    """Sparse activations of a latent on one image.
 
     Attributes:
         view: "frontal", "lateral" or "prior".
@@ -63,16 +63,16 @@ class StudyText:
 
 @dataclass(frozen=True)
 class Context:
-    """One latent's activations in one study.
+    """Activations of one latent in one study.
 
-    The stored fields are the sparse activations; tokens and dense values come from the study's text, which is read
-    when it is first needed.
+    The stored fields are the sparse activations; tokens and dense values come from the study's text, which is read on
+    first use.
 
     Attributes:
         study: Pseudonym, a key of the record set's studies and texts.
         start, end: Span of the text's tokens that is shown.
-        modality: "text" or "image": where the largest activation is. In a context without any activation, where the
-            latent fires most elsewhere.
+        modality: "text" or "image": modality of the largest activation. In a context without activations, the modality
+            at which the latent fires most in other studies.
         token_indices: Tokens of the text at which the latent fires, ascending.
         token_values: Activation at each of these tokens.
         patches: `(patch indices, activations)` for every view of the text, in its order.
@@ -95,7 +95,7 @@ class Context:
 
     @cached_property
     def value(self) -> float:
-        """Largest activation in the study, 0.0 if the latent never fires there."""
+        """Largest activation in the study; 0.0 if the latent does not fire."""
         return max((0.0, *self.token_values, *(v for _, values in self.patches for v in values)))
 
     @property
@@ -115,7 +115,7 @@ class Context:
 
     @cached_property
     def activations(self) -> tuple[float | None, ...]:
-        """Activation at each shown token, None where it was not read."""
+        """Activation at each shown token; None where it was not read."""
         values: list[float | None] = [0.0 if read else None for read in self.text.read]
         for index, value in zip(self.token_indices, self.token_values, strict=True):
             values[index] = value
@@ -123,7 +123,7 @@ class Context:
 
     @cached_property
     def maps(self) -> tuple[ActivationMap, ...]:
-        """One activation map per image of the study, also where the latent does not fire."""
+        """One activation map per image of the study, also for images on which the latent does not fire."""
         return tuple(
             ActivationMap(*view, patches, values)
             for view, (patches, values) in zip(self.text.views, self.patches, strict=True)
@@ -131,14 +131,14 @@ class Context:
 
     @property
     def peak(self) -> int:
-        """Index into `tokens` of the token with the largest activation, -1 if that is at a patch or nowhere."""
+        """Index into `tokens` of the token with the largest activation; -1 if that is at a patch or does not exist."""
         if self.modality != "text" or not self.token_values:
             return -1
         return self.token_indices[self.token_values.index(max(self.token_values))] - self.start
 
     @cached_property
     def patch(self) -> tuple[str, int, int] | None:
-        """(view, row, col) of the patch with the largest activation, None if that is at a token or nowhere."""
+        """(view, row, col) of the patch with the largest activation; None if that is at a token or does not exist."""
         if self.modality != "image" or not self.value:
             return None
         for one in self.maps:
@@ -168,15 +168,15 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Firing:
-    """How a latent fires at positions of one modality.
+    """Counts of a latent at positions of one modality.
 
     Attributes:
         modality: "text" or "image".
         rows: Number of activation rows.
         fired: Number of these rows with an activation above zero.
         studies: Number of studies with such a row.
-        studies_fired: Number of studies in which the latent fires there at least once.
-        mean: Mean activation where it fires, 0.0 if it never does.
+        studies_fired: Number of studies in which the latent fires at least once at such positions.
+        mean: Mean activation at the rows where it fires; 0.0 if it never does.
         max: Largest activation.
         p99: 99th percentile of the activations above zero, as `stats.p99` defines it.
     """
@@ -213,7 +213,7 @@ class FindingAgreement:
 
 @dataclass(frozen=True)
 class TokenWeight:
-    """An output token and what the latent's decoder row adds to its logit."""
+    """Output token, and the amount that the latent's decoder row adds to its logit."""
 
     token: str
     token_id: int
@@ -222,10 +222,10 @@ class TokenWeight:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another latent and how it relates to this one.
+    """Another latent and its relation to this one.
 
-    "co-fires" is the Jaccard index over rows, "similar" the cosine of decoder rows, and "refines" names a latent of a
-    coarser level that fires wherever this one does, with the share of this one's rows.
+    "co-fires" is the Jaccard index over rows, "similar" the cosine of decoder rows. "refines" names a latent of a
+    coarser level that fires where this one does, with the share of this one's rows.
     """
 
     latent: int
@@ -246,14 +246,14 @@ class MeanMap:
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """All that is known of one latent.
+    """Record of one latent.
 
     Attributes:
         latent: Index, 0 to d_sae - 1.
-        level: Matryoshka level it first belongs to, 0 the coarsest.
+        level: First Matryoshka level that contains it; 0 is the coarsest.
         status: "alive", "rare" (too few active studies to interpret) or "dead".
         density: Share of all rows at which it fires.
-        max: Largest activation anywhere.
+        max: Largest activation.
         p99: 99th percentile of its activations above zero, over all rows.
         histogram: Histogram of its activations above zero.
         firing: Counts at text and at image positions.
@@ -284,7 +284,7 @@ class LatentRecord:
     zero: tuple[Context, ...]
 
     def at(self, modality: str) -> Firing:
-        """Firing at "text" or "image" positions."""
+        """Counts at "text" or "image" positions."""
         for firing in self.firing:
             if firing.modality == modality:
                 return firing
@@ -295,7 +295,7 @@ class LatentRecord:
 
 @dataclass(frozen=True)
 class StudyInfo:
-    """A study of the record set.
+    """Study of a record set.
 
     Attributes:
         study: Pseudonym.
@@ -303,11 +303,11 @@ class StudyInfo:
         licence: "public", "credentialed" or "synthetic".
         report: Report text; None where the record set was written without text.
         indication, technique, comparison, prior_report: Prompt sections.
-        findings: Keys of the findings it is known to have (the study's truth, or rule labels of its report).
-        labelled_by: "truth", "rule_labels" or "" where no labels are known.
-        boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of the frontal image as `images` holds it (the centre
-            crop, where a record set keeps images), of the whole radiograph where it holds none.
-        images: (view, path relative to the record set or to the table's root); empty where images are not kept.
+        findings: Keys of the findings of the study (from its truth, or from rule labels of its report).
+        labelled_by: Source of the findings: "truth", "rule_labels", or "" if they are unknown.
+        boxes: (finding, x_min, y_min, x_max, y_max) in 0..1: of the centre crop if the record set keeps images, else of
+            the whole frontal image.
+        images: (view, path relative to the record set or to the table's root); empty if images are not kept.
         split: Split of the data set, if any.
     """
 
@@ -328,7 +328,7 @@ class StudyInfo:
 
 @dataclass(frozen=True)
 class RecordsMeta:
-    """What a set of records was made from.
+    """Origin of a record set.
 
     Attributes:
         model: Name of the model, such as "microsoft/maira-2" or "phantom".
@@ -342,8 +342,8 @@ class RecordsMeta:
         studies: Number of studies read.
         findings: Finding keys that agreement was measured for.
         seed: Random seed of all sampling.
-        versions: Versions of the packages that took part.
-        sae_fingerprint: Hash of the SAE's weights, as `sae.fingerprint` gives it.
+        versions: Versions of the packages that were used.
+        sae_fingerprint: Hash of the SAE's weights, from `sae.fingerprint`.
     """
 
     model: str

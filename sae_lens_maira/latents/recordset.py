@@ -1,11 +1,11 @@
-"""A set of latent records on disk: written once, read by number without loading the rest.
+"""Read a set of latent records from disk, one record at a time.
 
     meta.json            version and origin of the records; written last, so a folder without it is incomplete
     latents.parquet      one row of numbers per latent, and where its record begins
     records-00000.jsonl  256 records per file, one per line; contexts are sparse and refer to texts.jsonl
     maps-00000.npz       mean activation maps of the same latents, overall and per finding
     texts.jsonl          tokens and views of every study, once per study
-    studies.jsonl        the studies that contexts point to, under pseudonyms
+    studies.jsonl        the studies that contexts refer to, under pseudonyms
 
 Interpretations are stored next to them in `interpretations.jsonl`.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 META, TABLE, STUDIES = "meta.json", "latents.parquet", "studies.jsonl"
 FORMAT = 2
-"""Version of the folder's layout; a folder of another version is refused."""
+"""Version of the folder's format; a folder of another version is refused."""
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ T = TypeVar("T")
 class RecordSet:
     """Records of one SAE at one hook point, opened with `RecordSet.open(folder)`.
 
-    `records[latent]` reads one record, `records.stream()` reads all in order of number, `len(records)` counts them.
+    `records[latent]` reads one record, `records.stream()` reads all in ascending order, `len(records)` is their number.
     Every file is checked against its SHA-256 when it is first read.
 
     Attributes:
@@ -52,7 +52,7 @@ class RecordSet:
         meta: Origin of the records.
         table: One row per latent: number, level, status, density, max, p99, then per modality the columns of `Firing`
             and the finding of highest F1; `file`, `offset` and `length` locate the record.
-        fingerprint: SHA-256 of the whole set: of `meta.json`, which holds the hashes of all other files.
+        fingerprint: SHA-256 of the whole set: of `meta.json`, which contains the hashes of all other files.
         texts: Tokens and views of the studies, by pseudonym.
     """
 
@@ -66,16 +66,16 @@ class RecordSet:
 
     @classmethod
     def open(cls, folder: Path | str) -> RecordSet:
-        """Open a folder that `write_records` made.
+        """Open a folder that `write_records` wrote.
 
         Raises:
-            RecordError: The folder holds no records, or they are incomplete, damaged or of another version.
+            RecordError: The folder contains no records, or they are incomplete, damaged or of another version.
         """
         folder = Path(folder)
         path = folder / META
         if not path.is_file():
             raise RecordError(
-                f"{folder} has no {META}: it holds no latent records, or writing them was interrupted. Give the "
+                f"{folder} has no {META}: it contains no latent records, or writing them was interrupted. Give the "
                 "folder that `sae-lens-maira latents --out` wrote, or run that command again."
             )
         content = path.read_bytes()
@@ -84,13 +84,11 @@ class RecordSet:
         found = plain.pop("format", 1)
         if found != FORMAT:
             raise RecordError(
-                f"{folder} holds latent records of format {found}; this version reads format {FORMAT}. Run "
+                f"{folder} contains latent records of format {found}; this version reads format {FORMAT}. Run "
                 "`sae-lens-maira latents` again."
             )
         if not intact:
-            raise RecordError(
-                f"{path} has another content than when it was written. Write the records again."
-            )
+            raise RecordError(f"{path} has changed since it was written. Write the records again.")
         files = plain.pop("files", None)
         if not isinstance(files, dict) or TABLE not in files:
             raise RecordError(f"{path} lists no files; it is damaged. Write the records again.")
@@ -110,7 +108,7 @@ class RecordSet:
         return cls(folder, records.meta, table, records.fingerprint, files)
 
     def _file(self, name: str) -> Path:
-        """Path of a file of the set, checked against its hash the first time."""
+        """Path of a file of the set, checked against its hash on first use."""
         path = self.folder / name
         if name not in self._checked_files:
             if name not in self._files:
@@ -126,32 +124,32 @@ class RecordSet:
                 ) from None
             if found != self._files[name]:
                 raise RecordError(
-                    f"{path} has another content than when it was written; it is damaged, truncated or of another "
+                    f"{path} has changed since it was written; it is damaged, truncated or belongs to another "
                     "record set. Write the records again."
                 )
             self._checked_files.add(name)
         return path
 
     def check(self) -> None:
-        """Check every file of the set against its hash; raises RecordError for the first that differs."""
+        """Check every file of the set against its hash. Raises RecordError for the first that differs."""
         for name in self._files:
             self._file(name)
 
     @cached_property
     def studies(self) -> dict[str, StudyInfo]:
-        """The studies by pseudonym; raises RecordError where the file is missing or damaged."""
+        """Studies by pseudonym. Raises RecordError if the file is missing or damaged."""
         path = self._file(STUDIES)
         entries = [_parsed(StudyInfo, line, path) for line in path.read_bytes().splitlines() if line]
         return {entry.study: entry for entry in entries}
 
     @cached_property
     def texts(self) -> StudyTexts:
-        """Tokens and views of the studies; raises RecordError where the file is missing or damaged."""
+        """Tokens and views of the studies. Raises RecordError if the file is missing or damaged."""
         return StudyTexts(self._file(TEXTS))
 
     @cached_property
     def p99(self) -> torch.Tensor:
-        """(d_sae,) 99th percentile of the activations above zero of every latent, NaN where there is no record."""
+        """(d_sae,) 99th percentile of the activations above zero of every latent; NaN for latents without a record."""
         import torch
 
         values = torch.full((self.meta.d_sae,), float("nan"))
@@ -167,11 +165,11 @@ class RecordSet:
         present: bool = True,
         view: str = "frontal",
     ) -> torch.Tensor:
-        """Mean activation per patch, over all studies or over labelled studies with or without a finding.
+        """Read the mean activation per patch, over all studies or over labelled studies with or without a finding.
 
         Args:
-            latents: Indices of recorded latents; all recorded ones if not given.
-            finding: Key of a finding; maps of findings exist for the frontal view.
+            latents: Indices of recorded latents; all of them if not given.
+            finding: Key of a finding; maps per finding exist for the frontal view only.
             present: Whether to average over studies with the finding or over those without it.
             view: "frontal", "lateral" or "prior".
 
@@ -188,8 +186,8 @@ class RecordSet:
             self._position(latent)
         if finding is not None and (finding not in self.meta.findings or view != "frontal"):
             raise RecordError(
-                f"Maps of {finding!r} in the {view} view were asked for; the record set has maps of the frontal view "
-                f"for {', '.join(self.meta.findings) or 'no finding'}. Ask for one of these."
+                f"Maps of {finding!r} in the {view} view were requested; the record set has maps of the frontal view "
+                f"for {', '.join(self.meta.findings) or 'no finding'}. Choose one of these."
             )
         at = {latent: i for i, latent in enumerate(wanted)}
         result: torch.Tensor | None = None
@@ -214,7 +212,7 @@ class RecordSet:
 
     @cached_property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of the activation maps, (0, 0) where no image was read."""
+        """Rows and columns of patches of the activation maps; (0, 0) if no image was read."""
         for name in self.table["file"].unique():
             shape = self._map_file(maps_name(str(name))).shape
             if shape is not None:
@@ -222,9 +220,10 @@ class RecordSet:
         return 0, 0
 
     def require_sae(self, sae: SAE[Any]) -> None:
-        """Raise RecordError unless these are the records of `sae`, by its weights and its hook point.
+        """Raise RecordError unless these records belong to `sae`, by its weights and its hook point.
 
-        Weights of less than float32 are rounded, so only their number and hook point are compared.
+        Weights of lower precision than float32 are rounded; then only the number of latents and the hook point are
+        compared.
         """
         import torch
 
@@ -233,13 +232,13 @@ class RecordSet:
         ours, theirs = self.meta, (int(sae.cfg.d_sae), str(sae.cfg.metadata.hook_name))
         if (ours.d_sae, ours.hook_name) != theirs:
             raise RecordError(
-                f"{self.folder} holds records of {ours.d_sae} latents at {ours.hook_name}, and the SAE has {theirs[0]} "
+                f"{self.folder} has records of {ours.d_sae} latents at {ours.hook_name}, but the SAE has {theirs[0]} "
                 f"at {theirs[1]}. Give the records of this SAE."
             )
         exact = sae.W_dec.dtype == torch.float32 and ours.sae_fingerprint
         if exact and ours.sae_fingerprint != fingerprint(sae):
             raise RecordError(
-                f"{self.folder} holds records of an SAE with other weights ({ours.sae}). Give the records of this SAE, "
+                f"{self.folder} has records of an SAE with other weights ({ours.sae}). Give the records of this SAE, "
                 "or write them with `sae-lens-maira latents`."
             )
 
@@ -253,7 +252,7 @@ class RecordSet:
         )
 
     def _repr_html_(self) -> str:
-        """The ten latents that agree best with a finding, for notebooks."""
+        """Table of the ten latents that agree best with a finding, for notebooks."""
         best = self.table.assign(f1=self.table[["f1_text", "f1_image"]].max(axis=1)).nlargest(10, "f1")
         columns = [
             "latent",
@@ -279,13 +278,13 @@ class RecordSet:
             numbers = self.table["latent"]
             span = f"{numbers.min()} to {numbers.max()}" if len(self) else "none"
             raise RecordError(
-                f"Latent {latent} was asked of a record set with {len(self)} latents ({span}). Ask for one of those, "
-                "or write records that include it."
+                f"Latent {latent} is not in the record set, which has {len(self)} latents ({span}). Choose one of "
+                "these, or write records that include it."
             )
         return self._row[latent]
 
     def __getitem__(self, latent: int) -> LatentRecord:
-        """The record of one latent; raises RecordError where there is none or it is damaged."""
+        """Read the record of one latent. Raises RecordError if there is none or it is damaged."""
         row = self.table.iloc[self._position(latent)]
         path = self._file(str(row["file"]))
         with path.open("rb") as file:
@@ -294,7 +293,7 @@ class RecordSet:
         return self._read(line, latent, path)
 
     def stream(self) -> Iterator[LatentRecord]:
-        """All records in order of number, one in memory at a time.
+        """Yield all records in ascending order, with one in memory at a time.
 
         Raises:
             RecordError: A file is missing, truncated or damaged.
@@ -329,7 +328,7 @@ def _plain(line: bytes, path: Path, kind: type) -> dict[str, Any]:
         ) from None
     if not isinstance(plain, dict):
         raise RecordError(
-            f"{path} holds a {type(plain).__name__} where a {kind.__name__} was expected; it is damaged. Write the "
+            f"{path} contains a {type(plain).__name__} where a {kind.__name__} was expected; it is damaged. Write the "
             "records again."
         )
     return plain

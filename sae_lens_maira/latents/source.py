@@ -1,8 +1,8 @@
-"""Sources of activation rows: units of whole studies, with the same rows whenever they are read.
+"""Sources of activation rows: units of whole studies, with the same rows in every pass.
 
     unit u -> blocks of rows in study order       studies ascend from unit to unit; rank r reads units r, r + W, ...
 
-A unit is what a killed collection reads again: some studies through the model, or a shard of a store.
+A unit is the amount that a killed collection reads again: some studies run through the model, or a shard of a store.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sae_lens_maira.studies import Study
 
 
 class ActivationSource(Protocol):
-    """Units of rows by number; `ActivationRows.study` is the index in their common sequence of studies."""
+    """Protocol: units of rows by number. `ActivationRows.study` is the index into the studies of the source."""
 
     def __len__(self) -> int: ...
 
@@ -34,13 +34,13 @@ class ActivationSource(Protocol):
 
 @runtime_checkable
 class StudySource(Protocol):
-    """A source that can read some studies of a unit without reading all."""
+    """Protocol: a source that can read some studies of a unit without reading all."""
 
     def of_studies(self, unit: int, studies: np.ndarray, /) -> Iterable[ActivationRows]: ...
 
 
 def rows_of_studies(source: ActivationSource, unit: int, studies: np.ndarray) -> Iterator[ActivationRows]:
-    """Rows of a unit that belong to `studies` (n,); the source reads no others where it can.
+    """Read the rows of a unit that belong to `studies` (n,); the source skips other studies if it can.
 
     Args:
         source: Source of the rows.
@@ -55,7 +55,7 @@ def rows_of_studies(source: ActivationSource, unit: int, studies: np.ndarray) ->
 
 
 class ModelSource:
-    """Units that run the model whenever they are read: twice the compute, no disk."""
+    """Source that runs the model in every pass: twice the compute, no disk."""
 
     def __init__(
         self,
@@ -67,16 +67,17 @@ class ModelSource:
         batch_size: int = 16,
         workers: int = 1,
     ) -> None:
-        """Keep what is needed to run.
+        """Store the settings of the runs.
 
         Args:
             maira: Model and processor.
             studies: Studies with reports.
             hook_name: Hook point.
             roles: A preset of `role_mask` or the roles to keep.
-            studies_per_block: Studies per unit, all in memory; one of MAIRA-2 has up to 4,107 patches of 16 kB each.
-            batch_size: Studies per forward.
-            workers: Threads that decode and encode images ahead of the model.
+            studies_per_block: Number of studies per unit, all in memory; a study of MAIRA-2 has up to 4,107 patches of
+                16 kB each.
+            batch_size: Number of studies per forward.
+            workers: Number of threads that decode and preprocess images in advance.
         """
         self._maira, self._studies, self._hook, self._roles = maira, studies, hook_name, roles
         self._size, self._workers = studies_per_block, workers
@@ -96,7 +97,9 @@ class ModelSource:
         return self._read(self._numbers(unit))
 
     def of_studies(self, unit: int, studies: np.ndarray, /) -> list[ActivationRows]:
-        """The forwards that hold one of `studies`, whole: a study alone would be padded and rounded differently."""
+        """Run the batches that contain one of `studies`, in full: other batches would be padded and rounded
+        differently.
+        """
         order = sorted(self._numbers(unit), key=lambda i: (study_length(self._studies[i]), i))
         batches = [order[at : at + self._batch] for at in range(0, len(order), self._batch)]
         kept = [batch for batch in batches if np.isin(batch, studies).any()]
@@ -121,7 +124,7 @@ class ModelSource:
 
 
 class StoreSource:
-    """The shards of an activation store; only rows of the studies' own reports, since contexts show those."""
+    """Source that reads the shards of an activation store; only rows of the studies' own reports, as contexts need."""
 
     def __init__(
         self, store: Path | str, hook_name: str, roles: RoleFilter | None = None, max_rows: int = 16384
@@ -131,17 +134,19 @@ class StoreSource:
         Args:
             store: Folder of the store.
             hook_name: One of its hook points.
-            roles: A preset or roles to keep of what it holds; all if None.
-            max_rows: Rows in memory at once.
+            roles: A preset or roles to keep; None for all that the store contains.
+            max_rows: Largest number of rows in memory.
 
         Raises:
             StoreError: There is no store.
-            RecordError: Shards are missing, or it has no such hook point.
+            RecordError: Shards are missing, or the store has no such hook point.
         """
         self._store = ActivationStore(store)
         spec = self._store.spec
         if hook_name not in spec.hooks:
-            raise RecordError(f"{store} holds {', '.join(spec.hooks)}, not {hook_name!r}; name one of these.")
+            raise RecordError(
+                f"{store} contains {', '.join(spec.hooks)}, not {hook_name!r}; choose one of these."
+            )
         self._shards = self._store.committed()
         if len(self._shards) < spec.n_shards:
             raise RecordError(
@@ -161,12 +166,12 @@ class StoreSource:
 
     @property
     def store(self) -> ActivationStore:
-        """The store that is read."""
+        """Store that is read."""
         return self._store
 
     @property
     def study_ids(self) -> list[str]:
-        """Ids of the studies that rows are numbered by."""
+        """Ids of the studies, in the order that rows refer to."""
         return self._store.study_ids
 
     def __len__(self) -> int:
@@ -176,7 +181,7 @@ class StoreSource:
         return self._blocks(unit, None)
 
     def of_studies(self, unit: int, studies: np.ndarray, /) -> Iterator[ActivationRows]:
-        """Rows of some studies; values of others are not read from disk."""
+        """Read the rows of some studies; values of other studies are not read from disk."""
         return self._blocks(unit, studies)
 
     def _blocks(self, unit: int, studies: np.ndarray | None) -> Iterator[ActivationRows]:
@@ -189,14 +194,14 @@ class StoreSource:
 
 @torch.no_grad()
 def encode_sparse(sae: SAE[Any], values: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Activations (n, d_sae) of rows (n, d_in), sparse, encoded `chunk` rows at a time on the SAE's device."""
+    """Encode rows (n, d_in) to sparse activations (n, d_sae), `chunk` rows at a time on the SAE's device."""
     dtype = sae.W_dec.dtype
     parts = [sae.encode(part.to(sae.device, dtype)).to_sparse().cpu() for part in values.split(chunk)]
     return torch.cat(parts) if parts else torch.zeros(0, int(sae.cfg.d_sae)).to_sparse()
 
 
 def active_entries(acts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(row, latent, value)` of activations (n, d_sae) above zero, dense or sparse, ascending by row, on the CPU."""
+    """Return `(row, latent, value)` of all activations (n, d_sae) above zero, ascending by row, on the CPU."""
     if acts.layout == torch.strided:
         row, latent = (acts > 0).nonzero(as_tuple=True)
         return row.cpu(), latent.cpu(), acts[row, latent].float().cpu()

@@ -1,4 +1,4 @@
-"""Where an image latent fires, compared with where a finding is.
+"""Compare where an image latent fires with the boxes of a finding.
 
 Per study with a boxed finding, with activations a_p at the patches of the frontal image and the share c_p of patch p
 that its boxes cover:
@@ -7,9 +7,9 @@ that its boxes cover:
     energy     sum a_p c_p / sum a_p
     IoU        sum min(m_p, c_p) / sum max(m_p, c_p),   m_p = 1 where a_p > t, else 0
 
-A study in which the latent is silent counts 0. The threshold t of the IoU is chosen on one half of the patients, and
-all three are reported on the other. The control is the same latent's map from another study with the finding: a latent
-that always fires at the finding's usual place scores the same with it.
+A study in which the latent does not fire counts as 0. The threshold t of the IoU is selected on one half of the
+patients, and all three scores are reported on the other half. The control is the same latent's map from another study
+with the finding: for a latent that always fires at the usual place of the finding, it scores the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,9 +35,9 @@ class SpatialScores:
     """Spatial scores of one latent and one finding on the reporting half.
 
     Attributes:
-        threshold: Activation above which a patch belongs to the map, chosen on the other half.
+        threshold: Activation above which a patch belongs to the map, selected on the other half.
         values: (n, 3) pointing, energy and IoU per study, for paired comparisons.
-        elsewhere: (n, 3) the same with the latent's map from another study with the finding.
+        elsewhere: (n, 3) the same scores with the latent's map from another study with the finding (the control).
         fired: (n,) whether the latent fires in the study.
     """
 
@@ -65,7 +65,7 @@ def covered(boxes: Sequence[Box], grid: tuple[int, int], oversample: int = 8) ->
     Args:
         boxes: Boxes in 0..1 of the image.
         grid: Rows and columns of patches.
-        oversample: Points per patch and axis at which the boxes are read; a smaller box counts at its centre.
+        oversample: Number of sample points per patch and axis; a box smaller than their distance counts at its centre.
     """
     rows, cols = grid
     y = (np.arange(rows * oversample) + 0.5) / (rows * oversample)
@@ -95,13 +95,13 @@ def spatial_scores(maps: np.ndarray, cover: np.ndarray, choose: np.ndarray) -> S
     n = len(maps)
     if maps.shape != cover.shape or choose.shape != (n,):
         raise RecordError(
-            f"Maps {maps.shape}, boxes {cover.shape} and halves {choose.shape} do not fit; give one map and one set of "
-            "boxes per study, on one grid."
+            f"The shapes of maps {maps.shape}, boxes {cover.shape} and halves {choose.shape} differ; give one map and "
+            "one set of boxes per study, on one grid."
         )
     if not choose.any() or (~choose).sum() < 2:
         raise RecordError(
-            f"{int(choose.sum())} studies choose and {int((~choose).sum())} report; spatial scores need one and two or "
-            "more with a box of the finding. Read more studies."
+            f"The selection half has {int(choose.sum())} studies and the other {int((~choose).sum())}; spatial scores "
+            "need one and two or more with a box of the finding. Read more studies."
         )
     if not (cover.sum(1) > 0).all():
         raise RecordError("A study has no box of the finding; leave it out.")
@@ -121,14 +121,14 @@ def spatial_scores(maps: np.ndarray, cover: np.ndarray, choose: np.ndarray) -> S
 def spatial_of_records(
     records: RecordSet, best: Mapping[str, int] | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """Spatial scores of image latents from their recorded contexts.
+    """Compute spatial scores of image latents from their recorded contexts.
 
-    Only contexts of studies with a box of the finding count, so the scores describe the studies that the records
-    sampled: those of largest activation, some of every octave, and some in which the latent is silent.
+    Only contexts of studies with a box of the finding are used. The scores therefore describe the studies that the
+    records sampled: those of largest activation, some of every octave, and some in which the latent does not fire.
 
     Args:
         records: Latent records with boxes.
-        best: Finding -> latent; None takes for each finding the latent with the highest F1 at image positions.
+        best: Finding -> latent; None for the latent with the highest F1 at image positions for each finding.
         seed: Random seed of the halves by patient and of the intervals.
 
     Returns:
@@ -169,11 +169,11 @@ def spatial_of_records(
 
 
 def grounded_boxes(study: Study, reader: FindingReader) -> dict[str, tuple[Box, ...]]:
-    """Boxes of a study's grounded report by finding, for studies whose truth has no boxes.
+    """Read boxes by finding from a study's grounded report, for studies whose truth has no boxes.
 
     Args:
-        study: A study with a `grounded_report`, for instance the one that MAIRA-2 wrote for it.
-        reader: Reads the findings that a statement names.
+        study: Study with a `grounded_report`, for instance one that MAIRA-2 generated.
+        reader: Reader of the findings that a statement names.
     """
     found: dict[str, tuple[Box, ...]] = {}
     for statement in study.grounded_report or ():

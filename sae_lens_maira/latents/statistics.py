@@ -1,13 +1,13 @@
-"""Statistics of all latents in one pass over activation rows, in memory that does not grow with the rows.
+"""Statistics of all latents in one pass over activation rows, with memory independent of the number of rows.
 
     active entries (row, latent, value)  ->  scatter-adds and scatter-maxima over latents, per modality
     peak[study, modality, latent]        ->  studies fired, agreement, top studies, samples per octave, zero studies
 
     priority(seed, a, b) = 63 mixed bits of (seed, a, b);     a sample is what has the lowest priorities
 
-Activations are counted in the bins of `stats.EDGES`, so the fraction of rows in an interval [2^i, 2^(i+1)) is exact
-and the 99th percentile has a relative error below 1 %. Nothing loops over latents. Samples depend on the study and the
-seed, never on the order, so statistics of separate studies add up: count(A + B) = count(A) + count(B).
+Activations are counted in the bins of `stats.EDGES`, so that the fraction of rows in an interval [2^i, 2^(i+1)) is
+exact and the 99th percentile has a relative error below 1 %. Samples depend on the study and the seed, not on the
+order, so that statistics of separate studies can be added: count(A + B) = count(A) + count(B).
 """
 
 from typing import Any
@@ -38,11 +38,11 @@ _SUMS = (
 )
 
 LAST = np.int64(2**63 - 1)
-"""Above every priority: an empty place."""
+"""Value above every priority, which marks an empty place."""
 
 
 def priority(seed: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mixed bits of two numbers that broadcast, as int64 >= 0 (SplitMix64's finaliser over each in turn)."""
+    """Hash a seed and two broadcastable arrays to int64 >= 0 (finaliser of SplitMix64, applied to each in turn)."""
     x = np.full(1, seed, dtype=np.uint64)
     for part in (a, b):
         x = _mix(x ^ (np.asarray(part, dtype=np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
@@ -56,12 +56,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class LowestPriorities:
-    """For each of n keys, the `size` items of lowest priority, each with a value.
+    """Sampler that keeps the `size` items of lowest priority for each of n keys, each with a value.
 
-    One call of `offer` may name a key once.
+    A call of `offer` may contain each key once.
 
     Attributes:
-        priority, item: (n, size) int64; LAST and -1 where nothing is kept.
+        priority, item: (n, size) int64; LAST and -1 at empty places.
         value: (n, size) float32.
     """
 
@@ -74,7 +74,7 @@ class LowestPriorities:
     def offer(
         self, keys: np.ndarray, priorities: np.ndarray, item: int, values: np.ndarray | None = None
     ) -> None:
-        """Offer one item to distinct `keys` (m,) with `priorities` (m,)."""
+        """Offer one item for distinct `keys` (m,) with `priorities` (m,)."""
         if not self.item.shape[1]:
             return
         hot = priorities < self._worst[keys]
@@ -93,7 +93,7 @@ class LowestPriorities:
             self._worst = priority.max(1)
 
     def add(self, other: "LowestPriorities") -> None:
-        """Keep the lowest priorities of both; no item was offered to both."""
+        """Merge another sampler; no item may have been offered to both."""
         priorities = np.concatenate([self.priority, other.priority], 1)
         order = np.argsort(priorities, axis=1, kind="stable")[:, : self.item.shape[1]]
         items = np.concatenate([self.item, other.item], 1)
@@ -106,10 +106,10 @@ class LowestPriorities:
 
 
 class RowSample:
-    """The active latents of at most `size` rows, those of lowest priority (up to twice as many meanwhile).
+    """Active latents of the `size` rows of lowest priority (up to twice as many are kept temporarily).
 
     Attributes:
-        limit: No row of this priority or a higher one can still be kept.
+        limit: Rows of this priority or a higher one are not kept any more.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -120,16 +120,16 @@ class RowSample:
         self.limit = LAST
 
     def state(self) -> dict[str, np.ndarray]:
-        """The rows kept, for `restore`; `limit` belongs to it."""
+        """Return the rows, for `restore`; save `limit` with it."""
         return {"priority": self._priority, "lengths": self._lengths, "latents": self._latents}
 
     def restore(self, priority: np.ndarray, lengths: np.ndarray, latents: np.ndarray, limit: int) -> None:
-        """Take the rows of a `state` in place of what is kept."""
+        """Replace the rows by those of a `state`."""
         self._priority, self._lengths, self._latents = priority, lengths, latents
         self.limit = np.int64(limit)
 
     def merge(self, other: "RowSample") -> None:
-        """Keep the rows of lowest priority of both."""
+        """Merge another sample and keep the rows of lowest priority."""
         limit = min(self.limit, other.limit)
         parts = [one._below(limit) for one in (self, other)]
         self._priority, self._lengths, self._latents = (
@@ -146,8 +146,8 @@ class RowSample:
         """Offer n rows.
 
         Args:
-            a: (n,) first number of a row's name.
-            b: (n,) second number.
+            a: (n,) first number of each row's key.
+            b: (n,) second number of each row's key.
             row: (nnz,) rows of the active latents, ascending.
             latent: (nnz,) the active latents.
         """
@@ -166,7 +166,7 @@ class RowSample:
         self._priority, self._lengths, self._latents = self._below(self.limit)
 
     def triplets(self) -> tuple[int, np.ndarray, np.ndarray]:
-        """`(rows, row, latent)`: how many rows were kept, and (nnz,) their active latents."""
+        """Return `(rows, row, latent)`: the number of rows, and (nnz,) their active latents."""
         self._cut()
         return len(self._lengths), np.repeat(np.arange(len(self._lengths)), self._lengths), self._latents
 
@@ -178,17 +178,20 @@ class LatentStatistics:
 
     Attributes:
         rows, studies: (2,) number of rows and studies seen.
-        fired, studies_fired: (2, d_sae) int64 rows and studies in which each latent fires.
+        fired, studies_fired: (2, d_sae) int64 numbers of rows and studies in which each latent fires.
         sum: (2, d_sae) float64 sum of activations.
         max: (2, d_sae) float32 largest activation.
         histogram: (2, d_sae, bins) int32 counts between `EDGES`.
-        any_fired: (d_sae,) studies in which the latent fires at text or image.
-        top_value, top_study: (d_sae, top) largest peak of a study, descending, and the study; -1 where none.
+        any_fired: (d_sae,) number of studies in which the latent fires at text or image positions.
+        top_value, top_study: (d_sae, top) largest peaks of studies, descending, and these studies; -1 if there are
+        fewer.
         octaves: Sample of studies per (latent, octave of their peak); key latent * OCTAVES + octave.
         zero: Sample of studies per latent in which it never fires.
-        positives, labelled: (2, F) and (2,) labelled studies with a row of that modality.
-        true_positive: (2, d_sae, F) int64 labelled studies that have the finding and in which the latent fires.
-        labelled_fired: (2, d_sae) labelled studies in which the latent fires.
+        positives, labelled: (2, F) and (2,) numbers of labelled studies with a row of that modality: with each finding,
+        and all.
+        true_positive: (2, d_sae, F) int64 number of labelled studies that have the finding and in which the latent
+            fires.
+        labelled_fired: (2, d_sae) number of labelled studies in which the latent fires.
         n_studies, last_study: Number of studies seen, and the index of the last one.
         maps: Sums of activations per latent and patch.
     """
@@ -206,17 +209,17 @@ class LatentStatistics:
         seed: int = 0,
         map_bytes: int = MAP_BYTES,
     ) -> None:
-        """Start counting.
+        """Set all counts to zero.
 
         Args:
             d_sae: Number of latents.
-            grid: Rows and columns of the patch grid; (0, 0) leaves the maps out.
-            truth: (n_studies, F) bool, findings by number of the study.
-            labelled: (n_studies,) bool, where the truth is known; everywhere if None.
-            top: Studies kept per latent by largest peak.
-            per_octave: Studies sampled per latent and octave.
-            zero: Studies sampled per latent in which it never fires.
-            sample_rows: Rows per modality kept for co-firing.
+            grid: Rows and columns of the patch grid; (0, 0) disables maps.
+            truth: (n_studies, F) bool, findings of each study.
+            labelled: (n_studies,) bool, whether the truth is known; all if None.
+            top: Number of studies of largest peak kept per latent.
+            per_octave: Number of studies sampled per latent and octave.
+            zero: Number of studies sampled per latent in which it never fires.
+            sample_rows: Number of rows per modality kept for co-firing.
             seed: Random seed of all sampling.
             map_bytes: Budget for the maps per finding, see `latents.maps`.
         """
@@ -250,7 +253,7 @@ class LatentStatistics:
             acts: (n, d_sae) activations of these rows, dense or sparse; `rows.values` is not read.
 
         Raises:
-            RecordError: Sizes do not fit, a study occurs in two blocks, or an activation is not finite.
+            RecordError: Sizes do not match, a study occurs in two blocks, or an activation is not finite.
         """
         if tuple(acts.shape) != (len(rows), self.d_sae):
             raise RecordError(
@@ -262,7 +265,7 @@ class LatentStatistics:
         if rows.study[0] <= self.last_study or (np.diff(rows.study) < 0).any():
             before = max(self.last_study, rows.study.max())
             raise RecordError(
-                f"Rows of study {rows.study.min()} came after study {before}; blocks hold "
+                f"Rows of study {rows.study.min()} came after study {before}; blocks contain "
                 "whole studies in ascending order. Harvest in study order, each study in one block."
             )
         row, latent, value = active_entries(acts)
@@ -309,7 +312,7 @@ class LatentStatistics:
                 self.positives[k] += truth.sum(0).long().numpy()
                 self.labelled_fired[k] += mine.sum(0).long()
                 self.true_positive[k] += (mine.T @ truth).round().long()
-        # By the histogram's own edges: a peak on an edge falls into the octave that its bin belongs to.
+        # The edges of the histogram are used, so that a peak on an edge is in the octave of its bin.
         octave = torch.bucketize(highest, self._octave_edges, right=True)
         everyone = np.arange(self.d_sae)
         for number, value, bucket in zip(names.tolist(), highest, octave.numpy(), strict=True):
@@ -326,14 +329,14 @@ class LatentStatistics:
         hot = (value > self.top_value[:, -1]).nonzero().squeeze(1)
         values = torch.cat([self.top_value[hot], value[hot, None]], 1)
         studies = torch.cat([self.top_study[hot], torch.full((len(hot), 1), number)], 1)
-        # Stable: of equal peaks the earlier study stays in front.
+        # A stable sort, so that of equal peaks the earlier study comes first.
         values, order = values.sort(dim=1, descending=True, stable=True)
         self.top_value[hot] = values[:, :-1]
         self.top_study[hot] = studies.gather(1, order)[:, :-1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, without the sample of rows, which is bounded by its size and the SAE's L0."""
+        """Size in bytes, without the sample of rows, which is bounded by its size and the SAE's L0."""
         tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
         return sum(t.nbytes for t in tensors) + self.maps.nbytes + self.octaves.nbytes + self.zero.nbytes
 
@@ -343,7 +346,7 @@ class LatentStatistics:
         return quantile_of_counts(self.histogram, self.max).numpy(), both.numpy()
 
     def state(self) -> dict[str, Any]:
-        """Everything counted, as tensors and numbers."""
+        """Return all counts, as tensors and numbers."""
         own = {name: getattr(self, name) for name in (*_SUMS, "max", "top_value", "top_study")}
         state: dict[str, Any] = {name: torch.as_tensor(value) for name, value in own.items()}
         state |= {"n_studies": self.n_studies, "last": self.last_study, "maps": self.maps.state()}
@@ -364,7 +367,7 @@ class LatentStatistics:
         """
         if state["fired"].shape != self.fired.shape or state["top_value"].shape != self.top_value.shape:
             raise RecordError(
-                f"Saved statistics are of {tuple(state['fired'].shape)} latents and "
+                f"Saved statistics have {tuple(state['fired'].shape)} latents and "
                 f"{tuple(state['top_value'].shape)} top studies, other than those asked for. Remove the unfinished "
                 "collection and start again."
             )
@@ -389,7 +392,7 @@ class LatentStatistics:
         self.maps.add(other.maps)
         values = torch.cat([self.top_value, other.top_value], 1)
         studies = torch.cat([self.top_study, other.top_study], 1)
-        # By study, then stably by value: of equal peaks the earlier study stays in front, as in one pass.
+        # Sorted by study, then stably by value: of equal peaks the earlier study comes first, as in one pass.
         order = studies.argsort(dim=1, stable=True)
         values, studies = values.gather(1, order), studies.gather(1, order)
         order = values.argsort(dim=1, descending=True, stable=True)[:, : self.top_value.shape[1]]

@@ -1,12 +1,12 @@
-"""The scratch folder that a collection of latent records resumes from.
+"""Scratch folder from which a collection of latent records resumes.
 
-    plan.json                  what is collected, by how many ranks; another plan is refused
-    counted-0.pt               statistics of rank 0 up to some unit
+    plan.json                  settings of the collection and number of ranks; other settings are refused
+    counted-0.pt               statistics of rank 0 up to a unit
     contexts-0/                activations and texts of rank 0, with progress.json; one file per shard of latents holds
                                16 bytes (study, latent, place, value) per activation, see `contexts` for `place`
 
-Rank 0 reads the parts of all ranks from the folder. It is removed at the end of the collection, and the salt of the
-pseudonyms with it.
+Rank 0 reads the parts of all ranks from the folder. At the end of the collection the folder is removed, including the
+salt of the pseudonyms.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ class Workdir:
     Attributes:
         folder: Path of the folder.
         ranks: This process and the others.
-        rank, world: Number of this process and of all.
+        rank, world: Number of this process, and number of processes.
         salt: Salt of the pseudonyms, the same in all processes and after a restart.
     """
 
     def __init__(self, out: Path, plan: dict[str, Any], ranks: Ranks, salt: str | None) -> None:
-        """Make the folder or continue in it.
+        """Create the folder, or continue in it.
 
         Args:
             out: Folder of the record set.
-            plan: What decides the records, as JSON values.
+            plan: Settings that determine the records, as JSON values.
             ranks: This process and the others.
-            salt: Salt of the pseudonyms; drawn once by rank 0 if not given.
+            salt: Salt of the pseudonyms; rank 0 draws one if not given.
 
         Raises:
-            ConfigError: The ranks have no address to meet at.
-            RecordError: The folder holds an unfinished collection of another plan.
+            ConfigError: There are several ranks and no rendezvous address.
+            RecordError: The folder contains an unfinished collection with other settings.
         """
         if not ranks.connected:
             raise ConfigError(
-                f"{ranks.size} ranks that share a collection need an address to meet at, and there is none. Start "
+                f"{ranks.size} ranks that share a collection need a rendezvous address, and there is none. Start "
                 "them with torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and free port of rank 0."
             )
         self.ranks, rank, world = ranks, ranks.rank, ranks.size
@@ -67,7 +67,7 @@ class Workdir:
         differ = sorted(name for name in plan.keys() | there.keys() if plan.get(name) != there.get(name))
         if differ:
             raise RecordError(
-                f"{self.folder} holds an unfinished collection whose {', '.join(differ)} differ from what was asked. "
+                f"{self.folder} contains an unfinished collection with other settings of {', '.join(differ)}. "
                 "Use the same arguments and as many processes to continue it, or remove that folder to start again."
             )
 
@@ -80,15 +80,15 @@ class Workdir:
         return self.folder / f"contexts-{rank}"
 
     def finish(self, what: str) -> None:
-        """Mark a part as done by this process."""
+        """Mark a part as finished by this process."""
         (self.folder / f"{what}-{self.rank}.done").touch()
 
     def finished(self, what: str) -> bool:
-        """Whether this process was done with a part, perhaps before a restart."""
+        """Whether this process has finished a part, perhaps before a restart."""
         return (self.folder / f"{what}-{self.rank}.done").exists()
 
     def close(self) -> None:
-        """Remove the folder once no rank reads from it; return when it is gone."""
+        """Remove the folder when no rank reads from it; return when it is removed."""
         self.ranks.barrier("records read")
         if self.rank == 0:
             shutil.rmtree(self.folder)
@@ -96,5 +96,5 @@ class Workdir:
 
     @staticmethod
     def write(path: Path, values: dict[str, Any]) -> None:
-        """Write JSON in one piece or not at all."""
+        """Write JSON atomically."""
         atomic_write(path, json.dumps(values))

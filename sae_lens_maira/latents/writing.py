@@ -1,7 +1,7 @@
-"""Writing of a record set: complete or not at all, every file with its hash.
+"""Write a record set atomically, with a hash of every file.
 
-Files are written to a hidden folder and then moved into place. `meta.json` holds the SHA-256 of all other files and is
-moved last, so a folder is never read half-written.
+Files are written to a hidden folder and then moved into place. `meta.json` contains the SHA-256 of all other files and
+is moved last, so that a partly written folder is never read.
 """
 
 from __future__ import annotations
@@ -39,25 +39,24 @@ def write_records(
     records: Iterable[LatentRecord],
     map_sums: MapSums | None = None,
 ) -> RecordSet:
-    """Write a record set; nothing of it can be seen half-written.
+    """Write a record set atomically.
 
-    Files are completed in a hidden folder and moved into place, `meta.json` last. What a killed process left is
-    replaced. Files contain text of reports: only their owner can read them, unless the folder is shared on purpose.
+    Files are completed in a hidden folder and moved into place, `meta.json` last. Files left by a killed process are
+    replaced. Files contain text of reports: only their owner can read them, unless you share the folder.
 
-    A record set that the folder already contains is moved, with its interpretations, journal and images, in
-    `replaced-<fingerprint>`, and a warning names that folder. If the new set turns out to be the same, its
-    interpretations and journal stay.
+    An existing record set is moved, with its interpretations, journal and images, to `replaced-<fingerprint>`, and a
+    warning names that folder. If the new set is the same, its interpretations and journal are kept.
 
     Args:
-        folder: Created if missing.
+        folder: Output folder; created if missing.
         meta: Origin of the records.
-        studies: The studies that contexts point to, each once.
+        studies: Studies that contexts refer to, each once.
         texts: Text of each of these studies.
-        records: In ascending order of number; read one at a time.
+        records: Records in ascending order of latents; read one at a time.
         map_sums: Source of the mean maps per finding.
 
     Raises:
-        RecordError: Records are out of order, a study occurs twice, a context does not fit its study's text, or a
+        RecordError: Records are out of order, a study occurs twice, a context does not match its study's text, or a
             number is not finite.
     """
     folder = Path(folder)
@@ -70,15 +69,13 @@ def write_records(
             _put_back(replaced, folder)
             raise
     made = RecordSet.open(folder)
-    same = folder / _name_of_replaced(
-        made.fingerprint
-    )  # moved away just now, or by a process that was killed
+    same = folder / _name_of_replaced(made.fingerprint)  # moved in this call, or by a process that was killed
     if same.is_dir():
         _put_back(same, folder, only=DERIVED)
     if replaced is not None and replaced.exists():
         warnings.warn(
-            f"{folder} held another record set. It is in {replaced} now, with the interpretations, journal and images "
-            "that belong to it.",
+            f"{folder} contained another record set. It is now in {replaced}, with the interpretations, journal and "
+            "images that belong to it.",
             stacklevel=2,
         )
     return made
@@ -107,9 +104,9 @@ def _write(
 
 
 def _move_away(folder: Path) -> Path | None:
-    """Move a record set, and what was made from it, into a folder of its own; None where there is nothing.
+    """Move a record set, and the files made from it, to a separate folder; return None if there is nothing to move.
 
-    Without `meta.json`, and without anything made from it, it is what a killed process left: that is removed.
+    A set without `meta.json` and without files made from it was left by a killed process, and is removed.
     """
     derived = [path for pattern in DERIVED for path in sorted(folder.glob(pattern))]
     patterns = (TABLE, STUDIES, TEXTS, "images", "records-*.jsonl", "maps-*.npz", META)
@@ -127,13 +124,15 @@ def _move_away(folder: Path) -> Path | None:
         number += 1
         replaced = folder / f"{base}.{number}"
     replaced.mkdir(exist_ok=True)
-    for path in there:  # META last: without it the rest would count as left by a killed process
+    for (
+        path
+    ) in there:  # META is moved last: without it the other files would count as left by a killed process
         path.replace(replaced / path.name)
     return replaced
 
 
 def _put_back(replaced: Path | None, folder: Path, only: Sequence[str] | None = None) -> None:
-    """Move files back that the folder lacks, and delete the rest."""
+    """Move missing files back to the folder, and delete the others."""
     if replaced is None:
         return
     for path in sorted(replaced.iterdir(), key=lambda path: path.name == META):
@@ -150,7 +149,7 @@ def _name_of_replaced(fingerprint: str) -> str:
 
 
 def _write_once(path: Path, lines: Iterable[tuple[str, bytes]]) -> None:
-    """Write lines of different studies."""
+    """Write lines, one per study."""
     seen: set[str] = set()
     with path.open("wb") as file:
         for study, line in lines:
@@ -163,7 +162,7 @@ def _write_once(path: Path, lines: Iterable[tuple[str, bytes]]) -> None:
 
 
 def _text_lines(texts: Iterable[StudyText], sizes: dict[str, tuple[int, int]]) -> Iterator[tuple[str, bytes]]:
-    """Lines of texts; notes the number of tokens and views of each study in `sizes`."""
+    """Yield lines of texts; store the number of tokens and views of each study in `sizes`."""
     for text in texts:
         sizes[text.study] = len(text.tokens), len(text.views)
         yield text.study, text_line(text)
@@ -233,12 +232,12 @@ def _table_row(record: LatentRecord) -> dict[str, Any]:
 
 def _line(record: Any) -> bytes:
     try:
-        # `vars` of a dataclass is what `to_plain` gives, without copying every number of it.
+        # `vars` of a dataclass equals `to_plain`, without a copy of every number.
         text = json.dumps(record, default=vars, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except ValueError as error:
         name = "LatentRecord" if isinstance(record, dict) else type(record).__name__
         raise RecordError(
-            f"A {name} holds a number that is not finite ({error}); records hold finite numbers only. "
-            "Look for an activation or a weight that overflowed."
+            f"A {name} contains a number that is not finite ({error}); records contain finite numbers only. "
+            "Check for an activation or a weight that overflowed."
         ) from None
     return text.encode() + b"\n"

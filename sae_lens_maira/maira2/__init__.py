@@ -1,8 +1,7 @@
-"""MAIRA-2 itself, a native transformers model: configuration, model, processor, prompts, token roles.
+"""MAIRA-2 as a native transformers model: configuration, model, processor, prompts, token roles.
 
-Importing this package registers its classes with transformers. Without that, transformers 5 would not know
-how the published keys are called in the live module: it would load random weights with a warning, and save
-other names.
+Importing this package registers its classes with transformers. Without this, transformers 5 cannot map the published
+keys to module names: it would load random weights with only a warning, and save other names.
 """
 
 from sae_lens_maira.maira2.configuration import Maira2Config, make_config

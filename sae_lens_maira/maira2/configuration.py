@@ -1,9 +1,8 @@
-"""The configuration of MAIRA-2, whose defaults are the published model itself.
+"""Configuration of MAIRA-2; the defaults are those of the published model.
 
-`Maira2Config()` is Vicuna-7B-v1.5's shape with 207 added tokens and linear position scaling by 1.5, a Dinov2
-ViT-B/14 at 518 px, and a projector of four linear layers. Keys that a published `config.json` carries and we
-do not know are kept as attributes and never refused; keywords that a *user* writes are checked by
-`make_config`.
+`Maira2Config()` has the shape of Vicuna-7B-v1.5 with 207 added tokens and linear position scaling by 1.5, a Dinov2
+ViT-B/14 at 518 px, and a projector of four linear layers. Unknown keys of a published `config.json` are kept as
+attributes. Keywords that a *user* writes are checked by `make_config`.
 """
 
 import difflib
@@ -50,22 +49,22 @@ class Maira2Config(LlavaConfig):
     """Configuration of `Maira2ForConditionalGeneration`.
 
     Args:
-        text_config: the Llama configuration, or a dict of its keys; None is MAIRA-2's own.
-        vision_config: the Dinov2 configuration, or a dict of its keys; None is MAIRA-2's own.
-        image_token_index: id of `<image>`.
-        image_seq_length: patches per image, 37 x 37 at 518 px.
-        projector_n_layers: linear layers in the projector.
-        projector_hidden_act: activation between them.
-        multimodal_projector_bias: whether those layers have a bias.
-        vision_feature_layer: index into the backbone's feature maps.
+        text_config: Llama configuration, or a dict of its keys; None for MAIRA-2's.
+        vision_config: Dinov2 configuration, or a dict of its keys; None for MAIRA-2's.
+        image_token_index: Token id of `<image>`.
+        image_seq_length: Number of patches per image, 37 x 37 at 518 px.
+        projector_n_layers: Number of linear layers in the projector.
+        projector_hidden_act: Activation function between these layers.
+        multimodal_projector_bias: Whether these layers have a bias.
+        vision_feature_layer: Index into the backbone's feature maps.
         vision_feature_select_strategy: "default" drops the CLS position, "full" keeps it.
-        tie_word_embeddings: must stay False; MAIRA-2's output head is its own matrix.
-        **kwargs: further keys of a `config.json`; unknown ones are kept and ignored.
+        tie_word_embeddings: Must be False; MAIRA-2's output head is a separate matrix.
+        **kwargs: Further keys of a `config.json`; unknown keys are kept and ignored.
     """
 
     model_type = "maira2"
 
-    if TYPE_CHECKING:  # the library types these as dicts, which they are only before __init__
+    if TYPE_CHECKING:  # transformers declares these as dicts, which they are only before __init__
         text_config: Any = None
         vision_config: Any = None
 
@@ -104,17 +103,17 @@ class Maira2Config(LlavaConfig):
 
     @property
     def patches_per_side(self) -> int:
-        """Patches along one side of the square image, 37 for MAIRA-2."""
+        """Number of patches along one side of the square image, 37 for MAIRA-2."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
 
 def make_config(**overrides: Any) -> Maira2Config:
-    """Build a `Maira2Config` from keywords, refusing any that it does not know.
+    """Build a `Maira2Config` from keywords, and refuse unknown ones.
 
-    `text_config` and `vision_config` may be dicts; they are laid over MAIRA-2's own values.
+    `text_config` and `vision_config` may be dicts; their values replace MAIRA-2's.
 
     Raises:
-        ConfigError: an unknown keyword, with the closest known one.
+        ConfigError: A keyword is unknown; the message names the closest known one.
     """
     known = set(Maira2Config.__init__.__code__.co_varnames[1:11]) | {"pad_token_id", "dtype"}
     check_keywords(overrides, known, "Maira2Config")

@@ -1,11 +1,11 @@
-"""Read a DICOM radiograph as the grey picture a viewer would show.
+"""Read a DICOM radiograph as the grey image that a viewer shows.
 
     stored values -> modality LUT or rescale -> VOI LUT or window -> inverted if MONOCHROME1
-    padding values take no part in this and are painted as background, the darkest value of the picture
+    padding values are excluded from this and become background, the darkest value of the image
 
 A window or LUT that leaves no contrast (width 0, outside the data) is ignored with a warning. Colour files of one frame
 are read as their luminance; files of several frames are refused. Pixels of at most 16 bits keep their stored values,
-next to a table of levels, so that no large array of floats is needed. Needs pydicom (the extra `dicom`).
+with a table of grey levels, so that no large float array is needed. Needs pydicom (the extra `dicom`).
 """
 
 import logging
@@ -20,9 +20,9 @@ from sae_lens_maira.errors import ImageError
 from sae_lens_maira.maira2.pictures import luminance
 
 MAX_PIXELS = 100_000_000
-"""Largest image that is decoded, in pixels; the largest radiographs have about 25 million."""
+"""Largest number of pixels that is decoded; the largest radiographs have about 25 million."""
 MAX_INFLATED = 2 * MAX_PIXELS + (16 << 20)
-"""Bytes of a deflated file: 16 bits per pixel, and other elements."""
+"""Largest size in bytes of an inflated file: 16 bits per pixel, and other elements."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class Decoded(NamedTuple):
     """An image as codes and their levels.
 
     Args:
-        codes: `(H, W)` array; uint16 where there are levels, else the values themselves.
-        levels: float64 `(65536,)`, the grey value of each code; None where codes are the values.
+        codes: `(H, W)` array; uint16 if there are levels, else the grey values themselves.
+        levels: float64 `(65536,)`, grey value of each code; None if the codes are the grey values.
     """
 
     codes: np.ndarray
@@ -40,38 +40,38 @@ class Decoded(NamedTuple):
 
     @property
     def values(self) -> np.ndarray:
-        """`(H, W)` grey values, bright meaning dense."""
+        """`(H, W)` grey values; dense tissue is bright."""
         return self.codes if self.levels is None else self.levels[self.codes]
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its magic word, or by its name where the preamble is missing."""
+    """Whether a file is DICOM by its magic bytes, or by its name if the preamble is missing."""
     with path.open("rb") as file:
         head = file.read(132)
     return head[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom")
 
 
 def looks_like_dicom(path: Path) -> bool:
-    """Whether a file without the magic word has a DICOM header with an image; False without pydicom."""
+    """Whether a file without the magic bytes has a DICOM header with an image; False without pydicom."""
     try:
         import pydicom
 
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["Rows", "Columns"])
         return bool(header.get("Rows")) and bool(header.get("Columns"))
-    except Exception:  # no pydicom, or not DICOM: pydicom raises many kinds
+    except Exception:  # no pydicom, or not DICOM: pydicom raises many types
         return False
 
 
 def read_dicom(path: Path) -> np.ndarray:
-    """Grey values of a single-frame DICOM file, `(H, W)`, bright meaning dense; `decode_dicom` raises."""
+    """Read the grey values `(H, W)` of a single-frame DICOM file; dense tissue is bright. Errors as `decode_dicom`."""
     return decode_dicom(path).values
 
 
 def check_dicom(path: Path) -> tuple[int, int]:
-    """Rows and columns of a DICOM file by its header, without decoding.
+    """Read rows and columns of a DICOM file from its header, without decoding.
 
     Raises:
-        ImageError: pydicom is missing, or the file is not DICOM, has no image or several frames, or is too large.
+        ImageError: Pydicom is missing, or the file is not DICOM, has no image or several frames, or is too large.
     """
     return _checked(_open(path, pixels=False), path)
 
@@ -80,7 +80,7 @@ def decode_dicom(path: Path) -> Decoded:
     """Decode a single-frame DICOM file.
 
     Raises:
-        ImageError: pydicom or a decoder is missing, or the file is damaged, too large, has several frames or no image.
+        ImageError: Pydicom or a decoder is missing, or the file is damaged, too large, has several frames or no image.
     """
     dataset = _open(path, pixels=True)
     _checked(dataset, path)
@@ -98,7 +98,7 @@ def decode_dicom(path: Path) -> Decoded:
         return _displayed(stored, dataset, photometric == "MONOCHROME1", path)
     except ImageError:
         raise
-    except Exception as error:  # pydicom and its decoders raise many kinds
+    except Exception as error:  # pydicom and its decoders raise many types
         raise ImageError(_reason(path, dataset, error)) from error
 
 
@@ -128,7 +128,7 @@ def _open(path: Path, pixels: bool) -> Any:
             implicit, little = dataset.original_encoding
             explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
             dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-    except Exception as error:  # pydicom raises many kinds
+    except Exception as error:  # pydicom raises many types
         raise ImageError(
             f"{path} could not be read as DICOM ({type(error).__name__}: {error}). It is damaged or another kind of"
             " file; check it with a DICOM viewer."
@@ -137,14 +137,14 @@ def _open(path: Path, pixels: bool) -> Any:
 
 
 def _refuse_inflated(path: Path) -> None:
-    """ImageError if a deflated file inflates beyond the largest image; pydicom would inflate all of it in memory."""
+    """Raise ImageError if a deflated file inflates beyond the largest image; pydicom would inflate it in memory."""
     from pydicom.filereader import read_file_meta_info
 
     try:
         meta: Any = read_file_meta_info(path)
         deflated = meta.get("TransferSyntaxUID") == DEFLATED
         start = 144 + int(meta.get("FileMetaInformationGroupLength") or 0)
-    except Exception:  # not a DICOM file with a preamble: pydicom raises many kinds
+    except Exception:  # not a DICOM file with a preamble: pydicom raises many types
         return
     if not deflated:
         return
@@ -209,7 +209,7 @@ def _reason(path: Path, dataset: Any, error: Exception) -> str:
 
 
 def _displayed(stored: np.ndarray, dataset: Any, inverted: bool, path: Path) -> Decoded:
-    """Codes and levels of grey stored values."""
+    """Codes and grey levels of stored values."""
     if stored.dtype.itemsize <= 2 and stored.dtype.kind in "iu":
         codes = stored.astype(np.int16 if stored.dtype.kind == "i" else np.uint16, copy=False).view(np.uint16)
         possible = np.arange(65536, dtype=np.uint16)
@@ -220,7 +220,7 @@ def _displayed(stored: np.ndarray, dataset: Any, inverted: bool, path: Path) -> 
     padding = _padding(values, dataset)
     shown = used & ~padding
     if not shown.any():
-        raise ImageError(f"{path} holds nothing but padding (PixelPaddingValue). Leave the study out.")
+        raise ImageError(f"{path} contains only padding (PixelPaddingValue). Leave the study out.")
     levels = _voi(_modality(values.astype(np.float64), dataset), shown, dataset, path)
     low, high = levels[shown].min(), levels[shown].max()
     if inverted:
@@ -230,7 +230,7 @@ def _displayed(stored: np.ndarray, dataset: Any, inverted: bool, path: Path) -> 
 
 
 def _padding(values: np.ndarray, dataset: Any) -> np.ndarray:
-    """Which stored values are padding, by PixelPaddingValue and PixelPaddingRangeLimit."""
+    """Mask of the stored values that are padding, by PixelPaddingValue and PixelPaddingRangeLimit."""
     value, limit = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
     if value is None:
         return np.zeros(values.shape, dtype=bool)
@@ -239,7 +239,7 @@ def _padding(values: np.ndarray, dataset: Any) -> np.ndarray:
 
 
 def _signed(value: Any, values: np.ndarray) -> int:
-    """A tag's value in the signedness of the stored values; some writers store -2000 as 63536."""
+    """Convert a tag's value to the signedness of the stored values; some writers store -2000 as 63536."""
     number = int(value)
     return (
         number - 65536
@@ -259,7 +259,7 @@ def _modality(values: np.ndarray, dataset: Any) -> np.ndarray:
 
 
 def _voi(values: np.ndarray, shown: np.ndarray, dataset: Any, path: Path) -> np.ndarray:
-    """Values after the VOI LUT or else the first window; unchanged where that would leave no contrast."""
+    """Apply the VOI LUT, else the first window; values are unchanged if that would leave no contrast."""
     low, high = values[shown].min(), values[shown].max()
     sequence = dataset.get("VOILUTSequence")
     if sequence:
@@ -284,7 +284,7 @@ def _voi(values: np.ndarray, shown: np.ndarray, dataset: Any, path: Path) -> np.
 
 
 def _windowed(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """Values in 0..1 after a window (PS3.3, C.11.2.1)."""
+    """Apply a window (DICOM PS3.3, C.11.2.1); values are in 0..1."""
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
     if function == "LINEAR_EXACT":
@@ -295,7 +295,7 @@ def _windowed(values: np.ndarray, center: float, width: float, function: str) ->
 
 
 def _looked_up(values: np.ndarray, item: Any, signed: bool) -> np.ndarray:
-    """Values of a LUT sequence item; the first and last entries hold beyond its ends."""
+    """Look values up in a LUT sequence item; values beyond its ends take the first and last entries."""
     entries, first, bits = (int(number) for number in item.LUTDescriptor)
     entries = entries or 65536
     first = first - 65536 if signed and first > 32767 else first
@@ -310,7 +310,7 @@ def _looked_up(values: np.ndarray, item: Any, signed: bool) -> np.ndarray:
 
 
 def _first(value: Any) -> float | None:
-    """First number of a tag with one or several values, None where it is missing or empty."""
+    """First number of a tag with one or several values; None if it is missing or empty."""
     if value is None or value == "":
         return None
     values = value if not isinstance(value, str | int | float) and hasattr(value, "__iter__") else [value]

@@ -1,8 +1,7 @@
-"""A batch of encoded studies: what the model reads, and what every position is.
+"""Batch of encoded studies: the model's inputs, and the role of every position.
 
-Rows are studies, columns are positions; `pixel_values` holds the images of all rows in row order. Each
-token has its role, and at image positions the image's number within the study, its view and the patch's
-row and column.
+Rows are studies, columns are positions; `pixel_values` contains the images of all rows in row order. Each token has a
+role. Image positions also have the image's number within the study, its view, and the row and column of the patch.
 """
 
 import dataclasses
@@ -17,21 +16,20 @@ from sae_lens_maira.maira2.roles import LAST_IMAGE_PRESET, RoleFilter, TokenRole
 
 @dataclass(frozen=True, kw_only=True)
 class Maira2Encoding:
-    """B encoded studies of padded length L with N images in all.
+    """B encoded studies of padded length L with N images in total.
 
     Args:
         input_ids: `(B, L)` int64.
         attention_mask: `(B, L)` int64, 0 at padding.
-        pixel_values: `(N, 3, S, S)`, row by row and in prompt order within a row; None where there is no
-            image.
+        pixel_values: `(N, 3, S, S)`, row by row and in prompt order within a row; None without images.
         roles: `(B, L)` int8, values of `TokenRole`.
         image_index: `(B, L)` int8, 0-based image number within the study at image positions, else -1.
         view: `(B, L)` int8, 0 frontal, 1 lateral, 2 prior at image positions, else -1.
         patch_row: `(B, L)` int16, patch row from the top at image positions, else -1.
         patch_col: `(B, L)` int16, patch column from the left at image positions, else -1.
-        images_per_row: images of each row.
-        pad_token_id: id written at padding.
-        eos_token_id: id that closes a report.
+        images_per_row: Number of images of each row.
+        pad_token_id: Token id at padding.
+        eos_token_id: Token id that ends a report.
     """
 
     input_ids: torch.Tensor
@@ -50,17 +48,17 @@ class Maira2Encoding:
         return self.input_ids.shape[0]
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
-        """The arguments of the model's forward and generate: ids, mask, and pixels where there are any."""
+        """Arguments of the model's forward and generate: ids, mask, and pixels if there are images."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.pixel_values is not None:
             inputs["pixel_values"] = self.pixel_values
         return inputs
 
     def forward_inputs(self) -> dict[str, torch.Tensor]:
-        """The arguments of one forward without a cache: without the mask where all padding is on the right.
+        """Arguments of one forward without a cache; the mask is left out if all padding is on the right.
 
-        A causal model reads nothing after a token, so such a mask changes no value at a real token; without it
-        attention needs no mask at all, which is faster. Values at padding then mean nothing.
+        In a causal model, padding on the right does not change the values at real tokens, and attention without a mask
+        is faster. Values at padding are then meaningless.
         """
         inputs = self.model_inputs()
         if not bool((self.attention_mask[:, 1:] > self.attention_mask[:, :-1]).any()):
@@ -90,13 +88,13 @@ class Maira2Encoding:
         return dataclasses.replace(self, **cut)
 
     def extend(self, generated_ids: torch.Tensor) -> "Maira2Encoding":
-        """Append generated tokens `(B, T)`, new ones only, as REPORT positions.
+        """Append generated tokens `(B, T)`, without the prompt, as REPORT positions.
 
-        A row's report ends with its first closing `</s>`; what follows there is padding.
+        A row's report ends with its first `</s>`; later positions are padding.
 
         Raises:
-            PromptError: rows do not match, or a row is padded on the right, where the report would leave a
-                gap.
+            PromptError: The number of rows differs, or a row is padded on the right, which would leave a gap before the
+                report.
         """
         if generated_ids.ndim != 2 or generated_ids.shape[0] != len(self):
             raise PromptError(
@@ -132,15 +130,15 @@ def role_mask(encoding: Maira2Encoding, roles: RoleFilter) -> torch.Tensor:
     """Select positions by role.
 
     Args:
-        encoding: a batch of B rows of length L.
-        roles: a preset ("content", "paper", "paper_last_image", "text_only", "image_only", "generated_only",
+        encoding: Batch of B rows of length L.
+        roles: A preset ("content", "paper", "paper_last_image", "text_only", "image_only", "generated_only",
             "all"), a role, or several roles.
 
     Returns:
         A `(B, L)` bool tensor on the encoding's device.
 
     Raises:
-        ConfigError: the name is neither a preset nor a role.
+        ConfigError: A name is neither a preset nor a role.
     """
     table = torch.zeros(len(TokenRole), dtype=torch.bool, device=encoding.roles.device)
     table[[int(role) for role in resolve_roles(roles)]] = True
@@ -151,10 +149,10 @@ def role_mask(encoding: Maira2Encoding, roles: RoleFilter) -> torch.Tensor:
 
 
 def last_image_positions(image_index: torch.Tensor) -> torch.Tensor:
-    """The last position of each image.
+    """Mask of the last position of each image.
 
     Args:
-        image_index: `(..., L)` number of the image at image positions, -1 elsewhere.
+        image_index: `(..., L)` image number at image positions, -1 elsewhere.
 
     Returns:
         A bool tensor of the same shape.

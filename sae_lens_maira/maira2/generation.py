@@ -1,6 +1,7 @@
-"""Write reports for studies: encode, generate greedily, read the text back.
+"""Generate reports for studies: encode, generate greedily, parse the output.
 
-The token budgets are the model's own: 300 for findings, 450 for grounded findings, 150 for a grounded phrase.
+The token budgets are those of the published model: 300 for findings, 450 for grounded findings, 150 for a grounded
+phrase.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,13 +30,13 @@ def generate_reports(
     """Generate one report per study, greedily by default, in one batch.
 
     Args:
-        model: a loaded model.
-        processor: its processor.
-        studies: one study or several.
+        model: Loaded model.
+        processor: Processor of the model.
+        studies: One study or several.
         task: "findings", "grounded" or "phrase".
-        phrase: for task "phrase" the phrase, one for all or one per study.
-        max_new_tokens: token budget; None is the task's own.
-        **generate: further arguments of the model's `generate`.
+        phrase: Phrase for task "phrase": one for all studies or one per study.
+        max_new_tokens: Largest number of generated tokens; None for the task's budget.
+        **generate: Further arguments of the model's `generate`.
     """
     encoding = processor.encode(studies, task=task, phrase=phrase).to(model.device, model.dtype)
     arguments: dict[str, Any] = {

@@ -1,9 +1,9 @@
-"""From a radiograph in any usual form to the model's pixels.
+"""Convert a radiograph in any usual format to the model's pixels.
 
     grey -> (v - min) / (max - min) * 255 -> uint8 -> shortest edge to S, bicubic -> centre crop S x S
          -> (v / 255 - mean) / std -> three equal channels
 
-Takes PIL images, numpy arrays, picture files and DICOM files. EXIF orientation is applied, 16-bit and 32-bit pictures
+Accepts PIL images, numpy arrays, image files and DICOM files. EXIF orientation is applied, 16-bit and 32-bit images
 keep their range until the min-max step, and fully transparent or masked pixels become background (the darkest value).
 Boxes refer to the centre crop; `box_to_image` and `box_to_crop` map between it and the whole image.
 """
@@ -30,21 +30,21 @@ from sae_lens_maira.maira2.dicom import (
 from sae_lens_maira.maira2.pictures import grey_of_array, grey_of_pil
 
 ImageSource = Any
-"""A PIL image, a numpy array `(H, W)` or `(H, W, 3)`, or the path of a picture or DICOM file."""
+"""A PIL image, a numpy array `(H, W)` or `(H, W, 3)`, or the path of an image or DICOM file."""
 MAX_RATIO = 10
-"""Largest ratio of an image's sides; a strip would be resized to an image far larger than itself."""
+"""Largest ratio of an image's sides; resizing the short side of a narrow strip would make a huge image."""
 
 
 @dataclass(frozen=True)
 class ImageRecipe:
-    """The numbers of the image path, read from a checkpoint's `preprocessor_config.json`.
+    """Parameters of image preprocessing, from a checkpoint's `preprocessor_config.json`.
 
     Args:
-        size: length of the shortest edge after resizing, in pixels.
-        crop: side of the centre crop, in pixels.
-        mean: per channel mean subtracted after division by 255.
-        std: per channel divisor.
-        resample: PIL's resampling filter; 3 is bicubic.
+        size: Length of the shortest edge after resizing, in pixels.
+        crop: Side of the centre crop, in pixels.
+        mean: Mean per channel, subtracted after division by 255.
+        std: Standard deviation per channel, the divisor.
+        resample: PIL resampling filter; 3 is bicubic.
     """
 
     size: int = 518
@@ -54,14 +54,14 @@ class ImageRecipe:
     resample: int = 3
 
     def to_pixels(self, image: ImageSource) -> torch.Tensor:
-        """The model's pixels of one image, `(3, crop, crop)` float32.
+        """Convert one image to the model's pixels, `(3, crop, crop)` float32.
 
         Raises:
-            ImageError: the image cannot be read, is empty or not finite, or has no contrast.
+            ImageError: The image cannot be read, is empty or not finite, or has no contrast.
         """
         grey = self.crop_square(Image.fromarray(read_stretched(image)))
         levels = np.asarray(grey)
-        # 256 possible values: normalise the table once and look pixels up.
+        # Only 256 values are possible: normalise a table of them and look pixels up.
         table = (np.arange(256, dtype=np.float32)[None] / np.float32(255) - _column(self.mean)) / _column(
             self.std
         )
@@ -70,7 +70,7 @@ class ImageRecipe:
         return torch.from_numpy(table.astype(np.float32)[:, levels])
 
     def crop_square(self, image: Image.Image) -> Image.Image:
-        """Resize the shortest edge to `size` and cut the centre square out."""
+        """Resize the shortest edge to `size` and crop the centre square."""
         width, height = image.size
         new_width, new_height = resized_size(width, height, self.size)
         if (new_width, new_height) != (width, height):
@@ -82,7 +82,7 @@ class ImageRecipe:
 
 
 def read_grey(image: ImageSource) -> np.ndarray:
-    """Read an image as a `(H, W)` grey array in its own range (integers or float64), bright meaning dense.
+    """Read an image as a `(H, W)` grey array in its original range (integers or float64); dense tissue is bright.
 
     Raises:
         ImageError: The file or array is not a readable single image, or is far too large or narrow.
@@ -91,7 +91,7 @@ def read_grey(image: ImageSource) -> np.ndarray:
 
 
 def read_stretched(image: ImageSource) -> np.ndarray:
-    """`stretch_contrast(read_grey(image))`, without an array of floats for DICOM files of at most 16 bits.
+    """Compute `stretch_contrast(read_grey(image))`, without a float array for DICOM files of at most 16 bits.
 
     Raises:
         ImageError: As `read_grey` and `stretch_contrast`.
@@ -105,13 +105,13 @@ def read_stretched(image: ImageSource) -> np.ndarray:
 
 
 def check_image(path: Path) -> int:
-    """Open a picture or DICOM file and read its header only.
+    """Open an image or DICOM file and read only its header.
 
     Returns:
-        Bytes that decoding it takes at most, for a bound on the memory of several readers.
+        Largest number of bytes that decoding takes, so that parallel readers can bound their memory.
 
     Raises:
-        ImageError: There is no such file, it is not a picture, or it is far too large or narrow.
+        ImageError: There is no such file, it is not an image, or it is far too large or narrow.
     """
     if is_dicom(path):
         rows, columns = check_dicom(path)
@@ -145,7 +145,7 @@ def _decoded(image: ImageSource) -> Decoded:
     else:
         raise ImageError(
             f"An image of type {type(image).__name__} was given; a PIL image, a numpy array or the path of a"
-            " picture or DICOM file was expected. Convert it to one of these."
+            " image or DICOM file was expected. Convert it to one of these."
         )
     if decoded.codes.size:
         _check_size(decoded.codes.shape[0], decoded.codes.shape[1], name)
@@ -153,7 +153,7 @@ def _decoded(image: ImageSource) -> Decoded:
 
 
 def _check_size(rows: int, columns: int, name: str) -> None:
-    """Refuse sizes that are no radiograph's before they are decoded or resized."""
+    """Refuse sizes that a radiograph cannot have, before decoding or resizing."""
     if rows * columns > MAX_PIXELS:
         raise ImageError(
             f"{name} has {columns} x {rows} pixels; at most {MAX_PIXELS:,} are decoded. Make a smaller copy, or leave"
@@ -170,28 +170,29 @@ def stretch_contrast(grey: np.ndarray) -> np.ndarray:
     """Map the darkest value to 0 and the brightest to 255, truncated to uint8.
 
     Raises:
-        ImageError: the image is empty, not finite, or constant.
+        ImageError: The image is empty, not finite, or constant.
     """
     low, high = _contrast(grey)
     if grey.dtype in (np.uint8, np.uint16):
-        # Few possible values: stretch the table, not the pixels. Same numbers, a tenth of the time.
+        # Few possible values: stretch a table of them and look pixels up, which gives the same numbers in a tenth of
+        # the time.
         table = np.arange(int(np.iinfo(grey.dtype).max) + 1, dtype=np.float64)
         return ((np.clip(table, low, high) - low) / (high - low) * 255).astype(np.uint8)[grey]
     stretched = np.empty(grey.shape, dtype=np.uint8)
-    for start in range(0, len(grey), 256):  # in strips, so that no second array of floats is needed
+    for start in range(0, len(grey), 256):  # in strips, so that no second float array is needed
         strip = grey[start : start + 256].astype(np.float64)
         stretched[start : start + 256] = (strip - low) / (high - low) * 255
     return stretched
 
 
 def _contrast(grey: np.ndarray) -> tuple[float, float]:
-    """Darkest and brightest value. Raises ImageError where there is no pixel, no finite value or no contrast."""
+    """Darkest and brightest value. Raises ImageError if there is no pixel, no finite value or no contrast."""
     if grey.size == 0:
-        raise ImageError(f"The image has shape {grey.shape} and holds no pixel; give an image with pixels.")
+        raise ImageError(f"The image has shape {grey.shape} and has no pixels; give an image with pixels.")
     low, high = grey.min(), grey.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ImageError(
-            "The image holds values that are not finite; replace NaN and infinity before encoding."
+            "The image contains values that are not finite; replace NaN and infinity before encoding."
         )
     if low == high:
         raise ImageError(
@@ -202,7 +203,7 @@ def _contrast(grey: np.ndarray) -> tuple[float, float]:
 
 
 def resized_size(width: int, height: int, shortest: int) -> tuple[int, int]:
-    """Width and height after scaling the shortest edge to `shortest`; the other is truncated."""
+    """Width and height after scaling the shortest edge to `shortest`; the other edge is rounded down."""
     if width <= height:
         return shortest, int(shortest * height / width)
     return int(shortest * width / height), shortest
@@ -257,7 +258,7 @@ def _read_file(path: Path) -> Decoded:
 
 def _unreadable(path: Path, error: Exception) -> ImageError:
     if path.stat().st_size == 0:
-        return ImageError(f"{path} could not be read as a picture: it is empty (0 bytes). Copy it again.")
+        return ImageError(f"{path} could not be read as an image: it is empty (0 bytes). Copy it again.")
     unknown = isinstance(error, UnidentifiedImageError)
     cause = (
         "it is not a PNG, JPEG, TIFF, WebP or DICOM file"
@@ -265,7 +266,7 @@ def _unreadable(path: Path, error: Exception) -> ImageError:
         else f"{error}; it is cut short or damaged"
     )
     return ImageError(
-        f"{path} could not be read as a picture: {cause}. Replace the file or leave the study out."
+        f"{path} could not be read as an image: {cause}. Replace the file or leave the study out."
     )
 
 
@@ -275,12 +276,12 @@ LabelledBox = tuple[str, float, float, float, float]
 def centre_crop(
     image: ImageSource, boxes: Sequence[LabelledBox], side: int
 ) -> tuple[Image.Image, tuple[LabelledBox, ...]]:
-    """Crop the centre square of an image, which is what the model sees, and move its boxes.
+    """Crop the centre square of an image, the part that the model sees, and convert its boxes.
 
     Args:
-        image: A whole image, or a crop made before (which is not cropped again).
+        image: A whole image, or an existing crop (which is not cropped again).
         boxes: (finding, x_min, y_min, x_max, y_max) in 0..1 of `image`.
-        side: largest side in pixels; smaller images are not enlarged.
+        side: Largest side in pixels; smaller images are not enlarged.
 
     Returns:
         The grey square and the boxes in 0..1 of it; boxes outside are left out.

@@ -1,10 +1,9 @@
-"""Load a MAIRA-2 checkpoint, published or saved by this package; refuse one that does not fit to the last tensor.
+"""Load a MAIRA-2 checkpoint, published or saved by this package; every tensor must match the model.
 
-transformers fills missing tensors with random numbers and only warns; here a missing, unexpected or misshapen tensor is
+transformers fills missing tensors with random numbers and only warns. Here a missing, unexpected or misshapen tensor is
 an error, as are a missing shard, a folder without a processor and a model of another type. Remote code is never run.
-
-`register` adds this package's classes to transformers' Auto classes (`AutoModelForCausalLM` is the one that SAELens
-uses) for model type `maira2`, and tells transformers 5 the published names of the weights.
+`register` adds this package's classes for model type `maira2` to transformers' Auto classes (SAELens uses
+`AutoModelForCausalLM`), and the published names of the weights to transformers 5.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from sae_lens_maira.maira2.versions import register_key_renames
 
 
 def register() -> None:
-    """Register the classes; calling it again changes nothing."""
+    """Register the classes with transformers; calling it again has no effect."""
     AutoConfig.register(Maira2Config.model_type, Maira2Config, exist_ok=True)
     AutoModel.register(Maira2Config, Maira2Model, exist_ok=True)
     for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
@@ -41,7 +40,7 @@ def register() -> None:
 
 
 PHANTOM = "phantom"
-"""Name of the small model that ships with the package, wherever a model is named."""
+"""Name of the small model that ships with the package, accepted wherever a model is named."""
 PUBLISHED_ID = "microsoft/maira-2"
 PUBLISHED_REVISION = "795a2b1cd4a310624b4e3d14b5a23e41fd273deb"
 
@@ -57,13 +56,13 @@ _MODEL_KEYWORDS = (
 
 
 def source_of(path_or_id: str | Path) -> str:
-    """Folder or hub id of a model's name; "phantom" is the model that ships with the package."""
+    """Convert a model's name to a folder or hub id; "phantom" is the model that ships with the package."""
     shipped = Path(__file__).parents[1] / "phantom" / "weights"
     return str(shipped if str(path_or_id) == PHANTOM else path_or_id)
 
 
 def dtype_of(path_or_id: str | Path) -> torch.dtype:
-    """Precision of the weights where none is asked for: float32 for the phantom, bfloat16 for other models."""
+    """Default precision of the weights: float32 for the phantom, bfloat16 for other models."""
     return torch.float32 if str(path_or_id) == PHANTOM else torch.bfloat16
 
 
@@ -86,24 +85,24 @@ def load_maira2(
     """Load a MAIRA-2 model and its processor from a folder or the hub.
 
     Args:
-        path_or_id: a local folder, a hub id or "phantom".
-        dtype: precision of the loaded weights (tensors are converted while they are read); None is `dtype_of` the
-            model, "auto" keeps the file's.
-        device: where the whole model goes. Weights are read straight to a GPU, tensor by tensor: main memory
-            never holds a copy of the model.
-        revision: hub revision; None is the pinned one for `microsoft/maira-2` and "main" elsewhere.
-        device_map: transformers' device map, for models spread over devices (needs accelerate).
-        layers: decoder layers to read, from the first; None is all. The model then ends there: a forward that is not
-            stopped before (`stop_at_layer`) is refused. Embedding, vision tower, projector, final norm and `lm_head`
-            are read as well.
+        path_or_id: A local folder, a hub id or "phantom".
+        dtype: Precision of the loaded weights (tensors are converted while they are read); None for the default
+            (`dtype_of`), "auto" for the file's precision.
+        device: Device of the whole model. Weights are read to a GPU tensor by tensor, without a copy of the model in
+            main memory.
+        revision: Hub revision; None for the pinned one of `microsoft/maira-2`, and for "main" of other models.
+        device_map: Device map of transformers, for models on several devices (needs accelerate).
+        layers: Number of decoder layers to read, from the first; None for all. Such a model has no logits: a forward
+            must stop at the last loaded layer (`stop_at_layer`). Embedding, vision tower, projector, final norm and
+            `lm_head` are always read.
         **keywords: `attn_implementation`, `quantization_config`, `max_memory`, `offload_folder`,
             `offload_state_dict`, `use_safetensors`, `cache_dir`, `force_download`, `local_files_only`, `token`, for
             transformers.
 
     Raises:
-        ConfigError: an unknown keyword, dtype or device, a device or package that this machine lacks,
+        ConfigError: An unknown keyword, dtype or device, a device or package that this machine does not have,
             `trust_remote_code=True`, a number of layers out of range, or both a device and a device map.
-        CheckpointError: a missing shard or processor, a model of another type, a damaged file, or tensors
+        CheckpointError: A missing shard or processor, a model of another type, a damaged file, or tensors
             that do not match the model exactly.
     """
     if keywords.pop("trust_remote_code", False):
@@ -112,7 +111,7 @@ def load_maira2(
             " code stops working at transformers 4.52. Leave the keyword out."
         )
     if "torch_dtype" in keywords:
-        raise ConfigError("torch_dtype was given, transformers' older name of dtype. Pass it as dtype.")
+        raise ConfigError("torch_dtype was given, the old name of dtype in transformers. Pass it as dtype.")
     check_keywords(keywords, {*_HUB_KEYWORDS, *_MODEL_KEYWORDS, "trust_remote_code"}, "load_maira2")
     if (
         isinstance(dtype, str)
@@ -147,7 +146,7 @@ def load_maira2(
         config.text_config.num_hidden_layers = layers
     quantized = keywords.get("quantization_config") is not None
     if device is not None and (quantized or torch.device(device).type not in ("cpu", "meta")):
-        device_map = {"": device}  # read straight to the device, and no second copy in main memory
+        device_map = {"": device}  # read directly to the device, without a second copy in main memory
     processor = load_processor(source, **hub)
     rest = {name: value for name, value in keywords.items() if name in _MODEL_KEYWORDS}
     try:
@@ -164,14 +163,14 @@ def load_maira2(
             )
     except ImportError as error:  # An attention kernel or a quantization that is not installed.
         raise ConfigError(
-            f"{source} cannot be loaded as asked, because a package is missing: {error} Install it, or leave out "
+            f"{source} cannot be loaded, because a package is missing: {error} Install it, or leave out "
             "attn_implementation, quantization_config or device_map."
         ) from error
     except Exception as error:  # safetensors, OS, hub and shape errors have no common base
         asked = [name for name in ("attn_implementation", "quantization_config") if name in keywords]
         asked += ["device_map"] if device_map is not None else []
         if isinstance(error, ValueError) and any(name in str(error) for name in asked):
-            raise ConfigError(f"{source} cannot be loaded as asked: {error}") from error
+            raise ConfigError(f"{source} cannot be loaded with these arguments: {error}") from error
         raise CheckpointError(
             f"The weights in {source} could not be loaded ({type(error).__name__}: {error}). A complete"
             " MAIRA-2 checkpoint was expected; fetch it again if a file is damaged."
@@ -188,7 +187,7 @@ def load_maira2(
 
 @contextmanager
 def _leaving_out(layers: range) -> Iterator[None]:
-    """Let transformers pass over the tensors of some decoder layers without a report; they are not read."""
+    """Make transformers skip the tensors of some decoder layers without a warning; they are not read."""
     model: Any = Maira2ForConditionalGeneration
     kept = model._keys_to_ignore_on_load_unexpected
     if layers:
@@ -204,7 +203,7 @@ def _leaving_out(layers: range) -> Iterator[None]:
 
 
 def _end_after(model: Any, layers: int, available: int) -> None:
-    """Refuse a forward through the end of a partly loaded model; a run stopped there or before does not come here."""
+    """Refuse a forward beyond the last layer of a partly loaded model; a run that stops before is not affected."""
 
     def refuse(*_: Any) -> None:
         raise CheckpointError(
@@ -216,15 +215,15 @@ def _end_after(model: Any, layers: int, available: int) -> None:
 
 
 def load_processor(path_or_id: str | Path, **hub: Any) -> Maira2Processor:
-    """Load the processor alone.
+    """Load only the processor.
 
     Raises:
-        CheckpointError: its files are missing or damaged.
+        CheckpointError: Its files are missing or damaged.
     """
     register()
     try:
         processor = Maira2Processor.from_pretrained(source_of(path_or_id), **hub)
-    except Exception as error:  # missing files and bad JSON surface as many kinds
+    except Exception as error:  # missing files and bad JSON raise many types
         raise CheckpointError(
             f"No processor could be loaded from {path_or_id} ({type(error).__name__}: {error}). Expected were"
             " a preprocessor_config.json (or processor_config.json) and the tokenizer's files next to the"
@@ -244,12 +243,12 @@ def save_processor(processor: Maira2Processor, folder: str | Path) -> None:
 
 
 def published_revision(source: str, revision: str | None) -> str:
-    """The revision to load: the given one, else the pinned one of the published model, else "main"."""
+    """Revision to load: the given one, else the pinned one of the published model, else "main"."""
     return revision or (PUBLISHED_REVISION if source == PUBLISHED_ID else "main")
 
 
 def check_device(name: torch.device | str) -> None:
-    """Raise `ConfigError` where torch knows no such device, or this machine has none."""
+    """Raise `ConfigError` if torch has no such device, or this machine does not have it."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -259,15 +258,17 @@ def check_device(name: torch.device | str) -> None:
     found = getattr(torch, device.type, None)
     count = found.device_count() if found is not None and found.is_available() else 0
     if not count:
-        raise ConfigError(f"The device was {str(name)!r}, and torch sees none here; use cpu or auto.")
+        raise ConfigError(f"The device was {str(name)!r}, but torch finds no such device; use cpu or auto.")
     if device.index is not None and device.index >= count:
-        raise ConfigError(f"The device was {str(name)!r}, and torch sees {count} here, counted from 0.")
+        raise ConfigError(
+            f"The device was {str(name)!r}, but torch finds only {count}, numbered from 0. Use one of these."
+        )
 
 
 def checkpoint_fingerprint(path_or_id: str | Path, revision: str | None = None) -> str:
-    """Identify a checkpoint without loading it: "id@revision" of a hub repository, 16 hex digits of a folder.
+    """Identify a checkpoint without loading it: "id@revision" for a hub repository, 16 hex digits for a folder.
 
-    Of a folder, the configuration and the size, header and first and last numbers of every file of weights are read.
+    The digits are a hash of the configuration and of the size, header, first and last numbers of every weights file.
     """
     folder = Path(source_of(path_or_id))
     if not folder.is_dir():
@@ -286,15 +287,15 @@ def checkpoint_fingerprint(path_or_id: str | Path, revision: str | None = None) 
 
 
 def load_config(path_or_id: str | Path, revision: str | None = None, **hub: Any) -> Maira2Config:
-    """Read a checkpoint's configuration alone.
+    """Read only the configuration of a checkpoint.
 
     Args:
-        path_or_id: a local folder, a hub id or "phantom".
-        revision: as for `load_maira2`.
+        path_or_id: A local folder, a hub id or "phantom".
+        revision: As for `load_maira2`.
         **hub: `cache_dir`, `force_download`, `local_files_only`, `token`, for transformers.
 
     Raises:
-        CheckpointError: it cannot be read, or is not MAIRA-2's.
+        CheckpointError: The configuration cannot be read, or is not one of MAIRA-2.
     """
     source = source_of(path_or_id)
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
@@ -306,7 +307,7 @@ def load_config(path_or_id: str | Path, revision: str | None = None, **hub: Any)
     except Exception as error:  # hub, OS and JSON errors
         raise CheckpointError(
             f"No configuration could be read from {source} ({type(error).__name__}: {error}). A local folder"
-            " with a config.json, or a hub id that this machine may fetch, was expected; for the gated"
+            " with a config.json, or a hub id that this machine can download, was expected; for the gated"
             " microsoft/maira-2 log in and accept its terms first."
         ) from error
     if not raw:
@@ -335,7 +336,7 @@ def _check_folder(folder: Path) -> None:
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} names {len(shards)} shards and lacks {len(missing)} of them: {', '.join(missing)}."
+            f"The index in {folder} names {len(shards)} shards, and {len(missing)} are missing: {', '.join(missing)}."
             " Download the missing files."
         )
 

@@ -1,7 +1,7 @@
-"""Tokenizer, final norm and `lm_head` of a checkpoint, read without the rest of the model.
+"""Load tokenizer, final norm and `lm_head` of a checkpoint without the rest of the model.
 
-Latent records over an activation store need nothing else: tokens of the studies, and the tokens that a decoder row
-raises. For MAIRA-2 in bfloat16 the two tensors take 0.26 GB, the whole model 13.8 GB.
+Latent records from an activation store need only these: the tokens of the studies, and the tokens that a decoder row
+promotes. For MAIRA-2 in bfloat16 the two tensors take 0.26 GB; the whole model takes 13.8 GB.
 """
 
 import json
@@ -26,19 +26,19 @@ from sae_lens_maira.maira2.processing import Maira2Processor
 
 NORM = ("language_model.model.norm.weight", "model.language_model.norm.weight")
 HEAD = ("language_model.lm_head.weight", "lm_head.weight")
-"""Names in the published layout, and in the layout of transformers 5."""
+"""Names of the tensors in the published layout and in the layout of transformers 5."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The last steps of a model, from the residual stream to tokens.
+    """Final layers of a model, from the residual stream to tokens.
 
     Attributes:
         processor: Processor with the tokenizer.
         config: Configuration of the whole model.
-        norm: (d_model,) gain of the final norm.
+        norm: (d_model,) weight of the final norm.
         lm_head: (vocabulary, d_model) unembedding.
     """
 
@@ -49,7 +49,7 @@ class OutputHead:
 
     @classmethod
     def of(cls, maira: Maira2) -> "OutputHead":
-        """The output head of a loaded model; tensors are shared."""
+        """Take the output head of a loaded model; tensors are shared."""
         norm = maira.model.get_submodule("model.language_model.norm").get_parameter("weight")
         config: Any = maira.model.config
         return cls(maira.processor, config, norm.detach(), maira.model.lm_head.weight.detach())
@@ -89,7 +89,7 @@ def load_output_head(
 
 
 def _files_of(source: str, hub: dict[str, Any]) -> dict[str, str]:
-    """File of every tensor; empty where all tensors are in one file."""
+    """Tensor name -> file; empty if all tensors are in one file."""
     index = _file(source, INDEX, hub)
     if index is None:
         return {}
@@ -100,7 +100,7 @@ def _files_of(source: str, hub: dict[str, Any]) -> dict[str, str]:
 
 
 def _tensor(source: str, files: dict[str, str], names: tuple[str, ...], hub: dict[str, Any]) -> torch.Tensor:
-    """The tensor that has one of some names."""
+    """Read the tensor that has one of these names."""
     name_of_file = next((files[name] for name in names if name in files), WEIGHTS)
     path = _file(source, name_of_file, hub)
     if path is None:
@@ -122,7 +122,7 @@ def _tensor(source: str, files: dict[str, str], names: tuple[str, ...], hub: dic
 
 
 def _file(source: str, name: str, hub: dict[str, Any]) -> Path | None:
-    """Local path of a file of a checkpoint, None where there is no such file."""
+    """Local path of a file of a checkpoint; None if there is no such file."""
     from transformers.utils.hub import cached_file
 
     if Path(source).is_dir():

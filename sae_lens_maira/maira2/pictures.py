@@ -1,8 +1,8 @@
-"""Grey values of pictures and arrays, in their own range.
+"""Read grey values of image files and arrays, in their original range.
 
-Handles what Pillow's conversion to "L" gets wrong: 16-bit pictures are not clipped, 16-bit colour keeps both bytes,
-TIFF files whose white is zero are inverted, unsigned 32-bit values stay positive, EXIF orientation is applied, and
-fully transparent or masked pixels become background (the darkest visible value).
+Corrects errors of Pillow's conversion to "L": 16-bit images are not clipped, 16-bit colour keeps both bytes, TIFF files
+whose white is zero are inverted, unsigned 32-bit values stay positive, EXIF orientation is applied, and fully
+transparent or masked pixels become background (the darkest visible value).
 """
 
 import os
@@ -16,7 +16,7 @@ from sae_lens_maira.errors import ImageError
 LUMINANCE = (0.299, 0.587, 0.114)
 PHOTOMETRIC, WHITE_IS_ZERO, BITS, SAMPLE_FORMAT = 262, 0, 258, 339  # TIFF tags
 ORIENTATION = 0x0112  # EXIF tag
-# Layouts that Pillow decodes but does not list: big-endian 16-bit with white at zero and unsigned 32-bit, and
+# Layouts that Pillow can decode but does not list: big-endian 16-bit with white at zero and unsigned 32-bit, and
 # little-endian unsigned 32-bit with white at zero.
 for _key, _mode in {
     (b"MM", 0, (1,), 1, (16,), ()): ("I;16B", "I;16B"),
@@ -28,20 +28,21 @@ for _key, _mode in {
 
 
 def grey_of_pil(image: Image.Image, name: str) -> np.ndarray:
-    """Grey values of a PIL image, upright, `(H, W)`.
+    """Read the grey values `(H, W)` of a PIL image, upright.
 
     Args:
-        image: The image, not necessarily loaded.
+        image: Image; it need not be loaded yet.
         name: Name for the error message.
 
     Raises:
-        ImageError: It has several frames, cannot be decoded, or has 16 bits per colour in a format other than PNG.
+        ImageError: The image has several frames, cannot be decoded, or has 16 bits per colour in a format other than
+            PNG.
     """
     if getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{name} holds {getattr(image, 'n_frames', 1)} frames; give one single image.")
+        raise ImageError(f"{name} has {getattr(image, 'n_frames', 1)} frames; give a single image.")
     try:
         grey, hidden = _grey_and_hidden(image, name)
-        # After decoding: Pillow itself turns TIFF files upright then and deletes the tag.
+        # Only after decoding: Pillow then has turned TIFF files upright and deleted the tag.
         orientation = image.getexif().get(ORIENTATION, 1)
     except OSError as error:
         raise ImageError(
@@ -53,7 +54,7 @@ def grey_of_pil(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _upright(grey: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply an EXIF orientation (1 to 8); other numbers mean upright."""
+    """Apply an EXIF orientation (1 to 8); other numbers count as upright."""
     if orientation in (2, 3):
         grey = grey[:, ::-1]
     if orientation in (3, 4):
@@ -66,7 +67,7 @@ def _upright(grey: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _grey_and_hidden(image: Image.Image, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Grey values, and where pixels are fully transparent (None where the image has no transparency)."""
+    """Grey values, and the mask of fully transparent pixels (None if the image has no transparency)."""
     deep = _sixteen_bit_colour(image, name)
     if deep is not None:
         opaque = deep[..., -1] if deep.shape[-1] in (2, 4) else None
@@ -74,7 +75,7 @@ def _grey_and_hidden(image: Image.Image, name: str) -> tuple[np.ndarray, np.ndar
         return grey, None if opaque is None else opaque == 0
     tags = getattr(image, "tag_v2", {})
     if tags.get(ORIENTATION, 1) in (5, 6, 7, 8):
-        # Pillow maps uncompressed files to memory with width and height already exchanged, which garbles them.
+        # Pillow maps uncompressed files to memory with width and height exchanged, which gives wrong pixels.
         image.filename = ""  # pyright: ignore[reportAttributeAccessIssue] - without a name nothing is mapped
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
@@ -94,10 +95,10 @@ def _grey_and_hidden(image: Image.Image, name: str) -> tuple[np.ndarray, np.ndar
 
 
 def _sixteen_bit_colour(image: Image.Image, name: str) -> np.ndarray | None:
-    """All 16 bits of a grey-alpha or colour picture, `(H, W, 2..4)`; None for pictures of another kind.
+    """All 16 bits of a grey-alpha or colour image, `(H, W, 2..4)`; None for other images.
 
-    Pillow keeps the upper byte of each sample only. The file is decoded once more with a raw mode that yields the other
-    byte; for grey-alpha, as 8-bit RGBA, whose pixels have the same four bytes.
+    Pillow keeps only the upper byte of each sample. The file is decoded a second time with a raw mode that yields the
+    other byte; for grey-alpha, as 8-bit RGBA, whose pixels have the same four bytes.
     """
     tiles: Any = getattr(image, "tile", None)
     tile = tiles[0] if tiles else None
@@ -130,7 +131,7 @@ def _sixteen_bit_colour(image: Image.Image, name: str) -> np.ndarray | None:
 
 
 def _with_raw_mode(source: Any, mode: str, raw: str) -> np.ndarray:
-    """The bytes of a picture decoded with another raw mode, `(H, W, channels)` uint8."""
+    """Decode an image with another raw mode, `(H, W, channels)` uint8."""
     with Image.open(source) as image:
         old = image.tile[0]
         image._mode = mode  # pyright: ignore[reportAttributeAccessIssue] - Pillow has no public way
@@ -148,7 +149,7 @@ def grey_of_array(array: np.ndarray) -> np.ndarray:
     """Grey values of an array `(H, W)`, `(H, W, 1)`, RGB or RGBA; masked pixels become the darkest value.
 
     Raises:
-        ImageError: It has another shape, does not hold numbers, or is masked everywhere.
+        ImageError: The array has another shape, does not contain numbers, or is masked everywhere.
     """
     if isinstance(array, np.ma.MaskedArray):
         if np.ma.getmaskarray(array).all():

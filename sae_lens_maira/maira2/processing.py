@@ -1,9 +1,8 @@
-"""MAIRA-2's processor: studies in, encodings out; generated ids in, parsed reports out.
+"""Processor of MAIRA-2: encode studies, and parse generated ids into reports.
 
-A ProcessorMixin around the checkpoint's image processor (whose numbers it reads) and its fast tokenizer,
-registered with AutoProcessor. `encode` takes studies; calling the processor with `text` and `images`, as in
-transformers, takes prompts that hold their placeholders already. The published processor's methods are in
-`published.py`.
+A ProcessorMixin with the checkpoint's image processor (whose parameters it uses) and its fast tokenizer, registered
+with AutoProcessor. `encode` takes studies. Calling the processor with `text` and `images`, as in transformers, takes
+prompts that already contain their placeholders. The published processor's methods are in `published.py`.
 """
 
 import re
@@ -32,16 +31,17 @@ Task = Literal["findings", "grounded", "phrase"]
 
 
 class Maira2Processor(PublishedMethods, ProcessorMixin):
-    """Builds prompts, pixels and token roles of studies, and reads reports back.
+    """Builds prompts, pixels and token roles of studies, and parses reports.
 
     Args:
-        image_processor: the checkpoint's image processor; its size, crop, mean, std and filter are used.
-        tokenizer: a fast tokenizer that holds the added tokens.
-        patch_size: side of a patch in pixels.
-        vision_feature_select_strategy: as in the model's configuration; kept for the file.
-        num_additional_image_tokens: positions of the vision tower that are no patch (CLS); kept for the file.
-        image_token: the placeholder.
-        chat_template: unused, kept for the file.
+        image_processor: Image processor of the checkpoint; its size, crop, mean, std and filter are used.
+        tokenizer: Fast tokenizer with the added tokens.
+        patch_size: Side of a patch in pixels.
+        vision_feature_select_strategy: As in the model's configuration; only written to the file.
+        num_additional_image_tokens: Number of positions of the vision tower that are not patches (CLS); only written to
+            the file.
+        image_token: Placeholder of an image in a prompt.
+        chat_template: Unused; only written to the file.
     """
 
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 - read by transformers 4
@@ -63,7 +63,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
-                f"The tokenizer {type(tokenizer).__name__} is not a fast one. Token roles need its character"
+                f"The tokenizer {type(tokenizer).__name__} is not a fast tokenizer. Token roles need its character"
                 " offsets; load it from a folder with a tokenizer.json."
             )
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
@@ -72,7 +72,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest are keywords
         cls, pretrained_model_name_or_path: Any, **keywords: Any
     ) -> Any:
-        """Load from a folder or hub id, with the tokenizer exactly as its `tokenizer.json` describes it.
+        """Load from a folder or hub id, with the tokenizer exactly as in `tokenizer.json`.
 
         Raises:
             ConfigError: `trust_remote_code=True`.
@@ -89,10 +89,10 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         return loaded
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **keywords: Any) -> list[str]:
-        """Write files that every supported transformers reads, whichever wrote them.
+        """Write files that every supported version of transformers can read.
 
         Raises:
-            ConfigError: `push_to_hub=True`; call the method `push_to_hub` instead.
+            ConfigError: `push_to_hub=True` was given; call the method `push_to_hub` instead.
         """
         if push_to_hub:
             raise ConfigError(
@@ -104,7 +104,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
 
     @cached_property
     def recipe(self) -> ImageRecipe:
-        """The image path's numbers, from the image processor."""
+        """Parameters of image preprocessing, from the image processor."""
         source = self.image_processor
         size, crop = dict(source.size), dict(source.crop_size)
         mean, std = (_three(getattr(source, name)) for name in ("image_mean", "image_std"))
@@ -122,7 +122,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         return self.recipe.crop // self.patch_size
 
     def image_to_pixels(self, image: ImageSource) -> torch.Tensor:
-        """The model's pixels of one image, `(3, S, S)` float32; `images.py` tells the path and the errors."""
+        """Convert one image to the model's pixels, `(3, S, S)` float32; see `images.py` for the steps and errors."""
         return self.recipe.to_pixels(image)
 
     def encode(
@@ -136,18 +136,16 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         """Encode one study or a batch of studies.
 
         Args:
-            studies: the studies, one per row.
+            studies: Studies, one per row.
             task: "findings", "grounded" (findings with boxes) or "phrase" (one phrase with boxes).
-            phrase: for task "phrase" the phrase, one for all rows or one per row.
-            report: None for a prompt to generate from; "teacher" to append the study's own report (for
-                "grounded" its grounded report, for "phrase" the grounded finding whose text is the phrase);
-                or one text per row.
+            phrase: Phrase for task "phrase": one for all rows or one per row.
+            report: None for a prompt to generate from; "teacher" to append the study's report (its grounded report for
+                "grounded", the grounded finding whose text is the phrase for "phrase"); or one text per row.
             padding_side: "left" to generate, "right" to train.
 
         Raises:
-            PromptError: no study, no frontal image, a missing report, or text that holds one of the added
-                tokens.
-            ImageError: an image cannot be read or has no contrast.
+            PromptError: No study, no frontal image, a missing report, or a text that contains one of the added tokens.
+            ImageError: An image cannot be read or has no contrast.
         """
         rows: list[Any] = [studies] if hasattr(studies, "frontal") else list(studies)  # pyright: ignore[reportArgumentType] - not a StudyLike then
         if not rows:
@@ -178,7 +176,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         )
 
     def build_prompt(self, study: StudyLike, task: Task = "findings", phrase: str | None = None) -> Prompt:
-        """The prompt of one study, after a check that its texts hold none of the tokenizer's added tokens."""
+        """Build the prompt of one study; its texts must not contain the tokenizer's added tokens."""
         with _named(study):
             prompt = build_prompt(study, task, phrase)
             for segment in prompt.segments:
@@ -187,7 +185,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         return prompt
 
     def decode_report(self, ids: torch.Tensor | Sequence[int]) -> ParsedReport:
-        """Read the generated ids of one row (new tokens only), up to its first `</s>`."""
+        """Parse the generated ids of one row (without the prompt), up to its first `</s>`."""
         numbers = torch.as_tensor(ids).reshape(-1).tolist()
         closed = self.tokenizer.eos_token_id in numbers
         if closed:
@@ -203,16 +201,16 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         padding_side: Literal["left", "right"] = "left",
         **_: Any,
     ) -> BatchFeature:
-        """Encode prompts that already hold their `<image>` placeholders.
+        """Encode prompts that already contain their `<image>` placeholders.
 
         Args:
-            images: the images of all prompts in order, flat or one list per prompt.
-            text: one prompt or several.
-            return_tensors: "pt" only.
+            images: Images of all prompts in order, as one list or one list per prompt.
+            text: One prompt or several.
+            return_tensors: Only "pt".
             padding_side: "left" to generate, "right" to train.
 
         Raises:
-            PromptError: no text, or the number of placeholders is not the number of images.
+            PromptError: There is no text, or the numbers of placeholders and images differ.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         flat = _flatten(images)
@@ -234,7 +232,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model reads."""
+        """Names of the model's inputs."""
         return ["input_ids", "attention_mask", "pixel_values"]
 
     @cached_property
@@ -249,7 +247,7 @@ class Maira2Processor(PublishedMethods, ProcessorMixin):
         for found in self._added_tokens.finditer(text):
             if found.group() not in allowed:
                 raise PromptError(
-                    f"The {field} holds {found.group()!r}, which is a token of MAIRA-2's own vocabulary and"
+                    f"The {field} contains {found.group()!r}, which is a token of MAIRA-2's own vocabulary and"
                     " would be read as such, not as text. Remove it from the text."
                 )
 
@@ -277,7 +275,7 @@ declare_processor_parts(Maira2Processor)
 
 @contextmanager
 def _named(study: Any) -> Iterator[None]:
-    """Errors about a study's texts and images within the block begin with its id."""
+    """Context in which errors about a study's texts and images begin with its id."""
     try:
         yield
     except (PromptError, ImageError) as error:

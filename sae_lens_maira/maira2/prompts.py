@@ -1,9 +1,9 @@
-"""MAIRA-2's prompts, built as a list of segments that know their role.
+"""Build MAIRA-2's prompts as lists of segments with token roles.
 
-A prompt is the concatenation of its segments' texts, character by character the model's own template; because
-each segment carries a `TokenRole`, roles need never be searched for afterwards. The tasks are "findings",
-"grounded" (findings with boxes) and "phrase" (one given phrase with boxes). A missing or blank section reads
-`N/A`. A prior report needs a prior image, as the template has no other place for it: without one it is an error.
+A prompt is the concatenation of its segments' texts and equals the published template exactly. Each segment has a
+`TokenRole`, so that roles are known without a search in the text. The tasks are "findings", "grounded" (findings with
+boxes) and "phrase" (one given phrase with boxes). A missing or blank section is written as `N/A`. A prior report
+without a prior image is an error, since the template cannot contain it.
 """
 
 import re
@@ -34,7 +34,7 @@ _PHRASE = (
 
 
 class StudyLike(Protocol):
-    """What the processor reads of a study. Images are anything `image_to_pixels` takes, or None."""
+    """Attributes of a study that the processor reads. Images are anything that `image_to_pixels` accepts, or None."""
 
     @property
     def frontal(self) -> Any: ...
@@ -57,7 +57,7 @@ class StudyLike(Protocol):
 
 
 class Segment(NamedTuple):
-    """A piece of a prompt: its text, its role, and for an image placeholder the view as an index into `VIEWS`."""
+    """Part of a prompt: its text, its role, and for an image placeholder the view as an index into `VIEWS`."""
 
     text: str
     role: TokenRole
@@ -65,7 +65,7 @@ class Segment(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The segments of one study's prompt and its images in prompt order, as `(view, image)` pairs."""
+    """Segments of one study's prompt, and its images in prompt order as `(view, image)` pairs."""
 
     segments: tuple[Segment, ...]
     images: tuple[tuple[int, Any], ...]
@@ -80,14 +80,14 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
     """Build the prompt of one study.
 
     Args:
-        study: its images and texts.
+        study: Study with images and texts.
         task: "findings", "grounded" or "phrase".
-        phrase: the finding to ground; for task "phrase" only, which uses the frontal image alone.
+        phrase: Finding to ground, for task "phrase" only. This task uses only the frontal image.
 
     Raises:
-        ConfigError: an unknown task.
-        PromptError: no frontal image, a section that is not text, a prior report without a prior image, or a phrase
-            where none belongs or none where one does.
+        ConfigError: An unknown task.
+        PromptError: No frontal image, a section that is not text, a prior report without a prior image, a phrase for
+            another task, or no phrase for task "phrase".
     """
     if task not in TASKS:
         raise ConfigError(
@@ -105,7 +105,7 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
         )
     if task != "phrase" and study.prior_report and study.prior_frontal is None:
         raise PromptError(
-            "The study has a prior report but no prior frontal image. MAIRA-2's prompt has no place for the one without"
+            "The study has a prior report but no prior frontal image. MAIRA-2's prompt cannot contain the one without"
             " the other; give the prior image, or set prior_report to None."
         )
     lateral = None if task == "phrase" else study.lateral
@@ -140,22 +140,22 @@ def build_prompt(study: StudyLike, task: str = "findings", phrase: str | None = 
 
 
 LONGEST_TEXT = 20_000
-"""Characters of a section that are tokenized at most; the longest public reports have about 10,000."""
+"""Largest number of characters of a section; the longest public reports have about 10,000."""
 LONGEST_WORD = 1_000
-"""Letters of a word that are tokenized at most."""
+"""Largest number of letters of a word."""
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD},}}")
 
 
 def check_text(text: str, field: str) -> None:
-    """Refuse a text that no tokenizer can encode, or that no person wrote.
+    """Refuse a text that no tokenizer can encode, or that is far too long for a report.
 
     Raises:
-        PromptError: The text holds half of a surrogate pair, or it or one of its words is far too long.
+        PromptError: The text contains half of a surrogate pair, or it or one of its words is far too long.
     """
     half = next((place for place, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
     if half is not None:
         raise PromptError(
-            f"The {field} holds the lone surrogate {text[half]!a} at character {half}; expected valid Unicode. "
+            f"The {field} contains the lone surrogate {text[half]!a} at character {half}; expected valid Unicode. "
             "Decode the source with its own encoding, or remove the character."
         )
     if len(text) > LONGEST_TEXT:
@@ -170,7 +170,7 @@ def check_text(text: str, field: str) -> None:
 
 
 def raw_prompt(text: str, image_token: str) -> Prompt:
-    """A prompt that a caller wrote himself, placeholders included; its images all count as frontal."""
+    """Make a prompt from a text that already contains its placeholders; all images count as frontal."""
     pieces = text.split(image_token)
     segments = [Segment(pieces[0], TokenRole.TEMPLATE)]
     for piece in pieces[1:]:

@@ -1,6 +1,6 @@
-"""Methods of the published MAIRA-2 processor, by their published names and signatures.
+"""Methods of the published MAIRA-2 processor, with their published names and signatures.
 
-A script written for the published processor runs with this package's by changing its import. The prompts, pixels and
+A script written for the published processor runs with this one after a change of its import. The prompts, pixels and
 parsed reports are those of `Maira2Processor.encode` and `parse_report`; boxes are (x_min, y_min, x_max, y_max) in 0..1
 of the frontal image's centre square until `adjust_box_for_original_image_size` maps them to the whole image.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """One study as keyword arguments name it."""
+    """Study made from the keyword arguments of the published methods."""
 
     frontal: ImageSource
     lateral: ImageSource | None = None
@@ -37,7 +37,7 @@ class _Inputs:
 
 
 class PublishedMethods:
-    """Mixin of the processor."""
+    """Mixin of the processor with the published methods."""
 
     if TYPE_CHECKING:
 
@@ -57,7 +57,7 @@ class PublishedMethods:
         get_grounding: bool = False,
         return_tensors: Literal["pt"] = "pt",
     ) -> BatchFeature:
-        """Prompt and pixels for a report of one study.
+        """Build prompt and pixels for a report of one study.
 
         Args:
             current_frontal: Frontal image to report.
@@ -91,7 +91,7 @@ class PublishedMethods:
     def format_and_preprocess_phrase_grounding_input(
         self, frontal_image: ImageSource, phrase: str, return_tensors: Literal["pt"] = "pt"
     ) -> BatchFeature:
-        """Prompt and pixels that ask where a phrase can be seen.
+        """Build prompt and pixels to locate a phrase in the image.
 
         Args:
             frontal_image: Frontal image.
@@ -106,19 +106,20 @@ class PublishedMethods:
     def convert_output_to_plaintext_or_grounded_sequence(
         self, text: str
     ) -> str | list[tuple[str, list[Box] | None]]:
-        """Read decoded output.
+        """Parse decoded output.
 
         Args:
             text: Decoded new tokens, without `</s>`.
 
         Returns:
-            The text of a plain report, or for grounded output one (text, boxes) pair per finding, boxes None where the
-            finding has none. Parts that cannot be read, as of output that was cut off, are left out with a warning.
+            The text of a plain report, or one (text, boxes) pair per finding of grounded output, with boxes None for a
+            finding without boxes. Parts that cannot be read, as in output that was cut off, are left out with a
+            warning.
         """
         report = parse_report(text)
         if report.leftover:
             warnings.warn(
-                f"The output holds {len(report.leftover)} characters outside of whole findings, which are left out: "
+                f"The output has {len(report.leftover)} characters outside of complete findings, which are left out: "
                 f"{report.leftover[:80]!r}. Generate more tokens if it was cut off.",
                 stacklevel=2,
             )

@@ -1,10 +1,10 @@
-"""Read and write MAIRA-2's output: plain text, or findings with boxes.
+"""Parse and write MAIRA-2's output: plain text, or findings with boxes.
 
     <obj>text<box><x10><y20><x40><y60></box>...</obj>      coordinate = (bin + 0.5) / 100
 
 Boxes are x_min, y_min, x_max, y_max, relative to the centre square crop of the frontal image (`images.py`
-maps them to the whole image). A generation may be cut off or loop: whole findings are kept, everything else
-is returned as `leftover`.
+maps them to the whole image). If generation is cut off or repeats itself, complete findings are kept and everything
+else is returned as `leftover`.
 """
 
 import re
@@ -24,7 +24,7 @@ _MARK = re.compile(r"</?obj>|</?box>|<[xy]\d\d?>")
 
 @dataclass(frozen=True)
 class GroundedFinding:
-    """One statement and its boxes, `(x_min, y_min, x_max, y_max)` in 0..1; none if it is ungrounded."""
+    """One statement and its boxes, `(x_min, y_min, x_max, y_max)` in 0..1; no boxes if it is ungrounded."""
 
     text: str
     boxes: tuple[Box, ...] = ()
@@ -32,13 +32,13 @@ class GroundedFinding:
 
 @dataclass(frozen=True)
 class ParsedReport:
-    """A report as read from the model's output.
+    """Report parsed from the model's output.
 
     Args:
-        text: the prose; for grounded output the whole findings' texts joined by a space.
-        findings: the whole findings of grounded output, empty for plain output.
-        complete: the output was closed by `</s>` and nothing was left over.
-        leftover: what could not be read, in the order it stood.
+        text: Text of the report; for grounded output the texts of its complete findings, joined by a space.
+        findings: Complete findings of grounded output; empty for plain output.
+        complete: Whether the output ended with `</s>` and all of it could be parsed.
+        leftover: Parts that could not be parsed, in their order.
     """
 
     text: str
@@ -48,11 +48,11 @@ class ParsedReport:
 
 
 def parse_report(text: str, closed: bool = True) -> ParsedReport:
-    """Read the model's output text.
+    """Parse the model's output text.
 
     Args:
-        text: decoded output with its grounding tokens.
-        closed: whether the output ended with `</s>` (False: it was cut off).
+        text: Decoded output with its grounding tokens.
+        closed: Whether the output ended with `</s>` (False if it was cut off).
     """
     if not _MARK.search(text):
         return ParsedReport(text=text.strip(), complete=closed)
@@ -74,24 +74,24 @@ def parse_report(text: str, closed: bool = True) -> ParsedReport:
 
 
 def format_grounded(findings: Iterable[Any]) -> str:
-    """Write findings (objects with `text` and `boxes`) as the model would; the inverse of `parse_report`.
+    """Write findings (objects with `text` and `boxes`) in the model's format; the inverse of `parse_report`.
 
     Raises:
-        PromptError: a blank text, a text with grounding tokens, or a box that is not ordered inside 0..1.
+        PromptError: A text is blank or contains grounding tokens, or a box is not ordered within 0..1.
     """
     return "".join(_write_object(finding.text, finding.boxes or ()) for finding in findings)
 
 
 def teacher_text(study: Any, task: str, phrase: str | None) -> str:
-    """The text a study itself holds as the answer to a task.
+    """Report of a study, as the expected output of a task.
 
     Args:
-        study: with `report` and `grounded_report`.
+        study: Study with `report` and `grounded_report`.
         task: "findings", "grounded" or "phrase".
-        phrase: for task "phrase" the text of the grounded finding that is meant.
+        phrase: Text of the grounded finding, for task "phrase".
 
     Raises:
-        PromptError: the study has no such report.
+        PromptError: The study has no such report.
     """
     if task == "findings":
         if not study.report:
@@ -112,10 +112,10 @@ def teacher_text(study: Any, task: str, phrase: str | None) -> str:
 
 
 def box_to_bins(box: Sequence[float]) -> tuple[int, int, int, int]:
-    """The four coordinate bins (0..99) of a box `(x_min, y_min, x_max, y_max)` in 0..1.
+    """Convert a box `(x_min, y_min, x_max, y_max)` in 0..1 to its four coordinate bins (0..99).
 
     Raises:
-        PromptError: the box is not ordered inside 0..1.
+        PromptError: The box is not ordered within 0..1.
     """
     values = [float(value) for value in box]
     ordered = len(values) == 4 and 0 <= values[0] <= values[2] <= 1 and 0 <= values[1] <= values[3] <= 1
@@ -154,7 +154,7 @@ def _write_object(text: str, boxes: Iterable[Sequence[float]]) -> str:
     if not text.strip() or _MARK.search(text):
         raise PromptError(
             f"A grounded finding has the text {text!r}; it must be prose without grounding tokens. Give the"
-            " boxes apart from the text."
+            " boxes separately from the text."
         )
     written = []
     for box in boxes:

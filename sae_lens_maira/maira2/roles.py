@@ -1,17 +1,17 @@
-"""The role of every position, named filters over roles, and the tokens that MAIRA-2 adds to Vicuna's vocabulary.
+"""Token roles of positions, presets of roles, and the tokens that MAIRA-2 adds to Vicuna's vocabulary.
 
     PAD · BOS · TEMPLATE · IMAGE · INDICATION · TECHNIQUE · COMPARISON · PRIOR_REPORT · PHRASE
     SEPARATOR · REPORT
 
-Every position has exactly one role. TEMPLATE is boilerplate prose, SEPARATOR the turn markers and
-section labels (`USER:`, `INDICATION:`, ...), a section's role covers its text or its `N/A`, and REPORT covers generated
-or teacher-forced text with its closing `</s>`. `prompts.py` and `tokenization.py` assign them.
+Every position has exactly one role. TEMPLATE is the fixed text of the prompt, SEPARATOR the turn markers and section
+labels (`USER:`, `INDICATION:`, ...). The role of a section covers its text or its `N/A`, and REPORT covers generated or
+teacher-forced text with the final `</s>`. `prompts.py` and `tokenization.py` assign the roles.
 
     <obj> </obj> <x0>..<x99> <y0>..<y99> <box> </box> <image> <prev_im> <lat_image>
 
-The 207 added tokens have the ids 32000 to 32206 in the published tokenizer; a smaller tokenizer keeps the order after
-its own vocabulary. They are not "special" tokens: `skip_special_tokens=True` keeps them in decoded text, which is how
-boxes survive decoding.
+The 207 added tokens have the ids 32000 to 32206 in the published tokenizer; in a smaller tokenizer they follow its
+vocabulary in the same order. They are not "special" tokens: `skip_special_tokens=True` keeps them in decoded text, so
+that boxes can be parsed.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from sae_lens_maira.errors import ConfigError
 
 
 class TokenRole(IntEnum):
-    """The role of one position; the numbers are stored in files and never change."""
+    """Role of one position. The numbers are stored in files and must not change."""
 
     PAD = 0
     BOS = 1
@@ -47,13 +47,13 @@ SECTIONS = frozenset(
 )
 
 LAST_IMAGE_PRESET = "paper_last_image"
-"""The preset that keeps one position of each image: its last one."""
+"""Preset that keeps one position of each image: the last one."""
 
 ROLE_PRESETS: dict[str, frozenset[TokenRole]] = {
-    # All that a report is written from, and the report; no boilerplate.
+    # All content that a report is written from, and the report, without the fixed text of the prompt.
     "content": SECTIONS | {TokenRole.IMAGE, TokenRole.REPORT},
-    # arXiv 2507.12950 drops "intermediate image tokens" and boilerplate. Whether that spares the last token of each
-    # image is not published: "paper" drops all image tokens, "paper_last_image" keeps the last one of each image.
+    # arXiv 2507.12950 drops "intermediate image tokens" and boilerplate. Whether it keeps the last token of each image
+    # is not published: "paper" drops all image tokens, "paper_last_image" keeps the last one of each image.
     "paper": SECTIONS | {TokenRole.REPORT},
     LAST_IMAGE_PRESET: SECTIONS | {TokenRole.IMAGE, TokenRole.REPORT},
     "text_only": frozenset(TokenRole) - {TokenRole.PAD, TokenRole.BOS, TokenRole.IMAGE},
@@ -63,18 +63,18 @@ ROLE_PRESETS: dict[str, frozenset[TokenRole]] = {
 }
 
 DEFAULT_ROLES = "content"
-"""The default preset of harvest, latents and quickstart."""
+"""Default preset of harvest, latents and quickstart."""
 
 RoleFilter = str | TokenRole | Iterable[TokenRole | str]
 
 
 def resolve_roles(roles: RoleFilter) -> frozenset[TokenRole]:
-    """Turn a preset's name, a role, or role names into a set of roles.
+    """Convert a preset's name, a role, or role names to a set of roles.
 
-    "paper_last_image" gives the roles alone; which image positions it keeps is up to `role_mask`.
+    For "paper_last_image" the set contains IMAGE; `role_mask` selects the last position of each image.
 
     Raises:
-        ConfigError: the name is neither a preset nor a role.
+        ConfigError: A name is neither a preset nor a role.
     """
     if isinstance(roles, TokenRole):
         return frozenset({roles})
@@ -115,4 +115,4 @@ ADDED_TOKENS: tuple[str, ...] = (
 )
 
 GROUNDING_TOKENS = frozenset(ADDED_TOKENS[: 2 + 2 * COORDINATE_BINS + 2])
-"""The tokens that may occur in a grounded report: everything but the three image tokens."""
+"""Tokens that can occur in a grounded report: all added tokens except the three image tokens."""

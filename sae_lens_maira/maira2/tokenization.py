@@ -1,10 +1,10 @@
-"""Tokenise prompts whole and give every token the role of the segment it came from.
+"""Tokenise whole prompts and assign every token the role of its segment.
 
-The ids of a prompt are exactly the tokenizer's ids of the prompt's string: tokenising segment by segment
-would give others wherever a merge or a space marker crosses a border. Roles are assigned afterwards through
-character offsets: a token belongs to the segment of its first character that is not a space (of its first
-character if it is all spaces). A report is tokenised as a string of its own and put after the prompt, so
-that the prompt's ids are the same with and without it, as generation sees them.
+The ids of a prompt are exactly the tokenizer's ids of the prompt's text; tokenising segments separately would give
+other ids where a merge or a space marker crosses a border. Roles are assigned afterwards by character offsets: a token
+belongs to the segment of its first character that is not a space (of its first character if it is all spaces). A report
+is tokenised separately and appended to the prompt, so that the prompt's ids are the same with and without a report, as
+in generation.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from sae_lens_maira.maira2.roles import TokenRole
 
 
 class Row(NamedTuple):
-    """One study's positions before padding, arrays of one length: the columns of `Maira2Encoding`."""
+    """Positions of one study before padding: arrays of equal length, the columns of `Maira2Encoding`."""
 
     input_ids: np.ndarray
     roles: np.ndarray
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     patch_col: np.ndarray
 
 
-# dtype and padding value of each column but input_ids, whose padding is the tokenizer's
+# dtype and padding value of each column except input_ids, which is padded with the tokenizer's padding id
 _COLUMNS: dict[str, tuple[type, int]] = {
     "input_ids": (np.int64, 0),
     "roles": (np.int8, int(TokenRole.PAD)),
@@ -46,13 +46,13 @@ def tokenize_prompts(
     """Tokenise prompts and expand every `<image>` to its patches, row by row from the top left.
 
     Args:
-        tokenizer: a fast tokenizer.
-        prompts: one per row.
-        image_token_id: id of `<image>`.
-        patches_per_side: an image becomes this number squared of positions.
+        tokenizer: Fast tokenizer.
+        prompts: Prompts, one per row.
+        image_token_id: Token id of `<image>`.
+        patches_per_side: Patches along one side of an image; an image takes the square of this number of positions.
 
     Raises:
-        PromptError: the tokenizer does not turn every `<image>` into one placeholder.
+        PromptError: The tokenizer does not convert every `<image>` to one placeholder.
     """
     texts = [prompt.text for prompt in prompts]
     batch = tokenizer(
@@ -75,7 +75,7 @@ def tokenize_prompts(
         if found != len(kinds):
             raise PromptError(
                 f"A prompt with {len(kinds)} images was tokenised to {found} image placeholders (id"
-                f" {image_token_id}). The tokenizer must hold <image> as one added token of that id; use the"
+                f" {image_token_id}). The tokenizer must have <image> as one added token with that id; use the"
                 " checkpoint's own tokenizer."
             )
         rows.append(_expand(ids, roles, ids == image_token_id, kinds, patches_per_side))
@@ -83,7 +83,7 @@ def tokenize_prompts(
 
 
 def append_reports(tokenizer: Any, rows: Sequence[Row], reports: Sequence[str]) -> list[Row]:
-    """Put each report and the closing `</s>` after its row, as REPORT positions."""
+    """Append each report and the final `</s>` to its row, as REPORT positions."""
     batch = tokenizer(
         list(reports),
         add_special_tokens=False,
@@ -103,7 +103,7 @@ def append_reports(tokenizer: Any, rows: Sequence[Row], reports: Sequence[str]) 
 
 
 def pad_rows(rows: Sequence[Row], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Stack rows to `(B, L)` tensors, padded on the given side, with their attention mask."""
+    """Stack rows into `(B, L)` tensors, padded on the given side, with their attention mask."""
     length = max(len(row.input_ids) for row in rows)
     columns = {
         name: np.full((len(rows), length), pad_token_id if name == "input_ids" else fill, dtype)
@@ -123,13 +123,13 @@ def pad_rows(rows: Sequence[Row], pad_token_id: int, side: str) -> dict[str, tor
 
 def _roles_of_tokens(prompt: Prompt, text: str, offsets: np.ndarray) -> np.ndarray:
     lengths = [len(segment.text) for segment in prompt.segments]
-    # A token that is no placeholder cannot be an image: characters of `<image>` count as the next segment's.
+    # A token that is not a placeholder is not an image: characters of `<image>` count as the next segment's.
     roles = [int(segment.role) for segment in prompt.segments]
     for number in range(len(roles) - 2, -1, -1):
         if roles[number] == TokenRole.IMAGE:
             roles[number] = roles[number + 1]
     of_char = np.repeat(np.asarray(roles, dtype=np.int8), lengths)
-    # For every character the place of the next one that is not a space.
+    # For every character, the position of the next one that is not a space.
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     places = np.arange(len(codes))
     next_word = np.minimum.accumulate(np.where(codes == ord(" "), len(codes), places)[::-1])[::-1]

@@ -1,9 +1,9 @@
-"""Processor files that every supported transformers reads the same way.
+"""Read and write processor files so that every supported transformers gives the same ids.
 
-Two traps are closed here. transformers 5 rebuilds a `LlamaTokenizer` from its vocabulary and drops the
-normaliser of `tokenizer.json`: after every `<image>` the published prompt then has other ids than the model
-was trained with. And a processor saved by transformers 5 names classes that 4.56 does not have. So
-`tokenizer.json` is always used unchanged, and what is written has only names that both accept.
+Two differences between versions are handled here. transformers 5 rebuilds a `LlamaTokenizer` from its vocabulary and
+drops the normaliser of `tokenizer.json`, so that tokens after every `<image>` get other ids than in training. A
+processor saved by transformers 5 names classes that 4.56 does not have. Therefore `tokenizer.json` is always used
+unchanged, and written files contain only names that both versions accept.
 """
 
 import json
@@ -19,12 +19,12 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def tokenizer_as_filed(tokenizer: Any, source: str, **hub: Any) -> Any:
-    """Return `tokenizer`, or one read verbatim from `tokenizer.json` where the two differ.
+    """Return `tokenizer`, or one read unchanged from `tokenizer.json` if the two differ.
 
     Args:
-        tokenizer: as transformers loaded it.
-        source: the folder or hub id it came from.
-        **hub: hub keywords; others are ignored.
+        tokenizer: Tokenizer as transformers loaded it.
+        source: Folder or hub id that it was loaded from.
+        **hub: Hub keywords; others are ignored.
     """
     hub = {key: value for key, value in hub.items() if key in _HUB}
     path = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
@@ -41,8 +41,8 @@ def write_portable_files(processor: Any, folder: Path) -> None:
     """Write a processor's files so that transformers 4.56 and 5 both read them.
 
     Args:
-        processor: a `Maira2Processor`.
-        folder: where to; made if missing.
+        processor: A `Maira2Processor`.
+        folder: Folder to write to; created if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, images = processor.tokenizer, processor.image_processor

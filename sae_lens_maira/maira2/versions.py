@@ -1,9 +1,8 @@
-"""Everything that differs between the supported versions of the host libraries, and nothing else.
+"""Differences between the supported versions of transformers and TransformerLens, one function each. transformers 4.56
+and 5 differ in how checkpoint keys are renamed, in what `get_image_features` returns and in the name of the rotary
+settings in a saved configuration.
 
-transformers 4.56 and 5 disagree on how checkpoint keys are renamed, on what `get_image_features` returns and
-on the name of the rotary settings in a saved configuration; TransformerLens 2.17 has no TransformerBridge.
-Each difference is one function here, so that no other module asks for a version number. This module knows
-nothing about MAIRA-2 beyond the names of its parts.
+TransformerLens 2.17 has no TransformerBridge. No other module checks a version number.
 """
 
 import inspect
@@ -16,8 +15,8 @@ from packaging.version import Version
 TRANSFORMERS = Version(version("transformers"))
 TRANSFORMERS_5 = Version("5.0.0.dev0") <= TRANSFORMERS
 
-# Published prefix -> live module path. No escapes: transformers 4.56 writes the left sides back as literal
-# text when it saves. Order matters: the first pattern that fits wins.
+# Published prefix -> module path. No escapes: transformers 4.56 writes the left sides as literal text when it saves.
+# Order matters: the first pattern that matches is used.
 KEY_RENAMES: dict[str, str] = {
     "^language_model.lm_head": "lm_head",
     "^language_model.model": "model.language_model",
@@ -27,7 +26,7 @@ KEY_RENAMES: dict[str, str] = {
 
 
 def cache_keyword() -> str:
-    """The name under which a model's forward takes the key-value cache: `cache` in new transformers 5."""
+    """Name of the key-value cache argument of a model's forward: `cache` in new versions of transformers 5."""
     from transformers import LlavaModel
 
     return "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
@@ -39,10 +38,9 @@ def has_transformer_bridge() -> bool:
 
 
 def register_key_renames(model_type: str) -> None:
-    """Tell transformers 5 how the published keys of `model_type` are called in the live module.
+    """Register the renames of the published keys of `model_type` with transformers 5.
 
-    transformers 4.56 reads the class attribute `_checkpoint_conversion_mapping` instead and needs nothing
-    here.
+    transformers 4.56 reads the class attribute `_checkpoint_conversion_mapping` instead.
     """
     if not TRANSFORMERS_5:
         return
@@ -54,7 +52,7 @@ def register_key_renames(model_type: str) -> None:
 
 
 def image_features_result(features: list[torch.Tensor], backbone_output: Any) -> Any:
-    """Wrap per-image features, each `(patches, d)`, as this version's `LlavaModel.forward` reads them."""
+    """Wrap features per image, each `(patches, d)`, in the format that this version's `LlavaModel.forward` expects."""
     if not TRANSFORMERS_5:
         return features
     from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -67,8 +65,8 @@ def image_features_result(features: list[torch.Tensor], backbone_output: Any) ->
 def portable_text_config(text_config: dict[str, Any]) -> dict[str, Any]:
     """Rewrite the rotary settings of a text configuration for the installed transformers.
 
-    A configuration saved by transformers 5 holds `rope_parameters`, which 4.56 silently ignores: the model
-    would run with unscaled positions. transformers 5 reads both spellings.
+    A configuration saved by transformers 5 has `rope_parameters`, which 4.56 silently ignores, so that positions would
+    not be scaled. transformers 5 reads both names.
     """
     rope = text_config.get("rope_parameters")
     if TRANSFORMERS_5 or not rope:
@@ -83,7 +81,7 @@ def portable_text_config(text_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def declare_processor_parts(processor_class: Any) -> None:
-    """Name the parts' classes on a processor class: transformers 4 wants it, transformers 5 warns of it."""
+    """Declare the classes of a processor's parts: transformers 4 needs this, transformers 5 warns about it."""
     if not TRANSFORMERS_5:
         processor_class.image_processor_class = "AutoImageProcessor"
         processor_class.tokenizer_class = "AutoTokenizer"

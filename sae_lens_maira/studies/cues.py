@@ -1,8 +1,9 @@
 """Cues of the rule labeller: the words around a phrase that affirm, doubt or deny it.
 
-Regular expressions over lower-case text as in `phrases`. In a cue, " not" also matches "n't", "can not" also matches
-"cannot" and "can't", and "NOT" at the start of a cue matches "not" and every contraction. Most lists come in pairs: a
-cue BEFORE a mention reaches forward, a cue AFTER it reaches back. `labels` decides how far, and which cue wins.
+The cues are regular expressions over lower-case text, as in `phrases`. In a cue, " not" also matches "n't", "can not"
+also matches "cannot" and "can't", and "NOT" at the start of a cue matches "not" and every contraction. Most lists come
+in pairs: a cue in a list named BEFORE precedes the mention, a cue in a list named AFTER follows it. `labels` decides
+how far a cue reaches and which cue takes precedence.
 """
 
 NORMAL_PHRASES = (
@@ -36,7 +37,7 @@ OTHER_STATEMENTS = (
     r"|free air"
     r"|adenopathy|lymphadenopathy|calcifi\w+|osteopenia|atheroscler\w+)",
 )
-"""A text that states one of these can be read, though none of the 14 observations may be mentioned."""
+"""A text that states one of these is readable, even if it mentions none of the 14 observations."""
 
 _DEGREE = (
     r"(?:interval|significant(?:ly)?|appreciabl[ey]|relevant(?:ly)?|substantial(?:ly)?|definite(?:ly)?|major"
@@ -91,7 +92,7 @@ PSEUDO_NEGATION = (
     rf"NOT (?:\w+ )?{SHOWN} (?:previously|before|earlier|yesterday|last \w+"
     r"|(?:on|in|at) (?:the |any )?(?:prior|previous|earlier|last|preceding|old|comparison))",
 )
-"""Look like negations, deny nothing about what follows."""
+"""Phrases that look like negations but do not deny what follows."""
 
 _RESEMBLE = (
     r"(?:suspicious|concerning|suggestive|typical|characteristic|consistent|compatible|worrisome|diagnostic"
@@ -151,11 +152,12 @@ NEGATION_AFTER = (
     r"(?:is|are|was|were|has been|have been) (?:\w+ )?(?:absent|excluded|ruled out)",
     rf"(?:resolved|cleared){_ENDS}",
 )
-# Read as present, since they state more than even odds: "likely", "probably", "suggesting", "suspicious for",
-# "concerning for", "worrisome for", "suspected". Uncertain: what is named as one possibility, or not excluded.
+# Labelled present, since they state a probability above one half: "likely", "probably", "suggesting", "suspicious for",
+# "concerning for", "worrisome for", "suspected". Labelled uncertain: a finding named as one possibility, or not
+# excluded.
 _EXCLUDE = r"(?:exclude[ds]?|excluding|rule[ds]? out|ruling out)"
 SUBJECT_OF_DOUBT = r"\bdifferential(?: \w+)? (?:for|of) (?:[\w-]+ ){0,4}$"
-"""In front of a finding whose causes are listed: "the differential for the opacity includes"."""
+"""Before a finding whose causes are listed: "the differential for the opacity includes"."""
 UNCERTAIN_BEFORE = (
     r"(?<!is\s)(?<!are\s)(?<!felt\s)(?<!be\s)(?:no longer )?less (?:likely|probable|probably)",
     r"less (?:likely|probable) (?:to|due|related|that)",
@@ -189,7 +191,7 @@ UNCERTAIN_BEFORE = (
     r"(?:can|should) be considered",
 )
 VERSUS_AFTER = (r"(?:versus|vs)",)
-"""Reaches back to the mentions in front of it, but not beyond "with": "effusion with atelectasis versus pneumonia"."""
+"""Applies to the mentions before it, but not beyond "with": "effusion with atelectasis versus pneumonia"."""
 UNCERTAIN_AFTER = (
     rf"(?:can not|could not) (?:\w+ ){{0,3}}{_EXCLUDE}",
     rf"NOT (?:\w+ ){{0,3}}{_EXCLUDE}",
@@ -210,14 +212,14 @@ EXPLAINED_AWAY = (
     r"|vascular) (?:seen )?(?:on end|end-on)"
     r"|due to (?:\w+ ){0,2}(?:position(?:ing)?|technique|projection|rotation|magnification))\b"
 )
-"""Directly behind a mention: what looks like the finding is probably something else."""
+"""Directly after a mention: what looks like the finding is probably something else."""
 UNLIKELY_AFTER = (
     r"unlikely(?! (?:to|due|related|that)\b(?! be present))",
     r"not (?:\w+ )?(?:likely|favou?red|suspected|probable|expected)(?! to\b)",
     r"not (?:thought|felt) to be present",
     r"(?:improbable|implausible|doubtful|doubted)",
 )
-"""Read behind a mention and before the next comma."""
+"""Applies between a mention and the next comma."""
 LIKELIHOOD_BEFORE = (
     r"(?:likelihood|probability|possibility|suspicion|chance|risk) (?:of|for) (?:\w+ ){0,3}",
 )
@@ -226,19 +228,19 @@ LOW_AFTER = (r"(?:is|are|remains?|seems?|appears?) (?:\w+ )?(?:low|remote|small|
 PART_BEFORE = (
     r"(?:most|much|majority|bulk|some|part|portion|component|half|one|two|several) of (?:\w+ ){0,4}",
 )
-"""In front of a mention that "has cleared" or "was removed": a part of it has not."""
+"""Before a mention that "has cleared" or "was removed": a part of the finding remains."""
 EXTENT_BEFORE = (
     r"(?:extent|severity|size|volume|acuity|age|chronicity|etiology|cause|contributions?|position|location|tips?"
     r"|course|side port) of (?:[\w-]+ ){0,4}",
 )
-"""In front of a mention whose extent is unclear or cannot be assessed: the finding itself is there."""
+"""Before a mention whose extent is unclear or cannot be assessed: the finding itself is present."""
 TIP_AFTER = r"\s+(?:tips?|side ?port|side ?hole|course|position)\b"
-"""Directly behind a device: what follows is about a part of it."""
+"""Directly after a device: what follows is about a part of the device."""
 RESIDUE_AFTER = (
     r"now (?:only )?(?:mild|minimal|small|trace|faint|tiny)",
     r"with (?:\w+ ){0,2}residu(?:al|um|a)(?=\s*(?:[.,;]|$|component|disease|change))",
 )
-"""Behind "resolution of" a mention: some of it is left."""
+"""After "resolution of" a mention: some of the finding remains."""
 
 REMOVED_BEFORE = (
     r"(?:removal|withdrawal|explantation|discontinuation|extraction) of",
@@ -264,7 +266,7 @@ _NO = (
 )
 _MAYBE = r"(?:possibl[ey]|questionable|equivocal|\?|uncertain|maybe|indeterminate|suspected|cannot (?:be )?exclude\w*)"
 _JOINED = r"(?:\s*(?:/|\band\b|\bor\b)\s*[\w-]+(?: [\w-]+){0,3}){0,2}"
-"""More findings in front of a value that they share: "edema/effusion: none"."""
+"""Further findings before a value that they share: "edema/effusion: none"."""
 VALUE_ABSENT = (
     rf"(?:{_JOINED}{_ANSWER}(?:previously {SHOWN},? (?:but )?(?:now )?)?{_NO}"
     rf"|[,;.]\s+(?:and |but )?none (?:is |are |was |were )?{SHOWN}\b)"
@@ -276,9 +278,9 @@ VALUE_PRESENT = (
 )
 VALUE_UNCERTAIN = rf"{_JOINED}{_ANSWER}{_MAYBE}"
 LABEL = rf"{_JOINED}\s*:\s*"
-"""Behind a mention that is only the name of what follows: "Effusion: no large effusion"."""
+"""After a mention that is only a heading: "Effusion: no large effusion"."""
 VALUE = rf"(?:{VALUE_ABSENT}|{VALUE_PRESENT}|{VALUE_UNCERTAIN})"
-"""What a list writes behind the name of a finding."""
+"""Values that follow the name of a finding in a list."""
 
 _MODAL = r"(?:may|might|can|could|would|will|should)"
 _PERCEIVE = (
@@ -299,7 +301,7 @@ NO_STATEMENT_BEFORE = (
     r"(?:for|to|because of|given|due to)(?: \w+){0,4}?(?: (?:suspicion|concern|question|evaluation|assessment))?"
     r"(?: (?:of|for))?",
 )
-"""What was known or asked before the image was read."""
+"""History and clinical questions: what was known or asked before the image was read."""
 NO_STATEMENT_AFTER = (
     r"(?:is|are|may be|can be|could be|would be|might be|should be) (?:\w+ )?"
     r"(?:missed|overlooked|undetected|underestimated|occult|obscured|masked|hidden|concealed|inapparent|invisible)",
@@ -319,7 +321,7 @@ SEEN_ELSEWHERE = (
     r"\s+(?:(?:seen )?on (?:the |an )?(?:prior|previous|outside) (?:ct|study|imaging|mri|exam)\s*(?:[.;]|$)"
     r"|(?:treatment|therapy|protocol|precautions|work-?up|prophylaxis)\b)"
 )
-"""Directly behind a mention: it was seen on another image, or names a treatment."""
+"""Directly after a mention: the finding was seen on another image, or the words name a treatment."""
 MISSED_BEFORE = (
     r"(?:needed|required|necessary|recommended|helpful|useful|advised|suggested|preferred|superior)(?: \w+){0,3}"
     r" (?:detect\w*|diagnos\w+|identif\w+|recogni\w+|exclusion)(?: [\w-]+){0,4}\s*$",
@@ -344,12 +346,12 @@ TASK = (
     r"|diagnose|identification|identifying|identify|visuali[sz]ation|interpretation|characteri[sz]ation|recognition"
     r"|depiction|adequate|reliable|discerning|appreciat\w+|estimation|accuracy)"
 )
-"""A clause with both, the task before the mention, describes the technique and states nothing about the finding."""
+"""A clause with both, and the task before the mention, describes the technique and not the finding."""
 RESULT = (
     r"(?:shows?|show(?:ed|ing)|demonstrat\w+|reveal\w*|is|are|was|were|there|with|and|but|has|have|suggest\w*"
     r"|presence|due|because|given|by|since|after)"
 )
-"""Words behind which a clause about the technique is over."""
+"""Words that end a clause about the technique."""
 
 TERMINATION = (
     r"but",
@@ -376,15 +378,15 @@ APPOSITION = (
     r"|new|previously|prior|which)\b[^,.;]{1,50},(?=\s+(?:is|are|was|were|has|have|had|remains?|appears?|cannot|can"
     r"|could|may|might|seems?)\b)"
 )
-"""Words between commas that part a mention from its verb: "effusion, seen previously, has resolved"."""
+"""Words between commas that separate a mention from its verb: "effusion, seen previously, has resolved"."""
 EXPLAINS = (
     r"\b(?:reflect\w*|represent\w*|suggest\w*|consistent|compatible|concerning|suspicious|worrisome|likely"
     r"|probably|due"
     r"|secondary|related|could be|may be|might be|include[sd]?|including)\b"
 )
-"""Between a finding and its explanation: a doubt about the explanation is none about the finding."""
+"""Between a finding and its explanation: doubt about the explanation is not doubt about the finding."""
 CAUSES = r"\b(?:due to|represent\w*|reflect\w*|caused by|secondary to|related to)\s+(?:[\w-]+\s+){0,5}$"
-"""In front of "A or B", one of which is the cause."""
+"""Before "A or B", where one of the two is the cause."""
 SIZE_WORDS = (
     r"(?:small|moderate|large|mild|severe|stable|unchanged|persistent|bilateral|minimal|tiny|trace|increas\w+"
     r"|worsening"

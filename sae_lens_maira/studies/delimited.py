@@ -27,7 +27,7 @@ TEXT = pd.StringDtype("pyarrow")
 def csv_frame(
     path: Path, errors: str = "strict", known: Iterable[str] = (), columns: Iterable[str] | None = None
 ) -> pd.DataFrame:
-    """The cells of a delimited file as text, "" where empty; "NA" and "None" are kept as text.
+    """Read the cells of a delimited file as text, "" where empty; "NA" and "None" are kept as text.
 
     Args:
         path: File with a header line, also compressed (.gz).
@@ -100,7 +100,7 @@ def _text(path: Path, errors: str) -> str:
 
 
 def _separator(text: str, known: set[str]) -> str:
-    """The separator whose header has most of the known names, then most names; a comma where nothing tells."""
+    """Separator whose header has the most known names, then the most names; a comma if these tie."""
     header = next((line for line in text.splitlines() if line.strip()), "")
     best, score = ",", (-1, -1)
     for separator in SEPARATORS:
@@ -112,7 +112,7 @@ def _separator(text: str, known: set[str]) -> str:
 
 
 def _rows(text: str, separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number of its first line, cells) of every row that is not empty."""
+    """Yield (number of its first line, cells) for every row that is not empty."""
     limit = csv.field_size_limit(_FIELD_LIMIT)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     line = 1

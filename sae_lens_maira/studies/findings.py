@@ -1,4 +1,4 @@
-"""Findings of studies and of report text: what is known of a study, and what a report states.
+"""Findings of studies (their truth) and of report text (what a report states).
 
     truth_table     (n, F) findings that the studies are known to have
     FindingReader   text -> findings that it states, by one vocabulary
@@ -27,7 +27,7 @@ class FindingReader:
         names: Names of the findings it can read, in label order.
         read: Function from a report to the names that it states as present. Use `stated` for generated text.
         source: Name of the method, for tables: "phantom", "rules", or your own.
-        readable: Function that tells whether it can read a report. Others are left out of every score.
+        readable: Function that returns whether a report can be read. Unreadable reports are left out of every score.
         statements: Reader of findings with side, place and change, for `report_metrics`; None where there is none.
     """
 
@@ -38,7 +38,7 @@ class FindingReader:
     statements: StatementReader | None = None
 
     def index(self, finding: str) -> int:
-        """Column of a finding; StudyError for a name that the reader does not know."""
+        """Column of a finding. Raises StudyError for a name that the reader does not know."""
         if finding not in self.names:
             raise StudyError(
                 f"There is no finding {finding!r}; reports are read for {', '.join(self.names)}. Name one of these."
@@ -48,12 +48,12 @@ class FindingReader:
     def stated(self, text: str) -> frozenset[str] | None:
         """Findings that a text states as present; None for a text that is empty or cannot be read.
 
-        A generated report that cannot be read is unknown. It is not a report without findings.
+        A generated report that cannot be read has unknown findings, which is not the same as no findings.
         """
         return self.read(text) if text.strip() and self.readable(text) else None
 
     def table(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, F) bool, what each text states."""
+        """(n, F) bool: whether each text states each finding as present."""
         stated = [self.read(text) for text in texts]
         return np.array([[name in one for name in self.names] for one in stated], dtype=bool).reshape(
             len(texts), len(self.names)
@@ -61,7 +61,7 @@ class FindingReader:
 
 
 def rule_reader() -> FindingReader:
-    """Reader of free report text by `rule_labels`: the 14 usual observations that are stated as present."""
+    """Make a reader of free report text by `rule_labels`: which of the 14 usual observations are stated as present."""
 
     def read(text: str) -> frozenset[str]:
         labels = rule_labels(text)
@@ -102,8 +102,8 @@ def truth_table(studies: Sequence[Study], names: Sequence[str]) -> np.ndarray:
 def readable_studies(studies: Sequence[Study], reader: FindingReader) -> list[Study]:
     """Studies whose findings are known: those with a truth, a readable report, or no report at all.
 
-    A report that is not English or states nothing ("None.") is not the same as one that denies every finding, so its
-    study belongs in no score.
+    A report that is not English or states nothing ("None.") differs from one that denies every finding, so its study is
+    left out of every score.
     """
     return [s for s in studies if s.truth is not None or not s.report or reader.readable(s.report)]
 

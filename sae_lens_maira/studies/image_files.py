@@ -1,8 +1,8 @@
 """Check image files in parallel: missing, unreadable, duplicate.
 
-Two files are the same when size, last 64 KiB and then the whole content agree; only files of equal size are read for
-it, since one pass over MIMIC-CXR's images is half a terabyte. Decoding is bounded by memory, not by the number of
-threads: an image waits until the estimates of all images being decoded fit `DECODE_BYTES`.
+Two files are duplicates when their sizes, their last 64 KiB and then their whole contents agree. Only files of equal
+size are read for this, since MIMIC-CXR's images are half a terabyte. Memory, and not the number of threads, bounds
+decoding: an image waits until the estimates of all images being decoded fit `DECODE_BYTES`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sae_lens_maira.errors import StudyError
 DEPTHS = ("none", "exist", "open", "decode")
 TAIL = 65536
 DECODE_BYTES = 1 << 30
-"""Memory that the images decoded at one time may take together."""
+"""Memory budget in bytes for all images that are decoded at the same time."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """What was seen of the files."""
+    """Result of a check of image files: missing, unreadable and duplicate files."""
 
     paths: tuple[Path, ...]
     missing: frozenset[Path]
@@ -48,29 +48,30 @@ def look_at(
     open_image: Callable[[Path], int] | None = None,
     decode_bytes: int = DECODE_BYTES,
 ) -> ImageFiles:
-    """Look at every file.
+    """Check every file.
 
     Args:
-        paths: different paths.
-        depth: "none" looks at nothing, "exist" asks the file system, "open" reads headers, "decode" reads all pixels;
+        paths: Image paths, each once.
+        depth: "none" checks nothing, "exist" asks the file system, "open" reads headers, "decode" reads all pixels;
             the last two also find files of the same content.
-        read_image: reads all pixels and raises on failure; Pillow if not given.
-        workers: threads.
-        progress: show a bar.
-        open_image: reads a header, raises on failure and returns the bytes that decoding takes; Pillow if not given.
-        decode_bytes: memory that the images decoded at one time may take together; a larger image is decoded alone.
+        read_image: Function that reads all pixels and raises on failure; Pillow if not given.
+        workers: Number of threads.
+        progress: Show a progress bar.
+        open_image: Function that reads a header, raises on failure and returns the bytes that decoding takes; Pillow if
+            not given.
+        decode_bytes: Memory budget for all images decoded at the same time; a larger image is decoded alone.
 
     Raises:
-        StudyError: another word for `depth`.
+        StudyError: `depth` is another word.
     """
     if depth not in DEPTHS:
         raise StudyError(
-            f"How closely to look at images was {depth!r}; expected one of {', '.join(DEPTHS)}. Choose one of these."
+            f"The depth of the image check was {depth!r}; expected one of {', '.join(DEPTHS)}. Choose one of these."
         )
     if depth == "none":
         return ImageFiles((), frozenset(), {}, {})
     budget = _Budget(decode_bytes)
-    if open_image is None:  # a reader that is given alone may read what Pillow cannot open
+    if open_image is None:  # `read_image` may read formats that Pillow cannot open
         open_image = _open if read_image is None or depth == "open" else lambda path: 0
 
     def read(path: Path) -> None:
@@ -94,7 +95,7 @@ def look_at(
             return 0, "the file is empty"
         try:
             read(path)
-        except Exception as error:  # decoders raise many kinds, and each means the same here
+        except Exception as error:  # decoders raise many types, and each means that the file cannot be read
             return size, f"{type(error).__name__}: {error}"
         return size, None
 
@@ -112,7 +113,7 @@ def look_at(
 
 
 class _Budget:
-    """A number of bytes that threads share."""
+    """Memory budget shared by threads."""
 
     def __init__(self, total: int) -> None:
         self.total, self.free = total, total
@@ -120,7 +121,7 @@ class _Budget:
 
     @contextmanager
     def held(self, wanted: int) -> Iterator[None]:
-        """Hold bytes for the length of the block, all of them at most; waits until they are free."""
+        """Reserve bytes for the duration of the block, at most the whole budget; waits until they are free."""
         wanted = min(wanted, self.total)
         with self.changed:
             self.changed.wait_for(lambda: self.free >= wanted)

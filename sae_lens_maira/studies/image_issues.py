@@ -2,7 +2,7 @@
 
 An image is of another study when one file serves two studies, when two files have the same content, when a prior image
 belongs to a study that is not the prior, or when a path in MIMIC-CXR's layout names other ids than its row.
-It opens no file: `image_files` did.
+The files themselves are read by `image_files`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sae_lens_maira.studies.sequence import IMAGES
 
 
 def image_issues(frame: pd.DataFrame, root: Path, files: ImageFiles) -> Iterator[TableIssue]:
-    """All issues of the images of a table's frame, given what was seen of the files below its root."""
+    """Yield all issues of the images of a table, given the result of the check of its files."""
     yield from _bad_files(frame, root, files)
     named = {column: frame[column].dropna() for column in IMAGES}
     seen = {
@@ -39,7 +39,7 @@ def image_issues(frame: pd.DataFrame, root: Path, files: ImageFiles) -> Iterator
 
 
 def _image(root: Path, path: str, files: ImageFiles) -> str:
-    """One name for all files of the same content."""
+    """Name shared by all files of the same content."""
     return str(files.same.get(root / path, root / path))
 
 

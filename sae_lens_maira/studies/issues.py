@@ -1,6 +1,6 @@
 """Kinds of issue of a table of studies, and the report that holds them.
 
-Every issue names its rows, counted from 0; a report with an error has exit code 2. It looks for nothing itself.
+Every issue names its rows, counted from 0. A report with an error has exit code 2. The checks are in `validate`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 class IssueKind(str, enum.Enum):
-    """What a table can have wrong; the first ones are errors, those from NO_FRONTAL on are warnings."""
+    """Kinds of issue. Those before NO_FRONTAL are errors, the others are warnings."""
 
     DUPLICATE_ID = "duplicate id"
     TWO_SPLITS = "patient in two splits"
@@ -33,13 +33,13 @@ class IssueKind(str, enum.Enum):
 
     @property
     def is_error(self) -> bool:
-        """Whether later steps would fail or be wrong; otherwise it is a warning."""
+        """Whether later steps would fail or give wrong results; otherwise the issue is a warning."""
         return self not in (IssueKind.NO_FRONTAL, IssueKind.ABSOLUTE_PATH, IssueKind.MIXED_LICENCES)
 
 
 @dataclass(frozen=True)
 class TableIssue:
-    """One thing that is wrong, and where."""
+    """One issue of a table, with its rows."""
 
     kind: IssueKind
     rows: tuple[int, ...]
@@ -58,7 +58,7 @@ class ValidationReport:
 
     studies: int
     images: int
-    """Different image files that were looked at."""
+    """Number of distinct image files that were checked."""
     issues: tuple[TableIssue, ...]
 
     @property
@@ -72,6 +72,6 @@ class ValidationReport:
         return 2 if self.errors else 0
 
     def counts(self) -> dict[IssueKind, int]:
-        """Issues by kind, in the order of the kinds; those that did not occur are missing."""
+        """Number of issues per kind, in the order of the kinds; kinds that did not occur are missing."""
         found = Counter(issue.kind for issue in self.issues)
         return {kind: found[kind] for kind in IssueKind if found[kind]}

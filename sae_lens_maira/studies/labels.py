@@ -1,10 +1,10 @@
 """Label the 14 usual observations of a report by rules: present, uncertain or absent, with the evidence.
 
-Text is cut into sentences and list items. A cue in front of a mention reaches forward, a cue behind it reaches back,
-both within the clause (`phrases` lists the mentions, `cues` the cues). Pseudo-negations ("no change", "not resolved")
-are masked first. Of several mentions, present wins over uncertain, and uncertain over absent. History and clauses about
-the technique ("evaluation for edema is limited") state nothing. A text that cannot be read is unknown, and is left out
-of scores. Rule labels repeat what a report says; they are not a diagnosis.
+Text is cut into sentences and list items. A mention takes its status from the cues before and after it in the same
+clause (`phrases` lists the mentions, `cues` the cues). Pseudo-negations ("no change", "not resolved") are masked first.
+Of several mentions, present takes precedence over uncertain, and uncertain over absent. History and clauses about the
+technique ("evaluation for edema is limited") are ignored. A text that cannot be read has unknown findings and is left
+out of scores. Rule labels repeat what a report states; they are not a diagnosis.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RuleLabel:
 
 
 _REACH = 300
-"""Characters around a mention in which a cue may be; bounds the time of texts without full stops."""
+"""Characters around a mention that are searched for cues; bounds the run time on texts without full stops."""
 _MASK = "\u01c2"
 """A letter that no report contains; underscores stand for removed names in MIMIC-CXR."""
 _RANK = {RuleStatus.PRESENT: 2, RuleStatus.UNCERTAIN: 1, RuleStatus.ABSENT: 0, RuleStatus.UNKNOWN: -1}
@@ -50,7 +50,7 @@ _RANK = {RuleStatus.PRESENT: 2, RuleStatus.UNCERTAIN: 1, RuleStatus.ABSENT: 0, R
 
 @cache
 def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """One expression of some phrases or cues, with the abbreviations that `cues` explains written out."""
+    """Compile phrases or cues into one expression, expanding the abbreviations that `cues` explains."""
     body = "|".join(f"(?:{pattern})" for pattern in patterns)
     body = body.replace("can not", "(?:cannot|can not|can't)").replace("NOT", r"(?:not|cannot|\w+n't)")
     body = body.replace(" not", r"(?: not|n't)").replace(" ", r"[\s:-]+")
@@ -71,7 +71,7 @@ def _last(patterns: tuple[str, ...], text: str) -> re.Match[str] | None:
 
 
 _VERB = r"(?:is|are|was|were|has|have|persists?|remains?|appears?)\b"
-# A clause with a verb of its own, up to a comma, or to an "and" in front of another such clause.
+# A clause with its own verb, up to a comma, or to an "and" before another such clause.
 _OWN_VERB = re.compile(
     rf"\b{_VERB}[^,]*?(?=,|\band\s+(?!{_VERB}|now\b|not\b)[\w-][^,]*?\b{_VERB})"
     r"|\bin (?:\w+ )?(?:place|position)\b(?=[\s,]+(?:and|with)\b)"
@@ -87,11 +87,11 @@ _ALTERNATIVE = re.compile(r"(?:\s+[\w-]+){0,2}?\s+or\b")
 
 
 def _cut(between: str, after: str, device: bool, gone: bool) -> bool:
-    """Whether a comma or "and" behind a negation opens a positive statement: "no edema, small effusion".
+    """Whether a comma or "and" after a negation begins a positive statement: "no edema, small effusion".
 
     Args:
         between: Words between the negation and the mention.
-        after: Words behind the mention.
+        after: Words after the mention.
         device: Whether the mention is a device, which no list of denied findings contains.
         gone: Whether the negation is "resolution of", which "and" continues.
     """
@@ -107,7 +107,7 @@ def _cut(between: str, after: str, device: bool, gone: bool) -> bool:
 
 
 def _governs(between: str) -> bool:
-    """Whether a cue reaches back over `between`: a list, without another clause or an explanation."""
+    """Whether a cue after `between` applies to the mention before it: a list without another clause or explanation."""
     listed = "," not in between or re.search(r"\b(?:and|or)\b|/", between) is not None
     clause = re.search(r",\s+and (?:an?|the)\b", between) is not None
     return listed and not clause and not re.search(cues.EXPLAINS, between)
@@ -156,7 +156,7 @@ def _states_nothing(sentence: str, before: str, after: str, start: int, end: int
 
 
 def _before(sentence: str, start: int) -> str:
-    """Words in front of a mention that can reach it: those of its clause, and behind a label such as "Lungs:"."""
+    """Words before a mention that can affect it: those of its clause, after a label such as "Lungs:"."""
     before = sentence[max(start - _REACH, 0) : start]
     before = before[max(_last_end(_compiled(cues.TERMINATION), before), 0) :]
     label, colon, rest = before.rpartition(":")
@@ -164,7 +164,7 @@ def _before(sentence: str, start: int) -> str:
 
 
 def _after(sentence: str, end: int) -> str:
-    """Words behind a mention that can reach it: up to the next clause or label."""
+    """Words after a mention that can affect it: up to the next clause or label."""
     text = re.sub(cues.APPOSITION, " ", sentence[end : end + _REACH])
     stop = _compiled(cues.TERMINATION).search(text)
     text = text[: stop.start() if stop else len(text)][:70]
@@ -175,7 +175,7 @@ def _after(sentence: str, end: int) -> str:
 
 
 def _asks_of_another(after: str, observation: str) -> bool:
-    """Whether a bracket behind a mention asks for another observation: "opacity (? pneumonia)"."""
+    """Whether a bracket after a mention asks about another observation: "opacity (? pneumonia)"."""
     bracket = re.match(r"\s*\(\s*\?\s*([^)]*)", after)
     others = (known for name, known in phrases.PHRASES.items() if name != observation)
     return bracket is not None and any(_compiled(known).search(bracket[1]) for known in others)
@@ -186,7 +186,7 @@ def _status(
 ) -> RuleStatus | None:
     """Status of the mention at [start, end) of a lower-case sentence; None where it states nothing.
 
-    `carried` is the status that a question mark or the line in front of a list gives to its mentions.
+    `carried` is the status that a question mark, or the line before a list, gives to its mentions.
     """
     before, after = _before(sentence, start), _after(sentence, end)
     near = re.split("[,;]", after, maxsplit=1)[0]
@@ -234,7 +234,7 @@ def _status(
             return RuleStatus.PRESENT
         if re.search(r"\bcan be (?:\w+ )?(?:excluded|ruled out)", after):
             return RuleStatus.UNCERTAIN
-        # "cannot exclude" holds both cues; a doubt behind or around the negation wins.
+        # "cannot exclude" contains both cues; a doubt after or around the negation takes precedence.
         return RuleStatus.UNCERTAIN if doubt and doubt.end() > negation.start() else RuleStatus.ABSENT
     cause = re.search(cues.CAUSES, sentence[:start])
     if cause and (re.search(r"\bor\b", cause[0]) or _ALTERNATIVE.match(after)):
@@ -264,7 +264,7 @@ def _mentions(sentence: str, carried: RuleStatus | None) -> Iterator[tuple[str, 
 
 
 def _of_list(line: str, colon: bool) -> RuleStatus | None:
-    """Status that a line gives to the list behind it: "negative for:" denies, "differential includes:" doubts."""
+    """Status that a line gives to the list after it: absent after "negative for:", uncertain after "differential:"."""
     body = line.strip().rstrip(": ")
     body = re.sub(r"\s+(?:the )?following$|(?<=differential)(?:\s+\w+){1,3}$", "", body)
     negation = _last(cues.NEGATION_BEFORE, f"{body}:")
@@ -275,15 +275,15 @@ def _of_list(line: str, colon: bool) -> RuleStatus | None:
 
 
 def rule_labels(text: str) -> dict[str, RuleLabel]:
-    """Labels of the 14 usual observations of a report.
+    """Label the 14 usual observations of a report.
 
     Args:
         text: A report, whole or one of its sections; sections that only ask (indication, technique) are skipped.
 
     Returns:
-        Observation -> label, for the observations that are mentioned. `no_finding` is present where no other
-        observation but support devices is present or uncertain and the text states something; it is unknown, and the
-        only entry, where the text is not English or states nothing ("None.", "See above."); otherwise it has no entry.
+        Observation -> label, for the observations that are mentioned. `no_finding` is present if the text is readable
+        and no observation except support devices is present or uncertain. If the text is not English or states nothing
+        ("None.", "See above."), `no_finding` is unknown and the only entry. Otherwise `no_finding` has no entry.
     """
     if not text.strip():
         return {}

@@ -1,9 +1,9 @@
-"""Metrics of other packages on generated reports, with one interface.
+"""Metrics of generated reports from other packages, with one interface.
 
     metric(reports, references) -> MetricScores      any function of this form is a metric
 
-`radgraph_f1` and `chexbert_f1` adapt the packages radgraph and f1chexbert, which are imported only when their metric is
-made. Both download their own models at that moment, under licences of their own.
+`radgraph_f1` and `chexbert_f1` adapt the packages radgraph and f1chexbert. Each package is imported when its metric is
+made, and then downloads its own model, which has its own licence.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class MetricScores:
     """Scores of n reports.
 
     Attributes:
-        reports: score of every report by name, each (n,).
-        overall: scores that belong to all reports together and are not means over reports, such as a micro F1.
+        reports: Scores of every report by name, each (n,).
+        overall: Scores of all reports together that are not means over reports, such as a micro F1.
     """
 
     reports: Mapping[str, np.ndarray]
@@ -35,17 +35,17 @@ class MetricScores:
 
 
 ReportMetric = Callable[[Sequence[str], Sequence[str]], MetricScores]
-"""Scores reports (first) against references (second), text against text."""
+"""Function of reports (first) and references (second), both texts, that returns their scores."""
 
 
 def radgraph_f1(**settings: Any) -> ReportMetric:
     """RadGraph F1 of entities ("simple"), with relations ("partial"), and with equal relations ("complete").
 
     Args:
-        **settings: arguments of `radgraph.F1RadGraph` besides `reward_level`, such as `model_type` or `device`.
+        **settings: Arguments of `radgraph.F1RadGraph` except `reward_level`, such as `model_type` or `device`.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: The package is not installed.
     """
     scorer = _package("radgraph").F1RadGraph(reward_level="all", **settings)
 
@@ -63,10 +63,10 @@ def chexbert_f1(**settings: Any) -> ReportMetric:
     """CheXbert: exact agreement of the five main labels per report; micro and macro F1 of 14 and of 5 labels.
 
     Args:
-        **settings: arguments of `f1chexbert.F1CheXbert`, such as `device`.
+        **settings: Arguments of `f1chexbert.F1CheXbert`, such as `device`.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: The package is not installed.
     """
     scorer = _package("f1chexbert").F1CheXbert(**settings)
 
@@ -84,7 +84,7 @@ def chexbert_f1(**settings: Any) -> ReportMetric:
 
 
 OUTSIDE: dict[str, Callable[..., ReportMetric]] = {"radgraph": radgraph_f1, "f1chexbert": chexbert_f1}
-"""Metrics by the name of their package."""
+"""Name of a package -> function that makes its metric."""
 
 
 def compare_metric(
@@ -98,18 +98,18 @@ def compare_metric(
     """Compare two sets of reports of the same studies by a metric.
 
     Args:
-        metric: the metric.
-        before: reports to compare with.
-        after: reports of the same studies, in the same order.
-        references: reference of every study.
-        seed: random seed of the paired bootstrap over studies.
-        draws: number of resamples.
+        metric: Metric to compute.
+        before: Reports to compare with.
+        after: Reports of the same studies, in the same order.
+        references: Reference report of every study.
+        seed: Random seed of the paired bootstrap over studies.
+        draws: Number of resamples.
 
     Returns:
-        A row per score: before, after, change, and the change's 95 % interval; an overall score has none (NaN).
+        One row per score: before, after, change, and the 95 % interval of the change (NaN for an overall score).
 
     Raises:
-        StudyError: the numbers of texts differ.
+        StudyError: The numbers of texts differ.
     """
     if not len(before) == len(after) == len(references) or not len(before):
         raise StudyError(

@@ -1,6 +1,6 @@
 """Phrases of the rule labeller: what radiologists write for the 14 usual observations.
 
-Every entry is a regular expression over lower-case text in which line breaks are blanks; a blank in a pattern matches
+Every entry is a regular expression over lower-case text in which line breaks are blanks. A blank in a pattern matches
 any run of white space, hyphens or colons. `cues` lists the words around a phrase that affirm, doubt or deny it.
 """
 
@@ -30,7 +30,7 @@ _HEART = (
     r"|cardiopericardial silhouette|cardiothoracic (?:ratio|index))"
 )
 _WORD = r"(?:(?!and\b|or\b|nor\b|but\b|with\b|without\b|no\b(?! longer))[\w']+ )"
-"""A word that does not begin another part of the sentence."""
+"""A word that does not start another part of the sentence."""
 _LARGE = (
     r"(?:enlarged|enlarging|enlargement|widened|widening|wide|wider|larger|broad|broadened|dilated"
     r"|increased(?! since)|above normal|(?:more|greater) than (?:half|normal))"
@@ -160,7 +160,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"valve (?:prosthes[ie]s|replacements?)",
     ),
 }
-"""Mentions. Whether one is affirmed is decided from the cues around it."""
+"""Observation -> phrases that mention it. The cues around a mention decide whether it is affirmed."""
 
 ABSENT_PHRASES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (

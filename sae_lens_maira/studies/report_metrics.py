@@ -7,9 +7,9 @@
     wrong_change       a comparison with the prior that the reference contradicts
     false_comparison   a comparison in a study without a prior
 
-    F1 = 2 TP / (stated + present)      a finding on the wrong side is stated and present, and no true positive
+    F1 = 2 TP / (stated + present)      a finding on the wrong side is stated and present, but not a true positive
 
-What a report or reference does not state (side, place, change) is never an error. Differences between two sets of
+A side, place or change that a report or reference does not state is never an error. Differences between two sets of
 reports of the same studies have 95 % intervals by the paired bootstrap over studies.
 """
 
@@ -28,7 +28,7 @@ from sae_lens_maira.studies.study import Study
 
 ERRORS = ("false_finding", "omission", "wrong_side", "wrong_place", "wrong_change", "false_comparison")
 COMPARISON = "comparison"
-"""Name, in tables, of comparisons that name no finding."""
+"""Name in tables for comparisons that name no finding."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class ReportErrors:
     """Counts of n reports.
 
     Attributes:
-        findings: names of the F findings.
+        findings: Names of the F findings.
         errors: (n, F + 1, 6) errors in the order of `ERRORS`; the last row counts comparisons that name no finding.
-        agreed: (n, F) findings stated and present, on the same side.
+        agreed: (n, F) findings that are stated and present on the same side.
         stated: (n, F) findings that the reports state as present, sides counted separately.
         present: (n, F) findings that the references have.
     """
@@ -54,14 +54,14 @@ class ReportErrors:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Errors of each kind over all reports."""
+        """Number of errors of each kind over all reports."""
         return dict(zip(ERRORS, map(int, self.errors.sum((0, 1))), strict=True))
 
     def measures(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """Micro F1, macro F1, and errors per report, of all kinds and of each.
+        """Compute micro F1, macro F1, and errors per report: of all kinds together and of each kind.
 
         Args:
-            weights: (draws, n) weight of every report; 1 each if not given.
+            weights: (draws, n) weight of every report; all 1 if not given.
 
         Returns:
             (draws, 9) in the order of `measure_names`. Macro F1 is the mean over findings that a reference has at least
@@ -78,7 +78,7 @@ class ReportErrors:
         return np.column_stack([micro, macro, rates.sum(1), rates])
 
     def without(self, *findings: str) -> ReportErrors:
-        """The same counts without some findings."""
+        """Counts without some findings."""
         kept = [i for i, name in enumerate(self.findings) if name not in findings]
         return ReportErrors(
             tuple(self.findings[i] for i in kept),
@@ -87,7 +87,7 @@ class ReportErrors:
         )
 
     def summary(self, seed: int = 0, draws: int = 2000) -> pd.DataFrame:
-        """A row per measure: its value with a 95 % bootstrap interval over studies."""
+        """Table of one row per measure: its value with a 95 % bootstrap interval over studies."""
         samples = bootstrap(self.measures, len(self), draws, seed)
         return pd.DataFrame(
             {
@@ -99,7 +99,9 @@ class ReportErrors:
         )
 
     def by_finding(self) -> pd.DataFrame:
-        """A row per finding: how often it is present, stated and agreed, its F1, and its errors of each kind."""
+        """Table of one row per finding: how often it is present, stated and agreed, its F1, and its errors of each
+        kind.
+        """
         totals = [part.sum(0) for part in (self.present, self.stated, self.agreed)]
         table = pd.DataFrame(dict(zip(("present", "stated", "agreed"), totals, strict=True)))
         table.insert(0, "finding", self.findings)
@@ -110,15 +112,16 @@ class ReportErrors:
         return pd.concat([named, last], ignore_index=True)
 
     def change_from(self, before: ReportErrors, seed: int = 0, draws: int = 2000) -> pd.DataFrame:
-        """A row per measure: the value before, the value of these reports, and the difference with its interval.
+        """Table of one row per measure: the value before, the value of these reports, and the difference with its
+        interval.
 
         Args:
-            before: counts of other reports of the same studies.
-            seed: random seed of the bootstrap, which resamples studies and so pairs the reports.
-            draws: number of resamples.
+            before: Counts of other reports of the same studies.
+            seed: Random seed of the bootstrap, which resamples studies and so keeps the reports paired.
+            draws: Number of resamples.
 
         Raises:
-            StudyError: the two are not counts of the same references.
+            StudyError: The two are not counts of the same references.
         """
         if before.findings != self.findings or not np.array_equal(before.present, self.present):
             raise StudyError(
@@ -148,7 +151,7 @@ def count_errors(
     prior: Sequence[bool],
     findings: Sequence[str],
 ) -> ReportErrors:
-    """Count the errors of reports.
+    """Count the errors of reports from their statements.
 
     Args:
         stated: statements of every report.
@@ -157,7 +160,7 @@ def count_errors(
         findings: names of all findings.
 
     Raises:
-        StudyError: the numbers differ, or a statement names another finding.
+        StudyError: The numbers differ, or a statement names another finding.
     """
     if not len(stated) == len(references) == len(prior) or not len(stated):
         raise StudyError(
@@ -192,12 +195,12 @@ def report_errors(
     """Count the errors of generated reports of some studies.
 
     Args:
-        reports: text per study.
-        studies: the studies.
-        reader: reader of the texts and of the truth.
+        reports: Text per study.
+        studies: The studies.
+        reader: Reader of the texts and of the truth.
 
     Returns:
-        The counts, and what they are counted against: "truth", or "report" where a study has no truth.
+        The counts, and the name of the reference: "truth", or "report" where a study has no truth.
     """
     references, source = reader.references(studies)
     stated = [reader.read(text) for text in reports]
@@ -240,11 +243,11 @@ def _count(mine: Sequence[Statement], theirs: Sequence[Statement], prior: bool, 
             not wrong_side and not removed and _differ(one.place, other.place)
         )
         errors[ERRORS.index("wrong_change")] += prior and (removed or _contradict(one.change, other.change))
-        # Without a prior, a finding that is said to be gone is missing from the report.
+        # Without a prior, a finding that the report calls resolved counts as missing from the report.
         errors[ERRORS.index("omission")] += not prior and one.change == REMOVED and other.present
     for one in extra:
         errors[ERRORS.index("false_finding")] += one.present
-        # The prior is said to have had a finding that it did not have.
+        # The report states that the prior had a finding that it did not have.
         errors[ERRORS.index("wrong_change")] += prior and one.change == REMOVED
     errors[ERRORS.index("omission")] += sum(one.present for one in missed)
     if not prior:

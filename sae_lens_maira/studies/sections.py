@@ -2,12 +2,13 @@
 
     addenda and wet reads | a line of underscores | FINAL REPORT | HEADER: text | HEADER: text | ...
 
-A report is cut at headers of a table of known names only, so that "LUNGS:" inside the findings ends nothing. A header
-is a known name at the start of a line in any case, with a colon, a dash, as a markdown title or alone on its line; or
-a known name after the end of a sentence. Wrapped lines are joined, de-identification marks (`___`) stay. Of a header
-that comes twice the last filled one counts, or the chest's where the report names regions. A title such as
-"CHEST, TWO VIEWS:" that is followed by prose is the findings where no findings header is. Findings that only refer to
-the impression ("See impression.", "None.") are replaced by it, and `findings_from_impression` says so.
+A report is cut only at headers in a table of known names, so that "LUNGS:" inside the findings does not end the
+section. A header is a known name at the start of a line, in any case: with a colon or a dash, as a markdown title, or
+alone on its line. A known name after the end of a sentence is a header too. Wrapped lines are joined; de-identification
+marks (`___`) are kept. If a header occurs twice, the last section with text is used, or the chest's where the report
+names regions. If there is no findings header, prose after a title such as "CHEST, TWO VIEWS:" is the findings. Findings
+that only refer to the impression ("See impression.", "None.") are replaced by it, and `findings_from_impression` is
+then true.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-# Whole names of headers, in upper case with single blanks.
+# Full names of headers, in upper case with single blanks.
 _EXAM = r"(?: (?:FOR|OF) (?:THIS |THE )?(?:EXAM(?:INATION)?|STUDY))?"
 _REGION = r"(?:CHEST|THORAX|LUNGS?|ABDOMEN|ABDOMINAL|PELVIS|KUB|SPINE|HIPS?|KNEES?|SHOULDERS?|NECK|RIBS?)"
 _PATTERNS = {
@@ -63,7 +64,7 @@ _RULE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)
 _BANNER = re.compile(r"^[ \t]*(?:FINAL|SUPPLEMENTARY) REPORT[ \t]*$", re.MULTILINE)
 _ASIDE = re.compile(r"\s*(?:FINAL[ \t]+)?(?:ADDENDUM|ADDENDA|WET READ|PRELIMINARY REPORT)\b")
 _WORD = re.compile(r"[A-Za-z]{2,}")
-_PROSE = re.compile(  # a list item, four words, or fewer that end a sentence
+_PROSE = re.compile(  # a list item, four words, or fewer words that end a sentence
     r"\d+[.)]\s+[A-Za-z]|(?=.*\b[a-z]{3,})(?:(?:[A-Za-z]+[^A-Za-z.]+){3,}[A-Za-z]+|(?:[A-Za-z]+\W+)+?[a-z]{4,}\.)"
 )
 _REFERENCE = re.compile(
@@ -87,7 +88,7 @@ class _Header(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportSections:
-    """Sections as one line of text each, None where missing or empty."""
+    """Sections of a report, each one line of text, None where missing or empty."""
 
     findings: str | None
     impression: str | None
@@ -96,9 +97,9 @@ class ReportSections:
     comparison: str | None
     addendum: str | None
     has_findings_header: bool
-    """Whether the report has a findings header at all, filled or not."""
+    """Whether the report has a findings header, with text after it or not."""
     body: str
-    """The whole report without banner and addenda, one line."""
+    """The whole report without banner and addenda, as one line."""
     findings_from_impression: bool = False
     """Whether `findings` is the impression, because the findings section only refers to it."""
 
@@ -161,7 +162,7 @@ def parse_sections(text: str) -> ReportSections:
 
 
 def refers_to_impression(findings: str) -> bool:
-    """Whether a findings section holds no findings but a reference ("See impression.", "None.")."""
+    """Whether a findings section contains only a reference ("See impression.", "None.")."""
     return _REFERENCE.fullmatch(findings) is not None
 
 
@@ -173,7 +174,7 @@ def _headers(report: str) -> Iterator[_Header]:
             continue
         upper = report[header.start : header.end].isupper()
         behind_sentence = _SENTENCE_END.search(report[max(header.start - 80, 0) : header.start]) is not None
-        # "INDICATION: Cough FINDINGS: Clear": no sentence ends before the header.
+        # For example "INDICATION: Cough FINDINGS: Clear", where no sentence ends before the second header.
         inside = upper and (current not in _STATED or header.kind in _STATED)
         if not on_line and not behind_sentence and not inside:
             continue
@@ -182,7 +183,7 @@ def _headers(report: str) -> Iterator[_Header]:
 
 
 def _candidates(report: str) -> Iterator[tuple[_Header, bool]]:
-    """(header, whether it begins a line); of several at one place the longest."""
+    """Yield (header, whether it begins a line); of several headers at one position, the longest."""
     taken = []
     for found in _LINE.finditer(report):
         name, end = found["name"], found["end"]
@@ -191,7 +192,7 @@ def _candidates(report: str) -> Iterator[tuple[_Header, bool]]:
         if kind is None or (kind == "title" and not (name.isupper() and end.startswith(":"))):
             continue
         if not end.startswith(":"):
-            # Without a colon a name must look like a header: not a word of a wrapped line.
+            # Without a colon a name must look like a header, since a wrapped line may start with the same word.
             alone = kind in _ALONE and (marked or not name.islower())
             if not alone or (end and name.islower()):
                 continue
@@ -212,21 +213,21 @@ def _kind(name: str) -> str | None:
 
 
 def _region(text: str) -> str:
-    """Region that a text names: "chest", else "elsewhere", else an empty string."""
+    """Region that a text names: "chest", "elsewhere", or an empty string if it names none."""
     return "chest" if _CHEST.search(text) else "elsewhere" if _ELSEWHERE.search(text) else ""
 
 
 def _without_next_title(section: str) -> tuple[str, str]:
-    """The section without a last line that names the region of what follows ("ABDOMEN"), and that region."""
+    """Remove a last line that names the region of the next section ("ABDOMEN"); return the section and the region."""
     head, _, last = section.rstrip().rpartition("\n")
     region = _region(last) if len(last.split()) <= 6 and not last.rstrip().endswith(".") else ""
     return (head, region) if region else (section, "")
 
 
 def _main_part(text: str) -> tuple[str, list[str]]:
-    """The report itself without its banner, and the addenda and wet reads that are separate from it."""
+    """Split a text into the report without its banner, and the addenda and wet reads."""
     blocks = [block for block in _RULE.split(text) if block.strip()]
-    # What is above the banner of a later block was written apart from that report.
+    # Text above the banner of a later block is not part of that report.
     first = max((n for n, block in enumerate(blocks) if _BANNER.match(block.lstrip("\n"))), default=0)
     report, aside = [], []
     for number, block in enumerate(blocks):
@@ -235,7 +236,7 @@ def _main_part(text: str) -> tuple[str, list[str]]:
             aside.append(block[: banner.start()])
             block = block[banner.end() :]
         (aside if number < first or _ASIDE.match(block) else report).append(block)
-    if not report:  # a wet read or an addendum is all there is
+    if not report:  # the text contains only a wet read or an addendum
         report, aside = aside, []
     return _BANNER.sub("", "\n\n".join(report)), [_line(block) for block in aside]
 
@@ -245,7 +246,7 @@ def _line(text: str) -> str:
 
 
 def _last(texts: list[str], chest: list[bool]) -> str | None:
-    """The last filled text about the chest, else the last filled one."""
+    """The last text about the chest that is not empty, else the last text that is not empty."""
     filled = [(text, mine) for text, mine in zip(texts, chest, strict=True) if _filled(text)]
     return next((text for text, mine in reversed(filled) if mine), filled[-1][0] if filled else None)
 

@@ -1,7 +1,7 @@
 """Cut a report into sentences and list items, for `labels`.
 
-Runs of blanks are folded, and sections that state nothing (indication, technique ...) are overwritten. `folded` returns
-the positions in the given text, so that a label can point at the words that it was read from.
+Runs of blanks are folded, and sections without statements about this image (indication, technique ...) are overwritten.
+`folded` also returns positions in the original text, so that a label can name the words that it was read from.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SILENT_SECTIONS = (
     r"|clinical|(?:signs? and )?symptoms?|hx|pmh|past medical history|presenting complaint|background|question"
     r"|admitting diagnosis|diagnosis on admission|provisional diagnosis|referral|request"
 )
-"""Headers of sections that ask or describe, and state nothing about this image."""
+"""Headers of sections that contain no statement about this image."""
 
-# Words that decide whether a text is English: its function words, and those of other languages. Words that several of
-# them share ("no", "in", "a", "is", "normal", "et" of "ET tube") decide nothing.
+# Function words of English and of other languages, which decide whether a text is English. Words that several languages
+# share ("no", "in", "a", "is", "normal", "et" of "ET tube") are left out.
 ENGLISH = frozenset(
     """
     the are were not of and or there with without for at this that has have been be seen on
@@ -38,7 +38,7 @@ FOREIGN = frozenset(
     """.split()  # noqa: SIM905 - one word per item would take a hundred lines
 )
 
-# Runs that state nothing, and what is kept of each: patterns over long runs would take cubic time.
+# Runs of characters without meaning, and what is kept of each: regular expressions would take cubic time on long runs.
 _RUNS = tuple(
     re.compile(run)
     for run in (
@@ -66,7 +66,7 @@ _HEADER = re.compile(
 _SILENT = re.compile(rf"(?:{SILENT_SECTIONS})", re.IGNORECASE)
 
 BULLET = re.compile(rf"^\s*{_ITEM}\s+")
-"""The marker in front of a list item."""
+"""Marker before a list item."""
 
 
 def folded(text: str) -> tuple[str, list[int]]:
@@ -78,7 +78,9 @@ def folded(text: str) -> tuple[str, list[int]]:
     Returns:
         The folded text with straight apostrophes, and the position in `text` of each of its characters.
     """
-    text = text.replace("\u2019", "'").replace("\u0130", "I")  # the one letter whose lower case is longer
+    text = text.replace("\u2019", "'").replace(
+        "\u0130", "I"
+    )  # U+0130 is the only letter whose lower case is longer
     positions = list(range(len(text)))
     for run in _RUNS:
         kept: list[int] = []
@@ -92,9 +94,9 @@ def folded(text: str) -> tuple[str, list[int]]:
 
 
 def without_silent_sections(text: str) -> str:
-    """Overwrite sections that state nothing (indication, technique ...) with blanks, keeping every position.
+    """Overwrite sections without statements (indication, technique ...) with blanks, keeping every position.
 
-    A silent section ends at the next header, at a blank line, or where none follows at the end of the text.
+    Such a section ends at the next header, at a blank line, or at the end of the text.
     """
     out = list(text)
     headers = list(_HEADER.finditer(text))
@@ -110,13 +112,13 @@ def without_silent_sections(text: str) -> str:
 
 
 def sentences(text: str) -> Iterator[tuple[int, str, bool]]:
-    """Sentences and list items of a text.
+    """Yield the sentences and list items of a text.
 
     Args:
         text: The text.
 
     Yields:
-        Start, sentence, and whether a question mark ends it. A short line before a capital is a sentence.
+        Start position, sentence, and whether a question mark ends it. A short line before a capital is a sentence.
     """
     cuts = [(cut.start(), cut.end()) for cut in _SENTENCE.finditer(text)]
     cuts += [(line.end() - 1, line.end()) for line in _SHORT_LINE.finditer(text)]
@@ -129,7 +131,7 @@ def sentences(text: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def is_english(text: str) -> bool:
-    """Whether a text has fewer function words of other languages, and words in other letters, than English ones."""
+    """Whether a text has more English function words than function words of other languages and non-Latin words."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"\bnon-", "", text.lower()))
     foreign = sum(word in FOREIGN or not word.isascii() for word in words)
     return foreign == 0 or foreign < sum(word in ENGLISH for word in words)

@@ -2,9 +2,9 @@
 
     sequence[i] = Study of row i;   sequence[a:b] = another sequence over the same columns
 
-Only the columns' text is held (Arrow buffers, about one kilobyte per study), never all records at once; slices and
-copies share it. Images are paths below the root and are not opened. A prior report without a prior image is left out
-of the record, since MAIRA-2's prompt has no place for it; opening the table counts these.
+Only the text of the columns is in memory (Arrow buffers, about one kilobyte per study), never all records at once;
+slices and copies share it. Images are paths below the root and are not opened. A prior report without a prior image is
+left out of the record, since MAIRA-2's prompt cannot contain it; opening a table reports how many there are.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sae_lens_maira.studies.study import Finding, Study
 IMAGES = ("frontal", "lateral", "prior_frontal")
 SECTIONS = ("indication", "technique", "comparison", "prior_report", "report")
 RECORD = ("study_id", "patient_id", *IMAGES, *SECTIONS, "split", "licence", "truth")
-"""The columns that a `Study` is made of."""
+"""Columns that a `Study` is made from."""
 
 
 class StudySequence(Sequence[Study]):
-    """A list of studies that makes each record on access.
+    """Sequence of studies that builds each record on access.
 
     Args:
         columns: Name in `RECORD` -> array of text, None or NA where empty; all arrays have the same length.
-        root: Folder that relative image paths are below.
-        rows: Rows of the columns to use, in this order; all of them if not given.
+        root: Folder that image paths are relative to.
+        rows: Row numbers to use, in this order; all rows if not given.
     """
 
     def __init__(self, columns: Mapping[str, Any], root: Path, rows: np.ndarray | None = None) -> None:
@@ -54,11 +54,11 @@ class StudySequence(Sequence[Study]):
 
 
 def study_of_row(row: Mapping[str, Any], root: Path, number: int) -> Study:
-    """Build the record of one row.
+    """Build the `Study` of one row.
 
     Args:
         row: Name in `RECORD` -> value; a value that is not text counts as empty.
-        root: Folder that relative image paths are below; an absolute path is kept.
+        root: Folder that image paths are relative to; an absolute path is kept.
         number: Row number for the error message.
 
     Raises:

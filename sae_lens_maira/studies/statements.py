@@ -1,7 +1,7 @@
 """Statements of a report: each finding with its side, place and change since the prior.
 
-A `StatementReader` makes them from text and from a study's truth in one vocabulary, so that both can be compared
-(`report_metrics`). A side, place or change that is not stated is None and is never counted as wrong.
+A `StatementReader` reads them from text and from a study's truth in one vocabulary, so that both can be compared
+(`report_metrics`). A side, place or change that is not stated is None and never counts as wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sae_lens_maira.studies.study import Finding, Study
 
 REMOVED = "removed"
 NO_FINDING = ""
-"""Finding of a comparison that names none, such as "No interval change"."""
+"""Name of the finding for a comparison that names none, such as "No interval change"."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Statement:
     """One finding that a report states, or a finding that the prior had and this study does not.
 
     Attributes:
-        finding: name without a side, such as "pleural_effusion"; `NO_FINDING` for a comparison that names none.
+        finding: Name without a side, such as "pleural_effusion"; `NO_FINDING` for a comparison that names none.
         side: "left" or "right".
         place: "upper", "mid" or "lower".
         change: "new", "larger", "smaller", "unchanged" or "removed"; "compared" where only a prior is mentioned.
@@ -38,18 +38,18 @@ class Statement:
 
     @property
     def present(self) -> bool:
-        """Whether the study is said to have the finding."""
+        """Whether the statement says that the finding is present."""
         return bool(self.finding) and self.change != REMOVED
 
 
 @dataclass(frozen=True)
 class StatementReader:
-    """Reads statements from texts and from truth.
+    """Reads statements from report text and from the truth of studies.
 
     Attributes:
-        findings: names of the findings, without sides.
-        read: function from a report to its statements.
-        place_of: function from a true finding to its place.
+        findings: Names of the findings, without sides.
+        read: Function from a report to its statements.
+        place_of: Function from a finding of the truth to its place.
     """
 
     findings: tuple[str, ...]
@@ -57,7 +57,7 @@ class StatementReader:
     place_of: Callable[[Finding], str | None] = lambda finding: None
 
     def truth(self, study: Study) -> tuple[Statement, ...]:
-        """Statements that are true of a study; raises StudyError without a truth in this vocabulary."""
+        """Statements of a study's truth. Raises StudyError if it has no truth in this vocabulary."""
         names = {finding.name.replace(" ", "_") for finding in study.truth or ()}
         if study.truth is None or not names <= set(self.findings):
             raise StudyError(
@@ -69,14 +69,14 @@ class StatementReader:
         )
 
     def references(self, studies: Sequence[Study]) -> tuple[list[tuple[Statement, ...]], str]:
-        """Statements that reports of some studies are compared with.
+        """Statements that the reports of some studies are compared with.
 
         Returns:
-            The truth of every study and "truth" where all have one in this vocabulary, else what their own reports
-            state and "report".
+            The truth of every study and "truth", if all studies have one in this vocabulary; else the statements of
+            their own reports and "report".
 
         Raises:
-            StudyError: a study has neither.
+            StudyError: A study has neither.
         """
         known = set(self.findings)
         if all(s.truth is not None and {f.name.replace(" ", "_") for f in s.truth} <= known for s in studies):
@@ -91,7 +91,7 @@ class StatementReader:
 
 
 def merged(statements: Iterable[Statement]) -> tuple[Statement, ...]:
-    """One statement per finding and side, with the first place and change that is stated; "removed" wins."""
+    """Merge statements to one per finding and side, with the first place and change; "removed" takes precedence."""
     found: dict[tuple[str, str | None], Statement] = {}
     for one in statements:
         key = (one.finding, one.side)
@@ -101,7 +101,7 @@ def merged(statements: Iterable[Statement]) -> tuple[Statement, ...]:
     return tuple(found.values())
 
 
-# Free text, by the rule labels: attributes are read from the sentence that states the observation.
+# Free text is read by the rule labels; attributes come from the sentence that states the observation.
 
 CHANGES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (change, re.compile(rf"\b(?:{words})\b"))
@@ -127,7 +127,7 @@ _SIDED = (*_PLACED, "pneumothorax", "pleural_effusion", "pleural_other", "fractu
 
 
 def rule_statements() -> StatementReader:
-    """Reader of free report text by `rule_labels`: observations that are stated as present or as resolved."""
+    """Make a reader of free report text by `rule_labels`: observations that are stated as present or as resolved."""
     return StatementReader(tuple(name for name in OBSERVATIONS if name != "no_finding"), _read_rules)
 
 
@@ -150,7 +150,7 @@ def _read_rules(text: str) -> tuple[Statement, ...]:
 
 
 def sides_of(text: str) -> tuple[str | None, ...]:
-    """The sides that lower-case words name; (None,) where they name none."""
+    """Sides that lower-case words name; (None,) if they name none."""
     if re.search(r"\b(?:bilateral(?:ly)?|both|bibasilar)\b", text):
         return "left", "right"
     return tuple(side for side in ("left", "right") if re.search(rf"\b{side}\b", text)) or (None,)

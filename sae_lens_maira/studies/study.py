@@ -1,8 +1,8 @@
-"""One radiological study: what goes into the model and, where it is known, what is true about it.
+"""Record of one radiological study: the model's inputs and, if known, the true findings.
 
-A `Study` carries images (paths, arrays or PIL images), the sections of its report, a licence that later packages
-obey, and an optional truth: one `Finding` per statement. Boxes are (x_min, y_min, x_max, y_max) in 0..1 of
-the frontal image with image left = patient right.
+A `Study` has images (paths, arrays or PIL images), the sections of its report, a licence, and an optional truth: one
+`Finding` per statement. Boxes are (x_min, y_min, x_max, y_max) in 0..1 of the frontal image, whose left side is the
+patient's right.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SIDES = ("left", "right")
 SIZES = ("small", "moderate", "large")
 CHANGES = ("new", "larger", "smaller", "unchanged", "removed")
 SIDED_KEYS = ("pleural effusion", "pneumothorax", "consolidation")
-"""Findings whose key carries the side, since the two sides are separate questions to a reader."""
+"""Findings whose key contains the side, because a reader assesses the two sides separately."""
 
 
 class Licence(str, enum.Enum):
-    """Where a study may go: later packages refuse to send credentialed data off the machine."""
+    """Licence class of a study. Credentialed data is not sent to other machines."""
 
     PUBLIC = "public"
     CREDENTIALED = "credentialed"
@@ -36,7 +36,7 @@ class Licence(str, enum.Enum):
 
 
 def licence_of(value: Licence | str) -> Licence:
-    """The licence class of that name; StudyError for another word."""
+    """Licence class by name. Raises StudyError for another word."""
     try:
         return Licence(value)
     except ValueError:
@@ -57,31 +57,31 @@ def _one_of(what: str, value: str | None, allowed: tuple[str, ...]) -> None:
 def check_box(box: Box) -> None:
     """Raise StudyError unless box is (x_min, y_min, x_max, y_max) with 0 <= min <= max <= 1.
 
-    A box without area is a place smaller than one of the model's coordinate bins, as its output writes it.
+    A box without area is valid: the model writes one for a region smaller than a coordinate bin.
     """
     if len(box) != 4 or not (0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1):
         raise StudyError(
-            f"A box reads {box!r}; expected (x_min, y_min, x_max, y_max) with 0 <= min <= max <= 1, relative "
+            f"A box is {box!r}; expected (x_min, y_min, x_max, y_max) with 0 <= min <= max <= 1, relative "
             f"to the frontal image. Divide pixel coordinates by the image's width and height."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The truth of one radiological statement."""
+    """One true finding of a study."""
 
     name: str
     """Lower-case name, for instance "pleural effusion"."""
     side: str | None = None
-    """Patient side, "left" or "right"; None where the finding has none."""
+    """Patient side, "left" or "right"; None for a finding without a side."""
     box: Box | None = None
-    """(x_min, y_min, x_max, y_max) in 0..1 of the frontal image; None where it cannot be boxed or is gone."""
+    """(x_min, y_min, x_max, y_max) in 0..1 of the frontal image; None if it cannot be boxed or is no longer present."""
     size: str | None = None
-    """"small", "moderate" or "large"; None where size is not graded."""
+    """"small", "moderate" or "large"; None if the size is not graded."""
     change: str | None = None
-    """Against the prior: "new", "larger", "smaller", "unchanged", "removed"; None without a prior."""
+    """Change since the prior: "new", "larger", "smaller", "unchanged", "removed"; None without a prior."""
     present: bool = True
-    """False exactly for change="removed": seen on the prior, gone now."""
+    """False only for change="removed": seen on the prior, not present now."""
 
     def __post_init__(self) -> None:
         _one_of("side", self.side, SIDES)
@@ -109,7 +109,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class GroundedStatement:
-    """One self-contained sentence and the places where it can be seen; no boxes for an ungrounded one."""
+    """One self-contained sentence and the boxes where it can be seen; no boxes if it is ungrounded."""
 
     text: str
     boxes: tuple[Box, ...] = ()
@@ -121,7 +121,7 @@ class GroundedStatement:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Study:
-    """One study of one patient; equality is identity, since images may be arrays."""
+    """One study of one patient. Two objects are equal only if they are the same object, since images may be arrays."""
 
     study_id: str
     patient_id: str
@@ -134,10 +134,10 @@ class Study:
     prior_report: str | None = None
     report: str | None = None
     grounded_report: tuple[Any, ...] | None = None
-    """Statements with `.text` and `.boxes`: `GroundedStatement`, or maira2's `GroundedFinding`."""
+    """Statements with `.text` and `.boxes`: `GroundedStatement`, or `GroundedFinding` of `maira2`."""
     split: str | None = None
     licence: Licence = Licence.CREDENTIALED
-    """By default, a study is treated as credentialed and stays on the machine."""
+    """Licence class; by default a study is credentialed and is not sent to other machines."""
     truth: tuple[Finding, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -162,17 +162,17 @@ class Study:
 
     @property
     def has_prior(self) -> bool:
-        """Whether anything earlier is known: a prior frontal image or a prior report."""
+        """Whether the study has a prior frontal image or a prior report."""
         return self.prior_frontal is not None or self.prior_report is not None
 
     @property
     def has_lateral(self) -> bool:
-        """Whether a lateral image belongs to the study."""
+        """Whether the study has a lateral image."""
         return self.lateral is not None
 
     @property
     def present_keys(self) -> frozenset[str]:
-        """Keys of the findings that are present; raises StudyError where the truth is not known."""
+        """Keys of the findings that are present. Raises StudyError if the truth is not known."""
         if self.truth is None:
             raise StudyError(
                 f"Study {self.study_id} has no truth; expected findings to read labels from. Use a phantom "

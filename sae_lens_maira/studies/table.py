@@ -1,8 +1,8 @@
 """Table of studies: one row per study, image paths relative to a root that is given when the table is opened.
 
-The root is not part of the file, so a table made on one machine works on another; an absolute image path is kept as it
-is and ties the table to its machine. Opening checks columns, licences and paths; `validate_table` checks images, ids,
-splits and texts. Text is held in Arrow buffers.
+The root is not part of the file, so a table made on one machine works on another. An absolute image path is kept, and
+is valid on its own machine only. Opening a table checks columns, licences and paths; `validate_table` checks images,
+ids, splits and texts. Text is stored in Arrow buffers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def _checked(frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """The frame with all of `COLUMNS` as Arrow text, blank cells empty."""
+    """Check a frame and return it with all of `COLUMNS` as Arrow text, blank cells empty."""
     missing = [column for column in REQUIRED if column not in frame]
     unknown = [column for column in frame if column not in COLUMNS]
     if missing or unknown:
@@ -98,19 +98,19 @@ def _refuse(frame: pd.DataFrame, bad: pd.Series, column: str, where: str, expect
 
 @dataclass(frozen=True, eq=False)
 class StudyTable:
-    """Rows of `COLUMNS` as text, and the folder that image paths are relative to."""
+    """Table of studies: rows of `COLUMNS` as text, and the folder that image paths are relative to."""
 
     frame: pd.DataFrame
     root: Path
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame, root: Path | str, where: str = "in memory") -> StudyTable:
-        """A table of a frame; columns it lacks are empty. Raises StudyError on bad columns or values."""
+        """Make a table from a frame; missing columns are empty. Raises StudyError on bad columns or values."""
         checked = _checked(frame.reset_index(drop=True), where)
         alone = int((checked["prior_report"].notna() & checked["prior_frontal"].isna()).sum())
         if alone:
             logger.warning(
-                "%s: %d of %d studies have a prior report without a prior image; MAIRA-2's prompt has no place for "
+                "%s: %d of %d studies have a prior report without a prior image; MAIRA-2's prompt cannot contain "
                 "it, so these prior reports are not read.",
                 where,
                 alone,
@@ -120,7 +120,9 @@ class StudyTable:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, str | None]], root: Path | str) -> StudyTable:
-        """Build a table; columns that a row does not name are empty. Raises StudyError on bad columns or values."""
+        """Make a table from rows; columns that a row does not name are empty. Raises StudyError on bad columns or
+        values.
+        """
         frame = pd.DataFrame(list(rows))
         if frame.empty:
             frame = pd.DataFrame(columns=list(COLUMNS), dtype=object)
@@ -128,7 +130,7 @@ class StudyTable:
 
     @classmethod
     def open(cls, path: Path | str, root: Path | str | None = None) -> StudyTable:
-        """Open a Parquet file; the root is the file's own folder if not given. Raises StudyError if unreadable."""
+        """Open a Parquet file; the root is the file's folder if not given. Raises StudyError if it cannot be read."""
         path = Path(path)
         try:
             frame = read_parquet(path)
@@ -151,20 +153,20 @@ class StudyTable:
 
     @property
     def studies(self) -> StudySequence:
-        """The records, each built on access: indexing, slicing and iterating never hold them all."""
+        """The studies as a sequence that builds each record on access, so that they are never all in memory."""
         return StudySequence({name: self.frame[name].array for name in self.frame}, self.root)
 
     def without(self, rows: Iterable[int]) -> StudyTable:
-        """The table without the rows of these numbers, counted from 0."""
+        """Table without the rows of these numbers, counted from 0."""
         kept = np.ones(len(self), dtype=bool)
         kept[list(set(rows))] = False
         return StudyTable(self.frame.loc[kept].reset_index(drop=True), self.root)
 
     def where(self, **equal: str) -> StudyTable:
-        """The rows whose columns have the given values, for instance `where(split="test")`.
+        """Table of the rows whose columns have the given values, for instance `where(split="test")`.
 
         Raises:
-            StudyError: no such column.
+            StudyError: There is no such column.
         """
         kept = pd.Series(True, index=self.frame.index)
         for column, value in equal.items():
@@ -201,12 +203,12 @@ def read_table(path: Path | str, root: Path | str | None = None, errors: str = "
     Args:
         path: Parquet file that `StudyTable.save` wrote, or a CSV file of the same columns (see `csv_frame`). A CSV
             without the column `licence` counts as credentialed.
-        root: Folder that relative image paths are below; the table's own folder if not given.
+        root: Folder that image paths are relative to; the table's folder if not given.
         errors: "strict", or "replace" to read a CSV's bytes that are not UTF-8 as U+FFFD, for `validate_table` to find.
 
     Returns:
         The table. Its `studies` are built on access. Prior reports of rows without a prior image are left out of the
-        records, since the prompt has no place for them; a warning says how many.
+        records, since the prompt cannot contain them; a warning reports how many.
 
     Raises:
         StudyError: The file is missing, of another kind or not UTF-8, a row does not fit the header, or a value is not
@@ -229,14 +231,14 @@ def read_table(path: Path | str, root: Path | str | None = None, errors: str = "
 
 
 def table_of_studies(studies: Iterable[Study], root: Path | str) -> StudyTable:
-    """Table of studies in memory, for instance the phantom's.
+    """Make a table of studies in memory, for instance of the phantom.
 
     Array and PIL images are written as PNG files below `root`, under names that are safe for any study id. Grounded
     reports are not kept.
 
     Args:
         studies: The studies.
-        root: Folder of the images; made if missing.
+        root: Folder of the images; created if missing.
 
     Raises:
         StudyError: An image path is outside the root.
@@ -257,11 +259,11 @@ def table_of_studies(studies: Iterable[Study], root: Path | str) -> StudyTable:
 
 
 def safe_name(study_id: str, length: int = 100) -> str:
-    """A file name for a study id: the id itself where it is one, else a cleaned, cut id with a hash of it.
+    """Make a file name from a study id: the id itself if it is a valid name, else a cleaned, shortened id with a hash.
 
     Args:
         study_id: Any text.
-        length: Most bytes of an id that is used unchanged.
+        length: Largest size in bytes of an id that is used unchanged.
     """
     clean = re.sub(r"[^A-Za-z0-9._-]", "_", study_id)
     if clean == study_id and len(clean) <= length and clean.strip("."):

@@ -1,12 +1,11 @@
-"""What is wrong with a table of studies, found before days of GPU time are spent on it.
+"""Check a table of studies before GPU time is spent on it.
 
     images    missing, unreadable, of another study (same file, same content, or by the ids in the path)
     ids       one id twice, a patient in two splits
     text      bytes read in the wrong encoding, an empty report, a truth that cannot be read
     priors    not before the study, of another patient
 
-Every issue names its rows, counted from 0. It reports problems only. Pass `read_image` to use your own
-loader.
+Every issue names its rows, counted from 0. Nothing is changed. Pass `read_image` to use your own loader.
 """
 
 from __future__ import annotations
@@ -37,22 +36,24 @@ def validate_table(
     workers: int = 16,
     progress: bool = True,
 ) -> ValidationReport:
-    """Look for every kind of issue of this module.
+    """Check a table for every kind of issue.
 
     Args:
-        table: the table, under the root where its images are.
-        images: "decode" reads every pixel (a truncated file is found in no other way), "open" reads the files' headers,
-            "exist" looks only whether they are there, "none" looks at no file.
-        read_image: reads one image and raises on failure, for "decode"; Pillow if not given, which reads no DICOM.
-        open_image: reads one header, raises on failure and returns the bytes that decoding takes; Pillow if not given.
-        workers: threads that look at images.
-        progress: show a bar.
+        table: Table to check, with the root of its images.
+        images: Depth of the check: "decode" reads every pixel (the only way to find a truncated file), "open" reads
+            headers, "exist" checks that files exist, "none" checks no file.
+        read_image: Function that reads one image and raises on failure, for "decode"; Pillow if not given, which does
+            not read DICOM.
+        open_image: Function that reads one header, raises on failure and returns the bytes that decoding takes; Pillow
+            if not given.
+        workers: Number of threads that read images.
+        progress: Show a progress bar.
 
     Returns:
-        The report; issues come by kind and row.
+        The report, with issues ordered by kind and row.
 
     Raises:
-        StudyError: another word for `images`.
+        StudyError: `images` is another word.
     """
     frame = table.frame
     files = look_at(_paths(table), images, read_image, workers, progress, open_image)
@@ -106,14 +107,16 @@ def _split_leaks(frame: pd.DataFrame) -> Iterator[TableIssue]:
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 _RUN = re.compile(r"[^\x00-\x7f]{2,}")
-# Letters and signs that reports hold; what else UTF-8 would spell by chance, such as a capital with a quote, is none.
+# Characters that reports contain; other sequences that are UTF-8 by chance, such as a capital with a quote, are left
+# out.
 _MEANT = re.compile("[\u00a0-\u017f\u0370-\u03ff\u2010-\u2044\u20ac\u2122\u2190-\u22ff]+")
 
 
 def wrong_encoding(text: str) -> str | None:
-    """Why a text looks as if its bytes were read in the wrong encoding; None if it does not.
+    """Reason why a text seems to have been read in the wrong encoding; None if it does not.
 
-    UTF-8 that was read as Windows-1252 or Latin-1 shows itself: written back as such, it is UTF-8 again.
+    UTF-8 that was read as Windows-1252 or Latin-1 is recognised because it is valid UTF-8 when written back in that
+    encoding.
     """
     control = _CONTROL.search(text)
     for codec in ("cp1252", "latin-1"):
@@ -124,7 +127,7 @@ def wrong_encoding(text: str) -> str | None:
                 continue
             if _MEANT.fullmatch(meant):
                 return f"{run!r} is UTF-8 that was read as {codec}, meant was {meant!r}"
-    return f"it holds the character U+{ord(control[0]):04X}" if control else None
+    return f"it contains the character U+{ord(control[0]):04X}" if control else None
 
 
 def _encodings(frame: pd.DataFrame) -> Iterator[TableIssue]:
@@ -150,13 +153,13 @@ _SPECIAL = re.compile(
     r"</?(?:s|unk|pad|mask|obj|box|image|prev_im|lat_image|x\d{1,2}|y\d{1,2})>|<0x[0-9A-Fa-f]{2}>|<\|\w+\|>"
 )
 LONGEST_TEXT = 20_000
-"""Characters of a section; the longest public reports have about 10,000."""
+"""Largest number of characters of a section; the longest public reports have about 10,000."""
 LONGEST_WORD = 1_000
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD},}}")
 
 
 def _texts(frame: pd.DataFrame, columns: tuple[str, ...]) -> Iterator[tuple[str, int, str]]:
-    """(column, row, text) of every text."""
+    """Yield (column, row, text) for every text."""
     for column in columns:
         for row, text in enumerate(frame[column].array):
             if isinstance(text, str):
@@ -164,7 +167,7 @@ def _texts(frame: pd.DataFrame, columns: tuple[str, ...]) -> Iterator[tuple[str,
 
 
 def _placeholders(frame: pd.DataFrame) -> Iterator[TableIssue]:
-    """Texts that some program wrote for a missing value; "None" is one where it is the whole report."""
+    """Find texts that a program wrote for a missing value, such as a report that is only "None"."""
     for column, row, text in _texts(frame, ("study_id", "patient_id", *SECTIONS)):
         word = text.strip()
         none = column in ("study_id", "patient_id", "report") and word.rstrip(".").lower() == "none"
@@ -196,7 +199,9 @@ def _priors(frame: pd.DataFrame) -> Iterator[TableIssue]:
     for column in ("taken", "prior_taken"):
         times[column] = pd.to_datetime(frame[column], format="ISO8601", errors="coerce", utc=True)
         for row in _where(frame[column].notna() & times[column].isna()):
-            detail = f"{column} {frame[column].iloc[row]!r} is no ISO 8601 time such as 2180-05-06T21:30:14"
+            detail = (
+                f"{column} {frame[column].iloc[row]!r} is not an ISO 8601 time such as 2180-05-06T21:30:14"
+            )
             yield TableIssue(IssueKind.BAD_TIME, (row,), detail)
     for row in _where(frame["prior_study_id"].eq(frame["study_id"]).fillna(False)):
         yield TableIssue(IssueKind.PRIOR_ORDER, (row,), "the study is its own prior")
@@ -224,7 +229,7 @@ def _priors(frame: pd.DataFrame) -> Iterator[TableIssue]:
 
 
 def _records(table: StudyTable) -> Iterator[TableIssue]:
-    """Rows with a truth, which alone can fail to become a record."""
+    """Check that rows with a truth can be made into records."""
     studies = table.studies
     for row in _where(table.frame["truth"].notna()):
         try:
@@ -248,5 +253,5 @@ def _warnings(frame: pd.DataFrame) -> Iterator[TableIssue]:
         counts = ", ".join(f"{count} {name}" for name, count in licences.items())
         strict = Licence.CREDENTIALED.value
         yield TableIssue(
-            IssueKind.MIXED_LICENCES, tuple(rare), f"{counts}; what is made of it is {strict} if any is"
+            IssueKind.MIXED_LICENCES, tuple(rare), f"{counts}; results from this table count as {strict}"
         )

@@ -9,7 +9,7 @@ _WORDS = re.compile(r"\s*\d+\.\d+|\s*\w+(?:[-'’]\w+)*|\s*[^\w\s]|\s+$")
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of words, `marked` if the other report does not have them there."""
+    """A run of words, `marked` if the other report does not have them at this place."""
 
     text: str
     marked: bool
@@ -18,7 +18,7 @@ class Piece:
 def compare_words(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
     """Split two reports into pieces; the unmarked pieces are the same words in the same order.
 
-    Case is ignored, and the pieces of a report join to that report, character for character.
+    Case is ignored. The pieces of a report concatenate to that report exactly.
 
     Args:
         before: One report.

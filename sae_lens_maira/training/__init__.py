@@ -1,7 +1,7 @@
 """Training of SAEs with the fused step, inside SAELens' own trainer and runners.
 
 `FusedSAETrainer` is SAELens' `SAETrainer` with another `_train_step`; `fused_training()` makes SAELens' runners use it.
-Multi-process training and checkpoints that survive a kill are here too.
+The package also contains multi-process training, and checkpoints that survive a kill.
 """
 
 from sae_lens_maira.kernels import ProcessGroupCommunicator

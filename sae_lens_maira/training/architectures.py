@@ -1,11 +1,11 @@
-"""What the fused step has to know of each SAE class that it can train, and why it cannot train the others.
+"""SAE classes that the fused step can train, and the reason why it cannot train others.
 
     SAELens batchtopk               one level
     SAELens matryoshka_batchtopk    levels, weights 1, SAELens' auxiliary losses
     our matryoshka                  levels, weights and auxiliary loss by convention; unit decoder rows
 
-A `StepPlan` holds the numbers (`StepSpec`) and the three things a class does around the arithmetic: before the step, to
-W_dec's gradient, and after. It mirrors each class's `training_forward_pass`.
+A `StepPlan` contains the settings (`StepSpec`) and what a class does before the step, to the gradient of W_dec, and
+after the step. It reproduces the `training_forward_pass` of each class.
 """
 
 import warnings
@@ -26,11 +26,11 @@ PER_ROW_NORMALISATION = ("layer_norm", "constant_norm_rescale")
 
 
 class StepPlan:
-    """How one step of one SAE object runs. Cheap; made for every step, since users edit SAEs."""
+    """Plan of one step of an SAE object. It is made for every step, since users may change the SAE between steps."""
 
     def __init__(self, sae: TrainingSAE[Any], autocast: bool = False, candidates: Candidates = "off") -> None:
         cfg = sae.cfg
-        # The classes served here have attributes of their own that TrainingSAE does not declare.
+        # These classes have attributes that TrainingSAE does not declare.
         self.sae: Any = sae
         self.ours = isinstance(sae, MatryoshkaTrainingSAE)
         self.unit_decoder = isinstance(sae, MatryoshkaTrainingSAE) and sae.has_unit_decoder
@@ -56,18 +56,18 @@ class StepPlan:
         )
 
     def before(self, x: torch.Tensor, step_input: TrainStepInput) -> None:
-        """What the class does to its weights before a step; x holds the rows of all ranks if this is the first."""
+        """Change the weights as the class does before a step; x contains the rows of all ranks in the first step."""
         if isinstance(self.sae, MatryoshkaTrainingSAE):
             step_input.sae_in = x
             self.sae.prepare_step(step_input)
 
     def weights(self) -> Weights:
-        """The parameters, detached."""
+        """Detached parameters."""
         sae = self.sae
         return Weights(sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach())
 
     def dead(self, mask: torch.Tensor | None, tokens: int) -> DeadMask:
-        """Dead latents by the class's rule: the trainer's mask, or tokens since a latent fired, this batch included."""
+        """Dead latents by the class's rule: the trainer's mask, or tokens since a latent fired (with this batch)."""
         if not self.unit_decoder:
             return mask
         silent: torch.Tensor = self.sae.tokens_since_fired
@@ -75,19 +75,19 @@ class StepPlan:
         return lambda fired: torch.where(fired > 0, 0, silent + tokens) >= limit
 
     def adjust_(self, W_dec_gradient: torch.Tensor, latents: slice) -> None:
-        """Remove the part of each of these rows' gradient along the row, where the class holds rows at norm 1."""
+        """Remove the part of the gradient along each of these rows, if the class keeps rows at norm 1."""
         if self.unit_decoder and W_dec_gradient.numel():
             gradient, rows = W_dec_gradient[latents], self.sae.W_dec.detach()[latents]
             direction = rows / (rows.norm(dim=-1, keepdim=True) + 1e-6)
             gradient.sub_((gradient * direction).sum(dim=-1, keepdim=True) * direction)
 
     def constrain_(self) -> None:
-        """Holds a softly frozen decoder near its first directions, after the weights have changed."""
+        """Move a softly frozen decoder back towards its initial directions after an update."""
         if isinstance(self.sae, MatryoshkaTrainingSAE):
             self.sae.constrain_decoder_()
 
     def losses(self, result: StepResult) -> dict[str, torch.Tensor]:
-        """Losses by the names that the class gives them."""
+        """Losses by their names in the class."""
         named = {"mse_loss": result.level_losses[-1], "auxiliary_reconstruction_loss": result.aux_loss}
         for width, loss in zip(self.widths[:-1], result.level_losses[:-1], strict=True):
             named[f"inner_mse_loss_{width}"] = loss
@@ -95,7 +95,7 @@ class StepPlan:
 
     @torch.no_grad()
     def after(self, result: StepResult, n_training_steps: int) -> None:
-        """Updates the threshold's moving average and, with unit decoder rows, the tokens since a latent fired."""
+        """Update the threshold's moving average and, with unit decoder rows, the tokens since a latent fired."""
         sae, rate = self.sae, self.sae.cfg.topk_threshold_lr
         threshold = sae.topk_threshold
         lowest = result.min_positive.to(threshold.dtype)
@@ -148,10 +148,10 @@ def set_missing_threshold(
 
 
 def check_architecture(sae: TrainingSAE[Any]) -> None:
-    """Refuses what no path can train.
+    """Refuse an SAE that neither the fused nor the dense step can train.
 
     Raises:
-        SAEError: nested levels with a per-row normalisation, which SAELens forgets after the first level.
+        SAEError: Nested levels with a normalisation per row, whose state SAELens loses after the first level.
     """
     kind = sae.cfg.normalize_activations
     if isinstance(sae, MatryoshkaBatchTopKTrainingSAE) and kind in PER_ROW_NORMALISATION:
@@ -163,17 +163,17 @@ def check_architecture(sae: TrainingSAE[Any]) -> None:
 
 
 def reason_for_dense(sae: TrainingSAE[Any], x: torch.Tensor) -> str | None:
-    """Why this step has to run densely, in words for the user; None if the fused step applies."""
+    """Reason why this step must run densely, as a message for the user; None if the fused step can run."""
     if type(sae) not in SUPPORTED:
         names = ", ".join(cls.__name__ for cls in SUPPORTED)
-        return f"the SAE is a {type(sae).__name__}; the fused step knows {names}"
+        return f"the SAE is a {type(sae).__name__}; the fused step supports {names}"
     if sae.cfg.normalize_activations in PER_ROW_NORMALISATION:
         return f"normalize_activations={sae.cfg.normalize_activations!r} rescales every row inside the SAE"
     hooked = [name for name, point in sae.hook_dict.items() if _has_hooks(point)]
     if hooked:
-        return f"hooks are attached to {', '.join(hooked)}, and the fused step never makes those tensors"
+        return f"hooks are attached to {', '.join(hooked)}, and the fused step does not make those tensors"
     if sae.dtype not in (torch.float32, torch.float64):
-        return f"the SAE's dtype is {sae.dtype}; the fused step has float32 and float64"
+        return f"the SAE's dtype is {sae.dtype}; the fused step supports float32 and float64"
     if x.ndim != 2:
         return f"the batch has {x.ndim} dimensions; the fused step takes (rows, d_in)"
     replaced = sae.__dict__.get("training_forward_pass")

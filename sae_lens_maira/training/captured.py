@@ -1,11 +1,11 @@
-"""One training step as two CUDA graphs, so that the host queues two launches instead of sixty.
+"""One training step as two CUDA graphs, so that the host makes two launches instead of sixty.
 
     copy the batch in -> graph 1: selection, passes, losses -> read a few numbers -> graph 2: clip, Adam, statistics
 
-Both are recorded from the functions that a step without graphs calls. Everything they read is at a fixed address and
-of a fixed size; the learning rate and the number of the step are on the device. The numbers say whether graph 1 was
-the whole truth: the selection is right and no latent is dead. If not, the step runs without graphs; nothing has been
-changed by then. The host waits for these numbers and nowhere else.
+Both are recorded from the functions that a step without graphs calls. All tensors that they read have fixed addresses
+and sizes; the learning rate and the step number are on the device. The numbers show whether graph 1 is valid: the
+selection is right and no latent is dead. If it is not valid, the step runs without graphs; no weight has changed at
+that point. The host waits only for these numbers.
 """
 
 import warnings
@@ -22,15 +22,17 @@ from sae_lens_maira.training.architectures import StepPlan
 from sae_lens_maira.training.inputs import not_finite_error
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
-"""Records a function of fixed tensors: what runs it again, and its result, which each run overwrites."""
+"""Function that records a function of fixed tensors; returns its replay function and its result, which each replay
+overwrites.
+"""
 Losses = Callable[[torch.Tensor, Workspace], tuple[StepResult, torch.Tensor, torch.Tensor]]
 """Result of a batch, the threshold for the next step, and the numbers of `step.first_attempt`."""
 
 
 def record_cuda_graph(body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record a CUDA graph; memory of its tensors is its own for as long as it exists."""
+    """Record a CUDA graph; the memory of its tensors belongs to the graph while it exists."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as one that prefetches batches, may use the device meanwhile.
+    # Other threads, such as one that prefetches batches, may use the device at the same time.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = body()
     return graph.replay, result
@@ -40,7 +42,7 @@ class CapturedStep:
     """A step that was recorded for one set of tensors.
 
     Attributes:
-        key: What must not change: sizes, settings and addresses.
+        key: Sizes, settings and addresses that must not change.
         result: Losses, gradients and activations of the last batch; the next one overwrites them.
     """
 
@@ -56,17 +58,17 @@ class CapturedStep:
         record: Record,
         give_up: Callable[[RuntimeError], None],
     ) -> None:
-        """Keep what will be recorded; graphs are recorded when they are first used.
+        """Store what is to be recorded; graphs are recorded when they are first used.
 
         Args:
-            key: See the class.
-            x: A batch (rows, d_in) of the size.
-            losses: Body of the first graph.
-            update: Body of the second.
-            workspace: That of steps without graphs. Its threshold and what the optimizer left are shared; buffers are
-                not, since a batch of another size replaces them.
-            record: Records a body.
-            give_up: Called if the update cannot be recorded; it then runs without a graph.
+            key: Sizes, settings and addresses that must not change.
+            x: Batch (rows, d_in) of the size to record.
+            losses: Function recorded as the first graph.
+            update: Function recorded as the second graph.
+            workspace: Workspace of steps without graphs. Its threshold and the optimizer's results are shared; buffers
+                are not, since a batch of another size replaces them.
+            record: Function that records a graph.
+            give_up: Function called if the update cannot be recorded; the update then runs without a graph.
         """
         self.key = key
         self._x = torch.empty_like(x)
@@ -78,7 +80,9 @@ class CapturedStep:
         self._replay_update: Callable[[], None] | None = None
 
     def losses(self, x: torch.Tensor) -> list[int]:
-        """Losses and gradients of a batch; the numbers of `step.first_attempt`, for which the host waits."""
+        """Compute losses and gradients of a batch; return the numbers of `step.first_attempt`, for which the host
+        waits.
+        """
         known = self._shared.threshold
         assert known is not None
         if known is not self._threshold:
@@ -92,7 +96,7 @@ class CapturedStep:
         return self._numbers.tolist()
 
     def update(self) -> None:
-        """Change weights, moments and statistics by the last `losses`."""
+        """Update weights, moments and statistics with the gradients of the last `losses`."""
         if self._replay_update is None:
             try:
                 self._replay_update, _ = self._record(self._change)
@@ -108,11 +112,11 @@ class CapturedStep:
 
 
 class StepGraphs:
-    """The captured step of a trainer; recorded again when sizes, settings or addresses change.
+    """Captured step of a trainer; recorded again when sizes, settings or addresses change.
 
     Attributes:
-        record: Records a body; None once it is known that steps cannot be recorded.
-        replayed: Steps whose losses came from a graph.
+        record: Function that records a graph; None once steps have proved impossible to record.
+        replayed: Number of steps whose losses came from a graph.
     """
 
     def __init__(
@@ -121,12 +125,12 @@ class StepGraphs:
         change: Callable[[StepPlan, StepResult], None],
         reason: str | None = None,
     ) -> None:
-        """Record nothing yet.
+        """Store the trainer and the functions to record; nothing is recorded yet.
 
         Args:
             trainer: `FusedSAETrainer` whose steps are recorded.
-            change: What its step changes on the device.
-            reason: Why steps cannot be recorded, if so; it is printed.
+            change: Function that makes the changes of a step on the device.
+            reason: Reason why steps cannot be recorded, or None; it is shown as a warning.
         """
         self._trainer, self._change = trainer, change
         self.record: Record | None = record_cuda_graph
@@ -140,16 +144,16 @@ class StepGraphs:
     def losses(
         self, plan: StepPlan, x: torch.Tensor, workspace: Workspace, buffers: Gradients
     ) -> CapturedStep | None:
-        """Losses and gradients of a batch; None where the step has to run without graphs.
+        """Compute losses and gradients of a batch; None if the step must run without graphs.
 
-        It does so for two steps after a change of sizes or addresses, where a latent is dead, and where the threshold
-        has moved too far.
+        This is so for two steps after a change of sizes or addresses, if a latent is dead, and if the threshold has
+        changed too much.
 
         Args:
-            plan: The step.
+            plan: Plan of the step.
             x: Centred rows (rows, d_in).
-            workspace: That of steps without graphs.
-            buffers: Where gradients of the matrices are written.
+            workspace: Workspace of steps without graphs.
+            buffers: Buffers for the gradients of the matrices.
 
         Raises:
             SAEError: The loss is not finite.
@@ -174,7 +178,7 @@ class StepGraphs:
             return None
         if not finite:
             raise not_finite_error(plan.sae, x, self._trainer.n_training_steps)
-        if plan.sae.topk_threshold is not self._topk_threshold:  # a step without graphs makes a new tensor
+        if plan.sae.topk_threshold is not self._topk_threshold:  # a step without graphs has made a new tensor
             plan.sae.topk_threshold = self._topk_threshold.copy_(plan.sae.topk_threshold)
         self.replayed += 1
         return self._captured
@@ -192,7 +196,7 @@ class StepGraphs:
     def _key(
         self, plan: StepPlan, x: torch.Tensor, workspace: Workspace, buffers: Gradients
     ) -> tuple[Any, ...]:
-        """What a recorded step depends on, apart from the values of tensors."""
+        """Everything that a recorded step depends on, except the values of tensors."""
         sae, trainer = plan.sae, self._trainer
         fixed = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, *buffers]
         fixed += [trainer.act_freq_scores, trainer.n_forward_passes_since_fired]
@@ -213,11 +217,11 @@ class StepGraphs:
 
 
 def reason_for_no_graphs(backend: str, device: str, ranks: int, control: str | None) -> str | None:
-    """Why no step of a trainer can be recorded; None if it can."""
+    """Reason why the steps of a trainer cannot be recorded; None if they can."""
     if control == "soft_frozen_decoder":
         return "a softly frozen decoder is replaced at each step"
     if backend != "triton" or torch.device(device).type != "cuda":
         return f"they need the triton backend on CUDA, and this is {backend} on {device}"
     if ranks > 1:
-        return f"they hold the work of one process, and there are {ranks} ranks"
+        return f"they work in one process only, and there are {ranks} ranks"
     return None

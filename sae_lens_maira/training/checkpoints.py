@@ -5,8 +5,8 @@
     run.json                                                    settings of the run
     checksums.json                                              XXH3-128 of every other file
 
-A checkpoint is written to a draft folder and renamed, so that a kill leaves the old one or the new one. Of several
-ranks the first writes; when one fails, whichever survivor comes first, since all hold the same state.
+A checkpoint is written to a draft folder and renamed, so that a kill leaves the old one or the new one. With several
+ranks, rank 0 writes; if a rank fails, any other rank can write, since all have the same state.
 """
 
 import json
@@ -35,7 +35,7 @@ RUN_FILENAME = "run.json"
 _NAME = re.compile(r"(?:rescue_)?(\d+)")
 
 LONGER = "trainer.total_training_samples"
-"""May grow when a run continues; the learning-rate schedule is then that of the longer run."""
+"""Setting that may increase when a run continues; the learning-rate schedule is then that of the longer run."""
 FREE = frozenset(
     {
         "sae.device",
@@ -48,11 +48,12 @@ FREE = frozenset(
         "trainer.logger",
     }
 )
-"""Settings that do not change the result; a continued run takes the new ones."""
+"""Settings that do not change the result; a continued run uses the new values."""
 
 
 class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
-    """Base of `FusedSAETrainer`: SAELens' trainer with atomic, checked checkpoints that know where the data were.
+    """Base of `FusedSAETrainer`: SAELens' trainer with atomic, checked checkpoints that include the position in the
+    data.
 
     Attributes:
         comm: The other ranks.
@@ -67,7 +68,7 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """State of the data provider after the last complete step."""
 
     def settings(self) -> dict[str, Any]:
-        """Every setting of this run by name, as JSON values."""
+        """Settings of this run by name, as JSON values."""
         parts = {"sae": self.sae.cfg.to_dict(), "trainer": asdict(self.cfg), "run": self.run_settings}
         flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         return json.loads(json.dumps(flat, default=str))
@@ -95,18 +96,18 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def _checkpoint_if_needed(self) -> None:
-        # SAELens writes before it counts the step, so its own mid-run checkpoints are one step short of their weights.
+        # SAELens writes before it increments the step, so that its checkpoints during a run count one step too few.
         self.n_training_steps += 1
         super()._checkpoint_if_needed()
         self.n_training_steps -= 1
 
     @property
     def sharded(self) -> bool:
-        """Whether this rank has the moments of its share of the latents only."""
+        """Whether this rank has only the moments of its share of the latents."""
         return isinstance(self.optimizer, ShardedAdam)
 
     def save_rescue(self) -> None:
-        """Write an emergency checkpoint, on any rank that has the whole state."""
+        """Write an emergency checkpoint, on any rank that has the full state."""
         if self.cfg.checkpoint_path is None:
             return
         if isinstance(self.optimizer, DividedAdam):
@@ -161,7 +162,7 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return saved is not None and saved.get(LONGER, 0) != self.cfg.total_training_samples
 
     def _reschedule(self, fresh: dict[str, Any], rates: list[float]) -> None:
-        """Bring a schedule of another length to the current step."""
+        """Advance a schedule of another length to the current step."""
         self.lr_scheduler.load_state_dict(fresh)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -170,7 +171,9 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
 
 def checkpoints(base: Path | str) -> list[Path]:
-    """Checkpoints of an unfinished run, `<samples>` or `rescue_<samples>`, most samples first; some may be damaged."""
+    """List the checkpoints of an unfinished run, `<samples>` or `rescue_<samples>`, most samples first; some may be
+    damaged.
+    """
     found = []
     for folder in Path(base).glob("*"):
         name = _NAME.fullmatch(folder.name)
@@ -180,12 +183,12 @@ def checkpoints(base: Path | str) -> list[Path]:
 
 
 def latest_checkpoint(base: Path | str) -> Path | None:
-    """The first of `checkpoints`, if there is one."""
+    """Checkpoint with the most samples, or None."""
     return next(iter(checkpoints(base)), None)
 
 
 def set_aside(base: Path | str) -> Path | None:
-    """Move all checkpoints of a folder to a subfolder that is not searched; that folder, if there were any."""
+    """Move all checkpoints of a folder to a subfolder that is not searched; return it, or None without checkpoints."""
     old = checkpoints(base)
     if not old:
         return None
@@ -200,10 +203,10 @@ def set_aside(base: Path | str) -> Path | None:
 
 
 def resume_latest(trainer: SavingTrainer[Any, Any], base: Path | str) -> Path | None:
-    """Continue from the newest checkpoint that is undamaged; damaged ones are reported and passed over.
+    """Continue from the newest undamaged checkpoint; damaged ones are reported and skipped.
 
     Returns:
-        The checkpoint; None if there is none.
+        Path of the checkpoint; None if there is none.
 
     Raises:
         CheckpointError: All checkpoints are damaged, or the newest one belongs to a run with other settings.
@@ -230,9 +233,9 @@ def resume_latest(trainer: SavingTrainer[Any, Any], base: Path | str) -> Path | 
 
 
 def resume(trainer: SavingTrainer[Any, Any], checkpoint: Path | str) -> None:
-    """Load weights, trainer state and, where the checkpoint has it, the data provider's place, all in place.
+    """Load weights, trainer state and, if the checkpoint has it, the data provider's position, all in place.
 
-    A provider without `state_dict` and `load_state_dict` is the caller's to move on.
+    For a provider without `state_dict` and `load_state_dict`, the caller must skip the used batches.
 
     Raises:
         CheckpointError: The folder is not a training checkpoint, is damaged, or belongs to a run with other settings.
@@ -249,14 +252,14 @@ def resume(trainer: SavingTrainer[Any, Any], checkpoint: Path | str) -> None:
 
 
 def _load(trainer: SavingTrainer[Any, Any], checkpoint: Path) -> None:
-    """`resume` from a checkpoint whose files were verified."""
+    """Resume from a checkpoint whose files were verified."""
     try:
         _check_settings(trainer, checkpoint)
         trainer.sae.load_weights_from_checkpoint(checkpoint)
         trainer.load_trainer_state(checkpoint)
     except MairaError:
         raise
-    except Exception as error:  # torch and pickle raise many kinds for a damaged file
+    except Exception as error:  # torch and pickle raise many types for a damaged file
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{checkpoint} cannot be read ({reason}). Remove it to continue from the one before, or start again with "
@@ -265,7 +268,7 @@ def _load(trainer: SavingTrainer[Any, Any], checkpoint: Path) -> None:
 
 
 def verify(checkpoint: Path) -> None:
-    """Compare every file with its checksum; a checkpoint without checksums, as SAELens writes, passes.
+    """Compare every file with its checksum; a checkpoint without checksums, as written by SAELens, is accepted.
 
     Raises:
         CheckpointError: A file is missing or changed.
@@ -273,12 +276,12 @@ def verify(checkpoint: Path) -> None:
     lacking = [n for n in (SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME) if not (checkpoint / n).exists()]
     if wrong := lacking or damaged_files(checkpoint):
         raise CheckpointError(
-            f"The checkpoint {checkpoint} is damaged: {', '.join(wrong)} is missing or not what was written."
+            f"The checkpoint {checkpoint} is damaged: {', '.join(wrong)} is missing or was changed."
         )
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Settings of two runs that may not differ, each as "name is X in the checkpoint and Y here"."""
+    """List settings that differ but must be equal, each as "name is X in the checkpoint and Y here"."""
     names = sorted(name for name in saved.keys() | asked.keys() if name not in {*FREE, LONGER})
     return [
         f"{name} is {saved.get(name)!r} in the checkpoint and {asked.get(name)!r} here"
@@ -288,12 +291,12 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def provider_state(provider: Any) -> Any:
-    """State of a data provider's next batch, if it can be saved and loaded."""
+    """State of a data provider before its next batch; None if it cannot be saved and loaded."""
     return provider.state_dict() if hasattr(provider, "load_state_dict") else None
 
 
 def contiguous_W_enc(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Safetensors refuses other memory orders, and other readers should find SAELens' own."""
+    """State-dict hook that makes W_enc contiguous, since safetensors refuses other memory orders."""
     state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()
 
 
@@ -308,7 +311,7 @@ def _check_settings(trainer: SavingTrainer[Any, Any], checkpoint: Path) -> None:
         return
     if differ := differences(saved, asked):
         raise CheckpointError(
-            f"{checkpoint} is of a run with other settings: {'; '.join(differ)}. Use the settings of that run to "
+            f"{checkpoint} belongs to a run with other settings: {'; '.join(differ)}. Use the settings of that run to "
             "continue it, name another trainer.checkpoint_path, or pass --resume false to start again."
         )
     before, wanted = saved[LONGER], asked[LONGER]

@@ -1,4 +1,4 @@
-"""Train control SAEs: the same configuration, data and steps as an SAE, with its decoder or encoder kept random.
+"""Train control SAEs: the same configuration, data and steps as an SAE, with a random, fixed decoder or encoder.
 
 A control is compared with an SAE only if nothing else differs: same seed, batches, selection rule, levels and schedule.
 See `sae.controls` for what each kind means, and for the controls that need no training.
@@ -37,13 +37,13 @@ def train_control(
     Args:
         kind: "frozen_decoder", "soft_frozen_decoder" or "frozen_encoder".
         sae: Configuration of the SAE that the control is compared with.
-        trainer: Its trainer's configuration.
+        trainer: Configuration of the trainer of this SAE.
         data: Function that returns a fresh data provider with the batches that the SAE was trained on.
-        seed: Random seed of the initial weights; that of the SAE gives both the same initial weights.
+        seed: Random seed of the initial weights; the seed of the SAE gives both the same initial weights.
         **options: Further arguments of `FusedSAETrainer`.
 
     Raises:
-        ConfigError: the kind is not one that is trained.
+        ConfigError: The kind is not a control that is trained.
     """
     if kind not in get_args(Frozen):
         raise ConfigError(

@@ -3,8 +3,8 @@
     saved form      f = JumpReLU((x - b_dec) W_enc + b_enc, threshold),  x^ = f W_dec + b_dec,  |W_dec[j]| = 1
     training form   the same weights; inputs are s x where activations are normalised, so biases and threshold take s
 
-The reconstruction is that of the given SAE at the first step, but BatchTopK selects k entries per row of a whole batch
-where the given SAE compares with its threshold.
+At the first step the decoder and encoder are those of the given SAE, but the selection differs: BatchTopK selects k
+entries per row over a whole batch, where the given SAE compares with its threshold.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from sae_lens_maira.training.trainer import FusedSAETrainer
 
 SCALED = ("none", "expected_average_only_in")
-"""Values of `normalize_activations` under which the weights of another SAE keep their meaning."""
+"""Values of `normalize_activations` for which weights of another SAE can be converted."""
 
 
 @torch.no_grad()
 def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE) -> None:
-    """Replace the weights of a trainer's SAE by those of another; call it before the first step.
+    """Replace the weights of a trainer's SAE by those of another SAE; call this before the first step.
 
     With `normalize_activations="expected_average_only_in"` the scale is estimated here, from the first batches.
 
     Args:
-        trainer: A trainer that has made no step.
+        trainer: Trainer that has not made a step yet.
         source: A folder, what `load_release` takes, or an SAE in memory.
 
     Raises:
@@ -62,14 +62,14 @@ def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE
 
 
 def initial_sae(source: str | MatryoshkaSAE, cfg: MatryoshkaTrainingSAEConfig) -> MatryoshkaSAE:
-    """Read an SAE to start from, and check that a training SAE of this configuration can take its weights.
+    """Read an SAE to start from, and check that its weights fit a training SAE of this configuration.
 
     Args:
         source: A folder, what `load_release` takes, or an SAE in memory.
         cfg: Configuration of the SAE to train.
 
     Raises:
-        SAEError: The SAE cannot be read, its width, number of latents, levels or k are others, or a decoder row is 0.
+        SAEError: The SAE cannot be read, its width, number of latents, levels or k differ, or a decoder row is 0.
     """
     given = source if isinstance(source, MatryoshkaSAE) else load_matryoshka(resolve_sae(source))
     _check(given, cfg)
@@ -88,7 +88,7 @@ def initial_sae(source: str | MatryoshkaSAE, cfg: MatryoshkaTrainingSAEConfig) -
 
 
 def _scale(trainer: "FusedSAETrainer[Any, Any]") -> float:
-    """Factor that the trainer multiplies its inputs by."""
+    """Factor by which the trainer multiplies its inputs."""
     if trainer.sae.cfg.normalize_activations == "none":
         return 1.0
     agree_on_scaling(trainer, trainer.comm)

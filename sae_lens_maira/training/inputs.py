@@ -1,7 +1,7 @@
-"""What can be wrong with the rows that a trainer is fed, and how ranks agree on their scale.
+"""Checks of a trainer's input rows, and scaling factors that are equal on all ranks.
 
-A loss that is not finite is traced to its cause before any weight changes. The norm or covariance that inputs are
-scaled by is that of all ranks' rows.
+The cause of a loss that is not finite is reported before any weight changes. The norm or covariance by which inputs are
+scaled is computed over the rows of all ranks.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ from sae_lens_maira.sae.whitening import Moments, pca_whitening
 
 
 def not_finite_error(sae: TrainingSAE[Any], x: torch.Tensor, step: int) -> SAEError:
-    """The error for a loss that is not finite: which rows (rows, d_in) or weights it comes from."""
+    """Make the error for a loss that is not finite, which names the rows of x (rows, d_in) or weights that cause it."""
     bad_rows = int((~torch.isfinite(x)).any(dim=1).sum())
     bad = [name for name, p in sae.named_parameters() if not bool(torch.isfinite(p).all())]
-    found = f"{bad_rows} of {len(x)} rows of the batch hold NaN or infinity"
+    found = f"{bad_rows} of {len(x)} rows of the batch contain NaN or infinity"
     if bad:
         found += f", and so do {', '.join(bad)}"
     elif not bad_rows:
@@ -32,7 +32,7 @@ def not_finite_error(sae: TrainingSAE[Any], x: torch.Tensor, step: int) -> SAEEr
 
 
 def agree_on_scaling(trainer: SAETrainer[Any, Any], comm: Communicator) -> None:
-    """Estimates scaling or whitening over the rows of all ranks, before SAELens would do so over this rank's."""
+    """Estimate scaling or whitening over the rows of all ranks, before SAELens does so over this rank's rows only."""
     kind, d_in, scaler = (
         trainer.sae.cfg.normalize_activations,
         trainer.sae.cfg.d_in,
@@ -51,7 +51,8 @@ def agree_on_scaling(trainer: SAETrainer[Any, Any], comm: Communicator) -> None:
 def _whitening_of_all_ranks(trainer: SAETrainer[Any, Any], comm: Communicator) -> ActivationWhitening:
     """Whitening by mean and covariance of `n_batches_for_norm_estimate` batches of every rank.
 
-    Moments are summed over ranks in float64. Rank 0's matrices are sent to all, since an axis' sign is free.
+    Moments are summed over ranks in float64. Rank 0 sends its matrices to all ranks, since the signs of the axes are
+    arbitrary.
     """
     d_in = trainer.sae.cfg.d_in
     moments = Moments.none(d_in, trainer.sae.device)

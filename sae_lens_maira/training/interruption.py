@@ -1,11 +1,10 @@
-"""Signals that wait for a moment when a step can be undone.
+"""Delay signals until a point of the step at which no weight is being changed.
 
     unsafe: weights, moments and counters are being changed       signal waits
     safe:   losses and gradients of a step are being computed     signal is delivered
 
-An interrupt in the middle of an update leaves weights that belong to no step; a checkpoint of them cannot be resumed
-to the same result. Ranks of a multi-process run spend the safe time waiting for each other, so a signal reaches them
-there.
+An interrupt in the middle of an update would leave weights between two steps; a run resumed from them would differ.
+Ranks of a multi-process run wait for each other in the safe part, so that signals are delivered there.
 """
 
 import signal
@@ -21,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SafePoints:
-    """Delays SIGINT and SIGTERM until the next safe moment, then does what the handler before it would."""
+    """Delays SIGINT and SIGTERM until the next safe point, then calls the previous handler."""
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -30,7 +29,7 @@ class SafePoints:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, the two signals wait for `safe`. Only the main thread gets signals; elsewhere nothing happens."""
+        """Context in which the two signals are delayed until `safe`. Has no effect outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -51,7 +50,7 @@ class SafePoints:
 
     @contextmanager
     def safe(self) -> Iterator[None]:
-        """Inside, a signal is delivered at once; one that waited is delivered on entry."""
+        """Context in which signals are delivered immediately; a delayed signal is delivered on entry."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._deliver(pending, None)

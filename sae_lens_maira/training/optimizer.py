@@ -1,12 +1,12 @@
-"""Adam in one pass over memory, for parameters in any memory order, with gradient clipping inside.
+"""Adam in one pass over memory, for parameters in any memory order, with gradient clipping.
 
     p <- p - lr m^ / (sqrt(v^) + eps)   on   g * min(1, c / (|g| + 1e-6))
 
-torch's fused Adam walks raw memory: with a gradient or moment in another order than its parameter it silently updates
-wrong entries, and a transposed parameter costs it copies. Here gradients and moments follow their parameter, and the
-update sees each matrix as it is stored. State dicts are written contiguous and without the fused flag, as SAELens'
-own Adam would, so either can read the other's. On a GPU the learning rate, the number of the step and the clip scale
-stay on the device, so that the host never waits.
+torch's fused Adam reads memory in storage order: with a gradient or moment in another order than its parameter it
+silently updates wrong entries, and a transposed parameter needs copies. Here gradients and moments have the memory
+order of their parameter. State dicts are contiguous and without the fused flag, as those of SAELens' Adam, so that each
+can read the other's. On a GPU the learning rate, the step number and the clip scale stay on the device, so that the
+host does not wait.
 """
 
 from collections.abc import Iterable
@@ -22,14 +22,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RowMajorAdam(torch.optim.Adam):
-    """torch's fused Adam, safe and fast for transposed parameters; `clip_` folds a norm limit into the next step.
+    """torch's fused Adam, correct and fast for transposed parameters; `clip_` applies a norm limit in the next step.
 
     Attributes:
-        use_triton: Whether float32 matrices are updated by this package's kernel, which also leaves row norms behind.
+        use_triton: Whether this package's kernel updates float32 matrices; it also computes row norms for the next
+            step.
         keep_bf16: Whether that kernel writes bfloat16 copies too.
-        refreshed: What the kernel left behind, by parameter.
-        unit: Matrices whose rows the kernel holds at norm 1: it removes the part of the gradient along each row, and
-            divides the row by its norm afterwards.
+        refreshed: Parameter -> row norms and copy that the kernel computed.
+        unit: Matrices whose rows the kernel keeps at norm 1: it removes the part of the gradient along each row, and
+            divides the updated row by its norm.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]) -> None:
@@ -47,13 +48,13 @@ class RowMajorAdam(torch.optim.Adam):
     def clip_(
         self, max_norm: float, known: dict[torch.nn.Parameter, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Limit the next step's gradient norm over all parameters; the norm before it, 0-d.
+        """Limit the next step's gradient norm over all parameters; return the norm before clipping, 0-d.
 
-        The division happens inside the update instead of in a pass of its own.
+        The division is part of the update, so that it needs no separate pass.
 
         Args:
-            max_norm: Largest norm.
-            known: Norms of gradients that need not be read, 0-d.
+            max_norm: Largest norm of the clipped gradient.
+            known: Parameter -> norm of its gradient (0-d), for norms that are already known.
         """
         total = self._norm(known or {})
         scale = total + 1e-6
@@ -62,7 +63,7 @@ class RowMajorAdam(torch.optim.Adam):
             return total
         if total.dtype == torch.float32:
             self.grad_scale = scale
-        else:  # torch's fused Adam reads its scale as float32, too coarse for float64
+        else:  # torch's fused Adam reads its scale as float32, which is not exact enough for float64
             for gradient in self._gradients().values():
                 gradient.div_(scale)
         return total
@@ -91,7 +92,7 @@ class RowMajorAdam(torch.optim.Adam):
     @override
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - no closure
-        """One update; the clip scale is used up by it."""
+        """Make one update; it consumes the clip scale."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -175,12 +176,12 @@ class RowMajorAdam(torch.optim.Adam):
         self.refreshed[p] = Refreshed(norms, shadow, p.data_ptr(), p._version)
 
     def load_rates(self) -> None:
-        """Bring the learning rates on the device up to date; a captured update reads them there."""
+        """Copy the learning rates to the device, where a captured update reads them."""
         for group in self.param_groups:
             self._rate(group["lr"], group["params"][0].device)
 
     def _rate(self, lr: float, device: torch.device) -> torch.Tensor:
-        """The learning rate on the device, 0-d; filling it queues a launch and waits for nothing."""
+        """Learning rate on the device, 0-d; setting it makes an asynchronous launch."""
         known, tensor = self._rates.get(device, (None, None))
         if tensor is None:
             tensor = torch.empty((), dtype=torch.float32, device=device)
@@ -199,7 +200,7 @@ def norm_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _ordered_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if it is stored in the parameter's order, else a copy that is."""
+    """Return the tensor if it is stored in the parameter's memory order, else a copy in that order."""
     return (
         tensor
         if tensor.stride() == parameter.stride()
@@ -208,7 +209,7 @@ def _ordered_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor
 
 
 def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor or its transpose, whichever is contiguous."""
+    """Return the tensor or its transpose, whichever is contiguous."""
     return tensor if tensor.is_contiguous() or tensor.ndim != 2 else tensor.T
 
 

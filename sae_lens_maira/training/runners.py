@@ -1,10 +1,10 @@
-"""Make SAELens' runners use the fused trainer, with one line.
+"""Make SAELens' runners use the fused trainer.
 
     with fused_training():
         LanguageModelSAETrainingRunner(cfg).run()
 
-SAELens names its trainer inside the runners, with no argument to replace it. Within the context that name means the
-fused trainer in every module that uses it; afterwards it is SAELens' again.
+SAELens' runners have no argument for the trainer class. Within the context, the name of the class refers to the fused
+trainer in every module that uses it; afterwards it refers to SAELens' trainer again.
 """
 
 import importlib
@@ -32,17 +32,17 @@ USERS_OF_THE_TRAINER = (
 
 
 class ShardedBatches:
-    """A rank's share of every batch of a provider that yields the same whole batches on all ranks."""
+    """Iterator over this rank's share of every batch of a provider that yields the same whole batches on all ranks."""
 
     def __init__(self, batches: Iterator[torch.Tensor], rank: int, size: int) -> None:
         self.batches, self.rank, self.size = batches, rank, size
 
     def __iter__(self) -> "ShardedBatches":
-        """The iterator itself."""
+        """Return the iterator."""
         return self
 
     def __next__(self) -> torch.Tensor:
-        """The rank's rows of the next batch; shares differ by at most one row and may be empty."""
+        """Return this rank's rows of the next batch; shares differ by at most one row and may be empty."""
         batch = next(self.batches)
         start, stop = (len(batch) * (self.rank + i) // self.size for i in (0, 1))
         return batch[start:stop]
@@ -55,12 +55,13 @@ def fused_training(
     comm: ProcessGroupCommunicator | None = None,
     sole_writer: bool = False,
 ) -> Iterator[None]:
-    """Inside, every SAELens runner builds a `FusedSAETrainer` with these arguments. Not for threads that race.
+    """Context in which every SAELens runner builds a `FusedSAETrainer` with these arguments. It is not thread-safe.
 
     Over several ranks every rank's runner harvests the same whole batches (equal seeds) and trains on its share.
 
     Raises:
-        BackendError: this SAELens builds its trainer elsewhere, or ranks and prefetching were asked for together.
+        BackendError: This version of SAELens builds its trainer elsewhere, or ranks and prefetching were requested
+            together.
     """
 
     def fused(*args: Any, data_provider: Any, **kwargs: Any) -> FusedSAETrainer:
@@ -103,12 +104,12 @@ def _share_of(data_provider: Any, comm: ProcessGroupCommunicator) -> ShardedBatc
 
 
 class FusedLanguageModelSAETrainingRunner(LanguageModelSAETrainingRunner):
-    """SAELens' language model runner with the fused trainer; same arguments, same results, less time."""
+    """SAELens' language model runner with the fused trainer: same arguments, same results, faster."""
 
     fused_backend: Backend = "auto"
 
     @override
     def run(self) -> Any:
-        """Runs the training."""
+        """Run the training."""
         with fused_training(backend=self.fused_backend):
             return super().run()

@@ -70,7 +70,7 @@ def test_regions_are_changed_inside_their_box_only(with_prior):
 
 
 def test_boxes_outside_the_image_are_refused(with_prior):
-    with pytest.raises(StudyError, match="A box reads"):
+    with pytest.raises(StudyError, match="A box is"):
         counterfactual(with_prior, erase=[(0.5, 0.5, 1.5, 1.0)])
 
 

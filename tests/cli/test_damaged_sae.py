@@ -233,10 +233,10 @@ def test_records_of_another_sae_are_refused(healthy, tmp_path):
             assert p99.tolist() == [0.0] * 256
             assert load_sae(healthy, records=tmp_path / name, dtype="bfloat16").dtype is torch.bfloat16
             continue
-        with pytest.raises(RecordError, match="holds records of"):
+        with pytest.raises(RecordError, match="has records of"):
             load_sae(healthy, records=tmp_path / name)
         inside = tmp_path / f"sae {name}"
         shutil.copytree(healthy, inside)
         shutil.copytree(tmp_path / name, inside / "records")
-        with pytest.raises(RecordError, match="holds records of"):
+        with pytest.raises(RecordError, match="has records of"):
             load_sae(inside)

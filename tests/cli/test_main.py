@@ -214,4 +214,4 @@ def test_version_and_bench_door():
 def test_the_quickstart_refuses_another_model(capsys):
     """Another model is an error with a way out, not silently the phantom."""
     assert main(["quickstart", "--model", "microsoft/maira-2"]) == 2
-    assert "runs on the phantom only" in capsys.readouterr().err
+    assert "runs only on the phantom" in capsys.readouterr().err

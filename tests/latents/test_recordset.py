@@ -130,7 +130,7 @@ def test_another_set_is_set_aside_with_what_was_made_from_it(tmp_path):
     assert again.fingerprint == old.fingerprint
     assert (tmp_path / "interpretations.jsonl").read_text() == "of the old set"
     (tmp_path / "images").mkdir()
-    with pytest.warns(UserWarning, match="held another record set"):
+    with pytest.warns(UserWarning, match="contained another record set"):
         write_records(tmp_path, META, STUDIES, [TEXT], [make_record(1)])
     assert [record.latent for record in RecordSet.open(tmp_path)] == [1]
     aside = tmp_path / f"replaced-{old.fingerprint[:12]}"

@@ -87,7 +87,7 @@ def test_output_is_text_or_a_sequence_of_findings(processor: Maira2Processor) ->
         ("Nodule.", [(0.105, 0.205, 0.305, 0.405)]),
         ("Clear.", None),
     ]
-    with pytest.warns(UserWarning, match="outside of whole findings"):
+    with pytest.warns(UserWarning, match="outside of complete findings"):
         assert convert("<obj>Clear.</obj><obj>Small lef") == [("Clear.", None)]
 
 

@@ -1,4 +1,4 @@
-"""Studies of a CSV file whose columns may have other names than a table of studies."""
+"""Import studies from a CSV file, also one with other column names than a table of studies."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def import_csv(
     relicense: Mapping[str, str] | None = None,
     cut_reports: bool = False,
 ) -> Imported:
-    """Table of a CSV file whose columns may have names of their own.
+    """Make a table of studies from a CSV file whose columns may have other names.
 
     Args:
         path: CSV file with a header line, see `csv_frame`.
         root: Folder that its image paths are below; the CSV's own folder if not given.
-        columns: Our name -> the CSV's name, for instance {"frontal": "image_path"}; others keep their names.
+        columns: Column of a table of studies -> column of the CSV, for instance {"frontal": "image_path"}; other
+            columns keep their names.
         licence: Licence of rows that state none. A stated licence is made stricter, never looser.
         relicense: Stated licence word -> licence, for instance {"open": "public"}; the only way to loosen a licence.
         cut_reports: Cut whole reports (with section headers) in the column `report` into sections.
@@ -87,7 +88,7 @@ _STRICTNESS = {Licence.SYNTHETIC.value: 0, Licence.PUBLIC.value: 1, Licence.CRED
 def _licensed(
     frame: pd.DataFrame, path: Path, licence: Licence | None, relicense: dict[str, str]
 ) -> tuple[pd.DataFrame, dict[str, int]]:
-    """The frame with a licence in every row, and a note per change."""
+    """Return the frame with a licence in every row, and one note per change."""
     wanted = licence.value if licence else Licence.CREDENTIALED.value
     if "licence" not in frame:
         if relicense:
@@ -110,7 +111,7 @@ def _licensed(
     if licence is not None:
         rank = stated.map(_STRICTNESS).fillna(
             max(_STRICTNESS.values())
-        )  # blank and misspelt count as credentialed
+        )  # a blank or misspelt licence counts as credentialed
         looser = rank > _STRICTNESS[wanted]
         if looser.any():
             counts = Counter(stated[looser])
@@ -118,8 +119,9 @@ def _licensed(
                 f"{count} {word!r}" if word else f"{count} blank" for word, count in counts.items()
             )
             raise StudyError(
-                f"--licence {wanted} would loosen {int(looser.sum())} of {len(frame)} rows of {path} ({seen}). Rows "
-                f"are never loosened by --licence; if you may, use --relicense-from WORD --to {wanted} for one word."
+                f"--licence {wanted} would loosen the licence of {int(looser.sum())} of {len(frame)} rows of {path} "
+                f"({seen}). --licence only makes licences stricter. If you are allowed to loosen them, use "
+                f"--relicense-from WORD --to {wanted}, one word at a time."
             )
         changed = (stated != wanted) & ~unknown
         if changed.any():
@@ -132,7 +134,7 @@ def _licensed(
 
 
 def _whole_reports(frame: pd.DataFrame) -> dict[int, ReportSections]:
-    """Row -> sections, for reports that hold a findings header and another one, or an impression header."""
+    """Row -> sections, for reports that contain a findings header and another header, or an impression header."""
     if "report" not in frame:
         return {}
     found = {}
@@ -143,7 +145,7 @@ def _whole_reports(frame: pd.DataFrame) -> dict[int, ReportSections]:
 
 
 def is_whole_report(sections: ReportSections) -> bool:
-    """Whether a text has section headers, so that it is a whole report and not its findings."""
+    """Whether a text has section headers, so that it is a whole report and not only its findings."""
     return sections.has_findings_header or sections.impression is not None
 
 

@@ -1,4 +1,4 @@
-"""Studies of DICOM files, grouped and ordered by their headers; pixels are not read.
+"""Import studies from DICOM files, grouped and ordered by their headers; pixels are not read.
 
     study     StudyInstanceUID (else patient, date and folder)        patient   PatientID (else the study)
     view      ViewPosition, view codes, series description, patient orientation, file name; else unknown
@@ -48,14 +48,14 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class DicomFile:
-    """Header of one file."""
+    """Header of one DICOM file."""
 
     file: str
     study: str
     patient: str | None
     accession: str
     view: str | None
-    """"PA", "AP", "FRONTAL" (either of these), "LATERAL", "LL" or "RL"; None where no source tells it."""
+    """"PA", "AP", "FRONTAL" (either of these), "LATERAL", "LL" or "RL"; None if no source names it."""
     taken: str | None
     """ISO time to the second, or to the day where no time is stored; None without a date."""
     order: tuple[int, int, int, str]
@@ -74,21 +74,21 @@ class DicomStudies:
 
 
 def read_header(root: Path, file: str) -> DicomFile | str:
-    """Read the header of a file, or say why the file is not used.
+    """Read the header of a file, or return the reason why the file is not used.
 
     Args:
         root: Folder that `file` is relative to.
         file: Path of a DICOM file.
 
     Raises:
-        StudyError: pydicom is not installed.
+        StudyError: Pydicom is not installed.
     """
     try:
         import pydicom
     except ImportError as error:
         raise StudyError(
-            f"{root / file} is a DICOM file and pydicom is not installed; its header says which study, patient and "
-            'view it is. Install it with `pip install "sae-lens-maira[dicom]"`.'
+            f"{root / file} is a DICOM file and pydicom is not installed; its header names the study, patient and "
+            'view. Install it with `pip install "sae-lens-maira[dicom]"`.'
         ) from error
     try:
         tags: Any = list(_TAGS)
@@ -96,7 +96,7 @@ def read_header(root: Path, file: str) -> DicomFile | str:
         words = {name: _word(header, name) for name in _TAGS if not name.endswith("Sequence")}
         codes = _meanings(header, "ViewCodeSequence")
         region = _meanings(header, "AnatomicRegionSequence")
-    except Exception as error:  # pydicom raises many kinds
+    except Exception as error:  # pydicom raises many types
         return f"not readable as DICOM ({type(error).__name__})"
     if not words["Rows"] or not words["Columns"]:
         return "DICOM without an image, or not DICOM"
@@ -171,7 +171,9 @@ def _row(
     assume_frontal: bool,
     made: DicomStudies,
 ) -> dict[str, Any]:
-    """One study with the keys `reason` (why it is left out, or None) and `as_prior` (its text for a later study)."""
+    """Make the row of one study, with two more keys: `reason` (why it is left out, or None), `as_prior` (its text as
+    prior report).
+    """
     frontal = _first(images, FRONTAL_ORDER)
     lateral = _first(images, LATERAL_ORDER)
     unknown = [image for image in images if image.view is None]
@@ -210,7 +212,7 @@ def _row(
 
 
 def _link_priors(rows: Sequence[dict[str, Any]]) -> None:
-    """Give each study the patient's last one strictly before; rows are ordered by patient and time."""
+    """Set each study's prior: the patient's last study strictly before it. Rows are ordered by patient and time."""
     last: dict[str, dict[str, Any]] = {}
     same: list[dict[str, Any]] = []
     for row in rows:
@@ -220,7 +222,7 @@ def _link_priors(rows: Sequence[dict[str, Any]]) -> None:
             same = []
         same.append(row)
         prior = last.get(row["patient_id"]) if row["taken"] else None
-        # A day without a time does not come before a time of the same day.
+        # A date without a time is not before a time of the same day.
         if (
             prior
             and prior["taken"][:10] == row["taken"][:10]
@@ -285,7 +287,7 @@ def _taken(words: Mapping[str, str]) -> str | None:
 
 
 def _other_part(words: Mapping[str, str], region: str) -> str | None:
-    """The body part that a header names, where it is not the chest."""
+    """Body part that a header names, if it is not the chest."""
     named = words["BodyPartExamined"] or region
     if named:
         return None if _CHEST.search(named) else named.upper()
@@ -312,7 +314,7 @@ def _view(words: Mapping[str, str], codes: str, stem: str) -> str | None:
     if stated in ("LAT", "LLAT", "RLAT", "LLO", "LARGE LATERAL", "LEFT LATERAL", "RIGHT LATERAL"):
         return "LATERAL"
     if stated and not stated.isspace():
-        return None  # an oblique or another view that the model does not take
+        return None  # an oblique or another view that the model does not accept
     descriptions = (
         codes,
         words["SeriesDescription"],

@@ -1,11 +1,11 @@
-"""Studies of a folder: images and reports of the same name, CheXpert's layout, and DICOM files.
+"""Import studies from a folder: images and reports of the same name, CheXpert's layout, and DICOM files.
 
     a/x.png  a/x.txt  a/x_lateral.png  a/x_prior.png  a/x_prior.txt      ->  study "a/x"
     patient00001/study1/view1_frontal.jpg  view2_lateral.jpg             ->  study "patient00001/study1"
     *.dcm                                                                ->  grouped by their headers (`dicom.py`)
 
-A report with section headers is cut into sections; one without is used whole. Studies count as credentialed unless
-a licence is given. Every file that is not used is listed with a reason. Pictures are not opened.
+A report with section headers is cut into sections; a report without headers is used whole. Studies count as
+credentialed unless a licence is given. Every file that is not used is listed with a reason. Images are not opened.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def import_folder(
     need_reports: bool = True,
     assume_frontal: bool = False,
 ) -> Imported:
-    """Table of the images below a folder.
+    """Make a table of studies from the images below a folder.
 
     Args:
         folder: Images, each with an optional `.txt` report of the same name; searched with its subfolders.
@@ -63,14 +63,14 @@ def import_folder(
         The table (root = `folder`), the studies left out and the files not used.
 
     Raises:
-        StudyError: The folder is missing or has no image, two images have one name, `patients` is another word, or
+        StudyError: The folder is missing or has no image, two images have the same name, `patients` is another word, or
             there are DICOM files and pydicom is not installed.
     """
     root = Path(folder)
     if patients not in PATIENTS:
         raise StudyError(f"patients was {patients!r}; expected one of {', '.join(PATIENTS)}.")
     if not root.is_dir():
-        raise StudyError(f"There is no folder {root}; give one that holds images.")
+        raise StudyError(f"There is no folder {root}; expected a folder of images. Check the path.")
     unused: list[UnusedFile] = []
     images, texts = _list_files(root, unused)
     if not images:
@@ -158,7 +158,7 @@ def _list_files(root: Path, unused: list[UnusedFile]) -> tuple[list[str], dict[s
 
 
 def _kind(path: Path) -> str | None:
-    """Suffix of an image format by a file's first bytes, None for other content."""
+    """Suffix of the image format that a file's first bytes show; None for other content."""
     with path.open("rb") as file:
         head = file.read(132)
     if head[128:132] == b"DICM":
@@ -169,7 +169,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _grouped(root: Path, images: Sequence[str]) -> tuple[dict[str, _Group], list[str]]:
-    """Studies of pictures by name, and the DICOM files that are not an extra view of one of these."""
+    """Group images by study name; also return the DICOM files that are not an extra view of such a study."""
     dicom = {file for file in images if _is_dicom_name(root, file)}
     _refuse_two_of_a_name(root, [file for file in images if file not in dicom])
     names = {file: _study_and_role(file) for file in images}
@@ -229,7 +229,7 @@ def _report_names(name: str, group: _Group) -> Iterator[str]:
 
 
 def _patient(name: str, patients: str) -> str:
-    """Patient id of a study of pictures."""
+    """Patient id of a study that is not DICOM."""
     chexpert = _CHEXPERT.search(name)
     if chexpert:
         return chexpert["patient"]

@@ -57,10 +57,10 @@ class Imported:
     table: StudyTable
     skipped: Sequence[Skipped]
     notes: Mapping[str, int] = field(default_factory=dict)
-    """Remark -> number of studies in the table it applies to."""
+    """Remark -> number of studies in the table that it applies to."""
     unused: Sequence[UnusedFile] = ()
     examples: Mapping[SkipReason, str] = field(default_factory=dict)
-    """For a reason such as NO_IMAGE_FILE, one path that was looked for."""
+    """Reason such as NO_IMAGE_FILE -> one path that was not found."""
 
     def counts(self) -> dict[SkipReason, int]:
         """Studies left out per reason, in the order of the reasons; reasons that did not occur are missing."""

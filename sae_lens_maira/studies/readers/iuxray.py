@@ -1,13 +1,13 @@
 """Open-I (Indiana University chest X-rays): XML reports in a folder or a tar archive, images found by name.
 
-The XML does not say which image is frontal, and image order does not tell: of the 3,337 studies with findings and
-images, 488 list a lateral image first. Views therefore come from a projection table, and without one they are unknown:
+The XML does not name the views, and the order of images does not show them: of the 3,337 studies with findings and
+images, 488 list a lateral image first. Views therefore come from a projection table; without one they are unknown:
 
     filename,projection            Kaggle's indiana_projections.csv          "1_IM-0001-4001.dcm.png,Frontal"
     imageid,tsne-view              torchxrayvision's nlmcxr_tsne_pa.csv.gz   "CXR10_IM-0002-1001,L"
     imageid,View Position          torchxrayvision's nlmcxr_dicom_metadata.csv.gz (noisy; use it after the one above)
 
-The collection has no patient ids, so every report counts as a patient of its own.
+The collection has no patient ids, so every report counts as a separate patient.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class IUXrayReport:
     """One XML report."""
 
     report_id: str
-    """"CXR1" and so on."""
+    """Report id, such as "CXR1"."""
     sections: dict[str, str]
-    """Lower-case section name -> text, only those that are not empty."""
+    """Lower-case section name -> text, without empty sections."""
     images: tuple[str, ...]
     """Image ids in the order of the report."""
     major: tuple[str, ...]
@@ -98,7 +98,7 @@ def _number(name: str) -> tuple[int, str]:
 
 
 def read_projections(tables: Sequence[Path | str]) -> dict[str, str]:
-    """Views of images.
+    """Read the views of images from projection tables.
 
     Args:
         tables: CSV files (also .gz) with the columns of this module's docstring. Where several name an image, the
@@ -108,7 +108,7 @@ def read_projections(tables: Sequence[Path | str]) -> dict[str, str]:
         Image key (`image_key`) -> "frontal" or "lateral". Images whose view a table leaves blank are missing.
 
     Raises:
-        StudyError: a table cannot be read, or has none of the known pairs of columns.
+        StudyError: A table cannot be read, or has none of the known pairs of columns.
     """
     views: dict[str, str] = {}
     for path in map(Path, tables):
@@ -145,7 +145,7 @@ def import_iuxray(
     assume_frontal: bool = False,
     need_images: bool = True,
 ) -> Imported:
-    """Table of the Open-I studies with findings and a frontal image.
+    """Make a table of the Open-I studies with findings and a frontal image.
 
     Args:
         reports: Folder or .tgz archive of XML reports.
@@ -203,7 +203,7 @@ def import_iuxray(
 def _choose(
     images: Sequence[str], views: Mapping[str, str], assume_frontal: bool
 ) -> tuple[SkipReason | None, str | None, str | None, str | None]:
-    """Why no frontal image is known or None, the frontal image, the lateral image, and a remark."""
+    """Return the reason why no frontal image is known (or None), the frontal image, the lateral image, and a remark."""
     known = {image: views.get(image_key(image)) for image in images}
     frontal = next((image for image, view in known.items() if view == "frontal"), None)
     lateral = next((image for image, view in known.items() if view == "lateral"), None)

@@ -1,4 +1,4 @@
-"""MIMIC-CXR: images of MIMIC-CXR-JPG 2.x and reports of MIMIC-CXR, in PhysioNet's layout.
+"""Import MIMIC-CXR: images of MIMIC-CXR-JPG 2.x and reports of MIMIC-CXR, in PhysioNet's layout.
 
     mimic-cxr-2.0.0-metadata.csv[.gz], -split.csv[.gz]         next to the images' `files` folder
     files/p10/p10000032/s50414267/<dicom_id>.jpg               below the images' root; .png, .jpeg and .dcm copies too
@@ -41,7 +41,9 @@ CHUNK = 512
 """Studies that one thread reads at a time."""
 
 ReadReport = Callable[[str, str], "tuple[SkipReason | None, tuple[str | None, ...], bool]"]
-"""(patient, study) -> why there are no findings or None, texts of REPORT_COLUMNS, whether they are the impression."""
+"""(patient, study) -> reason why there are no findings or None, texts of REPORT_COLUMNS, whether they are the
+impression.
+"""
 
 
 def import_mimic(
@@ -52,7 +54,7 @@ def import_mimic(
     workers: int = 16,
     progress: bool = True,
 ) -> Imported:
-    """Table of the MIMIC-CXR studies that have a frontal image and findings.
+    """Make a table of the MIMIC-CXR studies that have a frontal image and findings.
 
     Args:
         images: Root of MIMIC-CXR-JPG: the folder that holds `files` and the metadata and split tables.
@@ -96,18 +98,18 @@ def _read(root: Path, kind: str, columns: Sequence[str]) -> pd.DataFrame:
         )
     frame = csv_frame(found[0], columns=columns)
     frame = frame.assign(**{name: frame[name].str.strip() for name in columns})
-    for name in ("subject_id", "study_id"):  # a table that went through floats says 10000032.0
+    for name in ("subject_id", "study_id"):  # a table that was converted to floats contains 10000032.0
         if name in frame:
             frame[name] = frame[name].str.replace(r"\.0+$", "", regex=True)
     return frame
 
 
 def taken_at(date: pd.Series, time: pd.Series) -> pd.Series:
-    """Date and time of studies as datetimes, NaT where either is missing or impossible.
+    """Convert dates and times of studies to datetimes, NaT where either is missing or impossible.
 
     Args:
-        date: yyyymmdd.
-        time: hhmmss.sss as the text of a number that lost its leading zeros: "80556.875" is 08:05:56.875.
+        date: Dates as yyyymmdd.
+        time: Times as hhmmss.sss, written as numbers without leading zeros: "80556.875" is 08:05:56.875.
     """
     parts = time.astype(object).str.extract(r"^(\d{1,6})(\.\d*)?$")
     clock = date.astype(object).str.replace(r"\.0$", "", regex=True) + parts[0].str.zfill(6)
@@ -142,7 +144,7 @@ def _studies(meta: pd.DataFrame, split: pd.DataFrame) -> pd.DataFrame:
 
 
 def _priors(studies: pd.DataFrame) -> np.ndarray:
-    """Row of each study's prior in the same ordered frame, -1 without one; equal times are not an order."""
+    """Row of each study's prior in the same ordered frame, -1 without one. A study of the same time is not a prior."""
     row = np.arange(len(studies))
     new_patient = (studies["subject_id"] != studies["subject_id"].shift()).to_numpy()
     new_time = new_patient | (studies["taken"] != studies["taken"].shift()).to_numpy()
@@ -159,7 +161,7 @@ class _Files:
     reason: np.ndarray
     """Index into SkipReason, -1 for a study whose report has findings."""
     from_impression: np.ndarray
-    """Whether the findings are the impression, to which the findings section only refers."""
+    """Whether the findings are the impression, because the findings section only refers to it."""
     frontal: list[tuple[str, str] | None]
     """(path, view) of the image that is used."""
     lateral: list[tuple[str, str] | None]
@@ -279,7 +281,7 @@ def _assemble(studies: pd.DataFrame, files: _Files, root: Path) -> Imported:
         SkipReason.NO_IMAGE_FILE: frontal.isna().to_numpy(),
     }
     reason = files.reason.copy()
-    for name in reversed(reasons):  # the first reason wins
+    for name in reversed(reasons):  # the first reason is kept
         reason[reasons[name]] = _REASONS.index(name)
     first = [row[0][0] if isinstance(row, list) else None for row in studies["frontal"]]
     other = [
@@ -327,7 +329,7 @@ def _assemble(studies: pd.DataFrame, files: _Files, root: Path) -> Imported:
 def _examples(
     studies: pd.DataFrame, imported: Imported, images: Path, reports: Path
 ) -> dict[SkipReason, str]:
-    """For missing files, one path that was looked for."""
+    """Reason -> one path that was not found, for missing files."""
     rows = studies.drop_duplicates("study_id").set_index("study_id")
     found: dict[SkipReason, str] = {}
     for study, reason in imported.skipped:

@@ -1,4 +1,4 @@
-"""Read a report file: its sections, or the reason why there are none."""
+"""Read a report file into sections, or return the reason why there are none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sae_lens_maira.studies.sections import ReportSections, parse_sections
 
 
 class Report(NamedTuple):
-    """The text a model is trained on, and a remark where it is not the findings section."""
+    """Text that a model is trained on, and a remark if it is not the findings section."""
 
     text: str
     remark: str | None = None
 
 
 def read_report_file(path: Path) -> ReportSections | SkipReason:
-    """Sections of a report file, or why there are none.
+    """Read the sections of a report file, or return the reason why there are none.
 
     Raises:
         StudyError: The file exists but cannot be read.
@@ -43,7 +43,7 @@ def read_report_file(path: Path) -> ReportSections | SkipReason:
 
 
 def findings_of(found: ReportSections) -> Report | SkipReason:
-    """The findings of a report, the whole text where it has no headers, or the reason why there is neither.
+    """Findings of a report, its whole text if it has no headers, or the reason why there is neither.
 
     A findings section that only refers to the impression ("See impression.") is replaced by the impression.
     """
