@@ -1,4 +1,4 @@
-"""MAIRA-2 under SAELens: one import for reading a model, its SAE latents and their effect on reports.
+"""MAIRA-2 with SAELens: load models and SAEs, read latents, and steer reports, from one import.
 
     import sae_lens_maira as sm
 
@@ -7,8 +7,8 @@
     study = sm.phantom_studies(1)[0]
     m.top_latents(study, sae, k=5)
 
-Every name of `__all__` is imported when it is first used, so that importing this package alone loads neither torch
-nor a host library.
+Every name in `__all__` is imported on first use, so that `import sae_lens_maira` loads neither torch nor other
+libraries.
 """
 
 import importlib
@@ -104,7 +104,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         value = getattr(importlib.import_module(f"sae_lens_maira.{_MODULE_OF[name]}"), name)
-        globals()[name] = value  # looked up once
+        globals()[name] = value  # later accesses do not call this function
         return value
     raise AttributeError(f"module 'sae_lens_maira' has no attribute {name!r}")
 

@@ -1,10 +1,10 @@
-"""Checksums of what this package writes, so that a damaged file is reported where it is read.
+"""Checksums of files that this package writes, so that a damaged file is reported when it is read.
 
     checksums.json   XXH3-128 of the files of a folder: SAEs, checkpoints, dashboards, exports
     "checksum"       XXH3-128 of the rest of a JSON object: descriptions, manifest entries, lines of JSON lines files
     Parquet          CRC-32 of every page, and XXH3-128 of the names of the columns in the metadata
 
-What has no checksum, because another program wrote it or a person edited it, is read without a check.
+A file without a checksum, because another program wrote it or a person edited it, is read without a check.
 """
 
 import json
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 SUMS = "checksums.json"
 KEY = "checksum"
-EDITED = f"If it was changed on purpose, remove its {KEY!r}"
-"""Advice about a JSON object that a person may have edited."""
+EDITED = f"If you changed it on purpose, remove its {KEY!r}"
+"""Advice in error messages about a JSON object that a person may have edited."""
 
 
 def write_sums(folder: Path) -> None:
-    """Write `checksums.json` over all files of a folder and of the folders in it."""
+    """Write `checksums.json` for all files of a folder and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
     sums = {path.relative_to(folder).as_posix(): _sum_of(path) for path in files}
     atomic_write(folder / SUMS, json.dumps(sums, indent=1))
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Files that `checksums.json` lists and that are missing or changed; none where the folder has no checksums."""
+    """List files of `checksums.json` that are missing or changed; empty for a folder without checksums."""
     path = folder / SUMS
     if not path.exists():
         return []
@@ -47,7 +47,7 @@ def damaged_files(folder: Path) -> list[str]:
 
 
 def unlisted_files(folder: Path) -> list[str]:
-    """Files below a folder that its `checksums.json` does not list; all of them if it cannot be read."""
+    """List files below a folder that are not in its `checksums.json`; all of them if it cannot be read."""
     try:
         listed = {SUMS, *json.loads((folder / SUMS).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError):
@@ -57,7 +57,7 @@ def unlisted_files(folder: Path) -> list[str]:
 
 
 def rewrite_file(path: Path, content: str) -> None:
-    """Replace a file of a folder, and its checksum where the folder has checksums."""
+    """Replace a file of a folder, and its checksum if the folder has checksums."""
     atomic_write(path, content)
     sums = path.parent / SUMS
     if sums.exists():
@@ -67,13 +67,13 @@ def rewrite_file(path: Path, content: str) -> None:
 
 @contextmanager
 def files_with_sums(folder: Path | str) -> Iterator[Path]:
-    """A draft folder whose files replace those of the same names in `folder`, with their checksums.
+    """Yield a draft folder; at the end its files replace those of the same names in `folder`, with checksums.
 
-    JSON files are replaced after the others and the checksums last: a process that is killed meanwhile leaves a folder
-    that is incomplete or refused.
+    JSON files are replaced after the other files, and the checksums last. A process that is killed in between leaves a
+    folder that is incomplete or refused.
 
     Args:
-        folder: Made if missing; its other files stay.
+        folder: Folder to write to; created if missing. Its other files are kept.
     """
     folder = Path(folder)
     staged = folder / ".saving"
@@ -86,12 +86,12 @@ def files_with_sums(folder: Path | str) -> Iterator[Path]:
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with the checksum of its other entries."""
+    """Add the checksum of its entries to a JSON object."""
     return content | {KEY: _sum_of_json(content)}
 
 
 def take_checksum(content: dict[str, Any]) -> bool:
-    """Remove the checksum from a JSON object; False where it is not that of the other entries."""
+    """Remove the checksum from a JSON object; return whether it matches the other entries."""
     found = content.pop(KEY, None)
     return found is None or found == _sum_of_json(content)
 
@@ -114,7 +114,7 @@ def read_parquet(path: Path) -> "pd.DataFrame":
 
     try:
         frame = pd.read_parquet(path, page_checksum_verification=True)
-    except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
+    except Exception as error:  # pandas and pyarrow raise many types for a damaged file
         raise ValueError(str(error) or type(error).__name__) from error
     found = frame.attrs.pop(KEY, None)
     if found is not None and found != _sum_of_json({"columns": list(map(str, frame.columns))}):
@@ -123,7 +123,7 @@ def read_parquet(path: Path) -> "pd.DataFrame":
 
 
 def _sum_of_json(content: dict[str, Any]) -> str:
-    # Keys that are numbers are text once they are read again.
+    # JSON converts keys that are numbers to text.
     plain = json.loads(json.dumps(content))
     return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
 

@@ -1,8 +1,8 @@
-"""Ranks of one command: meeting the others, and naming the rank that is missing.
+"""Ranks of one command: connect to the others, and report missing ranks.
 
-Ranks meet through torch.distributed's key-value store. Every rank writes a heartbeat there, so that a rank that works
-for hours is waited for, and one that died is reported within `timeout_s`. Tensors are exchanged by gloo on the CPU and
-by NCCL on GPUs.
+Ranks communicate through torch.distributed's key-value store, in which every rank writes a heartbeat: the others wait
+for a rank that works for hours, and a rank that died is reported within `timeout_s`. Tensors are exchanged by gloo on
+the CPU and by NCCL on GPUs.
 """
 
 import os
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0
 _INTERVAL_S = 0.5
 _SILENT_AFTER_ERROR_S = 5.0
-"""After a failed exchange of tensors, a rank without a heartbeat for so long is named as the cause."""
+"""Seconds without a heartbeat after which a rank is named as the cause of a failed exchange of tensors."""
 _generations = 0
 
 
 class Ranks:
-    """The processes that run the same command, seen from one of them.
+    """Processes that run the same command, as seen by one of them.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -47,8 +47,8 @@ class Ranks:
         Args:
             rank: Number of this process.
             size: Number of processes.
-            connect: Function that returns a connection to the store where ranks meet; None if they cannot meet.
-            timeout_s: See the class.
+            connect: Function that returns a connection to the ranks' store; None if there is no address.
+            timeout_s: Seconds without a heartbeat after which a rank counts as dead.
         """
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._group = False
@@ -65,16 +65,16 @@ class Ranks:
 
     @property
     def connected(self) -> bool:
-        """Whether the ranks can meet; a single process can."""
+        """Whether the ranks are connected; true for a single process."""
         return self.size == 1 or self._store is not None
 
     def barrier(self, name: str) -> None:
-        """Wait until every rank has come to the barrier of this name.
+        """Wait until every rank has reached the barrier of this name.
 
-        Without an address to meet at it returns at once.
+        Without an address it returns immediately.
 
         Args:
-            name: What the ranks have done by then, for the message.
+            name: Name of the finished work, for the error message.
 
         Raises:
             RankError: A rank failed or died; the message names it.
@@ -118,12 +118,12 @@ class Ranks:
             device: Device of the tensors; "cuda" or "cuda:1" uses NCCL, anything else gloo.
 
         Raises:
-            ConfigError: The ranks have no address to meet at.
-            RankError: A rank did not come.
+            ConfigError: The ranks have no rendezvous address.
+            RankError: A rank did not join.
         """
         if self._store is None:
             raise ConfigError(
-                f"{self.size} ranks that exchange tensors need an address to meet at, and there is none. Start them "
+                f"{self.size} ranks that exchange tensors need a rendezvous address, and there is none. Start them "
                 "with torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and free port of rank 0."
             )
         import torch
@@ -145,7 +145,7 @@ class Ranks:
             self._group = True
 
     def explain(self, error: BaseException) -> RankError:
-        """The error of a failed exchange of tensors, with the rank that caused it if one failed or died."""
+        """Make the error for a failed exchange of tensors, with the rank that caused it if one failed or died."""
         others = set(range(self.size)) - {self.rank}
         until = time.monotonic() + _SILENT_AFTER_ERROR_S + 2 * _INTERVAL_S
         lost = None
@@ -154,10 +154,12 @@ class Ranks:
                 lost = self._lost(others, _SILENT_AFTER_ERROR_S)
                 time.sleep(0.05)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return RankError(f"{lost or 'The exchange between ranks failed.'} Seen as: {reason[:300]}. {_AGAIN}")
+        return RankError(
+            f"{lost or 'The exchange between ranks failed.'} Reported error: {reason[:300]}. {_AGAIN}"
+        )
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave; after an error, the others learn of it and do not wait."""
+        """Disconnect; after an error, the other ranks are informed and do not wait."""
         import torch.distributed as dist
 
         if self._store is not None:
@@ -175,7 +177,7 @@ class Ranks:
                 dist.destroy_process_group()
 
     def linger(self, seconds: float = 5.0) -> None:
-        """Keep the store of this process up for a moment, so that the others read what is in it."""
+        """Keep the store of this process running briefly, so that the others can read its contents."""
         until = time.monotonic() + seconds
         with suppress(RuntimeError):
             while self._store is not None and time.monotonic() < until:
@@ -185,14 +187,14 @@ class Ranks:
 
     def _beat(self, store: "Store") -> None:
         count = 0
-        with suppress(RuntimeError):  # the store is gone, which the main thread will find out
+        with suppress(RuntimeError):  # the store has ended, which the main thread will report
             while not self._ended.is_set():
                 store.set(f"alive/{self.rank}", str(count))
                 count += 1
                 self._ended.wait(_INTERVAL_S)
 
     def _lost(self, ranks: set[int], silent_s: float) -> str | None:
-        """A sentence about one of these ranks that failed, or gave no heartbeat for so long; None if all are alive."""
+        """Sentence about one of these ranks that failed or gave no heartbeat for `silent_s`; None if all are alive."""
         assert self._store is not None
         for r in sorted(ranks):
             if self._store.check([f"failed/{r}"]):
@@ -205,13 +207,13 @@ class Ranks:
                 self._heard[r] = beat, now
             silence = now - self._heard[r][1]
             if silence > silent_s:
-                never = "did not start within" if not beat else "has given no sign of life for"
+                never = "did not start within" if not beat else "has sent no heartbeat for"
                 return f"Rank {r} of {self.size} {never} {silence:.0f} s: its process ended or cannot be reached."
         return None
 
     @contextmanager
     def _reachable(self) -> Iterator[None]:
-        """Turn a lost connection to the store into an error that says whose it is."""
+        """Convert a lost connection to the store to an error that names the process that served it."""
         try:
             yield
         except MairaError:
@@ -231,7 +233,7 @@ _AGAIN = "Look at the output of that rank, then start all ranks again; finished 
 def distributed(
     rank: int | None = None, world: int | None = None, timeout_s: float = TIMEOUT_S
 ) -> Iterator[Ranks]:
-    """Meet the other ranks, wait for all of them at the end, and tell them of an error.
+    """Connect to the other ranks, wait for all of them at the end, and inform them of an error.
 
     Args:
         rank: Replaces the rank of the environment; needs `world`.
@@ -239,8 +241,8 @@ def distributed(
         timeout_s: A rank without a heartbeat for so many seconds counts as dead.
 
     Raises:
-        ConfigError: See `rank_info`.
-        RankError: A rank did not come, failed or died; the message names it.
+        ConfigError: As in `rank_info`.
+        RankError: A rank did not join, failed or died; the message names it.
     """
     info = rank_info(rank=rank, world=world)
     announce(info)
@@ -271,7 +273,7 @@ def distributed(
 
 
 def _connector(info: RankInfo, timeout_s: float) -> "Callable[[], Store]":
-    """Function that opens a connection; each use of `distributed` in a process has keys of its own."""
+    """Make a function that opens a connection; each use of `distributed` in a process has separate keys."""
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     global _generations

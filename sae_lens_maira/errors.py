@@ -1,30 +1,30 @@
-"""Every error this package raises on purpose.
+"""Errors that this package raises.
 
     MairaError
     ├── ConfigError         a configuration value or key is wrong
     ├── CheckpointError     a model folder is incomplete, damaged or of another kind
     ├── ImageError          an image cannot be read or has no contrast
-    ├── PromptError         a prompt cannot be built from what was given
+    ├── PromptError         a prompt cannot be built from the given study or text
     ├── StudyError          a study record or a table of studies is inconsistent
-    ├── HookError           a hook point is unknown, does not fit the model, or never fired
-    ├── SAEError            an SAE's weights, configuration or hook do not fit
+    ├── HookError           a hook point is unknown, does not match the model, or was never called
+    ├── SAEError            an SAE's weights, configuration or hook point do not match
     ├── StoreError          an activation store is damaged or does not match its request
     │   └── DiskError       the disk became full during a write
-    ├── BackendError        a kernel backend cannot run what was asked
+    ├── BackendError        a kernel backend cannot run the requested step
     ├── LockError           another process works in the folder
     ├── RankError           a rank of a command that runs over several processes failed or died
-    ├── RecordError         latent records or interpretations are incomplete or do not fit together
+    ├── RecordError         latent records or interpretations are incomplete or inconsistent
     ├── ServerError         a language-model or upload server refused or could not be understood
     ├── PrivacyError        credentialed data would have left the machine
-    └── InterventionError   a steering intervention is impossible or did nothing
+    └── InterventionError   a steering intervention is impossible or has no effect
 
-Each message is one paragraph: what was seen, what was expected, what to do. The classes also derive from
-the built-in error that a caller would guess (ValueError, OSError), so that generic code keeps working.
+Each message states what was found, what was expected and what to do. The classes also derive from the nearest built-in
+error (ValueError, OSError), so that generic code can catch them.
 """
 
 
 class MairaError(Exception):
-    """Base class of all errors raised on purpose by sae-lens-maira."""
+    """Base class of the errors of sae-lens-maira."""
 
 
 class ConfigError(MairaError, ValueError):
@@ -40,7 +40,7 @@ class ImageError(MairaError, ValueError):
 
 
 class PromptError(MairaError, ValueError):
-    """A prompt cannot be built from what was given."""
+    """A prompt cannot be built from the given study or text."""
 
 
 class StudyError(MairaError, ValueError):
@@ -48,23 +48,23 @@ class StudyError(MairaError, ValueError):
 
 
 class HookError(MairaError, ValueError):
-    """A hook point is unknown, does not fit the model, or never fired."""
+    """A hook point is unknown, does not match the model, or was never called."""
 
 
 class SAEError(MairaError, ValueError):
-    """An SAE's weights, configuration or hook do not fit."""
+    """An SAE's weights, configuration or hook point do not match."""
 
 
 class StoreError(MairaError, ValueError):
-    """An activation store is damaged or does not match what was asked."""
+    """An activation store is damaged or does not match the request."""
 
 
 class DiskError(StoreError, OSError):
-    """A disk is full; what was complete before is intact."""
+    """A disk is full; files that were complete before are unchanged."""
 
 
 class BackendError(MairaError, RuntimeError):
-    """A kernel backend cannot run what was asked."""
+    """A kernel backend cannot run the requested step."""
 
 
 class LockError(MairaError, RuntimeError):
@@ -76,7 +76,7 @@ class RankError(MairaError, RuntimeError):
 
 
 class RecordError(MairaError, ValueError):
-    """Latent records or interpretations are incomplete or do not fit together."""
+    """Latent records or interpretations are incomplete or inconsistent."""
 
 
 class ServerError(MairaError, RuntimeError):
@@ -88,7 +88,7 @@ class PrivacyError(MairaError, PermissionError):
 
 
 class InterventionError(MairaError, ValueError):
-    """A steering intervention is impossible or did nothing."""
+    """A steering intervention is impossible or has no effect."""
 
 
 class WorkbenchError(MairaError, ValueError):

@@ -1,11 +1,12 @@
-"""Evaluate an SAE on a MAIRA-2: reconstruction and spliced cross-entropy, per level and role, next to an untrained one.
+"""Evaluate an SAE on a MAIRA-2: reconstruction and spliced cross-entropy, per level and role, with an untrained
+control.
 
     explained variance, L0, dead latents     of rows at the SAE's hook point, per token role
     loss recovered                           (CE_ablated - CE_spliced) / (CE_ablated - CE_clean) over report tokens
 
-The studies are teacher-forced on their reports. Reconstructions replace the positions the SAE was trained on, text
-and image patches apart. Rows are streamed from the model, and the part of the model below the hook point runs once per
-study however many reconstructions are spliced in.
+The studies are teacher-forced on their reports. Reconstructions replace the positions that the SAE was trained on,
+separately for text and image patches. Rows are streamed from the model. The part of the model below the hook point runs
+once per study, for any number of reconstructions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from sae_lens_maira.sae.splice import ROWS_AT_ONCE, evaluate_runs
 from sae_lens_maira.stats import IGNORED_LABEL
 from sae_lens_maira.studies import Study
 
-# Left out are BOS, whose norm is unlike all others, and the boilerplate of the prompt, which never varies.
+# BOS, whose norm is unlike all others, and the fixed text of the prompt are left out.
 KEPT = tuple(role for role in TokenRole if role not in (TokenRole.PAD, TokenRole.BOS, TokenRole.TEMPLATE))
 POSITIONS = {"text": resolve_roles("paper"), "image": resolve_roles("image_only")}
 
@@ -57,21 +58,21 @@ def evaluate(
 ) -> EvaluationTables:
     """Evaluate an SAE on held-out studies.
 
-    Activations are read from the model twice, and a third time for the cross-entropies: nothing grows with the number
-    of studies. Everything runs on the model's device.
+    Activations are read from the model twice, and a third time for the cross-entropies, so that memory does not grow
+    with the number of studies. All computations run on the model's device.
 
     Args:
-        maira: The model it was trained on.
-        sae: An SAE, or the folder of one.
+        maira: Model that the SAE was trained on.
+        sae: SAE, or the folder of one.
         studies: Held-out studies with reports.
         hook_name: `blocks.{i}.hook_resid_post`; taken from the SAE if not given.
-        batch_size: Studies per forward pass while rows are read; cross-entropies are measured study by study.
+        batch_size: Number of studies per forward pass while rows are read; cross-entropies are measured study by study.
         image_rate: Share of image patches used for the reconstruction table.
-        progress: Show a bar.
-        workers: Threads that encode studies ahead of the model.
+        progress: Show a progress bar.
+        workers: Number of threads that encode studies in advance.
 
     Returns:
-        The tables.
+        Tables of reconstruction and of cross-entropy.
 
     Raises:
         SAEError: The SAE names no hook point and none was given, or its width is not the model's.
@@ -111,7 +112,7 @@ def evaluate(
 
 
 class _Rows:
-    """Rows and roles of the studies, read from the model each time that they are iterated over."""
+    """Rows and roles of the studies; every iteration reads them from the model."""
 
     bar: Any = None
 
@@ -128,7 +129,7 @@ class _Rows:
 
 
 def report_runs(hooked: HookedMaira2, studies: Iterable[Study], hook_name: str) -> Iterator[UpperRun]:
-    """Forward passes of studies, teacher-forced on their reports, whose report tokens are the targets."""
+    """Yield forward passes of studies, teacher-forced on their reports, with the report tokens as targets."""
     for study in studies:
         encoding = hooked.encode(study, report="teacher", padding_side="right")
         labels = torch.where(encoding.roles == TokenRole.REPORT, encoding.input_ids, IGNORED_LABEL)

@@ -1,4 +1,4 @@
-"""A model to work with in a notebook: the top latents of a study, and reports before and after steering.
+"""Model for notebooks: the top latents of a study, and reports before and after steering.
 
     m.top_latents(study, sae, k=5)                                      # DataFrame
     m.steer(study, sae, {7: 2.0}, where=sm.patches("frontal"))          # both reports, changed words marked
@@ -35,11 +35,11 @@ VIEWS = ("frontal", "lateral", "prior")
 
 
 class InteractiveMaira2(HookedMaira2):
-    """A hooked MAIRA-2 with calls that take a study and an SAE; made by `sae_lens_maira.load`."""
+    """Hooked MAIRA-2 with methods that take a study and an SAE; made by `sae_lens_maira.load`."""
 
     @property
     def maira(self) -> Maira2:
-        """Model and processor, as the library's functions take them."""
+        """Model and processor, for functions of the library."""
         if self.processor is None:
             raise HookError(
                 "The model was wrapped without a processor. Pass one, or use sae_lens_maira.load."
@@ -55,15 +55,15 @@ class InteractiveMaira2(HookedMaira2):
         roles: Any = None,
         task: str | None = None,
     ) -> pd.DataFrame:
-        """The k strongest active latents at every position.
+        """Find the k strongest active latents at every position.
 
         Args:
             study: One study, or a `Maira2Encoding` of one row.
-            sae: The SAE; its hook point says where activations are read.
-            k: Latents per position.
-            report: "teacher" for the study's own report, "generated" for one that the model writes now, a text, or
-                None for the prompt alone.
-            roles: Token roles of the positions, for instance "image_only" or "report"; None is every position.
+            sae: SAE; activations are read at its hook point.
+            k: Number of latents per position.
+            report: "teacher" for the study's report, "generated" for a report that the model generates now, a text, or
+                None for the prompt only.
+            roles: Token roles of the positions, for instance "image_only" or "report"; None for all positions.
             task: "findings", "grounded" or "phrase".
 
         Returns:
@@ -72,7 +72,7 @@ class InteractiveMaira2(HookedMaira2):
             (empty if the SAE's latents have no names).
 
         Raises:
-            HookError: Several studies, or a hook point without text positions.
+            HookError: Several studies were given, or the hook point has no text positions.
             SAEError: The SAE names no hook point or has another width.
         """
         encoding = self.encode(study, report=report, task=task)
@@ -104,7 +104,7 @@ class InteractiveMaira2(HookedMaira2):
 
     @torch.no_grad()
     def latents(self, study: Any, sae: MatryoshkaSAE, report: Any = "teacher") -> torch.Tensor:
-        """Activations of all latents at every position.
+        """Compute activations of all latents at every position.
 
         Args:
             study: A study, several, or a `Maira2Encoding`.
@@ -146,16 +146,16 @@ class InteractiveMaira2(HookedMaira2):
         control_seed: int | None = None,
         **generate: Any,
     ) -> Any:
-        """Write a study's report with and without an intervention.
+        """Generate a study's report with and without an intervention.
 
         Args:
             study: One study, or a list of them (one batch).
             sae: The SAE; None if only directions are added.
-            interventions: Latent -> strength in its p99, which is added; or interventions such as
-                `Ablate(latents=(7,), where=...)`.
-            where: Positions for the mapping; None is every position, written tokens included.
+            interventions: Latent -> added strength in units of its p99; or interventions such as `Ablate(latents=(7,),
+                where=...)`.
+            where: Positions for the mapping; None for all positions, including generated tokens.
             p99: `(d_sae,)` units; None is the SAE's own.
-            max_new_tokens: Token budget; None is the task's own.
+            max_new_tokens: Largest number of generated tokens; None for the task's budget.
             task: "findings", "grounded" or "phrase".
             control_seed: Replace every change by a random direction of equal norm, drawn with this seed.
             **generate: Further arguments of transformers' `generate`.
@@ -164,8 +164,8 @@ class InteractiveMaira2(HookedMaira2):
             A `SteeringResult`, or a list of them for a list of studies.
 
         Raises:
-            InterventionError: No p99, a latent out of range, positions that the study does not have, or an
-                intervention that changed nothing.
+            InterventionError: The SAE has no p99, a latent is out of range, the study does not have the positions, or
+                an intervention had no effect.
         """
         if isinstance(interventions, Mapping):
             items: list[Intervention] = [
@@ -175,7 +175,7 @@ class InteractiveMaira2(HookedMaira2):
         else:
             if where is not None:
                 raise InterventionError(
-                    "where was given with interventions that have their own schedule; leave it out, or give a "
+                    "where was given with interventions that define their own positions; leave it out, or give a "
                     "mapping latent -> strength."
                 )
             items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
@@ -202,22 +202,22 @@ class InteractiveMaira2(HookedMaira2):
         require_effect: bool = True,
         control_seed: int | None = None,
     ) -> AbstractContextManager[Steering]:
-        """Apply interventions inside a `with` block, for logits and reports of your own.
+        """Apply interventions inside a `with` block, to compute logits and reports.
 
         Args:
             study: A study, several, or a `Maira2Encoding`.
             sae: The SAE; None if only directions are added.
-            interventions: One or several.
+            interventions: One intervention or several.
             p99: `(d_sae,)` units; None is the SAE's own.
             report: Text after the prompt, as in `top_latents`.
-            require_effect: Raise an error where nothing changed.
+            require_effect: Raise an error if nothing changed.
             control_seed: Replace every change by a random direction of equal norm, drawn with this seed.
 
         Returns:
-            A context manager; its `logits()`, `reports(processor)` and `effect` belong to the steered model.
+            A context manager with `logits()`, `reports(processor)` and `effect` of the steered model.
 
         Raises:
-            InterventionError: No p99, a latent out of range, or positions that the study does not have.
+            InterventionError: The SAE has no p99, a latent is out of range, or the study does not have the positions.
         """
         units = p99 if p99 is not None else getattr(sae, "p99", None)
         items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
@@ -240,20 +240,20 @@ class InteractiveMaira2(HookedMaira2):
         report: str = "generated",
         **keywords: Any,
     ) -> "ReportAttribution":
-        """Explain the sentences of a report by latents at positions, and check it by ablation.
+        """Attribute the sentences of a report to latents at positions, with a check by ablation.
 
         Args:
             study: The study.
             sae: An SAE at the output of a decoder block.
-            sentence: Number of the sentence, or several; None explains all.
-            report: "generated" for the model's own report, "teacher" for the study's report, or a text.
+            sentence: Number of the sentence, from 0, or several; None for all.
+            report: "generated" for a report of the model, "teacher" for the study's report, or a text.
             **keywords: Further arguments of `sae_lens_maira.attribution.attribute`, for example `method` or `roles`.
 
         Returns:
             One attribution per sentence, with names of latents and maps per image.
 
         Raises:
-            SAEError: The SAE names no hook point, does not fit the model, or is silent at all positions.
+            SAEError: The SAE names no hook point, does not match the model, or does not fire at any position.
             PromptError: There is no report, or no such sentence.
         """
         from sae_lens_maira.attribution import attribute
@@ -264,14 +264,14 @@ class InteractiveMaira2(HookedMaira2):
 
 @dataclass(frozen=True)
 class SteeringResult:
-    """A report without and with interventions.
+    """Report without and with interventions.
 
     Attributes:
         before: Report of the unsteered model.
-        after: The report under the interventions.
-        interventions: What was done.
-        hook_name: Where.
-        effect: How often the interventions acted and how much they changed, over the whole batch.
+        after: Report of the steered model.
+        interventions: Interventions that were applied.
+        hook_name: Hook point of the interventions.
+        effect: Number of changed positions and size of the change, over the whole batch.
     """
 
     before: str
@@ -282,7 +282,7 @@ class SteeringResult:
 
     @property
     def pieces(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-        """Both reports in runs of words; a run is marked where the other report does not have it."""
+        """Both reports as runs of words; a run is marked if the other report does not have it."""
         return compare_words(self.before, self.after)
 
     def __str__(self) -> str:
@@ -320,16 +320,16 @@ class SteeringResult:
 def describe_sae(
     sae: MatryoshkaSAE, hook_name: str | None, p99: torch.Tensor | None, records: Path | None
 ) -> MatryoshkaSAE:
-    """Give an SAE its hook point, p99 and names, and switch its gradients off.
+    """Set hook point, p99 and names of an SAE, and disable its gradients.
 
     Args:
-        sae: The SAE; changed in place.
-        hook_name: Replaces the hook point of its metadata.
+        sae: SAE; changed in place.
+        hook_name: Hook point that replaces the one in its metadata.
         p99: `(d_sae,)` units.
-        records: Folder of its latent records; p99 and names come from there where they are not given.
+        records: Folder of its latent records, the source of p99 and names that are not given.
 
     Raises:
-        SAEError: No hook point, or p99 of another width.
+        SAEError: There is no hook point, or p99 has another length.
         RecordError: The records cannot be read, or belong to another SAE.
     """
     if hook_name is not None:

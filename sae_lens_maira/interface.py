@@ -1,11 +1,11 @@
-"""Open models, SAEs and studies by name: "phantom", a folder, a hub id, a table.
+"""Load models, SAEs and studies by name: "phantom", a folder, a hub id, a table.
 
     m = load("phantom")                          # or "microsoft/maira-2", or a folder
     sae = load_sae("phantom-image")              # or a folder, a release, a SAELens name
     studies = read_studies("studies.parquet")    # or phantom_studies(200)
 
-The command line, the quickstart, the recipes and notebooks open everything through this module. "auto" devices follow
-torchrun: the GPU of the local rank where there is one. torch is imported by the calls, not by the module.
+The command line, the quickstart, recipes and notebooks load everything with this module. The device "auto" is the GPU
+of the local rank under torchrun, if there is one. torch is imported by the functions, not by the module.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ def load(
 ) -> "InteractiveMaira2":
     """Load a model for reading and steering.
 
-    The weights do not require gradients, so that no call keeps an autograd graph; `m.model.requires_grad_(True)`
-    undoes that.
+    The weights do not require gradients, so that calls keep no autograd graph; `m.model.requires_grad_(True)` changes
+    this.
 
     Args:
         name: "phantom" (ships with the package), a hub id such as "microsoft/maira-2", or a folder.
-        device: "cpu", "cuda", "cuda:1", ...; "auto" is a GPU where there is one.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" is a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto" is float32 for the phantom and bfloat16 for others.
         **keywords: Further arguments of `load_maira2`, for instance `attn_implementation`, `revision` or
             `device_map`.
@@ -69,10 +69,10 @@ def named_model(
 
     Args:
         model: "phantom", a folder or a hub id.
-        dtype: Float32, bfloat16 or float16; "auto" is float32 for the phantom and bfloat16 for others.
-        device: Cpu, cuda, cuda:1 ...; "auto" is a GPU where there is one.
-        hooks: The hook points that will be read, if nothing else is needed of the model: decoder layers after the
-            last of them are then not loaded. None loads the whole model.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is float32 for the phantom and bfloat16 for others.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" is a GPU if there is one.
+        hooks: Hook points that will be read, if nothing else of the model is needed: decoder layers after the last of
+            them are not loaded. None loads the whole model.
         **keywords: Further arguments of `load_maira2`.
 
     Raises:
@@ -97,7 +97,7 @@ def named_model(
 
 
 def output_head(model: str | Path, *, dtype: str = "auto", device: str = "auto", **hub: Any) -> "OutputHead":
-    """Read tokenizer, final norm and `lm_head` of a model, without the rest of it.
+    """Load tokenizer, final norm and `lm_head` of a model, without the rest of it.
 
     Args:
         model: "phantom", a folder or a hub id.
@@ -125,10 +125,10 @@ def _dtype_of(model: str | Path, dtype: str) -> "torch.dtype":
 
 
 def device_of(name: str) -> str:
-    """Resolve a device name; "auto" is a GPU where there is one. Each rank of a machine takes a GPU of its own.
+    """Resolve a device name; "auto" is a GPU if there is one, a different one for each rank of a machine.
 
     Raises:
-        ConfigError: torch has no such device, or this machine has none.
+        ConfigError: torch has no such device, or this machine does not have it.
     """
     import torch
 
@@ -143,7 +143,7 @@ def device_of(name: str) -> str:
 
 
 def label(name: str | Path) -> str:
-    """Name of a model or an SAE as it is recorded and shown: of a local folder only its last part."""
+    """Name of a model or an SAE for records and pages; for a local folder, only its last part."""
     path = Path(name)
     return path.resolve().name if path.is_absolute() or path.exists() else str(name)
 
@@ -158,16 +158,16 @@ def load_sae(
     dtype: str = "float32",
     **release: Any,
 ) -> "MatryoshkaSAE":
-    """Load an SAE with its hook point, the scale of its latents and their names.
+    """Load an SAE with its hook point, the p99 of its latents and their names.
 
-    Every command that takes an SAE loads it here. Damaged, cut, inconsistent or NaN weights are refused.
+    Every command that takes an SAE uses this function. Damaged, truncated, inconsistent or NaN weights are refused.
 
     Args:
         name: A folder that SAELens wrote, a release (folder, weights file or hub id), a SAELens name
             "release/sae_id", or "phantom-image" / "phantom-text" (ship with the package).
         hook_name: Hook point that replaces the one in the SAE's metadata.
         p99: `(d_sae,)` 99th percentile of each latent over the rows where it is active; replaces the recorded one.
-        records: Folder of latent records, which hold p99 and names; None uses the folder's own `records`, if any.
+        records: Folder of latent records with p99 and names; None for the subfolder `records` of the SAE, if any.
         device: As in `load`.
         dtype: Precision of the weights.
         **release: For a release, arguments of `load_release`: `expansion`, `folder`, `level_widths`, ...
@@ -178,7 +178,7 @@ def load_sae(
         levels has one; SAEs of other architectures are returned as SAELens' own classes.
 
     Raises:
-        SAEError: No such SAE, it cannot be used, or it names no hook point.
+        SAEError: There is no such SAE, it cannot be used, or it names no hook point.
         RecordError: The records cannot be read, or belong to another SAE.
     """
     import torch
@@ -192,7 +192,7 @@ def load_sae(
     sae, folder = _sae_of(name, device, release)
     if records is None and folder is not None and (folder / "records").is_dir():
         records = folder / "records"
-    # Records are compared with the weights as they were saved, before a change of precision.
+    # Records are compared with the saved weights, before a change of precision.
     described = describe_sae(sae, hook_name, p99, None if records is None else Path(records))
     loaded: Any = described.to(dtype=getattr(torch, dtype))
     loaded.source = str(name)
@@ -200,20 +200,20 @@ def load_sae(
 
 
 def load_sae_weights(name: str | Path, device: str = "auto") -> "MatryoshkaSAE":
-    """Load an SAE that need not name a hook point, without p99 and names.
+    """Load an SAE without p99 and names; it need not have a hook point.
 
     Args:
         name: As in `load_sae`.
         device: As in `load`.
 
     Raises:
-        SAEError: No such SAE, or it cannot be used.
+        SAEError: There is no such SAE, or it cannot be used.
     """
     return _sae_of(name, device, {})[0].requires_grad_(False)
 
 
 def _sae_of(name: str | Path, device: str, release: dict[str, Any]) -> "tuple[MatryoshkaSAE, Path | None]":
-    """An SAE with its levels, and its folder unless SAELens has it by name."""
+    """Load an SAE with its levels; also return its folder, or None for an SAE that SAELens has by name."""
     from sae_lens_maira.sae import open_sae, resolve_sae
     from sae_lens_maira.sae.inference import warn_if_never_set
 
@@ -235,11 +235,11 @@ def _sae_of(name: str | Path, device: str, release: dict[str, Any]) -> "tuple[Ma
 def read_studies(
     path: str | Path, root: str | Path | None = None, split: str | None = None
 ) -> "Sequence[Study]":
-    """Read a table of studies, as `sae-lens-maira studies import` writes it.
+    """Read a table of studies that `sae-lens-maira studies import` wrote.
 
     Args:
         path: Parquet or CSV file.
-        root: Folder that relative image paths start from; None is the table's own folder.
+        root: Folder that image paths are relative to; None for the table's folder.
         split: Keep only this split, for instance "train".
 
     Returns:
@@ -262,7 +262,7 @@ def read_studies(
 
 
 def phantom_studies(n: int, seed: int = 80_000, **keywords: Any) -> "list[Study]":
-    """Draw synthetic studies with known findings.
+    """Generate synthetic studies with known findings.
 
     Args:
         n: Number of studies.
@@ -282,12 +282,12 @@ def chosen_studies(
     root: str | Path | None = None,
     split: str | None = None,
 ) -> "Sequence[Study]":
-    """The first studies of a table, or phantom studies where no table is given.
+    """First studies of a table, or phantom studies if no table is given.
 
     Args:
         n: Number of studies.
         seed: Random seed of the phantom studies.
-        side: Side of the phantom's images in pixels, `processor.recipe.crop` of the model that reads them.
+        side: Side of the phantom's images in pixels; use `processor.recipe.crop` of the model.
         table: As `path` in `read_studies`.
         root: As in `read_studies`.
         split: As in `read_studies`.
@@ -298,15 +298,15 @@ def chosen_studies(
 def finding_reader(
     studies: "Sequence[Study]", choice: Literal["auto", "phantom", "rules"] = "auto"
 ) -> "FindingReader":
-    """Choose the reader of reports that fits some studies.
+    """Choose the reader of findings in reports that fits these studies.
 
     Args:
-        studies: The studies whose reports will be read.
-        choice: "phantom" for the phantom's language, "rules" for rule labels of free text; "auto" takes the phantom's
-            reader where all studies are synthetic and have a truth in the phantom's words.
+        studies: Studies whose reports will be read.
+        choice: "phantom" for the phantom's language, "rules" for rule labels of free text; "auto" is "phantom" if all
+            studies are synthetic and have a truth in the phantom's vocabulary, else "rules".
 
     Returns:
-        The reader.
+        Reader of findings.
 
     Raises:
         ConfigError: There is no such reader.
@@ -326,7 +326,7 @@ def finding_reader(
 
 
 def _with_levels(sae: Any) -> "MatryoshkaSAE":
-    """The SAE with its levels, one where it has none; other architectures than JumpReLU are unchanged."""
+    """Return the SAE with its levels, one if it has none; architectures other than JumpReLU are unchanged."""
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
     from sae_lens_maira.sae import load_matryoshka

@@ -1,8 +1,8 @@
-"""Atomic writes: temporary file or folder, then rename. Also locks of work folders, JSON and hashes.
+"""Atomic writes (temporary file or folder, then rename), locks of work folders, JSON, CSV and hashes.
 
     draft       <name>.<host>-<process>.partial in the same folder; the draft of a running process is never touched
-    success     one rename, which a file system does entirely or not at all
-    failure     the draft is removed and the target is as before; a full disk is reported in one paragraph
+    success     one rename, which is atomic on a file system
+    failure     the draft is removed and the target is unchanged; a full disk gives a DiskError
 
 A killed process leaves at most its draft, which the next write to the same target on this machine removes.
 """
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
-# A quota and a limit on file sizes mean the same to a user as a full disk.
+# A quota and a limit on file sizes are reported like a full disk.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The same as torch, safetensors and numpy report it, which are not errors of the system.
+# Messages of torch, safetensors and numpy for a full disk, which are not OSErrors with these numbers.
 _WRITE_FAILED = re.compile(
     r"PytorchStreamWriter failed|basic_ios::clear: iostream error|unexpected pos \d+ vs"
     r"|os error (?:28|122|27)\b|Os \{ code: (?:28|122|27),|\d+ requested and \d+ written"
@@ -40,11 +40,11 @@ _WRITE_FAILED = re.compile(
 
 @contextmanager
 def atomic_file(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
-    """A draft to write to, which becomes `path` when the block ends; an older `path` is replaced.
+    """Yield a draft file, which is renamed to `path` at the end of the block; an existing `path` is replaced.
 
     Args:
         path: The file; its folder exists. A link stays, and the file that it leads to is replaced.
-        sync: Force the bytes to disk before the rename, so that the file is whole after a power cut as well.
+        sync: Force the bytes to disk before the rename, so that the file is complete also after a power cut.
 
     Raises:
         DiskError: The disk is full.
@@ -67,7 +67,7 @@ def atomic_file(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
 
 
 def atomic_write(path: Path | str, content: bytes | str, *, sync: bool = True) -> None:
-    """Write bytes, or text as UTF-8, by `atomic_file`.
+    """Write bytes, or text as UTF-8, with `atomic_file`.
 
     Raises:
         DiskError: The disk is full.
@@ -80,20 +80,21 @@ def atomic_write(path: Path | str, content: bytes | str, *, sync: bool = True) -
 def atomic_folder(
     path: Path | str, existing: Literal["refuse", "keep", "replace"] = "refuse", owner: str | None = None
 ) -> Iterator[Path]:
-    """An empty folder next to `path` to write to, which becomes `path` when the block ends.
+    """Yield an empty folder next to `path`, which is renamed to `path` at the end of the block.
 
-    Whole against a kill; the files are not forced to disk one by one.
+    This is atomic for a kill, but not for a power cut, since the files are not forced to disk.
 
     Args:
-        path: The folder; parents are made. A link stays, and the folder that it leads to is replaced.
-        existing: What becomes of a folder with files that is there by then. "refuse" fails, "keep" drops the new one
-            (another process was faster with the same content), "replace" moves the old one away and removes it.
-        owner: Who writes, such as a rank, where only one process at a time writes under that name: what it left when
-            it was killed is removed first.
+        path: Target folder; parents are created. A link is kept, and the folder that it refers to is replaced.
+        existing: What to do if the target is a folder with files at the end of the block. "refuse" raises an error,
+            "keep" drops the new folder (another process was faster with the same content), "replace" removes the old
+            folder.
+        owner: Name of the writer, such as a rank, if only one process at a time writes under this name: drafts that it
+            left when it was killed are removed first.
 
     Raises:
         DiskError: The disk is full.
-        FileExistsError: "refuse", and there are files by then.
+        FileExistsError: `existing` is "refuse", and the target contains files.
     """
     path = _target(path)
     draft = _draft(path, owner)
@@ -114,10 +115,10 @@ def atomic_folder(
 
 
 def _move(draft: Path, path: Path, existing: str) -> None:
-    """Rename, with what was asked done to a folder that is there."""
+    """Rename, and treat an existing folder as requested."""
     filled = path.is_dir() and any(path.iterdir())
     if filled and existing == "refuse":
-        raise FileExistsError(errno.EEXIST, "there are files by now", str(path))
+        raise FileExistsError(errno.EEXIST, "the folder already contains files", str(path))
     if filled and existing == "replace":
         stale = draft.with_suffix(".stale")
         path.rename(stale)
@@ -129,7 +130,7 @@ def _move(draft: Path, path: Path, existing: str) -> None:
         shutil.rmtree(stale, ignore_errors=True)
         return
     try:
-        draft.rename(path)  # onto an empty folder too
+        draft.rename(path)  # also replaces an empty folder
     except OSError:
         if existing != "keep" or not path.is_dir():
             raise
@@ -137,7 +138,7 @@ def _move(draft: Path, path: Path, existing: str) -> None:
 
 
 def _target(path: Path | str) -> Path:
-    """Where a link leads; a rename onto the link itself would put the data on another disk than the user chose."""
+    """Resolve a link, since a rename onto the link would put the data on another disk than the user chose."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
@@ -147,7 +148,7 @@ def _draft(path: Path, owner: str | None = None) -> Path:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes of this machine left of `path`; put back a folder that was being replaced."""
+    """Remove drafts of `path` left by killed processes of this machine; restore a folder that was being replaced."""
     prefix = f"{path.name}.{_HOST}-"
     for entry in os.scandir(path.parent):
         process, _, suffix = entry.name.removeprefix(prefix).partition(".")
@@ -188,24 +189,24 @@ def _say_if_full(error: BaseException, path: Path) -> None:
         reason = (
             error.strerror
             if isinstance(error, OSError) and error.strerror
-            else "the disk did not take the bytes"
+            else "the disk did not accept the data"
         )
         raise DiskError(
-            f"No room to write {path}: {reason}. What was complete before is intact; free some space and run "
-            "the same command again."
+            f"No space to write {path}: {reason}. Files that were complete before are unchanged; free some space and "
+            "run the same command again."
         ) from error
 
 
 @contextmanager
 def locked(folder: Path | str, part: str = "") -> Iterator[None]:
-    """Hold the lock of a work folder, so that two processes never work in it at the same time.
+    """Lock a work folder, so that two processes never work in it at the same time.
 
-    The lock is a file next to the folder, held with `flock`: the system releases it when its process ends, however it
-    ends, so a lock that a killed process left is taken over.
+    The lock is a file next to the folder, locked with `flock`. The system releases it when its process ends, also after
+    a kill.
 
     Args:
         folder: The folder; it need not exist.
-        part: Part of the folder that this process works in, such as "rank 3 of 16", where several processes share it.
+        part: Part of the folder that this process works in, such as "rank 3 of 16", if several processes share it.
             Processes with different parts do not exclude each other. A part excludes processes with the same part and
             processes that lock the whole folder.
 
@@ -226,7 +227,7 @@ def locked(folder: Path | str, part: str = "") -> Iterator[None]:
 
 @contextmanager
 def _held(path: Path, folder: Path, shared: bool = False) -> Iterator[None]:
-    """Hold one lock file; the last process that holds it removes it."""
+    """Lock one file; the last process that has the lock removes the file."""
     handle = _lock(path, folder, shared)
     try:
         if handle is not None:
@@ -243,7 +244,7 @@ def _held(path: Path, folder: Path, shared: bool = False) -> Iterator[None]:
 
 
 def _lock(path: Path, folder: Path, shared: bool) -> int | None:
-    """Open and lock the file; None, with a warning, where the file system has no locks."""
+    """Open and lock the file; None, with a warning, if the file system has no locks."""
     while True:
         handle = -1
         try:
@@ -280,7 +281,7 @@ def _owned(folder: Path, text: bytes) -> str:
 
 
 def save_figure(figure: "Figure", path: Path | str, **settings: Any) -> None:
-    """Write a matplotlib figure by `atomic_file`, in the format of the path's suffix.
+    """Write a matplotlib figure atomically, in the format of the path's suffix.
 
     Args:
         figure: The figure.
@@ -295,7 +296,7 @@ def save_figure(figure: "Figure", path: Path | str, **settings: Any) -> None:
 
 
 def write_listed(path: Path, content: bytes) -> dict[str, Any]:
-    """Write `content` so that `path` holds all of it or is as before.
+    """Write a file atomically, and return its entry for a manifest.
 
     Returns:
         {"name", "bytes", "sha256"} of the file.
@@ -308,7 +309,7 @@ def write_listed(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> dict[str, Any]:
-    """`write_listed` of JSON."""
+    """Write JSON atomically, and return its entry for a manifest as in `write_listed`."""
     return write_listed(path, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
@@ -316,7 +317,7 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        StoreError: It is missing or no JSON.
+        StoreError: The file is missing or is not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -328,13 +329,13 @@ def read_json(path: Path) -> Any:
 
 
 def csv_cell(cell: str) -> str:
-    """A CSV cell that a spreadsheet shows as text: a leading =, +, -, @, tab or return is quoted by an apostrophe."""
-    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # a bare return ends an unquoted row
+    """Make a CSV cell that a spreadsheet shows as text: an apostrophe precedes a leading =, +, -, @, tab or return."""
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # a single return would end an unquoted row
     return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\n") and not _is_number(cell) else cell
 
 
 def csv_of(frame: "pd.DataFrame", index: bool = False) -> str:
-    """CSV of a table of results whose texts no spreadsheet runs as formulas (`csv_cell`)."""
+    """Convert a table to CSV in which spreadsheets run no text as a formula (`csv_cell`)."""
     safe = {
         name: [csv_cell(cell) if isinstance(cell, str) else cell for cell in column]
         if column.dtype == object or column.dtype == "string"

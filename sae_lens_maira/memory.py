@@ -1,9 +1,9 @@
-"""How much memory is free: what the system reports, and what a container, a batch job or `ulimit` allows.
+"""Free memory: the amount that the system reports, limited by container, batch job and `ulimit`.
 
-    CPU   the least of MemAvailable, limits of the control groups (version 1 and 2), RLIMIT_DATA and RLIMIT_AS
-    CUDA  free memory of the device, and what PyTorch keeps for itself without using it
+    CPU   the smallest of MemAvailable, limits of the control groups (version 1 and 2), RLIMIT_DATA and RLIMIT_AS
+    CUDA  free memory of the device, and memory that PyTorch has reserved but does not use
 
-A job under SLURM or in a container may use much less than the machine has free, and is killed when it takes more.
+A job under SLURM or in a container may use much less than the machine's free memory, and is killed if it uses more.
 """
 
 import os
@@ -18,7 +18,7 @@ _UNLIMITED = 1 << 60
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device in bytes; for the CPU, what this process may still take."""
+    """Free memory of a device in bytes; for the CPU, the memory that this process may still allocate."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -26,7 +26,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _available() -> int:
-    """Bytes that the system can give without swapping."""
+    """Bytes that the system can provide without swapping."""
     fields = _fields(Path("/proc/meminfo"))
     if "MemAvailable" in fields:
         return 1024 * fields["MemAvailable"]
@@ -36,11 +36,11 @@ def _available() -> int:
 def group_limits(
     proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """Bytes that each memory control group of this process, or one above it, leaves free.
+    """Yield the free bytes of each memory control group of this process, and of the groups above it.
 
     Args:
-        proc: The file that names the groups, a line "number:controllers:path" each.
-        root: Where the groups are mounted.
+        proc: File that names the groups, one line "number:controllers:path" per group.
+        root: Mount point of the groups.
 
     Yields:
         Limit minus use; file pages that can be dropped do not count as used.
@@ -83,7 +83,7 @@ def _process_limits() -> Iterator[int]:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Numbers of a file of lines "name number" or "name: number kB"."""
+    """Read a file of lines "name number" or "name: number kB"."""
     try:
         rows = [line.replace(":", " ").split() for line in path.read_text(encoding="ascii").splitlines()]
     except (OSError, UnicodeDecodeError):

@@ -1,10 +1,9 @@
-"""The one gate for text and images of studies: an allow list of licence classes, asked at every exit.
+"""Privacy check for text and images of studies: an allow list of licence classes, used at every export.
 
     public, synthetic                                   may be written and sent
-    credentialed, unknown, misspelt, null, missing      refused unless the caller asks; what is written is marked
+    credentialed, unknown, misspelt, null, missing      refused unless the caller allows it; output is marked
 
-Also here: loopback addresses, image paths that must stay within their folder, files that only their owner may read, and
-the masking of keys in messages.
+The module also contains checks of loopback addresses and image paths, file permissions, and masking of keys.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from urllib.parse import urlsplit
 from sae_lens_maira.errors import PrivacyError
 
 SHAREABLE = ("public", "synthetic")
-"""Licence classes that may leave; every other value is treated as credentialed."""
+"""Licence classes that may be exported; every other value is treated as credentialed."""
 CREDENTIALED = "credentialed"
 MARKER = "CREDENTIALED.json"
 """File that marks a folder with data of credentialed studies."""
 ALLOW = "--allow-credentialed true"
 MIN_SECRET = 4
-"""Shorter secrets are not masked: every message contains them by chance."""
+"""Smallest length of a secret that is masked; shorter ones occur in messages by chance."""
 
 
 def is_shareable(licence: object) -> bool:
@@ -38,9 +37,9 @@ def is_shareable(licence: object) -> bool:
 
 
 def strictest(licences: Iterable[object]) -> str:
-    """The class that applies to data of several studies: "credentialed" unless every class is on the allow list.
+    """Class that applies to data of several studies: "credentialed" unless every class is on the allow list.
 
-    No class at all counts as credentialed, since nothing is known about such data.
+    An empty list counts as credentialed, since the source of such data is unknown.
     """
     names = list(licences)
     if not names or not all(map(is_shareable, names)):
@@ -49,7 +48,7 @@ def strictest(licences: Iterable[object]) -> str:
 
 
 def describe(licences: Iterable[object]) -> str:
-    """The classes that are not on the allow list with their counts, such as "3 'credentialed', 1 None"."""
+    """Describe the classes that are not on the allow list with their counts, such as "3 'credentialed', 1 None"."""
     counts = Counter(_name(licence) for licence in licences if not is_shareable(licence))
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none is listed"
 
@@ -57,16 +56,16 @@ def describe(licences: Iterable[object]) -> str:
 def check_shareable(
     licences: Iterable[object], action: str, *, allow: bool = False, option: str | None = ALLOW
 ) -> str:
-    """Refuse data of studies that are not public or synthetic, unless the caller asks for them.
+    """Refuse data of studies that are not public or synthetic, unless the caller allows them.
 
     Args:
         licences: Licence class of every study whose text or images are involved.
-        action: What would be done, as in "writing Neuronpedia files".
-        allow: The user asked for it.
-        option: How a user asks; None if this action is never allowed.
+        action: Name of the action for the message, such as "writing Neuronpedia files".
+        allow: Whether the user has allowed credentialed data.
+        option: Option with which a user allows it; None if this action is never allowed.
 
     Returns:
-        The strictest class, for marking what is written.
+        The strictest class, for marking the output.
 
     Raises:
         PrivacyError: A class is not on the allow list, or there is none, and `allow` is not set.
@@ -155,13 +154,13 @@ def mask(text: str, *secrets: str | None) -> str:
 
 @contextmanager
 def private_files(folder: Path | str) -> Iterator[None]:
-    """Create files that only their owner can read (mode 0600) within this block, also in forked workers.
+    """Context in which new files are readable by their owner only (mode 0600), also in forked workers.
 
-    A folder that is group-writable or has the setgid bit is shared on purpose; files in it are readable by its group
-    (mode 0640). Works through the process's umask.
+    A folder that is group-writable or has the setgid bit counts as shared on purpose; files in it are readable by its
+    group (mode 0640). This sets the umask of the process.
 
     Args:
-        folder: Destination of the files, or where it will be created.
+        folder: Destination of the files; it need not exist yet.
     """
     before = os.umask(0o027 if _is_shared(Path(folder)) else 0o077)
     try:
@@ -187,7 +186,7 @@ def mark_folder(folder: Path, licence: str, command: str) -> None:
 
 
 def is_marked(folder: Path | str) -> bool:
-    """Whether a folder, or one that contains it, is marked as holding data of credentialed studies."""
+    """Whether a folder, or one of its parents, is marked as containing data of credentialed studies."""
     folder = Path(folder).resolve()
     return any((parent / MARKER).exists() for parent in (folder, *folder.parents))
 
@@ -197,7 +196,7 @@ def _is_shared(folder: Path) -> bool:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     mode = folder.stat().st_mode
-    # A sticky folder such as /tmp is everybody's, which is not sharing on purpose.
+    # A sticky folder such as /tmp is writable by all users, which does not count as shared on purpose.
     return bool(mode & (stat.S_ISGID | stat.S_IWGRP)) and not mode & stat.S_ISVTX
 
 

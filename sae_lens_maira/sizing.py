@@ -4,9 +4,8 @@
     bytes       of tensors that the code allocates: weights, one layer's work, keys and values, rows, shards
     FLOPs       2 per weight and token, plus attention; time = FLOPs / (0.4 x the GPU's dense bfloat16 peak)
 
-Bytes follow from shapes. A test compares one layer's work and the memory of a gradient with the tensors that the
-published decoder allocates. Times are arithmetic, not measurements: no GPU was available, and 0.4 of the peak is an
-assumption.
+Bytes follow from shapes. A test compares the memory of one layer and of a gradient with the tensors that the published
+decoder allocates. Times are computed and not measured: 0.4 of the peak is an assumption.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,19 +23,19 @@ GPUS: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S"
 """Dense bfloat16 peak by NVIDIA's data sheets, FLOPs per second."""
 EFFICIENCY = 0.4
 SAMPLE = 200
-"""Studies that are tokenized; the rest are taken to be like them."""
+"""Number of studies that are tokenized, as a sample of all."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one command needs.
+    """Estimated cost of one command.
 
     Attributes:
         command: Name of the command.
         gpu: Peak bytes on the model's device.
-        host: Peak bytes of main memory beyond Python and its libraries (about 0.7 GB); None is not estimated.
-        disk: Bytes written; None is not estimated.
-        flops: Floating-point operations, or 0 where disk reads decide.
+        host: Peak bytes of main memory, without Python and its libraries (about 0.7 GB); None if not estimated.
+        disk: Bytes written; None if not estimated.
+        flops: Floating-point operations; 0 if disk reads determine the time.
         notes: Further facts, one line each.
     """
 
@@ -48,7 +47,7 @@ class Cost:
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """Lines for a terminal."""
+        """Format the cost as lines for a terminal."""
         times = ", ".join(f"{name} {_time(self.flops / (EFFICIENCY * peak))}" for name, peak in GPUS.items())
         lines = [
             f"estimate of `{self.command}` (nothing was run)",
@@ -60,7 +59,7 @@ class Cost:
         return "\n".join(lines + [f"  {note}" for note in self.notes]) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values: bytes, FLOPs and seconds by GPU."""
+        """Return JSON values: bytes, FLOPs and seconds per GPU."""
         seconds = {name: self.flops / (EFFICIENCY * peak) for name, peak in GPUS.items()}
         return {
             "command": self.command,
@@ -78,7 +77,7 @@ class ModelSize:
     """Sizes of a model, from its configuration.
 
     Attributes:
-        config: The configuration.
+        config: Configuration of the model.
         bytes_per_number: 2 for bfloat16 and float16, 4 for float32.
     """
 
@@ -101,14 +100,14 @@ class ModelSize:
 
     @property
     def layer_parameters(self) -> int:
-        """Numbers in one decoder layer."""
+        """Number of parameters of one decoder layer."""
         d, heads = self.width, self._text.num_attention_heads
         kv = d // heads * (self._text.num_key_value_heads or heads)
         return 2 * d * d + 2 * d * kv + 3 * d * self._text.intermediate_size + 2 * d
 
     @property
     def image_parameters(self) -> int:
-        """Numbers in the vision tower and the projector."""
+        """Number of parameters of the vision tower and the projector."""
         vision = self.config.vision_config
         v, n = vision.hidden_size, vision.num_hidden_layers
         ratio = int(vision.mlp_ratio)
@@ -120,43 +119,45 @@ class ModelSize:
 
     @property
     def patches(self) -> int:
-        """Patches per image."""
+        """Number of patches per image."""
         return self.config.patches_per_side**2
 
     def weights(self, layers: int | None = None) -> int:
-        """Bytes of the weights with the first decoder layers only; None is all."""
+        """Bytes of the weights with the first `layers` decoder layers; None for all."""
         layers = self.layers if layers is None else layers
         numbers = layers * self.layer_parameters + self.image_parameters + self.width
         return (numbers + 2 * self._text.vocab_size * self.width) * self.bytes_per_number
 
     def work(self, tokens: int) -> int:
-        """Bytes that one layer needs for a batch of so many positions: the stream, its copies and the MLP."""
+        """Bytes that one layer needs for a batch with this number of positions: residual stream, its copies and the
+        MLP.
+        """
         return tokens * (6 * self.width + 3 * self._text.intermediate_size) * self.bytes_per_number
 
     def graph(self, tokens: int, layers: int) -> int:
-        """Bytes that a gradient keeps of some layers with frozen weights, and the last layer's backward pass."""
+        """Bytes that autograd keeps for some layers with frozen weights, and for the last layer's backward pass."""
         mlp = 3 * self._text.intermediate_size
         return tokens * (layers * (9 * self.width + mlp) + 5 * self.width + mlp) * self.bytes_per_number
 
     def readout(self) -> int:
-        """Bytes of the vocabulary's weights in float32, and their copy while they are scaled."""
+        """Bytes of the unembedding in float32, and of its copy while it is scaled."""
         return 2 * self._text.vocab_size * self.width * 4
 
     def cache(self, tokens: int) -> int:
-        """Bytes of the keys and values of all layers for so many positions."""
+        """Bytes of the keys and values of all layers for this number of positions."""
         heads = self._text.num_attention_heads
         kv = self.width // heads * (self._text.num_key_value_heads or heads)
         return 2 * tokens * self.layers * kv * self.bytes_per_number
 
     def flops(self, tokens: float, images: float, squares: float, layers: int, logits: float = 0) -> float:
-        """Operations of a forward.
+        """Number of floating-point operations of a forward.
 
         Args:
-            tokens: Positions in all.
-            images: Images in all.
+            tokens: Total number of positions.
+            images: Total number of images.
             squares: Sum over studies of the squared number of positions.
-            layers: Decoder layers that run.
-            logits: Positions whose logits are computed.
+            layers: Number of decoder layers that run.
+            logits: Number of positions whose logits are computed.
         """
         vision = self.config.vision_config
         tower = 2 * self.image_parameters * self.patches + 4 * vision.num_hidden_layers * (
@@ -172,8 +173,8 @@ class StudySizes:
 
     Attributes:
         studies: Number of studies in the table.
-        images: (n,) images of each counted study.
-        roles: (n, roles) tokens by role of each counted study, the report included.
+        images: (n,) number of images of each sampled study.
+        roles: (n, roles) number of tokens by role of each sampled study, including the report.
     """
 
     studies: int
@@ -199,20 +200,20 @@ class StudySizes:
 
     @property
     def scale(self) -> float:
-        """Studies in the table per counted study."""
+        """Number of studies in the table per sampled study."""
         return self.studies / len(self.images)
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n,) positions of each counted study."""
+        """(n,) number of positions of each sampled study."""
         return self.roles.sum(1)
 
     def sources(self, reports: str, max_new_tokens: int) -> dict[str, "StudySizes"]:
-        """The studies once per source of rows, with the text after the prompt that the source has.
+        """Make the sizes of each source of rows, which differ in the text after the prompt.
 
         Args:
             reports: As in `RowSettings`: "teacher", "generated", "both" or "prompt".
-            max_new_tokens: Length that a generated report is taken to have.
+            max_new_tokens: Assumed length of a generated report.
         """
         names = ("teacher", "generated") if reports == "both" else (reports,)
         lengths = {"generated": max_new_tokens, "prompt": 0}
@@ -225,7 +226,7 @@ class StudySizes:
         return found
 
     def rows(self, roles: Any, rates: Mapping[str, float] | None = None) -> float:
-        """Expected rows of the whole table that a filter keeps."""
+        """Expected number of rows of the whole table that a filter keeps."""
         kept = role_rates(roles, rates)
         counted = sum(self.roles[:, role].sum() * rate for role, rate in kept.items())
         if roles == LAST_IMAGE_PRESET:  # the last token of each image, regardless of sampling
@@ -248,9 +249,9 @@ def harvest_cost(
     reports: str = "teacher",
     max_new_tokens: int = 300,
 ) -> Cost:
-    """Cost of `harvest` on one process, of rows in bfloat16 (`row_bytes` 2) at some hook points.
+    """Estimate the cost of `harvest` on one process, for rows in bfloat16 (`row_bytes` 2) at some hook points.
 
-    Generated reports take the whole model, and are taken to be as long as their limit.
+    Generated reports need the whole model, and are assumed to have their largest length.
     """
     sources = studies.sources(reports, max_new_tokens)
     written = sources.get("generated")
@@ -272,10 +273,10 @@ def harvest_cost(
     notes: tuple[str, ...] = (
         f"{rows:,.0f} rows of {studies.studies:,} studies, {stored / studies.studies / 1e6:.2f} MB per study",
         f"{loaded} of {size.layers} decoder layers are loaded and run, {size.weights(loaded) / 1e9:.1f} GB of weights",
-        f"a shard has {_gb(shard)}, and a process holds two",
+        f"a shard has {_gb(shard)}, and a process has two in memory",
     )
     if written is not None:
-        notes += (f"a generated report is taken to have {max_new_tokens} tokens, its limit",)
+        notes += (f"a generated report is assumed to have {max_new_tokens} tokens, its limit",)
     device = size.weights(loaded) + size.work(longest) + cache
     device += longest * size.width * size.bytes_per_number * hooks
     return Cost("harvest", device, 2 * shard, stored, flops, notes)
@@ -295,18 +296,18 @@ def train_cost(
     shard_latents: bool = False,
     levels: int = 1,
 ) -> Cost:
-    """Cost of `train`, per process.
+    """Estimate the cost of `train`, per process.
 
-    Weights, gradients, two moments and one matrix of work in float32, the rows of the batch, and two buffers of rows in
-    main memory.
+    It has weights, gradients, two moments and one work matrix in float32, the rows of the batch, and two buffers of
+    rows in main memory.
 
     Args:
         d_in: Width of the rows.
         d_sae: Number of latents.
-        samples: Rows in all.
-        batch: Rows per batch of all processes.
-        rows: Rows of the table.
-        buffer_rows: Rows that are mixed.
+        samples: Total number of rows.
+        batch: Number of rows per batch of all processes.
+        rows: Number of rows of the table.
+        buffer_rows: Number of rows that are mixed.
         row_bytes: Bytes of a stored number.
         ranks: Number of processes.
         shard_optimizer: Whether the moments are divided over them.
@@ -348,12 +349,12 @@ def latents_cost(
     stored: bool,
     batch_size: int = 4,
 ) -> Cost:
-    """Cost of `latents`: two passes over the rows, from a store or through the model."""
+    """Estimate the cost of `latents`: two passes over the rows, from a store or through the model."""
     rows = studies.rows(roles)
     sae = 2 * size.width * d_sae * 4
     encode = 4.0 * size.width * d_sae * rows
     chunk = int(studies.lengths.max()) * batch_size
-    # Rows are encoded; then decoder rows are read through the vocabulary, 512 at once.
+    # Rows are encoded; then decoder rows are multiplied with the unembedding, 512 at once.
     device = sae + max(4096 * d_sae * 4, size.readout() + 512 * size.config.text_config.vocab_size * 4)
     flops = encode
     if not stored:
@@ -377,15 +378,15 @@ def steer_cost(
     reports: int,
     max_new_tokens: int,
 ) -> Cost:
-    """Cost of `steer`: prompts once up to the hook point, and the upper layers once per report.
+    """Estimate the cost of `steer`: prompts once up to the hook point, and the upper layers once per report.
 
     Args:
-        size: The model.
-        studies: The table.
-        layers: Decoder layers up to the hook point.
-        d_sae: Latents of the SAE and of its controls together.
-        steered: Studies that are steered.
-        reports: Reports that are written.
+        size: Sizes of the model.
+        studies: Sizes of the table's studies.
+        layers: Number of decoder layers up to the hook point.
+        d_sae: Number of latents of the SAE and of its controls together.
+        steered: Number of studies that are steered.
+        reports: Number of reports that are generated.
         max_new_tokens: Length of a report.
     """
     length = float(studies.lengths.mean())
@@ -403,7 +404,7 @@ def steer_cost(
         f"about {reports:,} reports; one report of the longest study needs {_gb(one)} next to weights and SAE",
         f"latents are ranked by a gradient, one study at a time: {_gb(gradient)}; not with --records",
         "memory above that is used for larger batches, up to half of what is free",
-        "decoding is bound by memory bandwidth at small batches: expect more time than the FLOPs say",
+        "decoding is bound by memory bandwidth at small batches: expect more time than estimated from FLOPs",
     )
     return Cost("steer", device, None, None, flops, notes)
 

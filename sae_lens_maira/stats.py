@@ -1,4 +1,4 @@
-"""Statistics shared by all packages: one definition each of every score that is reported.
+"""Statistics shared by all packages, with one definition of every reported score.
 
     explained variance   1 - sum |x - x_hat|^2 / sum |x - mean|^2       over rows, summed over dimensions
     loss recovered       (CE_ablated - CE_spliced) / (CE_ablated - CE_clean)
@@ -7,8 +7,9 @@
     p99                  smallest value with at least 99 % of the values above zero at or below it
     mean map             sum of activations per patch / rows at that patch
 
-Intervals are 95 %: Wilson's for shares, the bootstrap over studies for everything else. Quantiles are read from counts
-in bins of 1/36 octave, so that they can be streamed and added over processes; their relative error is below 1 %.
+Intervals are 95 %: Wilson's for shares, the bootstrap over studies for all other statistics. Quantiles are computed
+from counts in bins of 1/36 octave, so that they can be streamed and added over processes; their relative error is below
+1 %.
 """
 
 import math
@@ -67,9 +68,9 @@ def bootstrap(
 ) -> Bootstrap:
     """95 % percentile bootstrap interval of a statistic of n studies.
 
-    Resampling with replacement gives every study a multinomial weight, so a statistic made of sums is one matrix
-    product over all resamples. Equal n, draws and seed resample the same studies, which pairs comparisons: the interval
-    of a difference is the interval of the difference of two `samples`.
+    Resampling with replacement gives every study a multinomial weight, so that a statistic made of sums is one matrix
+    product over all resamples. Equal n, draws and seed resample the same studies, so that comparisons are paired: the
+    interval of a difference is the interval of the difference of two `samples`.
 
     Args:
         statistic: Function from weights (draws, n) to values (draws, ...).
@@ -95,7 +96,7 @@ def bootstrap_mean(values: np.ndarray, draws: int = 1000, seed: int = 0) -> Boot
 
 
 def f1(true_positive: np.ndarray, fired: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """F1 = 2 TP / (fired + positives), elementwise; 0 where nothing fires and nothing is present."""
+    """F1 = 2 TP / (fired + positives), elementwise; 0 where both fired and positives are 0."""
     both, total = np.broadcast_arrays(
         2 * np.asarray(true_positive, float), np.asarray(fired, float) + positives
     )
@@ -103,7 +104,7 @@ def f1(true_positive: np.ndarray, fired: np.ndarray, positives: np.ndarray) -> n
 
 
 def f1_of_firing(fires: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """F1 of every latent against every finding, with firing as the prediction and no threshold tuned.
+    """F1 of every latent against every finding, with firing as the prediction and without a tuned threshold.
 
     Args:
         fires: (n_studies, n_latents) bool, whether the latent is active at one or more rows of the study.
@@ -117,7 +118,7 @@ def f1_of_firing(fires: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def explained_by_sums(residual: ArrayLike, variance: ArrayLike) -> np.ndarray:
-    """Explained variance (...) from sums of squared errors and of squared distances to the mean; NaN without any."""
+    """Explained variance (...) from sums of squared errors and of squared distances to the mean; NaN for a sum of 0."""
     above, below = np.asarray(residual, dtype=float), np.asarray(variance, dtype=float)
     return 1 - np.divide(above, below, out=np.full(below.shape, math.nan), where=below > 0)
 
@@ -140,7 +141,7 @@ class ExplainedVariance:
         if not len(x):
             return
         x, reconstruction = x.double(), reconstruction.to(x.device).double()
-        # Sums around the first batch's mean: rows may be far from zero, where sums of squares cancel.
+        # Sums around the first batch's mean, since sums of squares cancel for rows far from zero.
         if self._origin is None or self._total is None:
             self._origin = x.mean(0)
             self._total = torch.zeros_like(self._origin)
@@ -159,7 +160,7 @@ class ExplainedVariance:
 
     @property
     def value(self) -> float:
-        """1 - residual / variance; NaN where the rows do not vary."""
+        """1 - residual / variance; NaN if all rows are equal."""
         return float(explained_by_sums(self.residual, self.variance))
 
 
@@ -177,7 +178,7 @@ IGNORED_LABEL = -100
 
 
 def loss_recovered(clean: float, ablated: float, spliced: float) -> float:
-    """Share of the ablation's loss that a reconstruction recovers; NaN where the ablation does not raise the loss."""
+    """Share of the ablation's loss that a reconstruction recovers; NaN if the ablation does not raise the loss."""
     return (ablated - spliced) / (ablated - clean) if ablated > clean else math.nan
 
 
@@ -185,7 +186,7 @@ def perplexity(log_probabilities: Tensor, counted: Tensor) -> Tensor:
     """Perplexity per sequence.
 
     Args:
-        log_probabilities: (..., T) log-probabilities of the tokens that were written, in nats.
+        log_probabilities: (..., T) log-probabilities of the generated tokens, in nats.
         counted: (..., T) bool, False at padding.
 
     Returns:
@@ -196,7 +197,7 @@ def perplexity(log_probabilities: Tensor, counted: Tensor) -> Tensor:
 
 
 def quantile_bins(values: Tensor) -> Tensor:
-    """Number of the bin between `EDGES` of every value, int64."""
+    """Index of the bin between `EDGES` of every value, int64."""
     inner = torch.from_numpy(EDGES[1:-1]).to(values.device, torch.float32)
     return torch.bucketize(values.float(), inner, right=True)
 
@@ -248,7 +249,7 @@ def p99(acts: Tensor, chunk: int = 4096) -> Tensor:
 
     Args:
         acts: (n, d_sae) activations.
-        chunk: Rows counted at once.
+        chunk: Number of rows counted at once.
 
     Returns:
         (d_sae,) float32; 0 for a latent that is never active, which cannot be steered in this unit.
@@ -261,5 +262,5 @@ def p99(acts: Tensor, chunk: int = 4096) -> Tensor:
 
 
 def mean_map(total: Tensor, rows: Tensor) -> Tensor:
-    """Mean activation per patch: sums (..., patches) over the number of rows (patches,); 0 where there was no row."""
+    """Mean activation per patch: sums (..., patches) over the number of rows (patches,); 0 without rows."""
     return total / rows.to(total.device).clamp(min=1)

@@ -346,7 +346,7 @@ def test_a_full_disk_is_one_message_and_the_next_run_ends_as_if_it_had_not_been(
         assert code == 2, (size, error)
         assert len(messages) == 1, (size, error)
         assert "Traceback" not in error
-        assert "No room to write" in messages[0] or "File too large" in messages[0], (size, messages)
+        assert "No space to write" in messages[0] or "File too large" in messages[0], (size, messages)
         assert [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".lock"))] == []
         met += 1
         code, error, found = written_by(name, root, out)

@@ -90,12 +90,12 @@ def test_a_full_disk_is_said_in_one_paragraph(tmp_path, small_files):
     """The kernel's refusal becomes a DiskError that names the place; the old file stands."""
     path = tmp_path / "file"
     atomic_write(path, b"old")
-    with pytest.raises(DiskError, match=r"No room to write .*file: .* run the same command again") as caught:
+    with pytest.raises(DiskError, match=r"No space to write .*file: .* run the same command again") as caught:
         atomic_write(path, bytes(200_000))
     assert isinstance(caught.value, OSError)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
-    with pytest.raises(DiskError, match="No room"), atomic_folder(tmp_path / "folder") as draft:
+    with pytest.raises(DiskError, match="No space"), atomic_folder(tmp_path / "folder") as draft:
         (draft / "large").write_bytes(bytes(200_000))
     assert names(tmp_path) == ["file"]
 
@@ -105,9 +105,9 @@ def test_torch_on_a_full_disk(tmp_path, small_files):
     path = tmp_path / "state.pt"
     with atomic_file(path) as draft:
         torch.save({"a": torch.zeros(10)}, draft)
-    with pytest.raises(DiskError, match="No room"), atomic_file(path) as draft:
+    with pytest.raises(DiskError, match="No space"), atomic_file(path) as draft:
         torch.save({"a": torch.zeros(100_000)}, draft)
-    with pytest.raises(DiskError, match="No room"), atomic_folder(tmp_path / "sae") as draft:
+    with pytest.raises(DiskError, match="No space"), atomic_folder(tmp_path / "sae") as draft:
         save_file({"a": torch.zeros(100_000)}, draft / "sae.safetensors")
     assert torch.load(path, weights_only=True)["a"].shape == (10,)
     assert names(tmp_path) == ["state.pt"]

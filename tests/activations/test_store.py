@@ -129,7 +129,7 @@ def test_no_room_leaves_the_store_whole(phantom, studies, store, tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
     try:
-        with pytest.raises(StoreError, match="No room"):
+        with pytest.raises(StoreError, match="No space"):
             harvest(phantom, studies, tmp_path, HOOKS, ALL, shard_studies=4, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_the_store_whole(phantom, studies, store, small_disk)
     """On a file system that really fills up: a clear error, whole shards stay, and with room the harvest goes on."""
     filler = small_disk / "filler"
     filler.write_bytes(bytes(1_400_000))
-    with pytest.raises(StoreError, match="No room to write"):
+    with pytest.raises(StoreError, match="No space to write"):
         harvest(phantom, studies, small_disk, HOOKS, ALL, shard_studies=4, progress=False)
     half = ActivationStore(small_disk)
     half.validate(complete=False)
