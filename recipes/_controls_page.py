@@ -18,7 +18,9 @@ def per_finding(kind: str, maps: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def compare(trained: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean over findings of each spatial score, its own control, and trained minus other paired over studies."""
+    """Mean over findings of each spatial score and its control, and the difference trained minus other, paired over
+    studies.
+    """
     ids = sorted({int(i) for values in trained.values() for i in values[:, 6]})
     at = {i: row for row, i in enumerate(ids)}
     cells: dict[str, float] = {}
@@ -42,12 +44,12 @@ def compare(trained: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dic
 
 
 def gain_cells(name: str, value: float, gain: float, low: float, high: float) -> dict[str, float]:
-    """A measure of a control, and by how much the trained SAE is ahead of it, with an interval."""
+    """Cells of a control's measure: its value, and the difference of the trained SAE with its interval."""
     return {name: value, f"{name} trained minus": gain, f"{name} low": low, f"{name} high": high}
 
 
 def markdown(frame: pd.DataFrame, space: pd.DataFrame) -> str:
-    """The tables as Markdown: one line per measure, one column per SAE."""
+    """Format the tables as Markdown: one line per measure, one column per SAE."""
     lines = ["# Measures of an SAE and its controls", ""]
     for place, part in frame.groupby("place", sort=False):
         rows = part.set_index("kind")

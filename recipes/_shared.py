@@ -1,8 +1,9 @@
-"""Shared by recipes: SAEs and tables that are continued only with the same settings.
+"""Code shared by recipes: SAEs and tables that are continued only with the same settings.
 
     folder of an SAE, or table.csv   +   .json of the same name: the settings that it depends on
 
-A run of other settings is an error that names them, so that no figure comes from an SAE or a row of another run.
+Other settings than those stored are an error that names the differences, so that results of different runs are not
+mixed.
 """
 
 import json
@@ -31,9 +32,9 @@ def require_settings(made: Path, settings: Mapping[str, Any], exists: bool) -> N
     """Write the settings of a result next to it, or compare them with those of an existing result.
 
     Args:
-        made: The result, a folder or a file; its settings are in `<name>.json`.
+        made: Path of the result, a folder or a file; its settings are in `<name>.json`.
         settings: Everything that the result depends on, JSON values.
-        exists: Whether the result, or a part of it, is there.
+        exists: Whether the result, or a part of it, exists.
 
     Raises:
         ConfigError: The result was made with other settings, or its settings are not known.
@@ -48,7 +49,7 @@ def require_settings(made: Path, settings: Mapping[str, Any], exists: bool) -> N
         theirs = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{made} is there, but its settings cannot be read ({error}). Delete it, or name another folder."
+            f"{made} exists, but its settings cannot be read ({error}). Delete it, or name another folder."
         ) from error
     differ = [
         f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} now"
@@ -63,7 +64,7 @@ def require_settings(made: Path, settings: Mapping[str, Any], exists: bool) -> N
 
 
 def require_run(settings: Any, exists: bool, free: Collection[str] = ()) -> None:
-    """`require_settings` of a whole run into the folder `settings.out`, whose file is `settings.json`.
+    """Apply `require_settings` to a whole run: `settings.json` in the folder `settings.out`.
 
     Args:
         settings: Dataclass of the run.
@@ -78,13 +79,13 @@ def require_run(settings: Any, exists: bool, free: Collection[str] = ()) -> None
 
 
 def sae_settings(settings: Any, arm: str) -> dict[str, Any]:
-    """What the SAE of an arm depends on; the flaw only where the phantom is flawed."""
+    """Settings that the SAE of an arm depends on; the flaw only for a flawed phantom."""
     found = {name: getattr(settings, name) for name in OF_AN_SAE}
     return found | {"flaw": asdict(settings.flaw) if arm == "flawed" else None}
 
 
 def sae_of(maira: Maira2, settings: Any, arm: str, layer: int, seed: int) -> MatryoshkaSAE:
-    """The SAE of an arm: read from its folder, or trained into it.
+    """Read the SAE of an arm from its folder, or train it and save it there.
 
     Args:
         maira: The phantom whose patches it is trained on.
@@ -125,15 +126,15 @@ def continue_rows(
     label: str,
     saved_every: int,
 ) -> None:
-    """Bring a CSV to n rows; a run that was killed continues after the last saved row.
+    """Extend a CSV to n rows; a killed run continues after the last saved row.
 
     Args:
-        file: The CSV.
+        file: CSV file.
         settings: Everything that a row depends on.
-        n: Rows wanted; fewer where `made` ends before.
-        made: The rows from a number on.
+        n: Number of rows; there are fewer if `made` ends before.
+        made: Function that yields the rows from a given number on.
         label: Text of the progress bar.
-        saved_every: Rows after which the file is written.
+        saved_every: Number of rows after which the file is written.
 
     Raises:
         ConfigError: The file has rows of other settings.
@@ -150,13 +151,15 @@ def continue_rows(
 
 
 def mean_line(label: str, values: np.ndarray) -> str:
-    """A line of a Markdown table: label, mean, 95 % bootstrap interval and n."""
+    """Format a line of a Markdown table: label, mean, 95 % bootstrap interval and n."""
     found = bootstrap_mean(values)
     return f"| {label} | {values.mean():.3f} | {found.low:.3f} to {found.high:.3f} | {len(values)} |"
 
 
 def box_patches(finding: Finding, shape: tuple[int, int], margin: float = 0.5) -> np.ndarray:
-    """(rows, columns) patches whose centre is at most `margin` patches outside the finding's box; 0.5 is a touch."""
+    """(rows, columns) mask of patches whose centre is at most `margin` patches outside the finding's box; with 0.5 they
+    touch it.
+    """
     x0, y0, x1, y1 = finding.box or (0, 0, 0, 0)
 
     def inside(n: int, low: float, high: float) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Check attribution on the phantom: does it point at the finding, and does ablating what it names take the sentence?
+"""Check attribution on the phantom: does it point at the finding, and does ablation of its entries remove the sentence?
 
 Per layer and seed an SAE of image patches is trained. For statements of held-out studies whose finding has a true box,
-each map's strongest patch is compared with the box, and each attribution is ablated next to its controls. Arms are the
-trained SAE and control SAEs; maps that need no SAE are in the rows of the trained one. Every arm is a file, so a run
-that was killed continues.
+the strongest patch of each map is compared with the box, and the entries of each attribution and of its controls are
+ablated. Arms are the trained SAE and control SAEs; maps that need no SAE are in the rows of the trained SAE. Every arm
+has its own file, so that a killed run continues.
 
     python recipes/attribution.py --config recipes/attribution.yaml
 """
@@ -40,18 +40,18 @@ class Settings:
     """Settings of the check.
 
     Attributes:
-        out: Folder of the tables; made if missing.
+        out: Folder of the tables; created if missing.
         saes: Folder of SAEs, one per arm, layer and seed; missing ones are trained or made.
         arms: "trained" and controls.
         layers: Decoder blocks whose output is read.
         seeds: Seeds of studies and SAEs.
-        statements: Statements per layer, seed and arm.
+        statements: Number of statements per layer, seed and arm.
         train_studies: Studies that an SAE is trained on.
         d_sae: Latents.
         k: Mean active latents per patch.
         steps: Training steps of 1,024 rows.
-        candidates: Entries that are integrated over.
-        n_check: Entries that are removed.
+        candidates: Number of entries that are integrated over.
+        n_check: Number of entries that are removed.
     """
 
     out: Path = Path("runs/attribution")
@@ -90,7 +90,7 @@ def run(settings: Settings) -> Path:
 
 
 def _arm(hooked: HookedMaira2, maira: Maira2, settings: Settings, layer: int, seed: int, arm: str) -> None:
-    """Measure the statements of one arm that its file lacks."""
+    """Measure the statements of one arm that are not in its file yet."""
 
     def rows(done: int) -> Iterator[dict[str, Any]]:
         sae = sae_of(maira, settings, arm, layer, seed)
@@ -105,7 +105,7 @@ def _arm(hooked: HookedMaira2, maira: Maira2, settings: Settings, layer: int, se
 
 
 def given_statements(hooked: HookedMaira2, seed: int, limit: int) -> Iterator[tuple[Study, Finding, int]]:
-    """Statements of the studies' own reports whose finding has a true box: study, finding, number of the sentence."""
+    """Yield statements of the studies' reports whose finding has a true box: study, finding, number of the sentence."""
     found = 0
     for study in generate_studies(900, 95_000 + 7_000 * seed):
         if study.prior_frontal is not None or not study.report:
@@ -124,7 +124,7 @@ def given_statements(hooked: HookedMaira2, seed: int, limit: int) -> Iterator[tu
 def measured(
     hooked: HookedMaira2, sae: Any, study: Study, finding: Finding, number: int, settings: Settings, arm: str
 ) -> dict[str, Any]:
-    """One statement: where each map points, and what ablation takes."""
+    """Measure one statement: whether each map points at the box, and the effect of ablation."""
     answer = attribute(
         hooked, study, sae, number, report="teacher", roles="image_only",
         candidates=settings.candidates, n_check=settings.n_check,
@@ -212,7 +212,7 @@ def write_tables(folder: Path) -> None:
 
 
 def _efficiency(where: str, rows: pd.DataFrame, more: str = "") -> str:
-    """Causal efficiency as the ratio of sums over statements."""
+    """Format causal efficiency, the ratio of sums over statements."""
     drop, step = rows["drop"].to_numpy(), rows["gradient step"].to_numpy()
     found = bootstrap(lambda w: (w @ drop) / (w @ step), len(rows))
     value = f"{drop.sum() / step.sum():.3f} | {found.low:.3f} to {found.high:.3f}"
@@ -220,7 +220,7 @@ def _efficiency(where: str, rows: pd.DataFrame, more: str = "") -> str:
 
 
 def _paired(one: pd.DataFrame, other: pd.DataFrame) -> str:
-    """Difference of two arms' causal efficiency on the statements that both have."""
+    """Format the difference of two arms' causal efficiency on the statements that both have."""
     both = one.merge(other, on=["seed", "study", "finding"], suffixes=(" a", " b"))
     columns = [both[f"{name} {arm}"].to_numpy() for name in ("drop", "gradient step") for arm in "ab"]
     drop_a, drop_b, step_a, step_b = columns

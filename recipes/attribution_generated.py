@@ -1,8 +1,9 @@
-"""Remove statements from the phantom's own reports by their causes.
+"""Remove statements from the phantom's reports by removing their causes.
 
 For every statement of a generated report whose finding has a true box, entries are removed from the prompt in rounds
-until the statement is gone (`attribution.regenerate`), next to as many random entries scaled to the same norm. Every
-arm is a file, so a run that was killed continues. The recipe `planted_cause` measures causes of planted errors.
+until the report no longer contains the statement (`attribution.regenerate`). The control removes as many random
+entries, scaled to the same norm. Every arm has its own file, so that a killed run continues. The recipe `planted_cause`
+measures causes of planted errors.
 
     python recipes/attribution_generated.py --config recipes/attribution_generated.yaml
 """
@@ -37,7 +38,7 @@ class Settings:
     """Settings of the check.
 
     Attributes:
-        out: Folder of the tables; made if missing.
+        out: Folder of the tables; created if missing.
         saes: Folder of SAEs, as in the recipe `attribution`; missing ones are trained.
         arms: SAEs: "trained" and controls.
         layer: Decoder block at whose output entries are removed.
@@ -101,7 +102,7 @@ def run(settings: Settings) -> Path:
 
 
 def _arm(maira: Maira2, settings: Settings, seed: int, arm: str) -> None:
-    """Measure the statements of one arm that its file lacks."""
+    """Measure the statements of one arm that are not in its file yet."""
 
     def rows(done: int) -> Iterator[dict[str, Any]]:
         sae = sae_of(maira, settings, arm, settings.layer, seed)
@@ -116,7 +117,7 @@ def _arm(maira: Maira2, settings: Settings, seed: int, arm: str) -> None:
 
 
 def statements(hooked: HookedMaira2, seed: int) -> Iterator[Statement]:
-    """Statements of the model's own reports whose finding has a true box."""
+    """Yield statements of generated reports whose finding has a true box."""
     for study in generate_studies(1500, 95_000 + 7_000 * seed):
         boxes = {f.key: f for f in study.truth or () if f.present and f.box is not None}
         if study.prior_frontal is not None:
@@ -127,7 +128,9 @@ def statements(hooked: HookedMaira2, seed: int) -> Iterator[Statement]:
 
 
 def measured(hooked: HookedMaira2, sae: Any, one: Statement, settings: Settings) -> dict[str, Any]:
-    """One statement: where its map points, and the reports without its causes and without random entries."""
+    """Measure one statement: whether its map points at the box, and the reports without its causes and without random
+    entries.
+    """
 
     def states(text: str) -> bool:
         return one.finding.key in read_report(text).present
@@ -161,7 +164,7 @@ def measured(hooked: HookedMaira2, sae: Any, one: Statement, settings: Settings)
 def random_report(
     hooked: HookedMaira2, sae: Any, study: Study, removal: Removal, hook: str, seed: int
 ) -> str:
-    """The report without as many random active entries, scaled to the same norm."""
+    """Generate the report without as many random active entries, scaled to the same norm."""
     processor: Any = hooked.processor
     prompt = processor.encode([study])
     held = ResidualRun(hooked, prompt, hook)

@@ -1,4 +1,4 @@
-"""Which measures tell a trained SAE from its controls? One table over the SAEs of a quickstart run.
+"""Which measures separate a trained SAE from its controls? One table over the SAEs of a quickstart run.
 
 Trained, frozen decoder, frozen encoder, untrained and raw dimensions are scored alike: explained variance, loss
 recovered, F1 of firing, detection score of the best latents' explanations (offline: explained by contrast, judged by
@@ -58,7 +58,7 @@ class Settings:
 
     Attributes:
         quickstart: Folder of a finished quickstart run.
-        out: Folder of the tables; made if missing.
+        out: Folder of the tables; created if missing.
         studies: Studies of that run.
         seed: Random seed of that run.
         text_seeds: Text SAEs of that run.
@@ -79,14 +79,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Scored:
-    """One SAE or control at one kind of position, the best of its draws on the choosing half."""
+    """One SAE or control for one modality of positions: the seed that is best on the selection half."""
 
     sae: TrainedSAE
     agreement: Agreement
 
 
 def run(settings: Settings) -> Path:
-    """Score everything and write `controls.csv`, `space.csv` and `controls.md`.
+    """Score all SAEs and write `controls.csv`, `space.csv` and `controls.md`.
 
     Args:
         settings: The settings.
@@ -95,7 +95,7 @@ def run(settings: Settings) -> Path:
         Path of `controls.md`.
 
     Raises:
-        ConfigError: The quickstart folder lacks an SAE.
+        ConfigError: An SAE is missing in the quickstart folder.
     """
     config = QuickstartConfig(
         out=settings.quickstart,
@@ -158,7 +158,7 @@ def steering(
     scored: dict[str, Scored],
     settings: Settings,
 ) -> list[dict[str, float]]:
-    """The steering effect of every SAE's map, all of one norm and each with its own choice of strength."""
+    """Measure the steering effect of every SAE's map, at equal norm and with the strength chosen for each SAE."""
     controls = {kind: one.sae.inference for kind, one in scored.items() if kind != "trained"}
     found = steer_finding(
         maira, studies, rows, truth, halves, scored["trained"].sae, settings.finding, settings.steer_studies,
@@ -189,7 +189,7 @@ def detection(
     halves: Halves,
     folder: Path,
 ) -> dict[str, float]:
-    """Mean balanced accuracy of the explanations of the best latents, and of another latent's explanation."""
+    """Mean balanced accuracy of the explanations of the best latents, and of the control explanations."""
     chosen = np.flatnonzero(halves.report)[:STUDIES]
     config = CollectConfig(
         model="phantom",
@@ -227,7 +227,7 @@ def detection(
 def score_all(
     config: QuickstartConfig, place: str, rows: ActivationRows, truth: np.ndarray, halves: Halves
 ) -> dict[str, Scored]:
-    """Every kind's best draw at one kind of position, by F1 on the choosing half."""
+    """Score every kind of SAE for one modality of positions, with the seed of highest F1 on the selection half."""
 
     def best(name: str, saes: Sequence[TrainedSAE]) -> tuple[Scored, float]:
         fired = [study_firing(sae.encode, rows, len(truth)) for sae in saes]
@@ -238,7 +238,7 @@ def score_all(
     learned = rows.where(halves.choose[rows.study]).values
     first = config.seed * (
         config.text_seeds if place == "text" else 1
-    )  # as the quickstart numbers its controls
+    )  # the numbering of controls in the quickstart
     found: dict[str, Scored] = {}
     l0 = 0.0
     for kind in KINDS:
@@ -271,15 +271,15 @@ def folders(config: QuickstartConfig, place: str, kind: str) -> list[Path]:
 def _opened(folder: Path, hook_name: str) -> TrainedSAE:
     if not (folder / "cfg.json").is_file():
         raise ConfigError(
-            f"{folder} holds no SAE. Run `sae-lens-maira quickstart --out FOLDER` first, and give that folder with the "
-            "same --studies and --seed."
+            f"{folder} contains no SAE. Run `sae-lens-maira quickstart --out FOLDER` first, and give that folder with "
+            "the same --studies and --seed."
         )
     sae = load_matryoshka(folder)
     return TrainedSAE(sae, sae.level_widths, hook_name, 0, False)
 
 
 def recovered(maira: Maira2, sae: TrainedSAE, studies: Sequence[Study], place: str) -> float:
-    """Loss recovered over report tokens where reconstructions replace the positions of one kind."""
+    """Loss recovered over report tokens if reconstructions replace the positions of one modality."""
     roles = [TokenRole.REPORT] if place == "text" else POSITIONS["image"]
     found = evaluate_runs(
         report_runs(HookedMaira2(maira), studies, sae.hook_name),
@@ -293,7 +293,7 @@ def recovered(maira: Maira2, sae: TrainedSAE, studies: Sequence[Study], place: s
 def latent_maps(
     one: Scored, rows: ActivationRows, studies: Sequence[Study], halves: Halves
 ) -> dict[str, np.ndarray]:
-    """Per finding: (n, 6) spatial scores of its best latent and of the control map, in the reporting half, and ids.
+    """Compute per finding the (n, 6) spatial scores of its best latent and of the control map, in the reporting half.
 
     Columns are pointing, energy, IoU, and the same with the latent's map from another study; the last column is the
     number of the study.
@@ -311,7 +311,7 @@ def latent_maps(
         chosen = np.array([i for i, own in boxes.items() if own], dtype=np.int64)
         mine = halves.choose[chosen]
         if not mine.any() or (~mine).sum() < 2:
-            continue  # a finding without a place, or too few studies with one
+            continue  # a finding without boxes, or too few studies with a box
         maps = by_study(acts[:, column], frontal.study, patch, len(studies), grid[0] * grid[1])[chosen]
         cover = np.stack([covered(boxes[i], grid) for i in chosen])
         scores = spatial_scores(maps, cover, mine)

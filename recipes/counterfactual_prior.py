@@ -1,12 +1,12 @@
 """Do change words follow the prior? The phantom's prior image and prior report are swapped for those of another study.
 
-For every finding that a study has, the prior shows whether it is new (the prior does not have it) or was there before.
-A report follows its prior if a change word that it states agrees with that.
+For every finding of a study, the prior determines whether it is new (the prior does not have it) or not. A report
+follows its prior if its change words agree with this.
 
-Latents of report tokens are then compared at the token that predicts the first word by which the two reports' sentences
-on a finding differ. The text before it is the same in both versions, so only the prior differs. On one half, latents of
-change are those whose firing there correlates most with "new"; on the other half they should turn on or off with the
-prior, and latents chosen for findings, or the most active others, should not.
+Latents of report tokens are then compared at the token that predicts the first word at which the two reports' sentences
+about a finding differ. The text before it is the same in both versions, so that only the prior differs. On one half,
+latents of change are those whose firing at this token correlates most with "new". On the other half they should turn on
+or off with the prior, and the controls (latents chosen for findings, and the most active others) should not.
 
     python recipes/counterfactual_prior.py --config recipes/counterfactual_prior.yaml
 """
@@ -46,7 +46,7 @@ class Settings:
     """Settings of the comparison.
 
     Attributes:
-        out: Folder of the tables; made if missing.
+        out: Folder of the tables; created if missing.
         sae: SAE of report tokens.
         studies: Studies with a prior; one half chooses latents, the other is reported.
         latents: Latents that are chosen for change, and for findings.
@@ -108,7 +108,9 @@ def run(settings: Settings) -> Path:
 
 
 def pairs(settings: Settings) -> Iterator[tuple[Study, frozenset[str], Study]]:
-    """Studies with a prior and its report, the findings of that prior, and another study to take a prior from."""
+    """Yield studies with a prior and its report, the findings of this prior, and another study with the prior to swap
+    in.
+    """
     drawn = generate_studies(12 * settings.studies, settings.seed)
     others = [s for s in drawn if s.prior_frontal is None and s.report and s.present_keys]
     mine = [s for s in drawn if s.prior_frontal is not None and s.prior_report and s.present_keys]
@@ -118,13 +120,13 @@ def pairs(settings: Settings) -> Iterator[tuple[Study, frozenset[str], Study]]:
 
 @dataclass(frozen=True)
 class Site:
-    """One finding whose sentence is in the reports with either prior.
+    """One finding that both reports mention, with the original and with the swapped prior.
 
     Attributes:
         study: The study's id.
         finding: The finding.
-        new: Whether the report with the own prior, and that with the swapped one, state it as new.
-        fires: (2, d_sae) latents that are active at the predicting token, with the own and with the swapped prior.
+        new: Whether the report with the original prior, and the report with the swapped prior, state it as new.
+        fires: (2, d_sae) latents that are active at the predicting token, with the original and with the swapped prior.
     """
 
     study: str
@@ -136,7 +138,7 @@ class Site:
 def sites_of(
     hooked: HookedMaira2, sae: Any, study: Study, swapped: Study, reports: Sequence[str]
 ) -> list[Site]:
-    """The findings of one study that both reports state with a change word, in sentences that differ."""
+    """Find the findings of one study that both reports state with a change word, in different sentences."""
     changes = [read_report(text).changes for text in reports]
     sentences = [
         {key: text[a:b] for a, b in split_sentences(text) for key in read_report(text[a:b]).changes}
@@ -164,16 +166,16 @@ def sites_of(
 
 
 def flips(sites: Sequence[Site], n: int) -> dict[str, np.ndarray]:
-    """How often latents turn on or off with the prior, on the second half of the studies.
+    """Measure how often latents turn on or off with the prior, on the second half of the studies.
 
     Args:
         sites: Findings of the studies, in order.
-        n: Latents of every choice.
+        n: Number of latents of every selection.
 
     Returns:
-        By what was chosen and where, one value per finding: of the chosen latents that are active on either side, the
-        share that is silent on the other one. "In the expected direction" counts only those that are active on the
-        side that the sign of their correlation names: "new", or its opposite.
+        Selection and case -> one value per finding: of the selected latents that are active with one of the priors, the
+        share that is inactive with the other. "In the expected direction" counts only latents that are active for the
+        prior that the sign of their correlation predicts.
     """
     names = list(dict.fromkeys(site.study for site in sites))
     early = set(names[: len(names) // 2])

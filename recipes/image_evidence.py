@@ -1,7 +1,8 @@
-"""Does image evidence tell true sentences of generated reports from false ones? Phantom, also with planted errors.
+"""Does image evidence separate true from false sentences of generated reports? On the phantom, also with planted
+errors.
 
-A sentence that states findings is true if the study has all of them. Two scores are compared as predictors of truth, by
-the area under the ROC curve: the sentence's own log-probability per token (the baseline) and its image evidence per
+A sentence that states findings is true if the study has all of them. Two scores are compared as predictors of truth by
+the area under the ROC curve: the log-probability of the sentence per token (the baseline) and its image evidence per
 token, at several blocks. Intervals and differences are bootstrapped over studies.
 
     python recipes/image_evidence.py --config recipes/image_evidence.yaml
@@ -33,12 +34,12 @@ class Settings:
     """Settings of the comparison.
 
     Attributes:
-        out: Folder of the tables; made if missing.
+        out: Folder of the tables; created if missing.
         layers: Decoder blocks at whose output the images' content is removed.
         studies: Studies per phantom.
         seed: Random seed of the studies.
-        teaching: Studies from which the planted errors' directions are measured.
-        flaw: The planted errors.
+        teaching: Number of studies from which the directions of the planted errors are measured.
+        flaw: Planted errors.
     """
 
     out: Path = Path("runs/image_evidence")
@@ -79,7 +80,7 @@ def run(settings: Settings) -> Path:
 
 
 def sentence_rows(hooked: HookedMaira2, settings: Settings, name: str) -> Iterator[dict[str, Any]]:
-    """One row per sentence that states a finding: study, findings, whether it is true, and its scores per block."""
+    """Yield one row per sentence that states a finding: study, findings, truth, and scores per block."""
     studies = generate_studies(settings.studies, settings.seed)
     with tqdm(total=len(studies), desc=name, unit="study") as progress:
         for start in range(0, len(studies), BATCH):
@@ -115,7 +116,7 @@ def _column(layer: int) -> str:
 
 
 def auc(scores: np.ndarray, true: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Area under the ROC curve: the chance that a true sentence scores above a false one; NaN without both.
+    """Area under the ROC curve: probability that a true sentence scores above a false one; NaN without both.
 
     Args:
         scores: (n,) scores; ties count half.

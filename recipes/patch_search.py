@@ -6,7 +6,7 @@ trained, one of them with its decoder frozen (arXiv 2602.14111).
 
     search   units chosen on a quarter of the patients, scored on another quarter; one seed, all settings
     report   the setting of the largest difference, that of the highest F1 of the trained SAE, and the first one, on
-             fresh seeds: units chosen on one half of the patients, scored on the other half, which no choice has seen
+             new seeds: units chosen on one half of the patients, scored on the other half, which is used once
 
 The budget is the number of settings in the YAML file times `steps`.
 
@@ -49,8 +49,8 @@ class Setting:
         studies: Number of studies, half of which are trained on.
         whiten: Whether patches are whitened.
         pool: Side of the square of patches whose mean is one row; 1 keeps patches.
-        data_decoder: Whether decoder rows start as (and, frozen, stay) rows of the data.
-        threshold: Whether a latent counts as active in a study above a threshold of its own, chosen on studies.
+        data_decoder: Whether decoder rows are initialised with rows of the data (and stay so if frozen).
+        threshold: Whether a latent counts as active in a study above its own threshold, chosen on studies.
     """
 
     name: str
@@ -69,11 +69,11 @@ class Settings:
     """Settings of the search.
 
     Attributes:
-        settings: The settings that are compared; the first is the reference.
+        settings: Settings that are compared; the first is the reference.
         seed: Random seed of the search.
-        fresh: Random seeds of the report.
+        fresh: Random seeds of the report, not used in the search.
         steps: Training steps of 1,024 rows.
-        out: Folder of the tables; made if missing.
+        out: Folder of the tables; created if missing.
     """
 
     settings: tuple[Setting, ...]
@@ -124,7 +124,7 @@ def agreement(setting: Setting, name: str, top: torch.Tensor, truth: np.ndarray,
     """Best unit per finding, chosen on `halves.choose` and scored on `halves.report`."""
     if not setting.threshold:
         return best_units(name, (top > 0).numpy(), truth, FINDING_KEYS, halves)
-    # One column per finding: its best pair of latent and threshold on the choosing half.
+    # One column per finding: its best pair of latent and threshold on the selection half.
     chosen, known = top[torch.from_numpy(halves.choose)], truth[halves.choose]
     best, threshold = np.full(len(FINDING_KEYS), -1.0), np.zeros(len(FINDING_KEYS))
     unit = np.zeros(len(FINDING_KEYS), dtype=np.int64)
@@ -165,7 +165,7 @@ def compared(setting: Setting, seed: int, steps: int, folder: Path, search: bool
         for kind in (None, "frozen_decoder")
     ]
     saes = train_saes([(learned, plan) for plan in plans], min(2, 1 + steps // 500), progress=False)
-    if search:  # both quarters are of the choosing half
+    if search:  # both quarters belong to the selection half
         patients = [study.patient_id for study in studies]
         quarters = split_by_patient(patients, seed + 1)
         halves = Halves(halves.choose & quarters.choose, halves.choose & quarters.report)

@@ -1,9 +1,10 @@
-"""Do maps of a false sentence point at its planted cause? On a phantom that also takes one finding for another.
+"""Do maps of a false sentence point at its planted cause? On a phantom with a planted error: it takes one finding for
+another.
 
-Studies have the finding that is seen and lack the one that is stated, and the flawed phantom's report states it. The
-map of the words that name it should be strongest at the box of the finding that causes it. The SAE is trained on the
-flawed phantom's patches. Maps that need no SAE are measured on the same sentences, and so is the planted coefficient
-itself: how often it is largest at the box shows what a map can be expected to reach.
+The studies have the finding that the error detects but not the one that it states, and the flawed phantom's report
+states it. The map of the words that name it should be strongest at the box of the finding that causes it. The SAE is
+trained on the flawed phantom's patches. Maps that need no SAE are measured on the same sentences. The planted
+coefficient is measured too: how often it is largest at the box is an upper reference for the maps.
 
     python recipes/planted_cause.py --config recipes/planted_cause.yaml
 """
@@ -42,19 +43,19 @@ class Settings:
     """Settings of the check.
 
     Attributes:
-        out: Folder of the tables; made if missing.
+        out: Folder of the tables; created if missing.
         saes: Folder of SAEs, as in the recipe `attribution`; missing ones are trained.
         layer: Decoder block whose output is read.
         seeds: Seeds of studies and SAEs. Span, candidates and margins were chosen on seed 0.
-        statements: False sentences per seed.
-        max_steps: Points of the quadrature.
-        n_check: Entries that the check removes.
-        teaching: Studies from which the planted error's directions are measured.
+        statements: Number of false sentences per seed.
+        max_steps: Largest number of points of the numerical integration.
+        n_check: Number of entries that the ablation check removes.
+        teaching: Number of studies from which the directions of the planted error are measured.
         train_studies: Studies that an SAE is trained on.
         d_sae: Latents.
         k: Mean active latents per patch.
         steps: Training steps of 1,024 rows.
-        flaw: The planted error.
+        flaw: Planted error.
     """
 
     out: Path = Path("runs/planted_cause")
@@ -104,7 +105,7 @@ def run(settings: Settings) -> Path:
 
 
 def false_statements(hooked: HookedMaira2, seed: int, flaw: Flaw) -> Iterator[tuple[Study, str]]:
-    """Studies with what the flaw sees and without what it states, and reports that state it in one sentence."""
+    """Yield studies with the detected and without the stated finding, whose reports state it in one sentence."""
     drawn = [
         study
         for study in generate_studies(1500, 95_000 + 7_000 * seed)
@@ -127,7 +128,7 @@ def measured(
     coefficient: torch.Tensor,
     settings: Settings,
 ) -> dict[str, Any]:
-    """One false sentence: where each map points."""
+    """Measure one false sentence: whether each map points at the box."""
     flaw = settings.flaw
     hook = f"blocks.{settings.layer}.hook_resid_post"
     encoding = encode_with_report(hooked, study, report)

@@ -1,9 +1,10 @@
-"""The figure of the README: an image, the patches where one latent fires, its name, a report before and after steering.
+"""Draw the figure of the README: an image with a latent's patches and name, and a report before and after steering.
 
     python recipes/readme_figure.py quickstart_out docs/figures/phantom.png
 
-It reads what `sae-lens-maira quickstart` left: the SAE of image patches, the records and the offline interpretations.
-The latent is the finding's best one by agreement; steering adds the eight latents of largest map difference.
+It reads the output of `sae-lens-maira quickstart`: the SAE of image patches, the records and the offline
+interpretations. The latent is the best one of the finding by agreement; steering adds the eight latents of largest map
+difference.
 """
 
 import sys

@@ -10,7 +10,7 @@ from sae_lens_maira.phantom import PhantomTraining, train_phantom
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read the settings, train (or resume), write the phantom's folder."""
+    """Read the settings, train or resume, and write the phantom's folder."""
     parser = ArgumentParser(description=__doc__, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_argument(

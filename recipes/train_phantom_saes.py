@@ -3,8 +3,8 @@
     out/image    residual stream after block 3, at image patches        "phantom-image"
     out/text     residual stream after block 6, at report tokens        "phantom-text"
 
-Each folder is one that plain SAELens loads; `records/` in it holds the latents' records and offline explanations, made
-from studies that the SAE was not trained on. The SAEs belong to a test bench and say nothing about medicine.
+Each folder can be loaded with plain SAELens. Its subfolder `records` contains latent records and offline explanations,
+made from studies that the SAE was not trained on. The SAEs are for tests; their results have no medical meaning.
 """
 
 import shutil
@@ -26,7 +26,7 @@ from sae_lens_maira.quickstart.sae import Normalization, TrainingPlan, train_sae
 
 @dataclass(frozen=True, kw_only=True)
 class PhantomSAE:
-    """One SAE.
+    """Settings of one SAE.
 
     Attributes:
         layer: Decoder block whose output it reads.

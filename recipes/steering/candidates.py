@@ -1,10 +1,10 @@
-"""Choose the latent map that puts a finding in: try candidates on studies of the choosing half, keep the best.
+"""Choose the latent map that inserts a finding: try candidates on studies of the selection half, keep the best.
 
     kept = argmax over candidates and strengths of   on target - off target - 2 max(0, off target - 0.06)
 
-Candidates are the mean map of all studies with the finding, an exemplar's (one study's), and the mean of a few
-exemplars', each in some places. Exemplars are studies of the choosing half that state the finding and few others.
-Studies of the reporting half are not used.
+Candidates are the mean map of all studies with the finding, the map of an exemplar (one study), and the mean map of a
+few exemplars, each restricted to several regions. Exemplars are studies of the selection half that state the finding
+and few others. Studies of the reporting half are not used.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ from sae_lens_maira.steering.prompts import Job
 from sae_lens_maira.steering.statistics import encoder_of
 
 ALLOWED = 0.06
-"""Share of other labels that may change before it counts three times."""
+"""Share of changed other labels above which each further change counts three times."""
 MARGINS: tuple[int | None, ...] = (0, 1, None)
-"""Patches around an exemplar's boxes; None is the whole image."""
+"""Number of patches around an exemplar's boxes; None for the whole image."""
 SCREENED_AT = 2.0
 STRENGTHS = {MAPS: (1.5, 2.0, 3.0), EXEMPLAR: (1.5, 2.0, 3.0), POOLED: (1.5, 2.5)}
 POOLS = (2, 4)
-"""Exemplars in a mean."""
+"""Number of exemplars in a mean."""
 FINALISTS = 2
-"""Maps of one exemplar that pass the screening."""
+"""Number of single-exemplar maps that pass the screening."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A map and where it is from.
+    """Candidate map and its origin.
 
     Attributes:
         kind: `MAPS`, `EXEMPLAR` or `POOLED`.
         place: Boxes, boxes and patches around, usual place, or whole image.
-        studies: Indices of the exemplars; none for the mean of all studies.
-        map: What is added.
+        studies: Indices of the exemplars; empty for the mean of all studies.
+        map: Map that is added.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate at one strength on studies of the choosing half; shares as in `evaluate_steering`."""
+    """Candidate at one strength on studies of the selection half; shares as in `evaluate_steering`."""
 
     candidate: Candidate
     strength: float
@@ -59,16 +59,16 @@ class Trial:
 
     @property
     def gain(self) -> float:
-        """Quantity that the choice maximizes."""
+        """Quantity that the selection maximises."""
         return self.on_target - self.off_target - 2 * max(0.0, self.off_target - ALLOWED)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """All trials on the same studies of the choosing half.
+    """All trials on the same studies of the selection half.
 
     Attributes:
-        trials: Every finalist at every strength.
+        trials: Every screened candidate at every strength.
         n: Number of studies of a trial.
     """
 
@@ -76,12 +76,12 @@ class Choice:
     n: int
 
     def best(self, kind: str | None = None) -> Trial:
-        """The trial of largest gain, of one kind of candidate or of all; of equal ones the weakest, then the first."""
+        """Trial of largest gain, of one kind of candidate or of all; of equal ones the weakest, then the first."""
         mine = [trial for trial in self.trials if kind in (None, trial.candidate.kind)]
         return max(mine, key=lambda trial: (trial.gain, -trial.strength))
 
     def table(self) -> pd.DataFrame:
-        """A row per trial, and which one was kept."""
+        """Table of one row per trial, with a mark for the selected one."""
         kept = self.best()
         return pd.DataFrame(
             {
@@ -108,21 +108,21 @@ def choose_map(
     n_exemplars: int = 6,
     screened_on: int = 8,
 ) -> Choice:
-    """Try maps of a finding on studies of the choosing half that lack it.
+    """Try maps of a finding on studies of the selection half without it.
 
-    Every exemplar is screened in every place on the first few studies. The best maps of one exemplar, means over the
-    best exemplars and the mean map of all studies are then tried at several strengths on all of them.
+    Every exemplar is screened in every region on the first few studies. The best maps of one exemplar, means over the
+    best exemplars and the mean map of all studies are then tried at several strengths on all of these studies.
 
     Args:
         factory: SAE and statistics.
         cohort: Studies and their prompts.
         finding: Name of the finding.
-        which: Indices of studies of the choosing half without it.
+        which: Indices of studies of the selection half without the finding.
         n_exemplars: Number of studies with it that are screened, those with fewest findings.
         screened_on: Number of studies of the screening.
 
     Raises:
-        InterventionError: Fewer than 4 studies of the choosing half have and state the finding.
+        InterventionError: Fewer than 4 studies of the selection half have and state the finding.
     """
     numbers = cohort.pick("choose", [finding], [], len(cohort.prompts))
     crowd = {i: sum(item.present for item in cohort.study(i).truth or ()) for i in numbers}
@@ -131,7 +131,7 @@ def choose_map(
     singles = [candidate for candidate in singles if candidate is not None]
     screened = try_maps(factory, cohort, finding, [(c, SCREENED_AT) for c in singles], which[:screened_on])
     screened.sort(key=lambda trial: -trial.gain)
-    # The exemplars in the order of what their best map does.
+    # Exemplars, ordered by the gain of their best map.
     order = list(dict.fromkeys(trial.candidate.studies[0] for trial in screened))
     finalists = [trial.candidate for trial in screened[:FINALISTS]]
     pools = [_shown(factory, cohort, finding, tuple(order[:n]), m) for n in POOLS for m in MARGINS[1:]]
@@ -169,7 +169,7 @@ def try_maps(
 def _shown(
     factory: MethodFactory, cohort: Cohort, finding: str, studies: tuple[int, ...], margin: int | None
 ) -> Candidate | None:
-    """What some exemplars show on average; None for a margin around a finding without boxes."""
+    """Mean map of some exemplars; None for a margin around a finding without boxes."""
     truth = [item for i in studies for item in cohort.study(i).truth or ()]
     boxes = [item.box for item in truth if item.key == finding and item.present and item.box is not None]
     if margin is not None and not boxes:
@@ -184,7 +184,7 @@ def _shown(
 
 
 def _means(factory: MethodFactory, finding: str) -> list[Candidate]:
-    """The mean map, over the whole image and where the finding usually is."""
+    """Mean map of all studies, over the whole image and at the usual place of the finding."""
     learned, column = factory.statistics, factory.statistics.column(finding)
     image, usual = torch.ones(learned.boxes.shape[1]), factory.place(finding)
     places = {"whole image": image} | ({} if bool(usual.all()) else {"usual place": usual})

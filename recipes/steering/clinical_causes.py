@@ -1,9 +1,10 @@
 """Correct planted errors of the phantom by their causes, chosen by attribution on one half of the studies.
 
-With the flaw the phantom takes one finding for another and hardly sees a third. On the choosing half the false and the
-missing statements are attributed to latents of image patches; candidates remove or strengthen only the part of those
-latents that causes them (`steering.correction.along`), and "no correction" is one of the candidates. The one of highest
-label F1 is judged once on the other half, next to its parts and to random latents of equal norm.
+With the planted error the phantom takes one finding for another and often misses a third. On the selection half the
+false and the missing statements are attributed to latents of image patches. Candidates remove or strengthen only the
+part of these latents that causes the errors (`steering.correction.along`); "no correction" is one of the candidates.
+The candidate of highest label F1 is evaluated once on the other half, with its parts and random latents of equal norm
+as controls.
 
     python recipes/steering/clinical_causes.py --config recipes/steering/clinical_causes.yaml
 """
@@ -45,25 +46,25 @@ FALSE, RIGHT, CAUSE, MISSED = "false", "right", "cause", "missed"
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings.
+    """Settings of the correction.
 
     Attributes:
-        out: Folder of the result; made if missing.
+        out: Folder of the result; created if missing.
         saes: Folder of SAEs, as in the recipe `attribution`; a missing one is trained on patches of the flawed phantom.
-        studies: Studies drawn; those with a prior image are left out, the rest is halved.
-        tuned: Studies of the choosing half on which a candidate is tried.
+        studies: Number of generated studies; those with a prior image are left out, the others are split into halves.
+        tuned: Number of studies of the selection half on which a candidate is tried.
         layer: Decoder block at whose output the stream is corrected.
         removed: Numbers of latents whose false part is removed; 0 for none.
         strengthened: Numbers of latents whose missing part is strengthened; 0 for none.
         factors: Factors of the strengthened part.
-        random: Random controls.
+        random: Number of random controls.
         seed: Seed of the studies and the SAE.
         train_studies: Studies that the SAE is trained on.
         d_sae: Latents.
         k: Mean active latents per patch.
         steps: Training steps of 1,024 rows.
-        max_new_tokens: Budget of a report.
-        flaw: The planted error.
+        max_new_tokens: Largest number of tokens of a report.
+        flaw: Planted error.
     """
 
     out: Path = Path("runs/clinical_causes")
@@ -85,10 +86,10 @@ class Settings:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Choose a correction and judge it.
+    """Choose a correction and evaluate it.
 
     Raises:
-        ConfigError: The flawed phantom makes no error of one kind on the choosing half.
+        ConfigError: The flawed phantom makes no error of one kind on the selection half.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     flaw, reader, hook = settings.flaw, phantom_reader(), f"blocks.{settings.layer}.hook_resid_post"
@@ -162,7 +163,7 @@ def _causes(
     flaw: Flaw,
     read: Any,
 ) -> dict[str, Causes]:
-    """Attributions of false, right, causing and missing statements of the choosing half."""
+    """Attribute false, right, causing and missing statements of the selection half."""
     causes = {name: Causes(sae.cfg.d_sae, sae.cfg.d_in) for name in (FALSE, RIGHT, CAUSE, MISSED)}
     for study, text in zip(tqdm(studies, desc="causes"), written, strict=True):
         pieces = [text[a:b] for a, b in split_sentences(text)]
@@ -184,7 +185,7 @@ def _causes(
 
 
 def _candidates(sae: Any, causes: dict[str, Causes], settings: Settings) -> dict[str, list[AddVectors]]:
-    """Every combination of removing and strengthening; the first is no correction."""
+    """Make all combinations of removing and strengthening; the first is no correction."""
     kept = [causes[CAUSE].direction] if causes[CAUSE].n else []
     false = spared(causes[FALSE].direction, kept)
     missing = spared(causes[MISSED].direction, [*kept, causes[FALSE].direction])
@@ -204,7 +205,7 @@ def _candidates(sae: Any, causes: dict[str, Causes], settings: Settings) -> dict
 
 
 def _random(sae: Any, made: list[AddVectors], acts: torch.Tensor, seed: int) -> list[AddVectors]:
-    """As many random active latents, removed in part, so that the mean norm of the change is the same."""
+    """Make the control: as many random active latents, partly removed, so that the mean norm of the change is equal."""
     taken = {j for item in made for j in item.latents}
     active = [int(j) for j in (acts > 0).any(0).nonzero()[:, 0] if int(j) not in taken]
     n = sum(len(item.latents) for item in made)

@@ -1,9 +1,9 @@
 """Correct a model's errors with its own latents.
 
-With a flaw, the phantom takes one finding for another and hardly sees a third (`phantom.flaws`); without one, the most
-frequent errors of the model itself are corrected. On one half of the patients latents and strengths are chosen; on the
-other half the change of the label F1 is counted, with random latents that change the stream as much as control. Every
-arm is a file in the folder, so a run that was killed continues.
+With a planted error, the phantom takes one finding for another and often misses a third (`phantom.flaws`); without one,
+the most frequent errors of the model are corrected. Latents and strengths are chosen on one half of the patients. On
+the other half the change of the label F1 is measured; the controls are random latents that change the stream by the
+same amount. Every arm has its own file, so that a killed run continues.
 """
 
 import json
@@ -46,23 +46,23 @@ from sae_lens_maira.studies import Study, known_findings, readable_studies
 
 @dataclass(frozen=True)
 class Clinical(Source):
-    """Settings.
+    """Settings of the correction.
 
     Attributes:
         out: Folder of arms, SAE and result.
-        studies: Studies to read; those with a prior image are left out.
-        tuned: Studies of the choosing half on which a grid point is tried.
+        studies: Number of studies to read; those with a prior image are left out.
+        tuned: Number of studies of the selection half on which a grid point is tried.
         layer: Decoder layer whose output is steered.
         d_sae: Latents of the SAE, trained on the flawed model's patches.
         k: Mean active latents per patch.
         steps: Training steps of 1,024 rows.
-        latents: Sizes of either set that are tried.
-        shares: How much of the suppressed latents is taken away.
-        factors: What boosted latents are multiplied by.
-        specific: How many times as active a latent must be where the error is.
-        random: Random controls of the chosen correction.
+        latents: Numbers of latents per set that are tried.
+        shares: Shares of the suppressed latents' activation that are removed.
+        factors: Factors of the boosted latents.
+        specific: Smallest ratio of a latent's activation in studies with the error to other studies.
+        random: Number of random controls of the chosen correction.
         seed: Random seed of studies, halves, SAE and controls.
-        flaw: Errors that are planted in the phantom; none corrects the errors of the model itself.
+        flaw: Errors that are planted in the phantom; null to correct the errors of the model itself.
     """
 
     out: Path = Path("runs/clinical")
@@ -83,7 +83,7 @@ class Clinical(Source):
 
 
 class Arms:
-    """Reports of a set of studies under an intervention, kept in a file each."""
+    """Reports of a set of studies per intervention, one file each."""
 
     def __init__(
         self, folder: Path, maira: Maira2, sae: MatryoshkaSAE | None, hook: str, budget: int
@@ -92,7 +92,7 @@ class Arms:
         folder.mkdir(parents=True, exist_ok=True)
 
     def reports(self, name: str, studies: Sequence[Study], items: Sequence[Intervention] = ()) -> list[str]:
-        """A text per study; read from the file if the arm was run before."""
+        """Generate one report per study, or read them from the file if the arm was run before."""
         file = self.folder / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
@@ -102,16 +102,16 @@ class Arms:
 
 
 def image_rows(maira: Maira2, studies: Sequence[Study], hook: str) -> ActivationRows:
-    """The patches of the studies' images at the hook point."""
+    """Read the image patches of the studies at the hook point."""
     return read_rows(maira, studies, hook, RowSettings(roles="image_only", batch_size=16))
 
 
 def run(config: Clinical) -> dict[str, Any]:
-    """Plant errors, choose a correction and judge it; every arm stays in the folder.
+    """Plant errors, choose a correction and evaluate it; every arm is stored in the folder.
 
     Raises:
-        ConfigError: The folder has a run of other settings, a flaw was asked of another model than the phantom, or the
-            model makes no error.
+        ConfigError: The folder has a run with other settings, a planted error was requested for another model than the
+            phantom, or the model makes no error.
     """
     out = config.out
     if config.flaw is not None and (config.model != "phantom" or config.sae is not None):
@@ -126,7 +126,7 @@ def run(config: Clinical) -> dict[str, Any]:
     clean, hook = named_model(config.model, device=config.device), f"blocks.{config.layer}.hook_resid_post"
     side = clean.processor.recipe.crop
     read = chosen_studies(config.studies, 70_000 + config.seed, side, config.table, config.root, config.split)
-    # Without a prior image: with one, "unchanged" could be right as well.
+    # Studies with a prior image are left out, since "unchanged" could be right in them.
     drawn = [s for s in read if s.prior_frontal is None and s.frontal is not None]
     reader = finding_reader(drawn, config.reader)
     drawn = readable_studies(drawn, reader)
@@ -137,7 +137,7 @@ def run(config: Clinical) -> dict[str, Any]:
     truth = {name: known_findings(part, reader)[0] for name, part in (("choose", choose), ("report", report))}
     flawed = clean
     if config.flaw is not None:
-        # The flaw's directions come from studies that no later step uses.
+        # The directions of the planted error come from studies that no later step uses.
         flawed = plant(clean, generate_studies(240, 71_000 + config.seed), config.flaw)
     else:
         hook = str(config.image_sae().cfg.metadata.hook_name)
@@ -153,13 +153,13 @@ def run(config: Clinical) -> dict[str, Any]:
         studies = (choose if half == "choose" else report)[:n]
         return report_counts(arms.reports(f"{half}-{name}", studies, items), truth[half][:n], reader)
 
-    # Which finding is stated falsely and which is missed is read from the errors of the choosing half.
+    # The falsely stated finding and the missed finding are determined on the selection half.
     plain, true = arms.reports("choose-unsteered", choose), truth["choose"]
     said, known = reader.table(plain), np.array([[reader.stated(text) is not None] for text in plain])
     false, missed = (said & ~true & known), (~said & true & known)
     wrong, lost = int(false.sum(0).argmax()), int(missed.sum(0).argmax())
     if not false[:, wrong].any() or not missed[:, lost].any():
-        raise ConfigError("The model makes no error of one kind on the choosing half; read more studies.")
+        raise ConfigError("The model makes no error of one kind on the selection half; read more studies.")
     acts = encode(rows.values[:: max(1, len(rows) // 5000)])
     candidates: list[tuple[Correction, np.ndarray]] = []
     for n in config.latents:

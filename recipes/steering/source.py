@@ -17,9 +17,9 @@ class Source:
     Attributes:
         model: "phantom", a folder or a hub id.
         sae: SAE of image positions, a folder or a release; None trains one, on the phantom only.
-        table: Parquet or CSV with one study per row; None draws phantom studies.
-        root: Folder of the table's relative image paths; None is the table's own.
-        split: Split of the table to read; None reads all.
+        table: Parquet or CSV with one study per row; None for phantom studies.
+        root: Folder that the table's image paths are relative to; None for the table's folder.
+        split: Split of the table to read; None for all.
         reader: Reader of findings in reports: auto, phantom or rules.
         max_new_tokens: Maximum length of a report.
         device: Device of the model: auto, cpu, cuda, ...
@@ -35,13 +35,13 @@ class Source:
     device: str = "auto"
 
     def cohort(self, studies: int, layer: int, seed: int, pool: tuple[int, int]) -> Cohort:
-        """Open the model and the studies; phantom studies are never those that the phantom was trained on.
+        """Load the model and the studies; phantom studies are not those that the phantom was trained on.
 
         Args:
-            studies: How many studies to read.
+            studies: Number of studies to read.
             layer: Decoder layer whose output is steered, if no SAE names its hook point.
             seed: Random seed of halves and phantom studies.
-            pool: Studies of the choosing and of the reporting half that may be steered.
+            pool: Numbers of studies of the selection and of the reporting half that may be steered.
         """
         if self.sae is None and self.model != "phantom":
             raise ConfigError(
@@ -58,7 +58,7 @@ class Source:
         return Cohort(maira, chosen, hook_name, reader, seed, pool, max_new_tokens=self.max_new_tokens)
 
     def image_sae(self) -> MatryoshkaSAE:
-        """The given SAE of image positions."""
+        """Load the given SAE of image positions."""
         if self.sae is None:
             raise ConfigError("No SAE was given; pass --sae.")
         return load_sae(self.sae, device=self.device)

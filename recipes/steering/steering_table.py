@@ -1,8 +1,8 @@
-"""Steer every finding, one after the other, into a folder; a run that was killed continues.
+"""Steer every finding, one after the other, and write one table; a killed run continues.
 
     studies -> SAEs of patches and of text -> statistics -> a folder per finding and part -> one table
 
-Latents and strengths are chosen on the patients of one half, effects are counted on those of the other.
+Latents and strengths are chosen on one half of the patients; effects are measured on the other half.
 """
 
 import sys
@@ -41,22 +41,22 @@ class SteeringRun(Source):
     """Settings of a run over findings.
 
     Attributes:
-        out: Folder of tables, figures, SAEs and what was learned.
-        findings: Keys; none means all.
-        parts: Some of insert, remove and move; move is for findings with a side.
-        methods: Names of `steering_methods`, to run only these, controls only with their method; none means all.
-        studies: Phantom studies, none of which the phantom was trained on.
+        out: Folder of tables, figures, SAEs and statistics.
+        findings: Keys of findings; empty for all.
+        parts: One or more of insert, remove and move; move is for findings with a side.
+        methods: Names of `steering_methods` to run, with their controls; empty for all.
+        studies: Number of phantom studies; the phantom was not trained on them.
         layer: Decoder layer whose output is steered.
         d_sae: Latents of either SAE.
         k: Mean active latents per token.
         steps: Training steps of 1,024 rows.
-        latents: Budget of a latent method.
-        gradients: Studies over which the gradient that ranks latents by output effect is averaged.
-        choose: Studies on which a strength is chosen.
-        report: Studies on which it is reported.
+        latents: Number of latents per method.
+        gradients: Number of studies over which the gradient that ranks latents by output effect is averaged.
+        choose: Number of studies on which a strength is chosen.
+        report: Number of other studies on which its effect is measured.
         kl: Also measure KL(unsteered || steered) along the unsteered reports.
         seed: Random seed of studies, halves, SAEs and controls.
-        progress: Show bars.
+        progress: Show progress bars.
     """
 
     out: Path = Path("runs/steering_table")
@@ -85,17 +85,17 @@ class SteeringRun(Source):
 
 
 def run_steering(settings: SteeringRun) -> Path:
-    """Run what is missing and write `table.md`, `table.parquet` and figures; returns the folder.
+    """Run the missing parts and write `table.md`, `table.parquet` and figures; return the folder.
 
     Raises:
-        ConfigError: An unknown finding or part, or the folder has a run of other settings.
+        ConfigError: A finding or part is unknown, or the folder has a run with other settings.
     """
     begun, free = _has_results(settings.out), ("findings", "parts")
     if (
         begun
     ):  # refused before anything is read; a new folder is bound once its settings are known to be right
         require_run(settings, True, free)
-    # About one study in five has a finding; more prompts than are needed for the rarest would only cost time.
+    # About one study in five has a finding; this many prompts suffice for the rarest one.
     pool = (7 * settings.choose, 6 * settings.report)
     cohort = settings.cohort(settings.studies, settings.layer, settings.seed, pool)
     findings = settings.findings or cohort.reader.names
@@ -115,7 +115,7 @@ def run_steering(settings: SteeringRun) -> Path:
         factory = prepare(settings, cohort)
         for part, finding in tqdm(missing, desc="findings", unit="finding", disable=not settings.progress):
             if (settings.out / finding / part / "summary.parquet").exists():
-                continue  # another process of the same run has made it
+                continue  # another process of the same run has finished it
             steer_part(factory, cohort, part, finding, settings).save(settings.out / finding / part)
             write_tables(settings.out)
     write_tables(settings.out)
@@ -128,7 +128,7 @@ def _has_results(out: Path) -> bool:
 
 
 def prepare(settings: SteeringRun, cohort: Cohort) -> MethodFactory:
-    """SAEs and statistics; those that the folder has are read."""
+    """Make SAEs and statistics, or read them from the folder."""
     out, maira, hook_name = settings.out, cohort.maira, cohort.hook_name
     if settings.sae is not None:
         file, sae = out / "statistics_image.safetensors", settings.image_sae()
@@ -186,10 +186,10 @@ def prepare(settings: SteeringRun, cohort: Cohort) -> MethodFactory:
 def steer_part(
     factory: MethodFactory, cohort: Cohort, part: str, finding: str, settings: SteeringRun
 ) -> SteeringTables:
-    """One part of one finding.
+    """Run one part of one finding.
 
     Raises:
-        InterventionError: Too few studies, or `move` for a finding without a side.
+        InterventionError: There are too few studies, or the part is `move` and the finding has no side.
     """
     labels, read, remove, target = cohort.reader.names, cohort.reader.stated, False, finding
     if part == "insert":
@@ -221,7 +221,7 @@ def steer_part(
         best = {name: choice.best(kind) for name, kind in kinds.items()}
         methods = factory.tried({k: (t.candidate.map, t.strength) for k, t in best.items()}) + methods
     if settings.methods:
-        # A control says nothing without its method.
+        # A control is only run together with its method.
         asked = settings.methods
         methods = [m for m in methods if m.name in asked and (m.control_of or m.name) in asked]
     return evaluate_steering(
@@ -245,7 +245,7 @@ def steer_part(
 
 
 def other_side(finding: str) -> str | None:
-    """The same finding on the other side; None where the key carries no side."""
+    """Key of the same finding on the other side; None if the key has no side."""
     for side, other in (("_left", "_right"), ("_right", "_left")):
         if finding.endswith(side):
             return finding[: -len(side)] + other
@@ -253,7 +253,7 @@ def other_side(finding: str) -> str | None:
 
 
 def save_text_units(rows: ActivationRows, sae: MatryoshkaSAE, cohort: Cohort, file: Path) -> None:
-    """Units and agreement of the text SAE, learned on the choosing half."""
+    """Save units and agreement of the text SAE, measured on the selection half."""
     encode, taught = encoder_of(sae), cohort.halves.choose
     mine = rows.where(taught[rows.study])
     fires, _ = study_firing(encode, mine, len(cohort.studies))
@@ -264,7 +264,7 @@ def save_text_units(rows: ActivationRows, sae: MatryoshkaSAE, cohort: Cohort, fi
 
 
 def load_text_units(file: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(d_sae,) units and (d_sae, F) agreement."""
+    """Load (d_sae,) units and (d_sae, F) agreement."""
     tensors = load_file(file)
     return tensors["p99"], tensors["agreement"]
 

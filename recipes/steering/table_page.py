@@ -1,6 +1,6 @@
 """Tables and figures of a steering run over findings: one Markdown page, one Parquet table, small figures.
 
-Shares are pooled over findings with Wilson intervals. Everything is read from the folder of the run.
+Shares are pooled over findings with Wilson intervals. All data are read from the folder of the run.
 """
 
 from pathlib import Path
@@ -16,8 +16,8 @@ from sae_lens_maira.stats import wilson
 from sae_lens_maira.steering import methods as names
 
 PARTS = {
-    "insert": "Put in: studies without the finding",
-    "remove": "Take out: studies whose reports state it",
+    "insert": "Insert: studies without the finding",
+    "remove": "Remove: studies whose reports state it",
     "move": "Move to the other side",
 }
 LATENT_METHODS = {
@@ -39,7 +39,7 @@ SHOWN = ("off_target", "kl", "perplexity", "repetition", "length", "ratio")
 
 
 def read_run(out: Path) -> pd.DataFrame:
-    """All summaries of a run's folder, a row per part, finding and method."""
+    """Read all summaries of a run's folder: one row per part, finding and method."""
     frames = [
         read_parquet(file).assign(finding=file.parts[-3], part=part)
         for part in PARTS
@@ -65,7 +65,7 @@ def write_tables(out: Path) -> None:
 
 
 def by_method(table: pd.DataFrame) -> str:
-    """A row per method: pooled on-target share with its Wilson interval, and means over findings of the rest."""
+    """One row per method: pooled on-target share with its Wilson interval, and means over findings of the rest."""
     lines = [
         "| method | findings | n | on target % (95 %) | findings at 80 % or more | off target % | KL | "
         "perplexity (unsteered) | repetition | length | norm ratio |",
@@ -86,7 +86,7 @@ def by_method(table: pd.DataFrame) -> str:
 
 
 def by_finding(table: pd.DataFrame) -> str:
-    """A row per finding, a column per method: on-target % / off-target % at the chosen strength."""
+    """One row per finding, one column per method: on-target % / off-target % at the chosen strength."""
     methods = list(dict.fromkeys(table.method))
     lines = ["| finding | n | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
     for finding in dict.fromkeys(table.finding):

@@ -1,9 +1,9 @@
 """Compare SAEs trained on different tokens: presets of token roles, trained and steered in the same way.
 
-    preset x seed -> an SAE on as many rows -> its latents at the patches, and its best text latent everywhere
+    preset x seed -> an SAE on equally many rows -> its latents at the patches, and its best text latent everywhere
 
-The study left image tokens out when it trained and steered. Here every preset gets the same budget of rows, steps and
-latents, and the same studies are steered. A preset without image patches is the control.
+The study (arXiv 2507.12950) left image tokens out in training and steering. Here every preset has the same number of
+rows, steps and latents, and the same studies are steered. A preset without image patches is the control.
 """
 
 import sys
@@ -42,21 +42,21 @@ class FilterRun(Source):
     """Settings of the comparison of token filters.
 
     Attributes:
-        out: Folder of SAEs, tables and the figure; what is there is not made again.
-        findings: What is steered in.
+        out: Folder of SAEs, tables and the figure; existing results are not computed again.
+        findings: Findings that are inserted.
         presets: Token roles to train on.
-        seeds: SAEs a preset.
-        studies: Phantom studies, half of them to learn from.
+        seeds: Number of SAEs per preset.
+        studies: Number of phantom studies; one half is used for training and selection.
         layer: Decoder layer.
-        rows: Rows every SAE is trained on.
+        rows: Number of rows that every SAE is trained on.
         d_sae: Latents.
         k: Mean active latents per token.
-        steps: Steps of 1,024 rows.
-        latents: Budget of the maps.
-        choose: Studies on which a strength is chosen.
-        report: Studies on which it is reported.
+        steps: Training steps of 1,024 rows.
+        latents: Number of latents of the maps.
+        choose: Number of studies on which a strength is chosen.
+        report: Number of other studies on which its effect is measured.
         seed: Random seed of studies and halves.
-        progress: Show bars.
+        progress: Show progress bars.
     """
 
     out: Path = Path("runs/token_filter")
@@ -77,7 +77,7 @@ class FilterRun(Source):
 
 
 def run_filters(settings: FilterRun) -> Path:
-    """Train and steer what is missing, and write `table.md`, `table.parquet` and `token_filter.png`."""
+    """Train and steer the missing SAEs, and write `table.md`, `table.parquet` and `token_filter.png`."""
     exists = any(
         next(settings.out.glob(made), None) for made in ("settings.json", "sae_*", "*_[0-9].parquet")
     )
@@ -103,7 +103,7 @@ def run_filters(settings: FilterRun) -> Path:
 def one_sae(
     cohort: Cohort, rows: ActivationRows, preset: str, seed: int, settings: FilterRun
 ) -> pd.DataFrame:
-    """Train one SAE and steer every finding with it: a row per finding and method."""
+    """Train one SAE and steer every finding with it; return one row per finding and method."""
     taught = cohort.halves.choose
     roles = [int(role) for role in resolve_roles(preset)]
     mine = np.flatnonzero(np.isin(rows.role, roles) & taught[rows.study])
@@ -127,7 +127,7 @@ def one_sae(
     parts = []
     for finding in settings.findings:
         methods = [m for m in factory.insertion(finding) if m.name in (MAPS, EVERYWHERE)]
-        if seed == 0 and preset == settings.presets[0]:  # needs no SAE: once is enough
+        if seed == 0 and preset == settings.presets[0]:  # needs no SAE, so that it is run once
             methods += [m for m in factory.insertion(finding) if m.name == MEANS]
         tables = evaluate_steering(
             cohort.maira,
@@ -158,7 +158,7 @@ def one_sae(
 
 
 def write_filter_tables(out: Path) -> None:
-    """Means and spread over seeds from what the folder holds."""
+    """Write means and spread over seeds from the results in the folder."""
     files = sorted(out.glob("*_[0-9].parquet"))
     if not files:
         return
@@ -169,7 +169,7 @@ def write_filter_tables(out: Path) -> None:
 
 
 def filter_page(table: pd.DataFrame) -> str:
-    """Per preset and method: mean over findings, with the seeds' own means as spread."""
+    """Table per preset and method: mean over findings, and the mean of each seed."""
     lines = [
         "| trained on | seeds | explained variance patches / report | method | on target %, mean (each seed) | "
         "off target % |",

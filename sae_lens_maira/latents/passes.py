@@ -1,8 +1,7 @@
 """The two passes over the rows of a collection; see `workdir` for the scratch folder.
 
     pass 1   rows -> statistics of all latents                        saved every `save_seconds` and at the end
-    pass 2   rows of the selected studies -> activations of the latents with contexts in them, and texts of these
-    studies
+    pass 2   rows of the selected studies -> activations of the latents with contexts there, and the studies' texts
 
 A process reads units rank, rank + world, ... After a kill it repeats at most the work since its last save.
 """
