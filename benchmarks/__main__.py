@@ -10,7 +10,7 @@ SEPARATE = {"timing", "gpu", "kills"}
 
 
 def main() -> int:
-    """Run each script of this folder and `bench step`, each in a process of its own: none finds a warm cache."""
+    """Run each script of this folder and `bench step`, each in a separate process: none finds a warm cache."""
     runs = {
         script.stem: [str(script)] for script in sorted(HERE.glob("[!_]*.py")) if script.stem not in SEPARATE
     }

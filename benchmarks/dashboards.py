@@ -4,7 +4,7 @@
     Neuronpedia's export, the page
 
 Records are made up: 65 contexts of 250 tokens per latent, two views of 37 x 37 patches of which 30 fire, 2,000 studies.
-Every writer runs in a process of its own; its memory is held against that of a quarter as many latents.
+Every writer runs in a separate process; its memory is held against that of a quarter as many latents.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Hook points of MAIRA-2 in TransformerLens, nnsight and SAELens, from one table of names (`points.py`).
 
 `HookedMaira2` (TransformerLens), `to_bridge` (TransformerBridge, TransformerLens 3.9 and newer), `Maira2NNsight`
-(nnsight) and `maira2_runner` (SAELens). Each is imported when it is first asked for: nnsight changes the process that
+(nnsight) and `maira2_runner` (SAELens). Each is imported when it is first needed: nnsight changes the process that
 imports it (docs/host_libraries.md), and TransformerLens 2.17 has no bridge.
 """
 

@@ -280,7 +280,7 @@ class BridgedMaira2(SAETransformerBridge):
         return stopping_at(self.original_model, stop if stop == count else None, count)  # pyright: ignore[reportArgumentType]
 
     def run_with_cache(self, input: Any = None, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
-        """As TransformerBridge's; named points must be in the cache afterwards, under the names asked for.
+        """As TransformerBridge's; named points must be in the cache afterwards, under the requested names.
 
         Raises:
             HookError: An unknown name, a stop out of range, or a named point that never fired.

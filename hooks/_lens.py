@@ -125,7 +125,7 @@ class LensMixin:
         Args:
             input: One text or several.
             prepend_bos: False leaves the tokenizer's BOS out; None and True keep it.
-            padding_side: "left" or "right"; None is the tokenizer's own.
+            padding_side: "left" or "right"; None for the tokenizer's default.
             move_to_device: Whether the ids go to the model's device.
             truncate: Whether texts are cut at the model's context length.
 
@@ -220,7 +220,7 @@ class LensMixin:
 
         Args:
             input: As in `forward`.
-            layers: Blocks whose output is read; None is all.
+            layers: Blocks whose output is read; None for all.
             position: Positions that are read; all of them at once cost layers x L x d_vocab numbers.
             **kwargs: As in `forward`.
 

@@ -177,7 +177,7 @@ class PointTable:
             wanted = min(wanted, count)
         if not 0 <= wanted <= count:
             raise HookError(
-                f"stop_at_layer={layer} was asked for, but this model has {count} blocks. Use 0 to {count}, a"
+                f"stop_at_layer={layer} was requested, but this model has {count} blocks. Use 0 to {count}, a"
                 f" negative number from the end, or None."
             )
         after = [name for name, stop in stops.items() if stop is None or stop > wanted]

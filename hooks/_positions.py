@@ -53,7 +53,7 @@ class Positions:
             point: Hook point of the values.
             tokenizer: Needed for `exclude=True`.
             exclude: Token ids that pass unchanged; True for BOS, EOS, PAD and SEP.
-            roles: Roles that do not pass unchanged; None is all.
+            roles: Roles that do not pass unchanged; None for all.
 
         Raises:
             HookError: The point has no text positions, or the tokenizer is missing; when called, no roles

@@ -1,7 +1,7 @@
 """Hooks by name on MAIRA-2's live points, with TransformerLens' own HookedRootModule underneath.
 
 What TransformerLens does not promise is added here: aliases and module paths work wherever a name does, an
-unknown name is an error, a hook asked for by name that never fires is an error (hooks chosen by a function
+unknown name is an error, a hook requested by name that never fires is an error (hooks chosen by a function
 may stay silent), and `run_with_cache` holds just the named tensors.
 """
 
@@ -147,7 +147,7 @@ class HookedPoints(HookedRootModule):
             clear_contexts: Whether the points' `ctx` is cleared with them.
 
         Raises:
-            HookError: An unknown name; or, at the end of a block that raised nothing, a hook asked for by
+            HookError: An unknown name; or, at the end of a block that raised nothing, a hook requested by
                 name that never fired.
         """
         with self.exclusive():
@@ -251,7 +251,7 @@ class HookedPoints(HookedRootModule):
             **kwargs: Further arguments of the model's call.
 
         Returns:
-            The call's result, and the cache: canonical name (and every other name that was asked for) ->
+            The call's result, and the cache: canonical name (and every other name that was requested) ->
             tensor.
 
         Raises:
@@ -269,7 +269,7 @@ class HookedPoints(HookedRootModule):
         cache, forward, backward = self.get_caching_hooks(
             wanted, incl_bwd, place, remove_batch_dim, pos_slice=pos_slice
         )
-        # Only hooks asked for by name must fire; gradients stay away from frozen parts.
+        # Only hooks requested by name must fire; gradients stay away from frozen parts.
         unchecked = super().hooks([] if named else forward, backward, reset_hooks_end, clear_contexts)
         with (
             self._gradients(gradients or incl_bwd),

@@ -133,7 +133,7 @@ class SplicingPoints(HookedPoints):
             exclude_special_tokens: Positions left alone by token: True for the tokenizer's BOS, EOS, PAD and
                 SEP, or a list of ids.
             roles: Positions the SAE acts on, by token role (a preset's name, a role, or several); needs
-                inputs that carry roles, that is studies or encodings. None is every position.
+                inputs that carry roles, that is studies or encodings. None for every position.
 
         Raises:
             SAEError: The SAE names no hook, or its width is not the point's.

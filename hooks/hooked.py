@@ -141,14 +141,14 @@ class HookedMaira2(LensMixin, SplicingPoints):
             task: "findings" (also None), "grounded" or "phrase".
             phrase: The phrase of task "phrase".
             padding_side: "left" (also None) or "right".
-            max_new_tokens: Token budget of a generated report; None is the task's own.
+            max_new_tokens: Token budget of a generated report; None for the task's budget.
 
         Returns:
             The encoding, on the model's device.
 
         Raises:
             HookError: Something other than studies, or an encoding together with arguments for studies.
-            PromptError: The study lacks a frontal image or the report that was asked for.
+            PromptError: The study lacks a frontal image or the report that was requested.
         """
         single = isinstance(report, str) and report not in ("teacher", "generated")
         options = {
@@ -229,7 +229,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
         """
         if prepend_bos:
             raise HookError(
-                "prepend_bos=True was asked for, but MAIRA-2's prompts carry their own BOS. Leave it out, or"
+                "prepend_bos=True was requested, but MAIRA-2's prompts carry their own BOS. Leave it out, or"
                 " put the token in front yourself."
             )
         if return_type not in ("logits", "loss", "both", None):
@@ -241,7 +241,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
         stop = self.points.stop_before(stop_at_layer)
         with self._running(inputs), self._watching(), stopping_at(self.model, stop, self.cfg.n_layers):
             try:
-                # No cache unless asked for: at 4,000 positions it is 2 GB in bf16 that is not read.
+                # No cache unless requested: at 4,000 positions it is 2 GB in bf16 that is not read.
                 output = self.model(**inputs.tensors, **{"use_cache": False, **kwargs})
             except StopForward as stopped:
                 return stopped.residual
@@ -297,7 +297,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
 
         Args:
             input: As in `forward`.
-            max_new_tokens: Token budget; None is the task's own.
+            max_new_tokens: Token budget; None for the task's budget.
             return_type: "tokens" for transformers' result, `(B, L + T)` ids with the prompt; "reports" for
                 one `ParsedReport` per row.
             task: For studies: "findings", "grounded" or "phrase".
@@ -310,7 +310,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
                 `generate`.
 
         Raises:
-            HookError: An input of another kind, a hook added by name that never fired, or values asked for of beams,
+            HookError: An input of another kind, a hook added by name that never fired, or values requested for beams,
                 several samples or attention patterns.
             PromptError: Image placeholders and images do not agree.
         """
@@ -336,7 +336,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
         return result, cache | {name: cache[known] for name, known in names.items()}
 
     def _generated_names(self, wanted: Filter, arguments: dict[str, Any]) -> dict[str, str]:
-        """Name asked for -> name of the point, for values that are kept during `generate`."""
+        """Requested name -> name of the point, for values that are kept during `generate`."""
         if wanted is None:
             return {}
         if callable(wanted):
@@ -350,7 +350,7 @@ class HookedMaira2(LensMixin, SplicingPoints):
                 f"{patterns[0]!r}, whose shape changes with every token" if patterns else f"{several[0]} > 1"
             )
             raise HookError(
-                f"Values of generated tokens were asked for with {what}. Generate first, then pass the tokens to"
+                f"Values of generated tokens were requested with {what}. Generate first, then pass the tokens to"
                 " run_with_cache."
             )
         return found

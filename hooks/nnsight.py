@@ -109,7 +109,7 @@ class Maira2NNsight(NNsight):
         Args:
             input: A study, a list of studies, an encoding, a mapping of tensors, or token ids.
             edits: Hook point -> `edit(value, step)`.
-            max_new_tokens: Token budget; None is the task's own.
+            max_new_tokens: Token budget; None for the task's budget.
             **kwargs: How studies are encoded, tensors with token ids, arguments of transformers'
                 `generate`.
 

@@ -266,7 +266,7 @@ def _check_rows(model: HookedMaira2, cfg: LanguageModelSAERunnerConfig[Any]) -> 
     if head is not None:
         if heads is None or not -heads <= head < heads:
             raise HookError(
-                f"hook_head_index={head} was asked for, but {point.name!r} has {heads or 'no'} heads. Use a number"
+                f"hook_head_index={head} was requested, but {point.name!r} has {heads or 'no'} heads. Use a number"
                 " below that, or leave it out."
             )
         width = (width or 0) // heads
@@ -279,7 +279,7 @@ def _check_rows(model: HookedMaira2, cfg: LanguageModelSAERunnerConfig[Any]) -> 
         )
     if any(bound is not None for bound in cfg.seqpos_slice or ()):
         raise HookError(
-            f"seqpos_slice={tuple(cfg.seqpos_slice)} was asked for, but rows of studies are chosen by token role, not"
+            f"seqpos_slice={tuple(cfg.seqpos_slice)} was requested, but rows of studies are chosen by token role, not"
             " by position. Leave it out and pass settings=RowSettings(roles=...)."
         )
 

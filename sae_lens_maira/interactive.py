@@ -154,7 +154,7 @@ class InteractiveMaira2(HookedMaira2):
             interventions: Latent -> added strength in units of its p99; or interventions such as `Ablate(latents=(7,),
                 where=...)`.
             where: Positions for the mapping; None for all positions, including generated tokens.
-            p99: `(d_sae,)` units; None is the SAE's own.
+            p99: `(d_sae,)` units; None for those of the SAE.
             max_new_tokens: Largest number of generated tokens; None for the task's budget.
             task: "findings", "grounded" or "phrase".
             control_seed: Replace every change by a random direction of equal norm, drawn with this seed.
@@ -208,7 +208,7 @@ class InteractiveMaira2(HookedMaira2):
             study: A study, several, or a `Maira2Encoding`.
             sae: The SAE; None if only directions are added.
             interventions: One intervention or several.
-            p99: `(d_sae,)` units; None is the SAE's own.
+            p99: `(d_sae,)` units; None for those of the SAE.
             report: Text after the prompt, as in `top_latents`.
             require_effect: Raise an error if nothing changed.
             control_seed: Replace every change by a random direction of equal norm, drawn with this seed.

@@ -29,6 +29,14 @@ PRIVATE = {
     r"\bwithout a word\b|\bin silence\b": "silently, without a warning",
     r"\bhand(s|ed)? (out|on|back)\b": "return, pass",
     r"\b(nobody|whoever)\b": "say who or what",
+    r"\bmade if missing\b": "created if missing",
+    r"\b(was|were) (not )?asked (for|of)\b": "requested",
+    r"\bchoosing half\b": "selection half",
+    r"\braises? many kinds\b": "raises many types",
+    r"\bNone (takes|is (the|all|every)) ": "None for",
+    r"\bprocess(es)? of (its|their) own\b": "a separate process",
+    r"\b(that|which) sees\b": "with image input",
+    r"\bshow a bar\b": "show a progress bar",
     r"\b(rows|studies|tokens|sequences|bytes) an? (row|study|token|latent|batch|shard|file|image|step)\b": "per",
 }
 # Words of reports that are read, and names of files of others.
@@ -60,7 +68,9 @@ def test_the_list_finds_what_it_bans() -> None:
     """A pattern that matches nothing would ban nothing."""
     sample = (
         "It knows nothing about doors in rooms; mended anew, it stands beside the house as a yardstick. A film lies in "
-        "the heat, nobody is told; its twin is handed back without a word at 3 tokens a row."
+        "the heat, nobody is told; its twin is handed back without a word at 3 tokens a row. "
+        "The folder is made if missing, in a process of its own; None is the default. Show a bar: what was asked for of "
+        "the choosing half, by a model that sees. It raises many kinds. None takes all."
     )
     assert all(re.search(pattern, sample, re.I) for pattern in PRIVATE)
     assert len(files()) > 200

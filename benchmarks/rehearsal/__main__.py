@@ -1,6 +1,6 @@
 """Rehearse the whole path at MAIRA-2's widths: `python -m benchmarks.rehearsal`, which is `make rehearsal`.
 
-A random checkpoint in the published layout is written, and every command runs on four studies in a process of its own
+A random checkpoint in the published layout is written, and every command runs on four studies in a separate process
 with two cores and 8 GB. The table has time and peak memory of each; the rehearsal fails where a command fails, takes
 more than its bound, or has more than 8 GB resident. `--small` runs the same commands at small widths in one process
 and counts tensors only. `--full` writes the published size (27.5 GB of float32, six files) and runs a few steps, which
@@ -20,7 +20,7 @@ TIMEOUT_S = 3600
 
 
 def run_in_process(step: Any, file: Path, limit: int) -> dict[str, Any]:
-    """Run a step in a process of its own with two cores; what it printed is in a file next to its figures."""
+    """Run a step in a separate process with two cores; what it printed is in a file next to its figures."""
     command = [sys.executable, "-m", "benchmarks.rehearsal.measured", str(file), str(limit), *step.words]
     cores = sorted(os.sched_getaffinity(0))[:2]
     with file.with_suffix(".log").open("w") as log:

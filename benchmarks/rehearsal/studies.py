@@ -48,7 +48,7 @@ def write_mimic(root: Path, side: int, height: int, seed: int = 77) -> None:
     """Write images, reports and the tables of metadata and splits.
 
     Args:
-        root: Folder of the data set; made if missing.
+        root: Folder of the data set; created if missing.
         side: Width and height of the images before they are enlarged, in pixels.
         height: Height of the images that are written, in pixels; their width is 0.82 of it, as of many radiographs.
         seed: Random seed of the images.

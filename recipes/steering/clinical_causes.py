@@ -130,7 +130,9 @@ def run(settings: Settings) -> dict[str, Any]:
         "n choose": len(choose),
         "n report": len(report),
         "chosen": best,
-        "candidates, micro F1 on the choosing half": {name: micro_f1(found) for name, found in tried.items()},
+        "candidates, micro F1 on the selection half": {
+            name: micro_f1(found) for name, found in tried.items()
+        },
         "sentences attributed": {name: one.n for name, one in causes.items()},
         "unsteered": micro_f1(before),
         "errors unsteered (false, missed)": [int(x) for x in np.nansum(before[:, 1:], 0)],
@@ -180,7 +182,7 @@ def _causes(
             needed = [own[a:b] for a, b in split_sentences(own) if read(own[a:b]) == {flaw.missed}]
             gather(hooked, sae, hook, study, own, [(causes[MISSED], piece) for piece in needed])
     if not causes[FALSE].n or not causes[MISSED].n:
-        raise ConfigError("The model makes no error of one kind on the choosing half; read more studies.")
+        raise ConfigError("The model makes no error of one kind on the selection half; read more studies.")
     return causes
 
 

@@ -198,7 +198,7 @@ def run(config: Clinical) -> dict[str, Any]:
         "n choose": len(choose),
         "n report": len(report),
         "correction": asdict(best),
-        "grid, micro F1 on the choosing half": {
+        "grid, micro F1 on the selection half": {
             f"{len(c.boost)} latents, share {c.share:g}, factor {c.factor:g}": micro_f1(found)
             for c, found in candidates
         },

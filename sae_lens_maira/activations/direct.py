@@ -127,7 +127,7 @@ class DirectProvider:
             empty = 0 if len(rows) else empty + 1
             if empty == self._per_epoch:
                 raise StoreError(
-                    f"No token of {self._n} studies is kept by the roles and rates that were asked for, so there is "
+                    f"No token of {self._n} studies is kept by the roles and rates that were requested, so there is "
                     "nothing to train on. Choose other roles."
                 )
             if len(rows):

@@ -203,7 +203,7 @@ def model_fingerprint(model: Any, layers: int | None = None) -> str:
 
     Args:
         model: The model.
-        layers: Number of decoder layers that were run; None is all of them and the head. What comes after them is left
+        layers: Number of decoder layers that were run; None for all of them and the head. What comes after them is left
             out, so that a model which was loaded up to there is the same.
     """
     digest = hashlib.sha256()

@@ -27,7 +27,7 @@ def prefetch(jobs: Iterable[Callable[[], T]], workers: int) -> Generator[T, None
 
     Args:
         jobs: Callables, taken one by one as there is room.
-        workers: Number of threads; with 0 every job runs in the caller's thread when its result is asked for.
+        workers: Number of threads; with 0 every job runs in the caller's thread when its result is needed.
 
     Raises:
         Exception: The exception of a job, in its place in the order; later jobs are dropped.

@@ -50,7 +50,7 @@ class RowReader:
     Attributes:
         settings: Which rows are kept.
         hooks: Hook name -> d_in.
-        stop: Number of decoder layers that a forward runs; None is the whole model.
+        stop: Number of decoder layers that a forward runs; None for the whole model.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RowReader:
         workers: int = 1,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Check the hook points; the model runs when rows are asked for.
+        """Check the hook points; the model runs when rows are needed.
 
         Args:
             maira: Model and processor.
@@ -308,7 +308,7 @@ def read_rows(
         The rows, by study and position.
 
     Raises:
-        StoreError: Nothing was kept, a study has no report, or both kinds of report were asked for.
+        StoreError: Nothing was kept, a study has no report, or both kinds of report were requested.
     """
     settings = settings or RowSettings()
     if len(settings.sources) > 1:

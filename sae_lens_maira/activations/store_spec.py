@@ -22,7 +22,7 @@ class StoreSpec:
         settings: Everything else that decides which rows come out.
         model, processor: Fingerprints.
         versions: Versions of the libraries; recorded, not compared.
-        source: What was asked for when the store was made ("model" and "checkpoint" of the model, "dtype" of its
+        source: Request with which the store was made ("model" and "checkpoint" of the model, "dtype" of its
             weights, "studies": "table" or "phantom"), for commands that use the store without loading the model;
             recorded, not compared by `create`.
     """

@@ -59,7 +59,7 @@ class Attribution:
         by_position: (L,) float32, summed positive attribution of the candidates at every position.
         error: First-order effect of the reconstruction error, nats, summed over encoded positions.
         bias: First-order effect of the decoder bias, nats, summed over encoded positions.
-        check: Result of the ablations; None if it was not asked for.
+        check: Result of the ablations; None if it was not requested.
         instead: The text that the sentence was compared with; None if it was not.
     """
 
@@ -104,7 +104,7 @@ class ReportAttribution:
         study_id: The study.
         report: The report's text.
         hook_name: Hook point that the SAE reads.
-        sentences: One attribution per sentence that was asked for.
+        sentences: One attribution per sentence that was requested.
         encoding: The encoded study, for roles and patch coordinates.
         names: Name per latent, where known.
     """
@@ -197,9 +197,9 @@ def attribute(
         sentence: Number of the sentence, or several; None explains all.
         report: "generated" for the model's own greedy report, "teacher" for the study's report, or a text.
         hook_name: Hook point; taken from the SAE's metadata if not given.
-        roles: Token roles whose positions count; None takes those that the SAE was trained on, or every real token.
+        roles: Token roles whose positions count; None for those that the SAE was trained on, or every real token.
         method: "integrated", or "gradient" (one backward pass, not complete).
-        candidates: Entries that are integrated over and checked, per sentence; None takes every active entry.
+        candidates: Entries that are integrated over and checked, per sentence; None for every active entry.
         max_steps: Points of the quadrature at which it stops; it doubles them from 4 until it has converged.
         top: Entries that are kept in the answer.
         n_check: Entries that the check removes.

@@ -127,7 +127,7 @@ def pick_sentences(sentences: Sequence[Sentence], wanted: int | Sequence[int] | 
         return [sentences[number] for number in numbers]
     except IndexError:
         raise PromptError(
-            f"Sentences {numbers} were asked for, but the report has {len(sentences)}, numbered from 0: "
+            f"Sentences {numbers} were requested, but the report has {len(sentences)}, numbered from 0: "
             + " | ".join(f"{s.number}: {s.text}" for s in sentences)
         ) from None
 

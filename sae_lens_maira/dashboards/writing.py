@@ -122,7 +122,7 @@ def licence_of(records: RecordSet, action: str, allow: bool) -> str:
     Args:
         records: The record set; its studies.jsonl must exist.
         action: What would be done with its text or images.
-        allow: The user asked for credentialed data.
+        allow: Whether the user has allowed credentialed data.
 
     Returns:
         The strictest licence class.

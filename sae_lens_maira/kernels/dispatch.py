@@ -51,12 +51,12 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
     if backend == "triton":
         if not installed:
             raise BackendError(
-                "backend='triton' was asked for, but the triton package is not installed. "
+                "backend='triton' was requested, but the triton package is not installed. "
                 "Install sae-lens-maira[triton], or use backend='sparse'."
             )
         if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendError(
-                f"backend='triton' was asked for on a {kind} device; its kernels run on CUDA. "
+                f"backend='triton' was requested on a {kind} device; its kernels run on CUDA. "
                 "Move the SAE to a GPU, or use backend='sparse'."
             )
         return "triton"
@@ -93,7 +93,7 @@ def say_if_emulated(candidates: str, device: torch.device | str) -> None:
     if candidates == "bf16" and torch.device(device).type == "cpu" and not _has_wide_bf16() and not _said:
         _said.append(candidates)
         logger.warning(
-            "candidates='bf16' was asked for on a CPU without AVX-512, where bfloat16 products are emulated: the step "
+            "candidates='bf16' was requested on a CPU without AVX-512, where bfloat16 products are emulated: the step "
             "stays exact, but candidates='off' is faster on this machine."
         )
 

@@ -22,7 +22,7 @@ class Decoded(NamedTuple):
     suffix: torch.Tensor
     squared: torch.Tensor
     errors: list[torch.Tensor]
-    """Errors e_l (B, d_in): of the last level only, or of every level if they were asked for."""
+    """Errors e_l (B, d_in): of the last level only, or of every level if they were requested."""
 
 
 class LatentGradients(NamedTuple):

@@ -242,7 +242,7 @@ def _check_candidates(spec: StepSpec, xc: torch.Tensor) -> None:
         return
     if spec.candidates == "tf32" and xc.device.type != "cuda":
         raise BackendError(
-            f"candidates='tf32' was asked for on a {xc.device.type} device; only CUDA has TF32. Use 'bf16' or 'off'."
+            f"candidates='tf32' was requested on a {xc.device.type} device; only CUDA has TF32. Use 'bf16' or 'off'."
         )
     if xc.dtype != torch.float32:
         raise BackendError(f"Exact low-precision candidates are for float32 SAEs; this one is {xc.dtype}.")

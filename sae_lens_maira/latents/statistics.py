@@ -368,7 +368,7 @@ class LatentStatistics:
         if state["fired"].shape != self.fired.shape or state["top_value"].shape != self.top_value.shape:
             raise RecordError(
                 f"Saved statistics have {tuple(state['fired'].shape)} latents and "
-                f"{tuple(state['top_value'].shape)} top studies, other than those asked for. Remove the unfinished "
+                f"{tuple(state['top_value'].shape)} top studies, other than the requested ones. Remove the unfinished "
                 "collection and start again."
             )
         for name in (*_SUMS, "max", "top_value", "top_study"):

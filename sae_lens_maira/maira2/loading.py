@@ -141,7 +141,7 @@ def load_maira2(
     if layers is not None:
         if not 1 <= layers <= available:
             raise ConfigError(
-                f"layers={layers} was asked for, but {source} has {available} decoder layers; use 1 to {available}."
+                f"layers={layers} was requested, but {source} has {available} decoder layers; use 1 to {available}."
             )
         config.text_config.num_hidden_layers = layers
     quantized = keywords.get("quantization_config") is not None

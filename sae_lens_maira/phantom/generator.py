@@ -88,7 +88,7 @@ def generate_study(seed: int, index: int, size: int = 112, split: str | None = N
     """
     if seed < 0 or index < 0 or size < 32:
         raise StudyError(
-            f"A phantom study was asked for with seed={seed}, index={index}, size={size}; expected seed and "
+            f"A phantom study was requested with seed={seed}, index={index}, size={size}; expected seed and "
             f"index >= 0 and an image of at least 32 pixels. Correct these values."
         )
     patient = _patient(seed, index)

@@ -67,7 +67,7 @@ def measure(
         studies: Phantom studies that carry their truth.
         batch_size: Studies per generated batch.
         grounded: Also generate grounded reports and score their boxes.
-        progress: Show a bar.
+        progress: Show a progress bar.
 
     Returns:
         The scores.

@@ -3,7 +3,7 @@
     trained, frozen, untrained, raw, supervised -> F1 of firing, units chosen on one half of the patients, reported on
                                                    the other
 
-Of several SAEs that differ only in their initial weights, the one that agrees best on the choosing half is taken. The
+Of several SAEs that differ only in their initial weights, the one that agrees best on the selection half is taken. The
 untrained SAE and the frozen controls are drawn as often and taken by the same rule.
 """
 
@@ -44,7 +44,7 @@ def agreement(
         rows: Positions of this kind, of both halves.
         truth: (n_studies, F) bool.
         halves: The split by patient.
-        saes: Trained on the choosing half's rows from different initial weights; one or more.
+        saes: Trained on the selection half's rows from different initial weights; one or more.
         seed: Random seed of the untrained SAEs; the i-th has `seed + i`.
         frozen: Frozen controls by kind, as many of each as there are SAEs.
 

@@ -191,9 +191,9 @@ def _draws(place: PlaceResult) -> str:
     frame = pd.DataFrame(
         {
             "taken": ["yes" if draw.seed == place.sae.seed else "" for draw in place.draws],
-            "F1, choosing half": [f"{draw.choose_f1:.3f}" for draw in place.draws],
+            "F1, selection half": [f"{draw.choose_f1:.3f}" for draw in place.draws],
             "F1, other half": [f"{draw.f1:.3f}" for draw in place.draws],
-            "untrained, choosing half": [f"{draw.untrained_choose_f1:.3f}" for draw in place.draws],
+            "untrained, selection half": [f"{draw.untrained_choose_f1:.3f}" for draw in place.draws],
             "untrained, other half": [f"{draw.untrained_f1:.3f}" for draw in place.draws],
             "explained variance": [f"{draw.explained_variance:.3f}" for draw in place.draws],
         },
@@ -201,7 +201,7 @@ def _draws(place: PlaceResult) -> str:
     )
     return f"""
 SAEs that differ in their initial weights alone learn different latents. {len(place.draws)} were trained; the one with
-the highest F1 on the choosing half was taken, and so was the untrained SAE, drawn as often at the L0 of the one taken.
+the highest F1 on the selection half was taken, and so was the untrained SAE, drawn as often at the L0 of the one taken.
 
 {_table(frame)}
 """

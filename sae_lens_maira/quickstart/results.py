@@ -16,14 +16,14 @@ class QuickstartConfig:
     """Settings of a quickstart run.
 
     Attributes:
-        out: Folder of the report; made if missing.
+        out: Folder of the report; created if missing.
         studies: Phantom studies to read, none of which the phantom was trained on.
         layer: Decoder layer whose output is read at image patches, and steered, 0 to 7.
         text_layer: Decoder layer whose output is read at report tokens, 0 to 7.
         d_sae: Latents of either SAE.
         k: Mean active latents per patch.
         text_k: Mean active latents per report token; few, so that one latent must hold finding and side.
-        text_seeds: Text SAEs to train from different initial weights; the one that agrees best on the choosing half
+        text_seeds: Text SAEs to train from different initial weights; the one that agrees best on the selection half
             of the studies is taken, and the untrained SAE is drawn as often.
         steps: Training steps of 1,024 patches.
         text_steps: Training steps of 1,024 report tokens.

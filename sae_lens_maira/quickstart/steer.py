@@ -153,7 +153,7 @@ def steer_finding(
             return [one.texts for one in written]
 
         def strength_of(added: LatentMap, sae: SAE[Any]) -> tuple[float, list[tuple[float, float]]]:
-            """The weakest strength within 2 points of the best on the choosing half, and the sweep."""
+            """The weakest strength within 2 points of the best on the selection half, and the sweep."""
             texts = write(tuned, [added.interventions(strength) for strength in STRENGTHS], sae)
             shares = [float(np.mean([finding in read_report(t).present for t in part])) for part in texts]
             sweep = list(zip(STRENGTHS, shares, strict=True))

@@ -1,4 +1,4 @@
-"""Find the SAE that was asked for among the files of a release.
+"""Find the SAE that was requested among the files of a release.
 
 A release is a tree of folders with one or more SAEs each; how its folders are named is not known beforehand. The shapes
 in the files decide: expansion = d_sae / d_in. Where more than one SAE fits, the error lists them. For a release on the
@@ -101,7 +101,7 @@ def choose(
     matching = [c for c in readable if d_in is None or c.d_in == d_in]
     if not matching:
         raise SAEError(
-            f"{where} holds {listing}, but d_in={d_in} was asked for. An SAE fits one model's width only: "
+            f"{where} holds {listing}, but d_in={d_in} was requested. An SAE fits one model's width only: "
             "check the model, or the hook point."
         )
     matching = [c for c in matching if expansion is None or c.expansion == expansion]
@@ -125,7 +125,7 @@ def worth_downloading(
     d_in: int | None,
     folder: str | None,
 ) -> list[str]:
-    """Weight files that may be the SAE asked for, judged without their shapes.
+    """Weight files that may be the requested SAE, judged without their shapes.
 
     Args:
         names: All files of the repository.

@@ -32,10 +32,10 @@ def export_dictionary_learning(
     Args:
         sae: What `load_matryoshka` takes: a folder, a JumpReLU SAE with levels, or a training SAE.
         folder: Output folder of ae.pt and config.json.
-        k: Mean number of active latents; None takes the SAE's own. That library wants a whole number there,
+        k: Mean number of active latents; None for the SAE's. That library needs a whole number there,
             and uses it in training only.
-        layer: Layer number for the configuration; None takes it from the hook's name.
-        lm_name: Model name for the configuration; None takes it from the metadata.
+        layer: Layer number for the configuration; None for the one in the hook's name.
+        lm_name: Model name for the configuration; None for the one in the metadata.
         rescale_latents: Allow latents with different thresholds to be scaled to a common one. Reconstructions
             stay the same, activations change by a factor per latent.
 

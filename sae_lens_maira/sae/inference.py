@@ -80,7 +80,7 @@ class MatryoshkaSAE(JumpReLUSAE):
             return self.level_widths[operator.index(level)]
         except IndexError:
             raise SAEError(
-                f"Level {level} was asked of an SAE with {self.n_levels} levels of widths "
+                f"Level {level} was requested, but the SAE has {self.n_levels} levels of widths "
                 f"{self.level_widths}. Levels run from 0 to {self.n_levels - 1}."
             ) from None
 
@@ -98,7 +98,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         lowest, highest = (int(indices.min()), int(indices.max())) if indices.numel() else (0, 0)
         if lowest < 0 or highest >= self.cfg.d_sae:
             raise SAEError(
-                f"Latents {lowest} to {highest} were asked of an SAE with {self.cfg.d_sae} latents. "
+                f"Latents {lowest} to {highest} were requested, but the SAE has {self.cfg.d_sae} latents. "
                 f"Indices run from 0 to {self.cfg.d_sae - 1}."
             )
         if isinstance(latent, int):

@@ -69,7 +69,7 @@ def load_release(
 
     Args:
         path_or_repo: A weights file, a folder of SAEs, or a hub repository's name.
-        expansion: Wanted d_sae / d_in; None takes the only SAE there is.
+        expansion: Wanted d_sae / d_in; None for the only SAE.
         device: Device to load it to.
         dtype: Precision of the weights.
         **request: Fields of `ReleaseRequest`. `folder`: part of the path of the SAE's file, where several SAEs fit.
@@ -120,7 +120,7 @@ def _request(path_or_repo: str | Path, expansion: float | None, others: dict[str
 
 
 def convert_release(request: ReleaseRequest) -> Path:
-    """The SAELens folder in the cache that holds the SAE asked for, converted now if it was not there.
+    """The SAELens folder in the cache that holds the requested SAE, converted now if it was not there.
 
     Raises:
         SAEError: As `load_release`.
@@ -139,7 +139,7 @@ def convert_release(request: ReleaseRequest) -> Path:
 
 
 def find_sae(request: ReleaseRequest) -> Candidate:
-    """The file of the SAE asked for, downloaded if the release is on the hub.
+    """The file of the requested SAE, downloaded if the release is on the hub.
 
     Raises:
         SAEError: Nothing or too much fits, or the hub cannot be reached.

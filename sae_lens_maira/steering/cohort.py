@@ -30,7 +30,7 @@ class Cohort:
         hook_name: Hook point at which they will be steered.
         reader: Reader of findings in reports.
         seed: Random seed of the halves.
-        pool: Maximum number of studies of the choosing and of the reporting half that may be steered.
+        pool: Maximum number of studies of the selection and of the reporting half that may be steered.
         views: "frontal" steers only studies with one image and no prior, "all" any study with a frontal image.
         max_new_tokens: Maximum length of a report.
 
@@ -76,7 +76,7 @@ class Cohort:
 
     @cached_property
     def prompts(self) -> SharedPrompts:
-        """Prompts of both pools, the choosing half first."""
+        """Prompts of both pools, the selection half first."""
         return SharedPrompts(self.maira, self.hook_name, [self.study(i) for i in range(self.size)])
 
     @property

@@ -328,7 +328,7 @@ def summarise(
 
 
 def dose_response(tables: SteeringTables) -> Figure:
-    """Plot on-target and off-target shares of the choosing half against strength, a line per method."""
+    """Plot on-target and off-target shares of the selection half against strength, a line per method."""
     swept = tables.studies[tables.studies.half == "choose"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)

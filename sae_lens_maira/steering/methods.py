@@ -100,7 +100,7 @@ class MethodFactory:
         return scores.topk(min(n, len(scores))).indices.tolist()
 
     def tried(self, chosen: dict[str, tuple[LatentMap, float]]) -> list[Method]:
-        """Methods of maps that were tried on the choosing half, and controls of the one named `CAUSAL`.
+        """Methods of maps that were tried on the selection half, and controls of the one named `CAUSAL`.
 
         Args:
             chosen: Map and strength by name of the method.

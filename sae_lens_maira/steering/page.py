@@ -51,7 +51,7 @@ class PageOptions:
 
     Attributes:
         title: Heading; None uses the name of the finding.
-        method: Method whose reports are shown; None takes the one of largest on - off target that is neither a
+        method: Method whose reports are shown; None for the one of largest on - off target that is neither a
             control nor supervised.
         reports: Number of pairs of reports.
         credentialed: Also show images and text of credentialed studies.

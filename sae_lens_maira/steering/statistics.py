@@ -64,7 +64,7 @@ class SteeringStatistics:
         """Index of a finding; InterventionError if the statistics do not have it."""
         if finding not in self.findings:
             raise InterventionError(
-                f"The statistics are of {', '.join(self.findings)}, and {finding!r} was asked for; collect them again."
+                f"The statistics are of {', '.join(self.findings)}, and {finding!r} was requested; collect them again."
             )
         return self.findings.index(finding)
 

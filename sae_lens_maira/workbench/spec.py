@@ -30,7 +30,7 @@ class RunSpec:
         view: Image that "image", "map" and "painted" refer to.
         grid: Rows of patch weights in 0..1, for "painted".
         control_seed: Replace every change by a random direction of equal norm, drawn with this seed.
-        max_new_tokens: Token budget of the report; None is the model's own.
+        max_new_tokens: Token budget of the report; None for the model's budget.
     """
 
     study: str

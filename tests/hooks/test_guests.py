@@ -84,7 +84,7 @@ def test_an_unknown_word_inside_a_text_is_not_padding(hooked: HookedMaira2) -> N
 def test_a_stop_out_of_range_is_refused(host: Any, encoding: Any, stop: int) -> None:
     for call in (host, host.run_with_cache, host.run_with_hooks):
         with pytest.raises(
-            HookError, match=f"stop_at_layer={stop} was asked for, but this model has 4 blocks"
+            HookError, match=f"stop_at_layer={stop} was requested, but this model has 4 blocks"
         ):
             call(encoding, stop_at_layer=stop)
 

@@ -63,7 +63,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def kill_after(records: Path, url: str, calls: int) -> None:
-    """Run in a process of its own and kill it once the journal holds so many calls."""
+    """Run in a separate process and kill it once the journal holds so many calls."""
     code = RUN.format(server=SERVER, plan=PLAN)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code, str(records), url], env=environment)

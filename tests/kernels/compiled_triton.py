@@ -1,6 +1,6 @@
 """Compile every triton kernel for a GPU that need not be there; print registers, stack, load widths and occupancy.
 
-Run by test_triton.py in a process of its own: `python compiled_triton.py 90`. ptxas and the disassembler come with
+Run by test_triton.py in a separate process: `python compiled_triton.py 90`. ptxas and the disassembler come with
 triton. Pointers and sizes are marked divisible by 16, as a launch with the real shapes would mark them.
 """
 

@@ -1,4 +1,4 @@
-"""Checks of the triton kernels in triton's interpreter, on CPU tensors; run by test_triton.py in a process of its own.
+"""Checks of the triton kernels in triton's interpreter, on CPU tensors; run by test_triton.py in a separate process.
 
 The interpreter runs programs one after another in Python: shapes are tiny. It cannot show races, alignment faults or
 bfloat16 arithmetic; those need a GPU.

@@ -19,7 +19,7 @@ def test_auto_is_sparse_on_cpu():
 
 
 def test_triton_on_cpu_is_an_error_that_says_so():
-    with pytest.raises(BackendError, match="'triton' was asked for"):
+    with pytest.raises(BackendError, match="'triton' was requested"):
         resolve_backend("triton", "cpu")
 
 

@@ -60,7 +60,7 @@ def test_the_unit_is_chosen_without_the_reported_half(table):
 
 
 def test_the_dictionary_is_chosen_without_the_reported_half(table):
-    """Of two, the one that is right on the choosing half is taken, though the other is right on the reported one."""
+    """Of two, the one that is right on the selection half is taken, though the other is right on the reported one."""
     truth, noise = table
     halves = split_by_patient([str(i) for i in range(200)])
     names = ["a", "b", "c"]

@@ -47,7 +47,7 @@ def drawn(rows: ActivationRows, seed: int) -> TrainedSAE:
 
 @pytest.mark.parametrize("whitened", [False, True])
 def test_the_control_is_made_and_taken_as_the_sae_was(whitened, material):
-    """Three draws at the L0 of the SAE taken, in its space; the best on the choosing half."""
+    """Three draws at the L0 of the SAE taken, in its space; the best on the selection half."""
     rows, truth, halves = material
     saes = [replace(drawn(rows, seed), whitened=whitened) for seed in range(3)]
     result = agreement("text", rows, truth, halves, saes, seed=50)

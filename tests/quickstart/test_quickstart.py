@@ -101,7 +101,7 @@ def test_small_run_writes_everything(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert result.text.trained.n + int(result.image.trained.n) == 2 * result.text.trained.n
-    # Of two text SAEs the one that agrees best on the choosing half was taken, and its control by the same rule.
+    # Of two text SAEs the one that agrees best on the selection half was taken, and its control by the same rule.
     draws = result.text.draws
     assert [draw.seed for draw in draws] == [6, 7]  # seeds of other runs are others
     taken = max(draws, key=lambda draw: draw.choose_f1)

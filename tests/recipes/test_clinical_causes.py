@@ -31,7 +31,7 @@ def test_every_candidate_is_tried_and_the_chosen_one_is_judged(tmp_path, capsys)
     arguments = ["--config", str(SCRIPT.with_suffix(".yaml")), *folders, *SMALL]
     assert run_recipe(recipe["Settings"], recipe["report_run"], None, arguments) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
-    tried = result["candidates, micro F1 on the choosing half"]
+    tried = result["candidates, micro F1 on the selection half"]
     assert set(tried) == {"no correction", "remove 2", "strengthen 1 by 2", "remove 2 + strengthen 1 by 2"}
     assert tried[result["chosen"]] == max(tried.values())
     assert result["sentences attributed"]["false"]

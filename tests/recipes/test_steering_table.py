@@ -80,7 +80,7 @@ def bench(folder):
 
 @pytest.mark.slow
 def test_what_is_kept_is_no_worse_than_its_components_and_is_what_is_reported(folder):
-    """On the choosing half; its strength is the summary's, and the table's mean map is among the candidates."""
+    """On the selection half; its strength is the summary's, and the table's mean map is among the candidates."""
     trials = pd.read_parquet(folder / FINDING / "insert" / "trials.parquet")
     summary = pd.read_parquet(folder / FINDING / "insert" / "summary.parquet").set_index("method")
     kept = trials[trials.kept].iloc[0]
@@ -104,7 +104,7 @@ def test_the_choice_does_not_see_the_reporting_half(bench):
     pd.testing.assert_frame_equal(choice.table(), again.table())
     used = {i for trial in choice.trials for i in trial.candidate.studies}
     assert used
-    assert max(used) < len(alone.prompts), "an exemplar is of the choosing half"
+    assert max(used) < len(alone.prompts), "an exemplar is of the selection half"
     for i in used:
         assert any(item.key == FINDING and item.present for item in cohort.study(i).truth)
 

@@ -1,4 +1,4 @@
-"""Loss recovered is the formula over real forward passes, at the positions and targets that were asked for."""
+"""Loss recovered is the formula over real forward passes, at the positions and targets that were requested."""
 
 import pytest
 import torch

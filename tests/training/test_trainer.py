@@ -273,7 +273,7 @@ def test_backends_are_explicit(make_sae, make_config, planted_data):
     trainer = FusedSAETrainer(make_config(1), make_sae("saelens"), planted_data(24, 64), backend="reference")
     assert trainer.backend == "reference"
     run(trainer, 1)
-    with pytest.raises(BackendError, match="'triton' was asked for"):
+    with pytest.raises(BackendError, match="'triton' was requested"):
         FusedSAETrainer(make_config(1), make_sae("saelens"), planted_data(24, 64), backend="triton")
     with pytest.raises(BackendError, match="the backend is sparse"):
         FusedSAETrainer(make_config(1), make_sae("saelens"), planted_data(24, 64), sole_writer=True)
