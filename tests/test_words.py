@@ -69,8 +69,8 @@ def test_the_list_finds_what_it_bans() -> None:
     sample = (
         "It knows nothing about doors in rooms; mended anew, it stands beside the house as a yardstick. A film lies in "
         "the heat, nobody is told; its twin is handed back without a word at 3 tokens a row. "
-        "The folder is made if missing, in a process of its own; None is the default. Show a bar: what was asked for of "
-        "the choosing half, by a model that sees. It raises many kinds. None takes all."
+        "The folder is made if missing, in a process of its own; None is the default. Show a bar: what was asked for "
+        "of the choosing half, by a model that sees. It raises many kinds. None takes all."
     )
     assert all(re.search(pattern, sample, re.I) for pattern in PRIVATE)
     assert len(files()) > 200
