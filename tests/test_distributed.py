@@ -94,7 +94,7 @@ def test_a_barrier_waits_for_a_slow_rank_and_names_a_dead_one():
     assert one.least("rows", 5) == 3
     other.join()
     two._ended.set()  # as if the process had been killed
-    with pytest.raises(RankError, match=r"Rank 1 of 2 has given no sign of life for \d+ s"):
+    with pytest.raises(RankError, match=r"Rank 1 of 2 has sent no heartbeat for \d+ s"):
         one.barrier("more work")
     assert time.monotonic() - began < 8
     one.close()

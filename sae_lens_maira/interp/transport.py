@@ -225,7 +225,7 @@ class Transport:
         try:
             return await asyncio.wait_for(self._post(request), self.timeout)
         except (asyncio.TimeoutError, httpx.TimeoutException):
-            return Problem("timeout", f"no complete answer within {self.timeout:g} s", retry=True), None
+            return Problem("timeout", f"no whole answer within {self.timeout:g} s", retry=True), None
         except (httpx.ConnectError, httpx.ProxyError) as error:
             return Problem("connection", plain_words(str(error)) or "no connection", retry=True), None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:

@@ -336,7 +336,7 @@ def _check_folder(folder: Path) -> None:
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"The index in {folder} names {len(shards)} shards, and {len(missing)} are missing: {', '.join(missing)}."
+            f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names: {', '.join(missing)}."
             " Download the missing files."
         )
 

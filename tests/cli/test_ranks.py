@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_the_other(store, tmp_path):
         os.kill(ranks[1].pid, signal.SIGKILL)
         _, error = ranks[0].communicate(timeout=300)
         assert ranks[0].returncode == 2
-        assert "Rank 1 of 2 has given no sign of life" in error
+        assert "Rank 1 of 2 has sent no heartbeat" in error
         assert list((tmp_path / "checkpoints").glob("rescue_*/trainer_state.pt"))
     finally:
         for rank in ranks:

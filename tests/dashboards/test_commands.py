@@ -28,7 +28,7 @@ def test_an_error_ends_with_code_2_and_its_place(make_set, tmp_path, capsys):
     assert main(["dashboards", "validate", "--folder", str(out)]) == 2
     said = capsys.readouterr()
     assert "payloads.jsonl:2: error: not valid JSON" in said.out
-    assert "payloads.jsonl:0: error: the file is missing or not what was written" in said.out
+    assert "payloads.jsonl:0: error: the file is missing or was changed" in said.out
     assert "2 errors" in said.err
 
 

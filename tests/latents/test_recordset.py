@@ -226,7 +226,9 @@ def test_damage_is_named(tmp_path, name, damage):
         records = RecordSet.open(tmp_path)
         return [c.tokens for record in records for c in record.top], records.studies
 
-    with pytest.raises(RecordError, match=r"meta\.json|has another content" if name == "meta.json" else name):
+    with pytest.raises(
+        RecordError, match=r"meta\.json|has changed since it was written" if name == "meta.json" else name
+    ):
         read()
 
 
@@ -246,5 +248,5 @@ def test_files_of_two_sets_do_not_mix(tmp_path):
     write_records(tmp_path / "b", META, STUDIES, [TEXT], [make_record(2)])
     name = "records-00000.jsonl"
     (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
-    with pytest.raises(RecordError, match="another content"):
+    with pytest.raises(RecordError, match="has changed since it was written"):
         RecordSet.open(tmp_path / "a")[1]

@@ -91,8 +91,8 @@ def test_boxes_of_grounded_reports():
 @pytest.mark.parametrize(
     ("maps", "cover", "choose", "message"),
     [
-        (np.ones((3, 16)), np.ones((3, 9)), np.array([True, False, False]), "do not fit"),
-        (np.ones((3, 16)), np.ones((3, 16)), np.array([False, False, False]), "0 studies choose"),
+        (np.ones((3, 16)), np.ones((3, 9)), np.array([True, False, False]), "The shapes of"),
+        (np.ones((3, 16)), np.ones((3, 16)), np.array([False, False, False]), "selection half has 0 studies"),
         (np.ones((3, 16)), np.zeros((3, 16)), np.array([True, False, False]), "no box"),
     ],
 )

@@ -158,7 +158,9 @@ def test_chexpert_layout_and_every_unused_file_with_a_true_reason(tmp_path: Path
 def test_a_licence_is_never_loosened_except_word_by_word(tmp_path: Path) -> None:
     rows = ["a,p,credentialed", "b,p,public", "c,p,", "d,p,Credentailed", "e,p,credentialed"]
     path = write(tmp_path, {"t.csv": "study_id,patient_id,licence\n" + "\n".join(rows) + "\n"}) / "t.csv"
-    with pytest.raises(StudyError, match=r"loosen 4 of 5 rows .*2 'credentialed', 1 blank, 1 'Credentailed'"):
+    with pytest.raises(
+        StudyError, match=r"loosen the licence of 4 of 5 rows .*2 'credentialed', 1 blank, 1 'Credentailed'"
+    ):
         import_csv(path, licence="public")
     strict = import_csv(path, licence="credentialed")
     assert set(strict.table.frame["licence"]) == {"credentialed"}
