@@ -123,15 +123,15 @@ def run(arguments: tuple[str, ...], root: Path, out: Path) -> Outcome:
     """Run a command in this process; what it wrote is removed."""
     words = [word.replace("{root}", str(root)).replace("{out}", str(out)) for word in arguments]
     shutil.rmtree(out, ignore_errors=True)
-    told, complained = io.StringIO(), io.StringIO()
-    with redirect_stdout(told), redirect_stderr(complained):
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
         code = main(words)
-    digest = hashlib.sha256(told.getvalue().encode())
+    digest = hashlib.sha256(stdout.getvalue().encode())
     for path in sorted(out.rglob("*")) if out.exists() else ():
         if path.is_file():
             digest.update(path.relative_to(out).as_posix().encode() + path.read_bytes())
     shutil.rmtree(out, ignore_errors=True)
-    return Outcome(code, complained.getvalue(), digest.hexdigest())
+    return Outcome(code, stderr.getvalue(), digest.hexdigest())
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +237,9 @@ def failures(root: Path, name: str, commands: tuple[tuple[str, ...], ...], damag
                 if (path.name, damage) in UNKNOWABLE or (unharvested and damage == "removed"):
                     continue
                 if not detected and done[::2] != expected[::2]:
-                    told = done.error.strip()[-300:]
+                    message = done.error.strip()[-300:]
                     found.append(
-                        f"{' '.join(command[:2])}: {path.relative_to(root)}, {damage}: {done.code} {told}"
+                        f"{' '.join(command[:2])}: {path.relative_to(root)}, {damage}: {done.code} {message}"
                     )
     assert cases >= len(commands) * len(damages)
     return found
@@ -313,12 +313,12 @@ def written_by(
         shutil.copytree(root / "records", out)
         (out / "interpretations.jsonl").unlink()
     words = [word.replace("{root}", str(root)).replace("{out}", str(out)) for word in WRITERS[name]]
-    complained = io.StringIO()
+    err = io.StringIO()
     disk = nullcontext() if limit is None else disk_of(limit)
-    with redirect_stdout(io.StringIO()), redirect_stderr(complained), disk:
+    with redirect_stdout(io.StringIO()), redirect_stderr(err), disk:
         code = main(words)
     files = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
-    return code, complained.getvalue(), files
+    return code, err.getvalue(), files
 
 
 @pytest.mark.parametrize(

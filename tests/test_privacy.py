@@ -171,9 +171,9 @@ def test_nothing_of_text_or_images_leaves(command, licence, folder, site, monkey
     assert [path.name for path in folder.parent.iterdir()] == ["records"]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert site.bodies == []
-    said = capsys.readouterr()
-    assert SECRET not in said.out + said.err
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert SECRET not in output.out + output.err
+    assert "Traceback" not in output.err
 
 
 @pytest.mark.parametrize("command", ["html", "export", "batches", "payloads"])

@@ -156,7 +156,7 @@ def try_maps(
     for (candidate, strength), out in zip(wanted, written, strict=True):
         now = [cohort.reader.stated(text) for text in out.texts]
         # A report that cannot be read states no finding, and all of its other labels count as changed.
-        on = sum(said is not None and finding in said for said in now) / len(now)
+        on = sum(stated is not None and finding in stated for stated in now) / len(now)
         most = len(cohort.reader.names) - 1
         changed = sum(
             most if a is None or b is None else len((a ^ b) - {finding})

@@ -155,8 +155,8 @@ def run(config: Clinical) -> dict[str, Any]:
 
     # The falsely stated finding and the missed finding are determined on the selection half.
     plain, true = arms.reports("choose-unsteered", choose), truth["choose"]
-    said, known = reader.table(plain), np.array([[reader.stated(text) is not None] for text in plain])
-    false, missed = (said & ~true & known), (~said & true & known)
+    stated, known = reader.table(plain), np.array([[reader.stated(text) is not None] for text in plain])
+    false, missed = (stated & ~true & known), (~stated & true & known)
     wrong, lost = int(false.sum(0).argmax()), int(missed.sum(0).argmax())
     if not false[:, wrong].any() or not missed[:, lost].any():
         raise ConfigError("The model makes no error of one kind on the selection half; read more studies.")
@@ -164,7 +164,7 @@ def run(config: Clinical) -> dict[str, Any]:
     candidates: list[tuple[Correction, np.ndarray]] = []
     for n in config.latents:
         boost = tied_to_errors(rows, encode, decoder, true[:, lost], ~true[:, lost], n, config.specific)
-        neither = ~said[:, wrong] & ~true[:, wrong]
+        neither = ~stated[:, wrong] & ~true[:, wrong]
         taken = tied_to_errors(rows, encode, decoder, false[:, wrong], neither, 2 * n, config.specific)
         suppress = tuple(j for j in taken if j not in boost)[:n]
         if not boost and not suppress:

@@ -234,7 +234,7 @@ def _check_studies(
     where = f"{options.table}{'' if options.split is None else f' (split {options.split})'}"
     if lacking:
         raise ConfigError(
-            f"{where} does not have {len(lacking)} of the {len(ids)} studies of {store}, the first is {lacking[0]}; "
+            f"{where} lacks {len(lacking)} of the {len(ids)} studies of {store}, the first is {lacking[0]}; "
             "give the table and the split that were harvested."
         )
     if exactly and len(there) != len(ids):

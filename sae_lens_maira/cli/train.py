@@ -135,9 +135,9 @@ def train(
                 run_settings=settings,
             )
         if steps.checkpoint_path is not None and not resume and not ranks.rank:
-            aside = set_aside(steps.checkpoint_path)
-            if aside is not None:
-                sys.stderr.write(f"existing checkpoints were moved to {aside}\n")
+            moved = set_aside(steps.checkpoint_path)
+            if moved is not None:
+                sys.stderr.write(f"existing checkpoints were moved to {moved}\n")
         ranks.barrier("checkpoints listed")
         newest = None
         if steps.checkpoint_path is not None and resume:

@@ -206,16 +206,16 @@ def read_response(status: int, headers: Mapping[str, str], body: bytes) -> Compl
     if status == 200 and not (isinstance(content, dict) and content.get("error")):
         return Problem("no completion", f"HTTP 200 without an answer: {words}")
     inside = int(code) if status == 200 and code.isdigit() and len(code) == 3 else status
-    said = f"HTTP {inside}: {words}"
+    message = f"HTTP {inside}: {words}"
     if inside in (401, 402, 404, 405, 410) or code in _QUOTA:
-        return Problem("stopped", said)
+        return Problem("stopped", message)
     if inside == 403:
-        return Problem("forbidden", said)
+        return Problem("forbidden", message)
     if inside == 429:
-        return Problem("rate limit", said, retry=True)
+        return Problem("rate limit", message, retry=True)
     if inside in RETRIED or inside >= 500:
-        return Problem("server error", said, retry=True)
-    return Problem("refused", said, parameter)
+        return Problem("server error", message, retry=True)
+    return Problem("refused", message, parameter)
 
 
 def _completion(content: dict[str, Any]) -> Completion | Problem:
@@ -307,8 +307,8 @@ def error_words(content: Any, body: bytes) -> tuple[str, str, str]:
     text = body.decode("utf-8", errors="replace")
     if "<html" in text[:2000].lower() or "<!doctype" in text[:200].lower():
         title = _TITLE.search(text)
-        said = plain_words(title.group(1) if title else text)
-        return f"a web page instead of JSON ({said or 'without a title'})", code, parameter
+        message = plain_words(title.group(1) if title else text)
+        return f"a web page instead of JSON ({message or 'without a title'})", code, parameter
     return plain_words(text) or "an empty body", code, parameter
 
 

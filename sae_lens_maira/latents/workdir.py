@@ -67,7 +67,7 @@ class Workdir:
         differ = sorted(name for name in plan.keys() | there.keys() if plan.get(name) != there.get(name))
         if differ:
             raise RecordError(
-                f"{self.folder} contains an unfinished collection with other settings of {', '.join(differ)}. "
+                f"{self.folder} contains an unfinished collection of other inputs: {', '.join(differ)} differ. "
                 "Use the same arguments and as many processes to continue it, or remove that folder to start again."
             )
 

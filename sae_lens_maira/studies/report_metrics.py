@@ -185,8 +185,8 @@ def count_errors(
                 sum(one.present for one in mine),
                 sum(one.present for one in theirs),
             )
-    agreed, said, present = counts[:, :, :-1]
-    return ReportErrors(tuple(findings), errors, agreed, said, present)
+    agreed, stated, present = counts[:, :, :-1]
+    return ReportErrors(tuple(findings), errors, agreed, stated, present)
 
 
 def report_errors(

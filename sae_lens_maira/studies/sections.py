@@ -120,7 +120,7 @@ def parse_sections(text: str) -> ReportSections:
     Returns:
         Its sections; all None for a report without headers, whose text is then in `body`.
     """
-    report, aside = _main_part(text.replace("\r\n", "\n").replace("\r", "\n"))
+    report, addenda = _main_part(text.replace("\r\n", "\n").replace("\r", "\n"))
     headers = list(_headers(report))
     found: dict[str, list[str]] = {}
     chest: dict[str, list[bool]] = {}
@@ -154,7 +154,7 @@ def parse_sections(text: str) -> ReportSections:
         indication=_first_filled(found.get("indication", [])),
         technique=_first_filled(found.get("technique", [])),
         comparison=_first_filled(found.get("comparison", [])),
-        addendum=" ".join(part for part in (*aside, *later) if part) or None,
+        addendum=" ".join(part for part in (*addenda, *later) if part) or None,
         has_findings_header=has_findings,
         body=body if _WORD.search(body) else "",
         findings_from_impression=refers and impression is not None,
@@ -229,16 +229,16 @@ def _main_part(text: str) -> tuple[str, list[str]]:
     blocks = [block for block in _RULE.split(text) if block.strip()]
     # Text above the banner of a later block is not part of that report.
     first = max((n for n, block in enumerate(blocks) if _BANNER.match(block.lstrip("\n"))), default=0)
-    report, aside = [], []
+    report, addenda = [], []
     for number, block in enumerate(blocks):
         banner = _BANNER.search(block)
         if number >= first and banner and _ASIDE.match(block):  # no line of underscores between the two
-            aside.append(block[: banner.start()])
+            addenda.append(block[: banner.start()])
             block = block[banner.end() :]
-        (aside if number < first or _ASIDE.match(block) else report).append(block)
+        (addenda if number < first or _ASIDE.match(block) else report).append(block)
     if not report:  # the text contains only a wet read or an addendum
-        report, aside = aside, []
-    return _BANNER.sub("", "\n\n".join(report)), [_line(block) for block in aside]
+        report, addenda = addenda, []
+    return _BANNER.sub("", "\n\n".join(report)), [_line(block) for block in addenda]
 
 
 def _line(text: str) -> str:

@@ -150,6 +150,7 @@ def test_entries_are_the_sparse_activations(run, sae):
 def test_integrated_attributions_add_up(hooked, study, sae):
     """The sum over candidates is the true difference within the stated tolerance, unlike first-order values."""
     found = attribute(hooked, study, sae, report="teacher", candidates=64)
+    assert found.sentences
     for item in found.sentences:
         assert item.check is not None
         assert item.check.completeness_error <= 0.05

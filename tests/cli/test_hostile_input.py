@@ -201,7 +201,7 @@ def test_validate_finds_them_all_and_harvest_reads_what_is_left(tmp_path, capsys
         "--table",
     ]
     assert main([*harvest, str(table)]) == 2
-    assert re.search(r"harvest: Study (image )?token: The \w+ holds '<\w+>'", capsys.readouterr().err)
+    assert re.search(r"harvest: Study (image )?token: The \w+ contains '<\w+>'", capsys.readouterr().err)
     assert main(["studies", "validate", "--table", str(table), "--without-errors", str(kept)]) == 0
     assert f"2 of {len(rows)} studies; {len(rows) - 2} with errors left out" in capsys.readouterr().err
     assert main([*harvest, str(kept)]) == 0

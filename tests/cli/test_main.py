@@ -105,7 +105,7 @@ def test_a_recipes_other_parts_are_no_options(capsys):
     assert not re.search(r"--(sae|trainer|out|provider|direct)\b", text.split("options:")[0])
     for words in (["--provider.foo", "3"], ["--trainer", "{}"], ["--out=x"]):
         assert main(["harvest", "--hooks", "blocks.1.hook_resid_post", *words]) == 2
-        assert "is not used here; a recipe of `train` may hold it. See" in capsys.readouterr().err
+        assert "is not used here; a recipe of `train` may contain it. See" in capsys.readouterr().err
 
 
 def test_a_word_that_is_no_choice_names_the_choices(capsys):

@@ -11,8 +11,8 @@ def test_write_check_and_dry_run(make_set, tmp_path, capsys):
         out = str(tmp_path / kind)
         words = ["--records", records, "--out", out, "--set-name", "res-16k", "--kind", kind, "--json"]
         assert main(["dashboards", "neuronpedia", *words]) == 0
-        said = json.loads(capsys.readouterr().out)
-        assert (said["neuronpedia_id"], said["latents"], said["issues"]) == ("maira-2/15-res-16k", 6, 0)
+        output = json.loads(capsys.readouterr().out)
+        assert (output["neuronpedia_id"], output["latents"], output["issues"]) == ("maira-2/15-res-16k", 6, 0)
         assert main(["dashboards", "validate", "--folder", out]) == 0
         assert "0 errors" in capsys.readouterr().out
     assert main(["dashboards", "upload", "--records", records, "--set-name", "res-16k"]) == 0
@@ -26,10 +26,10 @@ def test_an_error_ends_with_code_2_and_its_place(make_set, tmp_path, capsys):
     path = out / "payloads.jsonl"
     path.write_text(path.read_text() + "{\n")
     assert main(["dashboards", "validate", "--folder", str(out)]) == 2
-    said = capsys.readouterr()
-    assert "payloads.jsonl:2: error: not valid JSON" in said.out
-    assert "payloads.jsonl:0: error: the file is missing or was changed" in said.out
-    assert "2 errors" in said.err
+    output = capsys.readouterr()
+    assert "payloads.jsonl:2: error: not valid JSON" in output.out
+    assert "payloads.jsonl:0: error: the file is missing or was changed" in output.out
+    assert "2 errors" in output.err
 
 
 def test_credentialed_records_are_not_even_planned(make_set, capsys):

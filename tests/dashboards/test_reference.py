@@ -40,9 +40,9 @@ def test_real_outputs_have_no_error_and_only_known_warnings(name, capsys):
     kind, issues = validate(REFERENCE / name)
     assert kind == name
     assert {issue.severity for issue in issues} == {"warning"}
-    said = [str(issue).replace("Index", "index") for issue in issues]
-    assert all(any(known in one for known in KNOWN) for one in said)
-    assert all(any(known in one for one in said) for known in KNOWN)
+    texts = [str(issue).replace("Index", "index") for issue in issues]
+    assert all(any(known in one for known in KNOWN) for one in texts)
+    assert all(any(known in one for one in texts) for known in KNOWN)
     assert main(["dashboards", "validate", "--folder", str(REFERENCE / name)]) == 0
     assert "0 errors" in capsys.readouterr().out
 

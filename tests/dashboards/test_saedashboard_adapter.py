@@ -208,6 +208,6 @@ def test_the_command_writes_files_and_page(sae, tmp_path, capsys):
     words = ["--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "out"), "--set-name", "res-1k"]
     words += ["--latents", "0-2,7", "--studies", "4", "--model-id", "phantom", "--json"]
     assert main(["dashboards", "saedashboard", *words]) == 0
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (said["latents"], said["studies"], said["issues"]) == (4, 4, 0)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (printed["latents"], printed["studies"], printed["issues"]) == (4, 4, 0)
     assert (tmp_path / "out" / "page-0.html").stat().st_size > 50_000

@@ -83,10 +83,10 @@ def test_the_recipe_runs_as_its_first_line_says(make_set, tmp_path, capsys):
         str(tmp_path / "sae"),
     ]
     assert main(["dashboards", "neuronpedia", "--config", str(RECIPE), *words, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     name = yaml.safe_load(RECIPE.read_text())["set_name"]
-    assert (said["neuronpedia_id"], said["issues"]) == (f"maira-2/15-{name}", 0)
-    assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.neuronpedia_id == said["neuronpedia_id"]
+    assert (printed["neuronpedia_id"], printed["issues"]) == (f"maira-2/15-{name}", 0)
+    assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.neuronpedia_id == printed["neuronpedia_id"]
 
 
 @pytest.mark.parametrize(

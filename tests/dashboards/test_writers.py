@@ -104,9 +104,10 @@ def test_batches_have_the_keys_and_types_of_a_real_output(make_set, target, tmp_
 
 
 def test_sequences_keep_the_hit_where_the_context_has_it(make_set):
-    records = make_set()
+    records, groups = make_set(), set()
     for record in records.stream():
         for sequence in sequences(record, Window(text=16, patches=8)):
+            groups.add(sequence.group)
             assert len(sequence.tokens) == len(sequence.values) <= 1 + 16 + 8
             assert all(sequence.tokens)
             assert sequence.tokens[0] == f"⟦study {sequence.study}⟧"
@@ -268,9 +269,9 @@ def test_api_payloads_stay_within_the_servers_limits(make_set, target):
             assert None not in activation["values"]
         assert one["activations"][0]["quantileFraction"] is None
         assert one["activations"][-1]["quantileFraction"] is not None
-    (said,) = features[0]["explanations"]
-    assert 500 < len(said["text"]) <= 512
-    assert "modelName" not in said
+    (explanation,) = features[0]["explanations"]
+    assert 500 < len(explanation["text"]) <= 512
+    assert "modelName" not in explanation
 
 
 def test_api_payloads_are_cut_at_bytes(make_set, target):

@@ -61,6 +61,7 @@ def test_pos_slice_and_remove_batch_dim(hooked: HookedMaira2, study: Any) -> Non
     _, last = hooked.run_with_cache(
         study, names_filter=[RESID, "blocks.1.attn.hook_q"], pos_slice=-1, remove_batch_dim=True
     )
+    assert set(last) == set(whole) == {RESID, "blocks.1.attn.hook_q"}
     for name, value in last.items():
         assert torch.equal(value, whole[name][0, -1:]), name
 

@@ -56,7 +56,7 @@ def test_the_table_covers_the_models_numbers(table: PointTable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ("blocks.1.hook_resid_pst", "blocks.1.hook_resid_post"),
         ("blocks.4.hook_resid_post", "0 to 3"),
@@ -68,10 +68,10 @@ def test_the_table_covers_the_models_numbers(table: PointTable) -> None:
         ("layer 3", "names` lists them all"),
     ],
 )
-def test_a_wrong_name_says_what_would_be_right(table: PointTable, asked: str, said: str) -> None:
+def test_a_wrong_name_says_what_would_be_right(table: PointTable, asked: str, message: str) -> None:
     with pytest.raises(HookError, match=r"\.") as caught:
         table.resolve(asked)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert repr(asked) in str(caught.value)
 
 
@@ -87,6 +87,7 @@ def test_stop_and_width_of_points(table: PointTable) -> None:
 
 def test_widths_are_those_of_the_values(hooked_eager: HookedMaira2, encoding: Any) -> None:
     _, cache = hooked_eager.run_with_cache(encoding)
+    assert sum(hooked_eager.points.width(name) is not None for name in cache) > 20
     for name, value in cache.items():
         width = hooked_eager.points.width(name)
         if width is not None:

@@ -58,6 +58,7 @@ def test_a_set_without_scores_has_no_figure(hand_made, tmp_path):
 def test_table_puts_the_control_beside_the_score_of_the_same_judge(hand_made):
     done = interpret_offline(hand_made(KEYS))
     rows = table(done)
+    assert any(one.control for one in done)
     for one in done:
         mine = rows[rows["latent"] == one.latent]
         assert list(mine["control"]) == [score.balanced_accuracy for score in one.control]
@@ -73,11 +74,11 @@ def test_run_and_report_print_json_alone(hand_made, tmp_path, capsys):
     """With --json stdout is one value; `--set-name` gives the rows of the file the name of the source at its layer."""
     records = hand_made(KEYS)
     run(records.folder, as_json=True)
-    said = capsys.readouterr()
-    printed = json.loads(said.out)
+    output = capsys.readouterr()
+    printed = json.loads(output.out)
     assert printed["latents"] == len(records) == sum(printed["statuses"].values())
     assert {row["method"] for row in printed["scores"]} >= {"detection"}
-    assert "nothing is sent" in said.err
+    assert "nothing is sent" in output.err
     report(records.folder, tmp_path, set_name="res-1k", model_id="phantom", as_json=True)
     assert json.loads(capsys.readouterr().out)["statuses"] == printed["statuses"]
     rows = [json.loads(line) for line in (tmp_path / "explanations.jsonl").read_text().splitlines()]

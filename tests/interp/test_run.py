@@ -101,10 +101,10 @@ def reading_model(request: Request) -> Response:
 
 def test_a_model_that_reads_scores_high_and_the_control_low(hand_made, httpserver):
     """The estimate comes before the first request and no fewer calls are announced than made."""
-    said = []
+    printed = []
 
     def handle(request: Request) -> Response:
-        assert said
+        assert printed
         return reading_model(request)
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(handle)
@@ -113,9 +113,9 @@ def test_a_model_that_reads_scores_high_and_the_control_low(hand_made, httpserve
     )
     server = Server(model="reader", base_url=httpserver.url_for("/v1"), usd_per_mtok=(1.0, 2.0))
     plan = Plan(methods=("detection", "fuzzing", "intruder"), n_test=20)
-    done, usage = interpret(records, server, plan, say=said.append)
-    assert "this machine" in said[0]
-    assert usage.requests <= int(said[0].split("at most ")[1].split()[0])
+    done, usage = interpret(records, server, plan, say=printed.append)
+    assert "this machine" in printed[0]
+    assert usage.requests <= int(printed[0].split("at most ")[1].split()[0])
     assert usage.unusable == 0
     for one, word in zip(done, ("effusion", "pneumothorax", "pacemaker", "nodule"), strict=True):
         assert one.explanation == word
@@ -141,8 +141,8 @@ def test_the_command_asks_the_server_of_the_environment(hand_made, httpserver, m
     records = hand_made(KEYS[:3])
     words = ["interpret", "run", "--records", str(records.folder), "--judge", "reader", "--latents", "0-1"]
     assert main([*words, "--n-test", "20"]) == 0
-    said = capsys.readouterr().out
-    assert said.index("at most") < said.index(" requests (") < said.index("Statuses: {'ok': 2}")
+    printed = capsys.readouterr().out
+    assert printed.index("at most") < printed.index(" requests (") < printed.index("Statuses: {'ok': 2}")
     assert (records.folder / JOURNAL).is_file()
     assert {one.latent for one in load(records.folder)} == {0, 1}
 

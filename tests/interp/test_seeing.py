@@ -78,10 +78,10 @@ def test_a_judge_that_sees_scores_high_and_the_control_does_not(hand_made, https
     """Two image latents, two places: the description decides where the judge looks."""
     records = hand_made(("nodule", "pacemaker"), kind="image", images=True)
     server = Server(model="seeing", base_url=httpserver.url_for("/v1"))
-    said: list[str] = []
-    done, usage = interpret(records, server, Plan(methods=METHODS, n_test=20), say=said.append)
+    printed: list[str] = []
+    done, usage = interpret(records, server, Plan(methods=METHODS, n_test=20), say=printed.append)
     assert usage.unusable == 0
-    assert usage.requests <= int(said[0].split("at most ")[1].split()[0])
+    assert usage.requests <= int(printed[0].split("at most ")[1].split()[0])
     for one, word in zip(done, ("nodule", "pacemaker"), strict=True):
         assert one.explanation == word
         assert [score.method for score in one.scores] == list(METHODS)

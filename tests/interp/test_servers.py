@@ -30,10 +30,10 @@ def answer(body: dict) -> dict:
 
 
 def chat(content, finish="stop", **message) -> dict:
-    said = {"role": "assistant", "content": content} | message
+    answer = {"role": "assistant", "content": content} | message
     return {
         "model": "odd",
-        "choices": [{"index": 0, "finish_reason": finish, "message": said}],
+        "choices": [{"index": 0, "finish_reason": finish, "message": answer}],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3},
     }
 
@@ -55,8 +55,8 @@ def refuses(*parameters: str) -> Callable[[dict], Response | None]:
         for name in parameters:
             if name in body:
                 use = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
-                said = f"Unsupported parameter: '{name}' is not supported with this model.{use}"
-                return error(said, param=name, code="unsupported_parameter")
+                text = f"Unsupported parameter: '{name}' is not supported with this model.{use}"
+                return error(text, param=name, code="unsupported_parameter")
         return None
 
     return check
@@ -151,16 +151,16 @@ def run(httpserver, records, behaviour, *more: str) -> int:
 @pytest.mark.parametrize("name", USABLE)
 def test_an_odd_server_is_understood(httpserver, records, capsys, name):
     assert run(httpserver, records, USABLE[name]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     done = [one for one in load(records.folder) if one.explainer == "odd"]
     assert [one.explanation for one in done][1] == "nodule"
     assert done[1].scores[0].answered == done[1].scores[0].asked > 0
     if "odd answer" not in name:
-        assert "Statuses: {'ok': 2}" in said
+        assert "Statuses: {'ok': 2}" in printed
         assert done[0].scores[0].balanced_accuracy == 1.0
     if "refused" in name or "format" in name or "schemas" in name:
         # What the server refuses is offered once per run, and not at all in the next one.
-        assert "Adapted to this server: " in said
+        assert "Adapted to this server: " in printed
         first = len(httpserver.bodies)
         assert run(httpserver, records, USABLE[name], "--seed", "1") == 0
         assert len(httpserver.bodies) < first
@@ -282,10 +282,10 @@ def test_a_server_of_no_use_stops_the_run_with_its_own_words(httpserver, records
     before = (records.folder / FILE).read_bytes()
     limits = ["--retries", "0", "--timeout", "0.4" if "drip" in name else "20"]
     assert run(httpserver, records, behaviour, *limits) == 2
-    said = capsys.readouterr().err
-    assert words in said.splitlines()[0]
-    assert said.count("\n") == 1
-    assert KEY not in said
+    printed = capsys.readouterr().err
+    assert words in printed.splitlines()[0]
+    assert printed.count("\n") == 1
+    assert KEY not in printed
     assert 1 <= len(httpserver.bodies) <= most
     assert (records.folder / FILE).read_bytes() == before
     with Journal(records.folder / JOURNAL) as journal:
@@ -321,9 +321,9 @@ def test_a_server_mended_is_asked_again_and_good_answers_are_not_paid_twice(http
         return sent(chat(json.dumps(good) if "explanation" in good else "no idea"))
 
     assert run(httpserver, records, half) == 2
-    said = capsys.readouterr().err
-    assert "All of the first 5 questions about detection failed" in said
-    assert "'no idea'" in said
+    printed = capsys.readouterr().err
+    assert "All of the first 5 questions about detection failed" in printed
+    assert "'no idea'" in printed
     assert run(httpserver, records, USABLE["a good server"]) == 0
     assert "2 answers from the journal" in capsys.readouterr().out
     assert all("explanation" not in answer(body) for body in httpserver.bodies)
@@ -373,8 +373,8 @@ def test_answers_of_the_journal_prove_nothing_about_a_server_that_died(httpserve
     assert run(httpserver, records, USABLE["a good server"], *more) == 0
     capsys.readouterr()
     assert run(httpserver, records, lambda body, n: sent("gone", 503), *more, "--seed", "5") == 2
-    said = capsys.readouterr().err
-    assert "HTTP 503: gone." in said
+    printed = capsys.readouterr().err
+    assert "HTTP 503: gone." in printed
     assert len(httpserver.bodies) <= 3
 
 

@@ -63,7 +63,7 @@ def test_inconsistent_specs_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("capability", "candidates", "device", "said"),
+    ("capability", "candidates", "device", "logged"),
     [
         ("AVX2", "bf16", "cpu", True),
         ("AVX512", "bf16", "cpu", False),
@@ -71,10 +71,10 @@ def test_inconsistent_specs_are_refused():
         ("AVX2", "bf16", "cuda", False),
     ],
 )
-def test_emulated_bfloat16_is_said_once(capability, candidates, device, said, monkeypatch, caplog):
+def test_emulated_bfloat16_is_logged_once(capability, candidates, device, logged, monkeypatch, caplog):
     """Low-precision candidates that this CPU can only emulate are slower, and the log says so, once."""
     monkeypatch.setattr(dispatch, "_said", [])
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for _ in range(2):
         say_if_emulated(candidates, device)
-    assert caplog.text.count("emulated") == int(said)
+    assert caplog.text.count("emulated") == int(logged)

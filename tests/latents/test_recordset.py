@@ -133,9 +133,9 @@ def test_another_set_is_set_aside_with_what_was_made_from_it(tmp_path):
     with pytest.warns(UserWarning, match="contained another record set"):
         write_records(tmp_path, META, STUDIES, [TEXT], [make_record(1)])
     assert [record.latent for record in RecordSet.open(tmp_path)] == [1]
-    aside = tmp_path / f"replaced-{old.fingerprint[:12]}"
-    assert RecordSet.open(aside).fingerprint == old.fingerprint
-    assert (aside / "journal.jsonl").read_text() == "of the old set"
+    other = tmp_path / f"replaced-{old.fingerprint[:12]}"
+    assert RecordSet.open(other).fingerprint == old.fingerprint
+    assert (other / "journal.jsonl").read_text() == "of the old set"
     for name in ("interpretations.jsonl", "journal.jsonl", "images"):
         assert not (tmp_path / name).exists(), name
 
@@ -152,14 +152,14 @@ def test_what_a_killed_process_left_is_removed_and_what_it_set_aside_returns(tmp
         *sorted(files.keys() - {"interpretations.jsonl", "meta.json"}),
         "meta.json",
     ]
-    aside = tmp_path / f"replaced-{old.fingerprint[:12]}"
+    other = tmp_path / f"replaced-{old.fingerprint[:12]}"
     for moved in range(len(order) + 1):
         for path in [*tmp_path.iterdir()]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (tmp_path / "images").mkdir()
-        aside.mkdir()
+        other.mkdir()
         for name in order[:moved]:
-            (aside / name).write_bytes(files[name])
+            (other / name).write_bytes(files[name])
         for name in order[moved:]:
             (tmp_path / name).write_bytes(files[name])
         if moved == len(order):  # killed while it wrote: a part of the new set, without meta.json

@@ -1,6 +1,8 @@
 """Tokenizers of three kinds with MAIRA-2's tokens, a processor for each, a tiny model and a study."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sae_lens_maira.maira2 import ADDED_TOKENS, Maira2, Maira2Processor, build_prompt
+from sae_lens_maira.maira2 import ADDED_TOKENS, Maira2, Maira2Processor, build_prompt, save_processor
 
 CORPUS = [
     "The heart size is normal. No pleural effusion or pneumothorax. A small left pleural effusion is new.",
@@ -109,3 +111,19 @@ def study(make_study: Any, make_picture: Any) -> Any:
         prior_report="The heart size is normal.",
         report="There is a small left pleural effusion, new.",
     )
+
+
+@pytest.fixture(scope="session")
+def saved(tiny: Maira2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in the published layout: shards, unknown keys, and remote code that must not run."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny.model.save_pretrained(folder, max_shard_size="100KB")
+    save_processor(tiny.processor, folder)
+    for name, extra in (
+        ("config.json", {"AutoConfig": "remote.Config", "AutoModelForCausalLM": "remote.Model"}),
+        ("processor_config.json", {"AutoProcessor": "remote.Processor"}),
+    ):
+        raw = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(raw | {"auto_map": extra, "a_key_of_tomorrow": 1}))
+    (folder / "remote.py").write_text("raise SystemExit('remote code ran')")
+    return folder

@@ -57,10 +57,10 @@ def test_errors_are_of_the_planted_kinds(phantom, teachers):
             r.text
             for r in generate_reports(maira.model, maira.processor, wanted + fooled, max_new_tokens=100)
         ]
-        said = [read_report(text).present for text in texts]
+        stated = [read_report(text).present for text in texts]
         rates[name] = (
-            sum(flaw.missed in labels for labels in said[:10]),
-            sum(flaw.stated in labels for labels in said[10:]),
+            sum(flaw.missed in labels for labels in stated[:10]),
+            sum(flaw.stated in labels for labels in stated[10:]),
         )
     assert rates["clean"][0] >= 9
     assert rates["clean"][1] <= 1

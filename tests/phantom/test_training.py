@@ -61,7 +61,9 @@ def test_loss_is_taken_over_the_report_only(corpus):
 def test_placeholders_match_images(corpus):
     """Every batch has 64 placeholders per image, in whatever mixture of one, two and three images."""
     image_id = int(np.bincount(corpus.examples["findings"][0].ids.numpy()).argmax())
-    for batch in corpus.batches(5, seed=3, start=0, stop=4):
+    batches = list(corpus.batches(5, seed=3, start=0, stop=4))
+    assert len(batches) == 4
+    for batch in batches:
         assert int((batch.ids == image_id).sum()) == 64 * len(batch.pixels)
 
 

@@ -112,11 +112,11 @@ def test_agreement_with_radlabels_samples(capsys: pytest.CaptureFixture[str]) ->
     root = Path(spec.submodule_search_locations[0]) / "samples"
     truth = json.loads((root / "synthetic_labels.json").read_text(encoding="utf-8"))
     counts: dict[tuple[str, str], Counter[tuple[bool, bool]]] = {}
-    for name, said in truth.items():
+    for name, expected in truth.items():
         labels = rule_labels((root / "synthetic_reports" / f"{name}.txt").read_text(encoding="utf-8"))
         for ours, theirs in REFERENCE.items():
             status = labels[ours].status.value if ours in labels else "absent"
-            reference = said.get(theirs, "definitely absent")
+            reference = expected.get(theirs, "definitely absent")
             strict = (reference == "definitely present", status == "present")
             loose = (reference != "definitely absent", status != "absent")
             counts.setdefault((ours, "present"), Counter())[strict] += 1

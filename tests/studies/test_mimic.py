@@ -96,7 +96,9 @@ def test_times_have_lost_their_leading_zeros() -> None:
 def test_the_table_works_where_the_tree_was_moved_to(imported, tmp_path) -> None:
     imported.table.save(tmp_path / "studies.parquet")
     (tmp_path / "mimic").rename(tmp_path / "elsewhere")
-    for study in read_table(tmp_path / "studies.parquet", tmp_path / "elsewhere").studies:
+    moved = read_table(tmp_path / "studies.parquet", tmp_path / "elsewhere").studies
+    assert len(moved) == len(imported.table)
+    for study in moved:
         images = [study.frontal, study.lateral, study.prior_frontal]
         paths = [Path(str(image)) for image in images if image is not None]
         assert paths

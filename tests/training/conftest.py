@@ -62,7 +62,7 @@ def make_sae() -> Callable[..., TrainingSAE[Any]]:
 
 
 @pytest.fixture
-def twins(
+def dense_and_fused(
     make_sae: Callable[..., TrainingSAE[Any]],
 ) -> Callable[..., tuple[TrainingSAE[Any], TrainingSAE[Any]]]:
     """Two equal SAEs that share nothing."""

@@ -49,12 +49,16 @@ def batches(rows: torch.Tensor, batch: int):
         ("saelens", "bf16", "float32", 1024, 1e-4, 1e-2),
     ],
 )
-def test_one_curve_and_equal_quality(kind, candidates, dtype, batch, early, late, rows, twins, make_config):
+def test_one_curve_and_equal_quality(
+    kind, candidates, dtype, batch, early, late, rows, dense_and_fused, make_config
+):
     """Every loss is that of SAELens, within the tolerances, and both SAEs explain equally much."""
     rows = rows.to(getattr(torch, dtype))
     train, held_out = rows[: 4 * len(rows) // 5], rows[4 * len(rows) // 5 :]
     widths = [64, 192, 512]
-    dense, fused = twins(kind, d_in=rows.shape[1], d_sae=512, k=16, matryoshka_widths=widths, dtype=dtype)
+    dense, fused = dense_and_fused(
+        kind, d_in=rows.shape[1], d_sae=512, k=16, matryoshka_widths=widths, dtype=dtype
+    )
     cfg = make_config(STEPS, batch=batch, dead_feature_window=40, lr_warm_up_steps=20, lr_decay_steps=40)
     trainers = {
         "theirs": SAETrainer(cfg, dense, batches(train, batch)),

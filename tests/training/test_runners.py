@@ -111,6 +111,7 @@ def test_several_saes_train_fused_in_lockstep(make_sae, make_config, planted_dat
     with fused_training():
         trainer = MultiSAETrainer(make_config(4), saes, dict.fromkeys(saes, "here"), batches)
         done = trainer.fit()
+    assert set(done) == set(saes)
     for name, sae in done.items():
         assert isinstance(trainer.trainers[name], FusedSAETrainer)
         sae.save_inference_model(tmp_path / name)

@@ -62,7 +62,7 @@ def test_the_free_settings_are_these():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"lr": 5e-4}, "trainer.lr is 0.001 in the checkpoint and 0.0005 here"),
         ({"sae_k": 3}, "sae.k is 4.5"),
@@ -73,9 +73,9 @@ def test_the_free_settings_are_these():
         ({"kind": "ours"}, "sae.loss_convention is 'dictionary_learning'"),
     ],
 )
-def test_other_settings_are_refused_with_a_way_out(trainer, change, told, tmp_path):
+def test_other_settings_are_refused_with_a_way_out(trainer, change, message, tmp_path):
     trainer().fit()
-    with pytest.raises(CheckpointError, match=f"{told}.*--resume false"):
+    with pytest.raises(CheckpointError, match=f"{message}.*--resume false"):
         resume_latest(trainer(**change), tmp_path)
 
 
@@ -115,9 +115,9 @@ def test_a_damaged_checkpoint_is_passed_over(trainer, damage, name, tmp_path, ca
     capsys.readouterr()
     with pytest.raises(CheckpointError, match=r"None of the .* checkpoints"):
         resume_latest(trainer(), tmp_path)
-    told = capsys.readouterr().err.splitlines()
-    tried = ["The checkpoint before it is tried." in line for line in told]
-    assert tried == [True] * (len(told) - 1) + [False]  # there is none before the oldest
+    lines = capsys.readouterr().err.splitlines()
+    tried = ["The checkpoint before it is tried." in line for line in lines]
+    assert tried == [True] * (len(lines) - 1) + [False]  # there is none before the oldest
 
 
 def test_a_checkpoint_is_read_once_to_be_verified(trainer, tmp_path, monkeypatch):
