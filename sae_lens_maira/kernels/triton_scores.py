@@ -25,7 +25,7 @@ from sae_lens_maira.kernels.workspace import Workspace
 ROOM = 2
 """Size of the candidate buffer as a multiple of the kept entries: `SAFETY` gives a factor of 1.2 to 1.4."""
 SAFETY = 0.95
-"""Factor of the last threshold for the first attempt's lower bound; after a miss the passes over entries are repeated."""
+"""Factor of the last threshold for the first attempt's lower bound; after a miss the passes are repeated."""
 TF32_SLACK = 2.0**-10
 """Relative rounding error of a sum on TF32 units."""
 

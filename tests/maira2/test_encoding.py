@@ -116,21 +116,21 @@ def test_text_with_an_added_token_is_refused(
     study = make_study(
         **{"frontal": make_picture(0), "prior_frontal": make_picture(1), "report": "x", field: f"a{token}b"}
     )
-    with pytest.raises(PromptError, match=f"{field} holds '{token}'"):
+    with pytest.raises(PromptError, match=f"{field} contains '{token}'"):
         processor.encode(study, report="teacher")
 
 
 def test_a_phrase_with_an_added_token_is_refused(processor: Maira2Processor, study: Any) -> None:
-    with pytest.raises(PromptError, match="phrase holds '<image>'"):
+    with pytest.raises(PromptError, match="phrase contains '<image>'"):
         processor.encode(study, task="phrase", phrase="a <image>")
 
 
 def test_grounding_tokens_may_stand_in_grounded_reports_only(processor: Maira2Processor, study: Any) -> None:
     text = format_grounded([GroundedFinding("Nodule.", ((0.1, 0.2, 0.3, 0.4),))])
     processor.encode(study, task="grounded", report=[text])
-    with pytest.raises(PromptError, match="report holds '<obj>'"):
+    with pytest.raises(PromptError, match="report contains '<obj>'"):
         processor.encode(study, report=[text])
-    with pytest.raises(PromptError, match="report holds '<image>'"):
+    with pytest.raises(PromptError, match="report contains '<image>'"):
         processor.encode(study, task="grounded", report=["<image>"])
 
 
