@@ -42,15 +42,14 @@ def add_aux_loss(
     """Adds the auxiliary gradients to `grads` in place; the loss of this rank's rows, 0-d float64.
 
     Args:
-        spec: The step.
+        spec: Settings of the step.
         dead: (d_sae,) boolean, of all ranks' latents.
-        n_dead: Dead latents: below each level's width for kind "matryoshka", else in all.
+        n_dead: Number of dead latents: below each level's width for kind "matryoshka", else in total.
         scores: Source of h for the dead columns of this rank's latents.
         xc: (B, d_in) centred input.
         W_dec: (latents of this rank, d_in).
-        errors: e_l = reconstruction - x (B, d_in): of every level for kind "matryoshka", else of the last
-            one.
-        tokens: Rows over all ranks.
+        errors: e_l = reconstruction - x (B, d_in): of every level for kind "matryoshka", else of the last level.
+        tokens: Number of rows over all ranks.
         division: The ranks that have other rows or other latents.
         grads: Gradients to add to.
     """
@@ -58,7 +57,7 @@ def add_aux_loss(
     if division.latents.size > 1:
         dead, own = own_dead(dead, spec, division.latents)
     total = torch.zeros((), dtype=torch.float64, device=xc.device)
-    # A stable sort puts the dead latents first, in order, without asking the device how many there are.
+    # A stable sort puts the dead latents first, in order, without reading their number from the device.
     latents = dead.to(torch.uint8).sort(descending=True, stable=True).indices[: own[-1]]
     errors = errors if spec.aux.kind == "matryoshka" else errors[-1:]
     for first, last, before, until, error in zip((0, *own), own, (0, *n_dead), n_dead, errors, strict=False):
@@ -105,7 +104,9 @@ def _add_span(
     squared = torch.linalg.vector_norm(off, dim=1).double().square_().sum()
     if aux.kind == "dictionary_learning":
         scale = aux.coefficient / _spread(error, tokens, division.rows)
-        scale = torch.where(torch.isfinite(scale), scale, 0.0)  # a constant residual: that library gives 0
+        scale = torch.where(
+            torch.isfinite(scale), scale, 0.0
+        )  # for a constant residual dictionary_learning gives 0
         gradient = off.mul_((2 * scale / tokens).to(off.dtype))
     else:
         scale = aux.coefficient * min(n_dead / k_aux, 1.0)

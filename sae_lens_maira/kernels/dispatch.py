@@ -114,16 +114,16 @@ def fused_step(
     """Compute losses, gradients and sparse activations of one batch.
 
     Args:
-        weights: The SAE's parameters. W_enc (d_in, d_sae) is read fastest as the transposed view of a
-            contiguous (d_sae, d_in) tensor.
+        weights: Parameters of the SAE. W_enc (d_in, d_sae) is read fastest as the transposed view of a contiguous
+            (d_sae, d_in) tensor.
         x: This rank's rows (batch, d_in), float32 or float64, the weights' type; all rows with `own_latents`.
-        spec: Selection, levels, losses.
-        dead: Dead latents (d_sae,), or a function that gives them from this batch's fire counts.
-        backend: Which implementation runs; see `resolve_backend`. The result names it.
-        workspace: Buffers reused between steps.
+        spec: Settings of selection, levels and losses.
+        dead: Mask of dead latents (d_sae,), or a function that computes it from this batch's fire counts.
+        backend: Name of the implementation; see `resolve_backend`. The result contains the one that ran.
+        workspace: Buffers that are reused between steps.
         comm: Reductions over ranks; None means one process.
-        out: Buffers (d_sae, d_in) that W_enc_t's and W_dec's gradients are written to.
-        own_rows: Whether those two gradients are wanted for this rank's share of the latents only.
+        out: Buffers (d_sae, d_in) for the gradients of W_enc_t and W_dec.
+        own_rows: Whether these two gradients are needed only for this rank's share of the latents.
         own_latents: Whether the weights are those of this rank's share of the latents (`own_latents.latents_of`), and
             every rank passes the same rows. `spec` and `dead` are those of all latents.
 

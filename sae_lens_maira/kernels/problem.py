@@ -147,14 +147,14 @@ class StepResult:
         aux_loss: Auxiliary loss with its coefficient, 0-d.
         sae_out: (rows of this rank, d_in) reconstruction of the last level.
         acts: Kept entries of this rank's rows; with `own_latents`, of its latents, numbered as in the whole SAE.
-        gradients: Gradients of `loss`, summed over ranks; of the two matrices perhaps this rank's share of the latents
-            only, with other rows undefined (`own_rows`). With `own_latents` they have the shapes of its weights.
-        squares: (2,) sums of squares of W_dec's and W_enc's gradients, where the backend has them; else None.
-        fired: (d_sae,) tokens each latent fired on.
-        min_positive: Smallest kept activation, 0-d; inf if nothing fired.
-        tokens: Rows of the whole batch.
-        n_dead: Dead latents that the auxiliary loss used.
-        backend: The backend that ran.
+        gradients: Gradients of `loss`, summed over ranks. With `own_rows`, those of the two matrices are defined only
+            for this rank's share of the latents. With `own_latents` they have the shapes of its weights.
+        squares: (2,) sums of squares of the gradients of W_dec and W_enc, if the backend computes them; else None.
+        fired: (d_sae,) number of tokens on which each latent fired.
+        min_positive: Smallest kept activation, 0-d; inf if no latent fired.
+        tokens: Number of rows of the whole batch.
+        n_dead: Number of dead latents in the auxiliary loss.
+        backend: Name of the backend that ran.
     """
 
     loss: torch.Tensor

@@ -56,8 +56,8 @@ class SavingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     data.
 
     Attributes:
-        comm: The other ranks.
-        run_settings: Further settings that a continued run must share, such as the seed, as JSON values.
+        comm: Communication with the other ranks.
+        run_settings: Further settings that must be equal in a continued run, such as the seed, as JSON values.
         shares: The division of latents over ranks, if they are divided.
     """
 

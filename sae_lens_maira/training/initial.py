@@ -45,7 +45,7 @@ def start_from(trainer: "FusedSAETrainer[Any, Any]", source: str | MatryoshkaSAE
     if trainer.shares is not None:
         weights = {name: trainer.shares.own(name, value) for name, value in weights.items()}
         norms = trainer.shares.own("b_enc", norms)
-    # Decoder rows of norm 1 make activations comparable in both conventions.
+    # With decoder rows of norm 1, activations are comparable in both conventions.
     weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
     weights["W_dec"] = weights["W_dec"] / norms[:, None]
     if given.cfg.apply_b_dec_to_input != sae.cfg.apply_b_dec_to_input:

@@ -121,7 +121,9 @@ def check_division(
             "shard_optimizer is set too, and moments are divided with their latents (leave it out)"
         )
     if backend == "reference":
-        reasons.append('the backend is "reference", which sees one process only (use "sparse" or "triton")')
+        reasons.append(
+            'the backend is "reference", which works in one process only (use "sparse" or "triton")'
+        )
     if evaluator is not None:
         reasons.append(
             "an evaluator was given, and it needs the whole SAE (leave it out and evaluate saved checkpoints)"
