@@ -185,8 +185,8 @@ def count_errors(
                 sum(one.present for one in mine),
                 sum(one.present for one in theirs),
             )
-    agreed, stated, present = counts[:, :, :-1]
-    return ReportErrors(tuple(findings), errors, agreed, stated, present)
+    agreed, in_reports, in_references = counts[:, :, :-1]
+    return ReportErrors(tuple(findings), errors, agreed, in_reports, in_references)
 
 
 def report_errors(
