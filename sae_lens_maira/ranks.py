@@ -55,9 +55,10 @@ def rank_info(
     if rank is not None and world is not None:
         source = "--rank and --world"
     elif "RANK" in env and "WORLD_SIZE" in env:
-        rank, world, source = int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun (RANK, WORLD_SIZE)"
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+        rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+        source = "torchrun (RANK, WORLD_SIZE)"
+    elif "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        rank, world = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
         source = "a SLURM step (SLURM_PROCID, SLURM_STEP_NUM_TASKS)"
     if rank is None or world is None:
         return RankInfo()
@@ -93,7 +94,7 @@ def check_single_process(command: str) -> None:
 
 def _address(env: Mapping[str, str], of_step: bool) -> tuple[str, int] | None:
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        return env["MASTER_ADDR"], _number(env, "MASTER_PORT")
     if not of_step:
         return None
     nodes = re.match(
@@ -101,17 +102,27 @@ def _address(env: Mapping[str, str], of_step: bool) -> tuple[str, int] | None:
     )  # "gpu[03-05,09]-x" -> "gpu03-x"
     if nodes is None or "SLURM_JOB_ID" not in env:
         return None
-    job, step = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_STEP_ID", "0"))
+    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", 0)
     return "".join(part or "" for part in nodes.groups()), 20_000 + (7 * job + step) % 20_000
 
 
 def local_rank(environment: Mapping[str, str] | None = None) -> int:
     """Number of this process on its machine, by which a GPU is chosen."""
     env = os.environ if environment is None else environment
-    local = env.get("LOCAL_RANK")
-    if local is None and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        local = env.get("SLURM_LOCALID")
-    return int(local or 0)
+    if "LOCAL_RANK" not in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        return _number(env, "SLURM_LOCALID", 0)
+    return _number(env, "LOCAL_RANK", 0)
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """The number that a launcher put into a variable; an unset or empty variable has the default."""
+    text = env.get(name) or ("" if default is None else str(default))
+    if not text.isdecimal():
+        raise ConfigError(
+            f"The environment variable {name} is {text!r}; expected a whole number. Start the command with torchrun or "
+            "srun, which set it, or unset it."
+        )
+    return int(text)
 
 
 def announce(info: RankInfo) -> None:
@@ -126,7 +137,7 @@ def announce(info: RankInfo) -> None:
             "work. To share the work of harvest, number the array from 0 and pass --rank $SLURM_ARRAY_TASK_ID "
             "--world $SLURM_ARRAY_TASK_COUNT.\n"
         )
-    elif not info.source and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+    elif not info.source and _number(os.environ, "SLURM_NTASKS", 1) > 1:
         sys.stderr.write(
             f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but this process was not started by srun: it does all of "
             "the work. Put srun in front of the command to share it.\n"

@@ -70,6 +70,12 @@ def test_impossible_ranks_are_refused(rank, world):
         rank_info({}, rank, world)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_a_variable_that_is_no_number_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is 'x'; expected a whole number"):
+        rank_info(TORCHRUN | {name: "x"})
+
+
 def test_ranks_without_an_address_work_apart(capsys):
     with distributed(1, 3) as ranks:
         assert not ranks.connected

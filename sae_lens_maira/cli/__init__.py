@@ -197,7 +197,11 @@ def _bench(words: list[str]) -> int:
         return 2
     from sae_lens_maira.bench.step import main as step
 
-    return exit_code(f"{PROGRAM} bench step", lambda: step(words[1:]))
+    def benchmark() -> None:
+        check_single_process("bench step")
+        step(words[1:])
+
+    return exit_code(f"{PROGRAM} bench step", benchmark)
 
 
 _CONTROL = re.compile(r"\x1b\[A|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
