@@ -11,8 +11,9 @@ Every name in `__all__` is imported on first use, so that `import sae_lens_maira
 libraries.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sae_lens_maira.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sae_lens_maira.activations import RowSettings, read_rows
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SOURCES: dict[str, tuple[str, ...]] = {
+_SOURCES = {
     "activations": ("RowSettings", "read_rows"),
     "hooks": ("HookedMaira2", "Maira2NNsight"),
     "interactive": ("InteractiveMaira2", "SteeringResult"),
@@ -57,7 +58,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "studies": ("Study", "known_findings"),
     "workbench": ("workbench",),
 }
-_MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
+__getattr__ = lazy_names(__name__, _SOURCES)
 
 __all__ = [
     "Ablate",
@@ -99,14 +100,6 @@ __all__ = [
     "window",
     "workbench",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        value = getattr(importlib.import_module(f"sae_lens_maira.{_MODULE_OF[name]}"), name)
-        globals()[name] = value  # later accesses do not call this function
-        return value
-    raise AttributeError(f"module 'sae_lens_maira' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

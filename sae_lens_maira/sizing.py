@@ -16,8 +16,8 @@ import numpy as np
 
 from sae_lens_maira.activations.sampling import role_rates
 from sae_lens_maira.maira2 import Maira2Config, TokenRole
-from sae_lens_maira.maira2.roles import LAST_IMAGE_PRESET
 from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
+from sae_lens_maira.token_roles import LAST_IMAGE_PRESET
 
 GPUS: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12}
 """Dense bfloat16 peak by NVIDIA's data sheets, FLOPs per second."""

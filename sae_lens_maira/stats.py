@@ -12,14 +12,19 @@ from counts in bins of 1/36 octave, so that they can be streamed and added over 
 1 %.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+
+# Functions that compute with torch import it themselves: readers of records and tables do without.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Z95 = 1.959963984540054
 
@@ -144,7 +149,7 @@ class ExplainedVariance:
         # Sums around the first batch's mean, since sums of squares cancel for rows far from zero.
         if self._origin is None or self._total is None:
             self._origin = x.mean(0)
-            self._total = torch.zeros_like(self._origin)
+            self._total = self._origin.new_zeros(self._origin.shape)
         centred = x - self._origin.to(x.device)
         self.rows += len(x)
         self.residual += float((x - reconstruction).pow(2).sum())
@@ -164,12 +169,14 @@ class ExplainedVariance:
         return float(explained_by_sums(self.residual, self.variance))
 
 
-@torch.no_grad()
 def explained_variance(rows: Tensor, reconstruct: Callable[[Tensor], Tensor], chunk: int = 8192) -> float:
     """Explained variance of rows (n, d) by a reconstruction, computed in chunks of rows."""
+    import torch
+
     sums = ExplainedVariance()
-    for part in rows.split(chunk):
-        sums.add(part, reconstruct(part))
+    with torch.no_grad():
+        for part in rows.split(chunk):
+            sums.add(part, reconstruct(part))
     return sums.value
 
 
@@ -192,12 +199,13 @@ def perplexity(log_probabilities: Tensor, counted: Tensor) -> Tensor:
     Returns:
         (...,) values of 1 or more; NaN for a sequence without tokens.
     """
-    n = counted.sum(-1)
-    return torch.where(counted, -log_probabilities, 0.0).sum(-1).div(n).exp()
+    return (-log_probabilities).masked_fill(~counted, 0.0).sum(-1).div(counted.sum(-1)).exp()
 
 
 def quantile_bins(values: Tensor) -> Tensor:
     """Index of the bin between `EDGES` of every value, int64."""
+    import torch
+
     inner = torch.from_numpy(EDGES[1:-1]).to(values.device, torch.float32)
     return torch.bucketize(values.float(), inner, right=True)
 
@@ -213,6 +221,8 @@ def quantile_of_counts(counts: Tensor, largest: Tensor, q: float = 0.99) -> Tens
     Returns:
         (...,) float32 geometric middle of the quantile's bin; 0 where nothing was counted.
     """
+    import torch
+
     cumulative = counts.cumsum(-1)
     wanted = (q * cumulative[..., -1:]).ceil().clamp(min=1)
     middle = torch.from_numpy(np.sqrt(EDGES[1:] * EDGES[:-1])).to(counts.device, torch.float32)
@@ -229,6 +239,8 @@ class Quantiles:
     """
 
     def __init__(self, n: int) -> None:
+        import torch
+
         self.counts = torch.zeros(n, len(EDGES) - 1, dtype=torch.int32)
         self.largest = torch.zeros(n)
 
@@ -236,7 +248,7 @@ class Quantiles:
         """Count values (m,) above zero of latents (m,)."""
         value = value.float().cpu()
         at = latent.cpu() * self.counts.shape[1] + quantile_bins(value)
-        self.counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+        self.counts.view(-1).index_add_(0, at, self.counts.new_ones(len(at)))
         self.largest.scatter_reduce_(0, latent.cpu(), value, "amax")
 
     def value(self, q: float = 0.99) -> Tensor:

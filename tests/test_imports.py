@@ -20,7 +20,9 @@ ALLOWED = {
     "checksums": {"io"},
     "privacy": {"errors"},
     "stats": {"errors"},
+    "lazy": set(),
     "memory": set(),
+    "token_roles": {"errors"},
     "maira2": set(),
     "studies": set(),
     "sizing": {"maira2", "activations"},
@@ -52,7 +54,18 @@ ALLOWED |= {
     "__init__": LIBRARY | {"interface", "interactive", "workbench"},
     "__main__": {"cli"},
 }
-LEAVES = {"checksums", "distributed", "errors", "io", "memory", "privacy", "ranks", "stats"}
+LEAVES = {
+    "checksums",
+    "distributed",
+    "errors",
+    "io",
+    "lazy",
+    "memory",
+    "privacy",
+    "ranks",
+    "stats",
+    "token_roles",
+}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -145,3 +158,10 @@ def test_nothing_heavy_is_loaded_before_it_is_used():
     assert "sae_lens_maira.steering" in public
     assert not (public - hosts) & optional
     assert "nnsight" in asked
+
+
+def test_commands_that_read_json_load_no_torch():
+    """`store show`, `dashboards validate` and `dashboards html` without images start in a second."""
+    steps = ["activations.manifest", "dashboards.validate", "dashboards.html"]
+    for modules_then in loaded(*(f"import sae_lens_maira.{name}" for name in steps)):
+        assert not modules_then & {"torch", "transformers", "sae_lens", "datasets"}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sae_lens_maira.activations.segments import SEGMENT
 from sae_lens_maira.activations.store import ActivationStore
+from sae_lens_maira.activations.store_spec import SEGMENT
 
 ENOUGH = 0.92
 """Share of the ideal that a buffer of the default size reaches: 0.9, and a margin for unequal studies."""

@@ -17,9 +17,9 @@ import torch
 from sae_lens_maira.activations.mixing import Mixing
 from sae_lens_maira.activations.prefetch import BatchMemory, empty_rows
 from sae_lens_maira.activations.sampling import RoleRates, rate_table, role_rates
-from sae_lens_maira.activations.segments import SEGMENT
+from sae_lens_maira.activations.segments import TORCH_DTYPES
 from sae_lens_maira.activations.store import ActivationStore
-from sae_lens_maira.activations.store_spec import DTYPES
+from sae_lens_maira.activations.store_spec import SEGMENT
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole
 from sae_lens_maira.memory import free_bytes
@@ -145,7 +145,7 @@ class StoreProvider:
             )
         else:
             free = free_bytes(torch.device("cpu"))
-            size = SEGMENT * store.spec.hooks[hook] * DTYPES[store.spec.dtype].itemsize
+            size = SEGMENT * store.spec.hooks[hook] * TORCH_DTYPES[store.spec.dtype].itemsize
             wanted = self.mixing.default_segments(size, free)
             self._per_buffer = wanted if agree is None else agree(wanted)
         self._roles: dict[int, np.ndarray] = {}
@@ -153,7 +153,7 @@ class StoreProvider:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="store")
         self._ahead: _Buffer | None = None
         self._loaded: tuple[int, int] | None = None
-        width, dtype = store.spec.hooks[hook], DTYPES[store.spec.dtype]
+        width, dtype = store.spec.hooks[hook], TORCH_DTYPES[store.spec.dtype]
         self._values, self._order = torch.empty(0, width), torch.empty(0, dtype=torch.long)
         # The memory of buffers and of a batch in the store's dtype is used again and again.
         self._spare: list[torch.Tensor] = []

@@ -17,7 +17,7 @@ import torch
 from sae_lens_maira.activations.rows import SOURCES
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.maira2 import TokenRole, resolve_roles
-from sae_lens_maira.maira2.roles import DEFAULT_ROLES, LAST_IMAGE_PRESET
+from sae_lens_maira.token_roles import DEFAULT_ROLES, LAST_IMAGE_PRESET
 
 RoleRates = Mapping[str, float] | Mapping[TokenRole, float]
 Reports = Literal["teacher", "generated", "both", "prompt"]
@@ -100,7 +100,7 @@ def role_rates(
     """Rate of every kept role: 1 for the preset's or the named roles, replaced by `rates` where given.
 
     Args:
-        roles: A preset of `maira2.roles` or a list of roles. "paper_last_image" gives the image role no rate: the
+        roles: A preset of `token_roles` or a list of roles. "paper_last_image" gives the image role no rate: the
             last token of each image is always kept, regardless of sampling.
         rates: Share of a role's rows to keep, from 0 to 1, by role or its name.
 

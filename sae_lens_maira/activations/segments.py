@@ -16,11 +16,11 @@ import torch
 import xxhash
 
 from sae_lens_maira.activations.prefetch import empty_rows
+from sae_lens_maira.activations.store_spec import SEGMENT
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import atomic_file
 
-SEGMENT = 1024
-"""Rows per checked piece; the unit in which readers shuffle."""
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PIECE = 1 << 20
 _NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 

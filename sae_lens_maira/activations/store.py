@@ -13,10 +13,8 @@ One entry file per shard lets many ranks write one store. Every read compares th
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,49 +22,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sae_lens_maira.activations.manifest import Manifest
 from sae_lens_maira.activations.prefetch import empty_rows
 from sae_lens_maira.activations.rows import COLUMNS, SOURCES, ActivationRows, study_order
-from sae_lens_maira.activations.segments import SEGMENT, read_rows, write_rows
+from sae_lens_maira.activations.segments import TORCH_DTYPES, read_rows, write_rows
 from sae_lens_maira.activations.store_checks import wrong_contents, wrong_shards, wrong_sizes
-from sae_lens_maira.activations.store_spec import DTYPES, StoreSpec, differences, other_studies
-from sae_lens_maira.checksums import take_checksum, with_checksum
+from sae_lens_maira.activations.store_spec import DTYPES, SEGMENT, StoreSpec, differences, other_studies
+from sae_lens_maira.checksums import with_checksum
 from sae_lens_maira.errors import StoreError
-from sae_lens_maira.io import read_json, sha256_of, write_json, write_listed
-from sae_lens_maira.maira2 import TokenRole
-
-_CHANGED = (
-    "has another content than when it was written: it is damaged. Restore it from a copy, or remove it and harvest "
-    "again; complete shards are kept."
-)
+from sae_lens_maira.io import write_json, write_listed
 
 
-class ActivationStore:
-    """A folder of shards. Open an existing one with `ActivationStore(folder)`, make one with `create`.
-
-    Attributes:
-        folder: Its folder.
-        spec: What it holds.
-        study_ids: Ids by study number.
-    """
-
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        path = self.folder / "store.json"
-        content = read_json(path)
-        try:
-            intact = take_checksum(content)
-            ids_sum = content.pop("studies_sha256", None)
-            self.spec = StoreSpec(**content)
-        except (TypeError, AttributeError) as error:
-            raise StoreError(
-                f"{path} does not describe a store of this version ({error}). Harvest into a new folder."
-            ) from error
-        if not intact:
-            raise StoreError(f"{path} {_CHANGED}")
-        ids = self.folder / "studies.json"
-        self.study_ids: list[str] = read_json(ids)
-        if ids_sum is not None and sha256_of(ids) != ids_sum:
-            raise StoreError(f"{ids} {_CHANGED}")
+class ActivationStore(Manifest):
+    """A folder of shards. Open an existing one with `ActivationStore(folder)`, make one with `create`."""
 
     @classmethod
     def create(cls, folder: Path | str, spec: StoreSpec, study_ids: Sequence[str]) -> "ActivationStore":
@@ -100,74 +68,6 @@ class ActivationStore:
         write_json(folder / "store.json", with_checksum(asdict(spec) | {"studies_sha256": ids["sha256"]}))
         return cls(folder)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits over what the store holds: its description, its studies and the checksums of its rows."""
-        description = {k: v for k, v in asdict(self.spec).items() if k not in ("versions", "source")}
-        digest = hashlib.sha256(json.dumps([description, self.study_ids], sort_keys=True).encode())
-        for shard in self.rows:
-            digest.update(json.dumps(self._entries[shard]["xxh3"], sort_keys=True).encode())
-        return digest.hexdigest()[:16]
-
-    # Manifest
-
-    def committed(self) -> list[int]:
-        """Numbers of the shards that exist, ascending; looked up on each access."""
-        return sorted(int(path.stem.removeprefix("shard-")) for path in self.folder.glob("shard-*.json"))
-
-    @property
-    def complete(self) -> bool:
-        """Whether every shard is there."""
-        return len(self.committed()) == self.spec.n_shards
-
-    def entry(self, shard: int) -> dict[str, Any]:
-        """A shard's manifest entry: rows, files with their sizes, XXH3 per segment, fingerprints of studies.
-
-        Raises:
-            StoreError: The entry lacks one of these, as those of earlier versions do.
-        """
-        path = self.path_of(shard, "json")
-        entry: dict[str, Any] = read_json(path)
-        intact = isinstance(entry, dict) and take_checksum(entry)
-        if lacking := [name for name in ("rows", "files", "xxh3", "segment") if name not in entry]:
-            raise StoreError(
-                f"The entry of shard {shard} in {self.folder} has no {', '.join(lacking)}; an earlier version wrote "
-                "it. Delete the folder, or this shard's .json, and harvest again."
-            )
-        if not intact:
-            raise StoreError(f"{path} {_CHANGED}")
-        if entry["segment"] != SEGMENT:
-            raise StoreError(
-                f"Shard {shard} in {self.folder} has segments of {entry['segment']} rows; this version reads "
-                f"{SEGMENT}. Harvest into a new folder."
-            )
-        return entry
-
-    def studies_of(self, shard: int) -> range:
-        """Numbers of a shard's studies."""
-        start = shard * self.spec.shard_studies
-        return range(start, min(start + self.spec.shard_studies, self.spec.n_studies))
-
-    @cached_property
-    def rows(self) -> dict[int, int]:
-        """Shard -> rows, as of the first look."""
-        self._entries.update({shard: self.entry(shard) for shard in self.committed()})
-        return {shard: entry["rows"] for shard, entry in sorted(self._entries.items())}
-
-    def __len__(self) -> int:
-        return sum(self.rows.values())
-
-    def role_counts(self) -> dict[TokenRole, int]:
-        """Rows of every role, from the manifest."""
-        counts: Counter[TokenRole] = Counter()
-        for shard in self.rows:
-            counts.update({TokenRole(int(role)): n for role, n in self._entries[shard]["roles"].items()})
-        return dict(sorted(counts.items()))
-
-    def path_of(self, shard: int, ending: str) -> Path:
-        """File of a shard, by its ending."""
-        return self.folder / f"shard-{shard:06d}.{ending}"
-
     # Writing
 
     def commit(
@@ -185,7 +85,7 @@ class ActivationStore:
             values: Hook name -> (rows, d_in), best in the store's dtype already.
             index: As many rows, with `COLUMNS`.
             order: (rows,) order in which the rows are written; unchanged if not given.
-            inputs: Fingerprint of every study of the shard, of `harvest.study_fingerprint`.
+            inputs: Fingerprint of every study of the shard, of `harvesting.study_fingerprint`.
 
         Raises:
             StoreError: Shapes do not fit, or the disk is full; the store is then as before.
@@ -194,7 +94,7 @@ class ActivationStore:
         try:
             places = None if order is None else torch.from_numpy(order)
             for hook, d_in in self.spec.hooks.items():
-                tensor = values[hook].to(DTYPES[self.spec.dtype])
+                tensor = values[hook].to(TORCH_DTYPES[self.spec.dtype])
                 if tensor.shape != (len(index), d_in):
                     raise StoreError(
                         f"Shard {shard} at {hook} has shape {tuple(tensor.shape)}; expected ({len(index)}, {d_in})."
@@ -280,7 +180,7 @@ class ActivationStore:
         """
         entry = self._known(hook, shard)
         end: int = entry["rows"] if stop is None else min(stop, entry["rows"])
-        place = empty_rows(max(end - start, 0), self.spec.hooks[hook], DTYPES[self.spec.dtype])
+        place = empty_rows(max(end - start, 0), self.spec.hooks[hook], TORCH_DTYPES[self.spec.dtype])
         self.read_into(place, hook, shard, start)
         return place
 
@@ -307,10 +207,6 @@ class ActivationStore:
                 f"{self.folder} holds {', '.join(self.spec.hooks)}, not {hook!r}; name one of these."
             )
         return self._entries.get(shard) or self._entries.setdefault(shard, self.entry(shard))
-
-    @cached_property
-    def _entries(self) -> dict[int, dict[str, Any]]:
-        return {}
 
     def blocks(
         self,
@@ -363,7 +259,7 @@ class ActivationStore:
             values = self.read(hook, shard)
         else:
             wanted = np.flatnonzero(np.isin(index["study"].to_numpy(), studies))
-            values = empty_rows(len(wanted), self.spec.hooks[hook], DTYPES[self.spec.dtype])
+            values = empty_rows(len(wanted), self.spec.hooks[hook], TORCH_DTYPES[self.spec.dtype])
             for number in np.unique(wanted // SEGMENT).tolist():
                 first, last = np.searchsorted(wanted, [number * SEGMENT, (number + 1) * SEGMENT]).tolist()
                 rows = self.read(hook, shard, number * SEGMENT, (number + 1) * SEGMENT)

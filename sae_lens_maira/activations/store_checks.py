@@ -4,8 +4,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from sae_lens_maira.activations.prefetch import empty_rows
-from sae_lens_maira.activations.segments import SEGMENT, header, read_rows
-from sae_lens_maira.activations.store_spec import DTYPES
+from sae_lens_maira.activations.segments import TORCH_DTYPES, header, read_rows
+from sae_lens_maira.activations.store_spec import SEGMENT
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import sha256_of
 
@@ -41,7 +41,7 @@ def wrong_contents(store: "ActivationStore", shard: int) -> list[str]:
     """Files of a shard whose header, checksum or row counts differ from the manifest; every byte is read."""
     entry = store.entry(shard)
     found = []
-    dtype = DTYPES[store.spec.dtype]
+    dtype = TORCH_DTYPES[store.spec.dtype]
     for hook, d_in in store.spec.hooks.items():
         path = store.path_of(shard, f"{hook}.safetensors")
         expected = header(hook, entry["rows"], d_in, dtype)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float32")
+"""Types of the stored numbers."""
+SEGMENT = 1024
+"""Rows per checked piece; the unit in which readers shuffle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,4 +87,4 @@ def other_studies(held: Sequence[str], asked: Sequence[str]) -> str:
     return f"study {first} is {held[first]} in the store and {asked[first]} here"
 
 
-__all__ = ["DTYPES", "StoreSpec", "differences", "other_model", "other_studies"]
+__all__ = ["DTYPES", "SEGMENT", "StoreSpec", "differences", "other_model", "other_studies"]

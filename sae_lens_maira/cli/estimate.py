@@ -7,9 +7,9 @@ import json
 import sys
 from typing import Any
 
-from sae_lens_maira.activations.harvest import studies_that_fit
+from sae_lens_maira.activations.harvesting import studies_that_fit
 from sae_lens_maira.activations.mixing import Mixing
-from sae_lens_maira.activations.segments import SEGMENT
+from sae_lens_maira.activations.store_spec import SEGMENT
 from sae_lens_maira.cli.options import HarvestOptions, StudyOptions
 from sae_lens_maira.maira2.loading import load_config, load_processor
 from sae_lens_maira.ranks import rank_info

@@ -179,7 +179,7 @@ def _stored(
     A store that is given with --store must match. The store that the SAE was trained on is used if it contains exactly
     the requested studies; the decision is printed to stderr.
     """
-    from sae_lens_maira.activations.harvest import check_inputs
+    from sae_lens_maira.activations.harvesting import check_inputs
     from sae_lens_maira.errors import ConfigError, RecordError, StoreError
     from sae_lens_maira.latents.source import StoreSource
 

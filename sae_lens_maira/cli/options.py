@@ -274,7 +274,7 @@ class HarvestOptions(StudyOptions):
         Raises:
             StoreError: The store does not match the options; the message names the differences.
         """
-        from sae_lens_maira.activations.harvest import check_inputs
+        from sae_lens_maira.activations.harvesting import check_inputs
         from sae_lens_maira.activations.store_spec import differences, other_model, other_studies
         from sae_lens_maira.errors import StoreError
 

@@ -96,9 +96,9 @@ def show(store: Path, as_json: bool = False) -> None:
     """
     from dataclasses import asdict
 
-    from sae_lens_maira.activations import ActivationStore
+    from sae_lens_maira.activations.manifest import Manifest
 
-    opened = ActivationStore(store)
+    opened = Manifest(store)
     rows = len(opened)
     files = [file for shard in opened.rows for file in opened.entry(shard)["files"]]
     size = sum(file["bytes"] for file in files)

@@ -26,7 +26,6 @@ from sae_lens_maira.errors import RecordError
 from sae_lens_maira.interp.records import Interpretation, Score
 from sae_lens_maira.io import atomic_file
 from sae_lens_maira.latents.records import Context, LatentRecord, StudyInfo
-from sae_lens_maira.maira2.images import centre_crop
 from sae_lens_maira.privacy import image_path
 
 IMAGE_SIDE = 518
@@ -247,7 +246,10 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, root: Path, studies: Sequence[str], licence: str) -> None:
-        self.folder, self.root = folder, root
+        # Loads torch, which a page without images does not need, and once for all processes.
+        from sae_lens_maira.maira2.images import centre_crop
+
+        self.folder, self.root, self._crop = folder, root, centre_crop
         self._info = PngInfo()
         self._info.add_text("Licence", licence)
         self._number = {study: number for number, study in enumerate(studies)}
@@ -274,7 +276,7 @@ class ImageFolder:
                     f"Study {entry.study} has a {view} image at {path}, which does not exist. Give the folder that "
                     "image paths are relative to (--image-root), or write the page without images (--images false)."
                 )
-            square, moved = centre_crop(path, entry.boxes if view == "frontal" else (), IMAGE_SIDE)
+            square, moved = self._crop(path, entry.boxes if view == "frontal" else (), IMAGE_SIDE)
             boxes = moved if view == "frontal" else boxes
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{number:06d}-{view if view in VIEWS else 'other'}.png"

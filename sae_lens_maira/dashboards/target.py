@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sae_lens.constants import SAE_CFG_FILENAME
-
 from sae_lens_maira.checksums import rewrite_file
 from sae_lens_maira.errors import ConfigError
 from sae_lens_maira.latents.records import RecordsMeta
@@ -150,6 +148,8 @@ def save_metadata(folder: Path | str, target: Target, meta: RecordsMeta) -> Path
     Raises:
         ConfigError: The folder has no SAE configuration, or its SAE has a different size.
     """
+    from sae_lens.constants import SAE_CFG_FILENAME
+
     path = Path(folder) / SAE_CFG_FILENAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -10,17 +10,22 @@ the other half. F1 separates trained from untrained SAEs where the AUROC of a ma
 random directions correlates with almost any label.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 
-from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import StudyError
 from sae_lens_maira.stats import bootstrap, f1, f1_of_firing, interval
+
+if TYPE_CHECKING:
+    import torch
+
+    from sae_lens_maira.activations import ActivationRows
 
 
 class Encoder(Protocol):
@@ -43,6 +48,8 @@ def study_firing(
     Returns:
         `(fires, l0)`: (n_studies, n_units) bool, and the mean number of active units per row.
     """
+    import torch
+
     fires: torch.Tensor | None = None
     active = 0
     study = torch.from_numpy(rows.study)
@@ -74,6 +81,8 @@ class MeanDifference:
             choose: (n_studies,) bool, the first half.
         """
         n_studies, n_findings = truth.shape
+        import torch
+
         study = torch.from_numpy(rows.study)
         sums = torch.zeros(n_studies, rows.values.shape[1]).index_add_(0, study, rows.values)
         counts = torch.zeros(n_studies).index_add_(0, study, torch.ones(len(rows)))
@@ -96,7 +105,7 @@ class MeanDifference:
         self._threshold = torch.tensor(thresholds)
 
     def __call__(self, values: torch.Tensor, /) -> torch.Tensor:
-        return torch.relu(values @ self._direction - self._threshold)
+        return (values @ self._direction - self._threshold).relu()
 
 
 def _best_threshold(score: np.ndarray, truth: np.ndarray) -> float:

@@ -48,10 +48,10 @@ from sae_lens_maira.latents.workdir import Workdir
 from sae_lens_maira.latents.writing import write_records
 from sae_lens_maira.maira2 import Maira2, OutputHead
 from sae_lens_maira.maira2.images import centre_crop
-from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.privacy import is_shareable, private_files
 from sae_lens_maira.sae import fingerprint, level_widths_of
 from sae_lens_maira.studies import Study
+from sae_lens_maira.token_roles import VIEWS
 
 Labels = Callable[[Study], Iterable[str] | None]
 

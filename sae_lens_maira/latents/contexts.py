@@ -22,19 +22,19 @@ from dataclasses import asdict, is_dataclass, replace
 from functools import cache, cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from sae_lens_maira.activations import ActivationRows
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.records import Context, Interval, LatentRecord, MeanMap, StudyText
-from sae_lens_maira.maira2 import Maira2Processor, TokenRole
-from sae_lens_maira.maira2.prompts import VIEWS
-from sae_lens_maira.maira2.reports import teacher_text
-from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
 from sae_lens_maira.privacy import is_shareable
-from sae_lens_maira.studies import Study
+from sae_lens_maira.token_roles import VIEWS, TokenRole
+
+if TYPE_CHECKING:
+    from sae_lens_maira.activations import ActivationRows
+    from sae_lens_maira.maira2 import Maira2Processor
+    from sae_lens_maira.studies import Study
 
 T = TypeVar("T")
 
@@ -85,6 +85,9 @@ def study_text(
     Raises:
         RecordError: The rows were read from another text.
     """
+    from sae_lens_maira.maira2.reports import teacher_text
+    from sae_lens_maira.maira2.tokenization import append_reports, tokenize_prompts
+
     tokenizer = processor.tokenizer
     prompt = processor.build_prompt(study)
     (row,) = append_reports(

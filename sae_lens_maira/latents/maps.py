@@ -15,15 +15,17 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.records import MeanMap
-from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.stats import mean_map
+from sae_lens_maira.token_roles import VIEWS
+
+if TYPE_CHECKING:
+    import torch
 
 MAP_BYTES = 2 << 30
 """Default budget in bytes for the sums of the maps per finding: full resolution at 16,384 latents and 20 findings."""
@@ -65,6 +67,8 @@ class MapSums:
             labelled: (n_studies,) bool.
             budget: Largest size in bytes of the sums per finding.
         """
+        import torch  # readers of records do without
+
         self.d_sae, self.grid = d_sae, grid
         self.views: dict[str, torch.Tensor] = {}
         self.rows: dict[str, torch.Tensor] = {
@@ -86,6 +90,8 @@ class MapSums:
         Raises:
             RecordError: A patch is outside the grid.
         """
+        import torch
+
         height, width = self.grid
         if not height * width:
             return
@@ -120,6 +126,8 @@ class MapSums:
         latent: torch.Tensor,
         value: torch.Tensor,
     ) -> None:
+        import torch
+
         if not frontal.any():
             return
         if self.findings is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from sae_lens_maira.errors import RecordError
-from sae_lens_maira.maira2.prompts import VIEWS
+from sae_lens_maira.token_roles import VIEWS
 
 MODALITIES = ("text", "image")
 """Modalities of positions: tokens of text, and image patches."""

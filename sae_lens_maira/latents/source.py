@@ -20,8 +20,8 @@ from sae_lens_maira.activations import ActivationRows, ActivationStore, RowSetti
 from sae_lens_maira.activations.reader import study_length
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.maira2 import DEFAULT_ROLES, Maira2, TokenRole, resolve_roles
-from sae_lens_maira.maira2.roles import LAST_IMAGE_PRESET, RoleFilter
 from sae_lens_maira.studies import Study
+from sae_lens_maira.token_roles import LAST_IMAGE_PRESET, RoleFilter
 
 
 class ActivationSource(Protocol):

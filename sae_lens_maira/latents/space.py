@@ -12,9 +12,11 @@ patients, and all three scores are reported on the other half. The control is th
 with the finding: for a latent that always fires at the usual place of the finding, it scores the same.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +25,9 @@ from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.agreement import split_by_patient
 from sae_lens_maira.latents.recordset import RecordSet
 from sae_lens_maira.stats import bootstrap_mean
-from sae_lens_maira.studies import FindingReader, Study
+
+if TYPE_CHECKING:
+    from sae_lens_maira.studies import FindingReader, Study
 
 Box = tuple[float, float, float, float]
 MEASURES = ("pointing", "energy", "iou")

@@ -22,7 +22,7 @@ from sae_lens_maira.maira2.output_head import OutputHead, load_output_head
 from sae_lens_maira.maira2.processing import Maira2Processor
 from sae_lens_maira.maira2.prompts import StudyLike, build_prompt
 from sae_lens_maira.maira2.reports import GroundedFinding, ParsedReport, format_grounded, parse_report
-from sae_lens_maira.maira2.roles import ADDED_TOKENS, DEFAULT_ROLES, ROLE_PRESETS, TokenRole, resolve_roles
+from sae_lens_maira.token_roles import ADDED_TOKENS, DEFAULT_ROLES, ROLE_PRESETS, TokenRole, resolve_roles
 
 __all__ = [
     "ADDED_TOKENS",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sae_lens_maira.errors import PromptError
-from sae_lens_maira.maira2.roles import LAST_IMAGE_PRESET, RoleFilter, TokenRole, resolve_roles
+from sae_lens_maira.token_roles import LAST_IMAGE_PRESET, RoleFilter, TokenRole, resolve_roles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from sae_lens_maira.maira2.images import ImageRecipe, ImageSource
 from sae_lens_maira.maira2.prompts import Prompt, StudyLike, build_prompt, check_text, raw_prompt
 from sae_lens_maira.maira2.published import PublishedMethods
 from sae_lens_maira.maira2.reports import ParsedReport, parse_report, teacher_text
-from sae_lens_maira.maira2.roles import GROUNDING_TOKENS, TokenRole
 from sae_lens_maira.maira2.tokenization import append_reports, pad_rows, tokenize_prompts
 from sae_lens_maira.maira2.tokenizer_files import tokenizer_as_filed, write_portable_files
 from sae_lens_maira.maira2.versions import declare_processor_parts
+from sae_lens_maira.token_roles import GROUNDING_TOKENS, TokenRole
 
 Task = Literal["findings", "grounded", "phrase"]
 

@@ -10,10 +10,9 @@ import re
 from typing import Any, NamedTuple, Protocol
 
 from sae_lens_maira.errors import ConfigError, PromptError
-from sae_lens_maira.maira2.roles import IMAGE_TOKEN, TokenRole
+from sae_lens_maira.token_roles import IMAGE_TOKEN, TokenRole
 
 TASKS = ("findings", "grounded", "phrase")
-VIEWS = ("frontal", "lateral", "prior")
 FRONTAL, LATERAL, PRIOR = range(3)
 
 _SYSTEM = "You are an expert radiology assistant tasked with interpreting a chest X-ray study."

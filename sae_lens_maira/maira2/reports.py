@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lens_maira.errors import PromptError
-from sae_lens_maira.maira2.roles import BOX_END, BOX_START, COORDINATE_BINS, OBJECT_END, OBJECT_START
+from sae_lens_maira.token_roles import BOX_END, BOX_START, COORDINATE_BINS, OBJECT_END, OBJECT_START
 
 Box = tuple[float, float, float, float]
 

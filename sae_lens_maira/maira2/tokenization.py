@@ -15,7 +15,7 @@ import torch
 
 from sae_lens_maira.errors import PromptError
 from sae_lens_maira.maira2.prompts import Prompt
-from sae_lens_maira.maira2.roles import TokenRole
+from sae_lens_maira.token_roles import TokenRole
 
 
 class Row(NamedTuple):

@@ -54,7 +54,7 @@ def test_importing_loads_nothing():
 
 def test_every_name_is_listed_for_lookup_and_for_type_checkers():
     """`__all__`, the lookup table and the real objects agree."""
-    assert set(sm.__all__) == set(sm._MODULE_OF)
+    assert set(sm.__all__) == {name for names in sm._SOURCES.values() for name in names}
     objects = {name: getattr(sm, name) for name in sm.__all__}
     assert all(callable(found) for found in objects.values())
     # `workbench` is its package where that was imported before, which can be called as well.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae_lens_maira.activations import ActivationStore, RowSettings, harvest
-from sae_lens_maira.activations.segments import SEGMENT
+from sae_lens_maira.activations.store_spec import SEGMENT
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.collect import CollectConfig, collect_records
 from sae_lens_maira.latents.recordset import RecordSet

@@ -9,9 +9,9 @@ import torch
 from sae_lens_maira import stats
 from sae_lens_maira.errors import RecordError
 from sae_lens_maira.latents.statistics import OCTAVES, LatentStatistics, RowSample, priority
-from sae_lens_maira.maira2.prompts import VIEWS
 from sae_lens_maira.phantom import truth_labels
 from sae_lens_maira.stats import EDGES, LOWEST_OCTAVE
+from sae_lens_maira.token_roles import VIEWS
 
 TOP, PER_OCTAVE, ZERO, GRID = 4, 3, 5, (8, 8)
 

@@ -1,4 +1,4 @@
-"""Token roles of positions, presets of roles, and the tokens that MAIRA-2 adds to Vicuna's vocabulary.
+"""Token roles of positions, presets of roles, image views, and the tokens that MAIRA-2 adds to Vicuna's vocabulary.
 
     PAD · BOS · TEMPLATE · IMAGE · INDICATION · TECHNIQUE · COMPARISON · PRIOR_REPORT · PHRASE
     SEPARATOR · REPORT
@@ -18,6 +18,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 from sae_lens_maira.errors import ConfigError
+
+VIEWS = ("frontal", "lateral", "prior")
+"""Names of a study's images; files store their numbers."""
 
 
 class TokenRole(IntEnum):

@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from sae_lens_maira.activations.reader import RowReader
 from sae_lens_maira.activations.rows import study_order
 from sae_lens_maira.activations.sampling import RowSettings
+from sae_lens_maira.activations.segments import TORCH_DTYPES
 from sae_lens_maira.activations.store import ActivationStore
-from sae_lens_maira.activations.store_spec import DTYPES, StoreSpec
+from sae_lens_maira.activations.store_spec import StoreSpec
 from sae_lens_maira.errors import StoreError
 from sae_lens_maira.io import locked
 from sae_lens_maira.maira2 import Maira2
@@ -113,7 +114,7 @@ def harvest(
 def _harvest(
     store: ActivationStore, reader: RowReader, studies: Sequence[Study], shards: list[int], progress: bool
 ) -> None:
-    dtype, sources = DTYPES[store.spec.dtype], len(reader.settings.sources)
+    dtype, sources = TORCH_DTYPES[store.spec.dtype], len(reader.settings.sources)
     shares = {shard: store.studies_of(shard) for shard in shards}
     bar = tqdm(total=sum(map(len, shares.values())), desc="harvest", unit="study", disable=not progress)
     rows, began = 0, time.monotonic()
@@ -142,7 +143,7 @@ def _studies_per_shard(folder: Path | str, reader: RowReader, dtype: str, shard_
     """Studies per shard of the store that is there, or as many as are expected to fit the size."""
     if (Path(folder) / "store.json").exists():
         return ActivationStore(folder).spec.shard_studies
-    size = reader.rows_per_study() * sum(reader.hooks.values()) * DTYPES[dtype].itemsize
+    size = reader.rows_per_study() * sum(reader.hooks.values()) * TORCH_DTYPES[dtype].itemsize
     return studies_that_fit(size, shard_bytes)
 
 
