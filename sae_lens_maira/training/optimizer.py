@@ -192,8 +192,8 @@ class RowMajorAdam(torch.optim.Adam):
 
 
 def norm_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of all elements, 0-d; a CPU multiplies them in less time than `vector_norm` takes."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    """Euclidean norm of all elements, 0-d; a CPU multiplies those of a matrix faster than `vector_norm` runs."""
+    if tensor.device.type != "cpu" or tensor.ndim < 2 or not tensor.is_contiguous():
         return torch.linalg.vector_norm(tensor)
     flat = tensor.view(-1)
     return torch.dot(flat, flat).sqrt()
