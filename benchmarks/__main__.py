@@ -1,4 +1,4 @@
-"""Every benchmark, one after another: `python -m benchmarks`, which is `make bench`. Timings are ratios in one run."""
+"""Run all benchmarks one after another: `python -m benchmarks`, or `make bench`. Timings are ratios within one run."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ SEPARATE = {"timing", "gpu", "kills"}
 
 
 def main() -> int:
-    """Run each script of this folder and `bench step`, each in a separate process: none finds a warm cache."""
+    """Run each script of this folder and `bench step`, each in a separate process, so that none has a warm cache."""
     runs = {
         script.stem: [str(script)] for script in sorted(HERE.glob("[!_]*.py")) if script.stem not in SEPARATE
     }

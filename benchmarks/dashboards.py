@@ -3,8 +3,8 @@
     seconds (and core-seconds, on a busy machine) and peak memory of a process that writes sae-dashboard's batches,
     Neuronpedia's export, the page
 
-Records are made up: 65 contexts of 250 tokens per latent, two views of 37 x 37 patches of which 30 fire, 2,000 studies.
-Every writer runs in a separate process; its memory is held against that of a quarter as many latents.
+Records are artificial: 65 contexts of 250 tokens per latent, two views of 37 x 37 patches of which 30 fire, 2,000
+studies. Every writer runs in a separate process; its memory is compared with that of a quarter as many latents.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def make(folder: Path, n: int) -> None:
 
 
 def write(kind: str, folder: Path, out: Path) -> dict[str, float]:
-    """Run one writer here; seconds, and the most memory that this process or one of its workers ever held."""
+    """Run one writer in this process; return seconds, and the peak memory of this process or one of its workers."""
     from sae_lens_maira.dashboards.export import write_export
     from sae_lens_maira.dashboards.html import write_page
     from sae_lens_maira.dashboards.saedashboard import write_saedashboard
@@ -173,7 +173,7 @@ def write(kind: str, folder: Path, out: Path) -> dict[str, float]:
 
 
 def in_process(*words: str) -> dict[str, float]:
-    """The figures of a child that runs this script."""
+    """Run this script in a child process and return its figures."""
     done = subprocess.run([sys.executable, __file__, *words], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout or "{}")
 

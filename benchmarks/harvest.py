@@ -6,10 +6,10 @@
     reading     = bytes of rows that batches were made of / t, from the page cache
     first batch = time from opening a store to its first shuffled batch
 
-All sides encode the studies, for transformers takes pixels and token ids. They alternate within each round, and
-ratios are taken within a round, since other work on the machine disturbs wall clock times by far more than they
-differ. CPU seconds are compared too: they say what the work costs where cores are shared. The store that is read is
-made of repeated rows and deleted afterwards.
+All variants include the preprocessing of the studies. They alternate within each round, and ratios are taken within a
+round, since other work on the machine changes wall clock times by more than the difference between variants. CPU
+seconds are compared too, since cores may be shared. The store that is read contains repeated rows and is deleted
+afterwards.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def median(values: np.ndarray, seed: int = 0) -> dict[str, float]:
 
 
 def measure_harvest(studies: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Throughput against the two bare forwards."""
+    """Measure throughput compared with the two bare forwards."""
     maira = load_phantom()
     chosen = generate_studies(studies, seed=50_000)
     batches = like_the_harvest(chosen)
@@ -89,7 +89,7 @@ def measure_harvest(studies: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def like_the_harvest(studies: list[Study], shard: int = 256) -> list[list[Study]]:
-    """The harvest's own batches."""
+    """Make the same batches as the harvest."""
     found = []
     for first in range(0, len(studies), shard):
         part = sorted(studies[first : first + shard], key=study_length)
@@ -98,14 +98,14 @@ def like_the_harvest(studies: list[Study], shard: int = 256) -> list[list[Study]
 
 
 def kept(maira: Maira2, studies: list[Study], folder: Path) -> None:
-    """One whole harvest into an empty folder: paper's roles and a quarter of the patches."""
+    """Run one harvest into an empty folder: the roles of `paper` and a quarter of the patches."""
     shutil.rmtree(folder, ignore_errors=True)
     settings = RowSettings(roles="paper", rates={"image": 0.25}, batch_size=BATCH)
     harvest(maira, studies, folder, [HOOK], settings, progress=False)
 
 
 def measure_reading(size_gb: float, width: int, seconds: float, workers: int, folder: Path) -> dict[str, Any]:
-    """First batch and throughput of a store of `size_gb` GB, rows of `width` bfloat16 numbers."""
+    """Measure first batch and throughput of a store of `size_gb` GB, rows of `width` bfloat16 numbers."""
     store = made_store(folder / "store", size_gb, width)
     drop_from_cache(store.folder)
     cold = clocks(lambda: next(StoreProvider(ActivationStore(store.folder), HOOK, 4096)))[0]
@@ -141,7 +141,7 @@ def measure_reading(size_gb: float, width: int, seconds: float, workers: int, fo
 
 
 def made_store(folder: Path, size_gb: float, width: int) -> ActivationStore:
-    """A store of equal shards of some 340 MB: one is written, the others are copies of its files."""
+    """Make a store of equal shards of about 340 MB: one is written, the others are copies of its files."""
     rows, studies = 5 * 8192, 256
     shards = max(1, round(size_gb * GB / (rows * width * 2)))
     spec = StoreSpec(
@@ -173,7 +173,7 @@ def made_store(folder: Path, size_gb: float, width: int) -> ActivationStore:
 
 
 def cached_store(store: ActivationStore, folder: Path, shards: int) -> ActivationStore:
-    """The first shards as a store of their own (hard links), small enough to stay in the page cache."""
+    """Make a store of the first shards (hard links), small enough to stay in the page cache."""
     folder.mkdir()
     for path in store.folder.iterdir():
         if path.name in ("store.json", "studies.json") or int(path.name[6:12]) < shards:
@@ -182,7 +182,7 @@ def cached_store(store: ActivationStore, folder: Path, shards: int) -> Activatio
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Ask the system to forget the files' pages, where it can be asked."""
+    """Drop the files from the page cache, on systems that support this."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in folder.iterdir():
@@ -193,7 +193,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures as lines."""
+    """Format the figures as lines."""
 
     def interval(value: dict[str, float]) -> str:
         return f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g}, n {value['n']})"

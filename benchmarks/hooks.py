@@ -4,9 +4,9 @@
     gain of stop_at_layer      = t(whole forward) / t(stopped after half of the blocks)
     memory of run_with_cache   = bytes held by a cache of the named tensors, and by a cache of everything
 
-Runs of the two sides alternate, and medians of their ratios are taken, so that a busy machine disturbs
-both. The model is MAIRA-2's graph at a size that a CPU runs in tenths of a second; overheads shrink as the
-model grows.
+Runs of the two variants alternate, and medians of their ratios are taken, so that a busy machine affects both. The
+model has MAIRA-2's architecture at a size that a CPU runs in tenths of a second; overheads are smaller for larger
+models.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def make_model(device: str) -> Maira2ForConditionalGeneration:
 
 
 def make_inputs(device: str, rows: int) -> dict[str, torch.Tensor]:
-    """One image and 128 tokens of text a row."""
+    """One image and 128 tokens of text per row."""
     text = torch.randint(3, 2000, (rows, 128))
     ids = torch.cat([torch.ones(rows, 1, dtype=torch.long), torch.full((rows, 64), 2204), text], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -77,7 +77,7 @@ def compare(base: Callable[[], Any], other: Callable[[], Any], repeats: int, dev
 
 @torch.no_grad()
 def measure(device: str, repeats: int, rows: int) -> dict[str, Any]:
-    """All figures of this file."""
+    """Measure all figures of this file."""
     model = make_model(device)
     inputs = make_inputs(device, rows)
     hooked = HookedMaira2(model)

@@ -1,12 +1,12 @@
 """Times steered generation: `python benchmarks/steering.py --json`.
 
-    throughput of steering = t(generate) / t(generate, steered)      1 is free; the promise is 0.97 on the phantom
+    throughput of steering = t(generate) / t(generate, steered)      1 means no cost; the goal is 0.97 on the phantom
 
 The shipped phantom writes reports for a batch of studies, greedily, with the cache, while latents of an SAE are added
-at the image positions. Both sides write the same number of tokens, and their runs alternate: medians of the ratios of
-neighbours, so that a busy machine disturbs both; the same in processor time is given too. The SAE has random weights,
-since time does not ask what a latent means. Two more lines are not in the promise: latents at every position, and
-strength 0.
+at the image positions. Both variants generate the same number of tokens, and their runs alternate. Figures are medians
+of the ratios of neighbouring runs, so that a busy machine affects both, in wall clock and in processor time. The SAE
+has random weights, which do not change the time. Two more lines are not part of the goal: latents at every position,
+and strength 0.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def make_sae(d_sae: int, device: str) -> MatryoshkaSAE:
 
 
 def compare(base: Callable[[], Any], other: Callable[[], Any], repeats: int, device: str) -> dict[str, float]:
-    """Alternate two runs; medians in milliseconds, and quantiles of base / other: the throughput that is left."""
+    """Alternate two runs; return medians in milliseconds, and quantiles of base / other, the relative throughput."""
     times = interleaved({"base": base, "other": other}, repeats, device)
     left = times["base"] / times["other"]
     return {
@@ -56,7 +56,7 @@ def compare(base: Callable[[], Any], other: Callable[[], Any], repeats: int, dev
 
 
 def measure(device: str, repeats: int, rows: int, tokens: int, d_sae: int) -> dict[str, Any]:
-    """All figures of this file."""
+    """Measure all figures of this file."""
     torch.manual_seed(0)
     maira: Maira2 = load_phantom()
     maira.model.to(torch.device(device))  # pyright: ignore[reportArgumentType]: its stub hides nn.Module.to
@@ -65,7 +65,7 @@ def measure(device: str, repeats: int, rows: int, tokens: int, d_sae: int) -> di
     )
     sae = make_sae(d_sae, device)
     p99 = torch.ones(d_sae)
-    # No end token: both sides write as many tokens, regardless of the text.
+    # No end token, so that both variants generate the same number of tokens.
     budget: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": None}
     latents = tuple(range(0, d_sae, d_sae // 8))[:8]
 

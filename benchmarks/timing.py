@@ -1,9 +1,9 @@
-"""Clocks for runs that alternate: other work on a machine disturbs wall clock times by far more than two sides differ.
+"""Clocks for alternating runs, since other work on a machine changes wall clock times by more than two variants differ.
 
-    ratio of two sides = the median over rounds of t(one) / t(other) within the round
+    ratio of two variants = the median over rounds of t(one) / t(other) within the round
 
-Every side runs once before it counts, and the order changes with every round, so that none always follows the same
-other.
+Every variant runs once before it is timed, and the order changes in every round, so that no variant always follows the
+same one.
 """
 
 import time
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 WALL, CPU = 0, 1
-"""Columns of a side's times."""
+"""Columns of a variant's times."""
 
 
 def clocks(run: Callable[[], Any], device: str = "cpu") -> tuple[float, float]:
@@ -29,7 +29,7 @@ def clocks(run: Callable[[], Any], device: str = "cpu") -> tuple[float, float]:
 def interleaved(
     sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu"
 ) -> dict[str, np.ndarray]:
-    """Seconds of every side, (rounds, 2) with the columns `WALL` and `CPU`."""
+    """Measure seconds of every variant, (rounds, 2) with the columns `WALL` and `CPU`."""
     for run in sides.values():
         run()
     names = list(sides)

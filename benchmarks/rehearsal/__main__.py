@@ -1,4 +1,4 @@
-"""Rehearse the whole path at MAIRA-2's widths: `python -m benchmarks.rehearsal`, which is `make rehearsal`.
+"""Run all commands at MAIRA-2's widths: `python -m benchmarks.rehearsal`, or `make rehearsal`.
 
 A random checkpoint in the published layout is written, and every command runs on four studies in a separate process
 with two cores and 8 GB. The table has time and peak memory of each; the rehearsal fails where a command fails, takes
@@ -50,7 +50,7 @@ def run_here(step: Any) -> dict[str, Any]:
 
 
 def problems(step: Any, found: dict[str, Any], limit: float) -> list[str]:
-    """What a step did wrong, as sentences."""
+    """Problems of a step, as sentences."""
     if found["code"]:
         return [f"{step.name}: exit code {found['code']}"]
     wrong = []
@@ -63,7 +63,7 @@ def problems(step: Any, found: dict[str, Any], limit: float) -> list[str]:
 
 
 def line(name: str, found: dict[str, Any], bound: float) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
 
     def gb(key: str) -> str:
         return f"{found[key] / 1e9:.2f}" if key in found else "-"

@@ -3,8 +3,8 @@
     write_checkpoint(folder, Size(layers=2))               full width: 1.6 GB in bfloat16
     write_checkpoint(folder, Size(), dtype="float32")      the published size: 27.5 GB in six shards
 
-Tensor names and shapes are the published ones; the numbers are random, so only time and memory mean anything. Every
-report is "lungs clear lungs clear ...", because rule labels must be able to read it (`FOLLOWS`). One tensor is in
+Tensor names and shapes are the published ones. The numbers are random, so that only time and memory are meaningful.
+Every report is "lungs clear lungs clear ...", because rule labels must be able to read it (`FOLLOWS`). One tensor is in
 memory at a time. The tokenizer has 32,000 entries and the 207 added tokens: the phantom's merges, and filler for the
 rest of the vocabulary.
 """

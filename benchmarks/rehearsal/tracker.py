@@ -6,8 +6,8 @@
         model(**inputs)
     tracker.peak             # most bytes of tensors that lived at once since `start`
 
-A storage counts from the operation that returns it until it is freed. Buffers inside one operation are not seen, nor
-are sparse tensors, arrays of numpy and tensors of other threads.
+A storage counts from the operation that returns it until it is freed. Buffers inside one operation, sparse tensors,
+numpy arrays and tensors of other threads are not counted.
 """
 
 import weakref
@@ -34,7 +34,7 @@ class TensorBytes(TorchDispatchMode):
         self._known: dict[int, tuple[int, Any]] = {}
 
     def start(self) -> None:
-        """Forget what has been counted, and count from here on."""
+        """Reset the counts, and count from here on."""
         self._known.clear()
         self.now = self.peak = 0
 

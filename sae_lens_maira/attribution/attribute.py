@@ -188,7 +188,7 @@ def attribute(
     budget_bytes: int = BUDGET_BYTES,
     seed: int = 0,
 ) -> ReportAttribution:
-    """Explain the sentences of a report by latents at positions.
+    """Attribute the sentences of a report to latents at positions.
 
     Args:
         hooked: The model.
@@ -276,8 +276,8 @@ def attribute_at_points(
         **keywords: Further arguments of `attribute`, except `hook_name`.
 
     Returns:
-        One answer per hook point, in the order of the SAEs. Each hook point carries the whole stream, so attributions
-        at different hook points overlap; do not add them.
+        One answer per hook point, in the order of the SAEs. Each hook point contains the whole stream, so that
+        attributions at different hook points overlap; do not add them.
 
     Raises:
         ConfigError: Two SAEs read the same hook point.

@@ -84,8 +84,8 @@ def counterfactual(
     report_after = changed.get("prior_report", study.prior_report)
     if image_after is None and report_after is not None:
         raise StudyError(
-            f"Study {study.study_id} would keep a prior report without a prior image, and the prompt has no place "
-            "for it. Remove both (prior_report=None), or keep the image."
+            f"Study {study.study_id} would keep a prior report without a prior image, and the prompt cannot contain "
+            "it. Remove both (prior_report=None), or keep the image."
         )
     if erase or paste:
         changed["frontal"] = _edited(study.frontal, erase, paste)

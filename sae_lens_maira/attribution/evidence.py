@@ -1,4 +1,4 @@
-"""Image evidence of a sentence: what its log-probability loses when the image's content is removed.
+"""Image evidence of a sentence: drop of its log-probability when the image's content is removed.
 
     evidence(sentence) = score(h) - score(h0),   h0 = h with every image position replaced by the image's mean
 

@@ -1,4 +1,4 @@
-"""Check an attribution by ablation: remove what it names, compared with removing as much of something else.
+"""Check an attribution by ablation: remove the attributed entries, and compare with controls of equal norm.
 
     drop(X) = score(h) - score(h - sum of X's entries)                       nats
     causal efficiency = drop(top n) / drop(step of equal norm along the negative gradient)
@@ -26,12 +26,12 @@ TIMES_RANDOM = 2.0
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """How well one attribution survives ablation.
+    """Result of the ablation check of one attribution.
 
     Attributes:
         n: Entries that were removed.
         drop: Nats lost by removing the n entries of highest attribution.
-        predicted: What their attributions add up to.
+        predicted: Sum of their attributions.
         drop_random: Mean nats lost by removing n random active entries, scaled to the same norm.
         drop_random_low, drop_random_high: Smallest and largest of these over the draws.
         drop_largest: Nats lost by removing the n entries that write most into the stream.
@@ -59,7 +59,7 @@ class Faithfulness:
 
     @property
     def efficiency(self) -> float:
-        """Drop as a share of what the gradient step of equal norm takes; NaN where that takes nothing."""
+        """Drop as a share of the drop by the gradient step of equal norm; NaN if that is 0."""
         return self.drop / self.drop_gradient if self.drop_gradient > 0 else float("nan")
 
     @property
@@ -70,7 +70,7 @@ class Faithfulness:
 
     @property
     def problems(self) -> list[str]:
-        """Why the attribution should not be trusted; empty if it passed."""
+        """Reasons not to trust the attribution; empty if it passed."""
         found = []
         if self.drop <= 0:
             found.append(f"removing the {self.n} strongest entries does not make the sentence less likely")
@@ -105,7 +105,7 @@ def check_faithfulness(
     seed: int = 0,
     true_difference: float | None = None,
 ) -> Faithfulness:
-    """Ablate what an attribution names and what its controls name.
+    """Ablate the entries of an attribution and of its controls.
 
     Args:
         run: The study at the hook point.

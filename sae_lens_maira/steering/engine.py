@@ -154,7 +154,7 @@ class Engine:
         here = [w[:, start:stop] for w in self._weights]
         counts = [copies * int(w.count_nonzero()) for w in here]
         if not any(counts):
-            return None  # all that a decode step after the patches costs
+            return None  # a decode step after the patches costs nothing more
         for i, count in enumerate(counts):
             self.effect.fired[i] += count
         weights = [w if copies == 1 else w.repeat_interleave(copies, 0) for w in here]

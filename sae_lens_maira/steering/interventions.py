@@ -198,7 +198,7 @@ class Ablate(LatentIntervention):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AddVectors(LatentIntervention):
-    """Let latents write vectors (n, d_model) besides their decoder rows, in proportion to their own activation.
+    """Add vectors (n, d_model) to the stream in proportion to the activations of latents.
 
     A latent that is silent changes nothing. The activations are those before any intervention.
     """
@@ -250,7 +250,7 @@ _KINDS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class SavedInterventions:
-    """Interventions as a file holds them.
+    """Contents of a file of interventions.
 
     Attributes:
         interventions: What to do, in order.
@@ -329,7 +329,7 @@ def load_interventions(path: Path | str, sae: SAE[Any] | None = None) -> SavedIn
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not take_checksum(content):
             raise InterventionError(
-                f"{path} has another content than when it was saved. Save it again from its source. {EDITED}."
+                f"{path} has changed since it was saved. Save it again from its source. {EDITED}."
             )
         if content["format"] != FORMAT:
             raise InterventionError(

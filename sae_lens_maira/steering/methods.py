@@ -1,4 +1,4 @@
-"""Methods of steering, with their controls: put a finding in, take it out, or move it to the other side.
+"""Methods of steering, with their controls: insert a finding, remove it, or move it to the other side.
 
     maps       h[p] += s sum_j (present_j[p] - absent_j[p]) W_dec[j]     over a few latents j
     in place   a_j[p] = s present_j[p], or at least that, where the boxes of the finding usually are
@@ -124,7 +124,7 @@ class MethodFactory:
         return methods
 
     def insertion(self, finding: str) -> list[Method]:
-        """Methods that put a finding into reports that lack it, and their controls."""
+        """Methods that insert a finding into reports that do not state it, and their controls."""
         difference, latents = self.difference(finding), self.chosen(finding, MAPS)
         # Without gradients there is no ranking by output effect.
         ranked = bool(self.statistics.gradient[self.statistics.column(finding)].any())
@@ -147,7 +147,7 @@ class MethodFactory:
         return [*methods, *self._text_latent(finding)]
 
     def removal(self, finding: str) -> list[Method]:
-        """Methods that take a finding out of reports that state it, and controls; sweeps are over latent counts."""
+        """Methods that remove a finding from reports that state it, and controls; sweeps are over latent counts."""
         difference, latents = self.difference(finding), self.chosen(finding, MAPS)
         column = self.statistics.column(finding)
 
@@ -359,7 +359,7 @@ def recorded_methods(
         decoder: (d_sae, d_model) decoder rows of the SAE.
         n_latents: Maximum number of latents.
         seed: Random seed of the controls.
-        remove: Take the finding out instead of putting it in.
+        remove: Remove the finding instead of inserting it.
         strengths: Multiples of the map.
 
     Raises:
