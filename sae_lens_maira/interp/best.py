@@ -35,7 +35,7 @@ class Best:
         place: Name of the record set that contains the latent.
         latent: Latent number.
         agreement, low: Agreement with the finding on train examples, and its lower 95 % limit, by which latents are
-        ranked.
+            ranked.
         n: Number of train examples.
         interpretation: Interpretation of the latent; None where it has none.
         named: Whether the explanation names the finding, and its side if it states one.

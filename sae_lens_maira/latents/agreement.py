@@ -155,7 +155,8 @@ class Agreement:
         f1: (F,) its F1 on the second half.
         low, high: (F,) 95 % bootstrap interval of `f1` over the second half's studies.
         samples: (n_boot, F) bootstrap F1, with the same resampled studies for every dictionary, so that differences are
-        paired. n, positives: Number of studies of the second half, and (F,) how many of them have the finding.
+            paired.
+        n, positives: Number of studies of the second half, and (F,) how many of them have the finding.
     """
 
     name: str

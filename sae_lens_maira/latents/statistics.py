@@ -183,14 +183,11 @@ class LatentStatistics:
         max: (2, d_sae) float32 largest activation.
         histogram: (2, d_sae, bins) int32 counts between `EDGES`.
         any_fired: (d_sae,) number of studies in which the latent fires at text or image positions.
-        top_value, top_study: (d_sae, top) largest peaks of studies, descending, and these studies; -1 if there are
-        fewer.
+        top_value, top_study: (d_sae, top) largest peaks of studies, descending, and these studies; -1 at empty places.
         octaves: Sample of studies per (latent, octave of their peak); key latent * OCTAVES + octave.
         zero: Sample of studies per latent in which it never fires.
-        positives, labelled: (2, F) and (2,) numbers of labelled studies with a row of that modality: with each finding,
-        and all.
-        true_positive: (2, d_sae, F) int64 number of labelled studies that have the finding and in which the latent
-            fires.
+        positives, labelled: (2, F) and (2,) numbers of labelled studies with a row of that modality.
+        true_positive: (2, d_sae, F) int64 labelled studies with the finding in which the latent fires.
         labelled_fired: (2, d_sae) number of labelled studies in which the latent fires.
         n_studies, last_study: Number of studies seen, and the index of the last one.
         maps: Sums of activations per latent and patch.
