@@ -29,6 +29,7 @@ def test_explained_variance_is_streamed_and_stable_far_from_zero():
 
 
 def test_loss_recovered():
+    """Halfway is 0.5, worse than the ablation is negative, and no loss to recover is NaN."""
     assert stats.loss_recovered(1.0, 3.0, 2.0) == 0.5
     assert stats.loss_recovered(1.0, 3.0, 4.0) == -0.5
     assert math.isnan(stats.loss_recovered(1.0, 1.0, 2.0))
@@ -61,6 +62,7 @@ def test_p99_counts_active_rows_only():
 
 
 def test_perplexity():
+    """exp of the mean negative log-probability over the counted tokens."""
     logp = torch.log(torch.tensor([[0.5, 0.25, 0.9], [0.1, 0.1, 0.1]]))
     counted = torch.tensor([[True, True, False], [True, True, True]])
     torch.testing.assert_close(stats.perplexity(logp, counted), torch.tensor([8.0**0.5, 10.0]))

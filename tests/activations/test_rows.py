@@ -122,5 +122,6 @@ def test_provider_covers_every_row_once_a_pass():
 
 
 def test_no_rows_is_an_error():
+    """An empty tensor is refused with a StoreError, since no batch could be made."""
     with pytest.raises(StoreError, match="no rows"):
         RowProvider(torch.empty(0, 3), 4)

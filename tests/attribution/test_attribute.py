@@ -45,6 +45,7 @@ def spans(run, hooked):
     ],
 )
 def test_sentences_of_a_text(text, pieces):
+    """Character spans cut a text into the expected sentences."""
     assert [text[a:b] for a, b in split_sentences(text)] == pieces
 
 
@@ -219,6 +220,7 @@ def test_a_report_of_its_own(hooked, study, sae):
 
 
 def test_refusals(hooked, study, sae, run):
+    """A wrong sentence, method, hook point or report is an error that names what is valid."""
     with pytest.raises(PromptError, match="numbered from 0"):
         attribute(hooked, study, sae, 99, report="teacher")
     with pytest.raises(ConfigError, match="method"):

@@ -159,6 +159,7 @@ def test_a_backward_pass_in_segments_is_the_same(run, hooked, monkeypatch):
 
 
 def test_refusals(hooked, study, sae):
+    """Several sentences, and texts that do not differ where they must, are errors."""
     with pytest.raises(ConfigError, match="Name one"):
         attribute(hooked, study, sae, report=REPORT, instead=OTHER)
     with pytest.raises(PromptError, match="then differ"):

@@ -212,6 +212,7 @@ def test_a_folder_that_cannot_be_is_one_message(name, place, tmp_path, capsys):
 
 
 def test_numbers_and_ranges():
+    """ "3, 0-2" lists numbers once, in order; reversed, too long and other lists are errors."""
     assert numbers(None, "--latents") is None
     assert numbers("3, 0-2,2, 7-7", "--latents") == (3, 0, 1, 2, 7)
     with pytest.raises(ConfigError, match="Write 1-10"):

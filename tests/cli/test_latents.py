@@ -68,7 +68,8 @@ def test_a_rank_that_comes_too_late_finds_complete_records(tmp_path, monkeypatch
     assert f"{tmp_path} is already complete" in error
 
 
-def test_no_rows_are_said(blocks, dictionary):
+def test_a_control_without_rows_is_refused(blocks, dictionary):
+    """A control cannot be fitted to a source without rows: ConfigError."""
     empty = ModelSource(load_phantom(), [], "blocks.3.hook_resid_post", "generated_only", 8)
     with pytest.raises(ConfigError, match="no rows"):
         _stand_in("raw", dictionary, empty, seed=0)

@@ -145,6 +145,7 @@ def test_issues_of_a_batch_name_the_features_line(make_set, target, tmp_path):
     ],
 )
 def test_issues_of_a_payload(make_set, target, tmp_path, change, message):
+    """Each change of a valid payload gives exactly one issue, with its message."""
     folder = editable(write_payloads(make_set(), target, tmp_path / "out"))
     path = folder / "payloads.jsonl"
     payload = json.loads(path.read_text())

@@ -177,6 +177,7 @@ def test_aliases_work_where_saelens_loses_them(bridge: Any, encoding: Any) -> No
 
 
 def test_stop_at_layer(bridge: Any, encoding: Any) -> None:
+    """The output is the residual stream after the last block that ran, bit for bit."""
     with torch.no_grad():
         out, cache = bridge.run_with_cache(encoding, names_filter=[RESID], stop_at_layer=2)
     assert torch.equal(out, cache[RESID])
@@ -250,6 +251,7 @@ def test_resid_mid_is_an_sae_free_zone(bridge: Any) -> None:
 
 
 def test_studies_are_inputs(bridge: Any, hooked_eager: HookedMaira2, studies: Any) -> None:
+    """Logits and generated tokens of studies equal those of HookedMaira2, bit for bit."""
     with torch.no_grad():
         assert torch.equal(bridge(studies, report="teacher"), hooked_eager(studies, report="teacher"))
     assert torch.equal(bridge.generate(studies[:2], 4), hooked_eager.generate(studies[:2], 4))

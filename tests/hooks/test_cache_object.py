@@ -94,6 +94,7 @@ def test_a_decomposition_without_the_embedding_is_refused(run: Any, encoding: An
 
 
 def test_text_of_tokens(run: Any) -> None:
+    """Strings of tokens are the same from a text, from its ids and in a batch."""
     host = run[0]
     text = "The heart size is normal."
     ids = host.to_tokens(text)

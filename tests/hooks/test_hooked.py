@@ -79,6 +79,7 @@ def test_stop_at_layer_returns_the_residual_stream(hooked: HookedMaira2, encodin
 
 
 def test_stop_at_layer_stops(hooked: HookedMaira2, encoding: Any, torch_hooks: Any) -> None:
+    """Blocks from `stop_at_layer` on do not run."""
     ran = []
     handles = [
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))

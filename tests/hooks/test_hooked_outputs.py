@@ -43,6 +43,7 @@ def test_logit_lens_of_the_last_block_is_the_models_logits(hooked: HookedMaira2,
 
 
 def test_matrices_and_tokens(hooked: HookedMaira2) -> None:
+    """Embedding matrices have TransformerLens' shapes, and tokens its BOS rule."""
     assert hooked.W_E.shape == (hooked.cfg.d_vocab, 64)
     assert hooked.W_U.shape == (64, hooked.cfg.d_vocab)
     ids = hooked.to_tokens("The heart size is normal.")
@@ -56,6 +57,7 @@ def test_matrices_and_tokens(hooked: HookedMaira2) -> None:
 
 
 def test_generate_reports(hooked: HookedMaira2, studies: Any) -> None:
+    """`return_type="reports"` gives one parsed report per study."""
     reports = hooked.generate(studies[:2], 5, return_type="reports")
     assert len(reports) == 2
     assert all(isinstance(report.text, str) for report in reports)

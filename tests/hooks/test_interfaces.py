@@ -21,12 +21,14 @@ def nnsight_model(eager: Maira2) -> Maira2NNsight:
 
 
 def test_hooked_maira2(eager: Maira2, encoding: Maira2Encoding, reference: Any) -> None:
+    """Logits and every hook point equal those of plain torch hooks, bit for bit."""
     logits, cache = HookedMaira2(eager).run_with_cache(encoding)
     assert torch.equal(logits, reference.logits)
     reference.assert_same(cache)
 
 
 def test_nnsight(nnsight_model: Maira2NNsight, encoding: Maira2Encoding, reference: Any) -> None:
+    """Logits and every hook point equal those of plain torch hooks, bit for bit."""
     found = {}
     with torch.no_grad(), nnsight_model.trace(encoding):
         for name in nnsight_model.points.names:

@@ -33,6 +33,7 @@ def cache(hooked: HookedMaira2, encoding: Any) -> dict[str, torch.Tensor]:
 
 
 def test_standard_names(model: Maira2NNsight, tiny: Maira2) -> None:
+    """The short names refer to the model's own modules."""
     assert len(model.blocks) == 4
     assert model.blocks[2]._module is tiny.model.get_submodule("model.language_model.layers.2")
     assert model.vision._module is tiny.model.get_submodule("model.vision_tower")

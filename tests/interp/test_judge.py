@@ -194,6 +194,7 @@ def test_credentialed_text_stays_before_any_byte(httpserver, tmp_path):
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/v1", "http://localhost/v1", "http://[::1]:8/v1"])
 def test_loopback(url):
+    """These addresses are this machine."""
     assert is_loopback(url)
 
 
@@ -207,6 +208,7 @@ def test_loopback(url):
     ],
 )
 def test_not_loopback(url):
+    """These addresses are other machines, although they look local."""
     assert not is_loopback(url)
 
 

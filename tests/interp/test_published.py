@@ -58,6 +58,7 @@ def check(frame):
     ids=lambda names: names[0],
 )
 def test_column_names(suffix, names, tmp_path):
+    """Usual names of columns are found in every format."""
     check(read_interpretations(write(tmp_path / f"table.{suffix}", renamed(*names))))
 
 
@@ -74,6 +75,7 @@ def test_column_names(suffix, names, tmp_path):
     ids=["by latent", "by named latent", "below a key", "columns", "below a layer", "scores in a mapping"],
 )
 def test_shapes_of_json(value, tmp_path):
+    """Every layout of JSON gives the same frame."""
     (tmp_path / "table.json").write_text(json.dumps(value))
     check(read_interpretations(tmp_path / "table.json"))
 
@@ -93,6 +95,7 @@ def test_latents_written_as_words(tmp_path):
 
 
 def test_other_columns_stay(tmp_path):
+    """Further columns are kept; one called `source` is renamed."""
     records = [row | {"frequency": 0.1, "source": "x"} for row in ROWS]
     frame = read_interpretations(write(tmp_path / "t.csv", records))
     check(frame)
@@ -137,12 +140,14 @@ def test_columns_can_be_named(tmp_path):
     ids=["no index", "no text", "two indices"],
 )
 def test_ambiguity_is_named(records, words, tmp_path):
+    """Columns that cannot be distinguished are an error that lists them."""
     with pytest.raises(RecordError) as error:
         read_interpretations(write(tmp_path / "t.csv", records))
     assert all(word in str(error.value) for word in words)
 
 
 def test_no_table(tmp_path):
+    """A folder without a table, and a file that is not JSON, are errors."""
     with pytest.raises(RecordError, match="no table"):
         read_interpretations(tmp_path)
     (tmp_path / "t.json").write_text("{")

@@ -246,6 +246,7 @@ def test_the_optimiser_takes_the_kernel_for_matrices():
 
 
 def test_firing_statistics():
+    """Frequencies grow by the counts; the steps since a latent fired are reset or counted up."""
     counts = torch.tensor([0, 3, 0, 1])
     frequency, since = torch.tensor([5.0, 1.0, 0.0, 0.0]), torch.tensor([7.0, 7.0, 0.0, 1.0])
     record_firing_(counts, frequency, since)

@@ -79,6 +79,7 @@ def test_few_dead_latents_scale_the_aux_loss(aux, n_dead, make_weights, assert_e
     ],
 )
 def test_odd_shapes(batch, d_in, widths, k, make_weights, assert_equal_steps):
+    """The sparse backend equals the reference in float64 for sizes that are not multiples of anything."""
     weights = make_weights(d_in, widths[-1])
     x = torch.randn(batch, d_in, dtype=torch.float64)
     spec = StepSpec(k=k, widths=widths)

@@ -202,6 +202,7 @@ def test_an_older_folder_is_refused(tmp_path):
 
 
 def test_an_empty_set_opens(tmp_path):
+    """A record set without latents can be written and opened."""
     assert len(write_records(tmp_path, META, [], [], [])) == 0
 
 

@@ -77,6 +77,7 @@ def test_a_model_of_full_depth_saves_exactly_the_published_names(tmp_path: Path)
 
 
 def test_default_values() -> None:
+    """The defaults are those of the published config.json."""
     config: Any = Maira2Config()
     assert (config.model_type, config.image_token_index, config.image_seq_length) == ("maira2", 32204, 1369)
     assert (config.projector_n_layers, config.projector_hidden_act) == (4, "gelu")

@@ -56,6 +56,7 @@ def test_the_published_script_runs(tiny: Maira2, make_picture: Any, make_study: 
 
 
 def test_phrase_grounding(processor: Maira2Processor, make_picture: Any) -> None:
+    """The prompt is the published template, and a prior report without its image is refused."""
     inputs = processor.format_and_preprocess_phrase_grounding_input(
         frontal_image=make_picture(), phrase="Pleural effusion.", return_tensors="pt"
     )

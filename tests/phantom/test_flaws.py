@@ -69,6 +69,7 @@ def test_errors_are_of_the_planted_kinds(phantom, teachers):
 
 
 def test_bad_input(teachers):
+    """The three findings of a flaw must be different and known."""
     with pytest.raises(ConfigError, match="three different"):
         Flaw(missed="nodule", seen="nodule")
     with pytest.raises(ConfigError, match="three different"):

@@ -48,6 +48,7 @@ def test_reads_two_thousand_reports_exactly(many_studies: list[Study]) -> None:
     ],
 )
 def test_single_texts(text: str, present: set[str], changes: dict[str, str]) -> None:
+    """Findings and change words of single texts are read as expected."""
     read = read_report(text)
     assert read.present == present
     assert read.changes == changes

@@ -16,6 +16,7 @@ def cells(notebook, kind):
 
 
 def test_all_are_there():
+    """The glob finds exactly these notebooks, so that none is skipped silently."""
     assert [file.stem for file in NOTEBOOKS] == [
         "attribute_a_sentence",
         "compare_models_with_and_without_a_latent",

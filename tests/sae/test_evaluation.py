@@ -58,6 +58,7 @@ def test_every_record_is_its_formula(sae, make_rows, roles):
 
 @pytest.mark.parametrize("kind", ["numpy", "list of batches", "pairs", "float16"])
 def test_ways_of_giving_rows(kind, sae, make_rows, roles):
+    """Arrays, batches, pairs with roles and float16 give the same figures."""
     x = make_rows(300, seed=5)
     expected = evaluate_sae(sae, x, roles if kind != "list of batches" else None)
     given = {
@@ -114,6 +115,7 @@ def test_a_training_sae_is_judged_as_it_would_be_saved(trained, sae, make_rows):
 
 @pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
 def test_any_saelens_sae(normalisation, make_rows):
+    """SAEs of other architectures are evaluated too, with one level."""
     x = make_rows(60)
     for other in (
         StandardSAE(StandardSAEConfig(d_in=12, d_sae=20, normalize_activations=normalisation)),

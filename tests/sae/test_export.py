@@ -13,6 +13,7 @@ pytestmark = pytest.mark.compat
 
 
 def test_round_trip(trained, make_rows, tmp_path, monkeypatch):
+    """An exported SAE reads back with the same encodings and levels, bit for bit."""
     monkeypatch.setenv("SAE_LENS_MAIRA_CACHE", str(tmp_path / "cache"))
     sae = load_matryoshka(trained)
     folder = export_dictionary_learning(sae, tmp_path / "out", layer=15, lm_name="maira-2")

@@ -191,6 +191,7 @@ def test_harmful_pickle_is_refused_and_does_not_run(where, tmp_path, published):
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_truncated_file(suffix, tmp_path, published):
+    """A file that lacks its last bytes is an SAEError, not a wrong SAE."""
     file = tmp_path / f"ae.{suffix}"
     torch.save(published.state_of(), file) if suffix == "pt" else save_file(published.state_of(), file)
     file.write_bytes(file.read_bytes()[:-200])
@@ -199,6 +200,7 @@ def test_truncated_file(suffix, tmp_path, published):
 
 
 def test_broken_config(published, tmp_path):
+    """A configuration that is not JSON is an SAEError."""
     library_layout(published, tmp_path / "sae")
     (tmp_path / "sae" / "config.json").write_text('{"trainer": ')
     with pytest.raises(SAEError, match="not valid JSON"):

@@ -52,6 +52,7 @@ def test_contradictions_name_the_fields(changes, named, make_config):
 
 @pytest.mark.parametrize("widths", [[0, 48], [8, 8, 48], [20, 8], [8, 60], [8.5, 48], [-3]], ids=str)
 def test_impossible_widths(widths, make_config):
+    """Widths that do not increase to d_sae are refused."""
     with pytest.raises(SAEError, match="matryoshka_widths"):
         make_config(matryoshka_widths=widths)
 
@@ -79,6 +80,7 @@ def test_defaults_follow_the_convention(make_config):
 
 
 def test_level_of(trained):
+    """`level_of` and `latents_of` are inverse to each other."""
     sae = load_matryoshka(trained)
     assert [sae.level_of(i) for i in (0, 7, 8, 19, 20, 47)] == [0, 0, 1, 1, 2, 2]
     every = sae.level_of(torch.arange(48))

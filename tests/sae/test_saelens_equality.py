@@ -98,6 +98,7 @@ def test_losses_and_gradients(levels, rescale, level_aux, dead, make_rows, step_
     ids=str,
 )
 def test_other_flags(fields, make_rows, step_input):
+    """A step equals that of SAELens' class under every other setting."""
     theirs, ours = make_pair(matryoshka_widths=[8, 20, 48], **({"k": 4} | fields))
     for seed in range(3):
         rows = make_rows(33, seed=seed, dtype=torch.float64)

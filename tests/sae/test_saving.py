@@ -107,6 +107,7 @@ def test_levels_and_training_facts_survive_two_round_trips(make_config, make_tra
 
 
 def test_saving_with_levels(make_config, make_trainer, tmp_path):
+    """The architecture `matryoshka` keeps its levels through saving and loading."""
     sae = train(make_config, make_trainer, "saelens", inference_architecture="matryoshka")
     sae.save_inference_model(tmp_path / "sae")
     loaded = SAE.load_from_disk(tmp_path / "sae")

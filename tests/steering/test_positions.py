@@ -60,6 +60,7 @@ def test_views_are_apart(encodings):
 
 
 def test_combinations(encodings):
+    """prompt | report is everywhere, and prompt & report is nowhere."""
     layout = Layout.of(encodings[0])
     assert torch.equal((prompt() | report()).weights(layout), everywhere().weights(layout))
     assert not bool((prompt() & report()).weights(layout).any())
@@ -94,6 +95,7 @@ def test_boxes_and_masks():
 
 
 def test_bad_input():
+    """Empty boxes, zero grids, unknown views and values that are not finite are errors."""
     with pytest.raises(InterventionError, match="covers no patch"):
         box_grid((0.5, 0.5, 0.5, 0.9), (4, 4))
     with pytest.raises(InterventionError, match="0 everywhere"):

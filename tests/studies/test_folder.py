@@ -71,6 +71,7 @@ def test_images_without_reports_are_kept_on_demand_and_folders_can_be_patients(t
 
 
 def test_folder_refusals(tmp_path: Path) -> None:
+    """A missing folder, one without images, and two images of one name are errors."""
     with pytest.raises(StudyError, match="no folder"):
         import_folder(tmp_path / "absent")
     with pytest.raises(StudyError, match="no image"):

@@ -93,6 +93,7 @@ def test_a_planted_error_is_counted_once_and_as_what_it_is(kind, studies):
     ],
 )  # fmt: skip
 def test_rules_of_counting(stated, true, prior, wanted):
+    """Each pair of statements counts as exactly the expected errors."""
     report, reference = ([Statement(*one) for one in part] for part in (stated, true))
     counts = count_errors([report], [reference], [prior], ("effusion", "nodule"))
     assert {kind: n for kind, n in counts.totals.items() if n} == wanted

@@ -107,6 +107,7 @@ def test_an_empty_findings_section_is_told_from_none(text: str) -> None:
 
 
 def test_no_text_has_no_body() -> None:
+    """Empty reports have no body and no text as a prior."""
     for text in ("", "\n ___ \n", "   FINAL REPORT\n"):
         assert (parse_sections(text).body, parse_sections(text).as_prior) == ("", None)
     assert parse_sections("The lungs are clear.").as_prior == "The lungs are clear."
@@ -231,6 +232,7 @@ def test_headers_on_one_line_without_full_stops() -> None:
     ],
 )
 def test_what_ends_a_section(words: str) -> None:
+    """These words end a section, on a new line and after a sentence."""
     for before in ("\n", "\n\n", " "):
         found = parse_sections(f"FINDINGS: {FOUND}\nIMPRESSION: Effusion.{before}{words}\n")
         assert (found.findings, found.impression) == (FOUND, "Effusion.")

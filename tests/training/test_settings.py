@@ -160,5 +160,6 @@ def test_a_threshold_that_no_batch_can_set_is_reported(trainer):
 
 
 def test_settings_are_json(trainer):
+    """Settings are unchanged by a round trip through JSON."""
     settings = trainer().settings()
     assert json.loads(json.dumps(settings)) == settings
