@@ -109,7 +109,7 @@ def _markdown(result: QuickstartResult) -> str:
     config = result.config
     return f"""# Quickstart on the phantom
 
-The phantom is a small MAIRA-2 trained on synthetic radiographs. It is a test bench: nothing here says anything about
+The phantom is a small MAIRA-2 trained on synthetic radiographs. It tests the tools: nothing here is a result about
 medicine, or about MAIRA-2 itself.
 
 - {config.studies} studies that the phantom was not trained on; latents and strengths chosen on one half of the
@@ -237,7 +237,7 @@ def _steering(steering: SteeringResult) -> str:
 
 `{steering.finding}` into held-out studies that do not have it: a map of the latents
 {", ".join(map(str, steering.latents))} added at the frontal image's patches during the prefill.
-{choice} Maps of control SAEs are scaled to the same norm and have a sweep of their own.
+{choice} Maps of control SAEs are scaled to the same norm; the strength of each was chosen in the same way.
 Intervals are 95 % (Wilson; of changes the paired bootstrap). Errors are false findings,
 omissions, wrong sides, places and changes against the truth, in findings other than the steered one.
 
