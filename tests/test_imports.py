@@ -26,6 +26,7 @@ ALLOWED = {
     "maira2": set(),
     "studies": set(),
     "sizing": {"maira2", "activations"},
+    "costs": {"sizing"},
     "phantom": {"maira2", "studies"},
     "hooks": {"maira2"},
     "kernels": set(),

@@ -11,17 +11,10 @@ from sae_lens_maira.activations.harvesting import studies_that_fit
 from sae_lens_maira.activations.mixing import Mixing
 from sae_lens_maira.activations.store_spec import SEGMENT
 from sae_lens_maira.cli.options import HarvestOptions, StudyOptions
+from sae_lens_maira.costs import Cost, harvest_cost, latents_cost, steer_cost, train_cost
 from sae_lens_maira.maira2.loading import load_config, load_processor
 from sae_lens_maira.ranks import rank_info
-from sae_lens_maira.sizing import (
-    Cost,
-    ModelSize,
-    StudySizes,
-    harvest_cost,
-    latents_cost,
-    steer_cost,
-    train_cost,
-)
+from sae_lens_maira.sizing import ModelSize, StudySizes
 
 UNLIMITED = 1e18
 """Bytes of free memory that limit no buffer."""
