@@ -155,7 +155,7 @@ def studies_that_fit(study_bytes: float, shard_bytes: float) -> int:
 def study_fingerprint(study: Study) -> str:
     """16 hex digits over a study's texts and images.
 
-    Of an image file its size and first and last 64 kB are read, of an image in memory all pixels.
+    Of an image file, the size and the first and last 64 kB are used; of an image in memory, all pixels.
     """
     texts = (study.indication, study.technique, study.comparison, study.prior_report, study.report)
     digest = hashlib.sha256(json.dumps([study.study_id, texts]).encode())
@@ -184,7 +184,7 @@ def check_inputs(store: ActivationStore, studies: Sequence[Study], shards: Seque
     Args:
         store: The store.
         studies: The studies that are given now, numbered as in the store.
-        shards: Shards to compare; those that do not record their studies are passed over.
+        shards: Shards to compare; those that do not record their studies are skipped.
 
     Raises:
         StoreError: Names the first study that has changed.

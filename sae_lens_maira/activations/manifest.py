@@ -24,7 +24,7 @@ class Manifest:
     """Description, studies and shards of a store.
 
     Attributes:
-        folder: Its folder.
+        folder: Folder of the store.
         spec: What it holds.
         study_ids: Ids by study number.
     """

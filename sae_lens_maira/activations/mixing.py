@@ -1,4 +1,4 @@
-"""How many studies meet in a batch, and how many rows a shuffle buffer needs for that.
+"""How many studies are mixed in a batch, and how many rows a shuffle buffer needs for that.
 
     p(S) = between + (within - between) / S       chance that two rows of a buffer of S segments are of one study
     effective studies of a batch = 1 / (1/B + (1 - 1/B) p(S))
@@ -41,7 +41,7 @@ class Mixing:
 
     @classmethod
     def of_store(cls, store: ActivationStore, batch: int, weights: np.ndarray) -> "Mixing":
-        """Estimate from the index of up to eight shards; their rows are shuffled, so segments are like the shard.
+        """Estimate from the index of up to eight shards; a segment is a random sample of its shard.
 
         Args:
             store: The store.
@@ -85,7 +85,7 @@ class Mixing:
         return min(self.segments, max(1, int(np.ceil(excess / (target - self._between) - 1e-9))))
 
     def default_segments(self, segment_bytes: float, free: float) -> int:
-        """Segments of a buffer that mixes enough, or as many as fit a quarter of the free memory.
+        """Segments of a buffer that mixes well enough, or as many as fit in a quarter of the free memory.
 
         The segments of an epoch are divided evenly over its buffers, so that the last one is not a small rest.
 
