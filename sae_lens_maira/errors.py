@@ -18,6 +18,8 @@
     ├── PrivacyError        credentialed data would have left the machine
     └── InterventionError   a steering intervention is impossible or has no effect
 
+`training.interruption.StoppedError`, a signal ended a training run, is one of them and SAELens' own.
+
 Each message states what was found, what was expected and what to do. The classes also derive from the nearest built-in
 error (ValueError, OSError), so that generic code can catch them.
 """

@@ -16,7 +16,13 @@ from typing import Any
 
 from sae_lens.training._interruption import InterruptedException
 
+from sae_lens_maira.errors import MairaError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StoppedError(InterruptedException, MairaError):
+    """A signal ended a run; SAELens' runners handle it as their own exception, and commands print it."""
 
 
 class SafePoints:
@@ -72,4 +78,7 @@ class SafePoints:
             handler(number, frame)
         elif handler != signal.SIG_IGN:
             # The default would end the process without a checkpoint.
-            raise InterruptedException()
+            raise StoppedError(
+                f"Training was ended by {signal.Signals(number).name}. Run the same command again: with a "
+                "checkpoint_path it continues from the newest checkpoint, without one it starts from the beginning."
+            )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sae_lens_maira.cli import COMMANDS, build_parser, main
+from sae_lens_maira.training.interruption import StoppedError
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,6 +170,9 @@ def test_interruption_and_a_full_disk_show_no_traceback(monkeypatch, capsys):
 
     raising(KeyboardInterrupt())
     assert main(["measure-phantom"]) == 130
+    raising(StoppedError("Training was ended by SIGTERM."))
+    assert main(["measure-phantom"]) == 2
+    assert capsys.readouterr().err.endswith("measure-phantom: Training was ended by SIGTERM.\n")
     raising(PermissionError(13, "Permission denied", "/root/x"))
     assert main(["measure-phantom"]) == 2
     assert "Permission denied at /root/x." in capsys.readouterr().err
