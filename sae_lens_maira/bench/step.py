@@ -1,4 +1,4 @@
-"""Time one whole training step (`bench step`): SAELens' trainer as it comes, SAELens tuned, and ours, in one run.
+"""Time one whole training step: SAELens' trainer with its defaults, a faster SAELens, and this package's trainer.
 
     step = forward, backward, clip, Adam, schedules and firing statistics; ratio = median SAELens / median ours
 
@@ -131,28 +131,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     about = (__doc__ or "").split("\n", 1)[0]
     parser = argparse.ArgumentParser(prog="sae-lens-maira bench step", description=about)
     gpu = torch.cuda.is_available()
-    for name, small, large in (("d-in", 1024, 4096), ("d-sae", 8192, 16384), ("batch", 1024, 4096)):
-        parser.add_argument(f"--{name}", type=int, default=large if gpu else small)
-    parser.add_argument("--k", type=float, default=64 if gpu else 32)
-    parser.add_argument("--widths", type=int, nargs="+", default=(), help="cumulative; 1/16, 3/16, 1/2, 1")
+    for name, small, large, what in (
+        ("d-in", 1024, 4096, "width of the activations"),
+        ("d-sae", 8192, 16384, "number of latents"),
+        ("batch", 1024, 4096, "rows per step"),
+    ):
+        default = large if gpu else small
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+    parser.add_argument("--k", type=float, default=64 if gpu else 32, help="active latents per row")
+    levels = "cumulative widths of the Matryoshka levels; 1/16, 3/16, 1/2 and all of d_sae if not given"
+    parser.add_argument("--widths", type=int, nargs="+", default=(), help=levels)
     which = f"{', '.join(ARMS)}, or all; saelens and fused always run; if not given, those of the device"
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, "all"], default=[], metavar="ARM", help=which)
-    dead = "dead latents: none, d_in / 2, d_sae / 2; both: the first two"
+    dead = "dead latents: none (idle), d_in / 2 (on), d_sae / 2 (many); both is the first two"
     parser.add_argument("--aux", choices=["idle", "on", "many", "both", "all"], default="both", help=dead)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that are timed")
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds before them")
+    parser.add_argument("--threads", type=int, default=None, help="number of CPU threads")
     for name, effect in (
-        ("zipf", "a few latents fire on most tokens, as after training"),
-        ("cpu-time", "processor time instead of wall time; on a busy CPU"),
-        ("data-path", "also steps on batches from a store, and the caller's time per batch"),
+        ("zipf", "let a few latents fire on most tokens, as after training"),
+        ("cpu-time", "measure processor time instead of wall time, for a busy CPU"),
+        ("data-path", "also time steps on batches from a store, and the caller's time per batch"),
         ("mixing", "also count the studies per batch of stores as large as MAIRA-2's"),
-        ("scaling", "also half and double d_sae and batch"),
-        ("json", "one JSON object on stdout"),
+        ("scaling", "also time half and double d_sae and batch"),
+        ("json", "print JSON instead of text"),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=effect)
-    parser.add_argument("--png", type=Path, default=Path("step_bench.png"))
+    parser.add_argument("--png", type=Path, default=Path("step_bench.png"), help="figure to write")
     return parser.parse_args(argv)
 
 

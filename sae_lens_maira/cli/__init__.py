@@ -191,9 +191,14 @@ def _no_command(words: list[str]) -> int:
 
 def _bench(words: list[str]) -> int:
     """Run a benchmark. Benchmarks have their own parsers, since they also run as scripts without jsonargparse."""
+    if words[:1] in (["--help"], ["-h"]):
+        sys.stdout.write(
+            f"usage: {PROGRAM} bench step [options]\n\n{PROGRAM} bench step --help describes it.\n"
+        )
+        return 0
     if words[:1] != ["step"]:
         typed = " ".join(words) or "nothing"
-        sys.stderr.write(f"{PROGRAM} bench: {typed} is not a benchmark; try bench step --help.\n")
+        sys.stderr.write(f"{PROGRAM} bench: {typed} is not a benchmark; the only one is bench step.\n")
         return 2
     from sae_lens_maira.bench.step import main as step
 

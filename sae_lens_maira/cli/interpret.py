@@ -45,7 +45,7 @@ def run(
     Args:
         records: Folder written by `sae-lens-maira latents`.
         judge: Name of the language model at the server, which explains and judges; none for the offline explainer.
-        base_url: Address of the server, instead of OPENAI_BASE_URL.
+        base_url: Address of the server, instead of OPENAI_BASE_URL; https://api.openai.com/v1 if neither is given.
         latents: Numbers and ranges such as "0-49,77"; all latents that are not dead if not given.
         methods: Scorers, comma-separated: detection, fuzzing, intruder, and for a model with image input
             image_detection and image_fuzzing.

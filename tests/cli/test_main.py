@@ -205,14 +205,17 @@ def test_measure_phantom_prints_json_alone():
     assert set(score["accuracy"]) == set(score["positives"])
 
 
-def test_version_and_bench_door():
-    """`--version` prints the package's version; an unknown benchmark is a user error."""
+def test_version_and_bench():
+    """`--version` prints the package's version; an unknown benchmark is a user error, `bench --help` is not."""
     from sae_lens_maira import __version__
 
     assert run("--version").stdout.split() == ["sae-lens-maira", __version__]
     done = run("bench", "nothing")
     assert done.returncode == 2
     assert "bench step" in done.stderr
+    asked = run("bench", "--help")
+    assert asked.returncode == 0
+    assert "bench step" in asked.stdout
 
 
 def test_the_quickstart_refuses_another_model(capsys):
