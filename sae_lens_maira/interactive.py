@@ -167,6 +167,10 @@ class InteractiveMaira2(HookedMaira2):
             InterventionError: The SAE has no p99, a latent is out of range, the study does not have the positions, or
                 an intervention had no effect.
         """
+        if where is not None and not isinstance(where, Schedule):
+            raise InterventionError(
+                f"where is {where!r}; expected a schedule of positions, such as sm.patches('frontal') or sm.report()."
+            )
         if isinstance(interventions, Mapping):
             items: list[Intervention] = [
                 Add(latents=(int(latent),), strength=strength, where=where or everywhere())

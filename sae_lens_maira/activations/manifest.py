@@ -32,6 +32,11 @@ class Manifest:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         path = self.folder / "store.json"
+        if not path.exists():
+            raise StoreError(
+                f"{self.folder} is not an activation store: it has no store.json. Give the folder that "
+                "`sae-lens-maira harvest` or `store import` wrote."
+            )
         content = read_json(path)
         try:
             intact = take_checksum(content)

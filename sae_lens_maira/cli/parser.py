@@ -279,6 +279,9 @@ def _plain(message: str) -> str:
             r"(\w+) Given value: ",
             r"Expected one of \1. Got a value of type \2: ",
         ),
+        (r"typing\.Literal\[(.*?)\]", r"\1"),
+        (r"Expected one of (.*?), NoneType\. Got", r"Expected one of \1. Got"),
+        (r"Expected one of list\[\w+\]\. Got a value of type \w+", r"Expected a list in brackets. Got"),
     ):
         text = re.sub(pattern, wording, text)
     missing = re.fullmatch(r"the following arguments are required: (.*)", text)

@@ -277,7 +277,8 @@ def validate_studies(
         sys.stdout.write(f"{table}: {report.studies:,} studies, {report.images:,} images: {found}\n")
     if report.exit_code and without_errors is None:
         raise StudyError(
-            f"{table} has {len(report.errors)} errors, with which later steps would fail or give wrong results. Fix or "
+            f"{table} has {len(report.errors)} error{'' if len(report.errors) == 1 else 's'}, with which later steps "
+            "would fail or give wrong results. Fix or "
             f"leave out the rows named above{'' if out is None else f' and in {out}'}, then validate again; "
             "--without-errors writes a table without them."
         )

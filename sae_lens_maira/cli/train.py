@@ -156,8 +156,8 @@ def train(
         facts = {"sae": str(out), "rows": rows, "epochs": batches.epoch, "samples": run.n_training_samples}
         sys.stdout.write(json.dumps(facts) + "\n")
         return
-    read = "straight from the model" if rows is None else f"of {rows:,} rows"
-    sys.stdout.write(f"{out}: trained at {options.hook_names[0]}, {batches.epoch} whole epochs {read}\n")
+    read = "straight from the model" if rows is None else f"on {rows:,} rows"
+    sys.stdout.write(f"{out}: trained at {options.hook_names[0]} {read}, whole epochs: {batches.epoch}\n")
 
 
 @contextmanager

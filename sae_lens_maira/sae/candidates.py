@@ -87,10 +87,14 @@ def choose(
     Raises:
         SAEError: None fits or more than one does; the message lists what is there.
     """
-    listing = "; ".join(str(candidate) for candidate in candidates[:12]) or "no weights file"
+    listing = "; ".join(str(candidate) for candidate in candidates[:12])
     below = set(_below([c.name for c in candidates], folder))
     fitting = [c for c in candidates if c.name in below]
     readable = [c for c in fitting if c.problem is None]
+    if not candidates:
+        raise SAEError(
+            f"{where} holds no weights file. Give the folder that `sae-lens-maira train` wrote, or a release."
+        )
     if not readable:
         broken = next((c.problem for c in fitting if c.problem is not None), None)
         if broken is not None:

@@ -91,8 +91,8 @@ def _refuse(frame: pd.DataFrame, bad: pd.Series, column: str, where: str, expect
     if len(rows):
         value = frame[column].iloc[rows[0]]
         raise StudyError(
-            f"Row {rows[0]} of the table of studies {where} has {column}={None if value is pd.NA else value!r}, "
-            f"as have {len(rows) - 1} further rows; expected {expected}."
+            f"Row {rows[0]} of the table of studies {where} has {column}={None if value is pd.NA else value!r}"
+            f"{f', as have {len(rows) - 1} further rows' if len(rows) > 1 else ''}; expected {expected}."
         )
 
 
