@@ -127,13 +127,14 @@ def set_missing_threshold(
     """
     if not isinstance(sae, MatryoshkaTrainingSAE) or float(sae.topk_threshold) >= 0:
         return
+    # stacklevel 5 is SAELens' `fit`: two frames between are wrappers of `no_grad`.
     if not minima:
         if warn:
             warnings.warn(
                 f"The run ended after {steps} steps, and the threshold was never set: no smallest kept activation of "
                 "its last batches is known. Every positive activation passes. Train longer, or lower "
                 "threshold_start_step.",
-                stacklevel=3,
+                stacklevel=5,
             )
         return
     threshold = sum(minima) / len(minima) / (scale or 1.0)
@@ -143,7 +144,7 @@ def set_missing_threshold(
             f"The run ended after {steps} steps, before the threshold is first set (step "
             f"{sae.cfg.threshold_start_step + 1}). It is set to {threshold:.4g}, the mean of the smallest kept "
             f"activations of the last {len(minima)} batches. Train longer, or lower threshold_start_step.",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
