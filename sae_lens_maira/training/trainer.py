@@ -2,8 +2,8 @@
 
 Only what happens between a batch and the updated weights is replaced: losses and gradients come from
 `kernels.fused_step`, clipping and Adam run in one pass, and firing statistics come from the kept entries.
-Where the fused step does not apply (hooks on the SAE, an unknown class) SAELens' own step runs and the reason
-is said once. W_enc is kept in memory as (d_sae, d_in), so that its gradient is written row by row; every
+Where the fused step does not apply (hooks on the SAE, an unknown class) SAELens' own step runs, and a warning gives
+the reason once. W_enc is kept in memory as (d_sae, d_in), so that its gradient is written row by row; every
 state dict shows it contiguous.
 """
 
@@ -101,7 +101,7 @@ class FusedSAETrainer(SavingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             backend: Which kernels run.
             candidates: "bf16" or "tf32" find candidates in low precision first; the result stays exact. "auto" does so
                 where it is faster. A CPU without AVX-512 has no bfloat16 product: "bf16" is then four times slower
-                than "off", which is said once.
+                than "off", and a warning is given once.
             sole_writer: Promises that nothing but this trainer writes to the weights between steps. The next step then
                 uses the row norms and bfloat16 copies that Adam's triton kernel made. Writes that torch counts are
                 noticed, those through `.data` would not be. Triton only.
