@@ -159,7 +159,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", action="store_true", help=effect)
     parser.add_argument("--png", type=Path, default=Path("step_bench.png"), help="figure to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not gpu:
+        parser.error("--device is cuda, but torch finds no CUDA device; use cpu")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -197,8 +197,8 @@ def _bench(words: list[str]) -> int:
         )
         return 0
     if words[:1] != ["step"]:
-        typed = " ".join(words) or "nothing"
-        sys.stderr.write(f"{PROGRAM} bench: {typed} is not a benchmark; the only one is bench step.\n")
+        typed = f"{' '.join(words)!r} is not a benchmark" if words else "no benchmark was named"
+        sys.stderr.write(f"{PROGRAM} bench: {typed}; the only one is bench step.\n")
         return 2
     from sae_lens_maira.bench.step import main as step
 

@@ -179,11 +179,10 @@ def _bound(port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(("127.0.0.1", port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         found.close()
-        raise WorkbenchError(
-            f"Port {port} cannot be used ({error.strerror}). Choose another one, or 0."
-        ) from error
+        reason = error.strerror if isinstance(error, OSError) else "ports are 0 to 65535"
+        raise WorkbenchError(f"Port {port} cannot be used ({reason}). Choose another one, or 0.") from error
     return found
 
 
