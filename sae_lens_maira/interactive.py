@@ -191,7 +191,7 @@ class InteractiveMaira2(HookedMaira2):
         with self.steering(encoding, sae, items, p99, control_seed=control_seed) as run:
             after = run.reports(self.maira.processor, **budget, **generate)
         made = [
-            SteeringResult(old.text, new.text, tuple(items), run.hook_name, run.effect)
+            SteeringResult(old.text, new.text, tuple(items), run.hook_name, run.effect, control_seed)
             for old, new in zip(before, after, strict=True)
         ]
         return made if isinstance(study, Sequence) else made[0]
@@ -276,6 +276,7 @@ class SteeringResult:
         interventions: Interventions that were applied.
         hook_name: Hook point of the interventions.
         effect: Number of changed positions and size of the change, over the whole batch.
+        control_seed: Seed of the random directions that replaced the interventions; None for the interventions.
     """
 
     before: str
@@ -283,6 +284,7 @@ class SteeringResult:
     interventions: tuple[Intervention, ...]
     hook_name: str
     effect: Effect
+    control_seed: int | None = None
 
     @property
     def pieces(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
@@ -302,6 +304,8 @@ class SteeringResult:
 
     def _summary(self) -> str:
         done = "; ".join(_described(item) for item in self.interventions)
+        if self.control_seed is not None:
+            done = f"control: random directions (seed {self.control_seed}) of the norm of {done},"
         return (
             f"{done} at {self.hook_name}: {self.effect.changed:,} positions changed, by "
             f"{100 * self.effect.ratio:.1f} % of their norm on average"

@@ -50,8 +50,8 @@ def neuronpedia(
     out: Path,
     set_name: str,
     kind: Literal["export", "saedashboard", "api"] = "export",
-    model_id: str = "maira-2",
-    layers: int = 32,
+    model_id: str | None = None,
+    layers: int | None = None,
     description: str = "Sparse autoencoder latents of a radiology vision-language model",
     url: str | None = None,
     dataset: str = "chest radiographs with reports",
@@ -70,8 +70,8 @@ def neuronpedia(
         out: Output folder.
         set_name: Source set, lower case with single hyphens.
         kind: "export" for the bulk import, "saedashboard" for its batch files, "api" for upload payloads to inspect.
-        model_id: Name of the model on Neuronpedia.
-        layers: Number of decoder layers of the model.
+        model_id: Name of the model on Neuronpedia; phantom for records of the phantom, else maira-2.
+        layers: Number of decoder layers of the model; 8 for phantom, 32 for maira-2.
         description: Description of the source set.
         url: Address of a page that shows more, such as one with the images.
         dataset: Description of the studies.
@@ -85,17 +85,18 @@ def neuronpedia(
     from sae_lens_maira.dashboards.export import write_export
     from sae_lens_maira.dashboards.saedashboard import write_saedashboard
     from sae_lens_maira.dashboards.sequences import Window
-    from sae_lens_maira.dashboards.target import Target, save_metadata
+    from sae_lens_maira.dashboards.target import Target, model_of, save_metadata
     from sae_lens_maira.dashboards.upload import write_payloads
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.dashboards.writing import read_interpretations
     from sae_lens_maira.latents.recordset import RecordSet
     from sae_lens_maira.sae import open_sae
 
-    target = Target(
-        set_name=set_name, model_id=model_id, layers=layers, description=description, url=url, dataset=dataset
-    )
     window, opened = Window(text_window, patches), RecordSet.open(records)
+    name, depth = model_of(opened.meta.model, model_id, layers)
+    target = Target(
+        set_name=set_name, model_id=name, layers=depth, description=description, url=url, dataset=dataset
+    )
     if sae is not None:
         open_sae(sae)  # a damaged SAE is refused before anything is written
     explained = read_interpretations(records)
@@ -163,8 +164,8 @@ def upload(
     confirm: bool = False,
     localhost: bool = False,
     new_model: bool = False,
-    model_id: str = "maira-2",
-    layers: int = 32,
+    model_id: str | None = None,
+    layers: int | None = None,
     url: str | None = None,
     max_features: int = 12,
     max_bytes: int = 4_000_000,
@@ -181,8 +182,8 @@ def upload(
         confirm: Send the data; the key is read from NEURONPEDIA_API_KEY.
         localhost: Use a Neuronpedia server on this machine.
         new_model: Create the model too; needed once per model.
-        model_id: Name of the model on Neuronpedia.
-        layers: Number of decoder layers of the model.
+        model_id: Name of the model on Neuronpedia; phantom for records of the phantom, else maira-2.
+        layers: Number of decoder layers of the model; 8 for phantom, 32 for maira-2.
         url: Address of a page that shows more.
         max_features: Latents per request, at most 128; the server has 5 s to store a request.
         max_bytes: Size limit of a request in bytes.
@@ -190,14 +191,16 @@ def upload(
     """
     from dataclasses import asdict
 
-    from sae_lens_maira.dashboards.target import Target
+    from sae_lens_maira.dashboards.target import Target, model_of
     from sae_lens_maira.dashboards.upload import upload as run
     from sae_lens_maira.dashboards.writing import read_interpretations
     from sae_lens_maira.latents.recordset import RecordSet
 
+    opened = RecordSet.open(records)
+    name, depth = model_of(opened.meta.model, model_id, layers)
     plan = run(
-        RecordSet.open(records),
-        Target(set_name=set_name, model_id=model_id, layers=layers, url=url),
+        opened,
+        Target(set_name=set_name, model_id=name, layers=depth, url=url),
         journal or records / f"upload-{set_name}.jsonl",
         read_interpretations(records),
         confirm=confirm,
@@ -219,7 +222,7 @@ def saedashboard(
     studies: int = 50,
     seed: int | None = None,
     hook: str | None = None,
-    model_id: str = "maira-2",
+    model_id: str | None = None,
     context: int = 12,
     top: int = 20,
     page: bool | None = None,
@@ -242,7 +245,7 @@ def saedashboard(
         studies: Number of phantom studies, or of studies from the start of the table.
         seed: Random seed of sae-dashboard's choice of sequences; the study seed if not given.
         hook: Hook point, if the SAE does not name its own.
-        model_id: Name of the model in the files.
+        model_id: Name of the model in the files; phantom for the phantom, else maira-2.
         context: Number of tokens before and after a peak.
         top: Number of sequences with the largest activations.
         page: Write the classic page, which loads scripts from two other hosts; if not given, only if every study is
@@ -253,7 +256,7 @@ def saedashboard(
     from sae_lens_maira.activations import layer_of
     from sae_lens_maira.dashboards.adapter import AdapterConfig, run_saedashboard
     from sae_lens_maira.dashboards.prompts import Readout
-    from sae_lens_maira.dashboards.target import Target
+    from sae_lens_maira.dashboards.target import Target, model_of
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.interface import load_sae
     from sae_lens_maira.latents.contexts import Pseudonyms
@@ -281,11 +284,9 @@ def saedashboard(
     maira = options.load_model()
     chosen = options.first_studies(studies, maira.processor)
     names, layer = Pseudonyms(), layer_of(maira.model.config, hook_name)
-    target = Target(
-        set_name=set_name,
-        model_id=model_id,
-        layers=int(maira.model.config.get_text_config().num_hidden_layers),
-    )
+    depth = int(maira.model.config.get_text_config().num_hidden_layers)
+    name, depth = model_of(options.model, model_id, depth)
+    target = Target(set_name=set_name, model_id=name, layers=depth)
     folder = run_saedashboard(
         ModelSource(maira, chosen, hook_name),
         [(names.study(study), study.licence.value) for study in chosen],

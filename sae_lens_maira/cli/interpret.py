@@ -124,9 +124,11 @@ def run(
         facts |= {"latents": len(done), "statuses": statuses(done), "scores": means}
         sys.stdout.write(json.dumps(facts) + "\n")
         return
-    sys.stdout.write(f"Statuses: {statuses(done)}\n")
+    counts = ", ".join(f"{number} {status}" for status, number in statuses(done).items())
+    sys.stdout.write(f"Statuses: {counts}\n")
     if scores["balanced_accuracy"].notna().any():
-        sys.stdout.write(summary(scores).to_string(index=False, float_format="%.3f") + "\n")
+        means = summary(scores).astype(dict.fromkeys(("asked", "answered", "unusable"), "Int64"))
+        sys.stdout.write(means.to_string(index=False, float_format="%.3f") + "\n")
 
 
 @works_in("out")
@@ -137,7 +139,7 @@ def report_scores(
     raw: Path | None = None,
     frozen_decoder: Path | None = None,
     frozen_encoder: Path | None = None,
-    model_id: str = "maira-2",
+    model_id: str | None = None,
     set_name: str | None = None,
     as_json: bool = False,
 ) -> None:
@@ -157,13 +159,14 @@ def report_scores(
         raw: Interpreted records of raw residual dimensions, drawn in the same figure.
         frozen_decoder: Interpreted records of an SAE trained with a frozen random decoder.
         frozen_encoder: Interpreted records of an SAE trained with a frozen random encoder.
-        model_id: Name of the model on Neuronpedia, for `explanations.jsonl`.
+        model_id: Name of the model on Neuronpedia, for `explanations.jsonl`; phantom for records of the phantom, else
+            maira-2.
         set_name: Name of the source set on Neuronpedia, lower case with single hyphens; the SAE's name if not given.
         as_json: Print JSON instead of text.
     """
     import pandas as pd
 
-    from sae_lens_maira.dashboards.target import Target
+    from sae_lens_maira.dashboards.target import Target, model_of
     from sae_lens_maira.interp.records import (
         categories,
         load,
@@ -206,7 +209,8 @@ def report_scores(
             atomic_write(out / "space.csv", csv_of(joined))
         write_figure(sets, out / "scores.png")
         source = opened.meta.sae if set_name is None else Target(set_name=set_name).source(opened.meta.layer)
-        write_neuronpedia(neuronpedia_rows(done, opened.meta, model_id, source), out / "explanations.jsonl")
+        name, _ = model_of(opened.meta.model, model_id, 1)
+        write_neuronpedia(neuronpedia_rows(done, opened.meta, name, source), out / "explanations.jsonl")
     if as_json:
         found = {
             "statuses": statuses(done),

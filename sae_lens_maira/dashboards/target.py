@@ -27,6 +27,28 @@ PUBLIC_CREATOR = "clkht01d40000jv08hvalcvly"
 """Neuronpedia shows activations of this creator only."""
 
 
+LAYERS = {"maira-2": 32, "phantom": 8}
+
+
+def model_of(model: str, model_id: str | None, layers: int | None) -> tuple[str, int]:
+    """Name and number of decoder layers of the model on Neuronpedia.
+
+    Args:
+        model: Model of the records. The phantom is published as "phantom", every other model as "maira-2".
+        model_id: Another name.
+        layers: Another number of layers.
+
+    Raises:
+        ConfigError: A model of another name has no number of layers.
+    """
+    name = model_id or ("phantom" if model == "phantom" else "maira-2")
+    if layers is None and name not in LAYERS:
+        raise ConfigError(
+            f"The number of layers of {name!r} is not known; it is for {' and '.join(LAYERS)}. Give --layers."
+        )
+    return name, layers if layers is not None else LAYERS[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """Names under which a record set is published.

@@ -12,7 +12,7 @@ from sae_lens.analysis import neuronpedia_integration
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
 from sae_lens_maira.cli import main
-from sae_lens_maira.dashboards.target import Target, save_metadata
+from sae_lens_maira.dashboards.target import Target, model_of, save_metadata
 from sae_lens_maira.errors import ConfigError
 
 SITE = neuronpedia_integration.NEURONPEDIA_DOMAIN
@@ -96,3 +96,12 @@ def test_addresses_that_are_none_are_refused(url):
     """Also those that the standard library cannot take apart."""
     with pytest.raises(ConfigError, match=r"address|url|scheme"):
         Target(model_id="maira-2", set_name="res-1k", url=url)
+
+
+def test_records_of_the_phantom_are_never_published_as_maira_2():
+    """The name comes from the records; another name needs its number of layers."""
+    assert model_of("phantom", None, None) == ("phantom", 8)
+    assert model_of("microsoft/maira-2", None, None) == ("maira-2", 32)
+    assert model_of("phantom", "small-vlm", 12) == ("small-vlm", 12)
+    with pytest.raises(ConfigError, match="--layers"):
+        model_of("phantom", "small-vlm", None)

@@ -108,6 +108,9 @@ def test_steering_shows_both_reports(m: sm.InteractiveMaira2, study: sm.Study, s
     assert "x 2.0 p99" in str(result)
     raw = m.steer(study, sae, sm.Add(latents=(7,), strength=60.0, unit="raw", where=sm.patches("frontal")))
     assert raw.after == result.after
+    control = m.steer(study, sae, {7: 2.0}, where=sm.patches("frontal"), control_seed=1)
+    assert "control: random directions (seed 1)" in str(control)
+    assert "control" not in str(result)
     both = m.steer([study, study], sae, {7: 2.0}, where=sm.patches("frontal"))
     assert [one.after for one in both] == [result.after] * 2
 

@@ -142,7 +142,7 @@ def test_the_command_asks_the_server_of_the_environment(hand_made, httpserver, m
     words = ["interpret", "run", "--records", str(records.folder), "--judge", "reader", "--latents", "0-1"]
     assert main([*words, "--n-test", "20"]) == 0
     printed = capsys.readouterr().out
-    assert printed.index("at most") < printed.index(" requests (") < printed.index("Statuses: {'ok': 2}")
+    assert printed.index("at most") < printed.index(" requests (") < printed.index("Statuses: 2 ok")
     assert (records.folder / JOURNAL).is_file()
     assert {one.latent for one in load(records.folder)} == {0, 1}
 
