@@ -150,7 +150,7 @@ def match(
 def locate(
     sae: str,
     options: ReadOptions,
-    hooks: list[str] | None = None,
+    hooks: list[str] | str | None = None,
     out: Path | None = None,
     as_json: bool = False,
 ) -> None:
@@ -173,7 +173,7 @@ def locate(
     from sae_lens_maira.sae.locate import locate_sae
 
     dictionary: Any = load_sae_weights(sae, options.device)
-    reader, n = options.reader(hooks)
+    reader, n = options.reader([hooks] if isinstance(hooks, str) else hooks)
     found = locate_sae(dictionary, _located(reader, n), seed=options.seed)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,9 @@ def locate_sae(sae: SAE[Any], batches: Iterable[LocateBatch], *, seed: int = 0) 
     kinds = sorted({name for name, _ in sums})
     hook_names = list(dict.fromkeys(hook for _, hook in sums))
     if len(hook_names) < 2:
-        raise SAEError(f"{len(hook_names)} hook points were given; locating an SAE needs two or more.")
+        raise SAEError(
+            f"An SAE is located by comparing hook points, and {len(hook_names)} was given. Give two or more."
+        )
     table = pd.DataFrame(
         [
             {
