@@ -83,7 +83,7 @@ class RowMajorAdam(torch.optim.Adam):
 
                 norms[p] = tangent_norm(_in_memory_order(gradient), _in_memory_order(p.detach()))
             else:
-                norms[p] = known[p] if p in known else norm_of(_in_memory_order(gradient))
+                norms[p] = known[p] if p in known else torch.linalg.vector_norm(_in_memory_order(gradient))
         return norms
 
     def _gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -189,14 +189,6 @@ class RowMajorAdam(torch.optim.Adam):
             tensor.fill_(lr)
             self._rates[device] = (lr, tensor)
         return tensor
-
-
-def norm_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of all elements, 0-d; a CPU multiplies those of a matrix faster than `vector_norm` runs."""
-    if tensor.device.type != "cpu" or tensor.ndim < 2 or not tensor.is_contiguous():
-        return torch.linalg.vector_norm(tensor)
-    flat = tensor.view(-1)
-    return torch.dot(flat, flat).sqrt()
 
 
 def _ordered_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,10 @@ def test_killed_twice_and_resumed_without_asking_anything_again(hand_made, https
     requests = [body if body == "killed" else json.dumps(json.loads(body), sort_keys=True) for body in seen]
     assert not answered[0] & set(requests[first + 1 :])
     assert not answered[1] & set(requests[second + 1 :])
-    assert int(last.stdout.split()[0]) == len(seen) - second - 1
+    late = (
+        len(seen) - second - 1 - int(last.stdout.split()[0])
+    )  # sent by the killed process, read after its end
+    assert 0 <= late <= 2, "two requests at a time"
     rows = [json.loads(row) for row in journal.read_text().splitlines() if row.endswith("}")]
     assert [row["value"] for row in rows if row.get("note") == "records"] == [
         {"fingerprint": records.fingerprint, "licence": "synthetic"}
