@@ -99,7 +99,7 @@ class StoreProvider:
             roles: Rows to use.
             rates: The mixture: share of a role's rows per epoch, drawn again in each epoch, e.g. `{"image": 0.1}`.
             buffer_rows: Rows that are mixed, rounded up to whole segments of 1,024; memory holds twice as many. If not
-                given, as many as batches need to reach 0.9 of the ideal mixing, in at most a quarter of the free
+                given, as many as batches need to reach 0.92 of the ideal mixing, in at most a quarter of the free
                 memory; a provider that loads a state then takes the size of the state.
             workers: Threads that read and check segments, the next buffer's while this one is used.
             device: Device of the batches.

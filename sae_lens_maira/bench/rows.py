@@ -19,6 +19,7 @@ import torch
 
 from sae_lens_maira.activations import ActivationStore, StoreProvider, StoreSpec
 from sae_lens_maira.activations.rows import COLUMNS
+from sae_lens_maira.activations.store_spec import SEGMENT
 from sae_lens_maira.bench.arms import Arm, Shape, Way
 from sae_lens_maira.bench.checks import wait
 from sae_lens_maira.maira2 import TokenRole
@@ -156,7 +157,7 @@ def counted_mixing(
     for _ in range(batches):
         share = np.bincount(next(rows)[:, 0].long().numpy()) / batch
         squares.append((share**2).sum())
-    expected, ideal = rows.mixing.effective(rows.buffer_rows // 1024), rows.mixing.ideal
+    expected, ideal = rows.mixing.effective(rows.buffer_rows // SEGMENT), rows.mixing.ideal
     counted = float(1 / np.mean(squares))
     return {
         "counted": round(counted),

@@ -256,7 +256,7 @@ def saedashboard(
     from sae_lens_maira.activations import layer_of
     from sae_lens_maira.dashboards.adapter import AdapterConfig, run_saedashboard
     from sae_lens_maira.dashboards.prompts import Readout
-    from sae_lens_maira.dashboards.target import Target, model_of
+    from sae_lens_maira.dashboards.target import Target, name_of
     from sae_lens_maira.dashboards.validate import validate
     from sae_lens_maira.interface import load_sae
     from sae_lens_maira.latents.contexts import Pseudonyms
@@ -285,8 +285,7 @@ def saedashboard(
     chosen = options.first_studies(studies, maira.processor)
     names, layer = Pseudonyms(), layer_of(maira.model.config, hook_name)
     depth = int(maira.model.config.get_text_config().num_hidden_layers)
-    name, depth = model_of(options.model, model_id, depth)
-    target = Target(set_name=set_name, model_id=name, layers=depth)
+    target = Target(set_name=set_name, model_id=name_of(options.model, model_id), layers=depth)
     folder = run_saedashboard(
         ModelSource(maira, chosen, hook_name),
         [(names.study(study), study.licence.value) for study in chosen],

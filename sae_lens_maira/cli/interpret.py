@@ -166,7 +166,7 @@ def report_scores(
     """
     import pandas as pd
 
-    from sae_lens_maira.dashboards.target import Target, model_of
+    from sae_lens_maira.dashboards.target import Target, name_of
     from sae_lens_maira.interp.records import (
         categories,
         load,
@@ -209,7 +209,7 @@ def report_scores(
             atomic_write(out / "space.csv", csv_of(joined))
         write_figure(sets, out / "scores.png")
         source = opened.meta.sae if set_name is None else Target(set_name=set_name).source(opened.meta.layer)
-        name, _ = model_of(opened.meta.model, model_id, 1)
+        name = name_of(opened.meta.model, model_id)
         write_neuronpedia(neuronpedia_rows(done, opened.meta, name, source), out / "explanations.jsonl")
     if as_json:
         found = {

@@ -30,18 +30,23 @@ PUBLIC_CREATOR = "clkht01d40000jv08hvalcvly"
 LAYERS = {"maira-2": 32, "phantom": 8}
 
 
+def name_of(model: str, model_id: str | None) -> str:
+    """Name on Neuronpedia of the records' model: "phantom" for the phantom, else "maira-2", unless another is given."""
+    return model_id or ("phantom" if model == "phantom" else "maira-2")
+
+
 def model_of(model: str, model_id: str | None, layers: int | None) -> tuple[str, int]:
     """Name and number of decoder layers of the model on Neuronpedia.
 
     Args:
-        model: Model of the records. The phantom is published as "phantom", every other model as "maira-2".
-        model_id: Another name.
+        model: Model of the records.
+        model_id: Another name than `name_of` it.
         layers: Another number of layers.
 
     Raises:
         ConfigError: A model of another name has no number of layers.
     """
-    name = model_id or ("phantom" if model == "phantom" else "maira-2")
+    name = name_of(model, model_id)
     if layers is None and name not in LAYERS:
         raise ConfigError(
             f"The number of layers of {name!r} is not known; it is for {' and '.join(LAYERS)}. Give --layers."

@@ -6,7 +6,8 @@ in full precision for the candidates only. With x~, w~ the rounded operands,
 
     x.w <= x~.w~ + |x - x~| |w| + |x~| |w - w~| + c |x~| |w~|      (Cauchy-Schwarz; c bounds the accumulation)
 
-and all norms are the measured ones, not worst cases. The margin is two more columns of the same product,
+and the norms are measured, not worst cases, except that |x~| and |w~| are bounded by |x| + |x - x~| and
+|w| + |w - w~|. The margin is two more columns of the same product,
 rounded up, so it costs nothing. An entry whose U is below the threshold cannot be selected: the selection
 stays exact.
 """
@@ -24,7 +25,7 @@ from sae_lens_maira.kernels.workspace import Workspace
 PAD = 32
 """Extra columns of the augmented product: two hold the margin, the rest keep rows aligned to 64 bytes."""
 USED = 8
-"""Extra columns that a product on a CPU reads: a 4 % shorter product at d_in 1,024 takes as much less time."""
+"""Extra columns that a product on a CPU reads; without the others it took 0.5 to 0.9 of 42 ms less at d_in 1,024."""
 
 
 Buffer = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]
@@ -151,7 +152,8 @@ class BoundedScores:
 def reaches(table: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
     """Mask of table >= bound for a table (rows, n) and bounds (n,) of one type, with 0.0 above -0.0; a NaN may pass.
 
-    Numbers that are not negative order as their bits do, and a CPU compares integers in half the time.
+    Numbers that are not negative order as their bits do, and a CPU compares integers faster: 8 million bfloat16
+    numbers in 2.1 ms instead of 3.6 ms.
     """
     bits = torch.int16 if table.dtype == torch.bfloat16 else torch.int32
     mask = table.view(bits) >= bound.clamp(min=0).view(bits)
